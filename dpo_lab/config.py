@@ -1,0 +1,195 @@
+"""The typed schema of a run, its cross-field checks, and errors that say what to type.
+
+Most fields are the very objects that run: a loss, a reference, label noise are dataclasses next to their code. Lightning's
+own (trainer, loggers, callbacks) are `_target_` nodes behind an allow-list. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_lab.core.losses import LOSSES, Loss, SimPO
+from dpo_lab.core.noise import LabelNoise
+from dpo_lab.data.sources import Data
+from dpo_lab.evals.evaluation import Evals
+from dpo_lab.models.policy import TinyPolicy
+from dpo_lab.models.reference import REFERENCES, Reference
+from dpo_lab.results import runs
+from dpo_lab.training.optim import Optim
+from dpo_lab.training.sft import SFT
+
+ConfigErrors = (HydraException, OmegaConfBaseException)  # what Hydra raises before `main` is entered
+
+
+class ConfigError(Exception):
+    """A setting that can't be; the message is one line that names the key and says what to type."""
+
+
+@dataclass
+class RunConfig:
+    """One run. beta and seed stand at the root because everything is swept over them."""
+
+    name: str = "dpo"
+    beta: float = 0.1
+    seed: int = 0
+    threads: int | None = None  # torch's intra-op threads a process; none: torch's own choice
+    loss: Loss = MISSING
+    reference: Reference = MISSING
+    noise: LabelNoise = field(default_factory=LabelNoise)
+    policy: TinyPolicy = field(default_factory=TinyPolicy)
+    sft: SFT = field(default_factory=SFT)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    evals: Evals = field(default_factory=Evals)
+    trainer: dict[str, Any] = MISSING
+    logger: dict[str, Any] = MISSING
+    callbacks: dict[str, Any] = MISSING
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, SimPO) and self.reference.starts_at_policy:
+            raise ValueError("loss=simpo has no reference; type loss=simpo reference=uniform (or +ablation=simpo)")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
+        for node in (self.trainer, self.logger, self.callbacks):
+            _check_targets(node)
+        if not isinstance(self.trainer.get("max_steps"), int) or self.trainer["max_steps"] < 1:
+            raise ValueError(
+                f"trainer.max_steps={self.trainer.get('max_steps')}: must be a whole number, 1 or more;"
+                " type e.g. trainer.max_steps=160"
+            )
+
+
+# What a config may instantiate. Everything else of ours is built from the dataclasses above.
+ALLOWED_TARGETS = frozenset(
+    {
+        "dpo_lab.training.callbacks.StepBar",
+        "lightning.pytorch.Trainer",
+        "lightning.pytorch.callbacks.EarlyStopping",
+        "lightning.pytorch.callbacks.LearningRateMonitor",
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+        "lightning.pytorch.loggers.CSVLogger",
+        "lightning.pytorch.loggers.TensorBoardLogger",
+        "lightning.pytorch.strategies.DDPStrategy",
+    }
+)
+
+
+def register() -> None:
+    """Put the schemas where conf/*.yaml finds them, and the resolvers that run folders are named with."""
+    store = ConfigStore.instance()
+    store.store(name="run", group="schema", node=RunConfig)
+    for group, schemas in (("loss", LOSSES), ("reference", REFERENCES)):
+        for name, schema in schemas.items():
+            store.store(name=name, group=f"schema/{group}", node=schema)
+    OmegaConf.register_new_resolver("run_slug", runs.slug, replace=True)
+
+
+def conf_dir() -> str:
+    """The folder of YAML files: beside the package in a checkout, inside it when installed."""
+    here = Path(__file__).resolve().parent
+    return str(next(c for c in (here / "conf", here.parent / "conf") if (c / "train.yaml").exists()))
+
+
+def validate(cfg: DictConfig) -> RunConfig:
+    """The composed config as the objects that run. Raises ConfigError for anything that can't be."""
+    for key, known in _unknown_keys(cfg):
+        raise ConfigError(f"unknown key '{key}'{_did_you_mean(key, known)}")
+    try:
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def explain(error: Exception) -> str:
+    """What Hydra or OmegaConf says in five lines, in one line that names the key and says what to type."""
+    text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    if isinstance(error, OverrideParseException):
+        return f"can't read '{error.override}': type key=value, quoted where the value holds commas, brackets or spaces"
+    if found := re.search(r"To append to your default list use (\S+)", text):
+        return f"{found[1].removeprefix('+')}: this group is added, not replaced; type {found[1]}"
+    if found := re.search(r"Could not find '([\w/@.]+)/([^']*)'", text):
+        options = re.findall(r"^\t(\w+)$", text, re.M)
+        return f"{found[1]}={found[2]}: no such choice; type {found[1]}= one of {', '.join(options)}"
+    if found := re.search(r"Value '(.*?)' .*?could not be converted to (\w+)", text, re.S):
+        kind = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}.get(found[2], found[2])
+        return f"{_full_key(text)}={found[1]}: must be {kind}; type {_full_key(text)}=..."
+    if found := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", text):
+        return f"{_full_key(text)}={found[1]}: must be one of {found[2]}"
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"unknown key '{found[1]}'{_did_you_mean(found[1], _known_keys())}"
+    return " ".join(text.split())
+
+
+def _full_key(text: str) -> str:
+    found = re.search(r"full_key: (\S+)", text)
+    return found[1] if found else "a key"
+
+
+def _did_you_mean(key: str, known: list[str]) -> str:
+    parent, _, leaf = key.rpartition(".")
+    owners = [f"loss={name}" for name, loss in LOSSES.items() if leaf in {f.name for f in dataclasses.fields(loss)}]
+    if parent == "loss" and owners:
+        return f" under this loss; type {' or '.join(owners)} with it"
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f": did you mean '{close[0]}'? type {close[0]}=..." if close else "; --help lists the keys"
+
+
+def _known_keys() -> list[str]:
+    """Every dotted key of the schema, with every loss's and reference's own."""
+    keys = list(_keys_of(RunConfig, ""))
+    for group, schemas in (("loss", LOSSES), ("reference", REFERENCES)):
+        keys += [f"{group}.{f.name}" for schema in schemas.values() for f in dataclasses.fields(schema)]
+    keys += [f"trainer.{key}" for key in OmegaConf.load(Path(conf_dir()) / "trainer" / "cpu.yaml")]
+    return sorted(set(keys))
+
+
+def _keys_of(schema: type, prefix: str) -> Iterator[str]:
+    for spec in dataclasses.fields(schema):
+        yield prefix + spec.name
+        if isinstance(spec.default_factory, type) and dataclasses.is_dataclass(spec.default_factory):
+            yield from _keys_of(spec.default_factory, f"{prefix}{spec.name}.")
+
+
+def _unknown_keys(node: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Keys that `+key=value` smuggled into a typed node, with the keys that stand there."""
+    if not isinstance(node, DictConfig) or node._is_missing() or node._is_none():
+        return
+    schema = OmegaConf.get_type(node)
+    if schema is not None and dataclasses.is_dataclass(schema):
+        known = [path + f.name for f in dataclasses.fields(schema)]
+        for key in node:
+            if path + str(key) not in known:
+                yield path + str(key), known
+        for key in node:
+            yield from _unknown_keys(node._get_node(key), f"{path}{key}.")
+
+
+def _check_targets(node: Any) -> None:
+    """Refuse any `_target_` that is not on the list, at any depth of the resolved config."""
+    if isinstance(node, (dict, DictConfig)):
+        target = node.get("_target_")
+        if target is not None and target not in ALLOWED_TARGETS:
+            near = difflib.get_close_matches(str(target), ALLOWED_TARGETS, n=1, cutoff=0)
+            raise ValueError(
+                f"_target_={target}: not among the classes that a config may name; the nearest is {near[0]}"
+            )
+        for value in node.values():
+            _check_targets(value)
+    elif isinstance(node, (list, tuple, ListConfig)):
+        for value in node:
+            _check_targets(value)

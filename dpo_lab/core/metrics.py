@@ -1,0 +1,110 @@
+"""What is measured on pairs: rewards, margins, accuracy; over all, clean and flipped pairs, and against the truth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from dpo_lab.core.losses import Loss
+from dpo_lab.core.pairs import PairBatch, PairLogps
+
+# One column of the state each. Rewards carry beta, log-ratios do not.
+LABELLED = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",  # share of pairs with a positive margin; a tie counts half, see settle
+    "rewards/ties",
+    "logratio/chosen",
+    "logratio/rejected",
+    "logps/chosen",
+    "logps/rejected",
+)
+TRUE = ("true/rewards/margins", "true/rewards/accuracies")  # towards the side with more gold reward
+ROUNDING = 1e-6  # relative error of a float32 sum of log-probabilities
+GROUPS = ("", "clean/", "flipped/")
+
+
+class PreferenceMetrics(Metric):
+    """Means over pairs of every LABELLED quantity in every group, and of every TRUE quantity where the truth is known.
+
+    Sums and counts are added up over batches and ranks, so any number of ranks gives the same means. compute returns
+    {name: mean}, without the names that no pair counted for. One truth: it knows no gold, or a tie in gold, as neither
+    side's and leaves such pairs out of TRUE.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+    true_sums: Tensor
+    true_count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        zeros = torch.zeros(len(GROUPS), len(LABELLED), dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(GROUPS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("true_sums", torch.zeros(len(TRUE), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("true_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps, batch: PairBatch) -> None:
+        """losses [B]; policy and reference are those that the loss was computed from."""
+        columns = pair_values(loss, losses, policy, reference)  # [B, K]
+        groups = torch.stack((torch.ones_like(batch.flipped), ~batch.flipped, batch.flipped)).double()  # [3, B]
+        self.sums += groups @ columns
+        self.counts += groups.sum(1)
+        margins = columns[:, LABELLED.index("rewards/margins")]
+        known = batch.gold_margin.nan_to_num(0) != 0
+        towards_truth = (margins * batch.gold_margin.double().sign())[known]
+        self.true_sums += torch.stack((towards_truth.sum(), half_ties(towards_truth).sum()))
+        self.true_count += known.sum()
+
+    def compute(self) -> dict[str, float]:
+        labelled = {
+            group + name: (self.sums[g, k] / self.counts[g]).item()
+            for g, group in enumerate(GROUPS)
+            for k, name in enumerate(LABELLED)
+            if self.counts[g] > 0
+        }
+        true = {
+            name: (total / self.true_count).item()
+            for name, total in zip(TRUE, self.true_sums, strict=True)
+            if self.true_count > 0
+        }
+        return labelled | true
+
+
+def pair_values(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
+    """Every LABELLED quantity of every pair, [B, K] float64. The one home of the reward."""
+    ratios = loss.log_ratios(policy, reference)
+    margins = loss.beta * settle(ratios.margin, policy, reference)
+    columns = {
+        "loss": losses,
+        "rewards/chosen": loss.beta * ratios.chosen,
+        "rewards/rejected": loss.beta * ratios.rejected,
+        "rewards/margins": margins,
+        "rewards/accuracies": half_ties(margins),
+        "rewards/ties": margins == 0,
+        "logratio/chosen": ratios.chosen,
+        "logratio/rejected": ratios.rejected,
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+    }
+    return torch.stack([columns[name].double() for name in LABELLED], 1)
+
+
+def settle(margins: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
+    """Log-ratio margins, with those set to 0 that float32 rounding of the four log-probabilities alone can explain.
+
+    Without this a policy equal to its reference would prefer sides at random instead of tying.
+    """
+    magnitude = policy.chosen.abs() + policy.rejected.abs() + reference.chosen.abs() + reference.rejected.abs()
+    return margins.masked_fill(margins.abs() <= ROUNDING * magnitude, 0.0)
+
+
+def half_ties(margins: Tensor) -> Tensor:
+    """1 where the margin is positive, 1/2 where it is 0, else 0."""
+    return (margins.sign() + 1) / 2

@@ -1,0 +1,112 @@
+"""All that flows: Pair (text), EncodedPair (token ids), PairBatch (one step's pairs), PairLogps (what a model says of them)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference: for `prompt`, an annotator took `chosen` over `rejected`.
+
+    gold_margin is the true reward of chosen less that of rejected (NaN where no truth is known). Its sign is the true
+    preference; it is for evaluation only and never reaches a loss.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    gold_margin: float = math.nan
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        content = json.dumps([self.prompt, self.chosen, self.rejected]).encode()
+        object.__setattr__(self, "key", hashlib.blake2b(content, digest_size=16).hexdigest())
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair as token ids, special tokens included. `flipped` says that label noise swapped the two sides."""
+
+    key: str
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+    gold_margin: float = math.nan
+    flipped: bool = False
+
+    def flip(self) -> EncodedPair:
+        """The same pair with the other side chosen; twice is the pair itself."""
+        return replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            gold_margin=-self.gold_margin,
+            flipped=not self.flipped,
+        )
+
+
+@dataclass
+class PairBatch:
+    """One step's pairs, without padding: how rows are laid out is the forward pass's business.
+
+    tokens [N]: prompt, chosen, rejected of pair 0, then of pair 1, ...; lengths [B, 3]: tokens of each of the three;
+    flipped [B]: swapped by label noise; gold_margin [B]: see Pair; keys: B pair keys.
+    """
+
+    keys: list[str]
+    tokens: Tensor
+    lengths: Tensor
+    flipped: Tensor
+    gold_margin: Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: device | str, non_blocking: bool = False) -> PairBatch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PairBatch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> PairBatch:
+        return PairBatch(
+            self.keys, function(self.tokens), function(self.lengths), function(self.flipped), function(self.gold_margin)
+        )
+
+
+@dataclass
+class PairLogps:
+    """Log-probabilities of both responses of B pairs, or log-ratios of two models' (`policy - reference`).
+
+    chosen, rejected [B]: nats, summed over the response's tokens, its end-of-sequence token included;
+    chosen_length, rejected_length [B]: how many tokens those are.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_length: Tensor
+    rejected_length: Tensor
+
+    @property
+    def margin(self) -> Tensor:
+        """chosen less rejected, [B], nats."""
+        return self.chosen - self.rejected
+
+    def __sub__(self, other: PairLogps) -> PairLogps:
+        return replace(self, chosen=self.chosen - other.chosen, rejected=self.rejected - other.rejected)
+
+    def per_token(self) -> PairLogps:
+        """The same, as means over each response's tokens."""
+        return replace(self, chosen=self.chosen / self.chosen_length, rejected=self.rejected / self.rejected_length)
+
+    def detach(self) -> PairLogps:
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())

@@ -1,0 +1,119 @@
+"""The reference, an axis of its own: what the policy's log-probabilities are compared with while it trains.
+
+Each kind is a dataclass that `prepare`s a `ReferenceLogps`: a batch of pairs in, their reference log-probabilities out.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ReferenceLogps = Callable[[PairBatch], PairLogps]
+
+
+@dataclass
+class Reference:
+    """What all kinds share. starts_at_policy: whether reference and policy agree before the first step."""
+
+    starts_at_policy: ClassVar[bool] = True
+
+    def prepare(
+        self,
+        initial: PreTrainedModel,
+        pairs: Sequence[EncodedPair],
+        cache: Path,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> ReferenceLogps:
+        """Get ready for batches of `pairs`.
+
+        initial: the policy before training; cache: a folder to keep results in; context: what forwards run under
+        (autocast), the same as the policy's.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class Frozen(Reference):
+    """A frozen copy of the initial policy, run beside it: two models in memory, one more forward a step."""
+
+    def prepare(self, initial, pairs, cache, context=nullcontext) -> ReferenceLogps:
+        return FrozenModel(copy.deepcopy(initial))
+
+
+@dataclass
+class Cached(Reference):
+    """The initial policy's log-probabilities, computed once, kept on disk and looked up by pair: one model in memory."""
+
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"reference.batch_size={self.batch_size}: must be 1 or more; type reference.batch_size=64")
+
+    def prepare(self, initial, pairs, cache, context=nullcontext) -> ReferenceLogps:
+        from dpo_lab.models.reference_cache import cached_logps
+
+        return cached_logps(initial, pairs, cache, context, self.batch_size)
+
+
+class Over(str, Enum):
+    """What a uniform reference is uniform over."""
+
+    sequences = "sequences"
+    tokens = "tokens"
+
+
+@dataclass
+class Uniform(Reference):
+    """No model: every response is as likely as any other. Costs no forward and no memory.
+
+    over=sequences: one constant for all responses, which cancels: DPO becomes a ranking loss on log-probabilities alone.
+    over=tokens: -|y| ln V, every token as likely as any other; does not cancel where lengths differ.
+    """
+
+    over: Over = Over.sequences
+    starts_at_policy: ClassVar[bool] = False
+
+    def prepare(self, initial, pairs, cache, context=nullcontext) -> ReferenceLogps:
+        return UniformLogps(0.0 if self.over is Over.sequences else math.log(initial.config.vocab_size))
+
+
+@dataclass
+class UniformLogps:
+    """-nats_per_token for every response token."""
+
+    nats_per_token: float
+
+    def __call__(self, batch: PairBatch) -> PairLogps:
+        _, chosen, rejected = batch.lengths.unbind(1)
+        return PairLogps(-self.nats_per_token * chosen, -self.nats_per_token * rejected, chosen, rejected)
+
+
+class FrozenModel:
+    """A model that nothing trains, moves into a checkpoint or switches to train mode; it follows its batches' device."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    def __call__(self, batch: PairBatch) -> PairLogps:
+        import torch
+
+        from dpo_lab.models.policy import pair_logps
+
+        self.model.to(batch.tokens.device)
+        with torch.no_grad():
+            return pair_logps(self.model, batch)
+
+
+REFERENCES: dict[str, type[Reference]] = {"cached": Cached, "frozen": Frozen, "uniform": Uniform}

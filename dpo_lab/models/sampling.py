@@ -1,0 +1,143 @@
+"""Samples from a model: batched, with a KV cache, one random stream per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sampled response: its token ids (the end-of-sequence token included, if it came) and whether it came."""
+
+    tokens: tuple[int, ...]
+    stopped: bool
+
+
+@torch.inference_mode()
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    batch_size: int = 512,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Sample]:
+    """One response for each prompt (token ids), drawn from the model's full distribution at temperature 1.
+
+    Each prompt has its own uniform numbers, a function of (seed, its place in `prompts`): how prompts are batched does
+    not change what is drawn. progress is called with the number of responses finished since the last call.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    samples: list[Sample | None] = [None] * len(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(prompts), batch_size):
+            chosen = by_length[start : start + batch_size]
+            rows = _sample_batch(model, [prompts[i] for i in chosen], uniforms[chosen], eos_id, pad_id)
+            for i, row in zip(chosen, rows, strict=True):
+                samples[i] = row
+            progress(len(chosen))
+    finally:
+        model.train(was_training)
+    return [s for s in samples if s is not None]
+
+
+def _sample_batch(
+    model: nn.Module, prompts: list[Sequence[int]], uniforms: Tensor, eos_id: int, pad_id: int
+) -> list[Sample]:
+    device = next(model.parameters()).device
+    width = max(len(p) for p in prompts)
+    input_ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    padding = torch.tensor([width - len(p) for p in prompts], device=device)
+    real = torch.arange(width, device=device)[None, :] >= padding[:, None]
+    mask = real.long() if bool(padding.any()) else None  # without padding the model's causal attention is enough
+    position = (torch.arange(width, device=device)[None, :] - padding[:, None]).clamp(min=0)
+    uniforms = uniforms.to(device)
+    cache = _growing_cache(model, width + uniforms.shape[1])
+    tokens = torch.full(uniforms.shape, pad_id, device=device)
+    alive = torch.arange(len(prompts), device=device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for step in range(uniforms.shape[1]):
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        drawn = draw(logits, uniforms[alive, step])
+        tokens[alive, step] = drawn
+        finished = finished | (drawn == eos_id)
+        if bool(finished.all()):
+            break
+        if int(finished.sum()) > len(alive) // 8:  # finished rows leave the batch, several at a time
+            going = (~finished).nonzero()[:, 0]
+            cache.batch_select_indices(going)
+            alive, drawn, position, finished = alive[going], drawn[going], position[going], finished[going]
+            mask = mask[going] if mask is not None else None
+        input_ids, position = drawn[:, None], position[:, -1:] + 1
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1) if mask is not None else None
+    return [_cut(row, eos_id) for row in tokens.tolist()]
+
+
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """A token for each row of logits [B, V] by inverting its cumulative distribution at uniforms [B]; [B]."""
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    point = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def _cut(row: list[int], eos_id: int) -> Sample:
+    if eos_id in row:
+        return Sample(tuple(row[: row.index(eos_id) + 1]), stopped=True)
+    return Sample(tuple(row), stopped=False)
+
+
+def _growing_cache(model: nn.Module, length: int) -> Cache:
+    """A cache with room for `length` tokens where the model attends to everything; else the library's own choice."""
+    config = model.config
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
+        return DynamicCache(config=config)
+    return Cache(layers=[_RoomyLayer(length) for _ in range(config.num_hidden_layers)])
+
+
+class _RoomyLayer(DynamicLayer):
+    """DynamicLayer with its room reserved: a new token is written in place instead of copying the whole cache."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            batch, heads, _, key_size = key_states.shape
+            self.room_keys = key_states.new_empty(batch, heads, self.length, key_size)
+            self.room_values = value_states.new_empty(batch, heads, self.length, value_states.shape[-1])
+            self.filled = 0
+        end = self.filled + key_states.shape[-2]
+        self.room_keys[:, :, self.filled : end] = key_states
+        self.room_values[:, :, self.filled : end] = value_states
+        self.filled = end
+        self.keys, self.values = self.room_keys[:, :, :end], self.room_values[:, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = len(indices)
+        for room in (self.room_keys, self.room_values):  # indices rise, so rows move towards the front: in place
+            room[:rows, :, : self.filled] = room[indices, :, : self.filled]
+        self.room_keys, self.room_values = self.room_keys[:rows], self.room_values[:rows]
+        self.keys, self.values = self.room_keys[:, :, : self.filled], self.room_values[:, :, : self.filled]

@@ -1,0 +1,85 @@
+"""What a fit starts from: initial policy, pairs, token ids. Everything costly is made once and kept under the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dpo_lab.config import ConfigError, RunConfig
+from dpo_lab.core.pairs import EncodedPair
+from dpo_lab.core.seeds import derive_seed
+from dpo_lab.data.sources import PairSplits
+from dpo_lab.data.tokenize import Encoder
+from dpo_lab.models.policy import Policy, Start, weights_digest
+from dpo_lab.models.sampling import sample
+from dpo_lab.results.cache import once
+from dpo_lab.results.progress import track
+from dpo_lab.training.sft import initial_policy
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Material:
+    """The initial policy and the pairs in text and token ids; label noise is in `train` and nowhere else."""
+
+    initial: Policy
+    encoder: Encoder
+    splits: PairSplits
+    train: list[EncodedPair]
+    held_out: list[EncodedPair]
+
+
+def prepare(config: RunConfig, cache: Path) -> Material:
+    """The material of a run. Raises ConfigError where the pairs can't fill a batch."""
+    world = config.data.world
+    policy, folder = initial_policy(replace(config.policy, start=Start.sft), config.sft, world, config.seed, cache)
+    log.info("initial policy: %s, %s parameters", folder, f"{policy.model.num_parameters():,}")
+    encoder = Encoder(policy.tokenizer, config.data.max_length, config.data.max_prompt_length)
+
+    def respond(prompts: Sequence[str], stream: str) -> list[str | None]:
+        """The world's annotator is shown responses of the SFT policy, whatever the run starts from."""
+        return responses(policy, encoder, prompts, world.max_new_tokens, derive_seed(config.seed, stream), cache)
+
+    splits = config.data.load(config.seed, respond)
+    train = encoder.pairs(splits.train, splits.counts)
+    held_out = encoder.pairs(splits.held_out, splits.counts)
+    train = [pair.flip() if config.noise.flips(pair.key) else pair for pair in train]
+    splits.counts["flipped by label noise"] = sum(pair.flipped for pair in train)
+    log.info("data: %s", ", ".join(f"{what} {count}" for what, count in splits.counts.items() if count))
+    if len(train) < config.data.batch_size:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size}: only {len(train)} training pairs are there;"
+            f" type data.batch_size={max(1, len(train))}"
+        )
+    if config.policy.start is not Start.sft:
+        policy, _ = initial_policy(config.policy, config.sft, world, config.seed, cache)
+    return Material(policy, encoder, splits, train, held_out)
+
+
+def responses(
+    policy: Policy, encoder: Encoder, prompts: Sequence[str], max_new_tokens: int, seed: int, cache: Path
+) -> list[str | None]:
+    """A response of the policy to each prompt, None where it did not stop by itself; kept by content."""
+    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, "format 1"])
+    digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
+
+    def make(path: Path) -> None:
+        tokenizer = policy.tokenizer
+        with track("World responses", len(prompts)) as advance:
+            samples = sample(
+                policy.model,
+                [encoder.prompt(p) for p in prompts],
+                max_new_tokens=max_new_tokens,
+                eos_id=tokenizer.eos_token_id,
+                pad_id=tokenizer.pad_token_id,
+                seed=seed,
+                progress=advance,
+            )
+        path.write_text(json.dumps([tokenizer.decode(s.tokens[:-1]) if s.stopped else None for s in samples]))
+
+    return json.loads(once(cache / f"responses-{digest}.json", make).read_text())

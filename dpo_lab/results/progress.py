@@ -1,0 +1,30 @@
+"""The look of long stages on the terminal: one bar, its time left and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def track(what: str, total: int) -> Iterator[Advance]:
+    """A bar for a stage of `total` parts. Gives advance(parts, figures=""): so many parts more, and a text behind the bar."""
+    with Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    ) as bar:
+        task = bar.add_task(what, total=total, figures="")
+
+        def advance(parts: int, figures: str | None = None) -> None:
+            bar.update(task, advance=parts, **({} if figures is None else {"figures": figures}))
+
+        yield advance

@@ -1,0 +1,66 @@
+"""The closing table of a run: what was learned, where it lies, what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_lab.results.estimates import Estimate
+
+# name -> what a reader calls it; an `initial/` twin, where there is one, stands beside it
+ROWS = {
+    "true_accuracy": "accuracy, truth (held-out)",
+    "accuracy": "accuracy, labels (held-out)",
+    "margin": "log-ratio margin (nats)",
+    "chosen_fell": "chosen that lost log-prob",
+    "gold": "gold reward",
+    "gold_gain": "  gain, in initial sd",
+    "win_rate": "  win rate over initial",
+    "kl": "KL to initial (nats)",
+    "perplexity": "perplexity of real text",
+    "well_formed": "well-formed samples",
+    "distinct_2": "distinct bigrams",
+    "length": "sample length (tokens)",
+    "stopped": "samples that stop",
+}
+
+
+def print_summary(
+    console: Console,
+    metrics: Mapping[str, Estimate],
+    samples: Sequence[Mapping[str, str]],
+    folder: Path,
+    next_commands: Sequence[str],
+) -> None:
+    table = Table(title="What it learned", title_justify="left")
+    for column in ("", "initial", "trained", "95 % interval", "n"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, label in ROWS.items():
+        if name in metrics:
+            estimate, before = metrics[name], metrics.get(f"initial/{name}")
+            interval = estimate.interval
+            table.add_row(
+                label,
+                f"{before.value:.3f}" if before else "",
+                f"{estimate.value:.3f}",
+                f"{interval[0]:.3f} .. {interval[1]:.3f}" if interval else "",
+                str(estimate.n or ""),
+            )
+    console.print(table)
+    side_by_side = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
+    for column in ("prompt", "initial policy", "trained policy"):
+        side_by_side.add_column(column, ratio=1 if column == "prompt" else 2, overflow="fold")
+    for row in samples[:3]:
+        side_by_side.add_row(*(_plain(row[key]) for key in ("prompt", "initial", "trained")))
+    console.print(side_by_side)
+    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True, markup=False)
+    for command in next_commands:
+        console.print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _plain(text: str) -> str:
+    """Text from a model as text: no console markup in it is obeyed."""
+    return text.replace("[", r"\[")

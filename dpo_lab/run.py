@@ -1,0 +1,292 @@
+"""One run's life: hold the folder, prepare policy, pairs and reference, check step 0, fit, evaluate, record, summarise."""
+
+from __future__ import annotations
+
+import copy
+import html
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers.utils.logging import disable_progress_bar
+
+from dpo_lab.config import ConfigError, RunConfig
+from dpo_lab.data.collate import collate
+from dpo_lab.data.module import PreferenceDataModule
+from dpo_lab.data.world.world import HELD_OUT
+from dpo_lab.evals.evaluation import evaluate
+from dpo_lab.evals.subject import Subject
+from dpo_lab.models.policy import Policy, weights_digest
+from dpo_lab.prepare import Material, prepare
+from dpo_lab.results import runs
+from dpo_lab.results.estimates import Estimate
+from dpo_lab.results.summary import print_summary
+from dpo_lab.training.callbacks import HParams
+from dpo_lab.training.checks import check_step_zero
+from dpo_lab.training.module import DPOModule
+from dpo_lab.training.sft import initial_policy
+
+log = logging.getLogger("dpo_lab")
+
+CACHE = Path("outputs/cache")
+
+
+def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
+    """Run `config` in `folder`; a finished run is left alone."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    _set_up(config)
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # a further rank of a run that rank 0 holds
+        _fit(config, plain, folder, prepare(config, CACHE))
+        return
+    with runs.hold(folder, plain, list(HydraConfig.get().overrides.task)) as held, _logging(folder):
+        if held is None:
+            print(f"{folder}: this run is done already. Type name=another for a second one; its figures:")
+            _report_again(folder, config)
+            return
+        _whole_run(config, plain, held)
+
+
+def make_initial_policy(config: RunConfig) -> None:
+    """The embedded initial policy alone, made unless the cache has it."""
+    _set_up(config)
+    policy, folder = initial_policy(config.policy, config.sft, config.data.world, config.seed, CACHE)
+    print(f"initial policy of {policy.model.num_parameters():,} parameters: {folder}")
+
+
+def _set_up(config: RunConfig) -> None:
+    disable_progress_bar()  # transformers' own bars, of milliseconds here
+    if config.threads:
+        torch.set_num_threads(config.threads)
+
+
+def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None:
+    clock = Clock()
+    material = prepare(config, CACHE)
+    held.update(
+        data=dict(material.splits.counts),
+        initial_policy=weights_digest(material.initial.model),
+        seconds=clock.lap("prepare"),
+    )
+    module, trainer, step_zero_loss = _fit(config, plain, held.folder, material)
+    held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("fit"))
+    trained = Policy(module.model.eval(), material.initial.tokenizer)
+    trained.save(held.folder / "policy")
+    subject = _subject(config, material, trained)
+    metrics = evaluate(subject)
+    samples = [
+        {"prompt": prompt, "initial": before, "trained": after}
+        for prompt, before, after in zip(
+            subject.prompts,
+            subject.responses(subject.initial_samples),
+            subject.responses(subject.samples),
+            strict=True,
+        )
+    ]
+    _to_tensorboard(trainer, metrics, samples)
+    held.update(
+        metrics={name: estimate.as_record() for name, estimate in metrics.items()},
+        trained_policy=weights_digest(trained.model),
+        samples=samples[:16],
+        seconds=clock.lap("evaluate"),
+    )
+    log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
+    print_summary(Console(), metrics, samples, held.folder, _next_commands(config))
+
+
+def _fit(
+    config: RunConfig, plain: dict[str, Any], folder: Path, material: Material
+) -> tuple[DPOModule, Trainer, float | None]:
+    """Train; gives the module, the trainer and the loss before the first step (None without a starting reference)."""
+    trainer = _trainer(config, plain, folder)
+    seed_everything(config.seed, workers=True, verbose=False)
+    autocast = trainer.precision_plugin.forward_context
+    device = trainer.strategy.root_device
+    model = copy.deepcopy(material.initial.model).to(device)
+    pairs = [*material.train, *material.held_out]
+    reference = config.reference.prepare(model, pairs, CACHE, autocast)
+    step_zero_loss = None
+    if config.reference.starts_at_policy:
+        with autocast():
+            batch = collate(material.train[: config.data.batch_size]).to(device)
+            step_zero_loss = check_step_zero(model, config.loss, reference, batch)
+        log.info("step 0: loss %.6f, policy and reference agree", step_zero_loss)
+    data = PreferenceDataModule(
+        material.train,
+        material.held_out,
+        batch_size=config.data.batch_size,
+        microbatch_size=_microbatch_size(config, trainer),
+        num_workers=config.data.num_workers,
+        seed=config.seed,
+    )
+    model.train()
+    module = DPOModule(model, config.loss, reference, config.optim, trainer.max_steps)
+    trainer.fit(module, datamodule=data)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # evaluation is rank 0's alone
+    return module, trainer, step_zero_loss
+
+
+def _trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trainer:
+    """Lightning's Trainer from its node, with loggers, callbacks and the accumulation that batch_size asks for."""
+    settings = dict(plain["trainer"])
+    try:
+        loggers = [instantiate(node, save_dir=folder) for node in plain["logger"].values()]
+        callbacks = [instantiate(node) for node in plain["callbacks"].values()]
+        callbacks.append(HParams(_hparams(plain)))
+        plan = {"default_root_dir": folder, "use_distributed_sampler": False}
+        trainer = instantiate(settings, logger=loggers, callbacks=callbacks, **plan)
+    except HydraException as error:
+        raise ConfigError(f"the trainer, a logger or a callback can't be made: {_last_line(error)}") from error
+    except MisconfigurationException as error:
+        raise ConfigError(f"the trainer can't be made: {_last_line(error)}") from error
+    accumulate = config.data.batch_size // (_microbatch_size(config, trainer) * trainer.world_size)
+    trainer.accumulate_grad_batches = accumulate
+    return trainer
+
+
+def _microbatch_size(config: RunConfig, trainer: Trainer) -> int:
+    """Pairs a forward on one device. Raises ConfigError where devices and micro-batches don't make up batch_size."""
+    batch_size, devices = config.data.batch_size, trainer.world_size
+    size = config.data.microbatch_size or batch_size // devices
+    if not size or batch_size % (size * devices):
+        raise ConfigError(
+            f"data.batch_size={batch_size}: {devices} devices x micro-batches of {size or 1} don't make it up;"
+            f" type data.batch_size={devices * max(1, size)} or a multiple of it"
+        )
+    return size
+
+
+def _hparams(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a reader of HPARAMS compares runs by: choices and numbers, no classes or paths."""
+    shown = {k: v for k, v in plain.items() if k not in ("trainer", "logger", "callbacks", "name")}
+    choices = HydraConfig.get().runtime.choices
+    groups = ("loss", "reference", "noise", "policy", "data")
+    return {k: v for k, v in runs.flatten(shown).items() if v is not None} | {
+        group: str(choices[group]) for group in groups if group in choices
+    }
+
+
+def _subject(config: RunConfig, material: Material, trained: Policy) -> Subject:
+    """What evaluation looks at: held-out prompts and texts, from the world or from the user's held-out rows."""
+    device = trained.model.device
+    material.initial.model.to(device)
+    if config.data.is_world:
+        world = config.data.world
+        prompts = world.prompts(HELD_OUT, config.evals.samples, config.seed)
+        texts = [("", text) for text in world.reviews(HELD_OUT, config.evals.texts, config.seed)]
+    else:
+        world = None
+        prompts = list(dict.fromkeys(pair.prompt for pair in material.splits.held_out))[: config.evals.samples]
+        texts = [(pair.prompt, pair.chosen) for pair in material.splits.held_out][: config.evals.texts]
+    return Subject(
+        trained=trained,
+        initial=material.initial,
+        encoder=material.encoder,
+        pairs=material.held_out,
+        prompts=prompts,
+        texts=texts,
+        world=world,
+        max_new_tokens=config.evals.max_new_tokens,
+        batch_size=config.evals.batch_size,
+        seed=config.seed,
+    )
+
+
+def _to_tensorboard(trainer: Trainer, metrics: Mapping[str, Estimate], samples: Sequence[Mapping[str, str]]) -> None:
+    """Final metrics under eval/ for every logger; samples as a table where the logger takes text."""
+    for logger in trainer.loggers:
+        logger.log_metrics({f"eval/{name}": e.value for name, e in metrics.items()}, step=trainer.global_step)
+        if isinstance(logger, TensorBoardLogger):
+            rows = [[_cell(row[key]) for key in ("prompt", "initial", "trained")] for row in samples[:16]]
+            lines = [
+                "| prompt | initial policy | trained policy |",
+                "|---|---|---|",
+                *("|" + "|".join(r) + "|" for r in rows),
+            ]
+            logger.experiment.add_text("samples", "\n".join(lines), trainer.global_step)
+        logger.save()
+        logger.finalize("success")
+
+
+def _cell(text: str) -> str:
+    """Text for a Markdown table cell."""
+    return html.escape(text).replace("|", "&#124;").replace("\n", " ")
+
+
+def _next_commands(config: RunConfig) -> list[str]:
+    commands = ["tensorboard --logdir outputs"]
+    if config.reference.starts_at_policy:
+        commands.append("python -m dpo_lab.train +ablation=uniform_ref")
+    return [*commands, "python -m dpo_lab.train --multirun beta=0.01,0.1,1.0"]
+
+
+def _report_again(folder: Path, config: RunConfig) -> None:
+    """The summary of a finished run, from its record."""
+    record = runs.read_record(folder)
+    assert record is not None
+    metrics = {name: Estimate(m["value"], m["se"], m["n"]) for name, m in record["metrics"].items()}
+    print_summary(Console(), metrics, record["samples"], folder, _next_commands(config))
+
+
+@contextmanager
+def _logging(folder: Path) -> Iterator[None]:
+    """Our own lines on the terminal and in the run's log file."""
+    console, file = RichHandler(show_path=False, log_time_format="%X"), logging.FileHandler(folder / "run.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in (console, file):
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.captureWarnings(True)  # libraries' warnings go to the file, not between the bars
+    logging.getLogger("py.warnings").addHandler(file)
+    logging.getLogger("py.warnings").propagate = False
+    try:
+        yield
+    except ConfigError:
+        raise  # the door says it in one line
+    except Exception:
+        log.exception("the run failed")
+        raise
+    finally:
+        for handler in (console, file):
+            log.removeHandler(handler)
+            handler.close()
+        logging.captureWarnings(False)
+
+
+class Clock:
+    """Wall and CPU seconds of each stage, of this process and its threads."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, dict[str, float]] = {}
+        self.last = (time.perf_counter(), time.process_time())
+
+    def lap(self, stage: str) -> dict[str, dict[str, float]]:
+        """End a stage; gives all stages so far."""
+        now = (time.perf_counter(), time.process_time())
+        self.stages[stage] = {"wall": round(now[0] - self.last[0], 2), "cpu": round(now[1] - self.last[1], 2)}
+        self.last = now
+        return dict(self.stages)
+
+
+def _last_line(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return str(cause).strip().splitlines()[-1]

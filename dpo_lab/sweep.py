@@ -1,0 +1,70 @@
+"""One cell of a sweep as a fresh process: `python -m dpo_lab.train` with the cell's overrides, in RUN mode.
+
+Lightning's DDP starts its ranks by repeating the command line; under --multirun that repeats the sweep. A cell of its own
+has nothing to repeat but itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+CHILD = "DPO_LAB_SWEEP_CELL"
+_DDP_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK"}
+
+
+class CellFailed(RuntimeError):
+    """A cell ended without a committed result."""
+
+
+def run_cell(grace: float = 30.0) -> None:
+    """Run the current Hydra job in a child process and wait for it. Raises CellFailed if it fails."""
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    searched = [
+        arg for s in hydra.runtime.config_sources if s.provider == "command-line" for arg in ("--config-dir", s.path)
+    ]
+    command = [
+        *(sys.executable, "-m", "dpo_lab.train", *searched, "--config-name", str(hydra.job.config_name)),
+        *hydra.overrides.task,
+        *hydra.overrides.hydra,
+        "hydra.mode=RUN",
+    ]
+    print(f"[{hydra.job.num}] {' '.join(map(shlex.quote, hydra.overrides.task)) or '(no overrides)'}", flush=True)
+    environment = {k: v for k, v in os.environ.items() if k not in _DDP_VARIABLES} | {CHILD: "1"}
+    child = subprocess.Popen(command, env=environment, cwd=hydra.runtime.cwd, start_new_session=True)
+    try:
+        code = child.wait()
+    except BaseException:
+        _stop(child, signal.SIGINT, grace)
+        raise
+    if code:
+        raise CellFailed(f"{folder}: the run ended with exit code {code}")
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when the sweep that started it dies (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _stop(child: subprocess.Popen, sign: signal.Signals, grace: float) -> None:
+    if child.poll() is None:
+        child.send_signal(sign)  # the leader alone: it ends its ranks itself
+        try:
+            child.wait(grace)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(child.pid, signal.SIGKILL)  # ranks that are left
+    except ProcessLookupError:
+        pass
+    child.wait()

@@ -1,0 +1,67 @@
+"""The optimiser and its schedule: AdamW, linear warm-up, then cosine or linear decay to zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+
+class Decay(str, Enum):
+    """How the learning rate goes down after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+@dataclass
+class Optim:
+    """AdamW's settings. weight_decay acts on matrices only, not on norms and biases."""
+
+    lr: float = 3e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    warmup_steps: int = 20
+    decay: Decay = Decay.linear
+
+    def __post_init__(self) -> None:
+        if not (self.lr >= 0 and math.isfinite(self.lr)):
+            raise ValueError(f"optim.lr={self.lr}: must be 0 or more; type e.g. optim.lr=3e-4")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must lie in [0, 1); type e.g. optim.{name}=0.9")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"optim.warmup_steps={self.warmup_steps}, optim.weight_decay={self.weight_decay}: must be 0 or more"
+            )
+
+    def build(self, parameters: Iterable[nn.Parameter], total_steps: int) -> tuple[Optimizer, LRScheduler]:
+        """The optimiser over the parameters that train, and its schedule over `total_steps` optimizer steps."""
+        from torch.optim import AdamW
+        from torch.optim.lr_scheduler import LambdaLR
+
+        training = [p for p in parameters if p.requires_grad]
+        groups = [
+            {"params": [p for p in training if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in training if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=(self.beta1, self.beta2))
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Share of `lr` at a step (0-based): rises over the warm-up, would reach 0 at total_steps."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        left = max(0.0, (total_steps - step) / max(1, total_steps - self.warmup_steps))
+        if self.decay is Decay.cosine:
+            return 0.5 * (1 - math.cos(math.pi * left))
+        return left if self.decay is Decay.linear else 1.0

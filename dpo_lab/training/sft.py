@@ -1,0 +1,93 @@
+"""Supervised fine-tuning: how an initial policy is made, once, and kept by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from dpo_lab.core.seeds import derive_seed
+from dpo_lab.data.world.world import TRAIN, World
+from dpo_lab.models.policy import Policy, Start, TinyPolicy, load_policy
+from dpo_lab.results.cache import once
+from dpo_lab.training.optim import Optim
+
+
+@dataclass
+class SFT:
+    """Settings of supervised fine-tuning on the world's reviews: `steps` steps of `batch_size` reviews, each seen once."""
+
+    steps: int = 256
+    batch_size: int = 32
+    optim: Optim = field(default_factory=lambda: Optim(lr=4e-3, beta2=0.95, weight_decay=0.01))
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sft.{name}={getattr(self, name)}: must be 1 or more; type e.g. sft.{name}=256")
+
+
+def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: Path) -> tuple[Policy, Path]:
+    """The embedded initial policy and the folder it lies in: read from the cache, or trained and put there.
+
+    The folder's name is a hash of all that makes the policy: the very training texts, the settings, the seed.
+    """
+    from dpo_lab.models.tokenizer import train_tokenizer
+
+    texts = world.reviews(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
+    recipe = {"tiny": asdict(tiny), "sft": asdict(sft), "seed": seed, "format": 1}
+    digest = hashlib.blake2b(json.dumps([recipe, texts]).encode(), digest_size=8).hexdigest()
+    folder = cache / f"policy-{digest}"
+
+    def make(folder: Path) -> None:
+        tokenizer = train_tokenizer(texts, tiny.vocab_size)
+        policy = Policy(tiny.build(tokenizer, derive_seed(seed, "init")), tokenizer)
+        if tiny.start is Start.sft:
+            train_on_texts(policy, texts, sft, seed)
+        policy.save(folder)
+
+    once(folder, make)
+    return load_policy(folder), folder
+
+
+def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int) -> None:
+    """Train policy.model in place to continue every text from its begin token to its end token."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from dpo_lab.results.progress import track
+
+    tokenizer = policy.tokenizer
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = [[bos, *ids, eos] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    optimizer, schedule = sft.optim.build(policy.model.parameters(), sft.steps)
+    policy.model.train()
+    with track("Initial policy (SFT)", sft.steps) as advance:
+        for batch in _batches(rows, sft, seed):
+            width = max(len(row) for row in batch)
+            input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in batch])
+            labels = torch.tensor([row + [-100] * (width - len(row)) for row in batch])
+            logits = policy.model(input_ids=input_ids, use_cache=False).logits  # pads stand right of a causal row
+            loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1, f"loss {loss.item():.3f}")
+    policy.model.eval()
+
+
+def _batches(rows: list[list[int]], sft: SFT, seed: int, window: int = 16) -> list[list[list[int]]]:
+    """Batches of similar length in random order: rows are sorted within a window of batches, batches shuffled in it."""
+    rng = random.Random(derive_seed(seed, "sft/order"))
+    batches = []
+    for start in range(0, len(rows), window * sft.batch_size):
+        pool = sorted(rows[start : start + window * sft.batch_size], key=len)
+        of_window = [pool[i : i + sft.batch_size] for i in range(0, len(pool), sft.batch_size)]
+        rng.shuffle(of_window)
+        batches += of_window
+    return batches

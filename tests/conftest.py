@@ -1,0 +1,76 @@
+"""Shared fixtures: a small embedded policy and its pairs, and the settings of a run that takes seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_lab.core.pairs import EncodedPair
+from dpo_lab.models.policy import Policy, TinyPolicy
+from dpo_lab.models.tokenizer import train_tokenizer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# A run of a few seconds: a policy just large enough to learn when to stop.
+SMALL = (
+    "threads=1 policy.hidden_size=64 policy.layers=2 policy.intermediate_size=128 sft.steps=96 sft.optim.lr=1e-2"
+    " data.pairs=96 data.validation_pairs=24 data.batch_size=8 data.world.max_new_tokens=40 optim.warmup_steps=2"
+    " trainer.max_steps=6 trainer.val_check_interval=3 trainer.log_every_n_steps=2 evals.samples=16 evals.texts=8"
+).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def policy() -> Policy:
+    """Random weights, a vocabulary of the world's words."""
+    from dpo_lab.data.world.world import TRAIN, World
+
+    tokenizer = train_tokenizer(World().reviews(TRAIN, 300, seed=0), vocab_size=400)
+    tiny = TinyPolicy(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=256)
+    return Policy(tiny.build(tokenizer, seed=0).eval(), tokenizer)
+
+
+def make_pairs(count: int, seed: int = 0, vocabulary: int = 300) -> list[EncodedPair]:
+    """Pairs of random tokens and uneven lengths, prompts of 1 token among them; true preferences known for most."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    def gold(i: int) -> float:
+        return float("nan") if i % 5 == 0 else float(torch.randn((), generator=generator))
+
+    return [
+        EncodedPair(f"pair-{i}", tokens(1, 1 if i % 4 == 0 else 9), tokens(1, 12), tokens(1, 12), gold(i))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def pairs() -> list[EncodedPair]:
+    return make_pairs(12)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Path:
+    """A folder that CLI runs share, so that the initial policy and the pairs are made once (per test process)."""
+    return tmp_path_factory.mktemp("workshop")
+
+
+def python_m(
+    module: str, *arguments: str, cwd: Path, timeout: float = 240, **variables: str
+) -> subprocess.CompletedProcess:
+    """`python -m module ...` as a user types it, offline, with one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **variables}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -1,0 +1,106 @@
+"""The architecture, held by machine: imports only go down, and composing a config loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+from tests.conftest import REPOSITORY
+
+# Lowest first: a module may import from its own layer and from those before it.
+LAYERS = (
+    ("dpo_lab.core", "dpo_lab.results"),
+    ("dpo_lab.data",),
+    ("dpo_lab.models",),
+    ("dpo_lab.losses", "dpo_lab.references"),
+    ("dpo_lab.evals",),
+    ("dpo_lab.training",),
+    ("dpo_lab.config",),
+    ("dpo_lab.prepare",),
+    ("dpo_lab.run",),
+    ("dpo_lab.sweep", "dpo_lab.door"),
+    ("dpo_lab.train", "dpo_lab.sft"),
+)
+
+
+def layer_of(module: str) -> int | None:
+    for number, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    return None
+
+
+def imports() -> list[tuple[str, str]]:
+    """(module, what it imports) for all of the package, imports inside functions included."""
+    found = []
+    for path in sorted((REPOSITORY / "dpo_lab").rglob("*.py")):
+        module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dpo_lab"):
+                found += [(module, f"{node.module}.{alias.name}") for alias in node.names]
+            elif isinstance(node, ast.Import):
+                found += [(module, alias.name) for alias in node.names if alias.name.startswith("dpo_lab")]
+    return found
+
+
+def test_imports_only_go_down():
+    found = imports()
+    assert len(found) > 50
+    upward = [
+        f"{module} imports {imported}"
+        for module, imported in found
+        if (here := layer_of(module)) is not None and ((there := layer_of(imported)) is None or there > here)
+    ]
+    assert upward == []
+
+
+def test_every_module_has_a_layer():
+    paths = [p for p in (REPOSITORY / "dpo_lab").rglob("*.py") if p.name != "__init__.py"]
+    modules = [".".join(p.relative_to(REPOSITORY).with_suffix("").parts) for p in paths]
+    assert [m for m in modules if layer_of(m) is None] == []
+
+
+def test_core_and_results_do_not_see_each_other():
+    crossing = [(m, i) for m, i in imports() if {".".join(x.split(".")[:2]) for x in (m, i)} == set(LAYERS[0])]
+    assert crossing == []
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}; import sys; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return set(output.stdout.split())
+
+
+def test_config_and_doors_load_nothing_heavy():
+    heavy = {"torch", "lightning", "transformers", "tensorboard", "matplotlib", "scipy"}
+    assert loaded_by("import dpo_lab.train, dpo_lab.sft") & heavy == set()
+
+
+def test_core_needs_neither_lightning_nor_hydra_nor_transformers():
+    libraries = {
+        alias.name.split(".")[0] if isinstance(node, ast.Import) else str(node.module).split(".")[0]
+        for path in (REPOSITORY / "dpo_lab" / "core").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {"torch", "torchmetrics"} <= libraries
+    assert libraries & {"lightning", "hydra", "omegaconf", "transformers"} == set()
+
+
+def test_results_need_no_torch():
+    results = "import dpo_lab.results.runs, dpo_lab.results.estimates, dpo_lab.results.summary, dpo_lab.results.cache"
+    assert loaded_by(results) & {"torch", "lightning", "transformers"} == set()
+
+
+def test_notebook_doors_need_neither_lightning_nor_hydra():
+    used = "import dpo_lab, torch; x = torch.zeros(2); dpo_lab.dpo_loss(x, x, x, x); dpo_lab.references.Uniform()"
+    assert loaded_by(used) & {"lightning", "hydra", "omegaconf"} == set()
+
+
+def test_files_open_with_what_they_are_for_and_can_be_read_in_one_sitting():
+    for path in (REPOSITORY / "dpo_lab").rglob("*.py"):
+        text = path.read_text()
+        assert text == "" or ast.get_docstring(ast.parse(text)), path
+        assert text.count("\n") <= 320, path

@@ -1,0 +1,169 @@
+"""Training: every step sees the same pairs however it is cut up, in one process and in two real ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from dpo_lab.core.losses import DPO
+from dpo_lab.data.collate import collate
+from dpo_lab.data.module import PreferenceDataModule, StepSampler
+from dpo_lab.models.policy import TinyPolicy, pair_logps
+from dpo_lab.models.reference import Cached
+from dpo_lab.models.tokenizer import train_tokenizer
+from dpo_lab.training.module import DPOModule
+from dpo_lab.training.optim import Decay, Optim
+from tests.conftest import make_pairs
+from tests.ranks import run_in_ranks
+
+STEPS, PAIRS = 5, 30
+
+
+def fit(folder: Path, microbatch_size: int, devices: int = 1, num_workers: int = 0, seed: int = 0, **trainer_settings):
+    """Train a small model for STEPS steps of 8 pairs; gives its weights and the logged figures."""
+    tokenizer = train_tokenizer(["the plot was good and its music too"], 300)
+    model = TinyPolicy(hidden_size=32, layers=1, heads=4, intermediate_size=32).build(tokenizer, seed=0)
+    pairs, held_out = make_pairs(PAIRS, vocabulary=250), make_pairs(7, seed=9, vocabulary=250)
+    reference = Cached().prepare(model, [*pairs, *held_out], folder)
+    # at such a rate Adam's first steps would blow a rounding difference up; the rate of a real run does not
+    module = DPOModule(copy.deepcopy(model), DPO(0.5), reference, Optim(lr=1e-3, warmup_steps=0), STEPS)
+    data = PreferenceDataModule(
+        pairs, held_out, batch_size=8, microbatch_size=microbatch_size, num_workers=num_workers, seed=seed
+    )
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=STEPS,
+        max_epochs=-1,
+        accumulate_grad_batches=8 // (microbatch_size * devices),
+        use_distributed_sampler=False,
+        log_every_n_steps=STEPS,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=1,
+        **(quiet | trainer_settings),
+    )
+    module.train()
+    trainer.fit(module, datamodule=data)
+    weights = torch.cat([p.detach().flatten() for p in module.model.parameters()])
+    figures = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    return weights, figures, trainer
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning")
+
+
+def test_eight_times_one_is_one_times_eight(tmp_path):
+    whole, whole_figures, _ = fit(tmp_path, microbatch_size=8)
+    single, single_figures, trainer = fit(tmp_path, microbatch_size=1)
+    assert trainer.global_step == STEPS
+    assert (single - whole).abs().max().item() < 1e-6
+    assert single_figures == pytest.approx(whole_figures, abs=1e-5)
+    assert "train/rewards/margins" in whole_figures
+
+
+def test_loader_workers_change_nothing(tmp_path):
+    assert torch.equal(fit(tmp_path, 4, num_workers=2)[0], fit(tmp_path, 4)[0])
+
+
+def test_seed_decides_the_order(tmp_path):
+    first, second, other = (fit(tmp_path, 8, seed=seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert (first - other).abs().max().item() > 1e-5
+
+
+def rank(number: int, world_size: int, folder: str) -> None:
+    """One rank of two, as torchrun would start it."""
+    import os
+
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world_size), "TORCHELASTIC_RUN_ID": "test"}
+    weights, figures, _ = fit(Path(folder), microbatch_size=4, devices=world_size)
+    torch.save(weights, Path(folder) / f"rank-{number}.pt")
+    print("RESULT", json.dumps(figures))
+    sys.stdout.flush()
+
+
+def test_two_ranks_times_four_is_one_times_eight(tmp_path):
+    outputs = run_in_ranks("tests.test_training", "rank", 2, str(tmp_path))
+    weights, figures, _ = fit(tmp_path, microbatch_size=8)
+    for number, output in enumerate(outputs):
+        of_rank = torch.load(tmp_path / f"rank-{number}.pt", weights_only=True)
+        assert (of_rank - weights).abs().max().item() < 1e-6
+        # 7 held-out pairs over 2 ranks: each counted once
+        assert json.loads(output.split("RESULT", 1)[1]) == pytest.approx(figures, abs=1e-5)
+
+
+def test_gradient_is_the_mean_over_pairs(policy, pairs, tmp_path):
+    """Pairs of uneven length weigh the same: a brute-force loop over single pairs gives the batch's gradient."""
+    model = copy.deepcopy(policy.model)
+    reference = Cached().prepare(model, pairs, tmp_path)
+    with torch.no_grad():
+        model.model.norm.weight *= 1.1
+
+    def gradient(groups) -> torch.Tensor:
+        model.zero_grad()
+        for group in groups:
+            batch = collate(group)
+            (DPO(0.5)(pair_logps(model, batch), reference(batch)).mean() * len(group) / len(pairs)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    together, one_by_one = gradient([pairs]), gradient([[p] for p in pairs])
+    assert (together - one_by_one).norm() / together.norm() < 1e-5
+
+
+def test_bf16_runs_and_stays_near_fp32(tmp_path):
+    _, exact, _ = fit(tmp_path, 8)
+    _, half, _ = fit(tmp_path, 8, precision="bf16-mixed")
+    assert half["train/loss"] == pytest.approx(exact["train/loss"], abs=0.05)
+
+
+@pytest.mark.parametrize(("world_size", "microbatch_size"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])
+def test_steps_hold_the_same_pairs_for_any_ranks_and_microbatches(world_size, microbatch_size):
+    def steps(world_size: int, microbatch_size: int, epoch: int) -> list[set[int]]:
+        ranks = []
+        for number in range(world_size):
+            sampler = StepSampler(PAIRS, 8, microbatch_size, seed=5, rank=number, world_size=world_size)
+            sampler.set_epoch(epoch)
+            batches = list(sampler)
+            assert len(batches) == len(sampler)
+            per_step = 8 // microbatch_size // world_size
+            ranks.append([sum(batches[i : i + per_step], []) for i in range(0, len(batches), per_step)])
+        return [set().union(*parts) for parts in zip(*ranks, strict=True)]
+
+    for epoch in (0, 1):
+        cut = steps(world_size, microbatch_size, epoch)
+        assert cut == steps(1, 8, epoch)
+        assert [len(step) for step in cut] == [8] * (PAIRS // 8)
+        assert len(set().union(*cut)) == 24  # no pair twice
+    assert steps(1, 8, 0) != steps(1, 8, 1)
+
+
+def test_schedule():
+    optim = Optim(lr=1.0, warmup_steps=4, decay=Decay.linear)
+    assert [optim.factor(s, 8) for s in range(9)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.75, 0.5, 0.25, 0.0])
+    cosine = Optim(lr=1.0, warmup_steps=0, decay=Decay.cosine)
+    assert [cosine.factor(s, 4) for s in range(5)] == pytest.approx(
+        [1, 0.5 * (1 + math.sqrt(0.5)), 0.5, 0.5 * (1 - math.sqrt(0.5)), 0]
+    )
+
+
+def test_weight_decay_spares_norms(policy):
+    optimizer, _ = Optim(weight_decay=0.1).build(policy.model.parameters(), 10)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in policy.model.named_parameters():
+        assert decay[id(parameter)] == (0.0 if "norm" in name else 0.1)
+
+
+@pytest.mark.parametrize("settings", [{"lr": -1.0}, {"lr": math.nan}, {"beta2": 1.0}, {"warmup_steps": -1}])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=f"optim.{next(iter(settings))}"):
+        Optim(**settings)
