@@ -115,6 +115,15 @@ def validate(cfg: DictConfig) -> RunConfig:
     return config
 
 
+def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain values, with `kind` naming the loss and the reference: their fields alone don't."""
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    for group, table in (("loss", LOSSES), ("reference", REFERENCES)):
+        (kind,) = (name for name, schema in table.items() if type(getattr(config, group)) is schema)
+        plain[group] = {"kind": kind, **plain[group]}
+    return plain
+
+
 def explain(error: Exception) -> str:
     """What Hydra or OmegaConf says in five lines, in one line that names the key and says what to type."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)

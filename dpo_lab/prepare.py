@@ -15,9 +15,8 @@ from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.sources import PairSplits
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.models.policy import Policy, Start, weights_digest
-from dpo_lab.models.sampling import sample
+from dpo_lab.models.sampling import respond
 from dpo_lab.results.cache import once
-from dpo_lab.results.progress import track
 from dpo_lab.training.sft import initial_policy
 
 log = logging.getLogger(__name__)
@@ -41,11 +40,11 @@ def prepare(config: RunConfig, cache: Path) -> Material:
     log.info("initial policy: %s, %s parameters", folder, f"{policy.model.num_parameters():,}")
     encoder = Encoder(policy.tokenizer, config.data.max_length, config.data.max_prompt_length)
 
-    def respond(prompts: Sequence[str], stream: str) -> list[str | None]:
+    def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
         """The world's annotator is shown responses of the SFT policy, whatever the run starts from."""
         return responses(policy, encoder, prompts, world.max_new_tokens, derive_seed(config.seed, stream), cache)
 
-    splits = config.data.load(config.seed, respond)
+    splits = config.data.load(config.seed, annotated)
     train = encoder.pairs(splits.train, splits.counts)
     held_out = encoder.pairs(splits.held_out, splits.counts)
     train = [pair.flip() if config.noise.flips(pair.key) else pair for pair in train]
@@ -69,17 +68,9 @@ def responses(
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
     def make(path: Path) -> None:
-        tokenizer = policy.tokenizer
-        with track("World responses", len(prompts)) as advance:
-            samples = sample(
-                policy.model,
-                [encoder.prompt(p) for p in prompts],
-                max_new_tokens=max_new_tokens,
-                eos_id=tokenizer.eos_token_id,
-                pad_id=tokenizer.pad_token_id,
-                seed=seed,
-                progress=advance,
-            )
-        path.write_text(json.dumps([tokenizer.decode(s.tokens[:-1]) if s.stopped else None for s in samples]))
+        samples = respond(
+            policy.model, encoder, prompts, max_new_tokens=max_new_tokens, seed=seed, what="World responses"
+        )
+        path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped else None for s in samples]))
 
     return json.loads(once(cache / f"responses-{digest}.json", make).read_text())

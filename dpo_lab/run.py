@@ -20,12 +20,12 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
-from dpo_lab.config import ConfigError, RunConfig
+from dpo_lab.config import ConfigError, RunConfig, as_record
 from dpo_lab.data.collate import collate
 from dpo_lab.data.module import PreferenceDataModule
 from dpo_lab.data.world.world import HELD_OUT
@@ -48,7 +48,7 @@ CACHE = Path("outputs/cache")
 
 def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
     """Run `config` in `folder`; a finished run is left alone."""
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    plain = as_record(cfg, config)
     _set_up(config)
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # a further rank of a run that rank 0 holds
         _fit(config, plain, folder, prepare(config, CACHE))
@@ -116,7 +116,7 @@ def _fit(
     seed_everything(config.seed, workers=True, verbose=False)
     autocast = trainer.precision_plugin.forward_context
     device = trainer.strategy.root_device
-    model = copy.deepcopy(material.initial.model).to(device)
+    model = copy.deepcopy(material.initial.model).to(device)  # type: ignore[arg-type]
     pairs = [*material.train, *material.held_out]
     reference = config.reference.prepare(model, pairs, CACHE, autocast)
     step_zero_loss = None
@@ -174,19 +174,15 @@ def _microbatch_size(config: RunConfig, trainer: Trainer) -> int:
 
 
 def _hparams(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a reader of HPARAMS compares runs by: choices and numbers, no classes or paths."""
+    """The settings that a reader of HPARAMS compares runs by: choices and numbers, no classes."""
     shown = {k: v for k, v in plain.items() if k not in ("trainer", "logger", "callbacks", "name")}
-    choices = HydraConfig.get().runtime.choices
-    groups = ("loss", "reference", "noise", "policy", "data")
-    return {k: v for k, v in runs.flatten(shown).items() if v is not None} | {
-        group: str(choices[group]) for group in groups if group in choices
-    }
+    return {k: v for k, v in runs.flatten(shown).items() if v is not None}
 
 
 def _subject(config: RunConfig, material: Material, trained: Policy) -> Subject:
     """What evaluation looks at: held-out prompts and texts, from the world or from the user's held-out rows."""
     device = trained.model.device
-    material.initial.model.to(device)
+    material.initial.model.to(device)  # type: ignore[arg-type]
     if config.data.is_world:
         world = config.data.world
         prompts = world.prompts(HELD_OUT, config.evals.samples, config.seed)
@@ -241,7 +237,7 @@ def _report_again(folder: Path, config: RunConfig) -> None:
     """The summary of a finished run, from its record."""
     record = runs.read_record(folder)
     assert record is not None
-    metrics = {name: Estimate(m["value"], m["se"], m["n"]) for name, m in record["metrics"].items()}
+    metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
     print_summary(Console(), metrics, record["samples"], folder, _next_commands(config))
 
 

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -35,6 +36,7 @@ def run_cell(grace: float = 30.0) -> None:
         *hydra.overrides.task,
         *hydra.overrides.hydra,
         "hydra.mode=RUN",
+        f"hydra.run.dir='{os.path.relpath(folder, hydra.runtime.cwd)}'",
     ]
     print(f"[{hydra.job.num}] {' '.join(map(shlex.quote, hydra.overrides.task)) or '(no overrides)'}", flush=True)
     environment = {k: v for k, v in os.environ.items() if k not in _DDP_VARIABLES} | {CHILD: "1"}
@@ -59,12 +61,8 @@ def die_with_parent() -> None:
 def _stop(child: subprocess.Popen, sign: signal.Signals, grace: float) -> None:
     if child.poll() is None:
         child.send_signal(sign)  # the leader alone: it ends its ranks itself
-        try:
+        with suppress(subprocess.TimeoutExpired):
             child.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # ranks that are left
-    except ProcessLookupError:
-        pass
     child.wait()

@@ -23,7 +23,8 @@ def train(cfg: DictConfig) -> None:
 
 def _train(cfg: DictConfig, settings: config.RunConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN:
-        return sweep.run_cell()
+        sweep.run_cell()
+        return
     if os.environ.get(sweep.CHILD) and "LOCAL_RANK" not in os.environ:
         sweep.die_with_parent()
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))

@@ -56,8 +56,8 @@ def subject(policy) -> Subject:
 
 def test_samples_are_made_once(subject, monkeypatch):
     calls = []
-    real = subject_module.sample
-    monkeypatch.setattr(subject_module, "sample", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = subject_module.respond
+    monkeypatch.setattr(subject_module, "respond", lambda *a, **k: calls.append(1) or real(*a, **k))
     metrics = evaluate(subject)
     assert len(calls) == 2  # one set of the trained policy, one of the initial
     assert {"accuracy", "true_accuracy", "kl", "gold", "win_rate", "perplexity", "well_formed", "length"} <= set(

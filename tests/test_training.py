@@ -136,7 +136,9 @@ def test_steps_hold_the_same_pairs_for_any_ranks_and_microbatches(world_size, mi
             batches = list(sampler)
             assert len(batches) == len(sampler)
             per_step = 8 // microbatch_size // world_size
-            ranks.append([sum(batches[i : i + per_step], []) for i in range(0, len(batches), per_step)])
+            ranks.append(
+                [[p for batch in batches[i : i + per_step] for p in batch] for i in range(0, len(batches), per_step)]
+            )
         return [set().union(*parts) for parts in zip(*ranks, strict=True)]
 
     for epoch in (0, 1):

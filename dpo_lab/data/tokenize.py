@@ -26,6 +26,18 @@ class Encoder:
     max_length: int
     max_prompt_length: int
 
+    @property
+    def eos_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Token ids as text, without special tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
     def prompt(self, text: str) -> list[int]:
         return self._fit_prompt(self._ids(text))
 
@@ -41,13 +53,13 @@ class Encoder:
         encoded: list[EncodedPair] = []
         for pair, prompt, chosen, rejected in zip(pairs, ids, ids, ids, strict=True):
             fitted = self._fit_prompt(prompt)
-            sides = [self._fit_response(side, fitted) for side in (chosen, rejected)]
+            sides = (self._fit_response(chosen, fitted), self._fit_response(rejected, fitted))
             counts["prompts truncated"] += len(prompt) > self._prompt_room
             counts["responses truncated"] += (len(sides[0]) <= len(chosen)) + (len(sides[1]) <= len(rejected))
             if sides[0] == sides[1]:
                 counts["dropped: identical after truncation"] += 1
                 continue
-            encoded.append(EncodedPair(pair.key, fitted, *sides, pair.gold_margin))
+            encoded.append(EncodedPair(pair.key, fitted, sides[0], sides[1], pair.gold_margin))
         return encoded
 
     @property
@@ -59,8 +71,8 @@ class Encoder:
 
     def _fit_prompt(self, ids: list[int]) -> list[int]:
         """The begin token and the last tokens. Without either, the end token: a response is predicted from something."""
-        begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        return begin + ids[max(0, len(ids) - self._prompt_room) :] or [self.tokenizer.eos_token_id]
+        begin: list[int] = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]  # type: ignore
+        return begin + ids[max(0, len(ids) - self._prompt_room) :] or [self.eos_id]
 
     def _fit_response(self, ids: list[int], prompt: Sequence[int]) -> list[int]:
-        return [*ids, self.tokenizer.eos_token_id][: self.max_length - len(prompt)]
+        return [*ids, self.eos_id][: self.max_length - len(prompt)]

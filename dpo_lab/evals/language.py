@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.sampling import Sample
-from dpo_lab.results.estimates import Estimate, mean
+from dpo_lab.results.estimates import Estimate, mean, share
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Language:
             yield prefix + "perplexity", perplexity(subject, policy)
             yield prefix + "distinct_2", distinct(subject.responses(samples), 2)
             yield prefix + "length", mean([len(s.tokens) for s in samples])
-            yield prefix + "stopped", mean([s.stopped for s in samples])
+            yield prefix + "stopped", share([s.stopped for s in samples])
             if subject.world is not None:
                 yield prefix + "well_formed", well_formed(subject, samples)
 
@@ -36,7 +36,7 @@ def well_formed(subject: Subject, samples: Sequence[Sample]) -> Estimate:
     """Share of samples that are reviews of the world and stopped by themselves."""
     assert subject.world is not None
     reviews = subject.reviews(samples)
-    return mean([s.stopped and subject.world.well_formed(text) for s, text in zip(samples, reviews, strict=True)])
+    return share([s.stopped and subject.world.well_formed(text) for s, text in zip(samples, reviews, strict=True)])
 
 
 def perplexity(subject: Subject, policy: Policy) -> Estimate:

@@ -9,7 +9,7 @@ import torch
 
 from dpo_lab.core.metrics import half_ties, settle
 from dpo_lab.evals.subject import Subject
-from dpo_lab.results.estimates import Estimate, mean
+from dpo_lab.results.estimates import Estimate, mean, share
 
 
 @dataclass
@@ -20,9 +20,9 @@ class Preference:
         trained, initial = subject.pair_logps
         ratios = trained - initial
         margins = settle(ratios.margin, trained, initial)
-        yield "accuracy", mean(half_ties(margins).tolist())
+        yield "accuracy", share(half_ties(margins).tolist())
         yield "margin", mean(margins.tolist())
-        yield "chosen_fell", mean((ratios.chosen < 0).double().tolist())
+        yield "chosen_fell", share((ratios.chosen < 0).double().tolist())
         gold = torch.tensor([p.gold_margin for p in subject.pairs]).nan_to_num(0)
         if (known := gold != 0).any():
-            yield "true_accuracy", mean(half_ties(margins * gold.sign())[known].tolist())
+            yield "true_accuracy", share(half_ties(margins * gold.sign())[known].tolist())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dpo_lab.evals.subject import Subject
-from dpo_lab.results.estimates import Estimate, mean
+from dpo_lab.results.estimates import Estimate, mean, share
 
 
 @dataclass
@@ -26,4 +26,4 @@ class GoldReward:
         yield "initial/gold", mean(initial)
         if sd := statistics.pstdev(initial):
             yield "gold_gain", mean([(t - i) / sd for t, i in zip(trained, initial, strict=True)])
-        yield "win_rate", mean([(t > i) + (t == i) / 2 for t, i in zip(trained, initial, strict=True)])
+        yield "win_rate", share([(t > i) + (t == i) / 2 for t, i in zip(trained, initial, strict=True)])

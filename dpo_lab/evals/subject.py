@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from dpo_lab.core.logps import IGNORE, sequence_logps
 from dpo_lab.core.pairs import EncodedPair, PairLogps
@@ -16,11 +17,8 @@ from dpo_lab.data.collate import collate
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.world import World
 from dpo_lab.models.policy import Policy, pair_logps
-from dpo_lab.models.sampling import Sample, sample
+from dpo_lab.models.sampling import Sample, respond
 from dpo_lab.results.estimates import Estimate
-from dpo_lab.results.progress import track
-
-Model = torch.nn.Module
 
 
 class Evaluator(Protocol):
@@ -64,8 +62,7 @@ class Subject:
 
     def responses(self, samples: Sequence[Sample]) -> list[str]:
         """Samples as text, without the end token."""
-        tokenizer = self.encoder.tokenizer
-        return [tokenizer.decode(s.tokens[:-1] if s.stopped else s.tokens) for s in samples]
+        return [self.encoder.text(s.tokens) for s in samples]
 
     def reviews(self, samples: Sequence[Sample]) -> list[str]:
         """Prompt and response as one text."""
@@ -78,7 +75,7 @@ class Subject:
 
     @torch.no_grad()
     def response_logps(
-        self, model: Model, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed log-probability (nats) of each response to its prompt, and its number of tokens."""
         device = next(model.parameters()).device
@@ -98,19 +95,17 @@ class Subject:
         return sums, lengths
 
     def _sample(self, policy: Policy, whose: str) -> list[Sample]:
-        with track(f"Samples ({whose})", len(self.prompts)) as advance:
-            return sample(
-                policy.model,
-                self.prompt_ids,
-                max_new_tokens=self.max_new_tokens,
-                eos_id=self.encoder.tokenizer.eos_token_id,
-                pad_id=self.encoder.tokenizer.pad_token_id,
-                seed=derive_seed(self.seed, f"evaluation/{whose}"),
-                progress=advance,
-            )
+        return respond(
+            policy.model,
+            self.encoder,
+            self.prompts,
+            max_new_tokens=self.max_new_tokens,
+            seed=derive_seed(self.seed, f"evaluation/{whose}"),
+            what=f"Samples ({whose})",
+        )
 
     @torch.no_grad()
-    def _pair_logps(self, model) -> PairLogps:
+    def _pair_logps(self, model: PreTrainedModel) -> PairLogps:
         device = next(model.parameters()).device
         parts = [
             pair_logps(model, collate(self.pairs[i : i + self.batch_size]).to(device))

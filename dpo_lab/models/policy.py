@@ -59,9 +59,9 @@ class TinyPolicy:
             vocab_size=len(tokenizer),
             max_position_embeddings=self.context,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
+            eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
+            pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

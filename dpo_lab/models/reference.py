@@ -111,7 +111,7 @@ class FrozenModel:
 
         from dpo_lab.models.policy import pair_logps
 
-        self.model.to(batch.tokens.device)
+        self.model.to(batch.tokens.device)  # type: ignore[arg-type]
         with torch.no_grad():
             return pair_logps(self.model, batch)
 

@@ -1,4 +1,4 @@
-"""Samples from a model: batched, with a KV cache, one random stream per prompt."""
+"""Samples from a model: batched, with a KV cache, each prompt with random numbers of its own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from dpo_lab.data.tokenize import Encoder
+from dpo_lab.results.progress import track
+
+
+def respond(
+    model: PreTrainedModel, encoder: Encoder, prompts: Sequence[str], *, max_new_tokens: int, seed: int, what: str
+) -> list[Sample]:
+    """A sampled response to each prompt text, with a bar called `what`."""
+    with track(what, len(prompts)) as advance:
+        return sample(
+            model,
+            [encoder.prompt(p) for p in prompts],
+            max_new_tokens=max_new_tokens,
+            eos_id=encoder.eos_id,
+            pad_id=encoder.pad_id,
+            seed=seed,
+            progress=advance,
+        )
 
 
 @dataclass(frozen=True)
@@ -20,7 +40,7 @@ class Sample:
 
 @torch.inference_mode()
 def sample(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -54,7 +74,7 @@ def sample(
 
 
 def _sample_batch(
-    model: nn.Module, prompts: list[Sequence[int]], uniforms: Tensor, eos_id: int, pad_id: int
+    model: PreTrainedModel, prompts: list[Sequence[int]], uniforms: Tensor, eos_id: int, pad_id: int
 ) -> list[Sample]:
     device = next(model.parameters()).device
     width = max(len(p) for p in prompts)
@@ -105,7 +125,7 @@ def _cut(row: list[int], eos_id: int) -> Sample:
     return Sample(tuple(row), stopped=False)
 
 
-def _growing_cache(model: nn.Module, length: int) -> Cache:
+def _growing_cache(model: PreTrainedModel, length: int) -> Cache:
     """A cache with room for `length` tokens where the model attends to everything; else the library's own choice."""
     config = model.config
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])

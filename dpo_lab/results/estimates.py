@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from scipy import stats
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n examples; se is its standard error (None where n or the spread says nothing of it)."""
+    """A figure over n examples; se is its standard error, interval its 95 % confidence interval, None where not known."""
 
     value: float
     se: float | None = None
     n: int | None = None
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise ValueError(f"a metric came out as {self.value}: something before it is broken")
 
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the mean, by Student's t; None without a standard error."""
-        if self.se is None or self.n is None:
-            return None
-        half = float(stats.t.ppf(0.975, self.n - 1)) * self.se
-        return self.value - half, self.value + half
+    def as_record(self) -> dict[str, Any]:
+        """For a run's record; `from_record` is the way back."""
+        return {**asdict(self), "interval": list(self.interval) if self.interval else None}
 
-    def as_record(self) -> dict[str, float | int | list[float] | None]:
-        """For a run's record."""
-        interval = self.interval
-        return {"value": self.value, "se": self.se, "n": self.n, "interval": list(interval) if interval else None}
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Estimate:
+        return cls(**{**record, "interval": tuple(record["interval"]) if record["interval"] else None})
 
 
 def mean(values: Iterable[float]) -> Estimate:
-    """Mean of independent examples with its standard error."""
+    """Mean of independent examples, its standard error and Student's t interval; neither for one example or no spread."""
     values = [float(v) for v in values]
     if not values:
         raise ValueError("a mean over no examples")
     average = math.fsum(values) / len(values)
     spread = math.fsum((v - average) ** 2 for v in values)
     se = math.sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 and spread > 0 else None
-    return Estimate(average, se, len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * se if se else None
+    return Estimate(average, se, len(values), (average - half, average + half) if half else None)
+
+
+def share(values: Iterable[float]) -> Estimate:
+    """Mean of examples that lie in [0, 1] (yes, no, or half for a tie), with Wilson's interval, which stays in there too.
+
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Ties make the true interval a
+    little narrower than this one.
+    """
+    estimate = mean(values)
+    n, p, z = int(estimate.n or 0), estimate.value, float(stats.norm.ppf(0.975))
+    if not 0 <= p <= 1:
+        raise ValueError(f"a share of {p}: not between 0 and 1")
+    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    return Estimate(p, estimate.se, n, (max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)))

@@ -25,6 +25,8 @@ def track(what: str, total: int) -> Iterator[Advance]:
         task = bar.add_task(what, total=total, figures="")
 
         def advance(parts: int, figures: str | None = None) -> None:
-            bar.update(task, advance=parts, **({} if figures is None else {"figures": figures}))
+            bar.advance(task, parts)
+            if figures is not None:
+                bar.update(task, figures=figures)
 
         yield advance

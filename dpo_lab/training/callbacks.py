@@ -1,5 +1,8 @@
 """Callbacks of our own, one concern each: the bar on the terminal, the run's row in TensorBoard's HPARAMS table."""
 
+# pyright: reportAttributeAccessIssue=false
+# (protobuf makes its classes at import)
+
 from __future__ import annotations
 
 import time

@@ -56,9 +56,9 @@ class DPOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _is_logging_step(self, batch_idx: int) -> bool:
-        accumulate = self.trainer.accumulate_grad_batches
-        closes_a_step = (batch_idx + 1) % accumulate == 0
-        return closes_a_step and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        closes_a_step = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        log_every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
+        return closes_a_step and (self.global_step + 1) % log_every == 0
 
     def _log(self, metrics: PreferenceMetrics, split: str) -> None:
         """Log means over the pairs since the last call; `compute` has summed over ranks already."""

@@ -143,8 +143,8 @@ def _optional(words: dict[str, float]) -> str:
 
 
 _ASPECT = rf"(?:{_any(lex.DETERMINERS)}) (?:{_any(lex.ASPECTS)})"
-_OPENER = re.compile("^(?:%s), " % "|".join(re.escape(o[0].upper() + o[1:]) for o in lex.OPENERS))
-_CONNECTIVE = re.compile("(%s)(?= )" % "|".join(re.escape(c) for c in lex.CONNECTIVES))
+_OPENER = re.compile(rf"^(?:{_any(tuple(o[0].upper() + o[1:] for o in lex.OPENERS))}), ")
+_CONNECTIVE = re.compile(rf"({_any(tuple(lex.CONNECTIVES))})(?= )")
 _CLAUSES: tuple[tuple[re.Pattern[str], tuple[dict[str, float], ...]], ...] = (
     (
         re.compile(

@@ -1,0 +1,214 @@
+"""The doors as a user types them: real processes, real files, a few seconds each."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import SMALL, python_m
+
+pytestmark = pytest.mark.xdist_group("cli")  # one process makes the initial policy, once
+
+
+def train(workshop: Path, *overrides: str, code: int = 0) -> subprocess.CompletedProcess:
+    result = python_m("dpo_lab.train", *SMALL, *overrides, cwd=workshop)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def folder_of(result: subprocess.CompletedProcess, workshop: Path) -> Path:
+    return workshop / result.stdout.splitlines()[0].removeprefix("dpo_lab: ")
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def baseline(workshop) -> Path:
+    return folder_of(train(workshop, "name=base"), workshop)
+
+
+def test_a_run_leaves_its_record(baseline):
+    record = record_of(baseline)
+    assert record["status"] == "done"
+    assert record["step_zero_loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert record["steps"] == 6
+    assert record["data"]["rows"] == 96 + 24
+    assert record["config"]["loss"] == {"kind": "dpo", "beta": 0.1}
+    assert {"accuracy", "true_accuracy", "kl", "gold", "win_rate", "perplexity", "well_formed", "distinct_2", "length"} <= set(
+        record["metrics"]
+    )
+    assert record["metrics"]["kl"]["n"] == 16
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert [key in record["samples"][0] for key in ("prompt", "initial", "trained")] == [True] * 3
+
+
+def test_the_trained_policy_loads_by_transformers(baseline):
+    model = AutoModelForCausalLM.from_pretrained(baseline / "policy", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(baseline / "policy", local_files_only=True)
+    ids = tokenizer("The plot was", return_tensors="pt")["input_ids"]
+    assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_checkpoint_holds_the_policy_and_no_reference(baseline):
+    checkpoint = torch.load(baseline / "checkpoints" / "last.ckpt", weights_only=True)
+    weights = load_file(baseline / "policy" / "model.safetensors")
+    kept = {name.removeprefix("model."): w for name, w in checkpoint["state_dict"].items()}
+    assert set(weights) <= set(kept)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"model"}
+
+
+def test_tensorboard_shows_it(baseline):
+    events = EventAccumulator(str(baseline)).Reload()
+    names = set(events.Tags()["scalars"])
+    for split in ("train", "val"):
+        assert {f"{split}/loss", f"{split}/rewards/margins", f"{split}/rewards/accuracies", f"{split}/logps/chosen"} <= names
+    assert {"eval/kl", "eval/gold", "eval/true_accuracy"} <= names
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 3, 5]
+    assert events.Scalars("eval/kl")[-1].value == pytest.approx(record_of(baseline)["metrics"]["kl"]["value"])
+    assert "samples/text_summary" in events.Tags()["tensors"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_summary_says_what_where_and_what_next(workshop):
+    again = train(workshop, "name=base")
+    for needle in ("KL to initial", "accuracy, truth", "trained policy", "Run folder: outputs/base/", "tensorboard --logdir outputs"):
+        assert needle in again.stdout
+
+
+def test_running_a_finished_run_again_changes_nothing(baseline, workshop):
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in baseline.rglob("*") if p.is_file() and p.name != ".lock"}
+    result = train(workshop, "name=base")
+    assert "done already" in result.stdout
+    assert "World responses" not in result.stdout
+    after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in baseline.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert after == before
+
+
+def test_another_config_under_its_folder_is_refused(baseline, workshop):
+    before = (baseline / "run.json").read_bytes()
+    result = train(workshop, "name=base", "optim.lr=1e-5", f"hydra.run.dir='{baseline.relative_to(workshop)}'", code=2)
+    assert "optim.lr" in result.stderr
+    assert "name=another" in result.stderr
+    assert (baseline / "run.json").read_bytes() == before
+
+
+def test_same_seed_same_everything_another_seed_another(baseline, workshop):
+    same = folder_of(train(workshop, "name=same", "data.num_workers=1"), workshop)
+    assert record_of(same)["metrics"] == record_of(baseline)["metrics"]
+    assert record_of(same)["trained_policy"] == record_of(baseline)["trained_policy"]
+    other = folder_of(train(workshop, "name=other", "seed=1"), workshop)
+    assert record_of(other)["trained_policy"] != record_of(baseline)["trained_policy"]
+    assert record_of(other)["metrics"]["kl"] != record_of(baseline)["metrics"]["kl"]
+
+
+def test_sweep_runs_one_process_a_cell_in_named_folders(workshop):
+    arguments = ["--multirun", "+ablation=none,uniform_ref", "noise.rate=0,0.5", "name=sweep"]
+    result = python_m("dpo_lab.train", *arguments, *SMALL, cwd=workshop)
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = [json.loads(p.read_text()) for p in sorted((workshop / "outputs" / "sweep").rglob("run.json"))]
+    assert [r["status"] for r in records] == ["done"] * 4
+    arms = {(r["config"]["reference"].get("over"), r["config"]["noise"]["rate"]) for r in records}
+    assert arms == {(None, 0.0), (None, 0.5), ("sequences", 0.0), ("sequences", 0.5)}
+    assert len({r["initial_policy"] for r in records}) == 1
+    flips = {r["config"]["noise"]["rate"]: r["data"].get("flipped by label noise", 0) for r in records}
+    assert flips[0.0] == 0 < flips[0.5]
+
+
+def test_a_failing_cell_fails_the_sweep(workshop):
+    arguments = ["--multirun", "data.batch_size=8,4096", "name=failing", "trainer.max_steps=1"]
+    small = [s for s in SMALL if not s.startswith(("data.batch_size", "trainer.max_steps"))]
+    result = python_m("dpo_lab.train", *arguments, *small, cwd=workshop)
+    assert result.returncode == 1
+    assert "data.batch_size=4096: only" in result.stderr
+    statuses = [json.loads(p.read_text())["status"] for p in (workshop / "outputs" / "failing").rglob("run.json")]
+    assert sorted(statuses) == ["done", "failed"]
+
+
+def test_two_ddp_ranks_give_the_run_of_one(workshop, baseline):
+    """Lightning starts the second rank by repeating our command line."""
+    ranks = folder_of(train(workshop, "name=ddp", "trainer=ddp_cpu"), workshop)
+    one, two = record_of(baseline), record_of(ranks)
+    assert two["status"] == "done"
+    for name in ("accuracy", "margin", "perplexity"):
+        assert two["metrics"][name]["value"] == pytest.approx(one["metrics"][name]["value"], abs=1e-4)
+
+
+@pytest.mark.parametrize("ablation", ["[uniform_tokens_ref,label_noise]", "simpo", "no_sft"])
+def test_ablations_run(ablation, workshop):
+    record = record_of(folder_of(train(workshop, f"+ablation={ablation}", "name=arm", "trainer.max_steps=2"), workshop))
+    assert record["status"] == "done"
+    if ablation == "no_sft":
+        assert record["metrics"]["initial/perplexity"]["value"] > 100  # random weights
+        assert record["step_zero_loss"] == pytest.approx(0.693147, abs=1e-4)
+    else:
+        assert record["step_zero_loss"] is None  # nothing to agree with
+
+
+def test_sft_makes_the_policy_that_train_finds(tmp_path):
+    made = python_m("dpo_lab.sft", *SMALL, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    folder = tmp_path / made.stdout.splitlines()[-1].split(": ")[-1]
+    assert (folder / "model.safetensors").exists()
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    train(tmp_path, "trainer.max_steps=1")
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert len(list((tmp_path / "outputs" / "cache").glob("policy-*/"))) == 1
+
+
+def rows(count: int) -> list[dict]:
+    rng = random.Random(0)
+    words = "the a some every dog house river song answer quick slow blue of to".split()
+    say = lambda n: " ".join(rng.choices(words, k=n))  # noqa: E731
+    return [{"prompt": say(6) + f" {i}?", "chosen": say(12), "rejected": say(9)} for i in range(count)]
+
+
+def test_own_pairs_train_and_long_ones_are_truncated(workshop):
+    data = rows(80)
+    data[3]["chosen"] = "word " * 400
+    data[5]["rejected"] = data[5]["chosen"]
+    (workshop / "pairs.jsonl").write_text("\n".join(map(json.dumps, data)))
+    result = train(workshop, "name=own", "data.path=pairs.jsonl", "data.max_length=200", "data.max_prompt_length=100")
+    record = record_of(folder_of(result, workshop))
+    assert record["data"]["dropped: identical sides"] == 1
+    assert record["data"]["responses truncated"] == 1
+    assert record["data"]["train pairs"] + record["data"]["held-out pairs"] == 79
+    assert record["metrics"]["accuracy"]["interval"] is not None
+    assert "gold" not in record["metrics"]
+    assert "true_accuracy" not in record["metrics"]
+
+
+def test_a_malformed_row_is_refused_with_file_and_line(workshop):
+    (workshop / "bad.jsonl").write_text(json.dumps(rows(1)[0]) + '\n{"prompt": "x", "chosen": ')
+    result = train(workshop, "name=bad", "data.path=bad.jsonl", code=2)
+    assert "bad.jsonl:2" in result.stderr.splitlines()[-1]
+    assert "data.on_bad_row=skip" in result.stderr
+
+
+def test_an_interrupted_run_is_no_finished_run(workshop):
+    """SIGTERM while it trains: not done, exit code not 0; the next start keeps what was there and finishes."""
+    command = [sys.executable, "-u", "-m", "dpo_lab.train", *SMALL, "name=cut", "trainer.max_steps=100000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=workshop, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any("step 0" in line for line in process.stdout)  # then it trains
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    (folder,) = (p.parent for p in (workshop / "outputs" / "cut").rglob("run.json"))
+    assert record_of(folder)["status"] in ("interrupted", "failed")
+    train(workshop, "name=cut", f"hydra.run.dir='{folder.relative_to(workshop)}'")
+    assert record_of(folder)["status"] == "done"
+    assert record_of(folder / "unfinished-1")["status"] in ("interrupted", "failed")

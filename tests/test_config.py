@@ -1,0 +1,160 @@
+"""The config: every YAML composes, every ablation is a diff, what can't be is refused in one line that says what to type."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from dpo_lab import config
+from dpo_lab.core.losses import DPO, LOSSES, IPOSum, SimPO
+from dpo_lab.models.reference import REFERENCES, Over, Uniform
+from tests.conftest import REPOSITORY, python_m
+
+CONF = REPOSITORY / "conf"
+GROUPS = sorted({p.parent.name for p in CONF.glob("*/*.yaml")} - {"ablation"})
+ABLATIONS = sorted(p.stem for p in (CONF / "ablation").glob("*.yaml"))
+CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "ablation"]
+
+
+def composed(*overrides: str, name: str = "train"):
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def settled(*overrides: str) -> config.RunConfig:
+    return config.validate(composed(*overrides))
+
+
+def recorded(*overrides: str) -> dict:
+    cfg = composed(*overrides)
+    return config.as_record(cfg, config.validate(cfg))
+
+
+NEEDED = {("loss", "simpo"): ["reference=uniform"], ("data", "jsonl"): ["data.path=pairs.jsonl"]}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes(group, choice):
+    settled(f"{group}={choice}", *NEEDED.get((group, choice), []))
+
+
+@pytest.mark.parametrize("name", ["train", "sft"])
+def test_every_door_composes(name):
+    config.validate(composed(name=name))
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_ablation_composes_and_is_a_diff(ablation):
+    settled(f"+ablation={ablation}")
+    text = (CONF / "ablation" / f"{ablation}.yaml").read_text()
+    assert text.startswith("# @package _global_\n")
+    raw = OmegaConf.create(text)
+    assert set(raw) & {"seed", "name", "hydra", "trainer", "logger"} == set()  # no seeds, paths or sweeps
+    assert (recorded(f"+ablation={ablation}") == recorded()) == (ablation == "none")
+
+
+def test_the_ablations_asked_for_are_there():
+    asked = "none uniform_ref uniform_tokens_ref label_noise ipo hinge cdpo rdpo simpo no_sft"
+    assert set(asked.split()) <= set(ABLATIONS)
+
+
+@pytest.mark.parametrize(("first", "second"), list(combinations(["uniform_ref", "label_noise", "ipo", "no_sft"], 2)))
+def test_ablations_stack(first, second):
+    both = settled(f"+ablation=[{first},{second}]")
+    for ablation in (first, second):
+        alone, base = settled(f"+ablation={ablation}"), settled()
+        for axis in ("loss", "reference", "noise", "policy"):
+            if getattr(alone, axis) != getattr(base, axis):
+                assert getattr(both, axis) == getattr(alone, axis)
+
+
+def test_settings_are_the_objects_that_run():
+    plain = settled("beta=0.3", "+ablation=[uniform_tokens_ref,label_noise]", "seed=4")
+    assert plain.loss == DPO(0.3)
+    assert plain.reference == Uniform(Over.tokens)
+    assert (plain.noise.rate, plain.noise.seed) == (0.2, 4)
+    assert settled("loss=ipo", "beta=0.2").loss == IPOSum(0.2)
+    assert settled("+ablation=simpo").loss == SimPO(2.0, 1.0)
+    assert settled("+ablation=simpo", "beta=5").loss == SimPO(5.0, 1.0)  # the command line beats the ablation
+
+
+def test_a_record_tells_losses_of_the_same_fields_apart():
+    kinds = {recorded(f"loss={name}")["loss"]["kind"] for name in ("dpo", "hinge", "ipo", "ipo_mean")}
+    assert kinds == {"dpo", "hinge", "ipo", "ipo_mean"}
+
+
+def test_every_loss_and_reference_has_a_choice():
+    chosen = {type(settled(f"loss={p.stem}", *NEEDED.get(("loss", p.stem), [])).loss) for p in (CONF / "loss").iterdir()}
+    assert chosen == set(LOSSES.values())
+    assert {type(settled(f"reference={p.stem}").reference) for p in (CONF / "reference").iterdir()} == set(REFERENCES.values())
+
+
+REFUSED = [
+    (["beta=abc"], "beta=abc", "type beta="),
+    (["betta=0.1"], "'betta'", "type beta="),
+    (["+betta=0.1"], "'betta'", "type beta="),
+    (["loss.gamma=3"], "'loss.gamma'", "loss=simpo"),
+    (["beta=-1"], "beta=-1", "type e.g. beta=0.1"),
+    (["beta=inf"], "beta=inf", "type e.g. beta=0.1"),
+    (["noise.rate=1.5"], "noise.rate=1.5", "type e.g. noise.rate=0.2"),
+    (["noise.rate=nan"], "noise.rate=nan", "type e.g. noise.rate=0.2"),
+    (["loss=simpo"], "loss=simpo", "reference=uniform"),
+    (["loss=dpoo"], "loss=dpoo", "dpo"),
+    (["+ablation=uniform"], "ablation=uniform", "uniform_ref"),
+    (["ablation=uniform_ref"], "ablation=uniform_ref", "type +ablation=uniform_ref"),
+    (["data=jsonl"], "data.path", "type data.path="),
+    (["data.batch_size=8", "data.microbatch_size=3"], "data.microbatch_size=3", "type e.g."),
+    (["+data.world.tempature=2"], "data.world.tempature", "data.world.temperature"),
+    (["data.world.reward=max"], "data.world.reward=max", "mean, sum"),
+    (["trainer.max_stepz=5"], "trainer.max_stepz", "trainer.max_steps"),
+    (["trainer.max_steps=0"], "trainer.max_steps=0", "type e.g. trainer.max_steps="),
+    (["seed=1.5"], "seed=1.5", "whole number"),
+    (["optim.lr=-1"], "optim.lr=-1", "type e.g. optim.lr="),
+    (["beta=[1"], "beta=[1", "key=value"),
+    (["trainer._target_=os.system"], "os.system", "nearest"),
+    (["+trainer.x._target_=builtins.eval"], "builtins.eval", "nearest"),
+    (["+callbacks.x={a:[{_target_:os.system}]}"], "os.system", "nearest"),
+    (["+callbacks.x._target_=${trainer.y}", "+trainer.y=os.system"], "os.system", "nearest"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "advice"), REFUSED)
+def test_refused_in_one_line(overrides, key, advice):
+    try:
+        settled(*overrides)
+    except config.ConfigError as error:
+        message = str(error)
+    except config.ConfigErrors as error:
+        message = config.explain(error)
+    else:
+        pytest.fail("not refused")
+    assert key in message
+    assert advice in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("arguments", [["betta=0.1"], ["beta=-1"], ["--multirun", "beta=0.1,abc"], ["--multirun", "beta=-1,0.1"]])
+def test_refused_at_the_door(arguments, tmp_path):
+    """By the command a user types: one line, exit code 2, no folder made for it, and before torch is loaded."""
+    result = python_m("dpo_lab.train", *arguments, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert result.returncode == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert "type " in lines[0]
+    assert not [line for line in result.stderr.splitlines() if line.endswith(" torch")]
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_help_and_cfg_job(tmp_path):
+    shown = python_m("dpo_lab.train", "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "+ablation=uniform_ref" in shown.stdout
+    assert "label_noise" in shown.stdout
+    job = python_m("dpo_lab.train", "--cfg", "job", "beta=0.7", cwd=tmp_path)
+    assert job.returncode == 0
+    assert OmegaConf.create(job.stdout).beta == 0.7

@@ -1,0 +1,110 @@
+"""The README: every command in it runs, every file on its map is there."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, SMALL, python_m
+
+README = (REPOSITORY / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+PYTHON_COMMANDS = [c for c in COMMANDS if c.startswith("python -m ")]
+MAKE_COMMANDS = [c for c in COMMANDS if c.startswith("make ")]
+OTHERS = [c for c in COMMANDS if c not in PYTHON_COMMANDS + MAKE_COMMANDS]
+
+pytestmark = pytest.mark.xdist_group("readme")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the README's reader stands, with pairs of their own."""
+    folder = tmp_path_factory.mktemp("reader")
+    rows = [{"prompt": f"what is {i}?", "chosen": f"it is {i}", "rejected": f"not {i}"} for i in range(60)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_the_commands_are_all_known_kinds():
+    assert len(PYTHON_COMMANDS) >= 5
+    assert {"make train", "make test", "make check"} <= set(MAKE_COMMANDS)
+    assert set(OTHERS) == {"tensorboard --logdir outputs"}
+
+
+@pytest.mark.parametrize("command", PYTHON_COMMANDS)
+def test_python_commands_run(command, folder):
+    _, _, module, *arguments = shlex.split(command)
+    small = SMALL if module in ("dpo_lab.train", "dpo_lab.sft") and "--help" not in arguments else []
+    if module == "dpo_lab.results.figures":  # reads what the sweeps before it left
+        arguments = ["outputs", "figure.png"]
+    result = python_m(module, *small, *arguments, "trainer.max_steps=2", cwd=folder) if small else python_m(
+        module, *arguments, cwd=folder
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", MAKE_COMMANDS)
+def test_make_commands_call_what_they_say(command):
+    """make test would run this test again, so the recipes are printed, not run; train's is run below."""
+    shown = subprocess.run([*shlex.split(command), "-n"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    wanted = {"train": "python -m dpo_lab.train", "test": "python -m pytest", "check": "pyright"}[command.split()[1]]
+    assert wanted in shown
+    if "ARGS=" in command:
+        assert "+ablation=uniform_ref" in shown
+
+
+def test_make_train_runs(folder):
+    """In this environment instead of a new one; the Makefile installs into a new one when there is none."""
+    virtual = Path(sys.prefix)
+    stamp = virtual / ".installed"
+    made = not stamp.exists()
+    stamp.touch()
+    try:
+        result = subprocess.run(
+            ["make", "-f", str(REPOSITORY / "Makefile"), "-o", str(stamp), "train", f"VENV={virtual}", f"ARGS={' '.join(SMALL)}"],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        if made:
+            stamp.unlink()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "What it learned" in result.stdout
+
+
+def test_tensorboard_is_installed():
+    assert subprocess.run([Path(sys.executable).parent / "tensorboard", "--version"], capture_output=True).returncode == 0
+
+
+def test_the_map_is_true():
+    """Every path on the map is there, and every file of the package is on it with the sentence that opens it."""
+    (block,) = re.findall(r"```text\n(.*?)```", README, re.S)
+    on_map = {}
+    for line in block.splitlines():
+        path, _, sentence = line.strip().partition("  ")
+        on_map[path] = sentence.strip()
+        assert (REPOSITORY / path).exists(), path
+    for path in sorted((REPOSITORY / "dpo_lab").rglob("*.py")):
+        if path.name != "__init__.py":
+            opening = str(ast.get_docstring(ast.parse(path.read_text()))).split("\n\n")[0].replace("\n", " ")
+            assert on_map[str(path.relative_to(REPOSITORY))] == opening
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://arxiv.org/") or (REPOSITORY / target).exists(), target
