@@ -158,6 +158,8 @@ def _trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trainer:
         raise ConfigError(f"the trainer can't be made: {_last_line(error)}") from error
     accumulate = config.data.batch_size // (_microbatch_size(config, trainer) * trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
+    if isinstance(trainer.val_check_interval, int):
+        trainer.val_check_interval *= accumulate  # ours counts optimizer steps, Lightning's micro-batches
     return trainer
 
 

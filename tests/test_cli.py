@@ -47,9 +47,17 @@ def test_a_run_leaves_its_record(baseline):
     assert record["steps"] == 6
     assert record["data"]["rows"] == 96 + 24
     assert record["config"]["loss"] == {"kind": "dpo", "beta": 0.1}
-    assert {"accuracy", "true_accuracy", "kl", "gold", "win_rate", "perplexity", "well_formed", "distinct_2", "length"} <= set(
-        record["metrics"]
-    )
+    assert {
+        "accuracy",
+        "true_accuracy",
+        "kl",
+        "gold",
+        "win_rate",
+        "perplexity",
+        "well_formed",
+        "distinct_2",
+        "length",
+    } <= set(record["metrics"])
     assert record["metrics"]["kl"]["n"] == 16
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert [key in record["samples"][0] for key in ("prompt", "initial", "trained")] == [True] * 3
@@ -74,7 +82,12 @@ def test_tensorboard_shows_it(baseline):
     events = EventAccumulator(str(baseline)).Reload()
     names = set(events.Tags()["scalars"])
     for split in ("train", "val"):
-        assert {f"{split}/loss", f"{split}/rewards/margins", f"{split}/rewards/accuracies", f"{split}/logps/chosen"} <= names
+        assert {
+            f"{split}/loss",
+            f"{split}/rewards/margins",
+            f"{split}/rewards/accuracies",
+            f"{split}/logps/chosen",
+        } <= names
     assert {"eval/kl", "eval/gold", "eval/true_accuracy"} <= names
     assert [e.step for e in events.Scalars("train/loss")] == [1, 3, 5]
     assert events.Scalars("eval/kl")[-1].value == pytest.approx(record_of(baseline)["metrics"]["kl"]["value"])
@@ -82,18 +95,43 @@ def test_tensorboard_shows_it(baseline):
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
+def test_microbatches_change_neither_the_run_nor_its_schedule(baseline, workshop):
+    cut = folder_of(train(workshop, "name=cut_up", "data.microbatch_size=2"), workshop)
+    one, four = (EventAccumulator(str(folder)).Reload() for folder in (baseline, cut))
+    for name in ("train/loss", "val/loss"):
+        assert [e.step for e in four.Scalars(name)] == [e.step for e in one.Scalars(name)]
+        expected = [e.value for e in one.Scalars(name)]
+        assert [e.value for e in four.Scalars(name)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="here the device is there")
+def test_a_device_that_is_not_there_is_refused_in_one_line(workshop):
+    result = train(workshop, "name=gpu", "trainer=gpu", code=2)
+    assert result.stderr.splitlines()[-1].startswith("error: the trainer")
+
+
 def test_summary_says_what_where_and_what_next(workshop):
     again = train(workshop, "name=base")
-    for needle in ("KL to initial", "accuracy, truth", "trained policy", "Run folder: outputs/base/", "tensorboard --logdir outputs"):
+    for needle in (
+        "KL to initial",
+        "accuracy, truth",
+        "trained policy",
+        "Run folder: outputs/base/",
+        "tensorboard --logdir outputs",
+    ):
         assert needle in again.stdout
 
 
 def test_running_a_finished_run_again_changes_nothing(baseline, workshop):
-    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in baseline.rglob("*") if p.is_file() and p.name != ".lock"}
+    before = {
+        p: (p.stat().st_mtime_ns, p.read_bytes()) for p in baseline.rglob("*") if p.is_file() and p.name != ".lock"
+    }
     result = train(workshop, "name=base")
     assert "done already" in result.stdout
     assert "World responses" not in result.stdout
-    after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in baseline.rglob("*") if p.is_file() and p.name != ".lock"}
+    after = {
+        p: (p.stat().st_mtime_ns, p.read_bytes()) for p in baseline.rglob("*") if p.is_file() and p.name != ".lock"
+    }
     assert after == before
 
 

@@ -88,9 +88,13 @@ def test_a_record_tells_losses_of_the_same_fields_apart():
 
 
 def test_every_loss_and_reference_has_a_choice():
-    chosen = {type(settled(f"loss={p.stem}", *NEEDED.get(("loss", p.stem), [])).loss) for p in (CONF / "loss").iterdir()}
+    chosen = {
+        type(settled(f"loss={p.stem}", *NEEDED.get(("loss", p.stem), [])).loss) for p in (CONF / "loss").iterdir()
+    }
     assert chosen == set(LOSSES.values())
-    assert {type(settled(f"reference={p.stem}").reference) for p in (CONF / "reference").iterdir()} == set(REFERENCES.values())
+    assert {type(settled(f"reference={p.stem}").reference) for p in (CONF / "reference").iterdir()} == set(
+        REFERENCES.values()
+    )
 
 
 REFUSED = [
@@ -137,7 +141,9 @@ def test_refused_in_one_line(overrides, key, advice):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("arguments", [["betta=0.1"], ["beta=-1"], ["--multirun", "beta=0.1,abc"], ["--multirun", "beta=-1,0.1"]])
+@pytest.mark.parametrize(
+    "arguments", [["betta=0.1"], ["beta=-1"], ["--multirun", "beta=0.1,abc"], ["--multirun", "beta=-1,0.1"]]
+)
 def test_refused_at_the_door(arguments, tmp_path):
     """By the command a user types: one line, exit code 2, no folder made for it, and before torch is loaded."""
     result = python_m("dpo_lab.train", *arguments, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")

@@ -50,8 +50,10 @@ def test_python_commands_run(command, folder):
     small = SMALL if module in ("dpo_lab.train", "dpo_lab.sft") and "--help" not in arguments else []
     if module == "dpo_lab.results.figures":  # reads what the sweeps before it left
         arguments = ["outputs", "figure.png"]
-    result = python_m(module, *small, *arguments, "trainer.max_steps=2", cwd=folder) if small else python_m(
-        module, *arguments, cwd=folder
+    result = (
+        python_m(module, *small, *arguments, "trainer.max_steps=2", cwd=folder)
+        if small
+        else python_m(module, *arguments, cwd=folder)
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -59,7 +61,9 @@ def test_python_commands_run(command, folder):
 @pytest.mark.parametrize("command", MAKE_COMMANDS)
 def test_make_commands_call_what_they_say(command):
     """make test would run this test again, so the recipes are printed, not run; train's is run below."""
-    shown = subprocess.run([*shlex.split(command), "-n"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [*shlex.split(command), "-n"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout
     wanted = {"train": "python -m dpo_lab.train", "test": "python -m pytest", "check": "pyright"}[command.split()[1]]
     assert wanted in shown
     if "ARGS=" in command:
@@ -74,7 +78,16 @@ def test_make_train_runs(folder):
     stamp.touch()
     try:
         result = subprocess.run(
-            ["make", "-f", str(REPOSITORY / "Makefile"), "-o", str(stamp), "train", f"VENV={virtual}", f"ARGS={' '.join(SMALL)}"],
+            [
+                "make",
+                "-f",
+                str(REPOSITORY / "Makefile"),
+                "-o",
+                str(stamp),
+                "train",
+                f"VENV={virtual}",
+                f"ARGS={' '.join(SMALL)}",
+            ],
             cwd=folder,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -88,7 +101,9 @@ def test_make_train_runs(folder):
 
 
 def test_tensorboard_is_installed():
-    assert subprocess.run([Path(sys.executable).parent / "tensorboard", "--version"], capture_output=True).returncode == 0
+    assert (
+        subprocess.run([Path(sys.executable).parent / "tensorboard", "--version"], capture_output=True).returncode == 0
+    )
 
 
 def test_the_map_is_true():

@@ -1,6 +1,6 @@
 """Figures from run records: what a policy gained, and what that cost its language.
 
-    python -m dpo_lab.results.figures outputs/reference docs/images/reference.png
+python -m dpo_lab.results.figures outputs/reference docs/images/reference.png
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def cost_of_gain(records: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 def table(records: Iterable[Mapping[str, Any]]) -> str:
     """The same as Markdown: means over seeds."""
-    lines = ["| reference | beta | seeds | accuracy (truth) | gain | KL | well-formed | perplexity |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| reference | beta | seeds | accuracy (truth) | gain | KL | well-formed | perplexity |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for reference, betas in by_arm(records).items():
         for beta, runs in sorted(betas.items()):
             mean = {m: statistics.mean(measured(r, m) for r in runs) for m in ("true_accuracy", "gold_gain", *PANELS)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Advance = Callable[..., None]
 
@@ -14,12 +14,10 @@ Advance = Callable[..., None]
 def track(what: str, total: int) -> Iterator[Advance]:
     """A bar for a stage of `total` parts. Gives advance(parts, figures=""): so many parts more, and a text behind the bar."""
     with Progress(
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
+        TextColumn("{task.description:<20}"),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[figures]}"),
     ) as bar:
         task = bar.add_task(what, total=total, figures="")

@@ -1,0 +1,248 @@
+"""Run folders, caches and estimates: nothing is lost, nothing is overwritten, every interval is what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from scipy import stats
+
+from dpo_lab.results import runs
+from dpo_lab.results.cache import once
+from dpo_lab.results.estimates import Estimate, mean, share
+from dpo_lab.results.figures import by_arm, cost_of_gain, done_records, table
+
+CONFIG = {"beta": 0.1, "loss": {"kind": "dpo"}, "data": {"num_workers": 0}}
+
+
+def hold(folder: Path, config: dict = CONFIG):
+    return runs.hold(folder, config, ["beta=0.1"])
+
+
+def finish(folder: Path, config: dict = CONFIG) -> None:
+    with hold(folder, config) as run:
+        assert run is not None
+        run.update(metrics={"x": 1.0})
+
+
+HOSTILE = ["../../etc/passwd", "a/b", "a\0b", "x" * 400, "a=[1,2]", 'a="b c"', "..", "a=${b}", "ü=é"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_slugs_are_one_folder_name(name, tmp_path):
+    slug = runs.slug(name)
+    assert len(slug) <= 100
+    assert (tmp_path / slug).resolve().parent == tmp_path
+    (tmp_path / slug).mkdir()
+
+
+def test_slugs_are_readable_and_do_not_collide():
+    assert runs.slug("+ablation=uniform_ref,beta=0.1") == "ablation=uniform_ref,beta=0.1"
+    assert runs.slug("") == "default"
+    names = [*HOSTILE, "a_b", "a b", "x" * 401, "a=[1;2]", "beta=0.1", "beta=0.10"]
+    assert len({runs.slug(name) for name in names}) == len(names)
+
+
+def test_a_run_is_running_until_it_is_done(tmp_path):
+    with hold(tmp_path) as run:
+        assert run is not None
+        opening = runs.read_record(tmp_path)
+        assert opening is not None
+        assert opening["status"] == "running"
+        assert not runs.is_done(tmp_path, CONFIG)
+    record = runs.read_record(tmp_path)
+    assert record is not None
+    assert record["status"] == "done"
+    assert record["overrides"] == ["beta=0.1"]
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    finish(tmp_path)
+    before = (tmp_path / "run.json").read_bytes()
+    with hold(tmp_path, CONFIG | {"data": {"num_workers": 3}, "name": "volatile"}) as run:
+        assert run is None
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+    finish(tmp_path)
+    before = (tmp_path / "run.json").read_bytes()
+    with (
+        pytest.raises(runs.RunRefused, match=r"beta: was 0.1, now 0.5.*type name=another"),
+        hold(tmp_path, CONFIG | {"beta": 0.5}),
+    ):
+        pytest.fail("entered")
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("no luck"), "failed"), (KeyboardInterrupt(), "interrupted")])
+def test_an_unfinished_run_is_kept_aside(error, status, tmp_path):
+    with pytest.raises(type(error)), hold(tmp_path):
+        (tmp_path / "precious").write_text("kept")
+        raise error
+    record = runs.read_record(tmp_path)
+    assert record is not None
+    assert record["status"] == status
+    finish(tmp_path)
+    assert (tmp_path / "unfinished-1" / "precious").read_text() == "kept"
+    aside = runs.read_record(tmp_path / "unfinished-1")
+    assert aside is not None
+    assert aside["status"] == status
+    assert type(error).__name__ in aside["error"]
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path):
+    code = f"from filelock import FileLock; lock = FileLock({str(tmp_path / '.lock')!r}); lock.acquire(); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(runs.RunRefused, match="another process"), hold(tmp_path):
+            pytest.fail("entered")
+        other.communicate("\n")
+    finish(tmp_path)
+
+
+def test_a_record_is_committed_whole(tmp_path):
+    with pytest.raises(ValueError, match="JSON"), hold(tmp_path) as run:
+        assert run is not None
+        run.update(metrics={"x": math.nan})
+    record = json.loads((tmp_path / "run.json").read_text())  # still whole
+    assert record["status"] in ("running", "failed")
+
+
+def test_secrets_are_redacted_at_any_depth():
+    config = {
+        "api_key": "s",
+        "logger": {"wandb": {"WANDB_API_KEY": "s", "project": "p"}},
+        "list": [{"password": "s"}],
+        "token": None,
+    }
+    assert runs.redact(config) == {
+        "api_key": "<redacted>",
+        "logger": {"wandb": {"WANDB_API_KEY": "<redacted>", "project": "p"}},
+        "list": [{"password": "<redacted>"}],
+        "token": None,
+    }
+
+
+def test_difference_is_by_dotted_key():
+    was, now = {"a": {"b": 1, "c": 2}, "name": "x"}, {"a": {"b": 1, "c": 3, "d": 4}, "name": "y"}
+    assert runs.difference(was, now) == {"a.c": (2, 3), "a.d": (None, 4)}
+
+
+def test_once_makes_a_file_once_and_anew_when_it_is_not_valid(tmp_path):
+    made = []
+
+    def make(path: Path) -> None:
+        made.append(1)
+        path.write_text(f"version {len(made)}")
+
+    path = tmp_path / "deep" / "file"
+    assert once(path, make).read_text() == "version 1"
+    assert once(path, make).read_text() == "version 1"
+    assert once(path, make, is_valid=lambda p: p.read_text() == "version 2").read_text() == "version 2"
+
+
+def test_once_leaves_nothing_of_a_failure(tmp_path):
+    def fail(path: Path) -> None:
+        path.mkdir()
+        (path / "half").write_text("x")
+        raise RuntimeError("full")
+
+    with pytest.raises(RuntimeError, match="full"):
+        once(tmp_path / "folder", fail)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_once_waits_for_another_process(tmp_path):
+    """The other process holds the lock and makes the file; this one must not make it again."""
+    code = (
+        "import sys; from pathlib import Path; from dpo_lab.results.cache import once\n"
+        "def make(path): print('making', flush=True); input(); path.write_text('theirs')\n"
+        "once(Path(sys.argv[1]), make)"
+    )
+    path = tmp_path / "file"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "making\n"
+        with pytest.raises(TimeoutError):
+            FileLock(f"{path}.lock", timeout=0).acquire()
+        other.stdin.write("\n")
+        other.stdin.close()
+        assert once(path, lambda p: pytest.fail("made twice")).read_text() == "theirs"
+
+
+def test_mean_against_scipy():
+    values = [1.0, 2.0, 4.0, 4.5]
+    estimate = mean(values)
+    assert estimate.value == pytest.approx(2.875)
+    assert estimate.se == pytest.approx(stats.sem(values))
+    assert estimate.interval == pytest.approx(stats.t.interval(0.95, 3, 2.875, stats.sem(values)))
+    assert Estimate.from_record(json.loads(json.dumps(estimate.as_record()))) == estimate
+
+
+@pytest.mark.parametrize("values", [[3.0], [2.0, 2.0, 2.0]])
+def test_no_spread_no_interval(values):
+    assert mean(values).interval is None
+    assert mean(values).se is None
+
+
+@pytest.mark.parametrize(("yes", "n"), [(7, 10), (0, 10), (10, 10), (39, 100)])
+def test_share_against_scipys_wilson(yes, n):
+    expected = stats.binomtest(yes, n).proportion_ci(method="wilson")
+    assert share([1] * yes + [0] * (n - yes)).interval == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_share_takes_ties_and_nothing_else():
+    assert share([1, 0.5, 0, 0.5]).value == 0.5
+    with pytest.raises(ValueError, match="not between"):
+        share([3.0, 2.0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_metric_raises(value):
+    with pytest.raises(ValueError, match="broken"):
+        Estimate(value)
+    with pytest.raises(ValueError, match="broken"):
+        mean([1.0, value])
+
+
+def test_an_empty_mean_is_refused():
+    with pytest.raises(ValueError, match="no examples"):
+        mean([])
+
+
+def record(reference: str, beta: float, gain: float, status: str = "done", rate: float = 0.0) -> dict:
+    metrics = {"gold_gain": gain, "kl": 2.0, "well_formed": 0.6, "initial/well_formed": 0.8, "perplexity": 6.0}
+    metrics |= {"initial/perplexity": 5.0, "true_accuracy": 0.7}
+    config = {"reference": {"kind": reference}, "beta": beta, "noise": {"rate": rate}}
+    return {"status": status, "config": config, "metrics": {name: {"value": v} for name, v in metrics.items()}}
+
+
+def test_the_table_holds_means_of_finished_clean_runs(tmp_path):
+    written = [record("cached", 0.1, 1.0), record("cached", 0.1, 2.0), record("uniform", 0.1, 0.5)]
+    written += [record("cached", 0.1, 99.0, status="failed"), record("cached", 0.1, 99.0, rate=0.4)]
+    for number, content in enumerate(written):
+        folder = tmp_path / f"seed={number}"
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps(content))
+    records = done_records(tmp_path)
+    assert len(records) == 4
+    assert {k: {b: len(r) for b, r in v.items()} for k, v in by_arm(records).items()} == {
+        "cached": {0.1: 2},
+        "uniform": {0.1: 1},
+    }
+    assert "| frozen reference | 0.1 | 2 | 0.700 | 1.50 | 2.00 | 0.75 | 1.20 |" in table(records)
+    cost_of_gain(records, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert os.path.getsize(tmp_path / "figure.png") > 10_000
