@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_the_rate_is_the_rate(rate):
 
 def test_lower_rates_lie_inside_higher_ones():
     sets = [flipped(rate) for rate in (0.0, 0.1, 0.2, 0.4, 1.0)]
-    for smaller, larger in zip(sets, sets[1:], strict=False):
+    for smaller, larger in pairwise(sets):
         assert smaller < larger
 
 

@@ -98,7 +98,10 @@ def test_an_unfinished_run_is_kept_aside(error, status, tmp_path):
 
 
 def test_a_folder_that_another_process_writes_is_refused(tmp_path):
-    code = f"from filelock import FileLock; lock = FileLock({str(tmp_path / '.lock')!r}); lock.acquire(); print('held', flush=True); input()"
+    held = str(tmp_path / ".lock")
+    code = (
+        f"from filelock import FileLock; lock = FileLock({held!r}); lock.acquire(); print('held', flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
