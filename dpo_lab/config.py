@@ -43,7 +43,7 @@ class RunConfig:
     name: str = "dpo"
     beta: float = 0.1
     seed: int = 0
-    threads: int | None = None  # torch's intra-op threads a process; none: torch's own choice
+    threads: int | None = 1  # torch's intra-op threads a process; none: torch's own choice
     loss: Loss = MISSING
     reference: Reference = MISSING
     noise: LabelNoise = field(default_factory=LabelNoise)

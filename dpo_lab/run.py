@@ -51,7 +51,7 @@ def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
     plain = as_record(cfg, config)
     _set_up(config)
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # a further rank of a run that rank 0 holds
-        _fit(config, plain, folder, prepare(config, CACHE))
+        _fit(config, plain, folder, prepare(config, CACHE), Clock())
         return
     with runs.hold(folder, plain, list(HydraConfig.get().overrides.task)) as held, _logging(folder):
         if held is None:
@@ -82,8 +82,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
         initial_policy=weights_digest(material.initial.model),
         seconds=clock.lap("prepare"),
     )
-    module, trainer, step_zero_loss = _fit(config, plain, held.folder, material)
-    held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("fit"))
+    module, trainer, step_zero_loss = _fit(config, plain, held.folder, material, clock)
+    held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("dpo"))
     trained = Policy(module.model.eval(), material.initial.tokenizer)
     trained.save(held.folder / "policy")
     subject = _subject(config, material, trained)
@@ -109,7 +109,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
 
 
 def _fit(
-    config: RunConfig, plain: dict[str, Any], folder: Path, material: Material
+    config: RunConfig, plain: dict[str, Any], folder: Path, material: Material, clock: Clock
 ) -> tuple[DPOModule, Trainer, float | None]:
     """Train; gives the module, the trainer and the loss before the first step (None without a starting reference)."""
     trainer = _trainer(config, plain, folder)
@@ -125,6 +125,7 @@ def _fit(
             batch = collate(material.train[: config.data.batch_size]).to(device)
             step_zero_loss = check_step_zero(model, config.loss, reference, batch)
         log.info("step 0: loss %.6f, policy and reference agree", step_zero_loss)
+    clock.lap("reference")
     data = PreferenceDataModule(
         material.train,
         material.held_out,

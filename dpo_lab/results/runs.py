@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 RECORD = "run.json"
-VOLATILE = ("name", "threads", "data.num_workers")  # settings that change no result
+VOLATILE = ("name", "data.num_workers")  # settings that change no result
 SECRET = re.compile(r"(api_?key|token|secret|password|credential)$", re.I)
 
 
