@@ -47,14 +47,10 @@ def test_the_commands_are_all_known_kinds():
 @pytest.mark.parametrize("command", PYTHON_COMMANDS)
 def test_python_commands_run(command, folder):
     _, _, module, *arguments = shlex.split(command)
+    if "seed=0,1,2" in arguments:  # 30 cells: the same sweep at one seed and one beta
+        arguments = [re.sub(r"^(seed|beta)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
     small = SMALL if module in ("dpo_lab.train", "dpo_lab.sft") and "--help" not in arguments else []
-    if module == "dpo_lab.results.figures":  # reads what the sweeps before it left
-        arguments = ["outputs", "figure.png"]
-    result = (
-        python_m(module, *small, *arguments, "trainer.max_steps=2", cwd=folder)
-        if small
-        else python_m(module, *arguments, cwd=folder)
-    )
+    result = python_m(module, *arguments, *small, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -6,15 +6,19 @@ python -m dpo_lab.results.figures outputs/reference docs/images/reference.png
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_lab.results.runs import difference
+
 COLOURS = {"cached": "#0072B2", "uniform": "#D55E00"}  # Okabe and Ito's, told apart by the colour-blind
 LABELS = {"cached": "frozen reference", "uniform": "uniform reference"}
+VARYING = ("beta", "loss.beta", "seed", "noise.seed")
 PANELS = {
     "well_formed": "well-formed samples, share of the initial policy's",
     "perplexity": "held-out perplexity, times the initial policy's",
@@ -31,19 +35,23 @@ def done_records(folder: Path) -> list[dict[str, Any]]:
 def measured(record: Mapping[str, Any], name: str) -> float:
     """A final metric; those with an `initial/` twin relative to it, but gains as they are."""
     value, twin = record["metrics"][name]["value"], record["metrics"].get(f"initial/{name}")
-    return value / twin["value"] if twin else value
+    if twin is None:
+        return value
+    return value / twin["value"] if twin["value"] else math.nan
 
 
-def by_arm(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[float, list[Mapping[str, Any]]]]:
-    """Records of clean labels, by reference and beta."""
+def by_arm(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, list[Mapping[str, Any]]]]:
+    """Records by reference and beta. Raises ValueError where they differ in anything else but the seed."""
     arms: dict[str, dict[float, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        if record["config"]["noise"]["rate"] == 0:
-            arms[record["config"]["reference"]["kind"]][record["config"]["beta"]].append(record)
+        changed = difference(records[0]["config"], record["config"])
+        if others := [key for key in changed if key.split(".")[0] != "reference" and key not in VARYING]:
+            raise ValueError(f"these runs differ in {', '.join(others)} too; type the folder of one sweep of beta")
+        arms[record["config"]["reference"]["kind"]][record["config"]["beta"]].append(record)
     return arms
 
 
-def cost_of_gain(records: Iterable[Mapping[str, Any]], path: Path) -> None:
+def cost_of_gain(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Language against gain in gold reward: a line per reference through its betas, means with the seeds' range."""
     from matplotlib.figure import Figure
 
@@ -72,7 +80,7 @@ def cost_of_gain(records: Iterable[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def table(records: Iterable[Mapping[str, Any]]) -> str:
+def table(records: Sequence[Mapping[str, Any]]) -> str:
     """The same as Markdown: means over seeds."""
     lines = [
         "| reference | beta | seeds | accuracy (truth) | gain | KL | well-formed | perplexity |",
