@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dpo_lab.core.logps import IGNORE, pad_rows, pair_up, sequence_logps
+from dpo_lab.core.logps import IGNORE, pad_rows, pair_up, response_rows, sequence_logps
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
@@ -70,6 +70,14 @@ def test_pad_rows_as_documented():
         [ignored, ignored, 8, 9],
         [ignored, 6, ignored, ignored],
     ]
+
+
+def test_response_rows_agree_with_pad_rows():
+    pairs = make_pairs(5, seed=2)
+    input_ids, labels = pad_rows(collate(pairs), pad_id=0)
+    prompts = [p.prompt for p in pairs] * 2
+    responses = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    assert [t.tolist() for t in response_rows(prompts, responses, pad_id=0)] == [input_ids.tolist(), labels.tolist()]
 
 
 def brute_force(model, prompt, response) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,17 @@ def pad_rows(batch: PairBatch, pad_id: int) -> tuple[Tensor, Tensor]:
     source = (start + column + skipped * in_response).clamp(max=len(batch.tokens) - 1)
     tokens = batch.tokens[source]
     return tokens.masked_fill(~real, pad_id), tokens.masked_fill(~(real & in_response), IGNORE)
+
+
+def response_rows(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """Single responses as padded rows: (input_ids, labels), [S, T] each, laid out and labelled as pad_rows does it."""
+    both = list(zip(prompts, responses, strict=True))
+    width = max(len(prompt) + len(response) for prompt, response in both)
+    input_ids = [[*p, *r] + [pad_id] * (width - len(p) - len(r)) for p, r in both]
+    labels = [[IGNORE] * len(p) + [*r] + [IGNORE] * (width - len(p) - len(r)) for p, r in both]
+    return torch.tensor(input_ids), torch.tensor(labels)
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from dpo_lab.core.logps import IGNORE, sequence_logps
+from dpo_lab.core.logps import response_rows, sequence_logps
 from dpo_lab.core.pairs import EncodedPair, PairLogps
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate
@@ -83,14 +83,9 @@ class Subject:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            rows = [[*prompts[i], *responses[i]] for i in chosen]
-            width = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-            labels = torch.full_like(ids, IGNORE)
-            for at, i in enumerate(chosen):
-                scored = slice(len(prompts[i]), len(rows[at]))
-                labels[at, scored] = ids[at, scored]
-            row_sums, row_lengths = sequence_logps(model(input_ids=ids, use_cache=False).logits, labels)
+            rows, labels = response_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id=0)
+            logits = model(input_ids=rows.to(device), use_cache=False).logits
+            row_sums, row_lengths = sequence_logps(logits, labels.to(device))
             sums[chosen], lengths[chosen] = row_sums.float().cpu(), row_lengths.cpu()
         return sums, lengths
 

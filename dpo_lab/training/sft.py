@@ -38,7 +38,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: P
     from dpo_lab.models.tokenizer import train_tokenizer
 
     texts = world.reviews(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
-    recipe = {"tiny": asdict(tiny), "sft": asdict(sft), "seed": seed, "format": 1}
+    recipe = {"tiny": asdict(tiny), "sft": asdict(sft), "seed": seed, "format": 2}
     digest = hashlib.blake2b(json.dumps([recipe, texts]).encode(), digest_size=8).hexdigest()
     folder = cache / f"policy-{digest}"
 
@@ -56,22 +56,20 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: P
 def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int) -> None:
     """Train policy.model in place to continue every text from its begin token to its end token."""
     import torch
-    from torch.nn.functional import cross_entropy
 
+    from dpo_lab.core.logps import response_rows, sequence_logps
     from dpo_lab.results.progress import track
 
     tokenizer = policy.tokenizer
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    rows = [[bos, *ids, eos] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    begin, pad_id = [int(tokenizer.bos_token_id)], int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     optimizer, schedule = sft.optim.build(policy.model.parameters(), sft.steps)
     policy.model.train()
     with track("Initial policy (SFT)", sft.steps) as advance:
         for batch in _batches(rows, sft, seed):
-            width = max(len(row) for row in batch)
-            input_ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in batch])
-            labels = torch.tensor([row + [-100] * (width - len(row)) for row in batch])
-            logits = policy.model(input_ids=input_ids, use_cache=False).logits  # pads stand right of a causal row
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            input_ids, labels = response_rows([begin] * len(batch), batch, pad_id)
+            sums, counts = sequence_logps(policy.model(input_ids=input_ids, use_cache=False).logits, labels)
+            loss = -sums.sum() / counts.sum()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
