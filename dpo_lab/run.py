@@ -7,8 +7,8 @@ import html
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def make_initial_policy(config: RunConfig) -> None:
 
 def _set_up(config: RunConfig) -> None:
     disable_progress_bar()  # transformers' own bars, of milliseconds here
+    torch.set_flush_denormal(True)  # a pair learned long ago has gradients so small that a CPU takes 4 times as long
     if config.threads:
         torch.set_num_threads(config.threads)
 
@@ -86,7 +87,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
     held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("dpo"))
     trained = Policy(module.model.eval(), material.initial.tokenizer)
     trained.save(held.folder / "policy")
-    subject = _subject(config, material, trained)
+    subject = _subject(config, material, trained, trainer.precision_plugin.forward_context)
     metrics = evaluate(subject)
     samples = [
         {"prompt": prompt, "initial": before, "trained": after}
@@ -118,7 +119,7 @@ def _fit(
     device = trainer.strategy.root_device
     model = copy.deepcopy(material.initial.model).to(device)  # type: ignore[arg-type]
     pairs = [*material.train, *material.held_out]
-    reference = config.reference.prepare(model, pairs, CACHE, autocast)
+    reference = config.reference.prepare(model, pairs, CACHE, autocast, config.data.tokens_per_microbatch)
     step_zero_loss = None
     if config.reference.starts_at_policy:
         with autocast():
@@ -130,12 +131,21 @@ def _fit(
         material.train,
         material.held_out,
         batch_size=config.data.batch_size,
-        microbatch_size=_microbatch_size(config, trainer),
         num_workers=config.data.num_workers,
         seed=config.seed,
     )
+    if config.policy.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    module = DPOModule(model, config.loss, reference, config.optim, trainer.max_steps)
+    module = DPOModule(
+        model,
+        config.loss,
+        reference,
+        config.optim,
+        total_steps=trainer.max_steps,
+        batch_size=config.data.batch_size,
+        tokens_per_microbatch=config.data.tokens_per_microbatch,
+    )
     trainer.fit(module, datamodule=data)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -145,7 +155,7 @@ def _fit(
 
 
 def _trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trainer:
-    """Lightning's Trainer from its node, with loggers, callbacks and the accumulation that batch_size asks for."""
+    """Lightning's Trainer from its node, with loggers and callbacks."""
     settings = dict(plain["trainer"])
     try:
         loggers = [instantiate(node, save_dir=folder) for node in plain["logger"].values()]
@@ -157,23 +167,12 @@ def _trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trainer:
         raise ConfigError(f"the trainer, a logger or a callback can't be made: {_last_line(error)}") from error
     except MisconfigurationException as error:
         raise ConfigError(f"the trainer can't be made: {_last_line(error)}") from error
-    accumulate = config.data.batch_size // (_microbatch_size(config, trainer) * trainer.world_size)
-    trainer.accumulate_grad_batches = accumulate
-    if isinstance(trainer.val_check_interval, int):
-        trainer.val_check_interval *= accumulate  # ours counts optimizer steps, Lightning's micro-batches
-    return trainer
-
-
-def _microbatch_size(config: RunConfig, trainer: Trainer) -> int:
-    """Pairs a forward on one device. Raises ConfigError where devices and micro-batches don't make up batch_size."""
-    batch_size, devices = config.data.batch_size, trainer.world_size
-    size = config.data.microbatch_size or batch_size // devices
-    if not size or batch_size % (size * devices):
+    if config.data.batch_size < trainer.world_size:
         raise ConfigError(
-            f"data.batch_size={batch_size}: {devices} devices x micro-batches of {size or 1} don't make it up;"
-            f" type data.batch_size={devices * max(1, size)} or a multiple of it"
+            f"data.batch_size={config.data.batch_size}: {trainer.world_size} devices need a pair each in every step;"
+            f" type data.batch_size={trainer.world_size} or more"
         )
-    return size
+    return trainer
 
 
 def _hparams(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +181,9 @@ def _hparams(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in runs.flatten(shown).items() if v is not None}
 
 
-def _subject(config: RunConfig, material: Material, trained: Policy) -> Subject:
+def _subject(
+    config: RunConfig, material: Material, trained: Policy, context: Callable[[], AbstractContextManager]
+) -> Subject:
     """What evaluation looks at: held-out prompts and texts, from the world or from the user's held-out rows."""
     device = trained.model.device
     material.initial.model.to(device)  # type: ignore[arg-type]
@@ -203,7 +204,9 @@ def _subject(config: RunConfig, material: Material, trained: Policy) -> Subject:
         texts=texts,
         world=world,
         max_new_tokens=config.evals.max_new_tokens,
+        tokens=config.data.tokens_per_microbatch,
         batch_size=config.evals.batch_size,
+        context=context,
         seed=config.seed,
     )
 

@@ -96,7 +96,7 @@ def test_tensorboard_shows_it(baseline):
 
 
 def test_microbatches_change_neither_the_run_nor_its_schedule(baseline, workshop):
-    cut = folder_of(train(workshop, "name=cut_up", "data.microbatch_size=2"), workshop)
+    cut = folder_of(train(workshop, "name=cut_up", "data.tokens_per_microbatch=100"), workshop)
     one, four = (EventAccumulator(str(folder)).Reload() for folder in (baseline, cut))
     for name in ("train/loss", "val/loss"):
         assert [e.step for e in four.Scalars(name)] == [e.step for e in one.Scalars(name)]

@@ -102,7 +102,7 @@ def test_an_empty_split_is_refused(tmp_path):
         {"num_workers": -1},
         {"validation_fraction": 1.0},
         {"max_prompt_length": 600},
-        {"microbatch_size": 5},
+        {"tokens_per_microbatch": 0},
         {"path": ""},
     ],
 )

@@ -43,6 +43,7 @@ def subject_of(trained: Policy, initial: Policy, prompts: list[str], **changes) 
         texts=[("", text) for text in World().reviews(HELD_OUT, 5, seed=0)],
         world=World(),
         max_new_tokens=8,
+        tokens=64,
         batch_size=4,
         seed=0,
     )

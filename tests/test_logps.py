@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from dpo_lab.core.logps import IGNORE, pad_rows, pair_up, response_rows, sequence_logps
+from dpo_lab.core.logps import IGNORE, pad_rows, sequence_logps, stream_rows
 from dpo_lab.core.losses import DPO
-from dpo_lab.core.pairs import EncodedPair
-from dpo_lab.data.collate import collate
-from dpo_lab.models.policy import pair_logps
+from dpo_lab.core.pairs import EncodedPair, PairLogps, cut
+from dpo_lab.data.collate import collate, collate_responses
+from dpo_lab.models.forward import pair_logps
 from tests.conftest import make_pairs
 
 
@@ -44,7 +44,8 @@ def test_rows_without_labels_stand_beside_rows_with_them():
 
 def test_zero_logits_give_ln_2_and_the_stated_nll():
     labels = torch.tensor([[IGNORE, 5, 6], [IGNORE, 7, 8]])
-    logps = pair_up(*sequence_logps(torch.zeros(2, 3, 16), labels))
+    sums, counts = sequence_logps(torch.zeros(2, 3, 16), labels)
+    logps = PairLogps(*sums.split(1), *counts.split(1))
     loss = DPO(0.1)(logps, logps)
     assert loss.item() == pytest.approx(math.log(2))
     assert (loss - 0.5 * logps.chosen).item() == pytest.approx(3.465736, abs=1e-6)
@@ -61,7 +62,7 @@ def test_half_precision_logits_are_summed_in_full():
 
 def test_pad_rows_as_documented():
     batch = collate([EncodedPair("a", [1, 2], [7], [8, 9]), EncodedPair("b", [3], [4, 5], [6])])
-    input_ids, labels = pad_rows(batch, pad_id=0)
+    input_ids, labels = pad_rows(batch.tokens, batch.lengths, pad_id=0)
     assert input_ids.tolist() == [[1, 2, 7, 0], [3, 4, 5, 0], [1, 2, 8, 9], [3, 6, 0, 0]]
     ignored = IGNORE
     assert labels.tolist() == [
@@ -72,12 +73,36 @@ def test_pad_rows_as_documented():
     ]
 
 
-def test_response_rows_agree_with_pad_rows():
+def test_single_responses_are_laid_out_as_pairs_are():
     pairs = make_pairs(5, seed=2)
-    input_ids, labels = pad_rows(collate(pairs), pad_id=0)
-    prompts = [p.prompt for p in pairs] * 2
-    responses = [p.chosen for p in pairs] + [p.rejected for p in pairs]
-    assert [t.tolist() for t in response_rows(prompts, responses, pad_id=0)] == [input_ids.tolist(), labels.tolist()]
+    batch = collate(pairs)
+    of_pairs = pad_rows(batch.tokens, batch.lengths, pad_id=0)
+    single = collate_responses([p.prompt for p in pairs] * 2, [p.chosen for p in pairs] + [p.rejected for p in pairs])
+    assert [t.tolist() for t in pad_rows(*single, pad_id=0)] == [t.tolist() for t in of_pairs]
+
+
+def test_stream_rows_as_documented():
+    batch = collate([EncodedPair("a", [1, 2], [7], [8, 9]), EncodedPair("b", [3], [4, 5], [6])])
+    stream = stream_rows(batch.tokens, batch.lengths)
+    assert stream.positions.tolist() == [0, 1, 2, 2, 3, 0, 1, 2, 1]
+    assert stream.rows.tolist() == [1, 1, 3, 5, 6, 5]  # a prompt's last row predicts both responses' first tokens
+    assert stream.targets.tolist() == [7, 8, 9, 4, 5, 6]
+
+
+def test_cut():
+    assert cut([3, 4, 2, 9, 1], 7) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
+    assert cut([], 7) == []
+
+
+def test_a_batch_splits_into_its_pairs():
+    pairs = make_pairs(9, seed=4)
+    for tokens in (1, 60, 10_000):
+        parts = collate(pairs).split(tokens)
+        assert [key for part in parts for key in part.keys] == [p.key for p in pairs]
+        assert torch.equal(torch.cat([part.tokens for part in parts]), collate(pairs).tokens)
+        assert torch.equal(torch.cat([part.lengths for part in parts]), collate(pairs).lengths)
+        assert all(len(part) == 1 or len(part.tokens) <= tokens for part in parts)
+        assert all(int(part.lengths.sum()) == len(part.tokens) for part in parts)
 
 
 def brute_force(model, prompt, response) -> float:

@@ -16,7 +16,7 @@ from dpo_lab.core.losses import DPO
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
 from dpo_lab.models import reference_cache
-from dpo_lab.models.policy import pair_logps
+from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.reference import Cached, Frozen, Over, Uniform
 from dpo_lab.training.checks import StepZeroError, check_step_zero
 from dpo_lab.training.module import DPOModule
@@ -25,7 +25,7 @@ from tests.conftest import make_pairs
 from tests.ranks import run_in_ranks
 
 
-@pytest.mark.parametrize("kind", [Frozen(), Cached(), Cached(batch_size=5)])
+@pytest.mark.parametrize("kind", [Frozen(), Cached()])
 def test_anchored_references_agree_with_the_policy_at_step_zero(kind, policy, pairs, tmp_path):
     reference = kind.prepare(policy.model, pairs, tmp_path)
     loss = check_step_zero(policy.model, DPO(0.5), reference, collate(pairs))
@@ -33,7 +33,7 @@ def test_anchored_references_agree_with_the_policy_at_step_zero(kind, policy, pa
 
 
 def test_cached_is_frozen(policy, pairs, tmp_path):
-    cached, frozen = (kind.prepare(policy.model, pairs, tmp_path) for kind in (Cached(batch_size=4), Frozen()))
+    cached, frozen = (kind.prepare(policy.model, pairs, tmp_path, tokens=100) for kind in (Cached(), Frozen()))
     batch = collate(pairs[3:9])
     assert cached(batch).chosen.tolist() == pytest.approx(frozen(batch).chosen.tolist(), rel=1e-5)
     assert cached(batch).rejected.tolist() == pytest.approx(frozen(batch).rejected.tolist(), rel=1e-5)
@@ -157,7 +157,9 @@ def test_step_zero_check_names_the_pair(policy, pairs, tmp_path):
 
 def test_reference_stays_out_of_state_and_train_mode(policy, pairs, tmp_path):
     reference = Frozen().prepare(policy.model, pairs, tmp_path)
-    module = DPOModule(copy.deepcopy(policy.model), DPO(), reference, Optim(), total_steps=1)
+    module = DPOModule(
+        copy.deepcopy(policy.model), DPO(), reference, Optim(), total_steps=1, batch_size=1, tokens_per_microbatch=9
+    )
     module.train()
     assert len(module.state_dict()) == len(policy.model.state_dict())
     assert len(list(module.parameters())) == len(list(policy.model.parameters()))

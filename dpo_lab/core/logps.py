@@ -1,49 +1,37 @@
-"""Log-probabilities of responses: the only shift and the only mask."""
+"""Log-probabilities of responses: the only shift and the only mask, for padded rows and for flat streams."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dpo_lab.core.pairs import PairBatch, PairLogps
-
 IGNORE = -100
 
 
-def pad_rows(batch: PairBatch, pad_id: int) -> tuple[Tensor, Tensor]:
-    """The batch as 2B padded rows, all chosen first, then all rejected: (input_ids, labels), [2B, T] each.
+def pad_rows(tokens: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
+    """A flat stream as K * B padded rows, all first responses, then all second, ...: (input_ids, labels), [K * B, T] each.
 
+    tokens [N]: prompt and K responses of item 0, then of item 1, ...; lengths [B, 1 + K]: tokens of each.
     labels hold the token itself where it is a response token, IGNORE elsewhere. Pads stand right of all real tokens,
     where a causal model doesn't look, so rows need no attention mask.
 
-    >>> batch = PairBatch(["k"], torch.tensor([1, 2, 7, 8, 9]), torch.tensor([[2, 1, 2]]), ...)   # 1 2 | 7 | 8 9
-    >>> pad_rows(batch, pad_id=0)
+    >>> pad_rows(torch.tensor([1, 2, 7, 8, 9]), torch.tensor([[2, 1, 2]]), pad_id=0)   # 1 2 | 7 | 8 9
     input_ids  [[1, 2, 7, 0], [1, 2, 8, 9]]
     labels     [[I, I, 7, I], [I, I, 8, 9]]
     """
-    prompt, chosen, rejected = batch.lengths.unbind(1)
-    start = batch.lengths.sum(1).cumsum(0) - batch.lengths.sum(1)
-    start, prompt = start.repeat(2)[:, None], prompt.repeat(2)[:, None]
-    response = torch.cat((chosen, rejected))[:, None]
-    skipped = torch.cat((torch.zeros_like(chosen), chosen))[:, None]  # a rejected response stands behind the chosen one
-    column = torch.arange(int((prompt + response).max()), device=batch.tokens.device)[None, :]
+    ends = lengths.cumsum(1)
+    item = ends[:, -1].cumsum(0) - ends[:, -1]  # [B], where each begins in the stream
+    start = (item[:, None] + ends[:, :-1]).T.reshape(-1, 1)  # [K * B, 1], where each response begins
+    response = lengths[:, 1:].T.reshape(-1, 1)
+    responses = lengths.shape[1] - 1
+    prompt, item = lengths[:, 0].repeat(responses)[:, None], item.repeat(responses)[:, None]
+    column = torch.arange(int((prompt + response).max()), device=tokens.device)[None, :]
     real, in_response = column < prompt + response, column >= prompt
-    source = (start + column + skipped * in_response).clamp(max=len(batch.tokens) - 1)
-    tokens = batch.tokens[source]
-    return tokens.masked_fill(~real, pad_id), tokens.masked_fill(~(real & in_response), IGNORE)
-
-
-def response_rows(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """Single responses as padded rows: (input_ids, labels), [S, T] each, laid out and labelled as pad_rows does it."""
-    both = list(zip(prompts, responses, strict=True))
-    width = max(len(prompt) + len(response) for prompt, response in both)
-    input_ids = [[*p, *r] + [pad_id] * (width - len(p) - len(r)) for p, r in both]
-    labels = [[IGNORE] * len(p) + [*r] + [IGNORE] * (width - len(p) - len(r)) for p, r in both]
-    return torch.tensor(input_ids), torch.tensor(labels)
+    source = torch.where(in_response, start + column - prompt, item + column).clamp(max=len(tokens) - 1)
+    rows = tokens[source]
+    return rows.masked_fill(~real, pad_id), rows.masked_fill(~(real & in_response), IGNORE)
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +49,42 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return token_logps.sum(1), mask.sum(1)
 
 
-def pair_up(sums: Tensor, lengths: Tensor) -> PairLogps:
-    """PairLogps from 2B rows, all chosen first, then all rejected."""
-    chosen, rejected = sums.chunk(2)
-    chosen_length, rejected_length = lengths.chunk(2)
-    return PairLogps(chosen, rejected, chosen_length, rejected_length)
+@dataclass(frozen=True)
+class StreamRows:
+    """Where a flat stream's tokens stand in their texts, and which rows predict which response tokens.
+
+    positions [N]: a token's place in prompt + its own response; rows [R]: index of the stream's row that predicts a
+    response token (the prompt's last row predicts the first token of every response); targets [R]: that token.
+    R counts response tokens in the stream's order.
+    """
+
+    positions: Tensor
+    rows: Tensor
+    targets: Tensor
+
+
+def stream_rows(tokens: Tensor, lengths: Tensor) -> StreamRows:
+    """The rows of a flat stream, see pad_rows for `tokens` and `lengths`.
+
+    >>> stream_rows(torch.tensor([1, 2, 7, 8, 9]), torch.tensor([[2, 1, 2]]))
+    positions [0, 1, 2, 2, 3], rows [1, 1, 3], targets [7, 8, 9]
+    """
+    parts = lengths.shape[1]
+    flat = lengths.flatten()
+    ends = flat.cumsum(0)
+    part = torch.arange(len(flat), device=flat.device).repeat_interleave(flat, output_size=len(tokens))  # [N]
+    item, is_response = part // parts, part % parts != 0
+    place = torch.arange(len(tokens), device=flat.device)
+    offset = place - (ends - flat)[part]
+    positions = offset + lengths[:, 0][item] * is_response
+    last_of_prompt = ends.view(-1, parts)[:, 0][item] - 1
+    predictor = torch.where(offset == 0, last_of_prompt, place - 1)
+    return StreamRows(positions, predictor[is_response], tokens[is_response])
+
+
+def sum_responses(token_logps: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over each response, [B, K], of token log-probabilities [R] in the stream's order."""
+    counts = lengths[:, 1:]
+    owner = torch.arange(counts.numel(), device=counts.device)
+    owner = owner.repeat_interleave(counts.flatten(), output_size=len(token_logps))
+    return token_logps.new_zeros(counts.numel()).index_add(0, owner, token_logps).view(counts.shape)

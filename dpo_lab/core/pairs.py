@@ -43,6 +43,11 @@ class EncodedPair:
     gold_margin: float = math.nan
     flipped: bool = False
 
+    @property
+    def size(self) -> int:
+        """Tokens, the prompt's counted once."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
     def flip(self) -> EncodedPair:
         """The same pair with the other side chosen; twice is the pair itself."""
         return replace(
@@ -71,6 +76,16 @@ class PairBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def split(self, tokens: int) -> list[PairBatch]:
+        """Micro-batches of neighbouring pairs, see `cut`."""
+        sizes = self.lengths.sum(1).tolist()
+        parts = cut(sizes, tokens)
+        streams = self.tokens.split([sum(sizes[part]) for part in parts])
+        return [
+            PairBatch(self.keys[part], stream, self.lengths[part], self.flipped[part], self.gold_margin[part])
+            for part, stream in zip(parts, streams, strict=True)
+        ]
+
     def to(self, device: device | str, non_blocking: bool = False) -> PairBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -81,6 +96,21 @@ class PairBatch:
         return PairBatch(
             self.keys, function(self.tokens), function(self.lengths), function(self.flipped), function(self.gold_margin)
         )
+
+
+def cut(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Neighbours together as long as their sizes add up to at most `limit`; one that is larger stands alone.
+
+    >>> cut([3, 4, 2, 9, 1], 7)
+    [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
+    """
+    parts, first, held = [], 0, 0
+    for i, size in enumerate(sizes):
+        if i > first and held + size > limit:
+            parts.append(slice(first, i))
+            first, held = i, 0
+        held += size
+    return [*parts, slice(first, len(sizes))] if sizes else []
 
 
 @dataclass
@@ -96,6 +126,11 @@ class PairLogps:
     chosen_length: Tensor
     rejected_length: Tensor
 
+    @classmethod
+    def of(cls, sums: Tensor, lengths: Tensor) -> PairLogps:
+        """From sums [B, 2], chosen and rejected, and a batch's lengths [B, 3]."""
+        return cls(*sums.unbind(1), *lengths[:, 1:].unbind(1))
+
     @property
     def margin(self) -> Tensor:
         """chosen less rejected, [B], nats."""
@@ -107,6 +142,11 @@ class PairLogps:
     def per_token(self) -> PairLogps:
         """The same, as means over each response's tokens."""
         return replace(self, chosen=self.chosen / self.chosen_length, rejected=self.rejected / self.rejected_length)
+
+    def __getitem__(self, pairs: slice) -> PairLogps:
+        return PairLogps(
+            self.chosen[pairs], self.rejected[pairs], self.chosen_length[pairs], self.rejected_length[pairs]
+        )
 
     def detach(self) -> PairLogps:
         return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())

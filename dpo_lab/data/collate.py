@@ -1,10 +1,11 @@
-"""Encoded pairs to one PairBatch."""
+"""Token ids to flat streams: encoded pairs to one PairBatch, single responses to tokens and lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dpo_lab.core.pairs import EncodedPair, PairBatch
 
@@ -22,3 +23,10 @@ def collate(pairs: Sequence[EncodedPair]) -> PairBatch:
         flipped=torch.tensor([p.flipped for p in pairs]),
         gold_margin=torch.tensor([p.gold_margin for p in pairs]),
     )
+
+
+def collate_responses(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Single responses to their prompts as a flat stream: (tokens [N], lengths [S, 2])."""
+    both = list(zip(prompts, responses, strict=True))
+    tokens = torch.tensor([token for prompt, response in both for token in (*prompt, *response)])
+    return tokens, torch.tensor([[len(prompt), len(response)] for prompt, response in both])

@@ -14,17 +14,17 @@ from dpo_lab.data.collate import collate
 
 
 class StepSampler(Sampler[list[int]]):
-    """Micro-batches of one rank, so that every optimizer step sees `batch_size` pairs whatever the ranks and micro-batches.
+    """One rank's pairs of every optimizer step: `batch_size` pairs over all ranks, whatever their number.
 
-    Epoch e is a permutation drawn from (seed, e), cut into steps of batch_size; a step is cut into micro-batches and they
-    are dealt to the ranks in turn. Pairs that don't fill a last step wait for the next epoch's permutation.
+    Epoch e is a permutation drawn from (seed, e), cut into steps of batch_size. Within a step pairs are sorted by size
+    and dealt to the ranks so that all have about as many tokens; the draw itself knows nothing of sizes. Any step can be
+    had without those before it. Pairs that don't fill a last step wait for the next epoch's permutation.
     """
 
-    def __init__(
-        self, pairs: int, batch_size: int, microbatch_size: int, seed: int, rank: int, world_size: int
-    ) -> None:
-        self.pairs, self.batch_size, self.microbatch_size = pairs, batch_size, microbatch_size
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        """sizes: tokens of each pair."""
+        self.sizes, self.batch_size, self.seed = sizes, batch_size, seed
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -32,15 +32,29 @@ class StepSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, f"order/{self.epoch}"))
-        order = torch.randperm(self.pairs, generator=generator).tolist()
-        for step in range(self.pairs // self.batch_size):
-            of_step = order[step * self.batch_size : (step + 1) * self.batch_size]
-            for start in range(self.rank * self.microbatch_size, len(of_step), self.world_size * self.microbatch_size):
-                yield of_step[start : start + self.microbatch_size]
+        order = self._order(self.epoch)
+        return (self._share(order, step) for step in range(len(self)))
 
     def __len__(self) -> int:
-        return self.pairs // self.batch_size * (self.batch_size // self.microbatch_size // self.world_size)
+        return len(self.sizes) // self.batch_size
+
+    def step(self, epoch: int, step: int) -> list[int]:
+        """This rank's pairs of one step."""
+        return self._share(self._order(epoch), step)
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, f"order/{epoch}"))
+        return torch.randperm(len(self.sizes), generator=generator).tolist()
+
+    def _share(self, order: list[int], step: int) -> list[int]:
+        of_step = order[step * self.batch_size : (step + 1) * self.batch_size]
+        longest_first = sorted(of_step, key=lambda pair: -self.sizes[pair])
+        return [pair for i, pair in enumerate(longest_first) if self._dealt_to(i) == self.rank]
+
+    def _dealt_to(self, place: int) -> int:
+        """Ranks 0 to W - 1, then W - 1 to 0, and so on: each has as many long pairs as short ones."""
+        lap, seat = divmod(place, self.world_size)
+        return seat if lap % 2 == 0 else self.world_size - 1 - seat
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -52,24 +66,16 @@ class PreferenceDataModule(LightningDataModule):
         held_out: Sequence[EncodedPair],
         *,
         batch_size: int,
-        microbatch_size: int,
         num_workers: int,
         seed: int,
     ) -> None:
         super().__init__()
         self.train, self.held_out = train, held_out
-        self.batch_size, self.microbatch_size, self.num_workers, self.seed = (
-            batch_size,
-            microbatch_size,
-            num_workers,
-            seed,
-        )
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
 
     def train_dataloader(self) -> DataLoader:
         rank, world_size = self._rank_and_world_size()
-        sampler = StepSampler(
-            len(self.train), self.batch_size, self.microbatch_size, self.seed, rank=rank, world_size=world_size
-        )
+        sampler = StepSampler([p.size for p in self.train], self.batch_size, self.seed, rank, world_size)
         return DataLoader(
             self.train,  # type: ignore[arg-type]  # a list is a dataset
             batch_sampler=sampler,

@@ -28,7 +28,8 @@ class Data:
     """Settings of the pairs and of how they are fed.
 
     path: a JSONL file of {"prompt", "chosen", "rejected"}; none: the embedded world. batch_size: pairs an optimizer step,
-    over all devices and micro-batches; microbatch_size: pairs a forward (none: as many as a device has in a step).
+    over all devices; tokens_per_microbatch: at most so many go through the model at once (a pair of more tokens goes alone),
+    in training and wherever else its log-probabilities are computed: memory depends on it, results do not.
     """
 
     path: str | None = None
@@ -39,14 +40,14 @@ class Data:
     max_length: int = 512
     max_prompt_length: int = 256
     batch_size: int = 32
-    microbatch_size: int | None = None
+    tokens_per_microbatch: int = 2048
     num_workers: int = 0
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
         if self.path == "":
             raise ValueError("data.path is empty; type data.path=FILE.jsonl, or data=world for the embedded world")
-        for name in ("pairs", "validation_pairs", "batch_size"):
+        for name in ("pairs", "validation_pairs", "batch_size", "tokens_per_microbatch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be 1 or more; type e.g. data.{name}=32")
         if self.num_workers < 0:
@@ -61,11 +62,6 @@ class Data:
                 f"data.max_prompt_length={self.max_prompt_length}: must lie between 2 and"
                 f" data.max_length={self.max_length}, so that responses have room;"
                 " type e.g. data.max_length=512 data.max_prompt_length=256"
-            )
-        if self.microbatch_size is not None and (self.microbatch_size < 1 or self.batch_size % self.microbatch_size):
-            raise ValueError(
-                f"data.microbatch_size={self.microbatch_size}: must divide data.batch_size={self.batch_size};"
-                f" type e.g. data.microbatch_size={self.batch_size}"
             )
 
     @property

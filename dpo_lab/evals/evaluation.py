@@ -17,7 +17,7 @@ class Evals:
     samples: int = 512
     max_new_tokens: int = 48
     texts: int = 256
-    batch_size: int = 64
+    batch_size: int = 512
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "texts", "batch_size"):

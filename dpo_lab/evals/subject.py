@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -10,13 +11,13 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from dpo_lab.core.logps import response_rows, sequence_logps
-from dpo_lab.core.pairs import EncodedPair, PairLogps
+from dpo_lab.core.pairs import EncodedPair, PairLogps, cut
 from dpo_lab.core.seeds import derive_seed
-from dpo_lab.data.collate import collate
+from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.world import World
-from dpo_lab.models.policy import Policy, pair_logps
+from dpo_lab.models.forward import pair_logps, response_logps
+from dpo_lab.models.policy import Policy
 from dpo_lab.models.sampling import Sample, respond
 from dpo_lab.results.estimates import Estimate
 
@@ -32,7 +33,9 @@ class Subject:
     """A trained policy under evaluation.
 
     pairs: held-out pairs, never flipped; prompts: what samples answer; texts: held-out (prompt, response) texts of the
-    real distribution; world: where the truth is known, else None.
+    real distribution; world: where the truth is known, else None; tokens: about how many a forward
+    takes; batch_size: samples made side by side; context: what forwards run under (autocast): a policy is
+    sampled and scored in one and the same precision.
     """
 
     trained: Policy
@@ -43,8 +46,10 @@ class Subject:
     texts: Sequence[tuple[str, str]]
     world: World | None
     max_new_tokens: int
+    tokens: int
     batch_size: int
     seed: int
+    context: Callable[[], AbstractContextManager] = nullcontext
 
     @cached_property
     def prompt_ids(self) -> list[list[int]]:
@@ -79,33 +84,36 @@ class Subject:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed log-probability (nats) of each response to its prompt, and its number of tokens."""
         device = next(model.parameters()).device
-        sums, lengths = torch.empty(len(prompts)), torch.empty(len(prompts), dtype=torch.long)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            rows, labels = response_rows([prompts[i] for i in chosen], [responses[i] for i in chosen], pad_id=0)
-            logits = model(input_ids=rows.to(device), use_cache=False).logits
-            row_sums, row_lengths = sequence_logps(logits, labels.to(device))
-            sums[chosen], lengths[chosen] = row_sums.float().cpu(), row_lengths.cpu()
-        return sums, lengths
+        sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+        order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+        sums = torch.empty(len(sizes))
+        for part in cut([sizes[i] for i in order], self.tokens):
+            chosen = order[part]
+            tokens, lengths = collate_responses([prompts[i] for i in chosen], [responses[i] for i in chosen])
+            with self.context():
+                sums[chosen] = response_logps(model, tokens.to(device), lengths.to(device))[:, 0].float().cpu()
+        return sums, torch.tensor([len(response) for response in responses])
 
     def _sample(self, policy: Policy, whose: str) -> list[Sample]:
-        return respond(
-            policy.model,
-            self.encoder,
-            self.prompts,
-            max_new_tokens=self.max_new_tokens,
-            seed=derive_seed(self.seed, f"evaluation/{whose}"),
-            what=f"Samples ({whose})",
-        )
+        with self.context():
+            return respond(
+                policy.model,
+                self.encoder,
+                self.prompts,
+                max_new_tokens=self.max_new_tokens,
+                seed=derive_seed(self.seed, f"evaluation/{whose}"),
+                batch_size=self.batch_size,
+                what=f"Samples ({whose})",
+            )
 
     @torch.no_grad()
     def _pair_logps(self, model: PreTrainedModel) -> PairLogps:
         device = next(model.parameters()).device
-        parts = [
-            pair_logps(model, collate(self.pairs[i : i + self.batch_size]).to(device))
-            for i in range(0, len(self.pairs), self.batch_size)
-        ]
+        with self.context():
+            parts = [
+                pair_logps(model, collate(self.pairs[part]).to(device))
+                for part in cut([pair.size for pair in self.pairs], self.tokens)
+            ]
         return PairLogps(
             torch.cat([p.chosen for p in parts]).cpu(),
             torch.cat([p.rejected for p in parts]).cpu(),

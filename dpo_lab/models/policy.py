@@ -1,4 +1,4 @@
-"""A policy: a causal language model with its tokenizer, and what it says of a batch of pairs."""
+"""A policy: a causal language model with its tokenizer, made, saved and loaded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from dpo_lab.core.pairs import PairBatch, PairLogps
 
 
 class Start(str, Enum):
@@ -32,6 +30,7 @@ class TinyPolicy:
     vocab_size: int = 1024
     context: int = 1024
     start: Start = Start.sft
+    gradient_checkpointing: bool = False  # less memory in training for one more forward
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
@@ -82,10 +81,13 @@ class Policy:
 
 
 def load_policy(folder: Path) -> Policy:
-    """Read a Hugging Face folder, safetensors only."""
+    """Read a Hugging Face folder, safetensors only; the model takes the fastest forward path that is proven for it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from dpo_lab.models.forward import choose_path
+
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    choose_path(model)
     return Policy(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
@@ -98,12 +100,3 @@ def weights_digest(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
-    """Log-probabilities of both responses of every pair, by one forward over padded rows; takes any causal LM."""
-    from dpo_lab.core.logps import pad_rows, pair_up, sequence_logps
-
-    input_ids, labels = pad_rows(batch, pad_id=model.config.pad_token_id or 0)
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    return pair_up(*sequence_logps(logits, labels))

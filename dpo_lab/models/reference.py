@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ReferenceLogps = Callable[[PairBatch], PairLogps]
+TOKENS = 2048  # a forward, unless told otherwise
 
 
 @dataclass
@@ -34,11 +35,12 @@ class Reference:
         pairs: Sequence[EncodedPair],
         cache: Path,
         context: Callable[[], AbstractContextManager] = nullcontext,
+        tokens: int = TOKENS,
     ) -> ReferenceLogps:
         """Get ready for batches of `pairs`.
 
         initial: the policy before training; cache: a folder to keep results in; context: what forwards run under
-        (autocast), the same as the policy's.
+        (autocast), the same as the policy's; tokens: about how many a forward may take.
         """
         raise NotImplementedError
 
@@ -47,7 +49,7 @@ class Reference:
 class Frozen(Reference):
     """A frozen copy of the initial policy, run beside it: two models in memory, one more forward a step."""
 
-    def prepare(self, initial, pairs, cache, context=nullcontext) -> ReferenceLogps:
+    def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         return FrozenModel(copy.deepcopy(initial))
 
 
@@ -55,16 +57,10 @@ class Frozen(Reference):
 class Cached(Reference):
     """The initial policy's log-probabilities, computed once, kept on disk and looked up by pair: one model in memory."""
 
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"reference.batch_size={self.batch_size}: must be 1 or more; type reference.batch_size=64")
-
-    def prepare(self, initial, pairs, cache, context=nullcontext) -> ReferenceLogps:
+    def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         from dpo_lab.models.reference_cache import cached_logps
 
-        return cached_logps(initial, pairs, cache, context, self.batch_size)
+        return cached_logps(initial, pairs, cache, context, tokens)
 
 
 class Over(str, Enum):
@@ -85,7 +81,7 @@ class Uniform(Reference):
     over: Over = Over.sequences
     starts_at_policy: ClassVar[bool] = False
 
-    def prepare(self, initial, pairs, cache, context=nullcontext) -> ReferenceLogps:
+    def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         return UniformLogps(0.0 if self.over is Over.sequences else math.log(initial.config.vocab_size))
 
 
@@ -109,7 +105,7 @@ class FrozenModel:
     def __call__(self, batch: PairBatch) -> PairLogps:
         import torch
 
-        from dpo_lab.models.policy import pair_logps
+        from dpo_lab.models.forward import pair_logps
 
         self.model.to(batch.tokens.device)  # type: ignore[arg-type]
         with torch.no_grad():

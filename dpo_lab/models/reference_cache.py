@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
+from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, cut
 from dpo_lab.data.collate import collate
-from dpo_lab.models.policy import pair_logps, weights_digest
+from dpo_lab.models.forward import pair_logps, path_of
+from dpo_lab.models.policy import weights_digest
 from dpo_lab.results.cache import once
 from dpo_lab.results.progress import track
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = "1 padded"  # to be raised whenever the numbers that a row holds would change
+FORMAT = "2"  # to be raised whenever the numbers that a row holds would change
 
 
 @dataclass
@@ -54,18 +55,18 @@ def cached_logps(
     pairs: Sequence[EncodedPair],
     folder: Path,
     context: Callable[[], AbstractContextManager],
-    batch_size: int,
+    tokens: int,
 ) -> CachedLogps:
-    """The cache for these pairs under this model, read from `folder` or computed and put there."""
+    """The cache for these pairs under this model, read from `folder` or computed, `tokens` at a time, and put there."""
     rows = {p.key: p.flip() if p.flipped else p for p in pairs}
     with context():
         probe = torch.empty(1, 1) @ torch.empty(1, 1)  # its dtype tells what matrix products run in here
-    key = _cache_key(weights_digest(initial), f"{FORMAT} {initial.dtype} {probe.dtype}", rows)
+    key = _cache_key(weights_digest(initial), f"{FORMAT} {path_of(initial)} {initial.dtype} {probe.dtype}", rows)
     path = folder / f"reference-{key[:16]}.safetensors"
     index = {pair_key: i for i, pair_key in enumerate(rows)}
 
     def make(path: Path) -> None:
-        table = _compute(initial, list(rows.values()), context, batch_size)
+        table = _compute(initial, list(rows.values()), context, tokens)
         save_file({"logps": table}, path, metadata={"key": key, "checksum": _checksum(table)})
 
     once(path, make, is_valid=lambda path: _read(path, key) is not None)
@@ -86,18 +87,16 @@ def _compute(
     model: PreTrainedModel,
     pairs: list[EncodedPair],
     context: Callable[[], AbstractContextManager],
-    batch_size: int,
+    tokens: int,
 ) -> Tensor:
-    order = sorted(
-        range(len(pairs)), key=lambda i: len(pairs[i].prompt) + len(pairs[i].chosen) + len(pairs[i].rejected)
-    )
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i].size)
     table = torch.empty(len(pairs), 2)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     with track("Reference log-probs", len(order)) as advance:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for part in cut([pairs[i].size for i in order], tokens):
+            chosen = order[part]
             with context():
                 logps = pair_logps(model, collate([pairs[i] for i in chosen]).to(device))
             table[chosen] = torch.stack((logps.chosen, logps.rejected), 1).float().cpu()

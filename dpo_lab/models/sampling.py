@@ -15,7 +15,14 @@ from dpo_lab.results.progress import track
 
 
 def respond(
-    model: PreTrainedModel, encoder: Encoder, prompts: Sequence[str], *, max_new_tokens: int, seed: int, what: str
+    model: PreTrainedModel,
+    encoder: Encoder,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    what: str,
+    batch_size: int = 512,
 ) -> list[Sample]:
     """A sampled response to each prompt text, with a bar called `what`."""
     with track(what, len(prompts)) as advance:
@@ -26,6 +33,7 @@ def respond(
             eos_id=encoder.eos_id,
             pad_id=encoder.pad_id,
             seed=seed,
+            batch_size=batch_size,
             progress=advance,
         )
 

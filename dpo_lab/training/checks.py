@@ -6,7 +6,7 @@ import torch
 
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch
-from dpo_lab.models.policy import pair_logps
+from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.reference import ReferenceLogps
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}

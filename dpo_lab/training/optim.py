@@ -24,7 +24,10 @@ class Decay(str, Enum):
 
 @dataclass
 class Optim:
-    """AdamW's settings. weight_decay acts on matrices only, not on norms and biases."""
+    """AdamW's settings. weight_decay acts on matrices only, not on norms and biases.
+
+    max_grad_norm: a step's gradient is scaled down to this norm over all parameters where it is larger (none: never).
+    """
 
     lr: float = 3e-4
     weight_decay: float = 0.0
@@ -32,6 +35,7 @@ class Optim:
     beta2: float = 0.999
     warmup_steps: int = 20
     decay: Decay = Decay.linear
+    max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
         if not (self.lr >= 0 and math.isfinite(self.lr)):
@@ -44,6 +48,12 @@ class Optim:
                 f"optim.warmup_steps={self.warmup_steps}, optim.weight_decay={self.weight_decay}: must be 0 or more"
             )
 
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"optim.max_grad_norm={self.max_grad_norm}: must be more than 0;"
+                " type optim.max_grad_norm=1.0, or null for no limit"
+            )
+
     def build(self, parameters: Iterable[nn.Parameter], total_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The optimiser over the parameters that train, and its schedule over `total_steps` optimizer steps."""
         from torch.optim import AdamW
@@ -54,8 +64,15 @@ class Optim:
             {"params": [p for p in training if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in training if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=(self.beta1, self.beta2))
+        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=(self.beta1, self.beta2), fused=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+    def clip(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Scale gradients down to max_grad_norm."""
+        from torch.nn.utils import clip_grad_norm_
+
+        if self.max_grad_norm is not None:
+            clip_grad_norm_(parameters, self.max_grad_norm)
 
     def factor(self, step: int, total_steps: int) -> float:
         """Share of `lr` at a step (0-based): rises over the warm-up, would reach 0 at total_steps."""

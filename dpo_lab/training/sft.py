@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dpo_lab.core.seeds import derive_seed
@@ -38,7 +38,12 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: P
     from dpo_lab.models.tokenizer import train_tokenizer
 
     texts = world.reviews(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
-    recipe = {"tiny": asdict(tiny), "sft": asdict(sft), "seed": seed, "format": 2}
+    recipe = {
+        "tiny": asdict(replace(tiny, gradient_checkpointing=False)),
+        "sft": asdict(sft),
+        "seed": seed,
+        "format": 3,
+    }
     digest = hashlib.blake2b(json.dumps([recipe, texts]).encode(), digest_size=8).hexdigest()
     folder = cache / f"policy-{digest}"
 
@@ -55,9 +60,8 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: P
 
 def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int) -> None:
     """Train policy.model in place to continue every text from its begin token to its end token."""
-    import torch
-
-    from dpo_lab.core.logps import response_rows, sequence_logps
+    from dpo_lab.core.logps import pad_rows, sequence_logps
+    from dpo_lab.data.collate import collate_responses
     from dpo_lab.results.progress import track
 
     tokenizer = policy.tokenizer
@@ -67,12 +71,12 @@ def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int) ->
     policy.model.train()
     with track("Initial policy (SFT)", sft.steps) as advance:
         for batch in _batches(rows, sft, seed):
-            input_ids, labels = response_rows([begin] * len(batch), batch, pad_id)
+            input_ids, labels = pad_rows(*collate_responses([begin] * len(batch), batch), pad_id)
             sums, counts = sequence_logps(policy.model(input_ids=input_ids, use_cache=False).logits, labels)
             loss = -sums.sum() / counts.sum()
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+            sft.optim.clip(policy.model.parameters())
             optimizer.step()
             schedule.step()
             advance(1, f"loss {loss.item():.3f}")

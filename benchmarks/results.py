@@ -1,0 +1,103 @@
+"""Measurements on disk, and the page made of them: benchmarks/RESULTS.md."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MEASURED = Path("outputs/benchmarks")
+PAGE = Path(__file__).with_name("RESULTS.md")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "lightning")
+
+
+def save(name: str, measured: dict[str, Any]) -> None:
+    """Keep one table's figures with the date and what they were measured with."""
+    context = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "versions": {package: version(package) for package in PACKAGES},
+        "machine": f"{processor()}, {torch.get_num_threads()} thread, Python {platform.python_version()}",
+    }
+    MEASURED.mkdir(parents=True, exist_ok=True)
+    (MEASURED / f"{name}.json").write_text(json.dumps(context | measured, indent=1) + "\n")
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_results() -> None:
+    """RESULTS.md from everything that was measured; printed as well."""
+    tables = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("step-*.json"), key=_order)]
+    parts = ["# Speed and memory of a DPO step", "", "Made by `python -m benchmarks.step`; edited by nobody.", ""]
+    parts += [part for table in tables for part in _step(table)]
+    text = "\n".join(parts)
+    print(text)
+    PAGE.write_text(text)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    _, shape, mix = path.stem.split("-", 2)
+    return ["small", "135M"].index(shape), ["chat", "long", "short"].index(mix)
+
+
+def _row(table: dict[str, Any], variant: str, dtype: str) -> dict[str, Any]:
+    return next(r for r in table["rows"] if r["variant"] == variant and r["dtype"] == dtype)
+
+
+def _best_tuned(table: dict[str, Any]) -> dict[str, Any]:
+    tuned = [r for r in table["rows"] if r["variant"] == "TRL tuned"]
+    return max(tuned, key=lambda r: r["tokens_per_second"])
+
+
+def _step(table: dict[str, Any]) -> list[str]:
+    rows = [
+        "| variant | dtype | tokens/s | CPU s | min .. max | memory, MB | GEMM limit | gradient error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in table["rows"]:
+        error = "twin" if r["gradient_error"] is None else f"{r['gradient_error']:.1e}"
+        low, high = r["spread"]
+        rows.append(
+            f"| {r['variant']} | {r['dtype']} | {r['tokens_per_second']:.0f} | {r['seconds']:.2f} | {low:.2f} .. {high:.2f}"
+            f" | {r['memory']:.0f} | {r['limit_share']:.0%} | {error} |"
+        )
+    mine, tuned = _row(table, "ours", "fp32"), _best_tuned(table)
+
+    def times(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+        return f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.1f} x"
+
+    def share(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+        return f"1/{theirs['memory'] / ours['memory']:.1f}"
+
+    defaults = {dtype: _row(table, "TRL, its defaults", dtype) for dtype in ("fp32", "bf16")}
+    checkpointed = _row(table, "ours, checkpointing", "fp32")
+    summary = (
+        f"Ours against TRL's defaults: {times(mine, defaults['fp32'])} in fp32,"
+        f" {times(_row(table, 'ours', 'bf16'), defaults['bf16'])} in bf16;"
+        f" against TRL tuned ({tuned['dtype']}): {times(max(mine, _row(table, 'ours', tuned['dtype']), key=_speed), tuned)};"
+        f" against the original loop: {times(mine, table['rows'][0])}."
+        f" Step memory of TRL's at the same batch: {share(mine, _row(table, 'TRL, without checkpointing', 'fp32'))} both"
+        f" without checkpointing, {share(checkpointed, defaults['fp32'])} both with it."
+    )
+    return [f"## {table['shape']}, {table['mix']}", "", *rows, "", summary, "", _context(table), ""]
+
+
+def _speed(row: dict[str, Any]) -> float:
+    return row["tokens_per_second"]
+
+
+def _context(table: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in table["versions"].items())
+    return (
+        f"{table['date']}: {table['pairs']} pairs a step, {table['tokens']} tokens (prompts twice), ours in micro-batches"
+        f" of {table['tokens_per_microbatch']} tokens; medians of {table['repeats']}. The GEMM limit is the rate of the"
+        f" step's own fp32 matrix products alone, {table['gemm'] / 1e9:.0f} GFLOP/s (a product of 1536 x 1536 matrices:"
+        f" {table['square_gemm'] / 1e9:.0f}). {table['machine']}; {versions}."
+    )

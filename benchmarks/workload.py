@@ -1,0 +1,102 @@
+"""What is measured: two model shapes, three mixes of pairs, the arithmetic that a step can't do without."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from dpo_lab.core.pairs import EncodedPair
+
+SHAPES = {
+    "small": LlamaConfig(
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=768,
+        vocab_size=8192,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    ),
+    "135M": LlamaConfig(  # SmolLM2-135M's
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    ),
+}
+MIXES = {  # median tokens and their spread (sd of the logarithm): prompt, response
+    "chat": (200, 0.6, 150, 0.5),
+    "long": (600, 0.2, 100, 0.4),
+    "short": (16, 0.3, 32, 0.4),
+}
+PAIRS = {  # pairs a step
+    ("small", "chat"): 16,
+    ("small", "long"): 8,
+    ("small", "short"): 64,
+    ("135M", "chat"): 4,
+    ("135M", "long"): 4,
+    ("135M", "short"): 16,
+}
+LONGEST = 1024  # tokens of prompt and response together: TRL's default max_length
+
+
+def make_pairs(mix: str, count: int, vocabulary: int, seed: int = 0) -> list[EncodedPair]:
+    """Random tokens, lengths log-normal."""
+    rng = random.Random(seed)
+    prompt_median, prompt_spread, response_median, response_spread = MIXES[mix]
+
+    def tokens(median: float, spread: float, most: int) -> list[int]:
+        length = min(most, max(4, round(median * math.exp(rng.gauss(0, spread)))))
+        return [rng.randrange(3, vocabulary) for _ in range(length)]
+
+    pairs = []
+    for number in range(count):
+        prompt = tokens(prompt_median, prompt_spread, LONGEST - 256)
+        chosen, rejected = (tokens(response_median, response_spread, LONGEST - len(prompt)) for _ in range(2))
+        pairs.append(EncodedPair(f"pair-{number}", prompt, chosen, rejected))
+    return pairs
+
+
+def make_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """(policy, reference): random weights, the policy's a little different."""
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(SHAPES[shape]).eval()
+    policy = LlamaForCausalLM(SHAPES[shape]).eval()
+    with torch.no_grad():
+        for ours, theirs in zip(policy.parameters(), reference.parameters(), strict=True):
+            ours.copy_(theirs + 0.02 * theirs.std().nan_to_num(0) * torch.randn_like(theirs))
+    return policy, reference.requires_grad_(False)
+
+
+def tokens_of(pairs: Sequence[EncodedPair]) -> int:
+    """Real tokens as a trainer without shared prompts sees them: every prompt twice. The same count for everybody."""
+    return sum(pair.size + len(pair.prompt) for pair in pairs)
+
+
+def useful_flops(pairs: Sequence[EncodedPair], config: LlamaConfig) -> float:
+    """FLOPs of forward and backward that the loss needs: prompts once, the head on response rows, causal attention.
+
+    6 Nb (P + C + R) + 6 H V (C + R) + 12 H L (causal pairs of tokens); Nb: body parameters without embeddings.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    key_value = hidden // config.num_attention_heads * config.num_key_value_heads
+    body = layers * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * config.intermediate_size)
+    total = 0.0
+    for pair in pairs:
+        prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        seen = prompt * (prompt + 1) / 2 + sum(r * prompt + r * (r + 1) / 2 for r in (chosen, rejected))
+        total += (
+            6 * body * pair.size + 6 * hidden * config.vocab_size * (chosen + rejected) + 12 * hidden * layers * seen
+        )
+    return total

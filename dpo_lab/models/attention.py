@@ -1,0 +1,72 @@
+"""Shared-prompt attention: in a flat stream every response of an item attends to the item's prompt, which stands there once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SHARED_PROMPT = "shared_prompt"  # the name under which transformers finds it
+
+
+@dataclass
+class Segments:
+    """How a flat stream is cut: lengths [B][1 + K], tokens of each item's prompt and K responses."""
+
+    lengths: Sequence[Sequence[int]]
+    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)  # shared by all layers
+
+    def mask(self, prompt: int, response: int, like: Tensor) -> Tensor:
+        """[response, prompt + response], added to scores: a response token sees the prompt and what it follows."""
+        key = (prompt, response, like.dtype)
+        if key not in self.masks:
+            hidden = like.new_full((response, prompt + response), float("-inf"))
+            self.masks[key] = hidden.triu_(prompt + 1)
+        return self.masks[key]
+
+
+def shared_prompt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Causal attention [1, N, heads, d] over a flat stream, from query, key, value [1, heads, N, d].
+
+    Without `segments` this is transformers' SDPA attention: the same model also pads, generates and caches.
+    """
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    grouped = query.shape[1] != key.shape[1]
+    # one split, not a slice a segment: a slice's backward writes the whole stream
+    sizes = [size for item in segments.lengths for size in (item[0] + item[1], *item[2:])]
+    parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    outputs = []
+    for prompt, _, *others in segments.lengths:
+        q, first_k, first_v = next(parts)
+        attend = {"scale": scaling, "dropout_p": dropout, "enable_gqa": grouped}
+        outputs.append(scaled_dot_product_attention(q, first_k, first_v, is_causal=True, **attend))
+        for response in others:
+            q, k, v = next(parts)
+            k = torch.cat((first_k[:, :, :prompt], k), 2)
+            v = torch.cat((first_v[:, :, :prompt], v), 2)
+            mask = segments.mask(prompt, response, like=q)
+            outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **attend))
+    return torch.cat([o.transpose(1, 2) for o in outputs], 1), None
+
+
+AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
+AttentionMaskInterface.register(SHARED_PROMPT, sdpa_mask)

@@ -1,0 +1,140 @@
+"""The forward pass: what a model says of responses, by the shared-prompt path where it is proven, else by padded rows."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo_lab.core.head import fused_loss, token_logps
+from dpo_lab.core.logps import StreamRows, pad_rows, sequence_logps, stream_rows, sum_responses
+from dpo_lab.core.losses import Loss
+from dpo_lab.core.pairs import PairBatch, PairLogps
+from dpo_lab.models.attention import SHARED_PROMPT, Segments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+# Proven by tests/test_shared_prompt.py against the padded path; the class itself, no subclass of it.
+PROVEN = {
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "MistralForCausalLM",
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "Olmo2ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "Phi3ForCausalLM",
+}
+ROPES = {"default", "linear", "llama3", "yarn"}  # angles depend on a token's position alone
+
+
+def choose_path(model: PreTrainedModel) -> None:
+    """Let the model take the shared-prompt path if it can; one line in the log says which path and why."""
+    kind = type(causal_lm(model)).__name__
+    if reason := why_padded(model):
+        log.info("forward: padded rows for %s, because %s", kind, reason)
+    else:
+        causal_lm(model).set_attn_implementation(SHARED_PROMPT)
+        log.info("forward: shared prompts for %s, without padding", kind)
+
+
+def path_of(model: PreTrainedModel) -> str:
+    """The path that the model takes, a part of what its numbers depend on."""
+    return "shared prompt" if _shares_prompts(model) else "padded"
+
+
+def why_padded(model: PreTrainedModel) -> str | None:
+    """Why the model can't share prompts, read from its class, modules and config; None where it can."""
+    bare = causal_lm(model)
+    config, kind = bare.config, type(bare)
+    if kind.__name__ not in PROVEN or not kind.__module__.startswith("transformers."):
+        return "this architecture is not among the proven ones"
+    if config._attn_implementation not in ("sdpa", "eager", SHARED_PROMPT):
+        return f"its attention is {config._attn_implementation}"
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "not all its layers attend to everything"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"its attention slides over a window of {config.sliding_window} tokens"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if (rope_type := rope.get("rope_type", "default")) not in ROPES:
+        return f"its position embedding ({rope_type}) depends on the length of the whole stream"
+    if getattr(config, "reorder_and_upcast_attn", False):
+        return "it computes attention scores in its own way (reorder_and_upcast_attn)"
+    head = bare.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return "its LM head is not a plain matrix"
+    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
+        return "its adapter puts virtual tokens before the prompt"
+    return None
+
+
+def causal_lm(model) -> PreTrainedModel:
+    """The Hugging Face model itself, out of an adapter's wrapping."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Evaluation mode, in which gradient checkpointing, if it was switched on, still works."""
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = True  # transformers checkpoints a layer in train mode only; what is in it stays as it is
+            for name, value in vars(layer).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(layer, name, 0.0)
+
+
+def response_logps(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Log-probabilities [B, K], nats, of each item's K responses given its prompt; differentiable.
+
+    tokens [N]: a flat stream of prompt and responses; lengths [B, 1 + K]; see core/logps.py.
+    """
+    if _shares_prompts(model):
+        hidden, weight, stream = _response_rows(model, tokens, lengths)
+        return sum_responses(token_logps(hidden, weight, stream.targets), lengths)
+    input_ids, labels = pad_rows(tokens, lengths, pad_id=model.config.pad_token_id or 0)
+    sums, _ = sequence_logps(model(input_ids=input_ids, use_cache=False).logits, labels)
+    return sums.view(-1, len(lengths)).T
+
+
+def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
+    """Log-probabilities of both responses of every pair, by one forward; takes any causal LM."""
+    return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.lengths)
+
+
+def pair_loss(model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps) -> tuple[Tensor, PairLogps]:
+    """The sum of a batch's losses, to go backward from, and the policy's log-probabilities, detached."""
+    if _shares_prompts(model):
+        hidden, weight, stream = _response_rows(model, batch.tokens, batch.lengths)
+        return fused_loss(
+            hidden, weight, stream.targets, batch.lengths, lambda policy, pairs: loss(policy, reference[pairs])
+        )
+    policy = pair_logps(model, batch)
+    return loss(policy, reference).sum(), policy.detach()
+
+
+def _shares_prompts(model: PreTrainedModel) -> bool:
+    return causal_lm(model).config._attn_implementation == SHARED_PROMPT
+
+
+def _response_rows(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, StreamRows]:
+    """Hidden states [R, H] of the rows that predict response tokens, the LM head [V, H], and which rows they are."""
+    if reason := why_padded(model):
+        raise RuntimeError(f"the model was changed after it chose its path: {reason}; call choose_path(model) last")
+    bare = causal_lm(model)
+    stream = stream_rows(tokens, lengths)
+    output = bare.base_model(
+        input_ids=tokens[None],
+        position_ids=stream.positions[None],
+        attention_mask=tokens.new_ones(1, 1, 1, 1),  # of four dimensions: transformers hands it on and makes none
+        use_cache=False,
+        segments=Segments(lengths.tolist()),
+    )
+    head: nn.Linear = bare.get_output_embeddings()  # type: ignore[assignment]
+    return output.last_hidden_state[0].index_select(0, stream.rows), head.weight, stream
