@@ -54,8 +54,13 @@ class Optim:
                 " type optim.max_grad_norm=1.0, or null for no limit"
             )
 
-    def build(self, parameters: Iterable[nn.Parameter], total_steps: int) -> tuple[Optimizer, LRScheduler]:
-        """The optimiser over the parameters that train, and its schedule over `total_steps` optimizer steps."""
+    def build(
+        self, parameters: Iterable[nn.Parameter], total_steps: int, fused: bool = True
+    ) -> tuple[Optimizer, LRScheduler]:
+        """The optimiser over the parameters that train, and its schedule over `total_steps` optimizer steps.
+
+        fused: one pass over memory instead of ten; rounds differently.
+        """
         from torch.optim import AdamW
         from torch.optim.lr_scheduler import LambdaLR
 
@@ -64,7 +69,7 @@ class Optim:
             {"params": [p for p in training if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in training if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=(self.beta1, self.beta2), fused=True)
+        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=(self.beta1, self.beta2), fused=fused)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -67,7 +67,7 @@ def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int) ->
     tokenizer = policy.tokenizer
     begin, pad_id = [int(tokenizer.bos_token_id)], int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-    optimizer, schedule = sft.optim.build(policy.model.parameters(), sft.steps)
+    optimizer, schedule = sft.optim.build(policy.model.parameters(), sft.steps, fused=False)  # as cached policies were
     policy.model.train()
     with track("Initial policy (SFT)", sft.steps) as advance:
         for batch in _batches(rows, sft, seed):
