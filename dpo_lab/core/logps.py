@@ -84,7 +84,7 @@ def stream_rows(tokens: Tensor, lengths: Tensor) -> StreamRows:
 
 def sum_responses(token_logps: Tensor, lengths: Tensor) -> Tensor:
     """Sums over each response, [B, K], of token log-probabilities [R] in the stream's order."""
-    counts = lengths[:, 1:]
-    owner = torch.arange(counts.numel(), device=counts.device)
-    owner = owner.repeat_interleave(counts.flatten(), output_size=len(token_logps))
-    return token_logps.new_zeros(counts.numel()).index_add(0, owner, token_logps).view(counts.shape)
+    counts = lengths[:, 1:].reshape(-1, 1)
+    mask = torch.arange(int(counts.max()), device=counts.device) < counts
+    rows = token_logps.new_zeros(mask.shape).masked_scatter(mask, token_logps)
+    return rows.sum(1).view(len(lengths), -1)  # pairwise; index_add would go one by one and round ten times as much
