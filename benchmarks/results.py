@@ -53,7 +53,7 @@ def _row(table: dict[str, Any], variant: str, dtype: str) -> dict[str, Any]:
 
 def _best_tuned(table: dict[str, Any]) -> dict[str, Any]:
     tuned = [r for r in table["rows"] if r["variant"] == "TRL tuned"]
-    return max(tuned, key=lambda r: r["tokens_per_second"])
+    return max(tuned, key=_speed)
 
 
 def _step(table: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import math
 import statistics
 import time
 import warnings
@@ -39,19 +40,24 @@ def measure(shape: str, mix: str, repeats: int, tokens: int) -> None:
     variants = list(all_variants(policy, reference, pairs, tokens))
     seconds: dict[int, list[float]] = {i: [] for i in range(len(variants))}
     memory: dict[int, list[float]] = {i: [] for i in range(len(variants))}
-    error: dict[int, float] = {}
+    errors: list[float | None] = []
     shapes = products(
         SHAPES[shape], tokens, tokens * sum(p.size - len(p.prompt) for p in pairs) // sum(p.size for p in pairs)
     )
     limit, square = [gemm_rate(shapes)], [gemm_rate(SQUARE)]
-    exact: list[Tensor] = []
+    twin: list[Tensor] = []
     for repeat in range(repeats + 1):  # the first one warms up, and tells how exact each is
         for i, variant in enumerate(variants):
-            spent, peak = step(variant, optimizer, policy if repeat == 0 else None, exact, error, i)
+            spent, peak = step(variant, optimizer)
             print(f"{shape} {mix} {repeat}/{repeats} {variant.name} {variant.dtype}: {spent:.2f} s, {peak:.0f} MB")
             if repeat:
                 seconds[i].append(spent)
                 memory[i].append(peak)
+            elif i == 0:
+                twin = gradient(policy)
+                errors.append(None)
+            else:
+                errors.append(relative_error(gradient(policy), twin))
         limit.append(gemm_rate(shapes))
         square.append(gemm_rate(SQUARE))
     flops, count, gemm = useful_flops(pairs, SHAPES[shape]), tokens_of(pairs), statistics.median(limit)
@@ -68,7 +74,7 @@ def measure(shape: str, mix: str, repeats: int, tokens: int) -> None:
                 "tokens_per_second": count / spent,
                 "memory": statistics.median(memory[i]),
                 "limit_share": flops / spent / gemm,
-                "gradient_error": error.get(i),
+                "gradient_error": errors[i],
             }
         )
     setup = {"pairs": len(pairs), "tokens": count, "tokens_per_microbatch": tokens, "repeats": repeats}
@@ -78,31 +84,27 @@ def measure(shape: str, mix: str, repeats: int, tokens: int) -> None:
     )
 
 
-def step(
-    variant: Variant,
-    optimizer: AdamW,
-    compare: torch.nn.Module | None,
-    exact: list[Tensor],
-    error: dict[int, float],
-    number: int,
-) -> tuple[float, float]:
-    """CPU seconds of forward, backward and optimizer, and MB of memory that they needed at most, gradients included."""
+def step(variant: Variant, optimizer: AdamW) -> tuple[float, float]:
+    """CPU seconds of forward, backward and optimizer, and MB that forward and backward needed at most, gradients included.
+
+    Leaves the step's gradient in the parameters.
+    """
     optimizer.zero_grad()
     before = reset_peak()
     start = time.process_time()
     variant.backward()
     seconds = time.process_time() - start
     peak = status("VmHWM") - before
-    if compare is not None:
-        of_variant = gradient(compare)
-        if not exact:
-            exact.extend(of_variant)
-        else:
-            off = sum((a.double() - b.double()).square().sum() for a, b in zip(of_variant, exact, strict=True))
-            error[number] = (off / sum(b.double().square().sum() for b in exact)).sqrt().item()  # type: ignore[union-attr]
     start = time.process_time()
     optimizer.step()
     return seconds + time.process_time() - start, peak
+
+
+def relative_error(gradient: Sequence[Tensor], twin: Sequence[Tensor]) -> float:
+    """Of the gradient as a whole."""
+    pairs = list(zip(gradient, twin, strict=True))
+    off = sum((g.double() - t.double()).square().sum().item() for g, t in pairs)
+    return math.sqrt(off / sum(t.double().square().sum().item() for _, t in pairs))
 
 
 def reset_peak() -> float:

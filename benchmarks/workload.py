@@ -11,29 +11,25 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dpo_lab.core.pairs import EncodedPair
 
+
+def llama(hidden: int, layers: int, heads: int, key_value_heads: int, inner: int, vocabulary: int) -> LlamaConfig:
+    """A Llama with tied embeddings."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+
+
 SHAPES = {
-    "small": LlamaConfig(
-        hidden_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=768,
-        vocab_size=8192,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    ),
-    "135M": LlamaConfig(  # SmolLM2-135M's
-        hidden_size=576,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        intermediate_size=1536,
-        vocab_size=49152,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    ),
+    "small": llama(256, 6, heads=4, key_value_heads=2, inner=768, vocabulary=8192),
+    "135M": llama(576, 30, heads=9, key_value_heads=3, inner=1536, vocabulary=49152),  # SmolLM2-135M's
 }
 MIXES = {  # median tokens and their spread (sd of the logarithm): prompt, response
     "chat": (200, 0.6, 150, 0.5),
