@@ -35,11 +35,31 @@ def processor() -> str:
 def write_results() -> None:
     """RESULTS.md from everything that was measured; printed as well."""
     tables = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("step-*.json"), key=_order)]
-    parts = ["# Speed and memory of a DPO step", "", "Made by `python -m benchmarks.step`; edited by nobody.", ""]
+    parts = ["# Speed and memory of DPO", "", "Made by the programs of this folder; edited by nobody.", ""]
+    if (sweep := MEASURED / "end-to-end.json").exists():
+        parts += _end_to_end(json.loads(sweep.read_text()))
     parts += [part for table in tables for part in _step(table)]
     text = "\n".join(parts)
     print(text)
     PAGE.write_text(text)
+
+
+def _end_to_end(sweep: dict[str, Any]) -> list[str]:
+    mine, *_ = rows = sweep["rows"]
+    lines = [f"| {r['what']} | {r['seconds']:.0f} | {r['seconds'] / mine['seconds']:.1f} |" for r in rows]
+    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in sweep["stages"].items())
+    started = mine["seconds"] - sum(sweep["stages"].values())
+    notes = (
+        f"{sweep['date']}, `python -m benchmarks.end_to_end`: {len(sweep['betas'])} betas, {sweep['epochs']} epochs of"
+        f" {sweep['pairs']} pairs, {sweep['batch']} a step, {sweep['held_out']} held out; {sweep['dtype']}. CPU seconds of"
+        f" all processes. Ours by stage: start-up {started:.0f}, {stages}. {sweep['machine']}; {_versions(sweep)}."
+    )
+    heading = f"## A whole sweep: {sweep['shape']}, {sweep['mix']}"
+    return [heading, "", "| what | CPU s | times ours |", "|---|---|---|", *lines, "", notes, ""]
+
+
+def _versions(measured: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
 
 
 def _order(path: Path) -> tuple[int, int]:
@@ -58,15 +78,16 @@ def _best_tuned(table: dict[str, Any]) -> dict[str, Any]:
 
 def _step(table: dict[str, Any]) -> list[str]:
     rows = [
-        "| variant | dtype | tokens/s | CPU s | min .. max | memory, MB | GEMM limit | gradient error |",
+        "| variant | dtype | tokens/s | CPU s | min .. max | memory, MB | of the fp32 GEMM limit | gradient error |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in table["rows"]:
         error = "twin" if r["gradient_error"] is None else f"{r['gradient_error']:.1e}"
         low, high = r["spread"]
+        limit = f"{r['limit_share']:.0%}" if r["dtype"] == "fp32" else ""
         rows.append(
             f"| {r['variant']} | {r['dtype']} | {r['tokens_per_second']:.0f} | {r['seconds']:.2f} | {low:.2f} .. {high:.2f}"
-            f" | {r['memory']:.0f} | {r['limit_share']:.0%} | {error} |"
+            f" | {r['memory']:.0f} | {limit} | {error} |"
         )
     mine, tuned = _row(table, "ours", "fp32"), _best_tuned(table)
 
@@ -94,10 +115,9 @@ def _speed(row: dict[str, Any]) -> float:
 
 
 def _context(table: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in table["versions"].items())
     return (
-        f"{table['date']}: {table['pairs']} pairs a step, {table['tokens']} tokens (prompts twice), ours in micro-batches"
-        f" of {table['tokens_per_microbatch']} tokens; medians of {table['repeats']}. The GEMM limit is the rate of the"
-        f" step's own fp32 matrix products alone, {table['gemm'] / 1e9:.0f} GFLOP/s (a product of 1536 x 1536 matrices:"
-        f" {table['square_gemm'] / 1e9:.0f}). {table['machine']}; {versions}."
+        f"{table['date']}, `python -m benchmarks.step`: {table['pairs']} pairs a step, {table['tokens']} tokens (prompts"
+        f" twice), ours in micro-batches of {table['tokens_per_microbatch']} tokens; medians of {table['repeats']}. The GEMM"
+        f" limit is the rate of the step's own fp32 matrix products alone, {table['gemm'] / 1e9:.0f} GFLOP/s (a product of"
+        f" 1536 x 1536 matrices: {table['square_gemm'] / 1e9:.0f}). {table['machine']}; {_versions(table)}."
     )

@@ -3,8 +3,9 @@
     python -m benchmarks.step                          every shape and mix (about two hours of one core)
     python -m benchmarks.step --shape small --mix chat
 
-Variants take turns in one process, on one thread, over the same pairs and parameters; figures are medians. Writes
-outputs/benchmarks/ and benchmarks/RESULTS.md.
+Variants take turns in one process, on one thread, over the same pairs and parameters. A first round tells memory and
+exactness, under the C library's own ways; for the timed rounds the process keeps freed memory, as our runs do, whoever's
+turn it is. Times are medians. Writes outputs/benchmarks/ and benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import ctypes
 import gc
 import math
 import statistics
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from benchmarks.results import save, write_results
 from benchmarks.variants import Variant, all_variants, gradient
 from benchmarks.workload import MIXES, PAIRS, SHAPES, make_models, make_pairs, tokens_of, useful_flops
+from dpo_lab.training.process import keep_memory
 
 SQUARE = [(1536, 1536, 1536, 1)]
 
@@ -38,26 +42,25 @@ def measure(shape: str, mix: str, repeats: int, tokens: int) -> None:
     pairs = make_pairs(mix, PAIRS[shape, mix], SHAPES[shape].vocab_size)
     optimizer = AdamW(policy.parameters(), lr=0.0, fused=True)  # all of its arithmetic, and weights that stay
     variants = list(all_variants(policy, reference, pairs, tokens))
-    seconds: dict[int, list[float]] = {i: [] for i in range(len(variants))}
-    memory: dict[int, list[float]] = {i: [] for i in range(len(variants))}
+    seconds: list[list[float]] = [[] for _ in variants]
+    memory: list[float] = []
     errors: list[float | None] = []
     shapes = products(
         SHAPES[shape], tokens, tokens * sum(p.size - len(p.prompt) for p in pairs) // sum(p.size for p in pairs)
     )
     limit, square = [gemm_rate(shapes)], [gemm_rate(SQUARE)]
     twin: list[Tensor] = []
-    for repeat in range(repeats + 1):  # the first one warms up, and tells how exact each is
-        for i, variant in enumerate(variants):
-            spent, peak = step(variant, optimizer)
-            print(f"{shape} {mix} {repeat}/{repeats} {variant.name} {variant.dtype}: {spent:.2f} s, {peak:.0f} MB")
-            if repeat:
-                seconds[i].append(spent)
-                memory[i].append(peak)
-            elif i == 0:
-                twin = gradient(policy)
-                errors.append(None)
-            else:
-                errors.append(relative_error(gradient(policy), twin))
+    for variant in variants:
+        optimizer.zero_grad()
+        memory.append(peak_memory(variant.backward))
+        print(f"{shape} {mix} {variant.name} {variant.dtype}: {memory[-1]:.0f} MB", flush=True)
+        twin = twin or gradient(policy)  # of the first one
+        errors.append(None if variant is variants[0] else relative_error(gradient(policy), twin))
+    keep_memory()
+    for repeat in range(repeats):
+        for variant, spent in zip(variants, seconds, strict=True):
+            spent.append(step(variant, optimizer))
+            print(f"{shape} {mix} {repeat + 1}/{repeats} {variant.name} {variant.dtype}: {spent[-1]:.2f} s", flush=True)
         limit.append(gemm_rate(shapes))
         square.append(gemm_rate(SQUARE))
     flops, count, gemm = useful_flops(pairs, SHAPES[shape]), tokens_of(pairs), statistics.median(limit)
@@ -72,7 +75,7 @@ def measure(shape: str, mix: str, repeats: int, tokens: int) -> None:
                 "seconds": spent,
                 "spread": [min(seconds[i]), max(seconds[i])],
                 "tokens_per_second": count / spent,
-                "memory": statistics.median(memory[i]),
+                "memory": memory[i],
                 "limit_share": flops / spent / gemm,
                 "gradient_error": errors[i],
             }
@@ -84,20 +87,20 @@ def measure(shape: str, mix: str, repeats: int, tokens: int) -> None:
     )
 
 
-def step(variant: Variant, optimizer: AdamW) -> tuple[float, float]:
-    """CPU seconds of forward, backward and optimizer, and MB that forward and backward needed at most, gradients included.
-
-    Leaves the step's gradient in the parameters.
-    """
+def step(variant: Variant, optimizer: AdamW) -> float:
+    """CPU seconds of forward, backward and optimizer; leaves the step's gradient in the parameters."""
     optimizer.zero_grad()
-    before = reset_peak()
     start = time.process_time()
     variant.backward()
-    seconds = time.process_time() - start
-    peak = status("VmHWM") - before
-    start = time.process_time()
     optimizer.step()
-    return seconds + time.process_time() - start, peak
+    return time.process_time() - start
+
+
+def peak_memory(work: Callable[[], object]) -> float:
+    """MB that `work` needed at most beyond what was held before it."""
+    before = reset_peak()
+    work()
+    return status("VmHWM") - before
 
 
 def relative_error(gradient: Sequence[Tensor], twin: Sequence[Tensor]) -> float:
@@ -156,10 +159,16 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     set_verbosity_error()
     disable_progress_bar()
-    for shape in chosen.shape or SHAPES:
-        for mix in chosen.mix or MIXES:
-            measure(shape, mix, chosen.repeats, chosen.tokens)
-            write_results()
+    tables = [(shape, mix) for shape in chosen.shape or SHAPES for mix in chosen.mix or MIXES]
+    if len(tables) == 1:
+        measure(*tables[0], chosen.repeats, chosen.tokens)
+        write_results()
+    else:
+        for shape, mix in tables:  # a process each: memory is told from a fresh one
+            options = ("--repeats", str(chosen.repeats), "--tokens", str(chosen.tokens))
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.step", "--shape", shape, "--mix", mix, *options], check=True
+            )
 
 
 if __name__ == "__main__":

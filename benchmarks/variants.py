@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from benchmarks.workload import make_tokenizer
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.pairs import EncodedPair, PairLogps
 from dpo_lab.data.collate import collate
@@ -108,6 +109,22 @@ def ours(
     return Variant(name, dtype, checkpointing, backward)
 
 
+def trl_config(beta: float, dtype: str, checkpointing: bool = True, precomputed: bool = False, **more):
+    """TRL's settings, its defaults but for what is named; quiet, on the CPU."""
+    from trl.trainer.dpo_config import DPOConfig
+
+    return DPOConfig(
+        beta=beta,
+        bf16=dtype == "bf16",
+        gradient_checkpointing=checkpointing,
+        precompute_ref_log_probs=precomputed,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **({"output_dir": tempfile.mkdtemp()} | more),
+    )
+
+
 def trl(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
@@ -123,27 +140,17 @@ def trl(
     log-probs and single pairs, which need no padding.
     """
     from datasets import Dataset
-    from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    config = DPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        beta=BETA,
-        bf16=dtype == "bf16",
-        gradient_checkpointing=checkpointing,
-        precompute_ref_log_probs=tuned,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    config = trl_config(BETA, dtype, checkpointing, precomputed=tuned)
+    rows = [{"prompt": "w3", "chosen": " w4", "rejected": " w5"}]  # the measured pairs are token ids already
     policy = twin(policy)
     trainer = DPOTrainer(
         policy,
         twin(reference),
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
+        processing_class=make_tokenizer(policy.config.vocab_size),
     )
     model = trainer.accelerator.prepare_model(trainer.model)
     if checkpointing:
@@ -163,16 +170,6 @@ def trl(
             trainer.accelerator.backward(loss / len(batches))
 
     return Variant(name, dtype, checkpointing, backward)
-
-
-def tokenizer():
-    """A tokenizer of a few words; the measured pairs are token ids already."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def all_variants(

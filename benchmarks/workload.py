@@ -7,7 +7,16 @@ import random
 from collections.abc import Sequence
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from dpo_lab.core.pairs import EncodedPair
 
@@ -41,8 +50,8 @@ PAIRS = {  # pairs a step
     ("small", "long"): 8,
     ("small", "short"): 64,
     ("135M", "chat"): 4,
-    ("135M", "long"): 4,
-    ("135M", "short"): 16,
+    ("135M", "long"): 2,
+    ("135M", "short"): 8,
 }
 LONGEST = 1024  # tokens of prompt and response together: TRL's default max_length
 
@@ -73,6 +82,15 @@ def make_models(shape: str) -> tuple[PreTrainedModel, PreTrainedModel]:
         for ours, theirs in zip(policy.parameters(), reference.parameters(), strict=True):
             ours.copy_(theirs + 0.02 * theirs.std().nan_to_num(0) * torch.randn_like(theirs))
     return policy, reference.requires_grad_(False)
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
+    """Token i is the word `w{i}`; three special tokens."""
+    special = {"<pad>": 0, "<unk>": 1, "</s>": 2}
+    words = special | {f"w{i}": i for i in range(len(special), vocabulary)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
 
 
 def tokens_of(pairs: Sequence[EncodedPair]) -> int:

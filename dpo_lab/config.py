@@ -23,8 +23,8 @@ from dpo_lab.core.losses import LOSSES, Loss, SimPO
 from dpo_lab.core.noise import LabelNoise
 from dpo_lab.data.sources import Data
 from dpo_lab.evals.evaluation import Evals
-from dpo_lab.models.policy import TinyPolicy
-from dpo_lab.models.reference import REFERENCES, Reference
+from dpo_lab.models.policy import POLICIES, Lora, PolicyConfig
+from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
 from dpo_lab.results import runs
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft import SFT
@@ -47,7 +47,7 @@ class RunConfig:
     loss: Loss = MISSING
     reference: Reference = MISSING
     noise: LabelNoise = field(default_factory=LabelNoise)
-    policy: TinyPolicy = field(default_factory=TinyPolicy)
+    policy: PolicyConfig = MISSING
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
@@ -59,6 +59,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.loss, SimPO) and self.reference.starts_at_policy:
             raise ValueError("loss=simpo has no reference; type loss=simpo reference=uniform (or +ablation=simpo)")
+        if isinstance(self.reference, AdapterOff) and not isinstance(self.policy, Lora):
+            raise ValueError("reference=adapter_off: the policy has no adapters; type policy=lora, or reference=cached")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
         for node in (self.trainer, self.logger, self.callbacks):
@@ -85,11 +87,15 @@ ALLOWED_TARGETS = frozenset(
 )
 
 
+# Groups whose choices are of different kinds, each with settings of its own.
+KINDS: dict[str, dict[str, Any]] = {"loss": LOSSES, "reference": REFERENCES, "policy": POLICIES}
+
+
 def register() -> None:
     """Put the schemas where conf/*.yaml finds them, and the resolvers that run folders are named with."""
     store = ConfigStore.instance()
     store.store(name="run", group="schema", node=RunConfig)
-    for group, schemas in (("loss", LOSSES), ("reference", REFERENCES)):
+    for group, schemas in KINDS.items():
         for name, schema in schemas.items():
             store.store(name=name, group=f"schema/{group}", node=schema)
     OmegaConf.register_new_resolver("run_slug", runs.slug, replace=True)
@@ -116,9 +122,9 @@ def validate(cfg: DictConfig) -> RunConfig:
 
 
 def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
-    """The resolved config as plain values, with `kind` naming the loss and the reference: their fields alone don't."""
+    """The resolved config as plain values, with `kind` naming the loss, the reference, the policy: fields alone don't."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
-    for group, table in (("loss", LOSSES), ("reference", REFERENCES)):
+    for group, table in KINDS.items():
         (kind,) = (name for name, schema in table.items() if type(getattr(config, group)) is schema)
         plain[group] = {"kind": kind, **plain[group]}
     return plain
@@ -150,18 +156,19 @@ def _full_key(text: str) -> str:
 
 
 def _did_you_mean(key: str, known: list[str]) -> str:
-    parent, _, leaf = key.rpartition(".")
-    owners = [f"loss={name}" for name, loss in LOSSES.items() if leaf in {f.name for f in dataclasses.fields(loss)}]
-    if parent == "loss" and owners:
-        return f" under this loss; type {' or '.join(owners)} with it"
+    group, _, leaf = key.rpartition(".")
+    schemas = KINDS.get(group, {}).items()
+    owners = [f"{group}={name}" for name, schema in schemas if leaf in {f.name for f in dataclasses.fields(schema)}]
+    if owners:
+        return f" under this {group}; type {' or '.join(owners)} with it"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f": did you mean '{close[0]}'? type {close[0]}=..." if close else "; --help lists the keys"
 
 
 def _known_keys() -> list[str]:
-    """Every dotted key of the schema, with every loss's and reference's own."""
+    """Every dotted key of the schema, with those of every kind."""
     keys = list(_keys_of(RunConfig, ""))
-    for group, schemas in (("loss", LOSSES), ("reference", REFERENCES)):
+    for group, schemas in KINDS.items():
         keys += [f"{group}.{f.name}" for schema in schemas.values() for f in dataclasses.fields(schema)]
     keys += [f"trainer.{key}" for key in OmegaConf.load(Path(conf_dir()) / "trainer" / "cpu.yaml")]
     return sorted(set(keys))

@@ -14,7 +14,7 @@ from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.sources import PairSplits
 from dpo_lab.data.tokenize import Encoder
-from dpo_lab.models.policy import Policy, Start, weights_digest
+from dpo_lab.models.policy import Policy, PolicyError, Pretrained, Start, TinyPolicy, weights_digest
 from dpo_lab.models.sampling import respond
 from dpo_lab.results.cache import once
 from dpo_lab.training.sft import initial_policy
@@ -36,13 +36,11 @@ class Material:
 def prepare(config: RunConfig, cache: Path) -> Material:
     """The material of a run. Raises ConfigError where the pairs can't fill a batch."""
     world = config.data.world
-    policy, folder = initial_policy(replace(config.policy, start=Start.sft), config.sft, world, config.seed, cache)
-    log.info("initial policy: %s, %s parameters", folder, f"{policy.model.num_parameters():,}")
+    policy, respondent = _policies(config, cache)
     encoder = Encoder(policy.tokenizer, config.data.max_length, config.data.max_prompt_length)
 
     def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
-        """The world's annotator is shown responses of the SFT policy, whatever the run starts from."""
-        return responses(policy, encoder, prompts, world.max_new_tokens, derive_seed(config.seed, stream), cache)
+        return responses(respondent, encoder, prompts, world.max_new_tokens, derive_seed(config.seed, stream), cache)
 
     splits = config.data.load(config.seed, annotated)
     train = encoder.pairs(splits.train, splits.counts)
@@ -55,9 +53,29 @@ def prepare(config: RunConfig, cache: Path) -> Material:
             f"data.batch_size={config.data.batch_size}: only {len(train)} training pairs are there;"
             f" type data.batch_size={max(1, len(train))}"
         )
-    if config.policy.start is not Start.sft:
-        policy, _ = initial_policy(config.policy, config.sft, world, config.seed, cache)
     return Material(policy, encoder, splits, train, held_out)
+
+
+def _policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
+    """Where training starts, and who writes the responses that the world's annotator is shown.
+
+    The embedded policy's responses are always its SFT'd self's, so that a run from random weights has the same pairs.
+    """
+    if isinstance(config.policy, Pretrained):
+        try:
+            policy = respondent = config.policy.load(derive_seed(config.seed, "init"))
+        except PolicyError as error:
+            raise ConfigError(str(error)) from error
+        source = config.policy.path
+    else:
+        assert isinstance(config.policy, TinyPolicy)
+        sft = (config.sft, config.data.world, config.seed, cache)
+        policy, source = initial_policy(config.policy, *sft)
+        respondent = policy
+        if config.policy.start is not Start.sft:
+            respondent, _ = initial_policy(replace(config.policy, start=Start.sft), *sft)
+    log.info("initial policy: %s, %s parameters", source, f"{policy.model.num_parameters():,}")
+    return policy, respondent
 
 
 def responses(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import html
 import logging
 import os
@@ -12,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -31,7 +29,7 @@ from dpo_lab.data.module import PreferenceDataModule
 from dpo_lab.data.world.world import HELD_OUT
 from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.evals.subject import Subject
-from dpo_lab.models.policy import Policy, weights_digest
+from dpo_lab.models.policy import Policy, TinyPolicy, to_train, weights_digest
 from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.estimates import Estimate
@@ -39,6 +37,7 @@ from dpo_lab.results.summary import print_summary
 from dpo_lab.training.callbacks import HParams
 from dpo_lab.training.checks import check_step_zero
 from dpo_lab.training.module import DPOModule
+from dpo_lab.training.process import set_up_process
 from dpo_lab.training.sft import initial_policy
 
 log = logging.getLogger("dpo_lab")
@@ -63,6 +62,8 @@ def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
 
 def make_initial_policy(config: RunConfig) -> None:
     """The embedded initial policy alone, made unless the cache has it."""
+    if not isinstance(config.policy, TinyPolicy):
+        raise ConfigError("only the embedded policy is made here; type policy=tiny, or give yours to dpo_lab.train")
     _set_up(config)
     policy, folder = initial_policy(config.policy, config.sft, config.data.world, config.seed, CACHE)
     print(f"initial policy of {policy.model.num_parameters():,} parameters: {folder}")
@@ -70,9 +71,7 @@ def make_initial_policy(config: RunConfig) -> None:
 
 def _set_up(config: RunConfig) -> None:
     disable_progress_bar()  # transformers' own bars, of milliseconds here
-    torch.set_flush_denormal(True)  # a pair learned long ago has gradients so small that a CPU takes 4 times as long
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_up_process(config.threads, on_cpu=config.trainer.get("accelerator") == "cpu")
 
 
 def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None:
@@ -86,7 +85,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
     module, trainer, step_zero_loss = _fit(config, plain, held.folder, material, clock)
     held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("dpo"))
     trained = Policy(module.model.eval(), material.initial.tokenizer)
-    trained.save(held.folder / "policy")
+    config.policy.to_save(trained).save(held.folder / "policy")
     subject = _subject(config, material, trained, trainer.precision_plugin.forward_context)
     metrics = evaluate(subject)
     samples = [
@@ -117,7 +116,7 @@ def _fit(
     seed_everything(config.seed, workers=True, verbose=False)
     autocast = trainer.precision_plugin.forward_context
     device = trainer.strategy.root_device
-    model = copy.deepcopy(material.initial.model).to(device)  # type: ignore[arg-type]
+    model = to_train(material.initial.model).to(device)  # type: ignore[arg-type]
     pairs = [*material.train, *material.held_out]
     reference = config.reference.prepare(model, pairs, CACHE, autocast, config.data.tokens_per_microbatch)
     step_zero_loss = None

@@ -22,6 +22,7 @@ SMALL = (
     " data.pairs=96 data.validation_pairs=24 data.batch_size=8 data.world.max_new_tokens=40 optim.warmup_steps=2"
     " trainer.max_steps=6 trainer.val_check_interval=3 trainer.log_every_n_steps=2 evals.samples=16 evals.texts=8"
 ).split()
+OWN_MODEL = [s for s in SMALL if not s.startswith(("policy.", "sft."))]  # what of it goes with policy=pretrained
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,8 +9,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dpo_lab import config
-from dpo_lab.core.losses import DPO, LOSSES, IPOSum, SimPO
-from dpo_lab.models.reference import REFERENCES, Over, Uniform
+from dpo_lab.core.losses import DPO, IPOSum, SimPO
+from dpo_lab.models.reference import Over, Uniform
 from tests.conftest import REPOSITORY, python_m
 
 CONF = REPOSITORY / "conf"
@@ -34,7 +34,13 @@ def recorded(*overrides: str) -> dict:
     return config.as_record(cfg, config.validate(cfg))
 
 
-NEEDED = {("loss", "simpo"): ["reference=uniform"], ("data", "jsonl"): ["data.path=pairs.jsonl"]}
+NEEDED = {
+    ("loss", "simpo"): ["reference=uniform"],
+    ("data", "jsonl"): ["data.path=pairs.jsonl"],
+    ("policy", "pretrained"): ["policy.path=folder"],
+    ("policy", "lora"): ["policy.path=folder"],
+    ("reference", "adapter_off"): ["policy=lora", "policy.path=folder"],
+}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -87,14 +93,13 @@ def test_a_record_tells_losses_of_the_same_fields_apart():
     assert kinds == {"dpo", "hinge", "ipo", "ipo_mean"}
 
 
-def test_every_loss_and_reference_has_a_choice():
+@pytest.mark.parametrize("group", config.KINDS)
+def test_every_kind_has_a_choice(group):
     chosen = {
-        type(settled(f"loss={p.stem}", *NEEDED.get(("loss", p.stem), [])).loss) for p in (CONF / "loss").iterdir()
+        type(getattr(settled(f"{group}={p.stem}", *NEEDED.get((group, p.stem), [])), group))
+        for p in (CONF / group).iterdir()
     }
-    assert chosen == set(LOSSES.values())
-    assert {type(settled(f"reference={p.stem}").reference) for p in (CONF / "reference").iterdir()} == set(
-        REFERENCES.values()
-    )
+    assert chosen == set(config.KINDS[group].values())
 
 
 REFUSED = [
@@ -111,6 +116,12 @@ REFUSED = [
     (["+ablation=uniform"], "ablation=uniform", "uniform_ref"),
     (["ablation=uniform_ref"], "ablation=uniform_ref", "type +ablation=uniform_ref"),
     (["data=jsonl"], "data.path", "type data.path="),
+    (["policy=pretrained"], "policy.path", "type policy.path="),
+    (["policy.path=folder"], "'policy.path'", "type policy=pretrained or policy=lora"),
+    (["policy=lora", "policy.path=folder", "policy.rank=0"], "policy.rank=0", "type e.g. policy.rank="),
+    (["reference=adapter_off"], "reference=adapter_off", "type policy=lora"),
+    (["policy=pretrained", "policy.path=folder", "policy.layers=2"], "'policy.layers'", "type policy=tiny"),
+    (["policy=pretrained", "policy.path=folder", "policy.dtype=int8"], "policy.dtype=int8", "float32, bfloat16"),
     (["data.tokens_per_microbatch=0"], "data.tokens_per_microbatch=0", "type e.g."),
     (["optim.max_grad_norm=0"], "optim.max_grad_norm=0", "type optim.max_grad_norm="),
     (["+data.world.tempature=2"], "data.world.tempature", "data.world.temperature"),

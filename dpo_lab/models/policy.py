@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,8 +20,23 @@ class Start(str, Enum):
     random = "random"  # random weights
 
 
+class PolicyError(ValueError):
+    """A policy that can't be loaded or can't be trained; the message is one line that says what to type."""
+
+
 @dataclass
-class TinyPolicy:
+class PolicyConfig:
+    """What all kinds share. gradient_checkpointing: less memory in training for one more forward."""
+
+    gradient_checkpointing: bool = False
+
+    def to_save(self, trained: Policy) -> Policy:
+        """What a run keeps of the trained policy."""
+        return trained
+
+
+@dataclass
+class TinyPolicy(PolicyConfig):
     """The embedded policy: a Llama of about 1M parameters and a byte-level BPE vocabulary of at most `vocab_size`."""
 
     hidden_size: int = 128
@@ -30,7 +46,6 @@ class TinyPolicy:
     vocab_size: int = 1024
     context: int = 1024
     start: Start = Start.sft
-    gradient_checkpointing: bool = False  # less memory in training for one more forward
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
@@ -80,15 +95,131 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
-def load_policy(folder: Path) -> Policy:
-    """Read a Hugging Face folder, safetensors only; the model takes the fastest forward path that is proven for it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+class Dtype(str, Enum):
+    """What weights are kept in. trainer.precision says what is computed in."""
 
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class Pretrained(PolicyConfig):
+    """A causal language model of your own: a Hugging Face folder, or a name on the hub.
+
+    revision: a branch, tag or commit on the hub; gguf_file: a GGUF file in it, whose weights are dequantised; dtype: what
+    weights are kept and trained in; attention: transformers' name of one (none: its own choice), for models that take
+    padded rows. Only safetensors and GGUF are read, and no code of the model's own is run.
+    """
+
+    path: str = ""
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Dtype = Dtype.float32
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("policy.path is empty; type policy.path=FOLDER, or a model's name on the Hugging Face hub")
+
+    def load(self, seed: int = 0) -> Policy:
+        """The model and its tokenizer; seed: of what is drawn anew. Raises PolicyError where they can't be had."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        source = {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
+        settings = {"dtype": getattr(torch, self.dtype.value), "attn_implementation": self.attention}
+        if self.gguf_file is None:
+            settings["use_safetensors"] = True
+        else:
+            settings["quantization_config"] = GgufConfig(dequantize=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **source)
+            model = AutoModelForCausalLM.from_pretrained(self.path, **source, **settings)
+        except (OSError, ValueError, ImportError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise PolicyError(
+                f"policy.path={self.path}: {reason.strip()}; type the path of a Hugging Face folder with safetensors,"
+                " or a model's name on the hub"
+            ) from error
+        return settled(model, tokenizer, f"policy.path={self.path}")
+
+
+@dataclass
+class Lora(Pretrained):
+    """The same behind fresh low-rank adapters, which alone are trained: W + alpha / rank B A, B = 0 at the start.
+
+    Hu et al. 2021 (arXiv:2106.09685), equation 3. targets: names of the matrices that get one, or all-linear: all but the
+    LM head. merge: the trained policy is saved whole, as an ordinary model, instead of as adapters beside their base.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    targets: Any = "all-linear"  # a name or a list of names
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"policy.rank={self.rank}: must be 1 or more; type e.g. policy.rank=16")
+        if self.alpha < 1:
+            raise ValueError(f"policy.alpha={self.alpha}: must be 1 or more; type e.g. policy.alpha=32")
+
+    def load(self, seed: int = 0) -> Policy:
+        import torch
+
+        from dpo_lab.models.forward import choose_path
+
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError:
+            raise PolicyError("policy=lora needs peft; type pip install 'dpo_lab[lora]'") from None
+        policy = super().load()
+        settings = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, task_type="CAUSAL_LM")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                model = get_peft_model(policy.model, settings)
+            except ValueError as error:
+                reason = str(error).splitlines()[0]
+                raise PolicyError(f"policy.targets={self.targets}: {reason}; type policy.targets=all-linear") from error
+        choose_path(model)  # type: ignore[arg-type]
+        return Policy(model, policy.tokenizer)  # type: ignore[arg-type]
+
+    def to_save(self, trained: Policy) -> Policy:
+        if not self.merge:
+            return trained
+        return Policy(copy.deepcopy(trained.model).merge_and_unload(), trained.tokenizer)  # type: ignore[operator]
+
+
+POLICIES: dict[str, type[PolicyConfig]] = {"tiny": TinyPolicy, "pretrained": Pretrained, "lora": Lora}
+
+
+def to_train(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose training leaves `model` as it is. What is frozen is shared: under LoRA the base stands in memory once."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+
+def settled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> Policy:
+    """A loaded model and tokenizer, fit to train: an end token, a pad token, one vocabulary, the fastest proven path."""
     from dpo_lab.models.forward import choose_path
 
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
+    if tokenizer.eos_token_id is None:
+        raise PolicyError(f"{what}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    if len(tokenizer) > rows:
+        raise PolicyError(
+            f"{what}: its tokenizer has {len(tokenizer)} tokens, its model {rows}: they do not belong together;"
+            " type the path of a model with its own tokenizer"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # pads are masked by place, never by value
     choose_path(model)
-    return Policy(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    return Policy(model, tokenizer)
+
+
+def load_policy(folder: Path) -> Policy:
+    """Read a Hugging Face folder, safetensors only; the model takes the fastest forward path that is proven for it."""
+    return Pretrained(path=str(folder)).load()
 
 
 def weights_digest(model: PreTrainedModel) -> str:

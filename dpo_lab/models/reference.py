@@ -39,8 +39,8 @@ class Reference:
     ) -> ReferenceLogps:
         """Get ready for batches of `pairs`.
 
-        initial: the policy before training; cache: a folder to keep results in; context: what forwards run under
-        (autocast), the same as the policy's; tokens: about how many a forward may take.
+        initial: the policy before training, the very model that will be trained; cache: a folder to keep results in;
+        context: what forwards run under (autocast), the same as the policy's; tokens: about how many a forward may take.
         """
         raise NotImplementedError
 
@@ -61,6 +61,14 @@ class Cached(Reference):
         from dpo_lab.models.reference_cache import cached_logps
 
         return cached_logps(initial, pairs, cache, context, tokens)
+
+
+@dataclass
+class AdapterOff(Reference):
+    """The policy in training with its adapters switched off, which is the model that they were put on: no second model."""
+
+    def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
+        return WithoutAdapters(initial)
 
 
 class Over(str, Enum):
@@ -112,4 +120,24 @@ class FrozenModel:
             return pair_logps(self.model, batch)
 
 
-REFERENCES: dict[str, type[Reference]] = {"cached": Cached, "frozen": Frozen, "uniform": Uniform}
+class WithoutAdapters:
+    """A model in training, seen without what it has learned since its fresh adapters were put on."""
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def __call__(self, batch: PairBatch) -> PairLogps:
+        import torch
+
+        from dpo_lab.models.forward import pair_logps
+
+        with torch.no_grad(), self.model.disable_adapter():
+            return pair_logps(self.model, batch)
+
+
+REFERENCES: dict[str, type[Reference]] = {
+    "cached": Cached,
+    "frozen": Frozen,
+    "adapter_off": AdapterOff,
+    "uniform": Uniform,
+}

@@ -39,7 +39,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: P
 
     texts = world.reviews(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
     recipe = {
-        "tiny": asdict(replace(tiny, gradient_checkpointing=False)),
+        "tiny": asdict(replace(tiny, gradient_checkpointing=False)),  # it changes no policy
         "sft": asdict(sft),
         "seed": seed,
         "format": 3,

@@ -1,0 +1,281 @@
+"""A paper estimate for GPUs, on which nothing here was measured: FLOPs, memory and traffic of a DPO step, ours and the peers'.
+
+    python -m benchmarks.gpu        writes benchmarks/GPU.md
+
+Every figure is computed from a model's shape, a pair's lengths and the assumptions below.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_lab.core.head import LOGITS
+
+PAGE = Path(__file__).with_name("GPU.md")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like model: H hidden, L layers, K width of keys, F inner, V vocabulary."""
+
+    name: str
+    hidden: int
+    layers: int
+    key_value: int
+    inner: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def body(self) -> int:
+        """Parameters of all layers' matrices, embeddings left out."""
+        hidden = self.hidden
+        return self.layers * (2 * hidden * hidden + 2 * hidden * self.key_value + 3 * hidden * self.inner)
+
+    @property
+    def parameters(self) -> int:
+        return self.body + (1 if self.tied else 2) * self.hidden * self.vocabulary
+
+    def activations(self, tokens: float) -> float:
+        """Bytes that autograd keeps for `tokens` tokens of the body in bf16 autocast, the residual stream in fp32.
+
+        A layer keeps: two norms' inputs and normalised outputs (fp32), their bf16 copies for the products, q, k and v
+        and their rotated twins, the attention's output, gate, up, the gated product and the activation (bf16).
+        """
+        hidden, key_value, inner = self.hidden, self.key_value, self.inner
+        return (
+            tokens * self.layers * (4 * 4 * hidden + 2 * (2 * hidden + 2 * hidden + 3 * key_value + hidden + 4 * inner))
+        )
+
+    def checkpoints(self, tokens: float) -> float:
+        """Bytes kept under gradient checkpointing: a layer's input each, and one layer whole."""
+        return tokens * self.layers * 4 * self.hidden + self.activations(tokens) / self.layers
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Median tokens of a mix."""
+
+    name: str
+    prompt: int
+    response: int
+
+    @property
+    def once(self) -> int:
+        return self.prompt + 2 * self.response
+
+    @property
+    def twice(self) -> int:
+        return 2 * self.prompt + 2 * self.response
+
+    def seen(self, shared: bool) -> float:
+        """Pairs of tokens of which one attends to the other."""
+        prompt, response = self.prompt, self.response
+        own = prompt * (prompt + 1) / 2
+        return (1 if shared else 2) * own + 2 * (response * prompt + response * (response + 1) / 2)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Which work a trainer does. padding: padded tokens over real ones in a batch."""
+
+    name: str
+    shared_prompt: bool
+    all_rows_scored: bool
+    reference_each_step: bool
+    checkpointing: bool
+    padding: float
+
+    def flops(self, shape: Shape, pair: Pair) -> float:
+        """Of one pair in one step: forward, backward (twice a forward), and the forwards that are made again."""
+        tokens = self.padding * (pair.once if self.shared_prompt else pair.twice)
+        rows = tokens if self.all_rows_scored else 2 * pair.response
+        forward = 2 * shape.body * tokens + 4 * shape.hidden * shape.layers * pair.seen(self.shared_prompt)
+        head = 2 * shape.hidden * shape.vocabulary * rows
+        return (3 + self.checkpointing) * forward + 3 * head + self.reference_each_step * (forward + head)
+
+    def activation_bytes(self, shape: Shape, pair: Pair, pairs: float) -> float:
+        """What grows with the tokens of a micro-batch of `pairs` pairs, and the logits."""
+        tokens = pairs * self.padding * (pair.once if self.shared_prompt else pair.twice)
+        body = shape.checkpoints(tokens) if self.checkpointing else shape.activations(tokens)
+        if self.all_rows_scored:  # bf16 logits, their fp32 copy and its gradient
+            return body + tokens * shape.vocabulary * (2 + 4 + 4)
+        return body + min(LOGITS, pairs * 2 * pair.response * shape.vocabulary) * (4 + 2)
+
+    def state_bytes(self, shape: Shape) -> float:
+        """Weights, gradients and Adam's two moments in fp32, a bf16 copy under autocast, the reference in bf16."""
+        return shape.parameters * (16 + 2 + 2 * self.reference_each_step)
+
+
+SHAPES = (
+    Shape("0.5B (Qwen2.5)", 896, 24, 128, 4864, 151936, tied=True),
+    Shape("8B (Llama 3.1)", 4096, 32, 1024, 14336, 128256, tied=False),
+    Shape("70B (Llama 3.1)", 8192, 80, 1024, 28672, 128256, tied=False),
+)
+PAIRS = (Pair("chat", 200, 150), Pair("long", 600, 100), Pair("short", 16, 32))
+OURS = Trainer("ours", True, False, False, False, 1.0)
+OURS_CHECKPOINTED = Trainer("ours, checkpointing", True, False, False, True, 1.0)
+ORIGINAL = Trainer("original loop", False, True, True, False, 1.3)
+TRL = Trainer("TRL, its defaults", False, True, True, True, 1.3)
+TUNED = Trainer("TRL tuned", False, True, False, False, 1.0)
+TRAINERS = (OURS, OURS_CHECKPOINTED, ORIGINAL, TRL, TUNED)
+
+# An H100 SXM, from its data sheet but for the share of the peak that a training step reaches.
+PEAK, REACHED = 989e12, 0.45  # bf16 FLOP/s without sparsity
+MEMORY = 80e9
+NVLINK, NETWORK = 450e9, 50e9  # bytes/s of one GPU, one way; network: 400 Gbit/s a GPU
+GPUS = 8
+LAUNCH, KERNELS = 5e-6, 14  # seconds a kernel launch; launches a pair a layer of the attention's loop, both ways
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def flops_table() -> list[str]:
+    rows = [
+        [shape.name, pair.name, f"{OURS.flops(shape, pair) / 1e12:.2f}"]
+        + [f"{t.flops(shape, pair) / OURS.flops(shape, pair):.2f}" for t in TRAINERS[1:]]
+        for shape in SHAPES
+        for pair in PAIRS
+    ]
+    return table(["model", "pairs", "ours, TFLOP a pair", *(f"{t.name}, times ours" for t in TRAINERS[1:])], rows)
+
+
+def speed_table() -> list[str]:
+    """Pairs a second of one GPU if products are all that counts."""
+    rows = [[t.name] + [f"{PEAK * REACHED / t.flops(shape, PAIRS[0]):.3g}" for shape in SHAPES] for t in TRAINERS]
+    return table(["chat", *(s.name for s in SHAPES)], rows)
+
+
+def memory_table() -> list[str]:
+    rows = []
+    for shape in SHAPES:
+        for t in TRAINERS:
+            state, moving = t.state_bytes(shape) / 1e9, t.activation_bytes(shape, PAIRS[0], pairs=4) / 1e9
+            sharded = [state / n + moving for n in (1, GPUS, 8 * GPUS)]
+            fits = ["yes" if total < MEMORY / 1e9 else "no" for total in sharded]
+            cells = [f"{total:.0f} ({fit})" for total, fit in zip(sharded, fits, strict=True)]
+            rows.append([shape.name, t.name, f"{state:.0f}", f"{moving:.1f}", *cells])
+    head = ["model", "trainer", "states, GB", "4 chat pairs, GB", "one GPU or DDP", "FSDP over 8", "FSDP over 64"]
+    return table(head, rows)
+
+
+def traffic_table() -> list[str]:
+    """What a step sends, and how much work hides it."""
+    rows = []
+    for shape in SHAPES:
+        gradient = 4 * shape.parameters * 2 * (GPUS - 1) / GPUS  # ring all-reduce, fp32
+        pairs = gradient / NVLINK * PEAK * REACHED / OURS.flops(shape, PAIRS[0])
+        rows.append([shape.name, f"{gradient / 1e9:.1f}", f"{1e3 * gradient / NVLINK:.0f}", f"{pairs:.1f}"])
+    return table(["model", "DDP, GB a step", "ms over NVLink", "chat pairs a GPU that take as long"], rows)
+
+
+def hidden_tokens(bandwidth: float) -> float:
+    """Tokens of a micro-batch on one GPU whose products take as long as FSDP's traffic of one micro-batch.
+
+    FSDP gathers bf16 weights twice and scatters fp32 gradients once: 8 bytes a parameter, 6 FLOPs a parameter and token.
+    """
+    return 8 / bandwidth * PEAK * REACHED / 6
+
+
+def launch_table() -> list[str]:
+    rows = []
+    for shape in SHAPES:
+        products = OURS.flops(shape, PAIRS[0]) / (PEAK * REACHED)
+        launches = KERNELS * shape.layers * LAUNCH
+        rows.append([shape.name, f"{1e3 * products:.2f}", f"{1e3 * launches:.2f}", f"{launches / products:.0%}"])
+    return table(["model", "products of a chat pair, ms", "launches of its attention, ms", "share"], rows)
+
+
+def prose(*sentences: str) -> list[str]:
+    return [*textwrap.wrap(" ".join(sentences), 120), ""]
+
+
+def page() -> str:
+    eight, chat = SHAPES[1], PAIRS[0]
+    gain = {t.name: t.flops(eight, chat) / OURS.flops(eight, chat) for t in TRAINERS}
+    lines = [
+        "# A paper estimate for GPUs",
+        "",
+        *prose(
+            "Made by `python -m benchmarks.gpu`. **Nothing here was measured**: no GPU was at hand. It is arithmetic on",
+            "shapes, lengths and a data sheet (H100 SXM), to be proven wrong by whoever has one.",
+        ),
+        *prose(
+            f"In short: for 8B on chat pairs our step needs 1/{gain[TRL.name]:.1f} of the FLOPs of TRL's defaults and",
+            f"1/{gain[TUNED.name]:.1f} of TRL tuned. For a 0.5B model our attention's loop over pairs would eat the gain",
+            "until it is a varlen kernel. States, not activations, decide what fits.",
+        ),
+        "## FLOPs",
+        "",
+        *prose(
+            "A pair's step: `2 Nb` FLOPs a token and forward through the body, `2 H V` a scored row, `4 H L` a pair of tokens",
+            "that attend; a backward is two forwards. Ours: the prompt once, response rows scored, the reference from the",
+            "cache. TRL's defaults: the prompt twice, every row scored, a reference forward, one more forward for",
+            f"checkpointing; a batch of several pairs carries {TRL.padding:.1f} tokens for a real one, as the chat mix of",
+            "workload.py does at 4 pairs. TRL tuned: single pairs, no reference forward, no checkpointing.",
+        ),
+        *flops_table(),
+        f"Pairs a second of one GPU, were matrix products all and {REACHED:.0%} of {PEAK / 1e12:.0f} TFLOP/s reached:",
+        "",
+        *speed_table(),
+        *prose(
+            "The cache pays 1 / (epochs x runs) of a reference forward a step: in a sweep of 5 betas and 2 epochs a tenth of",
+            "what a trainer pays that runs it in every step.",
+        ),
+        "## Memory",
+        "",
+        *prose(
+            "States: fp32 weights, gradients and Adam's moments, 16 bytes a parameter, 2 more for autocast's copies, 2 more",
+            "for a bf16 reference where there is one. Activations and logits: of 4 chat pairs in one micro-batch.",
+        ),
+        *memory_table(),
+        *prose(
+            "Ours grows with `data.tokens_per_microbatch`, never with the batch. The head never holds more than",
+            f"{LOGITS / 2**20:.0f} Mi logits.",
+        ),
+        "## Traffic",
+        "",
+        *prose(
+            "DDP sums fp32 gradients once a step, whatever the number of micro-batches (only the last backward syncs):"
+        ),
+        *traffic_table(),
+        *prose(
+            "FSDP moves the weights in every micro-batch, so one must be large enough to hide that, whatever the model's",
+            f"size: {hidden_tokens(NVLINK):,.0f} tokens a GPU over NVLink, {hidden_tokens(NETWORK):,.0f} over the network",
+            "(sharding inside a node alone avoids that). So on GPUs the budget is not the 2,048 of a laptop: as large as",
+            "memory allows.",
+        ),
+        "## What would spoil it",
+        "",
+        f"Our attention loops over pairs: about {KERNELS} launches a pair and layer, both ways, {1e6 * LAUNCH:.0f} us each:",
+        "",
+        *launch_table(),
+        "## To be checked on a real GPU, in this order",
+        "",
+        *CHECKS,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+CHECKS = (
+    "1. Step 0 is ln 2 in bf16-mixed, and log-probs lie within bf16 rounding of the padded path's, with flash attention.",
+    "2. `torch.nn.attention.varlen` in place of the loop: a response's queries over the keys of prompt and response;",
+    "   that its causal alignment is bottom-right, its backward exact, GQA without copies.",
+    "3. Synchronisation: lengths are read to the host in every micro-batch (split, attention, head); one read should do.",
+    f"4. The {REACHED:.0%} above, and the share of the fused head, whose softmax is bound by memory: 12 bytes a logit.",
+    "5. DDP over NCCL, one sync a step; FSDP2, under which the head's weight is sharded and must be gathered by hand.",
+    "6. Peak memory against the table, by `torch.cuda.max_memory_allocated`.",
+    "7. The peers with flash attention and a loss that holds no logits (Liger): TRL tuned is better there than here.",
+)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(page())

@@ -1,0 +1,70 @@
+"""The benchmarks' arithmetic and pages; what they measure is measured by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import gpu, variants
+from benchmarks.step import relative_error
+from benchmarks.workload import MIXES, SHAPES, make_models, make_pairs, tokens_of, useful_flops
+from dpo_lab.core.pairs import EncodedPair
+
+SMALL = gpu.Shape("small", 256, 6, 128, 768, 8192, tied=True)
+
+
+def test_the_gpu_page_is_what_the_program_writes():
+    assert gpu.PAGE.read_text() == gpu.page()
+
+
+def test_the_paper_estimate_counts_what_the_benchmark_counts():
+    pair = gpu.Pair("chat", 200, 150)
+    encoded = EncodedPair("key", range(200), range(150), range(150))
+    assert gpu.OURS.flops(SMALL, pair) == pytest.approx(useful_flops([encoded], SHAPES["small"]))
+    assert tokens_of([encoded]) == pair.twice == 700
+
+
+def test_worked_flops():
+    """A body of one layer, by hand: H = 4, keys 4, F = 8, V = 10; prompt 1, responses of 1 token."""
+    shape, pair = gpu.Shape("hand", 4, 1, 4, 8, 10, tied=True), gpu.Pair("hand", 1, 1)
+    assert shape.body == 2 * 16 + 2 * 16 + 3 * 32 == 160
+    assert shape.parameters == 160 + 40
+    assert pair.seen(shared=True) == 1 + 2 * (1 + 1)
+    assert pair.seen(shared=False) == 2 + 2 * (1 + 1)
+    assert gpu.OURS.flops(shape, pair) == 3 * (2 * 160 * 3 + 4 * 4 * 5) + 3 * 2 * 4 * 10 * 2
+    assert gpu.TUNED.flops(shape, pair) == 3 * (2 * 160 * 4 + 4 * 4 * 6) + 3 * 2 * 4 * 10 * 4
+    assert gpu.OURS.state_bytes(shape) == 18 * 200
+
+
+def test_parameters_of_real_models():
+    assert [round(shape.parameters / 1e9, 2) for shape in gpu.SHAPES] == [0.49, 8.03, 70.55]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_pairs_are_the_same_every_time_and_about_the_mix(mix):
+    pairs = make_pairs(mix, 64, 1000)
+    assert pairs == make_pairs(mix, 64, 1000)
+    prompt, _, response, _ = MIXES[mix]
+    lengths = sorted(len(p.prompt) for p in pairs), sorted(len(p.chosen) for p in pairs)
+    assert [middle[32] for middle in lengths] == pytest.approx([prompt, response], rel=0.35)
+
+
+def test_padding_of_the_paper_estimate_is_the_mixs():
+    pairs = make_pairs("chat", 4, 1000)
+    width = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs)
+    assert 2 * len(pairs) * width / tokens_of(pairs) == pytest.approx(gpu.TRL.padding, abs=0.15)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_ours_is_measured_on_the_gradient_that_the_original_loop_has(checkpointing):
+    policy, reference = make_models("small")
+    pairs = make_pairs("short", 3, SHAPES["small"].vocab_size)
+    gradients = []
+    for variant in (
+        variants.original(policy, reference, pairs),
+        variants.ours(policy, reference, pairs, tokens=100, checkpointing=checkpointing),
+    ):
+        policy.zero_grad()
+        variant.backward()
+        gradients.append(variants.gradient(policy))
+    assert 0 < relative_error(gradients[1], gradients[0]) < 5e-5
