@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import logging
 import os
 import time
@@ -32,6 +31,7 @@ from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy, TinyPolicy, to_train, weights_digest
 from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
+from dpo_lab.results.card import model_card, table
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.summary import print_summary
 from dpo_lab.training.callbacks import HParams
@@ -104,6 +104,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
         samples=samples[:16],
         seconds=clock.lap("evaluate"),
     )
+    (held.folder / "policy" / "README.md").write_text(model_card(held.record))
     log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
     print_summary(Console(), metrics, samples, held.folder, _next_commands(config))
 
@@ -215,20 +216,11 @@ def _to_tensorboard(trainer: Trainer, metrics: Mapping[str, Estimate], samples: 
     for logger in trainer.loggers:
         logger.log_metrics({f"eval/{name}": e.value for name, e in metrics.items()}, step=trainer.global_step)
         if isinstance(logger, TensorBoardLogger):
-            rows = [[_cell(row[key]) for key in ("prompt", "initial", "trained")] for row in samples[:16]]
-            lines = [
-                "| prompt | initial policy | trained policy |",
-                "|---|---|---|",
-                *("|" + "|".join(r) + "|" for r in rows),
-            ]
+            rows = [[row[key] for key in ("prompt", "initial", "trained")] for row in samples[:16]]
+            lines = table(("prompt", "initial policy", "trained policy"), rows)
             logger.experiment.add_text("samples", "\n".join(lines), trainer.global_step)
         logger.save()
         logger.finalize("success")
-
-
-def _cell(text: str) -> str:
-    """Text for a Markdown table cell."""
-    return html.escape(text).replace("|", "&#124;").replace("\n", " ")
 
 
 def _next_commands(config: RunConfig) -> list[str]:

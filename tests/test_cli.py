@@ -70,6 +70,13 @@ def test_the_trained_policy_loads_by_transformers(baseline):
     assert model(input_ids=ids).logits.isfinite().all()
 
 
+def test_the_trained_policy_has_its_card(baseline):
+    card, record = (baseline / "policy" / "README.md").read_text(), record_of(baseline)
+    assert f"weights {record['initial_policy']}" in card
+    assert f"| KL to initial (nats) |  | {record['metrics']['kl']['value']:.3f} |" in card
+    assert "| loss | dpo, beta 0.1 |" in card
+
+
 def test_checkpoint_holds_the_policy_and_no_reference(baseline):
     checkpoint = torch.load(baseline / "checkpoints" / "last.ckpt", weights_only=True)
     weights = load_file(baseline / "policy" / "model.safetensors")

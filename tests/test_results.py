@@ -121,6 +121,16 @@ def test_a_record_is_committed_whole(tmp_path):
     assert record["status"] in ("running", "failed")
 
 
+def test_secrets_in_overrides_are_redacted():
+    overrides = ["beta=0.1", "+logger.wandb.api_key=abc=", "data.path=token", "--x"]
+    assert [runs.redact_override(o) for o in overrides] == [
+        "beta=0.1",
+        "+logger.wandb.api_key=<redacted>",
+        "data.path=token",
+        "--x",
+    ]
+
+
 def test_secrets_are_redacted_at_any_depth():
     config = {
         "api_key": "s",

@@ -132,12 +132,18 @@ def redact(config: Any) -> Any:
     return [redact(v) for v in config] if isinstance(config, list) else config
 
 
+def redact_override(override: str) -> str:
+    """`key=value` with its value left out where the key names a secret."""
+    key, equals, _ = override.partition("=")
+    return f"{key}{equals}<redacted>" if equals and SECRET.search(key) else override
+
+
 def _opening(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
     return {
         "status": "running",
         "started": _now(),
         "config": redact(config),
-        "overrides": overrides,
+        "overrides": [redact_override(override) for override in overrides],
         "versions": _versions(),
         "git": _git_state(),
     }

@@ -27,6 +27,27 @@ ROWS = {
     "stopped": "samples that stop",
 }
 
+COLUMNS = ("", "initial", "trained", "95 % interval", "n")
+
+
+def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
+    """COLUMNS of every metric that was measured."""
+    rows = []
+    for name, label in ROWS.items():
+        if name in metrics:
+            estimate, before = metrics[name], metrics.get(f"initial/{name}")
+            interval = estimate.interval
+            rows.append(
+                (
+                    label,
+                    f"{before.value:.3f}" if before else "",
+                    f"{estimate.value:.3f}",
+                    f"{interval[0]:.3f} .. {interval[1]:.3f}" if interval else "",
+                    str(estimate.n or ""),
+                )
+            )
+    return rows
+
 
 def print_summary(
     console: Console,
@@ -36,19 +57,10 @@ def print_summary(
     next_commands: Sequence[str],
 ) -> None:
     table = Table(title="What it learned", title_justify="left")
-    for column in ("", "initial", "trained", "95 % interval", "n"):
+    for column in COLUMNS:
         table.add_column(column, justify="left" if not column else "right")
-    for name, label in ROWS.items():
-        if name in metrics:
-            estimate, before = metrics[name], metrics.get(f"initial/{name}")
-            interval = estimate.interval
-            table.add_row(
-                label,
-                f"{before.value:.3f}" if before else "",
-                f"{estimate.value:.3f}",
-                f"{interval[0]:.3f} .. {interval[1]:.3f}" if interval else "",
-                str(estimate.n or ""),
-            )
+    for row in metric_rows(metrics):
+        table.add_row(*row)
     console.print(table)
     side_by_side = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
     for column in ("prompt", "initial policy", "trained policy"):

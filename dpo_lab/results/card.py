@@ -1,0 +1,78 @@
+"""The model card of a trained policy: what it was made from and what it scored, taken from its run's record."""
+
+from __future__ import annotations
+
+import html
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dpo_lab.results.estimates import Estimate
+from dpo_lab.results.summary import COLUMNS, metric_rows
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads. record: of a run that has its metrics."""
+    config, versions = record["config"], record["versions"]
+    policy, data = config["policy"], config["data"]
+    metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
+    with_adapters = policy["kind"] == "lora" and not policy["merge"]
+    matter = {"library_name": "peft" if with_adapters else "transformers", "pipeline_tag": "text-generation"}
+    if with_adapters:
+        matter["base_model"] = policy["path"]
+    facts = {
+        "data": data["path"] or "the embedded world of short reviews",
+        "pairs": ", ".join(f"{what} {count:,}" for what, count in record["data"].items() if count),
+        "loss": _settings(config["loss"]),
+        "reference": _settings(config["reference"]),
+        "label noise": _settings(config["noise"]),
+        "seed": config["seed"],
+        "initial policy": f"{policy.get('path') or policy['kind']}, weights {record['initial_policy']}",
+        "adapters": f"rank {policy['rank']}, alpha {policy['alpha']}" if policy["kind"] == "lora" else None,
+        "steps": f"{record['steps']} of {data['batch_size']} pairs, learning rate {config['optim']['lr']}",
+        "commit": (record["git"] or {}).get("commit"),
+    }
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {json.dumps(value)}" for key, value in matter.items()),  # a JSON string is a YAML one
+            "tags: [dpo, dpo-lab]",
+            "---",
+            f"# {cell(str(config['name']))}",
+            "",
+            f"Trained by preference optimization with DPO Lab {versions['dpo_lab']} (torch {versions['torch']}, transformers"
+            f" {versions['transformers']}), from preference pairs. Its figures are those of one run with one seed.",
+            "",
+            *table(("", ""), ((what, str(fact)) for what, fact in facts.items() if fact is not None)),
+            "",
+            "## Measured on held-out pairs and prompts",
+            "",
+            *table(COLUMNS, metric_rows(metrics)),
+            "",
+            "## Made by",
+            "",
+            "    "
+            + " ".join(f"python -m dpo_lab.train {shlex.join(record['overrides'])}".split()),  # one line, come what may
+            "",
+        ]
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; cells are text, whatever they hold."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell(text) for text in line) + " |" for line in lines]
+
+
+def cell(text: str) -> str:
+    """Text for a Markdown table cell: no markup in it is obeyed."""
+    escaped = html.escape(text)
+    for mark in "|[]`*_":
+        escaped = escaped.replace(mark, f"&#{ord(mark)};")
+    return " ".join(escaped.split())
+
+
+def _settings(node: Mapping[str, Any]) -> str:
+    """`dpo, beta 0.1`"""
+    return ", ".join(str(value) if key == "kind" else f"{key} {value}" for key, value in node.items())
