@@ -1,9 +1,9 @@
 """A whole sweep against a loop over TRL runs: five betas, two epochs each, from the command line to the saved policies.
 
     python -m benchmarks.end_to_end                 (about an hour of one core)
-    python -m benchmarks.end_to_end --pairs 16
+    python -m benchmarks.end_to_end --pairs 16 --part ours --part defaults
 
-Both start from the same policy folder and JSONL rows, compute in the same dtype, take the same steps and validate after
+All start from the same policy folder and JSONL rows, compute in the same dtype, take the same steps and validate after
 each epoch. CPU seconds are those of all processes: start-up, data and reference included; ours evaluates by sampling on
 top of it. Writes outputs/benchmarks/ and benchmarks/RESULTS.md.
 """
@@ -19,13 +19,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.results import MEASURED, save, write_results
-from benchmarks.workload import LONGEST, SHAPES, make_models, make_pairs, make_tokenizer
+from benchmarks.workload import LONGEST, MIXES, SHAPES, make_models, make_pairs, make_tokenizer
 from dpo_lab.data.world.world import TRAIN, split_of
 
 BETAS = ("0.05", "0.1", "0.3", "1", "5")
 EPOCHS, BATCH, VALIDATION = 2, 8, 0.1
+PARTS = {"ours": "ours", "defaults": "TRL, its defaults, in a loop", "tuned": "TRL tuned, in a loop"}
 FOLDER = MEASURED.resolve() / "end-to-end"
 
 
@@ -37,14 +39,18 @@ def make_material(shape: str, mix: str, pairs: int) -> int:
     reference.save_pretrained(FOLDER / "policy")
     make_tokenizer(SHAPES[shape].vocab_size).save_pretrained(FOLDER / "policy")
     train, held_out = [], []
-    for pair in make_pairs(mix, 2 * pairs, SHAPES[shape].vocab_size):
+    for pair in make_pairs(mix, 4 * pairs, SHAPES[shape].vocab_size):
         prompt, chosen, rejected = (
             " ".join(f"w{t}" for t in side) for side in (pair.prompt, pair.chosen, pair.rejected)
         )
         row = {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected}
-        (train if split_of(prompt, VALIDATION) == TRAIN else held_out).append(row)
+        if split_of(prompt, VALIDATION) != TRAIN:
+            held_out.append(row)
+        elif len(train) < pairs:
+            train.append(row)
         if len(train) == pairs and held_out:
             break
+    assert held_out, "no pair fell among the held-out ones; type more --pairs"
     for name, rows in (("train", train), ("held-out", held_out), ("all", train + held_out)):
         (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return len(held_out)
@@ -80,31 +86,42 @@ def theirs(beta: str, dtype: str, tuned: bool) -> list[str]:
     return [sys.executable, "-m", "benchmarks.trl_run", *options, *(["--tuned"] if tuned else [])]
 
 
+def measure(part: str, pairs: int, dtype: str) -> dict[str, Any]:
+    """One row of the table; ours comes with its CPU seconds by stage, over all cells."""
+    if part == "ours":
+        seconds = cpu_seconds(ours(pairs, dtype))
+        done = [json.loads(path.read_text()) for path in FOLDER.glob("outputs/**/run.json")]
+        assert [r["status"] for r in done] == ["done"] * len(BETAS), "ours did not finish; see log.txt"
+        assert {r["steps"] for r in done} == {EPOCHS * pairs // BATCH}
+        stages = {stage: sum(r["seconds"][stage]["cpu"] for r in done) for stage in done[0]["seconds"]}
+        return {"what": "ours, `--multirun`", "seconds": seconds, "stages": stages}
+    seconds = 0.0
+    for beta in BETAS:
+        seconds += cpu_seconds(theirs(beta, dtype, tuned=part == "tuned"))
+        print(f"{part}, beta {beta}: {seconds:.0f} s so far", flush=True)
+    return {"what": PARTS[part], "seconds": seconds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--mix", default="chat")
+    parser.add_argument("--mix", choices=MIXES, default="chat")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="TRL's default is bf16")
+    parser.add_argument("--part", choices=PARTS, action="append", help="the others keep what was measured before")
     chosen = parser.parse_args()
     if chosen.pairs % BATCH:
         parser.error(f"--pairs: a multiple of {BATCH}, so that every epoch is whole steps for both")
+    setup = {"shape": chosen.shape, "mix": chosen.mix, "pairs": chosen.pairs, "dtype": chosen.dtype}
     held_out = make_material(chosen.shape, chosen.mix, chosen.pairs)
-    print(f"ours, {len(BETAS)} cells ...", flush=True)
-    rows = [{"what": "ours, `--multirun`", "seconds": cpu_seconds(ours(chosen.pairs, chosen.dtype))}]
-    done = [json.loads(path.read_text()) for path in FOLDER.glob("outputs/**/run.json")]
-    assert [r["status"] for r in done] == ["done"] * len(BETAS), "ours did not finish; see log.txt"
-    assert {r["steps"] for r in done} == {EPOCHS * chosen.pairs // BATCH}
-    stages = {stage: sum(r["seconds"][stage]["cpu"] for r in done) for stage in done[0]["seconds"]}
-    for what, tuned in (("TRL, its defaults", False), ("TRL tuned", True)):
-        spent = 0.0
-        for beta in BETAS:
-            spent += cpu_seconds(theirs(beta, chosen.dtype, tuned))
-            print(f"{what}, beta {beta}: {spent:.0f} s so far", flush=True)
-        rows.append({"what": f"{what}, {len(BETAS)} runs", "seconds": spent})
-    setup = {"betas": BETAS, "epochs": EPOCHS, "batch": BATCH, "pairs": chosen.pairs, "held_out": held_out}
-    measured = {"shape": chosen.shape, "mix": chosen.mix, "dtype": chosen.dtype, "stages": stages, "rows": rows}
-    save("end-to-end", setup | measured)
+    setup |= {"betas": list(BETAS), "epochs": EPOCHS, "batch": BATCH, "held_out": held_out}
+    kept = MEASURED / "end-to-end.json"
+    before = json.loads(kept.read_text()) if kept.exists() else {}
+    rows = before["rows"] if all(before.get(key) == value for key, value in setup.items()) else {}
+    for part in chosen.part or PARTS:
+        print(f"{part} ...", flush=True)
+        rows[part] = measure(part, chosen.pairs, chosen.dtype)
+        save("end-to-end", setup | {"rows": rows})
     write_results()
 
 

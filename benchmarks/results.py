@@ -36,8 +36,9 @@ def write_results() -> None:
     """RESULTS.md from everything that was measured; printed as well."""
     tables = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("step-*.json"), key=_order)]
     parts = ["# Speed and memory of DPO", "", "Made by the programs of this folder; edited by nobody.", ""]
-    if (sweep := MEASURED / "end-to-end.json").exists():
-        parts += _end_to_end(json.loads(sweep.read_text()))
+    sweep = MEASURED / "end-to-end.json"
+    if sweep.exists() and "ours" in (measured := json.loads(sweep.read_text()))["rows"]:
+        parts += _end_to_end(measured)
     parts += [part for table in tables for part in _step(table)]
     text = "\n".join(parts)
     print(text)
@@ -45,10 +46,11 @@ def write_results() -> None:
 
 
 def _end_to_end(sweep: dict[str, Any]) -> list[str]:
-    mine, *_ = rows = sweep["rows"]
+    rows = [sweep["rows"][part] for part in ("ours", "defaults", "tuned") if part in sweep["rows"]]
+    mine = rows[0]
     lines = [f"| {r['what']} | {r['seconds']:.0f} | {r['seconds'] / mine['seconds']:.1f} |" for r in rows]
-    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in sweep["stages"].items())
-    started = mine["seconds"] - sum(sweep["stages"].values())
+    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in mine["stages"].items())
+    started = mine["seconds"] - sum(mine["stages"].values())
     notes = (
         f"{sweep['date']}, `python -m benchmarks.end_to_end`: {len(sweep['betas'])} betas, {sweep['epochs']} epochs of"
         f" {sweep['pairs']} pairs, {sweep['batch']} a step, {sweep['held_out']} held out; {sweep['dtype']}. CPU seconds of"

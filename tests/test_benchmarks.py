@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+
 import pytest
 
-from benchmarks import gpu, variants
+from benchmarks import end_to_end, gpu, variants
 from benchmarks.step import relative_error
-from benchmarks.workload import MIXES, SHAPES, make_models, make_pairs, tokens_of, useful_flops
+from benchmarks.workload import LONGEST, MIXES, SHAPES, make_models, make_pairs, tokens_of, useful_flops
 from dpo_lab.core.pairs import EncodedPair
+from dpo_lab.data.sources import Data
+from dpo_lab.data.tokenize import Encoder
+from dpo_lab.models.policy import load_policy
 
 SMALL = gpu.Shape("small", 256, 6, 128, 768, 8192, tied=True)
 
@@ -68,3 +74,22 @@ def test_ours_is_measured_on_the_gradient_that_the_original_loop_has(checkpointi
         variant.backward()
         gradients.append(variants.gradient(policy))
     assert 0 < relative_error(gradients[1], gradients[0]) < 5e-5
+
+
+def test_a_sweep_is_measured_on_the_pairs_of_the_mix(tmp_path, monkeypatch):
+    """What our door reads from the files are the very token ids, and it holds out the rows that TRL is told to."""
+    monkeypatch.setattr(end_to_end, "FOLDER", tmp_path / "material")
+    held_out = end_to_end.make_material("small", "short", 16)
+    data = Data(path=str(tmp_path / "material" / "all.jsonl"), validation_fraction=end_to_end.VALIDATION)
+    splits = data.load(0, lambda prompts, stream: [])
+    for name, pairs, count in (("train", splits.train, 16), ("held-out", splits.held_out, held_out)):
+        rows = (tmp_path / "material" / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(row)["prompt"] for row in rows] == [pair.prompt for pair in pairs]
+        assert len(pairs) == count
+    tokenizer = load_policy(tmp_path / "material" / "policy").tokenizer
+    encoded = Encoder(tokenizer, LONGEST, LONGEST - 256).pairs([*splits.train, *splits.held_out], Counter())
+    wanted = make_pairs("short", 64, SHAPES["small"].vocab_size)
+    end = tokenizer.eos_token_id
+    drawn = {(tuple(p.prompt), (*p.chosen, end), (*p.rejected, end)) for p in wanted}
+    assert {(tuple(p.prompt), tuple(p.chosen), tuple(p.rejected)) for p in encoded} <= drawn
+    assert len(encoded) == 16 + held_out
