@@ -82,7 +82,7 @@ def responses(
     policy: Policy, encoder: Encoder, prompts: Sequence[str], max_new_tokens: int, seed: int, cache: Path
 ) -> list[str | None]:
     """A response of the policy to each prompt, None where it did not stop by itself; kept by content."""
-    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, "format 1"])
+    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, "format 2"])
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
     def make(path: Path) -> None:

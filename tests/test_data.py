@@ -189,6 +189,17 @@ def test_any_text_survives(tokenizer):
     assert Encoder(tokenizer, 64, 32).text(ids_of(tokenizer, text)) == text
 
 
+def test_a_special_token_inside_a_response_is_seen(tokenizer):
+    """A policy that writes one in the middle of a sentence does not get away with it; the closing one is no text."""
+    encoder = Encoder(tokenizer, 64, 32)
+    ids = ids_of(tokenizer, "the plot was good")
+    assert encoder.text([*ids, tokenizer.eos_token_id]) == encoder.text(ids) == "the plot was good"
+    broken = [*ids[:2], tokenizer.bos_token_id, *ids[2:], tokenizer.eos_token_id]
+    assert tokenizer.bos_token in encoder.text(broken)
+    assert ids_of(tokenizer, encoder.text(broken)) == broken[:-1]
+    assert encoder.text([]) == ""
+
+
 def test_collate_as_documented():
     batch = collate([EncodedPair("k", prompt=[1, 2], chosen=[7], rejected=[8, 9])])
     assert batch.keys == ["k"]

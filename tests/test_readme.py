@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, SMALL, python_m
+from tests.conftest import OWN_MODEL, REPOSITORY, SMALL, python_m
 
 README = (REPOSITORY / "README.md").read_text()
 COMMANDS = [
@@ -30,9 +30,10 @@ pytestmark = pytest.mark.xdist_group("readme")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Where the README's reader stands, with pairs of their own."""
+def folder(policy, tmp_path_factory) -> Path:
+    """Where the README's reader stands, with a model and pairs of their own."""
     folder = tmp_path_factory.mktemp("reader")
+    policy.save(folder / "my-model")
     rows = [{"prompt": f"what is {i}?", "chosen": f"it is {i}", "rejected": f"not {i}"} for i in range(60)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -49,7 +50,8 @@ def test_python_commands_run(command, folder):
     _, _, module, *arguments = shlex.split(command)
     if "seed=0,1,2" in arguments:  # 30 cells: the same sweep at one seed and one beta
         arguments = [re.sub(r"^(seed|beta)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
-    small = SMALL if module in ("dpo_lab.train", "dpo_lab.sft") and "--help" not in arguments else []
+    settings = OWN_MODEL if any(a.startswith("policy=") for a in arguments) else SMALL
+    small = settings if module in ("dpo_lab.train", "dpo_lab.sft") and "--help" not in arguments else []
     result = python_m(module, *arguments, *small, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
 

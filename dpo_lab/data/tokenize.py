@@ -35,8 +35,9 @@ class Encoder:
         return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Token ids as text, without special tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """A response's token ids as text, without its closing end token; any other special token in it is shown."""
+        ended = len(tokens) > 0 and tokens[-1] == self.eos_id
+        return str(self.tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=False))
 
     def prompt(self, text: str) -> list[int]:
         return self._fit_prompt(self._ids(text))
