@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import pickle
 from collections import Counter
@@ -250,6 +251,18 @@ def test_lora_on_own_pairs(reference, merge, folder, tmp_path):
             kept = named.get(name, named.get(name.replace(".weight", ".base_layer.weight")))
             assert kept is not None
             assert torch.equal(kept, weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")  # peft's word to who adapts a tied head
+def test_adapters_on_the_head_take_padded_rows_and_one_line_says_so(folder, caplog):
+    pytest.importorskip("peft")
+    with caplog.at_level(logging.INFO, logger="dpo_lab.models.forward"):
+        loaded = Lora(path=str(folder), targets=["lm_head", "q_proj"]).load()
+    assert [r.message for r in caplog.records] == [
+        "forward: padded rows for LlamaForCausalLM, because its LM head is not a plain matrix"
+    ]
+    batch = collate(make_pairs(3))
+    pair_loss(loaded.model, batch, DPO(), pair_logps(loaded.model, batch).detach())[0].backward()
 
 
 def test_targets_that_are_not_there_are_refused(folder):

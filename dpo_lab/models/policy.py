@@ -122,7 +122,17 @@ class Pretrained(PolicyConfig):
             raise ValueError("policy.path is empty; type policy.path=FOLDER, or a model's name on the Hugging Face hub")
 
     def load(self, seed: int = 0) -> Policy:
-        """The model and its tokenizer; seed: of what is drawn anew. Raises PolicyError where they can't be had."""
+        """The model, on the fastest forward path that is proven for it, and its tokenizer; seed: of what is drawn anew.
+
+        Raises PolicyError where they can't be had or can't be trained.
+        """
+        from dpo_lab.models.forward import choose_path
+
+        policy = self._read(seed)
+        choose_path(policy.model)
+        return policy
+
+    def _read(self, seed: int) -> Policy:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -141,7 +151,8 @@ class Pretrained(PolicyConfig):
                 f"policy.path={self.path}: {reason.strip()}; type the path of a Hugging Face folder with safetensors,"
                 " or a model's name on the hub"
             ) from error
-        return settled(model, tokenizer, f"policy.path={self.path}")
+        _check_tokenizer(model, tokenizer, f"policy.path={self.path}")
+        return Policy(model, tokenizer)
 
 
 @dataclass
@@ -164,16 +175,14 @@ class Lora(Pretrained):
         if self.alpha < 1:
             raise ValueError(f"policy.alpha={self.alpha}: must be 1 or more; type e.g. policy.alpha=32")
 
-    def load(self, seed: int = 0) -> Policy:
+    def _read(self, seed: int) -> Policy:
         import torch
-
-        from dpo_lab.models.forward import choose_path
 
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
             raise PolicyError("policy=lora needs peft; type pip install 'dpo_lab[lora]'") from None
-        policy = super().load()
+        policy = super()._read(seed)
         settings = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, task_type="CAUSAL_LM")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -182,7 +191,6 @@ class Lora(Pretrained):
             except ValueError as error:
                 reason = str(error).splitlines()[0]
                 raise PolicyError(f"policy.targets={self.targets}: {reason}; type policy.targets=all-linear") from error
-        choose_path(model)  # type: ignore[arg-type]
         return Policy(model, policy.tokenizer)  # type: ignore[arg-type]
 
     def to_save(self, trained: Policy) -> Policy:
@@ -199,10 +207,8 @@ def to_train(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
-def settled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> Policy:
-    """A loaded model and tokenizer, fit to train: an end token, a pad token, one vocabulary, the fastest proven path."""
-    from dpo_lab.models.forward import choose_path
-
+def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """An end token, one vocabulary, and a pad token: the end token where there is none."""
     rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
     if tokenizer.eos_token_id is None:
         raise PolicyError(f"{what}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
@@ -213,12 +219,10 @@ def settled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: st
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # pads are masked by place, never by value
-    choose_path(model)
-    return Policy(model, tokenizer)
 
 
 def load_policy(folder: Path) -> Policy:
-    """Read a Hugging Face folder, safetensors only; the model takes the fastest forward path that is proven for it."""
+    """Read a Hugging Face folder, see Pretrained."""
     return Pretrained(path=str(folder)).load()
 
 
