@@ -17,8 +17,8 @@ def work():
     before = faults()
     held = [torch.empty(2**24).fill_(1.0) for _ in range(2)]  # 64 MB each
     return faults() - before
-median = sorted(work() for _ in range(9))[4]  # the heap may still grow once or twice
-print(median, torch.get_num_threads(), torch.tensor(1e-40).mul(1.0).item())
+settled = [work() for _ in range(15)][-5:]  # at first the heap grows
+print(max(settled), torch.get_num_threads(), torch.tensor(1e-40).mul(1.0).item())
 """
 
 
