@@ -35,7 +35,14 @@ def processor() -> str:
 def write_results() -> None:
     """RESULTS.md from everything that was measured; printed as well."""
     tables = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("step-*.json"), key=_order)]
-    parts = ["# Speed and memory of DPO", "", "Made by the programs of this folder; edited by nobody.", ""]
+    parts = [
+        "# Speed and memory of DPO",
+        "",
+        "Made by the programs of this folder; edited by nobody. For the timed steps the process keeps the memory that it",
+        "frees, whoever's turn it is; memory is of a round before them, under the C library's own ways. A sweep's processes",
+        "run as their users start them.",
+        "",
+    ]
     sweep = MEASURED / "end-to-end.json"
     if sweep.exists() and "ours" in (measured := json.loads(sweep.read_text()))["rows"]:
         parts += _end_to_end(measured)
