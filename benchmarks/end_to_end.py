@@ -21,13 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import MEASURED, save, write_results
+import torch
+
+from benchmarks.results import MEASURED, context, save, write_results
 from benchmarks.workload import LONGEST, MIXES, SHAPES, make_models, make_pairs, make_tokenizer
 from dpo_lab.data.world.world import TRAIN, split_of
 
 BETAS = ("0.05", "0.1", "0.3", "1", "5")
 EPOCHS, BATCH, VALIDATION = 2, 8, 0.1
-PARTS = {"ours": "ours", "defaults": "TRL, its defaults, in a loop", "tuned": "TRL tuned, in a loop"}
+PARTS = {"ours": "ours, `--multirun`", "defaults": "TRL, its defaults, in a loop", "tuned": "TRL tuned, in a loop"}
 FOLDER = MEASURED.resolve() / "end-to-end"
 
 
@@ -94,7 +96,7 @@ def measure(part: str, pairs: int, dtype: str) -> dict[str, Any]:
         assert [r["status"] for r in done] == ["done"] * len(BETAS), "ours did not finish; see log.txt"
         assert {r["steps"] for r in done} == {EPOCHS * pairs // BATCH}
         stages = {stage: sum(r["seconds"][stage]["cpu"] for r in done) for stage in done[0]["seconds"]}
-        return {"what": "ours, `--multirun`", "seconds": seconds, "stages": stages}
+        return {"what": PARTS[part], "seconds": seconds, "stages": stages}
     seconds = 0.0
     for beta in BETAS:
         seconds += cpu_seconds(theirs(beta, dtype, tuned=part == "tuned"))
@@ -108,8 +110,9 @@ def main() -> None:
     parser.add_argument("--mix", choices=MIXES, default="chat")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="TRL's default is bf16")
-    parser.add_argument("--part", choices=PARTS, action="append", help="the others keep what was measured before")
+    parser.add_argument("--part", choices=PARTS, action="append", help="the others keep what was measured here today")
     chosen = parser.parse_args()
+    torch.set_num_threads(1)
     if chosen.pairs % BATCH:
         parser.error(f"--pairs: a multiple of {BATCH}, so that every epoch is whole steps for both")
     setup = {"shape": chosen.shape, "mix": chosen.mix, "pairs": chosen.pairs, "dtype": chosen.dtype}
@@ -117,7 +120,8 @@ def main() -> None:
     setup |= {"betas": list(BETAS), "epochs": EPOCHS, "batch": BATCH, "held_out": held_out}
     kept = MEASURED / "end-to-end.json"
     before = json.loads(kept.read_text()) if kept.exists() else {}
-    rows = before["rows"] if all(before.get(key) == value for key, value in setup.items()) else {}
+    same = all(before.get(key) == value for key, value in (context() | setup).items())
+    rows = before["rows"] if same else {}
     for part in chosen.part or PARTS:
         print(f"{part} ...", flush=True)
         rows[part] = measure(part, chosen.pairs, chosen.dtype)

@@ -16,15 +16,19 @@ PAGE = Path(__file__).with_name("RESULTS.md")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "lightning")
 
 
-def save(name: str, measured: dict[str, Any]) -> None:
-    """Keep one table's figures with the date and what they were measured with."""
-    context = {
+def context() -> dict[str, Any]:
+    """Date, versions and machine: what a measurement made now is true of."""
+    return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "versions": {package: version(package) for package in PACKAGES},
         "machine": f"{processor()}, {torch.get_num_threads()} thread, Python {platform.python_version()}",
     }
+
+
+def save(name: str, measured: dict[str, Any]) -> None:
+    """Keep one table's figures with their context."""
     MEASURED.mkdir(parents=True, exist_ok=True)
-    (MEASURED / f"{name}.json").write_text(json.dumps(context | measured, indent=1) + "\n")
+    (MEASURED / f"{name}.json").write_text(json.dumps(context() | measured, indent=1) + "\n")
 
 
 def processor() -> str:

@@ -137,6 +137,7 @@ class Pretrained(PolicyConfig):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
         source = {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
+        source["local_files_only"] = Path(self.path).is_dir()  # a folder is read without asking the hub about it
         settings = {"dtype": getattr(torch, self.dtype.value), "attn_implementation": self.attention}
         if self.gguf_file is None:
             settings["use_safetensors"] = True
