@@ -7,29 +7,48 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, device
+
+
+Message = dict[str, Any]  # as chat templates take it: "role", "content" and what else the template knows
+Text = str | list[Message]
 
 
 @dataclass(frozen=True)
 class Pair:
     """One preference: for `prompt`, an annotator took `chosen` over `rejected`.
 
+    All three are plain text, or all three are lists of chat messages: a prompt of any number, each response of one by the
+    assistant. tools: descriptions of the tools that the chat template shows.
+
     gold_margin is the true reward of chosen less that of rejected (NaN where no truth is known). Its sign is the true
-    preference; it is for evaluation only and never reaches a loss.
+    preference; it is for evaluation only and never reaches a loss. score_margin is the same by the scores that came with
+    the pair, an annotator's ratings say (NaN where none came). The key is a hash of what the pair says, scores aside.
     """
 
-    prompt: str
-    chosen: str
-    rejected: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
     gold_margin: float = math.nan
+    score_margin: float = math.nan
+    tools: list[dict[str, Any]] | None = None
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
-        content = json.dumps([self.prompt, self.chosen, self.rejected]).encode()
-        object.__setattr__(self, "key", hashlib.blake2b(content, digest_size=16).hexdigest())
+        content = [self.prompt, self.chosen, self.rejected, *([self.tools] if self.tools else [])]
+        object.__setattr__(self, "key", content_hash(content))
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+
+def content_hash(content: Any) -> str:
+    """32 hexadecimal digits of what plain values say; the same for equal values, whatever the order of their keys."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
