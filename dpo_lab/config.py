@@ -11,6 +11,8 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import attrgetter, getitem
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab.core.losses import LOSSES, Loss, SimPO
 from dpo_lab.core.noise import LabelNoise
-from dpo_lab.data.sources import Data
+from dpo_lab.data.sources import WORLDS, Data
 from dpo_lab.evals.evaluation import Evals
-from dpo_lab.models.policy import POLICIES, Lora, PolicyConfig
+from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained
 from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
 from dpo_lab.results import runs
 from dpo_lab.training.optim import Optim
@@ -59,8 +61,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         if isinstance(self.loss, SimPO) and self.reference.starts_at_policy:
             raise ValueError("loss=simpo has no reference; type loss=simpo reference=uniform (or +ablation=simpo)")
-        if isinstance(self.reference, AdapterOff) and not isinstance(self.policy, Lora):
-            raise ValueError("reference=adapter_off: the policy has no adapters; type policy=lora, or reference=cached")
+        if isinstance(self.reference, AdapterOff):
+            if not self.policy.has_adapters:
+                raise ValueError(
+                    "reference=adapter_off: the policy has no adapters; type policy=lora, or reference=cached"
+                )
+            if isinstance(self.policy, Pretrained) and self.policy.goes_on:
+                raise ValueError(
+                    "reference=adapter_off: without its trained adapters the policy is their base, not where training"
+                    " starts; type reference=frozen (a frozen copy of the adapters) or reference=cached"
+                )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
         for node in (self.trainer, self.logger, self.callbacks):
@@ -88,7 +98,12 @@ ALLOWED_TARGETS = frozenset(
 
 
 # Groups whose choices are of different kinds, each with settings of its own.
-KINDS: dict[str, dict[str, Any]] = {"loss": LOSSES, "reference": REFERENCES, "policy": POLICIES}
+KINDS: dict[str, dict[str, Any]] = {
+    "loss": LOSSES,
+    "reference": REFERENCES,
+    "policy": POLICIES,
+    "data.world": WORLDS,
+}
 
 
 def register() -> None:
@@ -97,7 +112,7 @@ def register() -> None:
     store.store(name="run", group="schema", node=RunConfig)
     for group, schemas in KINDS.items():
         for name, schema in schemas.items():
-            store.store(name=name, group=f"schema/{group}", node=schema)
+            store.store(name=name, group=f"schema/{group.replace('.', '/')}", node=schema)
     OmegaConf.register_new_resolver("run_slug", runs.slug, replace=True)
 
 
@@ -125,8 +140,11 @@ def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
     """The resolved config as plain values, with `kind` naming the loss, the reference, the policy: fields alone don't."""
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
     for group, table in KINDS.items():
-        (kind,) = (name for name, schema in table.items() if type(getattr(config, group)) is schema)
-        plain[group] = {"kind": kind, **plain[group]}
+        chosen = attrgetter(group)(config)
+        (kind,) = (name for name, schema in table.items() if type(chosen) is schema)
+        *parents, leaf = group.split(".")
+        node = reduce(getitem, parents, plain)
+        node[leaf] = {"kind": kind, **node[leaf]}
     return plain
 
 

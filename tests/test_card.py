@@ -67,7 +67,7 @@ def test_it_states_what_the_run_was():
 
 def test_adapters_name_their_base_and_a_merged_model_none():
     record = copy.deepcopy(RECORD)
-    record["config"]["policy"] = {"kind": "lora", "path": 'org/"x"\n- y', "merge": False, "rank": 8, "alpha": 16}
+    record["config"]["policy"] = {"kind": "pretrained", "path": 'org/"x"\n- y', "merge": False, "rank": 8, "alpha": 16}
     assert front_matter(model_card(record))["base_model"] == 'org/"x"\n- y'
     assert "| adapters | rank 8, alpha 16 |" in model_card(record)
     record["config"]["policy"]["merge"] = True

@@ -13,7 +13,8 @@ from dpo_lab.data.collate import collate
 from dpo_lab.data.jsonl import BadRow, OnBadRow, read_pairs
 from dpo_lab.data.sources import Data
 from dpo_lab.data.tokenize import Encoder
-from dpo_lab.data.world.world import TRAIN, World
+from dpo_lab.data.world.embedded import Embedded
+from dpo_lab.data.world.world import TRAIN
 from dpo_lab.models.tokenizer import train_tokenizer
 from tests.conftest import REPOSITORY
 
@@ -121,7 +122,7 @@ def test_real_human_pairs_read():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(World().reviews(TRAIN, 300, seed=0), vocab_size=500)
+    return train_tokenizer(Embedded().reviews(TRAIN, 300, seed=0), vocab_size=500)
 
 
 def encoded(

@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_lab.data.tokenize import Encoder
-from dpo_lab.data.world.world import HELD_OUT, World
+from dpo_lab.data.world.embedded import Embedded
+from dpo_lab.data.world.world import HELD_OUT
 from dpo_lab.evals import subject as subject_module
 from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.evals.kl import KL
@@ -40,8 +41,8 @@ def subject_of(trained: Policy, initial: Policy, prompts: list[str], **changes) 
         encoder=Encoder(initial.tokenizer, 64, 32),
         pairs=make_pairs(9),
         prompts=prompts,
-        texts=[("", text) for text in World().reviews(HELD_OUT, 5, seed=0)],
-        world=World(),
+        texts=[("", text) for text in Embedded().reviews(HELD_OUT, 5, seed=0)],
+        world=Embedded(),
         max_new_tokens=8,
         tokens=64,
         batch_size=4,
@@ -52,7 +53,7 @@ def subject_of(trained: Policy, initial: Policy, prompts: list[str], **changes) 
 
 @pytest.fixture
 def subject(policy) -> Subject:
-    return subject_of(perturbed(policy, 0.05), policy, World().prompts(HELD_OUT, 6, seed=0))
+    return subject_of(perturbed(policy, 0.05), policy, Embedded().prompts(HELD_OUT, 6, seed=0))
 
 
 def test_samples_are_made_once(subject, monkeypatch):
@@ -67,7 +68,7 @@ def test_samples_are_made_once(subject, monkeypatch):
 
 
 def test_the_initial_policy_against_itself(policy):
-    metrics = evaluate(subject_of(policy, policy, World().prompts(HELD_OUT, 6, seed=0)))
+    metrics = evaluate(subject_of(policy, policy, Embedded().prompts(HELD_OUT, 6, seed=0)))
     assert metrics["kl"].value == 0
     assert metrics["accuracy"].value == 0.5
     assert metrics["true_accuracy"].value == 0.5

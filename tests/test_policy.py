@@ -20,7 +20,7 @@ from dpo_lab.core.pairs import Pair
 from dpo_lab.data.collate import collate
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.models.forward import choose_path, pair_logps, pair_loss, path_of
-from dpo_lab.models.policy import Dtype, Lora, Policy, PolicyError, Pretrained, load_policy, to_train, weights_digest
+from dpo_lab.models.policy import Dtype, Policy, PolicyError, Pretrained, load_policy, to_train, weights_digest
 from dpo_lab.models.reference import REFERENCES
 from tests.conftest import OWN_MODEL, make_pairs, python_m
 
@@ -167,7 +167,7 @@ def test_own_model_on_own_pairs(architecture, policy, folder, tmp_path):
 @pytest.fixture(scope="module")
 def adapted(folder) -> Policy:
     pytest.importorskip("peft")
-    return Lora(path=str(folder), rank=4).load(seed=3)
+    return Pretrained(path=str(folder), rank=4).load(seed=3)
 
 
 def test_fresh_adapters_change_nothing_and_alone_are_trained(policy, adapted):
@@ -190,8 +190,15 @@ def load_like(policy: Policy):
 
 def test_adapters_are_drawn_from_the_seed(folder):
     pytest.importorskip("peft")
-    digests = [weights_digest(Lora(path=str(folder), rank=4).load(seed).model) for seed in (3, 3, 4)]
-    assert digests[0] == digests[1] != digests[2]
+    drawn = [Pretrained(path=str(folder), rank=4).load(seed).model for seed in (3, 3, 4)]
+    first, again, other = ({n: p for n, p in model.named_parameters() if "lora_A" in n} for model in drawn)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    # until they are trained they change nothing that a model says, so its reference is the same whatever the seed
+    assert weights_digest(drawn[0]) == weights_digest(drawn[2])
+    name = next(n for n, _ in drawn[0].named_parameters() if "lora_B" in n)
+    drawn[0].get_parameter(name).data += 1
+    assert weights_digest(drawn[0]) != weights_digest(drawn[1])
 
 
 def test_a_copy_to_train_shares_the_frozen_base_and_nothing_else(adapted, policy):
@@ -234,7 +241,7 @@ def test_lora_on_own_pairs(reference, merge, folder, tmp_path):
     pytest.importorskip("peft")
     wanted = ["policy=lora", "policy.rank=4", f"reference={reference}", f"policy.merge={merge}", "optim.lr=1e-2"]
     record, run = run_on_own_pairs(folder, tmp_path, *wanted)
-    assert record["config"]["policy"]["kind"] == "lora"
+    assert record["config"]["policy"]["rank"] == 4
     assert record["metrics"]["kl"]["value"] != 0  # it moved
     saved = run / "policy"
     assert (saved / "adapter_model.safetensors").exists() == (not merge)
@@ -245,19 +252,79 @@ def test_lora_on_own_pairs(reference, merge, folder, tmp_path):
         assert pair_logps(trained, batch).chosen.tolist() != pytest.approx(
             pair_logps(base, batch).chosen.tolist(), rel=1e-5
         )
-    if not merge:  # the base is what it was
-        named = dict(trained.named_parameters())
-        for name, weight in base.named_parameters():
-            kept = named.get(name, named.get(name.replace(".weight", ".base_layer.weight")))
-            assert kept is not None
-            assert torch.equal(kept, weight)
+    if merge:
+        return
+    went_on = Pretrained(path=str(saved), rank=4).load().model
+    named = {name.removeprefix("base_model.model."): p for name, p in went_on.named_parameters()}
+    for name, weight in base.named_parameters():  # the base is what it was
+        kept = named.get(name, named.get(name.replace(".weight", ".base_layer.weight")))
+        assert kept is not None
+        assert torch.equal(kept, weight)
+    with torch.no_grad():  # trained adapters, merged or not, are one policy
+        both = [pair_logps(model, batch).chosen.tolist() for model in (trained, went_on)]
+    assert both[0] == pytest.approx(both[1], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained_adapters(folder, tmp_path_factory) -> Path:
+    """A folder of adapters that someone trained before, on the user's model."""
+    pytest.importorskip("peft")
+    before = Pretrained(path=str(folder), rank=4).load(seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in before.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 4
+    saved = tmp_path_factory.mktemp("sft") / "adapters"
+    before.save(saved)
+    return saved
+
+
+def test_going_on_from_trained_adapters(trained_adapters, folder, tmp_path):
+    """They are where training starts and what the reference is; with them off the policy would be another model."""
+    by_path = Pretrained(path=str(trained_adapters), rank=4).load()
+    by_name = Pretrained(path=str(folder), adapter=str(trained_adapters), rank=4).load()
+    assert weights_digest(by_path.model) == weights_digest(by_name.model)
+    assert all(("lora_" in name) == p.requires_grad for name, p in by_path.model.named_parameters())
+    model, batch, pairs = to_train(by_path.model), collate(make_pairs(6)), make_pairs(12)
+    base = load_like(load_policy(folder))
+    with torch.no_grad():
+        start = pair_logps(model, batch).chosen.tolist()
+        assert start != pytest.approx(pair_logps(base, batch).chosen.tolist(), rel=1e-3)
+    frozen, cached = (REFERENCES[kind]().prepare(model, pairs, tmp_path) for kind in ("frozen", "cached"))
+    shared = {id(p) for p in frozen.model.parameters()} & {id(p) for p in model.parameters()}
+    assert len(shared) == sum("lora_" not in name for name, _ in model.named_parameters())  # the base, once
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1
+    for reference in (frozen, cached):
+        assert reference(batch).chosen.tolist() == pytest.approx(start, rel=1e-5)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+
+
+def test_going_on_is_refused_where_it_would_mislead(trained_adapters, folder):
+    with pytest.raises(PolicyError, match="policy.rank=8: the adapters have rank 4; type policy.rank=4"):
+        Pretrained(path=str(trained_adapters), rank=8).load()
+    with pytest.raises(PolicyError, match="policy.adapter=.*type the folder of adapters trained on policy.path="):
+        Pretrained(path=str(folder), adapter=str(folder), rank=4).load()
+
+
+def test_going_on_by_the_door(trained_adapters, tmp_path):
+    wanted = ["policy=lora", "policy.rank=4", "optim.lr=1e-2"]
+    refused = python_m(
+        "dpo_lab.train", *OWN_MODEL, *wanted, f"policy.path={trained_adapters}", "reference=adapter_off", cwd=tmp_path
+    )
+    assert refused.returncode == 2
+    assert "type reference=frozen (a frozen copy of the adapters) or reference=cached" in refused.stderr
+    record, run = run_on_own_pairs(trained_adapters, tmp_path, *wanted, "reference=frozen")
+    assert record["metrics"]["kl"]["value"] != 0
+    assert (run / "policy" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")  # peft's word to who adapts a tied head
 def test_adapters_on_the_head_take_padded_rows_and_one_line_says_so(folder, caplog):
     pytest.importorskip("peft")
     with caplog.at_level(logging.INFO, logger="dpo_lab.models.forward"):
-        loaded = Lora(path=str(folder), targets=["lm_head", "q_proj"]).load()
+        loaded = Pretrained(path=str(folder), rank=4, targets=["lm_head", "q_proj"]).load()
     assert [r.message for r in caplog.records] == [
         "forward: padded rows for LlamaForCausalLM, because its LM head is not a plain matrix"
     ]
@@ -268,7 +335,7 @@ def test_adapters_on_the_head_take_padded_rows_and_one_line_says_so(folder, capl
 def test_targets_that_are_not_there_are_refused(folder):
     pytest.importorskip("peft")
     with pytest.raises(PolicyError, match="policy.targets=.*nothing.*type policy.targets=all-linear"):
-        Lora(path=str(folder), targets=["nothing"]).load()
+        Pretrained(path=str(folder), rank=4, targets=["nothing"]).load()
 
 
 @pytest.mark.filterwarnings("ignore")  # what packages that the lab does not depend on warn of is theirs

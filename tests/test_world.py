@@ -9,8 +9,9 @@ from collections import Counter
 import pytest
 
 from dpo_lab.core.pairs import Pair
+from dpo_lab.data.world.embedded import Embedded, Reward
 from dpo_lab.data.world.grammar import parse, sample_prompt, sample_review
-from dpo_lab.data.world.world import HELD_OUT, TRAIN, Reward, World, split_of
+from dpo_lab.data.world.world import HELD_OUT, TRAIN, split_of
 
 
 @pytest.mark.parametrize("clauses", [1, 2, 3, 4, 5])
@@ -92,27 +93,27 @@ def test_near_misses_are_not_reviews(text):
     ],
 )
 def test_gold_by_hand(text, mean, total):
-    assert World().gold(text) == pytest.approx(mean)
-    assert World(reward=Reward.sum).gold(text) == pytest.approx(total)
+    assert Embedded().gold(text) == pytest.approx(mean)
+    assert Embedded(reward=Reward.sum).gold(text) == pytest.approx(total)
 
 
 def test_length_buys_no_mean_reward():
     once = "The plot was superb."
-    assert World().gold(" ".join([once] * 20)) == World().gold(once)
-    assert World(reward=Reward.sum).gold(" ".join([once] * 20)) == 20 * World().gold(once)
+    assert Embedded().gold(" ".join([once] * 20)) == Embedded().gold(once)
+    assert Embedded(reward=Reward.sum).gold(" ".join([once] * 20)) == 20 * Embedded().gold(once)
 
 
 def test_reviews_are_scaled():
-    gold = [World().gold(text) for text in World().reviews(TRAIN, 5000, seed=0)]
+    gold = [Embedded().gold(text) for text in Embedded().reviews(TRAIN, 5000, seed=0)]
     assert sum(gold) / len(gold) == pytest.approx(0, abs=0.1)
     assert math.sqrt(sum(g * g for g in gold) / len(gold)) == pytest.approx(1, abs=0.1)
 
 
 def test_well_formed_asks_for_the_shape():
-    world = World()
+    world = Embedded()
     assert world.well_formed("The plot was good. The cast was good. The hero was good.")
     assert not world.well_formed("The plot was good. The cast was good.")
-    assert World(min_clauses=1).well_formed("The plot was good. The cast was good.")
+    assert Embedded(min_clauses=1).well_formed("The plot was good. The cast was good.")
 
 
 def test_50000_reviews_hardly_repeat():
@@ -127,7 +128,7 @@ def test_50000_reviews_hardly_repeat():
 
 @pytest.mark.parametrize("draw", ["reviews", "prompts"])
 def test_splits_never_overlap_whatever_the_seed(draw):
-    world = World()
+    world = Embedded()
     train = {text for seed in range(4) for text in getattr(world, draw)(TRAIN, 1500, seed)}
     held_out = {text for seed in range(4) for text in getattr(world, draw)(HELD_OUT, 1500, seed)}
     assert train & held_out == set()
@@ -135,7 +136,7 @@ def test_splits_never_overlap_whatever_the_seed(draw):
 
 
 def test_texts_are_a_function_of_the_seed():
-    world = World()
+    world = Embedded()
     assert world.reviews(TRAIN, 50, 1) == world.reviews(TRAIN, 50, 1)
     assert len(set(world.reviews(TRAIN, 50, 1)) & set(world.reviews(TRAIN, 50, 2))) == 0
     assert world.prompts(TRAIN, 50, 1)[:20] == world.prompts(TRAIN, 20, 1)
@@ -145,12 +146,12 @@ def test_prompts_hold_nothing_of_value():
     rng = random.Random(0)
     for _ in range(2000):
         prompt = sample_prompt(rng, 3)
-        assert World().gold(prompt + ".") == 0
+        assert Embedded().gold(prompt + ".") == 0
         assert not parse(prompt + ".").well_formed
 
 
 def test_annotator_is_bradley_terry():
-    world, rng, count = World(temperature=0.5), random.Random(0), 4000
+    world, rng, count = Embedded(temperature=0.5), random.Random(0), 4000
     first, second = " was odd.", " was good."  # gold 0 and 1
     chosen = Counter(world.label("The plot", first, second, rng).chosen for _ in range(count))
     p = 1 / (1 + math.exp(1 / 0.5))
@@ -158,18 +159,18 @@ def test_annotator_is_bradley_terry():
 
 
 def test_annotator_keeps_the_truth_beside_the_label():
-    world, rng = World(temperature=100.0), random.Random(0)
+    world, rng = Embedded(temperature=100.0), random.Random(0)
     pairs = [world.label("The plot", " was superb.", " was weak.", rng) for _ in range(50)]
     assert {(p.chosen, p.gold_margin) for p in pairs} == {(" was superb.", 4.0), (" was weak.", -4.0)}
 
 
 def test_extreme_differences_do_not_overflow():
-    world = World(temperature=1e-3)
+    world = Embedded(temperature=1e-3)
     assert world.label("The plot", " was awful.", " was superb.", random.Random(0)).chosen == " was superb."
 
 
 def test_pairs_name_what_they_drop():
-    world = World()
+    world = Embedded()
 
     def sample(prompts, stream):
         endings = {"first": [" a", None, " b"], "second": [" c", " d", " b"]}[stream.split("/")[1]]
@@ -183,4 +184,4 @@ def test_pairs_name_what_they_drop():
 @pytest.mark.parametrize("settings", [{"min_clauses": 0}, {"min_clauses": 4, "max_clauses": 3}, {"temperature": 0.0}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=f"data.world.{next(iter(settings))}"):
-        World(**settings)
+        Embedded(**settings)

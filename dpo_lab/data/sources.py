@@ -9,7 +9,10 @@ from pathlib import Path
 
 from dpo_lab.core.pairs import Pair
 from dpo_lab.data.jsonl import OnBadRow, read_pairs
+from dpo_lab.data.world.embedded import Embedded
 from dpo_lab.data.world.world import HELD_OUT, TRAIN, World, split_of
+
+WORLDS: dict[str, type[World]] = {"embedded": Embedded}
 
 Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
 
@@ -42,7 +45,7 @@ class Data:
     batch_size: int = 32
     tokens_per_microbatch: int = 2048
     num_workers: int = 0
-    world: World = field(default_factory=World)
+    world: World = field(default_factory=Embedded)
 
     def __post_init__(self) -> None:
         if self.path == "":

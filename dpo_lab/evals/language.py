@@ -28,7 +28,7 @@ class Language:
             yield prefix + "distinct_2", distinct(subject.responses(samples), 2)
             yield prefix + "length", mean([len(s.tokens) for s in samples])
             yield prefix + "stopped", share([s.stopped for s in samples])
-            if subject.world is not None:
+            if subject.world is not None and subject.world.decides_form:
                 yield prefix + "well_formed", well_formed(subject, samples)
 
 

@@ -30,6 +30,11 @@ class PolicyConfig:
 
     gradient_checkpointing: bool = False
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether low-rank adapters alone are trained."""
+        return False
+
     def to_save(self, trained: Policy) -> Policy:
         """What a run keeps of the trained policy."""
         return trained
@@ -106,20 +111,58 @@ class Dtype(str, Enum):
 class Pretrained(PolicyConfig):
     """A causal language model of your own: a Hugging Face folder, or a name on the hub.
 
-    revision: a branch, tag or commit on the hub; gguf_file: a GGUF file in it, whose weights are dequantised; dtype: what
-    weights are kept and trained in; attention: transformers' name of one (none: its own choice), for models that take
-    padded rows. Only safetensors and GGUF are read, and no code of the model's own is run.
+    revision: a branch, tag or commit on the hub; gguf_file: a GGUF file in it, whose weights are dequantised; package: a
+    Python package that carries the model as a GGUF file, taken instead of `path` where it is installed; dtype: what weights
+    are kept and trained in; attention: transformers' name of one (none: its own choice), for models that take padded rows;
+    chat_template: a Jinja file in place of the tokenizer's own template.
+
+    rank: none trains the whole model; a number trains low-rank adapters alone, W + alpha / rank B A with B = 0 at the start
+    (Hu et al. 2021, arXiv:2106.09685, equation 3). targets: names of the matrices that get one, or all-linear: all but the
+    LM head. adapter: a folder of trained adapters, which `path` may be too: merged into their base where the whole model is
+    trained, gone on with where rank is set. merge: the trained policy is saved whole instead of as adapters.
+
+    Only safetensors and GGUF are read, unless pickled_weights; no code of the model's own is run, unless trust_remote_code.
     """
 
     path: str = ""
     revision: str | None = None
     gguf_file: str | None = None
+    package: str | None = None
     dtype: Dtype = Dtype.float32
     attention: str | None = None
+    chat_template: str | None = None
+    rank: int | None = None
+    alpha: int = 32
+    targets: Any = "all-linear"  # a name or a list of names
+    adapter: str | None = None
+    merge: bool = False
+    pickled_weights: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("policy.path is empty; type policy.path=FOLDER, or a model's name on the Hugging Face hub")
+        for name in ("rank", "alpha"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"policy.{name}={value}: must be 1 or more; type e.g. policy.{name}=16")
+        if self.merge and self.rank is None:
+            raise ValueError("policy.merge=true: the policy has no adapters to merge; type policy.rank=16 with it")
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.rank is not None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it starts from adapters that were trained before."""
+        return self.adapter is not None or is_adapter(Path(self.path))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer alone, with the chat template asked for. Raises PolicyError where it can't be had."""
+        from dpo_lab.models.pretrained import read_tokenizer
+
+        return read_tokenizer(self)
 
     def load(self, seed: int = 0) -> Policy:
         """The model, on the fastest forward path that is proven for it, and its tokenizer; seed: of what is drawn anew.
@@ -127,72 +170,11 @@ class Pretrained(PolicyConfig):
         Raises PolicyError where they can't be had or can't be trained.
         """
         from dpo_lab.models.forward import choose_path
+        from dpo_lab.models.pretrained import read_policy
 
-        policy = self._read(seed)
+        policy = read_policy(self, seed)
         choose_path(policy.model)
         return policy
-
-    def _read(self, seed: int) -> Policy:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-        source = {"revision": self.revision, "gguf_file": self.gguf_file, "trust_remote_code": False}
-        source["local_files_only"] = Path(self.path).is_dir()  # a folder is read without asking the hub about it
-        settings = {"dtype": getattr(torch, self.dtype.value), "attn_implementation": self.attention}
-        if self.gguf_file is None:
-            settings["use_safetensors"] = True
-        else:
-            settings["quantization_config"] = GgufConfig(dequantize=True)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, **source)
-            model = AutoModelForCausalLM.from_pretrained(self.path, **source, **settings)
-        except (OSError, ValueError, ImportError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise PolicyError(
-                f"policy.path={self.path}: {reason.strip()}; type the path of a Hugging Face folder with safetensors,"
-                " or a model's name on the hub"
-            ) from error
-        _check_tokenizer(model, tokenizer, f"policy.path={self.path}")
-        return Policy(model, tokenizer)
-
-
-@dataclass
-class Lora(Pretrained):
-    """The same behind fresh low-rank adapters, which alone are trained: W + alpha / rank B A, B = 0 at the start.
-
-    Hu et al. 2021 (arXiv:2106.09685), equation 3. targets: names of the matrices that get one, or all-linear: all but the
-    LM head. merge: the trained policy is saved whole, as an ordinary model, instead of as adapters beside their base.
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    targets: Any = "all-linear"  # a name or a list of names
-    merge: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"policy.rank={self.rank}: must be 1 or more; type e.g. policy.rank=16")
-        if self.alpha < 1:
-            raise ValueError(f"policy.alpha={self.alpha}: must be 1 or more; type e.g. policy.alpha=32")
-
-    def _read(self, seed: int) -> Policy:
-        import torch
-
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise PolicyError("policy=lora needs peft; type pip install 'dpo_lab[lora]'") from None
-        policy = super()._read(seed)
-        settings = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, task_type="CAUSAL_LM")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                model = get_peft_model(policy.model, settings)
-            except ValueError as error:
-                reason = str(error).splitlines()[0]
-                raise PolicyError(f"policy.targets={self.targets}: {reason}; type policy.targets=all-linear") from error
-        return Policy(model, policy.tokenizer)  # type: ignore[arg-type]
 
     def to_save(self, trained: Policy) -> Policy:
         if not self.merge:
@@ -200,26 +182,17 @@ class Lora(Pretrained):
         return Policy(copy.deepcopy(trained.model).merge_and_unload(), trained.tokenizer)  # type: ignore[operator]
 
 
-POLICIES: dict[str, type[PolicyConfig]] = {"tiny": TinyPolicy, "pretrained": Pretrained, "lora": Lora}
+POLICIES: dict[str, type[PolicyConfig]] = {"tiny": TinyPolicy, "pretrained": Pretrained}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds adapters instead of a whole model."""
+    return (folder / "adapter_config.json").is_file()
 
 
 def to_train(model: PreTrainedModel) -> PreTrainedModel:
     """A copy whose training leaves `model` as it is. What is frozen is shared: under LoRA the base stands in memory once."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
-
-
-def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
-    """An end token, one vocabulary, and a pad token: the end token where there is none."""
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
-    if tokenizer.eos_token_id is None:
-        raise PolicyError(f"{what}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
-    if len(tokenizer) > rows:
-        raise PolicyError(
-            f"{what}: its tokenizer has {len(tokenizer)} tokens, its model {rows}: they do not belong together;"
-            " type the path of a model with its own tokenizer"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # pads are masked by place, never by value
 
 
 def load_policy(folder: Path) -> Policy:
@@ -228,11 +201,15 @@ def load_policy(folder: Path) -> Policy:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A hash of all weights: names, shapes, dtypes and values."""
+    """A hash of all weights: names, shapes, dtypes and values. Adapters that are still zero count as none, however drawn."""
     import torch
 
+    weights = model.state_dict()
+    idle = {name for name, tensor in weights.items() if ".lora_B." in name and not tensor.any()}
+    idle |= {name.replace(".lora_B.", ".lora_A.") for name in idle}
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(weights.items()):
+        if name not in idle:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,7 +5,6 @@ Each kind is a dataclass that `prepare`s a `ReferenceLogps`: a batch of pairs in
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
+from dpo_lab.models.policy import to_train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,10 +47,13 @@ class Reference:
 
 @dataclass
 class Frozen(Reference):
-    """A frozen copy of the initial policy, run beside it: two models in memory, one more forward a step."""
+    """A frozen copy of the initial policy, run beside it: one more forward a step, and a second model in memory.
+
+    Of a policy with adapters only these are copied, trained ones included: their base stands in memory once.
+    """
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
-        return FrozenModel(copy.deepcopy(initial))
+        return FrozenModel(to_train(initial))
 
 
 @dataclass

@@ -17,7 +17,8 @@ def model_card(record: Mapping[str, Any]) -> str:
     config, versions = record["config"], record["versions"]
     policy, data = config["policy"], config["data"]
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
-    with_adapters = policy["kind"] == "lora" and not policy["merge"]
+    rank = policy.get("rank")
+    with_adapters = rank is not None and not policy["merge"]
     matter = {"library_name": "peft" if with_adapters else "transformers", "pipeline_tag": "text-generation"}
     if with_adapters:
         matter["base_model"] = policy["path"]
@@ -29,7 +30,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         "label noise": _settings(config["noise"]),
         "seed": config["seed"],
         "initial policy": f"{policy.get('path') or policy['kind']}, weights {record['initial_policy']}",
-        "adapters": f"rank {policy['rank']}, alpha {policy['alpha']}" if policy["kind"] == "lora" else None,
+        "adapters": f"rank {rank}, alpha {policy['alpha']}" if rank is not None else None,
         "steps": f"{record['steps']} of {data['batch_size']} pairs, learning rate {config['optim']['lr']}",
         "commit": (record["git"] or {}).get("commit"),
     }
