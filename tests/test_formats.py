@@ -223,6 +223,7 @@ def test_messages_that_both_sides_begin_with_belong_to_the_prompt_once(prompt, c
         ("one\ntwo", "one two", len("one")),
         ("one  two", "one \ntwo", len("one")),
         ("cat", "car", 0),
+        ("one two", "onerous", 0),
         (" one", " two", 0),
         ("one two", "one two", len("one")),
     ],
@@ -350,6 +351,8 @@ def test_formats_can_be_set_against_the_looks_of_a_row():
     row = {"chosen": dialogue("Hi", "one two"), "rejected": dialogue("Hi", "one three")}
     assert said_by(row) == [("\n\nHuman: Hi\n\nAssistant:", " one two", " one three")]
     assert said_by(row, format="preference") == [("\n\nHuman: Hi\n\nAssistant: one", " two", " three")]
+    questions = ROW | {"chosen": dialogue("a?"), "rejected": dialogue("b?")}
+    assert said_by(questions) == [("p", dialogue("a?"), dialogue("b?"))]
     both = ROW | RATED
     assert said_by(both) == [("p", "good", "bad")]
     assert said_by(both, format="ratings") == [("p", "a", "e")]
@@ -419,6 +422,11 @@ BAD = [
     (ROW | {"info": None}, INFO, "field 'info.post' is missing ('info' is NoneType)"),
     (ROW | {"info": {"post": 3}}, INFO, "field 'info.post' is int, not a string"),
     (ROW | {"summaries": ["x", "y"]}, SUMMARY, "field 'summaries.2' is missing ('summaries' has 2 items)"),
+    (
+        ROW | {"summaries": ["x"]},
+        {"columns": {"chosen": "summaries.first"}},
+        "field 'summaries.first' is missing ('summaries' has 1 items)",
+    ),
     (ROW, {"columns": {"system": "persona"}}, "field 'persona' is missing"),
     (ROW, {"format": "transcript"}, r"field 'chosen' is no transcript: it must begin with '\n\nHuman:'"),
     (
@@ -431,6 +439,7 @@ BAD = [
         {},
         "'rejected' continues beyond one answer",
     ),
+    ({"chosen": dialogue("Hi", "a", "b"), "rejected": dialogue("Hi", "a", "c")}, {}, "both sides: Human)"),
     ({"chosen": dialogue("Hi", "a"), "rejected": dialogue("Ho", "b")}, {}, "'chosen' continues beyond one answer"),
     ({"chosen": dialogue("Hi", "a"), "rejected": dialogue("Hi", " ")}, {}, "field 'rejected' is empty after the last"),
     (RATED | {"responses": "x"}, {}, "field 'responses' is str, not a list"),
