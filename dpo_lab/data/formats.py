@@ -1,0 +1,373 @@
+"""Rows of preference data in any of the usual shapes, as pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from itertools import combinations
+from typing import Any
+
+from dpo_lab.core.pairs import Message, Pair, Text
+
+Row = Mapping[str, Any]
+SIDES = ("chosen", "rejected")
+COLUMNS = ("prompt", *SIDES, *"system tools responses ratings score_chosen score_rejected label".split())
+SCORES = {side: (f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating") for side in SIDES}
+RESPONSE_TEXT = ("content", "text", "response")
+RESPONSE_RATING = ("rating", "score", "overall_score")
+ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", system="system", tool="tool")
+TURN = re.compile(r"\n\n(Human|Assistant):")
+UNREADABLE = re.compile("[\0\ud800-\udfff]")
+REQUIRED: Any = object()
+
+
+class Format(str, Enum):
+    """The shape of a row; auto finds it from the row's fields."""
+
+    auto = "auto"
+    preference = (
+        "preference"  # prompt, chosen, rejected: strings or chat messages; without prompt, what both sides share
+    )
+    transcript = "transcript"  # chosen, rejected: a whole dialogue each, "\n\nHuman: ...\n\nAssistant: ..."
+    ratings = "ratings"  # prompt, responses, ratings
+
+
+class Pick(str, Enum):
+    """How rated responses become pairs; of equally rated ones the first is taken."""
+
+    best_worst = "best_worst"  # the best against the worst: one pair a row
+    best_rest = "best_rest"  # the best against every other
+    all = "all"  # every two with different ratings
+
+
+class Label(Enum):
+    """What a label of 1 says of two responses that stand in no order. (No str: that has an `index` of its own.)"""
+
+    first = "first"  # the first is preferred (0: the second)
+    index = "index"  # the one with index 1, the second, is preferred (0: the first)
+
+
+class NoPair(Exception):
+    """A well-formed row that holds no preference; the message is the reason to count."""
+
+
+@dataclass
+class Shape:
+    """How the rows of a source are read as pairs.
+
+    columns: our name -> the row's, a dotted path where it lies deeper (`summaries.0.text`). `system`, `tools` and scores
+    are found by their usual names too; a label is read only where `columns` names it, for it may turn the pair around.
+    pick: which pairs rated responses make; label_is: how a label is meant. as_chat: plain strings become messages, the
+    prompt the user's (after `system`, where the row has one) and a response the assistant's.
+    """
+
+    format: Format = Format.auto
+    columns: dict[str, str] = field(default_factory=dict)
+    pick: Pick = Pick.best_worst
+    label_is: Label = Label.first
+    as_chat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.columns:
+            if name not in COLUMNS:
+                raise ValueError(f"data.columns.{name}: no such column; type one of {', '.join(COLUMNS)}")
+
+    def pairs(self, row: Row) -> list[Pair]:
+        """All pairs of a row.
+
+        Raises ValueError, naming the field, for a bad row; NoPair where it is good but holds no preference.
+        """
+        kind = self._recognise(row) if self.format is Format.auto else self.format
+        if kind is Format.ratings:
+            return self._rated(row)
+        pair = self._transcript(row) if kind is Format.transcript else self._preference(row)
+        pair = replace(pair, score_margin=self._score(row, "chosen") - self._score(row, "rejected"))
+        if self._second_is_better(row):
+            pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen, score_margin=-pair.score_margin)
+        if pair.chosen == pair.rejected:
+            raise NoPair("identical sides")
+        return [pair]
+
+    def _recognise(self, row: Row) -> Format:
+        if self._has(row, "responses") and not self._has(row, "chosen"):
+            return Format.ratings
+        sides = [self._get(row, name, None) for name in SIDES]
+        if all(isinstance(s, str) and s.startswith("\n\nHuman:") and "\n\nAssistant:" in s for s in sides):
+            return Format.transcript
+        return Format.preference
+
+    def _preference(self, row: Row) -> Pair:
+        chosen, rejected = self._text(row, "chosen"), self._text(row, "rejected")
+        if self._has(row, "prompt"):
+            return self._pair(row, self._text(row, "prompt"), chosen, rejected)
+        if not (isinstance(chosen, str) and isinstance(rejected, str)):
+            return self._pair(row, [], chosen, rejected)
+        if chosen == rejected:
+            raise NoPair("identical sides")
+        cut = shared_words(chosen, rejected)
+        if not cut:
+            raise ValueError(f"field 'prompt' is missing and both sides share no first word (the row {_holds(row)})")
+        sides = [side[cut:].lstrip() if self.as_chat else side[cut:] for side in (chosen, rejected)]
+        return self._pair(row, chosen[:cut], *sides)
+
+    def _transcript(self, row: Row) -> Pair:
+        sides: list[list[tuple[str, str]]] = []
+        for name in SIDES:
+            text = self._text(row, name)
+            if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
+                raise _bad(self._column(name), r"is no transcript: it must begin with '\n\nHuman:'")
+            _, *parts = TURN.split(text)
+            sides.append(list(zip(parts[::2], parts[1::2], strict=True)))
+        turns = sides[0][: _shared(*sides)]
+        for name, side in zip(SIDES, sides, strict=True):
+            speakers = [speaker for speaker, _ in side[len(turns) :]]
+            if speakers != ["Assistant"]:
+                what = f"after the turns of both sides: {', '.join(speakers)}"
+                raise _bad(self._column(name), f"continues beyond one answer ({what})")
+            if not side[-1][1].strip():
+                raise _bad(self._column(name), r"is empty after the last '\n\nAssistant:'")
+        answers = [side[-1][1] for side in sides]
+        if self.as_chat:
+            names = {"Human": "user", "Assistant": "assistant"}
+            prompt = [{"role": names[speaker], "content": text.strip()} for speaker, text in turns]
+            return self._pair(row, prompt, *(answer.strip() for answer in answers))
+        dialogue = "".join(f"\n\n{speaker}:{text}" for speaker, text in turns)
+        return self._pair(row, f"{dialogue}\n\nAssistant:", *answers)
+
+    def _rated(self, row: Row) -> list[Pair]:
+        prompt, rated = self._text(row, "prompt"), self._responses(row)
+        if len(rated) < 2:
+            raise NoPair("fewer than two responses")
+        best = max(rated, key=lambda response: response[1])
+        if self.pick is Pick.best_worst:
+            pairs = [(best, min(rated, key=lambda response: response[1]))]
+        elif self.pick is Pick.best_rest:
+            pairs = [(best, other) for other in rated]
+        else:
+            pairs = [(a, b) if a[1] > b[1] else (b, a) for a, b in combinations(rated, 2)]
+        ranked = [(better, worse) for better, worse in pairs if better[1] > worse[1]]
+        distinct = [(better, worse) for better, worse in ranked if better[0] != worse[0]]
+        if not distinct:
+            raise NoPair("identical sides" if ranked else "tied ratings")
+        return [replace(self._pair(row, prompt, a, b), score_margin=high - low) for (a, high), (b, low) in distinct]
+
+    def _responses(self, row: Row) -> list[tuple[str, float]]:
+        """The responses that have a rating, with it."""
+        responses, where = self._get(row, "responses"), self._column("responses")
+        if not isinstance(responses, list):
+            raise _bad(where, f"is {type(responses).__name__}, not a list")
+        if not self._has(row, "ratings") and all(isinstance(response, dict) for response in responses):
+            source, ratings = where, [_first(response, RESPONSE_RATING, where) for response in responses]
+        else:
+            source, ratings = self._column("ratings"), self._get(row, "ratings")
+        if not isinstance(ratings, list) or len(ratings) != len(responses):
+            amount = len(ratings) if isinstance(ratings, list) else type(ratings).__name__
+            raise _bad(source, f"holds {amount} for {len(responses)} responses")
+        rated = []
+        for response, rating in zip(responses, [_number(rating, source) for rating in ratings], strict=True):
+            text = _first(response, RESPONSE_TEXT, where) if isinstance(response, dict) else response
+            if math.isnan(rating):
+                continue
+            if not isinstance(text, str):
+                raise _bad(where, f"holds a response that is {type(text).__name__}, not a string")
+            if not text.strip():
+                raise _bad(where, "holds an empty response")
+            rated.append((_readable(text, where), rating))
+        return rated
+
+    def _pair(self, row: Row, prompt: Text, chosen: Text, rejected: Text) -> Pair:
+        """The pair as text where all is text, else as chat; messages that both sides begin with belong to the prompt."""
+        system, tools = self._system(row), self._tools(row)
+        if not self.as_chat and all(isinstance(text, str) for text in (prompt, chosen, rejected)):
+            for name, value in (("system", system), ("tools", tools)):
+                if value:
+                    raise _bad(self._column(name), "has no place in plain text; type data.as_chat=true for messages")
+            return Pair(prompt, chosen, rejected)
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in (chosen, rejected)]
+        shared = _shared(*sides)
+        messages = _joined(given, sides[0][:shared])
+        if not messages:
+            raise _bad("prompt", f"is missing, or empty, and both sides share no first message (the row {_holds(row)})")
+        if system and all(message["role"] != "system" for message in messages):
+            messages = [{"role": "system", "content": system}, *messages]
+        for name, side in zip(SIDES, sides, strict=True):
+            roles = [message["role"] for message in side[shared:]]
+            if roles != ["assistant"]:
+                what = f"holds {len(roles)} messages after the prompt (roles {', '.join(roles)})"
+                raise _bad(self._column(name), f"{what}: only one answer of the assistant can be scored")
+            if not (side[-1].get("content", "").strip() or side[-1].get("tool_calls")):
+                raise _bad(self._column(name), "is empty")
+        return Pair(messages, sides[0][shared:], sides[1][shared:], tools=tools)
+
+    def _column(self, name: str) -> str:
+        return self.columns.get(name, name)
+
+    def _has(self, row: Row, name: str) -> bool:
+        return name in self.columns or name in row
+
+    def _get(self, row: Row, name: str, default: Any = REQUIRED) -> Any:
+        """The row's value under our name; the default where there is one and `columns` does not promise a value."""
+        path = self._column(name)
+        if path in row:
+            return row[path]
+        if name not in self.columns and default is not REQUIRED:
+            return default
+        value: Any = row
+        steps = path.split(".")
+        for i, step in enumerate(steps):
+            if isinstance(value, Mapping) and step in value:
+                value = value[step]
+            elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+            else:
+                owner = f"'{'.'.join(steps[:i])}'" if i else "the row"
+                raise _bad(".".join(steps[: i + 1]), f"is missing ({owner} {_holds(value)})")
+        return value
+
+    def _text(self, row: Row, name: str) -> Text:
+        """A prompt or a side as the row has it, checked; a side is not empty."""
+        value, where = self._get(row, name), self._column(name)
+        if not isinstance(value, str | list | dict):
+            raise _bad(where, f"is {type(value).__name__}, not a string or a list of messages")
+        if isinstance(value, str):
+            text: Text = _readable(value, where)
+        else:
+            text = [_message(item, where) for item in (value if isinstance(value, list) else [value])]
+        if name in SIDES and not (text.strip() if isinstance(text, str) else text):
+            raise _bad(where, "is empty")
+        return text
+
+    def _system(self, row: Row) -> str:
+        system, where = self._get(row, "system", None) or "", self._column("system")
+        if not isinstance(system, str):
+            raise _bad(where, f"is {type(system).__name__}, not a string")
+        return _readable(system, where) if system.strip() else ""
+
+    def _tools(self, row: Row) -> list[dict[str, Any]] | None:
+        tools, where = self._get(row, "tools", None) or [], self._column("tools")
+        if isinstance(tools, str):
+            try:
+                tools = json.loads(tools) or []
+            except json.JSONDecodeError as error:
+                raise _bad(where, f"is not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise _bad(where, "is not a list of objects, or the JSON of one")
+        return _readable(tools, where) or None
+
+    def _score(self, row: Row, side: str) -> float:
+        name = f"score_{side}"
+        if name in self.columns:
+            return _number(self._get(row, name), self._column(name))
+        return next((_number(row[key], key) for key in SCORES[side] if key in row), math.nan)
+
+    def _second_is_better(self, row: Row) -> bool:
+        """Whether a label says that the response under `rejected` is the preferred one."""
+        if "label" not in self.columns:
+            return False
+        label = self._get(row, "label")
+        if label not in (0, 1):
+            raise _bad(self._column("label"), f"is {label!r}, not 0 or 1")
+        return label == (1 if self.label_is is Label.index else 0)
+
+
+def shared_words(a: str, b: str) -> int:
+    """How many first characters of both are the prompt that the row leaves unsaid: the longest common run of whole words.
+
+    The cut lies where both go on with whitespace, which stays with the responses, and leaves both something to say. It is
+    made in characters: a common run of tokens would depend on the tokenizer, and may end inside a word, where prompt and
+    response encoded apart are other tokens than the whole.
+
+    >>> shared_words("The sky is blue.", "The sky is blurred.")
+    10
+    """
+    longest = min(_shared(a, b), len(a.rstrip()) - 1, len(b.rstrip()) - 1)
+    cuts = (i for i in range(longest, 0, -1) if a[i].isspace() and b[i].isspace() and not a[i - 1].isspace())
+    return next(cuts, 0)
+
+
+def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many first items both share; the last one of each is never among them."""
+    most = min(len(a), len(b)) - 1
+    return next((i for i in range(most) if a[i] != b[i]), max(most, 0))
+
+
+def _joined(given: list[Message], shared: list[Message]) -> list[Message]:
+    """The prompt's messages and then those that both sides begin with, without saying the prompt twice."""
+    said, again = ([{**m, "content": m.get("content", "").strip()} for m in messages] for messages in (given, shared))
+    is_whole = bool(again) and again[0]["role"] != "assistant"  # a dialogue from its start may hold the prompt
+    if is_whole and any(again[i : i + len(said)] == said for i in range(len(again) - len(said) + 1)):
+        return shared
+    overlap = next(n for n in range(len(again), -1, -1) if again[:n] == said[max(len(said) - n, 0) :])
+    return given + shared[overlap:]
+
+
+def _message(value: Any, where: str) -> Message:
+    """One message: a role, and a string as its content unless it calls tools. ShareGPT's names are translated."""
+    if not isinstance(value, dict):
+        raise _bad(where, f"holds {type(value).__name__} where a message should be")
+    message = _readable(value, where)
+    if "from" in message and "role" not in message:
+        speaker = message.pop("from")
+        if str(speaker) not in ROLES:
+            raise _bad(where, f"has a message from {speaker!r}, not from one of {', '.join(ROLES)}")
+        message = {"role": ROLES[speaker], "content": message.pop("value", None), **message}
+    if not isinstance(message.get("role"), str):
+        raise _bad(where, f"has a message without a role (it {_holds(message)})")
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"] = content = "".join(_part(part, where) for part in content)
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise _bad(where, f"has a message whose content is {type(content).__name__}, not a string")
+    return message
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise _bad(where, f"has a content part of type '{kind}': only text is supported")
+    return part["text"]
+
+
+def _readable(value: Any, where: str) -> Any:
+    """The value without its None entries (Arrow fills absent keys with them), every string in it checked."""
+    if isinstance(value, str) and (found := UNREADABLE.search(value)):
+        what = "NUL character" if found[0] == "\0" else "lone surrogate"
+        raise _bad(where, f"has a {what} at position {found.start()}")
+    if isinstance(value, list):
+        return [_readable(item, where) for item in value]
+    if isinstance(value, dict):
+        return {key: _readable(item, where) for key, item in value.items() if item is not None}
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    """A number, or one in writing; NaN for None."""
+    try:
+        number = math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isinf(number) or isinstance(value, bool):
+        raise _bad(where, f"has {value!r} where a number should be")
+    return number
+
+
+def _first(item: Row, names: Sequence[str], where: str) -> Any:
+    for name in names:
+        if name in item:
+            return item[name]
+    raise _bad(where, f"holds a response without any of {', '.join(names)} (it {_holds(item)})")
+
+
+def _holds(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"has {', '.join(map(repr, value)) or 'none'}"
+    return f"has {len(value)} items" if isinstance(value, list) else f"is {type(value).__name__}"
+
+
+def _bad(where: str, what: str) -> ValueError:
+    return ValueError(f"field '{where}' {what}")
