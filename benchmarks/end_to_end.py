@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.results import MEASURED, context, save, write_results
 from benchmarks.workload import LONGEST, MIXES, SHAPES, make_models, make_pairs, make_tokenizer
-from dpo_lab.data.world.world import TRAIN, split_of
+from dpo_lab.data.splits import TRAIN, split_of
 
 BETAS = ("0.05", "0.1", "0.3", "1", "5")
 EPOCHS, BATCH, VALIDATION = 2, 8, 0.1

@@ -22,7 +22,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab.core.losses import LOSSES, Loss, SimPO
-from dpo_lab.core.noise import LabelNoise
+from dpo_lab.core.noise import NOISES, LabelNoise
 from dpo_lab.data.sources import WORLDS, Data
 from dpo_lab.evals.evaluation import Evals
 from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained
@@ -48,7 +48,7 @@ class RunConfig:
     threads: int | None = 1  # torch's intra-op threads a process; none: torch's own choice
     loss: Loss = MISSING
     reference: Reference = MISSING
-    noise: LabelNoise = field(default_factory=LabelNoise)
+    noise: LabelNoise = MISSING
     policy: PolicyConfig = MISSING
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=Data)
@@ -101,6 +101,7 @@ ALLOWED_TARGETS = frozenset(
 KINDS: dict[str, dict[str, Any]] = {
     "loss": LOSSES,
     "reference": REFERENCES,
+    "noise": NOISES,
     "policy": POLICIES,
     "data.world": WORLDS,
 }

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from omegaconf import DictConfig
 
 from dpo_lab import config, sweep
-from dpo_lab.data.jsonl import BadRow
+from dpo_lab.data.chat import NoTemplate
+from dpo_lab.data.rows import BadData
 from dpo_lab.results.runs import RunRefused
 
 
@@ -36,7 +37,7 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> None:
     """
     try:
         body(config.validate(cfg))
-    except (config.ConfigError, RunRefused, BadRow) as error:
+    except (config.ConfigError, RunRefused, BadData, NoTemplate) as error:
         sys.exit(_complain(str(error), 2))
 
 

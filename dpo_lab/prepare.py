@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from dpo_lab.config import ConfigError, RunConfig
-from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.core.seeds import derive_seed
-from dpo_lab.data.sources import PairSplits
+from dpo_lab.core.table import PairTable
+from dpo_lab.data.sources import Splits
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.models.policy import Policy, PolicyError, Pretrained, Start, TinyPolicy, weights_digest
+from dpo_lab.models.reference_cache import cached_logps
 from dpo_lab.models.sampling import respond
 from dpo_lab.results.cache import once
 from dpo_lab.training.sft import initial_policy
@@ -22,38 +27,64 @@ from dpo_lab.training.sft import initial_policy
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What a model computes on, and under which autocast, before it trains: as it will when it trains."""
+
+    device: torch.device
+    context: Callable[[], AbstractContextManager]
+
+
 @dataclass
 class Material:
-    """The initial policy and the pairs in text and token ids; label noise is in `train` and nowhere else."""
+    """The initial policy and the pairs as token ids; label noise is in `train` and nowhere else."""
 
     initial: Policy
     encoder: Encoder
-    splits: PairSplits
-    train: list[EncodedPair]
-    held_out: list[EncodedPair]
+    train: PairTable
+    held_out: PairTable
+    counts: Counter[str]
 
 
-def prepare(config: RunConfig, cache: Path) -> Material:
+def prepare(config: RunConfig, cache: Path, forward: Forward) -> Material:
     """The material of a run. Raises ConfigError where the pairs can't fill a batch."""
-    world = config.data.world
     policy, respondent = _policies(config, cache)
     encoder = Encoder(policy.tokenizer, config.data.max_length, config.data.max_prompt_length)
-
-    def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
-        return responses(respondent, encoder, prompts, world.max_new_tokens, derive_seed(config.seed, stream), cache)
-
-    splits = config.data.load(config.seed, annotated)
-    train = encoder.pairs(splits.train, splits.counts)
-    held_out = encoder.pairs(splits.held_out, splits.counts)
-    train = [pair.flip() if config.noise.flips(pair.key) else pair for pair in train]
-    splits.counts["flipped by label noise"] = sum(pair.flipped for pair in train)
-    log.info("data: %s", ", ".join(f"{what} {count}" for what, count in splits.counts.items() if count))
+    splits = load_pairs(config, encoder, respondent, cache)
+    train, counts = _with_noise(config, policy, splits.train, cache, forward), splits.counts
+    counts["flipped by label noise"] = int(train.flipped.sum())
+    log.info("data: %s", ", ".join(f"{what} {count:,}" for what, count in counts.items() if count))
     if len(train) < config.data.batch_size:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size}: only {len(train)} training pairs are there;"
             f" type data.batch_size={max(1, len(train))}"
         )
-    return Material(policy, encoder, splits, train, held_out)
+    return Material(policy, encoder, train, splits.held_out, counts)
+
+
+def load_pairs(config: RunConfig, encoder: Encoder, respondent: Policy | None, cache: Path) -> Splits:
+    """Train and held-out pairs as annotated. respondent: who writes the responses of a world; rows of the user's need none."""
+    if not config.data.is_world:
+        return config.data.choose(config.data.store(encoder, cache))
+    world = config.data.world
+
+    def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
+        assert respondent is not None
+        return responses(respondent, encoder, prompts, world.max_new_tokens, derive_seed(config.seed, stream), cache)
+
+    return config.data.from_world(config.seed, annotated, encoder)
+
+
+def _with_noise(config: RunConfig, policy: Policy, train: PairTable, cache: Path, forward: Forward) -> PairTable:
+    margins = None
+    if config.noise.needs_reference:
+        policy.model.to(forward.device)  # type: ignore[arg-type]
+        reference = cached_logps(policy.model, train, cache, forward.context, config.data.tokens_per_microbatch)
+        margins = (reference.rows[:, 0] - reference.rows[:, 1]).double().numpy()
+    try:
+        return train.flip(config.noise.flips(train, margins))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
@@ -86,9 +117,8 @@ def responses(
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
     def make(path: Path) -> None:
-        samples = respond(
-            policy.model, encoder, prompts, max_new_tokens=max_new_tokens, seed=seed, what="World responses"
-        )
+        ids = [encoder.prompt(prompt) for prompt in prompts]
+        samples = respond(policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="World responses")
         path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped else None for s in samples]))
 
     return json.loads(once(cache / f"responses-{digest}.json", make).read_text())

@@ -25,11 +25,11 @@ from transformers.utils.logging import disable_progress_bar
 from dpo_lab.config import ConfigError, RunConfig, as_record
 from dpo_lab.data.collate import collate
 from dpo_lab.data.module import PreferenceDataModule
-from dpo_lab.data.world.world import HELD_OUT
+from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy, TinyPolicy, to_train, weights_digest
-from dpo_lab.prepare import Material, prepare
+from dpo_lab.prepare import Forward, Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.card import model_card, table
 from dpo_lab.results.estimates import Estimate
@@ -50,7 +50,8 @@ def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
     plain = as_record(cfg, config)
     _set_up(config)
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:  # a further rank of a run that rank 0 holds
-        _fit(config, plain, folder, prepare(config, CACHE), Clock())
+        trainer = _trainer(config, plain, folder)
+        _fit(config, trainer, prepare(config, CACHE, _forward(trainer)), Clock())
         return
     with runs.hold(folder, plain, list(HydraConfig.get().overrides.task)) as held, _logging(folder):
         if held is None:
@@ -76,13 +77,14 @@ def _set_up(config: RunConfig) -> None:
 
 def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None:
     clock = Clock()
-    material = prepare(config, CACHE)
+    trainer = _trainer(config, plain, held.folder)
+    material = prepare(config, CACHE, _forward(trainer))
     held.update(
-        data=dict(material.splits.counts),
+        data=dict(material.counts),
         initial_policy=weights_digest(material.initial.model),
         seconds=clock.lap("prepare"),
     )
-    module, trainer, step_zero_loss = _fit(config, plain, held.folder, material, clock)
+    module, step_zero_loss = _fit(config, trainer, material, clock)
     held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("dpo"))
     trained = Policy(module.model.eval(), material.initial.tokenizer)
     config.policy.to_save(trained).save(held.folder / "policy")
@@ -109,21 +111,21 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
     print_summary(Console(), metrics, samples, held.folder, _next_commands(config))
 
 
-def _fit(
-    config: RunConfig, plain: dict[str, Any], folder: Path, material: Material, clock: Clock
-) -> tuple[DPOModule, Trainer, float | None]:
-    """Train; gives the module, the trainer and the loss before the first step (None without a starting reference)."""
-    trainer = _trainer(config, plain, folder)
+def _forward(trainer: Trainer) -> Forward:
+    return Forward(trainer.strategy.root_device, trainer.precision_plugin.forward_context)
+
+
+def _fit(config: RunConfig, trainer: Trainer, material: Material, clock: Clock) -> tuple[DPOModule, float | None]:
+    """Train; gives the module and the loss before the first step (None without a starting reference)."""
     seed_everything(config.seed, workers=True, verbose=False)
-    autocast = trainer.precision_plugin.forward_context
-    device = trainer.strategy.root_device
-    model = to_train(material.initial.model).to(device)  # type: ignore[arg-type]
-    pairs = [*material.train, *material.held_out]
-    reference = config.reference.prepare(model, pairs, CACHE, autocast, config.data.tokens_per_microbatch)
+    forward = _forward(trainer)
+    model = to_train(material.initial.model).to(forward.device)  # type: ignore[arg-type]
+    pairs = material.train.joined(material.held_out)
+    reference = config.reference.prepare(model, pairs, CACHE, forward.context, config.data.tokens_per_microbatch)
     step_zero_loss = None
     if config.reference.starts_at_policy:
-        with autocast():
-            batch = collate(material.train[: config.data.batch_size]).to(device)
+        with forward.context():
+            batch = collate(material.train[: config.data.batch_size]).to(forward.device)
             step_zero_loss = check_step_zero(model, config.loss, reference, batch)
         log.info("step 0: loss %.6f, policy and reference agree", step_zero_loss)
     clock.lap("reference")
@@ -151,7 +153,7 @@ def _fit(
         raise KeyboardInterrupt
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # evaluation is rank 0's alone
-    return module, trainer, step_zero_loss
+    return module, step_zero_loss
 
 
 def _trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trainer:
@@ -187,20 +189,27 @@ def _subject(
     """What evaluation looks at: held-out prompts and texts, from the world or from the user's held-out rows."""
     device = trained.model.device
     material.initial.model.to(device)  # type: ignore[arg-type]
+    encoder, evals = material.encoder, config.evals
     if config.data.is_world:
         world = config.data.world
-        prompts = world.prompts(HELD_OUT, config.evals.samples, config.seed)
-        texts = [("", text) for text in world.reviews(HELD_OUT, config.evals.texts, config.seed)]
+        prompts = world.prompts(HELD_OUT, evals.samples, config.seed)
+        prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
+        begin = encoder.prompt("")
+        texts = [(begin, encoder.response(text, begin)) for text in world.reviews(HELD_OUT, evals.texts, config.seed)]
     else:
         world = None
-        prompts = list(dict.fromkeys(pair.prompt for pair in material.splits.held_out))[: config.evals.samples]
-        texts = [(pair.prompt, pair.chosen) for pair in material.splits.held_out][: config.evals.texts]
+        prompt_ids = list({tuple(pair.prompt): list(pair.prompt) for pair in material.held_out}.values())[
+            : evals.samples
+        ]
+        prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
+        texts = [(pair.prompt, pair.chosen) for pair in material.held_out[: evals.texts]]
     return Subject(
         trained=trained,
         initial=material.initial,
-        encoder=material.encoder,
+        encoder=encoder,
         pairs=material.held_out,
         prompts=prompts,
+        prompt_ids=prompt_ids,
         texts=texts,
         world=world,
         max_new_tokens=config.evals.max_new_tokens,

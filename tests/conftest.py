@@ -33,8 +33,8 @@ def one_thread():
 @pytest.fixture(scope="session")
 def policy() -> Policy:
     """Random weights, a vocabulary of the world's words."""
+    from dpo_lab.data.splits import TRAIN
     from dpo_lab.data.world.embedded import Embedded
-    from dpo_lab.data.world.world import TRAIN
 
     tokenizer = train_tokenizer(Embedded().reviews(TRAIN, 300, seed=0), vocab_size=400)
     tiny = TinyPolicy(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=256)

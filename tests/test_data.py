@@ -7,14 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from dpo_lab.data.jsonl import BadRow, OnBadRow, read_pairs
 
 from dpo_lab.core.pairs import EncodedPair, Pair
 from dpo_lab.data.collate import collate
-from dpo_lab.data.jsonl import BadRow, OnBadRow, read_pairs
 from dpo_lab.data.sources import Data
+from dpo_lab.data.splits import TRAIN
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.embedded import Embedded
-from dpo_lab.data.world.world import TRAIN
 from dpo_lab.models.tokenizer import train_tokenizer
 from tests.conftest import REPOSITORY
 

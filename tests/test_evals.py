@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.embedded import Embedded
-from dpo_lab.data.world.world import HELD_OUT
 from dpo_lab.evals import subject as subject_module
 from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.evals.kl import KL
@@ -35,13 +35,16 @@ def perturbed(policy: Policy, scale: float) -> Policy:
 
 
 def subject_of(trained: Policy, initial: Policy, prompts: list[str], **changes) -> Subject:
+    encoder = Encoder(initial.tokenizer, 64, 32)
+    begin = encoder.prompt("")
     settings = dict(
         trained=trained,
         initial=initial,
-        encoder=Encoder(initial.tokenizer, 64, 32),
+        encoder=encoder,
         pairs=make_pairs(9),
         prompts=prompts,
-        texts=[("", text) for text in Embedded().reviews(HELD_OUT, 5, seed=0)],
+        prompt_ids=[encoder.prompt(prompt) for prompt in prompts],
+        texts=[(begin, encoder.response(text, begin)) for text in Embedded().reviews(HELD_OUT, 5, seed=0)],
         world=Embedded(),
         max_new_tokens=8,
         tokens=64,

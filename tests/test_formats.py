@@ -51,7 +51,7 @@ def shape(**settings) -> Shape:
 
 def said_by(row: dict, **settings) -> list[tuple]:
     """What the pairs of a row say, tools and scores aside."""
-    return [(pair.prompt, pair.chosen, pair.rejected) for pair in shape(**settings).pairs(row)]
+    return [(pair.prompt, pair.chosen, pair.rejected) for pair in shape(**settings).read(row)]
 
 
 def summary(pair: Pair) -> tuple:
@@ -167,7 +167,7 @@ SETTINGS = {
 
 def read(name: str, settings: dict) -> list[Pair]:
     lines = (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [pair for line in lines for pair in shape(**settings).pairs(json.loads(line))]
+    return [pair for line in lines for pair in shape(**settings).read(json.loads(line))]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -272,13 +272,13 @@ RATED = {"prompt": "p", "responses": ["b", "a", "c", "d", "e"], "ratings": [2, "
     ],
 )
 def test_ratings_become_pairs_by_the_pick(pick, expected):
-    pairs = Shape(pick=pick).pairs(RATED)
+    pairs = Shape(pick=pick).read(RATED)
     assert [(p.prompt, p.chosen, p.rejected, p.score_margin) for p in pairs] == [("p", *pair) for pair in expected]
 
 
 def test_a_nan_rating_leaves_its_response_out():
     row = RATED | {"ratings": [2, 1, math.nan, "nan", 0]}
-    assert [(p.chosen, p.rejected) for p in Shape().pairs(row)] == [("b", "e")]
+    assert [(p.chosen, p.rejected) for p in Shape().read(row)] == [("b", "e")]
 
 
 @pytest.mark.parametrize(
@@ -296,15 +296,15 @@ def test_a_nan_rating_leaves_its_response_out():
 )
 def test_rows_without_a_preference_say_why(row, reason):
     with pytest.raises(NoPair) as error:
-        Shape().pairs(row)
+        Shape().read(row)
     assert str(error.value) == reason
 
 
 def test_whitespace_alone_tells_no_chat_answers_of_a_transcript_apart():
     row = {"chosen": dialogue("Hi", "a"), "rejected": dialogue("Hi", "a ")}
-    assert len(Shape().pairs(row)) == 1
+    assert len(Shape().read(row)) == 1
     with pytest.raises(NoPair, match="identical sides"):
-        Shape(as_chat=True).pairs(row)
+        Shape(as_chat=True).read(row)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_whitespace_alone_tells_no_chat_answers_of_a_transcript_apart():
     ],
 )
 def test_scores_give_a_margin_and_never_swap(fields, margin):
-    (pair,) = Shape().pairs(ROW | fields)
+    (pair,) = Shape().read(ROW | fields)
     assert summary(pair) == ("p", "good", "bad", margin)
 
 
@@ -338,7 +338,7 @@ def test_scores_give_a_margin_and_never_swap(fields, margin):
 )
 def test_a_label_says_which_side_is_preferred(label_is, label, is_turned):
     row = ROW | {"score_chosen": 5, "score_rejected": 2, "mark": label}
-    (pair,) = Shape(columns={"label": "mark"}, label_is=label_is).pairs(row)
+    (pair,) = Shape(columns={"label": "mark"}, label_is=label_is).read(row)
     assert summary(pair) == (("p", "bad", "good", -3.0) if is_turned else ("p", "good", "bad", 3.0))
     assert pair.key == Pair("p", pair.chosen, pair.rejected).key
 
@@ -458,7 +458,7 @@ BAD = [
 @pytest.mark.parametrize(("row", "settings", "what"), BAD)
 def test_bad_rows_are_named_by_field(row, settings, what):
     with pytest.raises(ValueError, match="^field '") as error:
-        shape(**settings).pairs(row)
+        shape(**settings).read(row)
     assert what in str(error.value)
 
 

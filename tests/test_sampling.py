@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from dpo_lab.models.sampling import Sample, draw, sample
 
 PROMPTS = [[5], [6, 7, 8], [9, 10], [11, 12, 13, 14, 15], [5, 6]]
-SETTINGS = dict(max_new_tokens=12, eos_id=1, pad_id=2, seed=3)
+SETTINGS = dict(max_new_tokens=12, end_ids=(1, 7), pad_id=2, seed=3)
 
 
-def without_cache(model, prompts, max_new_tokens, eos_id, pad_id, seed) -> list[Sample]:
+def without_cache(model, prompts, max_new_tokens, end_ids, pad_id, seed) -> list[Sample]:
     """The same draws, one prompt at a time, the whole text anew for every token."""
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     samples = []
@@ -25,9 +25,9 @@ def without_cache(model, prompts, max_new_tokens, eos_id, pad_id, seed) -> list[
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[:, -1]
             tokens.append(int(draw(logits, u[None])))
-            if tokens[-1] == eos_id:
+            if tokens[-1] in end_ids:
                 break
-        samples.append(Sample(tuple(tokens), tokens[-1] == eos_id))
+        samples.append(Sample(tuple(tokens), tokens[-1] in end_ids))
     return samples
 
 

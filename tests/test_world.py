@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 
 from dpo_lab.core.pairs import Pair
+from dpo_lab.data.splits import HELD_OUT, TRAIN, split_of
 from dpo_lab.data.world.embedded import Embedded, Reward
 from dpo_lab.data.world.grammar import parse, sample_prompt, sample_review
-from dpo_lab.data.world.world import HELD_OUT, TRAIN, split_of
 
 
 @pytest.mark.parametrize("clauses", [1, 2, 3, 4, 5])

@@ -4,23 +4,129 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from dpo_lab.core.table import PairTable
 
 
 @dataclass
 class LabelNoise:
-    """Symmetric label noise, a function of (seed, pair key) alone.
+    """What all kinds share: pair i is flipped iff hash(seed, its key) / 2^64 < rates[i].
 
-    A pair is flipped iff hash(seed, key) / 2^64 < rate. So the flipped set depends on no order, worker, rank or subset,
-    and the set at a lower rate lies inside the set at a higher one.
+    So the flipped set depends on no order, worker, rank or subset, and the set at lower rates lies inside that at higher ones.
     """
 
-    rate: float = 0.0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"noise.rate={self.rate}: must lie in [0, 1]; type e.g. noise.rate=0.2")
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `rates` asks for the initial policy's log-probabilities."""
+        return False
 
-    def flips(self, key: str) -> bool:
-        digest = hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=8, person=b"label noise").digest()
-        return int.from_bytes(digest, "big") < self.rate * 2.0**64
+    def rates(self, pairs: PairTable, reference_margins: np.ndarray | None = None) -> np.ndarray:
+        """The probability that each pair is flipped, [N].
+
+        reference_margins [N]: log-probability of chosen less that of rejected under the initial policy, nats.
+        """
+        raise NotImplementedError
+
+    def flips(self, pairs: PairTable, reference_margins: np.ndarray | None = None) -> np.ndarray:
+        """Which pairs are flipped, [N] bool. Raises ValueError where a rate can't be known."""
+        rates = self.rates(pairs, reference_margins).tolist()
+        return np.array(
+            [rate > 0 and self._draw(key) < rate * 2.0**64 for key, rate in zip(pairs.keys, rates, strict=True)], bool
+        )
+
+    def _draw(self, key: bytes) -> int:
+        digest = hashlib.blake2b(b"%d/%s" % (self.seed, key), digest_size=8, person=b"label noise").digest()
+        return int.from_bytes(digest, "big")
+
+
+@dataclass
+class Symmetric(LabelNoise):
+    """Every pair is flipped with the same probability."""
+
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rate(self.rate)
+
+    def rates(self, pairs, reference_margins=None) -> np.ndarray:
+        return np.full(len(pairs), self.rate)
+
+
+class Gap(str, Enum):
+    """What says how far apart the two responses of a pair are."""
+
+    scores = "scores"  # the world's gold reward, else the scores that came with the pairs
+    reference = "reference"  # the initial policy's log-probabilities, nats
+
+
+@dataclass
+class Uncertainty(LabelNoise):
+    """An annotator who errs where the choice is hard: a pair is flipped with probability sigma(-|gap| / temperature).
+
+    That is Bradley and Terry's (1952) chance of preferring the worse of two whose worths differ by gap / temperature: 1/2 at
+    no gap, 0 at a wide one.
+    """
+
+    temperature: float = 0.25
+    gap: Gap = Gap.scores
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"noise.temperature={self.temperature}: must be above 0, on the scale of the gaps;"
+                " type e.g. noise.temperature=0.25"
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.gap is Gap.reference
+
+    def rates(self, pairs, reference_margins=None) -> np.ndarray:
+        if self.gap is Gap.reference:
+            assert reference_margins is not None
+            gaps = np.abs(reference_margins)
+        else:
+            gaps = np.abs(
+                np.where(np.isnan(pairs.gold_margin), pairs.score_margin, pairs.gold_margin).astype(np.float64)
+            )
+        if missing := int(np.isnan(gaps).sum()):
+            raise ValueError(
+                f"noise=uncertainty: {missing:,} of {len(gaps):,} pairs came without scores, so nothing says how hard they are;"
+                " type noise.gap=reference, or name the columns of the scores in data.columns"
+            )
+        return 1 / (1 + np.exp(np.minimum(gaps / self.temperature, 700)))
+
+
+class Only(str, Enum):
+    """Which pairs one-sided noise may flip."""
+
+    chosen_shorter = "chosen_shorter"
+    chosen_longer = "chosen_longer"
+
+
+@dataclass
+class OneSided(LabelNoise):
+    """An annotator with a bias: of the pairs whose chosen response has fewer tokens (or more) each is flipped at `rate`."""
+
+    rate: float = 0.2
+    only: Only = Only.chosen_shorter
+
+    def __post_init__(self) -> None:
+        _check_rate(self.rate)
+
+    def rates(self, pairs, reference_margins=None) -> np.ndarray:
+        _, chosen, rejected = pairs.lengths.T
+        return np.where(chosen < rejected if self.only is Only.chosen_shorter else chosen > rejected, self.rate, 0.0)
+
+
+NOISES: dict[str, type[LabelNoise]] = {"symmetric": Symmetric, "uncertainty": Uncertainty, "one_sided": OneSided}
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 <= rate <= 1:
+        raise ValueError(f"noise.rate={rate}: must lie in [0, 1]; type e.g. noise.rate=0.2")

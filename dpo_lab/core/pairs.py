@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor, device
 
 
 Message = dict[str, Any]  # as chat templates take it: "role", "content" and what else the template knows
 Text = str | list[Message]
+Tokens = Sequence[int] | np.ndarray  # token ids
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class EncodedPair:
     """A pair as token ids, special tokens included. `flipped` says that label noise swapped the two sides."""
 
     key: str
-    prompt: Sequence[int]
-    chosen: Sequence[int]
-    rejected: Sequence[int]
+    prompt: Tokens
+    chosen: Tokens
+    rejected: Tokens
     gold_margin: float = math.nan
     flipped: bool = False
 

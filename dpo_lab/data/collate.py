@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpo_lab.core.pairs import EncodedPair, PairBatch
+from dpo_lab.core.pairs import EncodedPair, PairBatch, Tokens
+from dpo_lab.core.table import flat
 
 
 def collate(pairs: Sequence[EncodedPair]) -> PairBatch:
@@ -18,15 +19,15 @@ def collate(pairs: Sequence[EncodedPair]) -> PairBatch:
     """
     return PairBatch(
         keys=[p.key for p in pairs],
-        tokens=torch.tensor([t for p in pairs for part in (p.prompt, p.chosen, p.rejected) for t in part]),
+        tokens=torch.from_numpy(flat([part for p in pairs for part in (p.prompt, p.chosen, p.rejected)])).long(),
         lengths=torch.tensor([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]),
         flipped=torch.tensor([p.flipped for p in pairs]),
         gold_margin=torch.tensor([p.gold_margin for p in pairs]),
     )
 
 
-def collate_responses(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def collate_responses(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
     """Single responses to their prompts as a flat stream: (tokens [N], lengths [S, 2])."""
     both = list(zip(prompts, responses, strict=True))
-    tokens = torch.tensor([token for prompt, response in both for token in (*prompt, *response)])
+    tokens = torch.from_numpy(flat([part for pair in both for part in pair])).long()
     return tokens, torch.tensor([[len(prompt), len(response)] for prompt, response in both])

@@ -76,7 +76,7 @@ class Shape:
             if name not in COLUMNS:
                 raise ValueError(f"data.columns.{name}: no such column; type one of {', '.join(COLUMNS)}")
 
-    def pairs(self, row: Row) -> list[Pair]:
+    def read(self, row: Row) -> list[Pair]:
         """All pairs of a row.
 
         Raises ValueError, naming the field, for a bad row; NoPair where it is good but holds no preference.

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.core.seeds import derive_seed
+from dpo_lab.core.table import PairTable
 from dpo_lab.data.collate import collate
 
 
@@ -70,14 +71,14 @@ class PreferenceDataModule(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self.train, self.held_out = train, held_out
+        self.train, self.held_out = (p if isinstance(p, PairTable) else PairTable.of(p) for p in (train, held_out))
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
 
     def train_dataloader(self) -> DataLoader:
         rank, world_size = self._rank_and_world_size()
-        sampler = StepSampler([p.size for p in self.train], self.batch_size, self.seed, rank, world_size)
+        sampler = StepSampler(self.train.sizes.tolist(), self.batch_size, self.seed, rank, world_size)
         return DataLoader(
-            self.train,  # type: ignore[arg-type]  # a list is a dataset
+            self.train,  # type: ignore[arg-type]  # a sequence is a dataset
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=self.num_workers,

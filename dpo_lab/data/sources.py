@@ -1,64 +1,136 @@
-"""Where pairs come from, and which of them train: the embedded world by default, a file where `path` names one."""
+"""Where pairs come from, which of them train, and how they are fed: a world, the user's files, data sets of the hub."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dpo_lab.core.pairs import Pair
-from dpo_lab.data.jsonl import OnBadRow, read_pairs
+from dpo_lab.core.table import PairTable
+from dpo_lab.data.formats import Shape
+from dpo_lab.data.rows import BadData, Rows, open_rows
+from dpo_lab.data.splits import HELD_OUT, TRAIN, lots, share
+from dpo_lab.data.store import BadRows, Store, stored
+from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.embedded import Embedded
-from dpo_lab.data.world.world import HELD_OUT, TRAIN, World, split_of
+from dpo_lab.data.world.world import World
 
 WORLDS: dict[str, type[World]] = {"embedded": Embedded}
 
 Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
 
 
-@dataclass
-class PairSplits:
-    """Train and held-out pairs of text, and what became of the rows that are not among them."""
+class OnBadRow(str, Enum):
+    """What to do with a row that is no pair."""
 
-    train: list[Pair]
-    held_out: list[Pair]
+    error = "error"
+    skip = "skip"
+
+
+class Contradictions(str, Enum):
+    """What to do with two pairs of which each says the contrary of the other."""
+
+    error = "error"
+    keep = "keep"  # both: annotators differ
+    drop = "drop"  # neither
+
+
+@dataclass
+class Splits:
+    """Train and held-out pairs as token ids, and what became of the rows that are not among them."""
+
+    train: PairTable
+    held_out: PairTable
     counts: Counter[str]
 
 
 @dataclass
-class Data:
-    """Settings of the pairs and of how they are fed.
+class Source(Shape):
+    """Rows of the user's, and the shape they are read in.
 
-    path: a JSONL file of {"prompt", "chosen", "rejected"}; none: the embedded world. batch_size: pairs an optimizer step,
-    over all devices; tokens_per_microbatch: at most so many go through the model at once (a pair of more tokens goes alone),
-    in training and wherever else its log-probabilities are computed: memory depends on it, results do not.
+    path: a file, a pattern, a list of them (JSONL, JSON, Parquet, CSV, Arrow; gzip, zstd, bzip2, xz), a folder that
+    `datasets` knows, or a name on the hub, with name (of its configuration), split and revision. weight: its share of a
+    mixture, against those of the other sources.
     """
 
-    path: str | None = None
-    on_bad_row: OnBadRow = OnBadRow.error
+    path: Any = None  # a string or a list of strings
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.path == "" or self.path == []:
+            raise ValueError("data.path is empty; type data.path=FILE.jsonl, or data=world for the embedded world")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"data.weight={self.weight}: must be above 0; type e.g. weight: 1")
+
+    def rows(self) -> Rows:
+        return open_rows(self.path, self.name, self.split, self.revision)
+
+
+@dataclass
+class Data(Source):
+    """Settings of the pairs and of how they are fed: of one source's, or of several mixed by weight, or of a world's.
+
+    validation_path, validation_split: where held-out pairs come from; neither: validation_fraction of all, by a hash of the
+    prompt. At most validation_pairs are held out. fraction: of the training pairs only so much, a smaller one inside a
+    larger. batch_size: pairs an optimizer step, over all devices; tokens_per_microbatch: at most so many go through the
+    model at once (a pair of more tokens goes alone), in training and wherever else its log-probabilities are computed:
+    memory depends on it, results do not. workers: processes that read and tokenise many rows; none: one a core.
+    """
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    validation_path: Any = None
+    validation_split: str | None = None
     validation_fraction: float = 0.1
-    pairs: int = 4000
     validation_pairs: int = 512
+    fraction: float = 1.0
+    on_bad_row: OnBadRow = OnBadRow.error
+    max_bad_share: float = 0.1
+    contradictions: Contradictions = Contradictions.error
+    pairs: int = 4000
     max_length: int = 512
     max_prompt_length: int = 256
     batch_size: int = 32
     tokens_per_microbatch: int = 2048
     num_workers: int = 0
+    workers: int | None = None
     world: World = field(default_factory=Embedded)
 
     def __post_init__(self) -> None:
-        if self.path == "":
-            raise ValueError("data.path is empty; type data.path=FILE.jsonl, or data=world for the embedded world")
+        super().__post_init__()
+        if self.sources and self.path is not None:
+            raise ValueError("data.path and data.sources: rows come from one or the other; type data.path=null")
+        if missing := [name for name, source in self.sources.items() if source.path is None]:
+            raise ValueError(
+                f"data.sources.{missing[0]}.path is missing; type data.sources.{missing[0]}.path=FILE.jsonl"
+            )
         for name in ("pairs", "validation_pairs", "batch_size", "tokens_per_microbatch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be 1 or more; type e.g. data.{name}=32")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers={self.num_workers}: must be 0 or more; type e.g. data.num_workers=0")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"data.workers={self.workers}: must be 1 or more; type e.g. data.workers=4")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction}: must lie between 0 and 1;"
                 " type e.g. data.validation_fraction=0.1"
+            )
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"data.fraction={self.fraction}: must lie in (0, 1]; type e.g. data.fraction=0.5")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(
+                f"data.max_bad_share={self.max_bad_share}: must lie in [0, 1]; type e.g. data.max_bad_share=0.1"
             )
         if not 2 <= self.max_prompt_length < self.max_length:
             raise ValueError(
@@ -69,28 +141,17 @@ class Data:
 
     @property
     def is_world(self) -> bool:
-        """Whether the pairs come from the embedded world, where the truth is known."""
-        return self.path is None
+        """Whether the pairs come from a world, where the truth is known."""
+        return self.path is None and not self.sources
 
-    def load(self, seed: int, sample: Sampler) -> PairSplits:
-        """All pairs, split by prompt, so that no prompt stands on both sides.
-
-        sample: the world's source of responses, see World.pairs.
+    def from_world(self, seed: int, sample: Sampler, encoder: Encoder) -> Splits:
+        """Pairs of the world, whose prompts are of one split or of the other. sample: its source of responses, see
+        World.pairs.
         """
-        splits = self._from_world(seed, sample) if self.is_world else self._from_file()
-        for name, pairs in (("train", splits.train), ("held-out", splits.held_out)):
-            splits.counts[f"{name} pairs"] = len(pairs)
-            if not pairs:
-                raise ValueError(
-                    f"{self.path or 'the embedded world'}: no {name} pair is left of {dict(splits.counts)}"
-                )
-        return splits
-
-    def _from_world(self, seed: int, sample: Sampler) -> PairSplits:
         counts: Counter[str] = Counter()
-        splits: dict[str, list[Pair]] = {}
+        tables: dict[str, PairTable] = {}
         for split, count in ((TRAIN, self.pairs), (HELD_OUT, self.validation_pairs)):
-            drawn = {}
+            drawn: dict[str, Pair] = {}
             for item in self.world.pairs(split, count, seed, sample):
                 counts["rows"] += 1
                 if isinstance(item, str):
@@ -99,12 +160,96 @@ class Data:
                     counts["dropped: duplicate"] += 1
                 else:
                     drawn[item.key] = item
-            splits[split] = list(drawn.values())
-        return PairSplits(splits[TRAIN], splits[HELD_OUT], counts)
+            tables[split] = PairTable.of(encoder.pairs(drawn.values(), counts))
+        train = tables[TRAIN]
+        if self.fraction < 1:
+            train = train.select(self._fraction(train, counts))
+        return self._checked(Splits(train, tables[HELD_OUT], counts), "the world")
 
-    def _from_file(self) -> PairSplits:
-        counts: Counter[str] = Counter()
-        splits: dict[str, list[Pair]] = {TRAIN: [], HELD_OUT: []}
-        for pair in read_pairs(Path(str(self.path)), self.on_bad_row, counts):
-            splits[split_of(pair.prompt, self.validation_fraction)].append(pair)
-        return PairSplits(splits[TRAIN], splits[HELD_OUT], counts)
+    def store(self, encoder: Encoder, cache: Path) -> Store:
+        """All pairs of the user's rows, before any is chosen."""
+        sources = [(source.rows(), source) for source in [*self._held_out_sources(), *self._sources()]]
+        workers = self.workers or len(os.sched_getaffinity(0))
+        return stored(sources, encoder, BadRows(self.on_bad_row is OnBadRow.skip, self.max_bad_share), workers, cache)
+
+    def choose(self, store: Store) -> Splits:
+        """Train and held-out pairs of the store, no prompt on both sides. Raises BadData where pairs contradict each other,
+        unless that is allowed, and where a split is empty.
+        """
+        counts = Counter(store.counts)
+        kept = self._without_contradictions(store, counts) & self._mixed(store, counts)
+        given = len(self._held_out_sources())
+        if given:
+            held_out = kept & (store.sources < given)
+            leaking = kept & (store.sources >= given) & np.isin(store.splits, store.splits[held_out])
+            counts["dropped: prompt is held out"] = int(leaking.sum())
+            train = kept & ~held_out & ~leaking
+        else:
+            held_out = kept & share(store.splits, self.validation_fraction)
+            train = kept & ~held_out
+        train[train] = self._fraction(store.table.select(train), counts)
+        chosen = np.flatnonzero(held_out)
+        if len(chosen) > self.validation_pairs:
+            counts["left out: more held-out pairs than data.validation_pairs"] = len(chosen) - self.validation_pairs
+            first = np.argsort(lots(store.table.keys[chosen], "held-out"), kind="stable")[: self.validation_pairs]
+            chosen = np.sort(chosen[first])
+        splits = Splits(store.table.select(train), store.table.select(chosen), counts)
+        return self._checked(splits, ", ".join(store.names))
+
+    def _sources(self) -> list[Source]:
+        return list(self.sources.values()) or [self]
+
+    def _held_out_sources(self) -> list[Source]:
+        if self.validation_path is None and self.validation_split is None:
+            return []
+        shape = {spec: getattr(self, spec) for spec in ("format", "columns", "pick", "label_is", "as_chat")}
+        path = self.path if self.validation_path is None else self.validation_path
+        return [Source(**shape, path=path, name=self.name, split=self.validation_split, revision=self.revision)]
+
+    def _without_contradictions(self, store: Store, counts: Counter[str]) -> np.ndarray:
+        against = store.opposite >= 0
+        counts["contradictions"] = int(against.sum()) // 2
+        if counts["contradictions"] and self.contradictions is Contradictions.error:
+            first = int(np.flatnonzero(against)[0])
+            raise BadData(
+                f"{store.where(first)} and {store.where(int(store.opposite[first]))} say the contrary of each other"
+                f" ({counts['contradictions']:,} such contradictions); type data.contradictions=drop to leave both out, or"
+                " data.contradictions=keep"
+            )
+        if self.contradictions is Contradictions.drop:
+            counts["dropped: contradiction"] = int(against.sum())
+            return ~against
+        return np.ones(len(against), bool)
+
+    def _mixed(self, store: Store, counts: Counter[str]) -> np.ndarray:
+        """Of each source as much as its weight asks for, and of one of them all."""
+        if len(self.sources) < 2:
+            return np.ones(len(store.table), bool)
+        given = len(self._held_out_sources())
+        there = np.bincount(store.sources, minlength=given + len(self.sources))[given:]
+        wanted = np.array([source.weight for source in self.sources.values()]) / np.maximum(1, there)
+        parts = np.concatenate([np.ones(given), wanted / wanted[there > 0].max(initial=1e-300)])
+        drawn = lots(store.table.keys, "mixture")
+        kept = np.zeros(len(drawn), bool)
+        for at, part in enumerate(parts):
+            kept |= (store.sources == at) & share(drawn, part)
+        counts["left out: by the sources' weights"] = int((~kept).sum())
+        return kept
+
+    def _fraction(self, table: PairTable, counts: Counter[str]) -> np.ndarray:
+        if self.fraction >= 1:
+            return np.ones(len(table), bool)
+        kept = share(lots(table.keys, "fraction"), self.fraction)
+        counts["left out: by data.fraction"] = int((~kept).sum())
+        return kept
+
+    def _checked(self, splits: Splits, what: str) -> Splits:
+        for name, table in (("train", splits.train), ("held-out", splits.held_out)):
+            splits.counts[f"{name} pairs"] = len(table)
+            if not len(table):
+                found = ", ".join(f"{name} {count:,}" for name, count in splits.counts.items() if count)
+                raise BadData(
+                    f"{what}: no {name} pair is left of {found}; type a {'smaller' if name == 'train' else 'larger'}"
+                    " data.validation_fraction, or give more rows"
+                )
+        return splits

@@ -41,11 +41,7 @@ def well_formed(subject: Subject, samples: Sequence[Sample]) -> Estimate:
 
 def perplexity(subject: Subject, policy: Policy) -> Estimate:
     """exp of the mean negative log-probability (nats) of a response token of the held-out texts."""
-    encoder = subject.encoder
-    prompts = [encoder.prompt(prompt) for prompt, _ in subject.texts]
-    responses = [
-        encoder.response(response, prompt) for (_, response), prompt in zip(subject.texts, prompts, strict=True)
-    ]
+    prompts, responses = [prompt for prompt, _ in subject.texts], [response for _, response in subject.texts]
     sums, lengths = subject.response_logps(policy.model, prompts, responses)
     return Estimate(math.exp(-sums.double().sum().item() / lengths.sum().item()), n=len(responses))
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from dpo_lab.core.pairs import EncodedPair, PairLogps, cut
+from dpo_lab.core.pairs import EncodedPair, PairLogps, Tokens, cut
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tokenize import Encoder
@@ -32,9 +32,9 @@ class Evaluator(Protocol):
 class Subject:
     """A trained policy under evaluation.
 
-    pairs: held-out pairs, never flipped; prompts: what samples answer; texts: held-out (prompt, response) texts of the
-    real distribution; world: where the truth is known, else None; tokens: about how many a forward
-    takes; batch_size: samples made side by side; context: what forwards run under (autocast): a policy is
+    pairs: held-out pairs, never flipped; prompts, prompt_ids: what samples answer, as text and as token ids; texts: held-out
+    (prompt, response) of the real distribution, as token ids; world: where the truth is known, else None; tokens: about how
+    many a forward takes; batch_size: samples made side by side; context: what forwards run under (autocast): a policy is
     sampled and scored in one and the same precision.
     """
 
@@ -43,17 +43,14 @@ class Subject:
     encoder: Encoder
     pairs: Sequence[EncodedPair]
     prompts: Sequence[str]
-    texts: Sequence[tuple[str, str]]
+    prompt_ids: Sequence[Tokens]
+    texts: Sequence[tuple[Tokens, Tokens]]
     world: World | None
     max_new_tokens: int
     tokens: int
     batch_size: int
     seed: int
     context: Callable[[], AbstractContextManager] = nullcontext
-
-    @cached_property
-    def prompt_ids(self) -> list[list[int]]:
-        return [self.encoder.prompt(p) for p in self.prompts]
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -80,7 +77,7 @@ class Subject:
 
     @torch.no_grad()
     def response_logps(
-        self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+        self, model: PreTrainedModel, prompts: Sequence[Tokens], responses: Sequence[Tokens]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed log-probability (nats) of each response to its prompt, and its number of tokens."""
         device = next(model.parameters()).device
@@ -99,7 +96,7 @@ class Subject:
             return respond(
                 policy.model,
                 self.encoder,
-                self.prompts,
+                self.prompt_ids,
                 max_new_tokens=self.max_new_tokens,
                 seed=derive_seed(self.seed, f"evaluation/{whose}"),
                 batch_size=self.batch_size,

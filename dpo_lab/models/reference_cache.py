@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, cut
+from dpo_lab.core.table import PairTable
 from dpo_lab.data.collate import collate
 from dpo_lab.models.forward import pair_logps, path_of
 from dpo_lab.models.policy import weights_digest
@@ -27,23 +29,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = "2"  # to be raised whenever the numbers that a row holds would change
+FORMAT = "3"  # to be raised whenever the numbers that a row holds would change
 
 
 @dataclass
 class CachedLogps:
-    """Reference log-probabilities by pair key. rows [N, 2]: chosen and rejected as annotated, before label noise."""
+    """Reference log-probabilities by pair key. rows [N, 2]: chosen and rejected as annotated, before label noise; keys: the
+    pairs' keys in order, and at [N]: which row each of them has.
+    """
 
     rows: Tensor
-    index: dict[str, int]
+    keys: np.ndarray
+    at: np.ndarray
     path: Path
 
     def __call__(self, batch: PairBatch) -> PairLogps:
-        try:
-            at = torch.tensor([self.index[key] for key in batch.keys])
-        except KeyError as missing:
-            raise KeyError(f"pair {missing} has no row in the reference cache {self.path}; delete the file") from None
-        first, second = self.rows[at].to(batch.tokens.device).unbind(1)
+        wanted = np.array([key.encode() for key in batch.keys])
+        places = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        if (missing := self.keys[places] != wanted).any():
+            key = batch.keys[int(missing.argmax())]
+            raise KeyError(f"pair {key} has no row in the reference cache {self.path}; delete the file")
+        first, second = self.rows[self.at[places]].to(batch.tokens.device).unbind(1)
         _, chosen_length, rejected_length = batch.lengths.unbind(1)
         chosen = torch.where(batch.flipped, second, first)
         rejected = torch.where(batch.flipped, first, second)
@@ -58,54 +64,54 @@ def cached_logps(
     tokens: int,
 ) -> CachedLogps:
     """The cache for these pairs under this model, read from `folder` or computed, `tokens` at a time, and put there."""
-    rows = {p.key: p.flip() if p.flipped else p for p in pairs}
+    table = pairs if isinstance(pairs, PairTable) else PairTable.of(pairs)
+    table = table.flip(table.flipped)
     with context():
         probe = torch.empty(1, 1) @ torch.empty(1, 1)  # its dtype tells what matrix products run in here
-    key = _cache_key(weights_digest(initial), f"{FORMAT} {path_of(initial)} {initial.dtype} {probe.dtype}", rows)
+    key = _cache_key(weights_digest(initial), f"{FORMAT} {path_of(initial)} {initial.dtype} {probe.dtype}", table)
     path = folder / f"reference-{key[:16]}.safetensors"
-    index = {pair_key: i for i, pair_key in enumerate(rows)}
 
     def make(path: Path) -> None:
-        table = _compute(initial, list(rows.values()), context, tokens)
-        save_file({"logps": table}, path, metadata={"key": key, "checksum": _checksum(table)})
+        rows = _compute(initial, table, context, tokens)
+        save_file({"logps": rows}, path, metadata={"key": key, "checksum": _checksum(rows)})
 
     once(path, make, is_valid=lambda path: _read(path, key) is not None)
-    table = _read(path, key)
-    assert table is not None
-    return CachedLogps(table, index, path)
+    rows = _read(path, key)
+    assert rows is not None
+    order = np.argsort(table.keys, kind="stable")
+    return CachedLogps(rows, table.keys[order], order, path)
 
 
-def _cache_key(weights: str, numerics: str, rows: dict[str, EncodedPair]) -> str:
+def _cache_key(weights: str, numerics: str, pairs: PairTable) -> str:
     digest = hashlib.blake2b(f"{weights} {numerics}".encode(), digest_size=16)
-    for key, pair in rows.items():
-        digest.update(f"{key} {list(pair.prompt)} {list(pair.chosen)} {list(pair.rejected)}".encode())
+    digest.update(pairs.keys.tobytes())
+    digest.update(pairs.lengths.tobytes())
+    for start, size in zip(pairs.starts.tolist(), pairs.sizes.tolist(), strict=True):
+        digest.update(pairs.tokens[start : start + size].tobytes())
     return digest.hexdigest()
 
 
 @torch.no_grad()
 def _compute(
-    model: PreTrainedModel,
-    pairs: list[EncodedPair],
-    context: Callable[[], AbstractContextManager],
-    tokens: int,
+    model: PreTrainedModel, pairs: PairTable, context: Callable[[], AbstractContextManager], tokens: int
 ) -> Tensor:
-    order = sorted(range(len(pairs)), key=lambda i: pairs[i].size)
-    table = torch.empty(len(pairs), 2)
+    order = np.argsort(pairs.sizes, kind="stable")
+    rows = torch.empty(len(pairs), 2)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     with track("Reference log-probs", len(order)) as advance:
-        for part in cut([pairs[i].size for i in order], tokens):
+        for part in cut(pairs.sizes[order].tolist(), tokens):
             chosen = order[part]
             with context():
-                logps = pair_logps(model, collate([pairs[i] for i in chosen]).to(device))
-            table[chosen] = torch.stack((logps.chosen, logps.rejected), 1).float().cpu()
+                logps = pair_logps(model, collate([pairs[int(i)] for i in chosen]).to(device))
+            rows[torch.from_numpy(chosen)] = torch.stack((logps.chosen, logps.rejected), 1).float().cpu()
             advance(len(chosen))
     model.train(was_training)
-    if not table.isfinite().all():
-        bad = pairs[int((~table.isfinite()).any(1).nonzero()[0])].key
+    if not rows.isfinite().all():
+        bad = pairs.key(int((~rows.isfinite()).any(1).nonzero()[0]))
         raise ValueError(f"pair {bad}: its reference log-probability is not finite; the initial policy is broken")
-    return table
+    return rows
 
 
 def _read(path: Path, key: str) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from dpo_lab.core.pairs import Tokens
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.results.progress import track
 
@@ -17,20 +18,20 @@ from dpo_lab.results.progress import track
 def respond(
     model: PreTrainedModel,
     encoder: Encoder,
-    prompts: Sequence[str],
+    prompts: Sequence[Tokens],
     *,
     max_new_tokens: int,
     seed: int,
     what: str,
     batch_size: int = 512,
 ) -> list[Sample]:
-    """A sampled response to each prompt text, with a bar called `what`."""
+    """A sampled response to each encoded prompt, with a bar called `what`."""
     with track(what, len(prompts)) as advance:
         return sample(
             model,
-            [encoder.prompt(p) for p in prompts],
+            prompts,
             max_new_tokens=max_new_tokens,
-            eos_id=encoder.eos_id,
+            end_ids=encoder.end_ids,
             pad_id=encoder.pad_id,
             seed=seed,
             batch_size=batch_size,
@@ -40,7 +41,7 @@ def respond(
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled response: its token ids (the end-of-sequence token included, if it came) and whether it came."""
+    """A sampled response: its token ids (the end token included, if it came) and whether it came."""
 
     tokens: tuple[int, ...]
     stopped: bool
@@ -49,10 +50,10 @@ class Sample:
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Tokens],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    end_ids: Sequence[int],
     pad_id: int,
     seed: int,
     batch_size: int = 512,
@@ -72,7 +73,7 @@ def sample(
     try:
         for start in range(0, len(prompts), batch_size):
             chosen = by_length[start : start + batch_size]
-            rows = _sample_batch(model, [prompts[i] for i in chosen], uniforms[chosen], eos_id, pad_id)
+            rows = _sample_batch(model, [prompts[i] for i in chosen], uniforms[chosen], end_ids, pad_id)
             for i, row in zip(chosen, rows, strict=True):
                 samples[i] = row
             progress(len(chosen))
@@ -82,7 +83,7 @@ def sample(
 
 
 def _sample_batch(
-    model: PreTrainedModel, prompts: list[Sequence[int]], uniforms: Tensor, eos_id: int, pad_id: int
+    model: PreTrainedModel, prompts: list[Tokens], uniforms: Tensor, end_ids: Sequence[int], pad_id: int
 ) -> list[Sample]:
     device = next(model.parameters()).device
     width = max(len(p) for p in prompts)
@@ -91,7 +92,7 @@ def _sample_batch(
     real = torch.arange(width, device=device)[None, :] >= padding[:, None]
     mask = real.long() if bool(padding.any()) else None  # without padding the model's causal attention is enough
     position = (torch.arange(width, device=device)[None, :] - padding[:, None]).clamp(min=0)
-    uniforms = uniforms.to(device)
+    uniforms, ends = uniforms.to(device), torch.tensor(end_ids, device=device)
     cache = _growing_cache(model, width + uniforms.shape[1])
     tokens = torch.full(uniforms.shape, pad_id, device=device)
     alive = torch.arange(len(prompts), device=device)
@@ -107,7 +108,7 @@ def _sample_batch(
         ).logits[:, -1]
         drawn = draw(logits, uniforms[alive, step])
         tokens[alive, step] = drawn
-        finished = finished | (drawn == eos_id)
+        finished = finished | torch.isin(drawn, ends)
         if bool(finished.all()):
             break
         if int(finished.sum()) > len(alive) // 8:  # finished rows leave the batch, several at a time
@@ -117,7 +118,7 @@ def _sample_batch(
             mask = mask[going] if mask is not None else None
         input_ids, position = drawn[:, None], position[:, -1:] + 1
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1) if mask is not None else None
-    return [_cut(row, eos_id) for row in tokens.tolist()]
+    return [_cut(row, end_ids) for row in tokens.tolist()]
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -127,10 +128,9 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def _cut(row: list[int], eos_id: int) -> Sample:
-    if eos_id in row:
-        return Sample(tuple(row[: row.index(eos_id) + 1]), stopped=True)
-    return Sample(tuple(row), stopped=False)
+def _cut(row: list[int], end_ids: Sequence[int]) -> Sample:
+    end = next((place for place, token in enumerate(row) if token in end_ids), None)
+    return Sample(tuple(row), stopped=False) if end is None else Sample(tuple(row[: end + 1]), stopped=True)
 
 
 def _growing_cache(model: PreTrainedModel, length: int) -> Cache:

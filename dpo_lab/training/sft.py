@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dpo_lab.core.seeds import derive_seed
-from dpo_lab.data.world.world import TRAIN, World
+from dpo_lab.data.splits import TRAIN
+from dpo_lab.data.world.world import World
 from dpo_lab.models.policy import Policy, Start, TinyPolicy, load_policy
 from dpo_lab.results.cache import once
 from dpo_lab.training.optim import Optim
@@ -42,7 +43,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: P
         "tiny": asdict(replace(tiny, gradient_checkpointing=False)),  # it changes no policy
         "sft": asdict(sft),
         "seed": seed,
-        "format": 3,
+        "format": 4,
     }
     digest = hashlib.blake2b(json.dumps([recipe, texts]).encode(), digest_size=8).hexdigest()
     folder = cache / f"policy-{digest}"

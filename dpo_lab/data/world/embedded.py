@@ -16,8 +16,9 @@ from enum import Enum
 from typing import ClassVar
 
 from dpo_lab.core.seeds import derive_seed
+from dpo_lab.data.splits import split_of
 from dpo_lab.data.world import grammar
-from dpo_lab.data.world.world import World, split_of
+from dpo_lab.data.world.world import World
 
 
 class Reward(str, Enum):

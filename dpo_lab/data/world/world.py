@@ -11,7 +11,6 @@ What a controlled experiment needs and real preference data lack:
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from typing import ClassVar
 
 from dpo_lab.core.pairs import Pair
 from dpo_lab.core.seeds import derive_seed
-
-TRAIN, HELD_OUT = "train", "held-out"  # the two splits
 
 
 @dataclass
@@ -87,12 +84,6 @@ class World:
                 yield "identical sides"
             else:
                 yield self.label(prompt, first, second, rng)
-
-
-def split_of(text: str, held_out_share: float = 0.2) -> str:
-    """The split that a text belongs to, by a hash of it."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()
-    return HELD_OUT if int.from_bytes(digest, "big") < held_out_share * 2.0**64 else TRAIN
 
 
 def _sigmoid(x: float) -> float:

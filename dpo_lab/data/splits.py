@@ -1,0 +1,38 @@
+"""Which pairs train and which are held out: by a hash of the prompt, so that no prompt stands on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+
+from dpo_lab.core.pairs import Text
+
+TRAIN, HELD_OUT = "train", "held-out"  # the two splits
+
+
+def split_hash(prompt: Text) -> int:
+    """The 64 bits of a prompt or text that decide on its split."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8, person=b"split")
+    return int.from_bytes(digest.digest(), "big")
+
+
+def split_of(text: str, held_out_share: float = 0.2) -> str:
+    """The split that a text belongs to."""
+    return HELD_OUT if split_hash(text) < held_out_share * 2.0**64 else TRAIN
+
+
+def lots(keys: np.ndarray, name: str) -> np.ndarray:
+    """A number of 64 bits for each pair key, drawn anew for each name: pairs under a threshold are a share of all, and
+    those under a lower one lie inside.
+    """
+    salt = f"lots/{name}".encode()
+    drawn = (int.from_bytes(hashlib.blake2b(salt + key, digest_size=8).digest(), "big") for key in keys)
+    return np.fromiter(drawn, np.uint64, len(keys))
+
+
+def share(hashes: np.ndarray, part: float) -> np.ndarray:
+    """Which of these 64-bit hashes lie in the first `part` of all, [N] bool."""
+    return np.ones(len(hashes), bool) if part >= 1 else hashes < np.uint64(part * 2.0**64)
