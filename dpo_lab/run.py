@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from dpo_lab.config import ConfigError, RunConfig, as_record
 from dpo_lab.data.collate import collate
 from dpo_lab.data.module import PreferenceDataModule
-from dpo_lab.data.world.world import HELD_OUT
+from dpo_lab.data.world.world import HELD_OUT, WorldError
 from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy, TinyPolicy, to_train, weights_digest
@@ -70,6 +70,11 @@ def make_initial_policy(config: RunConfig) -> None:
 
 
 def _set_up(config: RunConfig) -> None:
+    if config.data.is_world:
+        try:
+            config.data.world.check()
+        except WorldError as error:
+            raise ConfigError(str(error)) from error
     disable_progress_bar()  # transformers' own bars, of milliseconds here
     set_up_process(config.threads, on_cpu=config.trainer.get("accelerator") == "cpu")
 

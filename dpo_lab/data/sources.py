@@ -10,9 +10,10 @@ from pathlib import Path
 from dpo_lab.core.pairs import Pair
 from dpo_lab.data.jsonl import OnBadRow, read_pairs
 from dpo_lab.data.world.embedded import Embedded
+from dpo_lab.data.world.imdb import Imdb
 from dpo_lab.data.world.world import HELD_OUT, TRAIN, World, split_of
 
-WORLDS: dict[str, type[World]] = {"embedded": Embedded}
+WORLDS: dict[str, type[World]] = {"embedded": Embedded, "imdb": Imdb}
 
 Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
 

@@ -19,12 +19,14 @@ class Encoder:
 
     A prompt is the begin token (where the tokenizer has one) and its last tokens, at most max_prompt_length in all; a
     response is its first tokens and the end token, as many as fit into max_length with the prompt. Both responses of a
-    pair keep the same prompt. A truncated response loses its end token: it does not end there.
+    pair keep the same prompt. A truncated response loses its end token: it does not end there. Without `ends` no response
+    has one: all were cut before they came here.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     max_prompt_length: int
+    ends: bool = True
 
     @property
     def eos_id(self) -> int:
@@ -56,7 +58,9 @@ class Encoder:
             fitted = self._fit_prompt(prompt)
             sides = (self._fit_response(chosen, fitted), self._fit_response(rejected, fitted))
             counts["prompts truncated"] += len(prompt) > self._prompt_room
-            counts["responses truncated"] += (len(sides[0]) <= len(chosen)) + (len(sides[1]) <= len(rejected))
+            counts["responses truncated"] += sum(
+                len(side) < len(ids) + self.ends for side, ids in zip(sides, (chosen, rejected), strict=True)
+            )
             if sides[0] == sides[1]:
                 counts["dropped: identical after truncation"] += 1
                 continue
@@ -76,4 +80,4 @@ class Encoder:
         return begin + ids[max(0, len(ids) - self._prompt_room) :] or [self.eos_id]
 
     def _fit_response(self, ids: list[int], prompt: Sequence[int]) -> list[int]:
-        return [*ids, self.eos_id][: self.max_length - len(prompt)]
+        return [*ids, *[self.eos_id] * self.ends][: self.max_length - len(prompt)]
