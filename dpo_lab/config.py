@@ -51,7 +51,7 @@ class RunConfig:
     noise: LabelNoise = MISSING
     policy: PolicyConfig = MISSING
     sft: SFT = field(default_factory=SFT)
-    data: Data = field(default_factory=Data)
+    data: Data = field(default_factory=lambda: Data(world=MISSING))
     optim: Optim = field(default_factory=Optim)
     evals: Evals = field(default_factory=Evals)
     trainer: dict[str, Any] = MISSING

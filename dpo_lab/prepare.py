@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dpo_lab.config import ConfigError, RunConfig
 from dpo_lab.core.seeds import derive_seed
@@ -49,7 +50,7 @@ class Material:
 def prepare(config: RunConfig, cache: Path, forward: Forward) -> Material:
     """The material of a run. Raises ConfigError where the pairs can't fill a batch."""
     policy, respondent = _policies(config, cache)
-    encoder = Encoder(policy.tokenizer, config.data.max_length, config.data.max_prompt_length)
+    encoder = encoder_of(config, policy.tokenizer)
     splits = load_pairs(config, encoder, respondent, cache)
     train, counts = _with_noise(config, policy, splits.train, cache, forward), splits.counts
     counts["flipped by label noise"] = int(train.flipped.sum())
@@ -62,6 +63,11 @@ def prepare(config: RunConfig, cache: Path, forward: Forward) -> Material:
     return Material(policy, encoder, train, splits.held_out, counts)
 
 
+def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    ends = not config.data.is_world or config.data.world.whole
+    return Encoder(tokenizer, config.data.max_length, config.data.max_prompt_length, ends)
+
+
 def load_pairs(config: RunConfig, encoder: Encoder, respondent: Policy | None, cache: Path) -> Splits:
     """Train and held-out pairs as annotated. respondent: who writes the responses of a world; rows of the user's need none."""
     if not config.data.is_world:
@@ -70,7 +76,8 @@ def load_pairs(config: RunConfig, encoder: Encoder, respondent: Policy | None, c
 
     def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
         assert respondent is not None
-        return responses(respondent, encoder, prompts, world.max_new_tokens, derive_seed(config.seed, stream), cache)
+        seed = derive_seed(config.seed, stream)
+        return responses(respondent, encoder, prompts, world.max_new_tokens, seed, cache, world.whole)
 
     return config.data.from_world(config.seed, annotated, encoder)
 
@@ -110,15 +117,15 @@ def _policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
 
 
 def responses(
-    policy: Policy, encoder: Encoder, prompts: Sequence[str], max_new_tokens: int, seed: int, cache: Path
+    policy: Policy, encoder: Encoder, prompts: Sequence[str], max_new_tokens: int, seed: int, cache: Path, whole: bool
 ) -> list[str | None]:
-    """A response of the policy to each prompt, None where it did not stop by itself; kept by content."""
-    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, "format 2"])
+    """A response of the policy to each prompt, kept by content. None where it did not stop by itself, or, not `whole`, did."""
+    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, whole, "format 3"])
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
     def make(path: Path) -> None:
         ids = [encoder.prompt(prompt) for prompt in prompts]
         samples = respond(policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="World responses")
-        path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped else None for s in samples]))
+        path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped is whole else None for s in samples]))
 
     return json.loads(once(cache / f"responses-{digest}.json", make).read_text())

@@ -71,6 +71,8 @@ def make_initial_policy(config: RunConfig) -> None:
 
 
 def _set_up(config: RunConfig) -> None:
+    if config.data.is_world:
+        config.data.world.check()
     disable_progress_bar()  # transformers' own bars, of milliseconds here
     set_up_process(config.threads, on_cpu=config.trainer.get("accelerator") == "cpu")
 

@@ -94,8 +94,10 @@ def test_kl_against_enumeration():
     class Tokenizer:
         eos_token_id, pad_token_id, bos_token_id = 1, 2, None
 
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": [3, 4]}
+        chat_template = None
+
+        def __call__(self, texts, add_special_tokens=True):
+            return {"input_ids": [[3, 4] for _ in texts] if isinstance(texts, list) else [3, 4]}
 
     subject = subject_of(
         Policy(trained, Tokenizer()),

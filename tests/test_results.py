@@ -15,7 +15,7 @@ from scipy import stats
 
 from dpo_lab.results import runs
 from dpo_lab.results.cache import once
-from dpo_lab.results.estimates import Estimate, mean, share
+from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, share
 from dpo_lab.results.figures import by_arm, cost_of_gain, done_records, table
 
 CONFIG = {"beta": 0.1, "loss": {"kind": "dpo"}, "data": {"num_workers": 0}}
@@ -228,6 +228,22 @@ def test_a_broken_metric_raises(value):
         Estimate(value)
     with pytest.raises(ValueError, match="broken"):
         mean([1.0, value])
+
+
+def test_exp_of_ratio_by_hand():
+    """6 nats over 5 tokens; residuals .8 and -.8, so the ratio's error is sqrt(2 (.8^2 + .8^2)) / 5 = .32."""
+    estimate = exp_of_ratio([2, 4], [1, 4])
+    assert estimate.value == pytest.approx(math.exp(1.2))
+    assert estimate.se == pytest.approx(0.32 * math.exp(1.2))
+    assert exp_of_ratio([1, 2], [1, 2]) == Estimate(math.e, n=2)  # no spread, no error
+
+
+def test_exp_of_ratio_over_equal_counts_is_exp_of_the_mean():
+    values = [1.5, 2.0, 3.25, 0.5]
+    ratio, plain = exp_of_ratio([3 * v for v in values], [3] * 4), mean(values)
+    assert math.log(ratio.value) == pytest.approx(plain.value)
+    assert ratio.se == pytest.approx(plain.se * ratio.value)
+    assert [math.log(end) for end in ratio.interval] == pytest.approx(plain.interval)
 
 
 def test_an_empty_mean_is_refused():

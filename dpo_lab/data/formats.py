@@ -11,7 +11,8 @@ from enum import Enum
 from itertools import combinations
 from typing import Any
 
-from dpo_lab.core.pairs import Message, Pair, Text
+from dpo_lab.core.pairs import Pair, Text
+from dpo_lab.data.messages import bad, holds, joined, message, readable, shared
 
 Row = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
@@ -19,9 +20,7 @@ COLUMNS = ("prompt", *SIDES, *"system tools responses ratings score_chosen score
 SCORES = {side: (f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating") for side in SIDES}
 RESPONSE_TEXT = ("content", "text", "response")
 RESPONSE_RATING = ("rating", "score", "overall_score")
-ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", system="system", tool="tool")
 TURN = re.compile(r"\n\n(Human|Assistant):")
-UNREADABLE = re.compile("[\0\ud800-\udfff]")
 REQUIRED: Any = object()
 
 
@@ -110,7 +109,7 @@ class Shape:
             raise NoPair("identical sides")
         cut = shared_words(chosen, rejected)
         if not cut:
-            raise ValueError(f"field 'prompt' is missing and both sides share no first word (the row {_holds(row)})")
+            raise ValueError(f"field 'prompt' is missing and both sides share no first word (the row {holds(row)})")
         sides = [side[cut:].lstrip() if self.as_chat else side[cut:] for side in (chosen, rejected)]
         return self._pair(row, chosen[:cut], *sides)
 
@@ -119,17 +118,17 @@ class Shape:
         for name in SIDES:
             text = self._text(row, name)
             if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
-                raise _bad(self._column(name), r"is no transcript: it must begin with '\n\nHuman:'")
+                raise bad(self._column(name), r"is no transcript: it must begin with '\n\nHuman:'")
             _, *parts = TURN.split(text)
             sides.append(list(zip(parts[::2], parts[1::2], strict=True)))
-        turns = sides[0][: _shared(*sides)]
+        turns = sides[0][: shared(*sides)]
         for name, side in zip(SIDES, sides, strict=True):
             speakers = [speaker for speaker, _ in side[len(turns) :]]
             if speakers != ["Assistant"]:
                 what = f"after the turns of both sides: {', '.join(speakers)}"
-                raise _bad(self._column(name), f"continues beyond one answer ({what})")
+                raise bad(self._column(name), f"continues beyond one answer ({what})")
             if not side[-1][1].strip():
-                raise _bad(self._column(name), r"is empty after the last '\n\nAssistant:'")
+                raise bad(self._column(name), r"is empty after the last '\n\nAssistant:'")
         answers = [side[-1][1] for side in sides]
         if self.as_chat:
             names = {"Human": "user", "Assistant": "assistant"}
@@ -159,24 +158,24 @@ class Shape:
         """The responses that have a rating, with it."""
         responses, where = self._get(row, "responses"), self._column("responses")
         if not isinstance(responses, list):
-            raise _bad(where, f"is {type(responses).__name__}, not a list")
+            raise bad(where, f"is {type(responses).__name__}, not a list")
         if not self._has(row, "ratings") and all(isinstance(response, dict) for response in responses):
             source, ratings = where, [_first(response, RESPONSE_RATING, where) for response in responses]
         else:
             source, ratings = self._column("ratings"), self._get(row, "ratings")
         if not isinstance(ratings, list) or len(ratings) != len(responses):
             amount = len(ratings) if isinstance(ratings, list) else type(ratings).__name__
-            raise _bad(source, f"holds {amount} for {len(responses)} responses")
+            raise bad(source, f"holds {amount} for {len(responses)} responses")
         rated = []
         for response, rating in zip(responses, [_number(rating, source) for rating in ratings], strict=True):
             text = _first(response, RESPONSE_TEXT, where) if isinstance(response, dict) else response
             if math.isnan(rating):
                 continue
             if not isinstance(text, str):
-                raise _bad(where, f"holds a response that is {type(text).__name__}, not a string")
+                raise bad(where, f"holds a response that is {type(text).__name__}, not a string")
             if not text.strip():
-                raise _bad(where, "holds an empty response")
-            rated.append((_readable(text, where), rating))
+                raise bad(where, "holds an empty response")
+            rated.append((readable(text, where), rating))
         return rated
 
     def _pair(self, row: Row, prompt: Text, chosen: Text, rejected: Text) -> Pair:
@@ -185,24 +184,24 @@ class Shape:
         if not self.as_chat and all(isinstance(text, str) for text in (prompt, chosen, rejected)):
             for name, value in (("system", system), ("tools", tools)):
                 if value:
-                    raise _bad(self._column(name), "has no place in plain text; type data.as_chat=true for messages")
+                    raise bad(self._column(name), "has no place in plain text; type data.as_chat=true for messages")
             return Pair(prompt, chosen, rejected)
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in (chosen, rejected)]
-        shared = _shared(*sides)
-        messages = _joined(given, sides[0][:shared])
+        common = shared(*sides)
+        messages = joined(given, sides[0][:common])
         if not messages:
-            raise _bad("prompt", f"is missing, or empty, and both sides share no first message (the row {_holds(row)})")
-        if system and all(message["role"] != "system" for message in messages):
+            raise bad("prompt", f"is missing, or empty, and both sides share no first message (the row {holds(row)})")
+        if system and all(turn["role"] != "system" for turn in messages):
             messages = [{"role": "system", "content": system}, *messages]
         for name, side in zip(SIDES, sides, strict=True):
-            roles = [message["role"] for message in side[shared:]]
+            roles = [turn["role"] for turn in side[common:]]
             if roles != ["assistant"]:
                 what = f"holds {len(roles)} messages after the prompt (roles {', '.join(roles)})"
-                raise _bad(self._column(name), f"{what}: only one answer of the assistant can be scored")
+                raise bad(self._column(name), f"{what}: only one answer of the assistant can be scored")
             if not (side[-1].get("content", "").strip() or side[-1].get("tool_calls")):
-                raise _bad(self._column(name), "is empty")
-        return Pair(messages, sides[0][shared:], sides[1][shared:], tools=tools)
+                raise bad(self._column(name), "is empty")
+        return Pair(messages, sides[0][common:], sides[1][common:], tools=tools)
 
     def _column(self, name: str) -> str:
         return self.columns.get(name, name)
@@ -226,27 +225,27 @@ class Shape:
                 value = value[int(step)]
             else:
                 owner = f"'{'.'.join(steps[:i])}'" if i else "the row"
-                raise _bad(".".join(steps[: i + 1]), f"is missing ({owner} {_holds(value)})")
+                raise bad(".".join(steps[: i + 1]), f"is missing ({owner} {holds(value)})")
         return value
 
     def _text(self, row: Row, name: str) -> Text:
         """A prompt or a side as the row has it, checked; a side is not empty."""
         value, where = self._get(row, name), self._column(name)
         if not isinstance(value, str | list | dict):
-            raise _bad(where, f"is {type(value).__name__}, not a string or a list of messages")
+            raise bad(where, f"is {type(value).__name__}, not a string or a list of messages")
         if isinstance(value, str):
-            text: Text = _readable(value, where)
+            text: Text = readable(value, where)
         else:
-            text = [_message(item, where) for item in (value if isinstance(value, list) else [value])]
+            text = [message(item, where) for item in (value if isinstance(value, list) else [value])]
         if name in SIDES and not (text.strip() if isinstance(text, str) else text):
-            raise _bad(where, "is empty")
+            raise bad(where, "is empty")
         return text
 
     def _system(self, row: Row) -> str:
         system, where = self._get(row, "system", None) or "", self._column("system")
         if not isinstance(system, str):
-            raise _bad(where, f"is {type(system).__name__}, not a string")
-        return _readable(system, where) if system.strip() else ""
+            raise bad(where, f"is {type(system).__name__}, not a string")
+        return readable(system, where) if system.strip() else ""
 
     def _tools(self, row: Row) -> list[dict[str, Any]] | None:
         tools, where = self._get(row, "tools", None) or [], self._column("tools")
@@ -254,10 +253,10 @@ class Shape:
             try:
                 tools = json.loads(tools) or []
             except json.JSONDecodeError as error:
-                raise _bad(where, f"is not JSON ({error.msg} at column {error.colno})") from None
+                raise bad(where, f"is not JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise _bad(where, "is not a list of objects, or the JSON of one")
-        return _readable(tools, where) or None
+            raise bad(where, "is not a list of objects, or the JSON of one")
+        return readable(tools, where) or None
 
     def _score(self, row: Row, side: str) -> float:
         name = f"score_{side}"
@@ -271,7 +270,7 @@ class Shape:
             return False
         label = self._get(row, "label")
         if label not in (0, 1):
-            raise _bad(self._column("label"), f"is {label!r}, not 0 or 1")
+            raise bad(self._column("label"), f"is {label!r}, not 0 or 1")
         return label == (1 if self.label_is is Label.index else 0)
 
 
@@ -285,64 +284,9 @@ def shared_words(a: str, b: str) -> int:
     >>> shared_words("The sky is blue.", "The sky is blurred.")
     10
     """
-    longest = min(_shared(a, b), len(a.rstrip()) - 1, len(b.rstrip()) - 1)
+    longest = min(shared(a, b), len(a.rstrip()) - 1, len(b.rstrip()) - 1)
     cuts = (i for i in range(longest, 0, -1) if a[i].isspace() and b[i].isspace() and not a[i - 1].isspace())
     return next(cuts, 0)
-
-
-def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many first items both share; the last one of each is never among them."""
-    most = min(len(a), len(b)) - 1
-    return next((i for i in range(most) if a[i] != b[i]), max(most, 0))
-
-
-def _joined(given: list[Message], shared: list[Message]) -> list[Message]:
-    """The prompt's messages and then those that both sides begin with, without saying the prompt twice."""
-    said, again = ([{**m, "content": m.get("content", "").strip()} for m in messages] for messages in (given, shared))
-    is_whole = bool(again) and again[0]["role"] != "assistant"  # a dialogue from its start may hold the prompt
-    if is_whole and any(again[i : i + len(said)] == said for i in range(len(again) - len(said) + 1)):
-        return shared
-    overlap = next(n for n in range(len(again), -1, -1) if again[:n] == said[max(len(said) - n, 0) :])
-    return given + shared[overlap:]
-
-
-def _message(value: Any, where: str) -> Message:
-    """One message: a role, and a string as its content unless it calls tools. ShareGPT's names are translated."""
-    if not isinstance(value, dict):
-        raise _bad(where, f"holds {type(value).__name__} where a message should be")
-    message = _readable(value, where)
-    if "from" in message and "role" not in message:
-        speaker = message.pop("from")
-        if str(speaker) not in ROLES:
-            raise _bad(where, f"has a message from {speaker!r}, not from one of {', '.join(ROLES)}")
-        message = {"role": ROLES[speaker], "content": message.pop("value", None), **message}
-    if not isinstance(message.get("role"), str):
-        raise _bad(where, f"has a message without a role (it {_holds(message)})")
-    content = message.get("content")
-    if isinstance(content, list):
-        message["content"] = content = "".join(_part(part, where) for part in content)
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise _bad(where, f"has a message whose content is {type(content).__name__}, not a string")
-    return message
-
-
-def _part(part: Any, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind != "text" or not isinstance(part.get("text"), str):
-        raise _bad(where, f"has a content part of type '{kind}': only text is supported")
-    return part["text"]
-
-
-def _readable(value: Any, where: str) -> Any:
-    """The value without its None entries (Arrow fills absent keys with them), every string in it checked."""
-    if isinstance(value, str) and (found := UNREADABLE.search(value)):
-        what = "NUL character" if found[0] == "\0" else "lone surrogate"
-        raise _bad(where, f"has a {what} at position {found.start()}")
-    if isinstance(value, list):
-        return [_readable(item, where) for item in value]
-    if isinstance(value, dict):
-        return {key: _readable(item, where) for key, item in value.items() if item is not None}
-    return value
 
 
 def _number(value: Any, where: str) -> float:
@@ -352,7 +296,7 @@ def _number(value: Any, where: str) -> float:
     except (TypeError, ValueError):
         number = math.inf
     if math.isinf(number) or isinstance(value, bool):
-        raise _bad(where, f"has {value!r} where a number should be")
+        raise bad(where, f"has {value!r} where a number should be")
     return number
 
 
@@ -360,14 +304,4 @@ def _first(item: Row, names: Sequence[str], where: str) -> Any:
     for name in names:
         if name in item:
             return item[name]
-    raise _bad(where, f"holds a response without any of {', '.join(names)} (it {_holds(item)})")
-
-
-def _holds(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"has {', '.join(map(repr, value)) or 'none'}"
-    return f"has {len(value)} items" if isinstance(value, list) else f"is {type(value).__name__}"
-
-
-def _bad(where: str, what: str) -> ValueError:
-    return ValueError(f"field '{where}' {what}")
+    raise bad(where, f"holds a response without any of {', '.join(names)} (it {holds(item)})")

@@ -28,7 +28,7 @@ UNREADABLE = (
 
 
 class BadData(ValueError):
-    """Rows that can't be read or are no pairs; the message is one line that names the place and says what to type."""
+    """Data that can't be had or are no pairs; the message is one line that names the place and says what to type."""
 
 
 @dataclass(frozen=True)

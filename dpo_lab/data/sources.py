@@ -20,9 +20,10 @@ from dpo_lab.data.splits import HELD_OUT, TRAIN, lots, share
 from dpo_lab.data.store import BadRows, Store, stored
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.embedded import Embedded
+from dpo_lab.data.world.imdb import Imdb
 from dpo_lab.data.world.world import World
 
-WORLDS: dict[str, type[World]] = {"embedded": Embedded}
+WORLDS: dict[str, type[World]] = {"embedded": Embedded, "imdb": Imdb}
 
 Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
 

@@ -25,7 +25,8 @@ class Encoder:
     tokens, at most max_prompt_length in all; a response is its first tokens and the end token, as many as fit into
     max_length with the prompt. Both responses of a pair keep the same prompt. A truncated response loses its end token: it
     does not end there. A chat is rendered by the tokenizer's template: its prompt ends where the assistant's answer
-    begins, a response is the answer and the token that ends its turn; what a template writes after that is left out.
+    begins, a response is the answer and the token that ends its turn; what a template writes after that is left out. Without
+    `ends` no response of plain text has an end token: all were cut before they came here.
 
     Prompt and response are tokenised apart, so that none of their tokens lies across the border; where a tokenizer treats the
     first word of a text specially, a response is what follows the prompt's tokens in the whole.
@@ -34,6 +35,7 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     max_prompt_length: int
+    ends: bool = True
 
     @property
     def eos_id(self) -> int:
@@ -57,7 +59,9 @@ class Encoder:
         special = sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items())
         kind = type(self.tokenizer).__name__
         template = self.tokenizer.chat_template  # type: ignore[attr-defined]
-        return content_hash([kind, words, special, template, self.max_length, self.max_prompt_length, "format 1"])
+        return content_hash(
+            [kind, words, special, template, self.max_length, self.max_prompt_length, self.ends, "format 1"]
+        )
 
     def text(self, tokens: Sequence[int]) -> str:
         """A response's token ids as text, without its closing end token; any other special token in it is shown."""
@@ -150,7 +154,7 @@ class Encoder:
         return self._batch([text])[0]
 
     def _batch(self, texts: list[str]) -> list[Ids]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def _fit_prompt(self, begin: Ids, ids: Ids) -> Ids:
         """The begin tokens and the last ids; without either, one special token: a response is predicted from something."""
@@ -158,7 +162,7 @@ class Encoder:
         return fitted or self._bos or [self.eos_id]
 
     def _ended(self, ids: Ids) -> Ids:
-        return ids if ids and ids[-1] in self.end_ids else [*ids, self.eos_id]
+        return ids if not self.ends or (ids and ids[-1] in self.end_ids) else [*ids, self.eos_id]
 
 
 def _common(*texts: str) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.sampling import Sample
-from dpo_lab.results.estimates import Estimate, mean, share
+from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, share
 
 
 @dataclass
@@ -43,7 +42,7 @@ def perplexity(subject: Subject, policy: Policy) -> Estimate:
     """exp of the mean negative log-probability (nats) of a response token of the held-out texts."""
     prompts, responses = [prompt for prompt, _ in subject.texts], [response for _, response in subject.texts]
     sums, lengths = subject.response_logps(policy.model, prompts, responses)
-    return Estimate(math.exp(-sums.double().sum().item() / lengths.sum().item()), n=len(responses))
+    return exp_of_ratio((-sums.double()).tolist(), lengths.tolist())
 
 
 def distinct(texts: Sequence[str], n: int) -> Estimate:

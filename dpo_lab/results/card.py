@@ -23,7 +23,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     if with_adapters:
         matter["base_model"] = policy["path"]
     facts = {
-        "data": data["path"] or "the embedded world of short reviews",
+        "data": data["path"] or f"the {data['world']['kind']} world",
         "pairs": ", ".join(f"{what} {count:,}" for what, count in record["data"].items() if count),
         "loss": _settings(config["loss"]),
         "reference": _settings(config["reference"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,6 +42,22 @@ def mean(values: Iterable[float]) -> Estimate:
     se = math.sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 and spread > 0 else None
     half = float(stats.t.ppf(0.975, len(values) - 1)) * se if se else None
     return Estimate(average, se, len(values), (average - half, average + half) if half else None)
+
+
+def exp_of_ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
+    """exp of (all totals / all counts) over independent examples, such as perplexity from nats and tokens of each text.
+
+    The ratio's standard error is the linearised one (Cochran 1977, "Sampling techniques", section 6.4); its interval is
+    exponentiated.
+    """
+    n, count = len(totals), math.fsum(counts)
+    ratio = math.fsum(totals) / count
+    left = math.fsum((total - ratio * part) ** 2 for total, part in zip(totals, counts, strict=True))
+    if n < 2 or left == 0:
+        return Estimate(math.exp(ratio), n=n)
+    se = math.sqrt(left * n / (n - 1)) / count
+    half = float(stats.t.ppf(0.975, n - 1)) * se
+    return Estimate(math.exp(ratio), math.exp(ratio) * se, n, (math.exp(ratio - half), math.exp(ratio + half)))
 
 
 def share(values: Iterable[float]) -> Estimate:

@@ -52,22 +52,23 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: P
         tokenizer = train_tokenizer(texts, tiny.vocab_size)
         policy = Policy(tiny.build(tokenizer, derive_seed(seed, "init")), tokenizer)
         if tiny.start is Start.sft:
-            train_on_texts(policy, texts, sft, seed)
+            train_on_texts(policy, texts, sft, seed, ends=world.whole)
         policy.save(folder)
 
     once(folder, make)
     return load_policy(folder), folder
 
 
-def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int) -> None:
-    """Train policy.model in place to continue every text from its begin token to its end token."""
+def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int, ends: bool = True) -> None:
+    """Train policy.model in place to continue every text from its begin token to its end token, where it has one."""
     from dpo_lab.core.logps import pad_rows, sequence_logps
     from dpo_lab.data.collate import collate_responses
     from dpo_lab.results.progress import track
 
     tokenizer = policy.tokenizer
     begin, pad_id = [int(tokenizer.bos_token_id)], int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    end = [tokenizer.eos_token_id] if ends else []
+    rows = [[*ids, *end] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     optimizer, schedule = sft.optim.build(policy.model.parameters(), sft.steps, fused=False)  # as cached policies were
     policy.model.train()
     with track("Initial policy (SFT)", sft.steps) as advance:

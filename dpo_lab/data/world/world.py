@@ -25,10 +25,12 @@ from dpo_lab.core.seeds import derive_seed
 class World:
     """What all worlds share: the annotator's temperature and the length of the responses that it is shown.
 
-    decides_form: whether `well_formed` can tell for any text whether it is a text of this world.
+    decides_form: whether `well_formed` can tell for any text whether it is a text of this world. whole: whether texts and
+    responses are whole, each with an end of its own; else all are cut, responses at max_new_tokens, and end nowhere.
     """
 
     decides_form: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
     temperature: float = 0.25
     max_new_tokens: int = 48
 
@@ -43,8 +45,11 @@ class World:
                 " type e.g. data.world.max_new_tokens=48"
             )
 
+    def check(self) -> None:
+        """Raises BadData where something that the world is made from is missing."""
+
     def reviews(self, split: str, count: int, seed: int) -> list[str]:
-        """`count` whole texts of a split."""
+        """`count` texts of a split."""
         raise NotImplementedError
 
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
@@ -71,15 +76,15 @@ class World:
     ) -> Iterator[Pair | str]:
         """Labelled pairs of two samples for each of `count` prompts, or the reason why a pair was dropped.
 
-        sample(prompts, name) gives one response a prompt, None where it did not stop by itself; `name` names its stream
-        of random numbers.
+        sample(prompts, name) gives one response a prompt, None where it stopped by itself and should have been cut, or the
+        other way round (`whole` says which); `name` names its stream of random numbers.
         """
         prompts = self.prompts(split, count, seed)
         firsts, seconds = sample(prompts, f"{split}/first"), sample(prompts, f"{split}/second")
         rng = random.Random(derive_seed(seed, f"world/annotator/{split}"))
         for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
             if first is None or second is None:
-                yield "unfinished response"
+                yield "unfinished response" if self.whole else "response that stopped early"
             elif first == second:
                 yield "identical sides"
             else:
