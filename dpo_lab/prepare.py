@@ -41,9 +41,7 @@ def prepare(config: RunConfig, cache: Path) -> Material:
     encoder = Encoder(policy.tokenizer, config.data.max_length, config.data.max_prompt_length, ends=whole)
 
     def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
-        return responses(
-            respondent, encoder, prompts, world.max_new_tokens, derive_seed(config.seed, stream), cache, whole
-        )
+        return responses(respondent, encoder, prompts, world.max_new_tokens, derive_seed(config.seed, stream), cache)
 
     splits = config.data.load(config.seed, annotated)
     train = encoder.pairs(splits.train, splits.counts)
@@ -82,22 +80,19 @@ def _policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
 
 
 def responses(
-    policy: Policy,
-    encoder: Encoder,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    seed: int,
-    cache: Path,
-    whole: bool = True,
+    policy: Policy, encoder: Encoder, prompts: Sequence[str], max_new_tokens: int, seed: int, cache: Path
 ) -> list[str | None]:
-    """A response of the policy to each prompt, kept by content. None where it did not stop by itself, or, not `whole`, did."""
-    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, whole, "format 3"])
+    """A response of the policy to each prompt, kept by content.
+
+    None where one did not stop by itself; where no response `ends` (see Encoder), None where one did.
+    """
+    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, encoder.ends, "format 3"])
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
     def make(path: Path) -> None:
         samples = respond(
             policy.model, encoder, prompts, max_new_tokens=max_new_tokens, seed=seed, what="World responses"
         )
-        path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped is whole else None for s in samples]))
+        path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped is encoder.ends else None for s in samples]))
 
     return json.loads(once(cache / f"responses-{digest}.json", make).read_text())
