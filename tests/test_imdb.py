@@ -112,12 +112,12 @@ def test_cut_responses_are_taught_no_end(policy):
 
 
 def test_responses_are_those_that_were_cut(policy, monkeypatch, tmp_path):
-    encoder = Encoder(policy.tokenizer, 64, 32)
-    ids = encoder._ids(" was good")
-    samples = [Sample((*ids, encoder.eos_id), stopped=True), Sample(tuple(ids), stopped=False)]
+    whole, cut = (Encoder(policy.tokenizer, 64, 32, ends) for ends in (True, False))
+    ids = policy.tokenizer(" was good")["input_ids"]
+    samples = [Sample((*ids, whole.eos_id), stopped=True), Sample(tuple(ids), stopped=False)]
     monkeypatch.setattr("dpo_lab.prepare.respond", lambda *a, **k: samples)
-    assert responses(policy, encoder, ["a", "b"], 9, 0, tmp_path, whole=False) == [None, " was good"]
-    assert responses(policy, encoder, ["a", "b"], 9, 0, tmp_path, whole=True) == [" was good", None]
+    assert responses(policy, cut, ["a", "b"], 9, 0, tmp_path) == [None, " was good"]
+    assert responses(policy, whole, ["a", "b"], 9, 0, tmp_path) == [" was good", None]
 
 
 def test_supervised_fine_tuning_teaches_no_end_to_cut_texts(policy, monkeypatch):
