@@ -113,7 +113,7 @@ def test_cut_responses_are_taught_no_end(policy):
 
 def test_responses_are_those_that_were_cut(policy, monkeypatch, tmp_path):
     whole, cut = (Encoder(policy.tokenizer, 64, 32, ends) for ends in (True, False))
-    ids = policy.tokenizer(" was good")["input_ids"]
+    ids = policy.tokenizer(" was good", add_special_tokens=False)["input_ids"]
     samples = [Sample((*ids, whole.eos_id), stopped=True), Sample(tuple(ids), stopped=False)]
     monkeypatch.setattr("dpo_lab.prepare.respond", lambda *a, **k: samples)
     assert responses(policy, cut, ["a", "b"], 9, 0, tmp_path) == [None, " was good"]
