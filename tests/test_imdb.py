@@ -5,6 +5,7 @@ The logic is tested on made-up texts. What reads the real ones is marked `imdb`;
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from importlib.util import find_spec
@@ -201,3 +202,35 @@ def test_a_real_run_by_the_door(tmp_path):
     assert record["metrics"]["initial/length"]["value"] <= 8
     assert "before and after" in result.stdout
     assert all(sample["initial"] and sample["trained"] for sample in record["samples"])
+
+
+@pytest.mark.imdb
+@needs_policy
+@pytest.mark.parametrize("adapters", [True, False])
+def test_a_real_model_on_chats_of_a_file(adapters, tmp_path):
+    """By the door: the model's own template, step 0 at ln 2, samples that answer, a policy that loads again."""
+    chats = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {i} plus one?"}],
+            "chosen": [{"role": "assistant", "content": f"It is {i + 1}."}],
+            "rejected": [{"role": "assistant", "content": f"{i} plus one is a number, and numbers are many."}],
+        }
+        for i in range(14)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    few = "data.batch_size=2 trainer.max_steps=3 trainer.val_check_interval=3 trainer.log_every_n_steps=1"
+    sizes = "data.validation_fraction=0.3 evals.samples=2 evals.texts=2 evals.max_new_tokens=8"
+    choice = "policy.rank=4 optim=lora reference=adapter_off" if adapters else "optim.lr=1e-5"
+    command = f"policy=smollm2_135m {choice} data.path=chats.jsonl {few} {sizes}"
+    result = python_m("dpo_lab.train", *command.split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("run.json"))
+    record = runs.read_record(folder)
+    assert record["step_zero_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert record["metrics"]["kl"]["value"] != 0
+    shown = record["samples"][0]["prompt"]
+    assert shown.startswith("<|im_start|>system\n")  # the template's own system message
+    assert shown.endswith(" plus one?<|im_end|>\n<|im_start|>assistant\n")
+    assert (folder / "policy" / ("adapter_model.safetensors" if adapters else "model.safetensors")).exists()
+    tokenizer = Pretrained(path=str(folder / "policy")).tokenizer()
+    assert tokenizer.chat_template
