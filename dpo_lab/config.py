@@ -165,6 +165,8 @@ def explain(error: Exception) -> str:
     if found := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", text):
         return f"{_full_key(text)}={found[1]}: must be one of {found[2]}"
     if found := re.search(r"Could not override '([^']+)'", text):
+        if f"{found[1]}={{" in text and found[1] in _known_keys():
+            return f"{found[1]}: its entries are added to those that are there; type +{found[1]}=..."
         return f"unknown key '{found[1]}'{_did_you_mean(found[1], _known_keys())}"
     return " ".join(text.split())
 
@@ -196,8 +198,9 @@ def _known_keys() -> list[str]:
 def _keys_of(schema: type, prefix: str) -> Iterator[str]:
     for spec in dataclasses.fields(schema):
         yield prefix + spec.name
-        if isinstance(spec.default_factory, type) and dataclasses.is_dataclass(spec.default_factory):
-            yield from _keys_of(spec.default_factory, f"{prefix}{spec.name}.")
+        made = None if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        if dataclasses.is_dataclass(made):
+            yield from _keys_of(type(made), f"{prefix}{spec.name}.")
 
 
 def _unknown_keys(node: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:

@@ -184,7 +184,7 @@ def test_settings_out_of_range_are_refused(settings):
 
 
 def test_a_mixture_needs_paths_and_no_path_beside_it():
-    with pytest.raises(ValueError, match="data.sources.a.path is missing"):
+    with pytest.raises(ValueError, match=r"data.sources.a.path is missing; type \+data.sources.a.path="):
         Data(sources={"a": Source()})
     with pytest.raises(ValueError, match="data.path and data.sources"):
         Data(path="x", sources={"a": Source(path="y")})

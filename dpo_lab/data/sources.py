@@ -69,8 +69,6 @@ class Source(Shape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.path == "" or self.path == []:
-            raise ValueError("data.path is empty; type data.path=FILE.jsonl, or data=world for the embedded world")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"data.weight={self.weight}: must be above 0; type e.g. weight: 1")
 
@@ -109,11 +107,16 @@ class Data(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sources and self.path is not None:
-            raise ValueError("data.path and data.sources: rows come from one or the other; type data.path=null")
-        if missing := [name for name, source in self.sources.items() if source.path is None]:
+        if self.sources and self.path:
+            raise ValueError("data.path and data.sources: rows come from one or the other; type data=mix")
+        if not self.sources and self.path is not None and not self.path:
             raise ValueError(
-                f"data.sources.{missing[0]}.path is missing; type data.sources.{missing[0]}.path=FILE.jsonl"
+                "data.path is empty; type data.path=FILE.jsonl, data=mix '+data.sources={a: {path: FILE.jsonl}, ...}', or"
+                " data=world for the embedded world"
+            )
+        if missing := [name for name, source in self.sources.items() if not source.path]:
+            raise ValueError(
+                f"data.sources.{missing[0]}.path is missing; type +data.sources.{missing[0]}.path=FILE.jsonl"
             )
         for name in ("pairs", "validation_pairs", "batch_size", "tokens_per_microbatch"):
             if getattr(self, name) < 1:
