@@ -13,7 +13,9 @@ from dpo_lab.results.summary import COLUMNS, metric_rows
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads. record: of a run that has its metrics."""
+    """Markdown with the front matter that the Hugging Face hub reads. record: of a run that has its metrics; one without a
+    `loss` among its settings was supervised fine-tuning.
+    """
     config, versions = record["config"], record["versions"]
     policy, data = config["policy"], config["data"]
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
@@ -22,28 +24,35 @@ def model_card(record: Mapping[str, Any]) -> str:
     matter = {"library_name": "peft" if with_adapters else "transformers", "pipeline_tag": "text-generation"}
     if with_adapters:
         matter["base_model"] = policy["path"]
+    tuned = "loss" not in config
+    door, tag, unit, how, source = (
+        ("sft", "sft", "responses", "supervised fine-tuning", "chosen responses or whole texts")
+        if tuned
+        else ("train", "dpo", "pairs", "preference optimization", "preference pairs")
+    )
+    paths = [str(each["path"]) for each in data.get("sources", {}).values()]
     facts = {
-        "data": data["path"] or f"the {data['world']['kind']} world",
+        "data": data["path"] or ", ".join(paths) or f"the {data['world']['kind']} world",
         "pairs": ", ".join(f"{what} {count:,}" for what, count in record["data"].items() if count),
-        "loss": _settings(config["loss"]),
-        "reference": _settings(config["reference"]),
-        "label noise": _settings(config["noise"]),
+        "loss": None if tuned else _settings(config["loss"]),
+        "reference": None if tuned else _settings(config["reference"]),
+        "label noise": None if tuned else _settings(config["noise"]),
         "seed": config["seed"],
         "initial policy": f"{policy.get('path') or policy['kind']}, weights {record['initial_policy']}",
         "adapters": f"rank {rank}, alpha {policy['alpha']}" if rank is not None else None,
-        "steps": f"{record['steps']} of {data['batch_size']} pairs, learning rate {config['optim']['lr']}",
+        "steps": f"{record['steps']} of {data['batch_size']} {unit}, learning rate {config['optim']['lr']}",
         "commit": (record["git"] or {}).get("commit"),
     }
     return "\n".join(
         [
             "---",
             *(f"{key}: {json.dumps(value)}" for key, value in matter.items()),  # a JSON string is a YAML one
-            "tags: [dpo, dpo-lab]",
+            f"tags: [{tag}, dpo-lab]",
             "---",
             f"# {cell(str(config['name']))}",
             "",
-            f"Trained by preference optimization with DPO Lab {versions['dpo_lab']} (torch {versions['torch']}, transformers"
-            f" {versions['transformers']}), from preference pairs. Its figures are those of one run with one seed.",
+            f"Trained by {how} with DPO Lab {versions['dpo_lab']} (torch {versions['torch']}, transformers"
+            f" {versions['transformers']}), from {source}. Its figures are those of one run with one seed.",
             "",
             *table(("", ""), ((what, str(fact)) for what, fact in facts.items() if fact is not None)),
             "",
@@ -54,7 +63,9 @@ def model_card(record: Mapping[str, Any]) -> str:
             "## Made by",
             "",
             "    "
-            + " ".join(f"python -m dpo_lab.train {shlex.join(record['overrides'])}".split()),  # one line, come what may
+            + " ".join(
+                f"python -m dpo_lab.{door} {shlex.join(record['overrides'])}".split()
+            ),  # one line, come what may
             "",
         ]
     )
