@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -58,7 +59,7 @@ def run_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
 
     def again(record: Mapping[str, Any]) -> None:
         metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
-        print_summary(Console(), metrics, [], folder, [next_command(config, folder)])
+        print_summary(Console(), metrics, [], folder, [next_command(config, record["overrides"], folder)])
 
     live(config, plain, folder, whole=lambda held: _whole_run(config, plain, held), as_rank=as_rank, again=again)
 
@@ -95,7 +96,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
     )
     (held.folder / "policy" / "README.md").write_text(model_card(held.record))
     log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
-    print_summary(Console(), metrics, [], held.folder, [next_command(config, held.folder)])
+    print_summary(Console(), metrics, [], held.folder, [next_command(config, held.record["overrides"], held.folder)])
 
 
 def _fit(config: RunConfig, trainer: Trainer, material: Material) -> SFTModule:
@@ -111,26 +112,34 @@ def _fit(config: RunConfig, trainer: Trainer, material: Material) -> SFTModule:
     return module
 
 
-def next_command(config: RunConfig, folder: Path) -> str:
+def next_command(config: RunConfig, overrides: Sequence[str], folder: Path) -> str:
     """What trains the policy that a run left in `folder` by preferences, on the same pairs."""
-    policy, saved = config.policy, folder / "policy"
-    wanted = ["policy=pretrained", f"policy.path={saved}"]
+    policy, settings = config.policy, {"policy": "pretrained", "policy.path": folder / "policy"}
+    kept = KEPT
+    if isinstance(policy, Pretrained) and policy.has_adapters and not policy.merge:
+        settings |= {"policy": "lora", "policy.rank": policy.rank, "reference": "frozen"}
+        kept += OF_BASE
+        if policy.package is not None:  # it comes before any path
+            settings |= {"policy.path": policy.path, "policy.adapter": folder / "policy"}
     if isinstance(policy, Pretrained):
-        kept = KEPT
-        if policy.has_adapters and not policy.merge:
-            wanted, kept = ["policy=lora", f"policy.rank={policy.rank}", f"policy.path={saved}"], (*KEPT, *OF_BASE)
-            if policy.package is not None:  # which comes before any path
-                wanted[2:] = [f"policy.path={policy.path}", f"policy.adapter={saved}"]
-        wanted += [f"policy.{name}={value}" for name, value in _changed(policy, kept)]
-    wanted += ["reference=frozen"] if wanted[0] == "policy=lora" else []
-    has_pairs = config.sft.text_column is None and not config.data.has_texts and isinstance(config.data.path, str)
-    wanted.append(f"data.path={config.data.path if has_pairs else 'PAIRS.jsonl'}")
-    return f"python -m dpo_lab.train {shlex.join(wanted)}"
+        settings |= _changed(policy, kept)
+    data = [override for override in overrides if re.match(r"\+*data[.=]", override)]
+    if config.sft.text_column is not None or config.data.has_texts:
+        data = ["data.path=PAIRS.jsonl"]
+    said = [f"{key}={_quoted(str(value))}" for key, value in settings.items()]
+    return f"python -m dpo_lab.train {shlex.join([*said, *data])}"
 
 
-def _changed(policy: Pretrained, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _changed(policy: Pretrained, names: Sequence[str]) -> dict[str, Any]:
     """Those of these settings that are not their defaults."""
-    for spec in fields(policy):
-        value = getattr(policy, spec.name)
-        if spec.name in names and value != spec.default:
-            yield spec.name, value.value if isinstance(value, Enum) else value
+    values = {spec.name: (getattr(policy, spec.name), spec.default) for spec in fields(policy) if spec.name in names}
+    return {
+        f"policy.{name}": value.value if isinstance(value, Enum) else value
+        for name, (value, default) in values.items()
+        if value != default
+    }
+
+
+def _quoted(value: str) -> str:
+    """A value as Hydra reads it back whole: folders of runs hold commas."""
+    return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("'", r"\'") + "'"

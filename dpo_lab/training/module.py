@@ -21,6 +21,8 @@ class DPOModule(StepModule):
     """
 
     title = "DPO"
+    train_metrics: PreferenceMetrics
+    val_metrics: PreferenceMetrics
 
     def __init__(
         self,

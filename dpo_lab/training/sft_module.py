@@ -28,6 +28,7 @@ class SFTModule(StepModule):
     def size(self, batch: PairBatch) -> int:
         tokens = int(self.trainer.strategy.reduce(batch.lengths[:, 1].sum(), reduce_op="sum"))
         self.tokens += tokens
+        self.log("train/tokens", float(self.tokens))
         return tokens
 
     def part_loss(self, part: PairBatch) -> Tensor:
@@ -37,11 +38,6 @@ class SFTModule(StepModule):
 
     def validate_part(self, part: PairBatch) -> None:
         self.val_metrics.update(-response_logps(self.model, part.tokens, part.lengths[:, :2]).sum(), part)
-
-    def log_means(self, metrics: Metric, split: str) -> None:
-        super().log_means(metrics, split)
-        if metrics is self.train_metrics:
-            self.log("train/tokens", float(self.tokens))
 
 
 class TokenLoss(Metric):
