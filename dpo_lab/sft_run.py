@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -142,4 +143,4 @@ def _changed(policy: Pretrained, names: Sequence[str]) -> dict[str, Any]:
 
 def _quoted(value: str) -> str:
     """A value as Hydra reads it back whole: folders of runs hold commas."""
-    return value if re.fullmatch(r"[\w./-]+", value) else "'" + value.replace("'", r"\'") + "'"
+    return value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value, ensure_ascii=False)
