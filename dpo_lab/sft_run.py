@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -44,7 +45,8 @@ def run_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
             f"sft.text_column={config.sft.text_column}: a world has no columns; type data.path=FILE.jsonl with it"
         )
     if config.is_embedded:
-        os.removedirs(folder)  # Hydra made it, and nothing will lie in it
+        with suppress(OSError):
+            os.removedirs(folder)  # Hydra made it, and nothing will lie in it
         _make_initial_policy(config)
         return
     if config.noise != Symmetric(seed=config.noise.seed):
