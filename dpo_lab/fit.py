@@ -21,7 +21,9 @@ from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lab.config import ConfigError, RunConfig
+from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.module import PreferenceDataModule
+from dpo_lab.data.rows import BadData
 from dpo_lab.prepare import Forward, Material
 from dpo_lab.results import runs
 from dpo_lab.results.card import table
@@ -150,7 +152,7 @@ def logged(folder: Path) -> Iterator[None]:
     logging.getLogger("py.warnings").propagate = False
     try:
         yield
-    except ConfigError:
+    except (ConfigError, BadData, NoTemplate):
         raise  # the door says it in one line
     except Exception:
         log.exception("the run failed")

@@ -451,7 +451,7 @@ def test_refused_before_anything_is_made(door, overrides, what, advice, shop, tm
     ],
 )
 def test_refused_at_the_door(overrides, what, shop):
-    (line,) = [
-        line for line in sft(shop, *OWN, "name=refused", *overrides, code=2).stderr.splitlines() if "error: " in line
-    ]
+    result = sft(shop, *OWN, "name=refused", *overrides, code=2)
+    (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
     assert what in line
+    assert "Traceback" not in result.stdout + result.stderr
