@@ -25,7 +25,7 @@ from dpo_lab.core.losses import LOSSES, Loss, SimPO
 from dpo_lab.core.noise import NOISES, LabelNoise
 from dpo_lab.data.sources import WORLDS, Data
 from dpo_lab.evals.evaluation import Evals
-from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained
+from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
 from dpo_lab.results import runs
 from dpo_lab.training.optim import Optim
@@ -80,6 +80,11 @@ class RunConfig:
                 f"trainer.max_steps={self.trainer.get('max_steps')}: must be a whole number, 1 or more;"
                 " type e.g. trainer.max_steps=160"
             )
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the policy is the embedded one and the pairs are of a world: nothing is the user's."""
+        return isinstance(self.policy, TinyPolicy) and self.data.is_world
 
 
 # What a config may instantiate. Everything else of ours is built from the dataclasses above.

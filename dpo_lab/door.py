@@ -1,4 +1,4 @@
-"""What all doors share: a config error in one line, and exit codes that tell."""
+"""What all doors share: a config error in one line, exit codes that tell, and where a run lies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpo_lab import config, sweep
@@ -39,6 +42,16 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> None:
         body(config.validate(cfg))
     except (config.ConfigError, RunRefused, BadData, NoTemplate) as error:
         sys.exit(_complain(str(error), 2))
+
+
+def run_folder(module: str) -> Path | None:
+    """Where this run of the door `module` lies; None under --multirun, where the run was one cell, a process of its own."""
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        sweep.run_cell(module)
+        return None
+    if os.environ.get(sweep.CHILD) and "LOCAL_RANK" not in os.environ:
+        sweep.die_with_parent()
+    return Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
 
 def _complain(message: str, code: int) -> int:

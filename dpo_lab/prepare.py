@@ -38,7 +38,10 @@ class Forward:
 
 @dataclass
 class Material:
-    """The initial policy and the pairs as token ids; label noise is in `train` and nowhere else."""
+    """The initial policy and the pairs as token ids; label noise is in `train` and nowhere else.
+
+    Of supervised fine-tuning: chosen responses to their prompts, each once, with nothing rejected.
+    """
 
     initial: Policy
     encoder: Encoder
@@ -54,13 +57,32 @@ def prepare(config: RunConfig, cache: Path, forward: Forward) -> Material:
     splits = load_pairs(config, encoder, respondent, cache)
     train, counts = _with_noise(config, policy, splits.train, cache, forward), splits.counts
     counts["flipped by label noise"] = int(train.flipped.sum())
-    log.info("data: %s", ", ".join(f"{what} {count:,}" for what, count in counts.items() if count))
-    if len(train) < config.data.batch_size:
+    return _checked(Material(policy, encoder, train, splits.held_out, counts), "pairs", config.data.batch_size)
+
+
+def prepare_responses(config: RunConfig, cache: Path) -> Material:
+    """The material of supervised fine-tuning: the chosen responses of the very pairs that `prepare` gives, or whole texts.
+
+    Raises ConfigError where the responses can't fill a batch.
+    """
+    policy, respondent = _policies(config, cache)
+    if config.sft.text_column is not None:
+        config = replace(config, data=config.data.as_texts(config.sft.text_column))
+    encoder = encoder_of(config, policy.tokenizer)
+    splits = load_pairs(config, encoder, respondent, cache)
+    train, held_out, counts = splits.train.chosen_alone(), splits.held_out.chosen_alone(), splits.counts
+    counts["train responses"], counts["held-out responses"] = len(train), len(held_out)
+    return _checked(Material(policy, encoder, train, held_out, counts), "responses", config.data.batch_size)
+
+
+def _checked(material: Material, what: str, batch_size: int) -> Material:
+    """The material, said in the log."""
+    log.info("data: %s", ", ".join(f"{what} {count:,}" for what, count in material.counts.items() if count))
+    if (count := len(material.train)) < batch_size:
         raise ConfigError(
-            f"data.batch_size={config.data.batch_size}: only {len(train)} training pairs are there;"
-            f" type data.batch_size={max(1, len(train))}"
+            f"data.batch_size={batch_size}: only {count} training {what} are there; type data.batch_size={max(1, count)}"
         )
-    return Material(policy, encoder, train, splits.held_out, counts)
+    return material
 
 
 def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:

@@ -1,4 +1,4 @@
-"""The door of supervised fine-tuning: python -m dpo_lab.sft [key=value ...] makes the initial policy that train starts from."""
+"""The door of supervised fine-tuning: python -m dpo_lab.sft [key=value ...] makes a policy that train starts from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ config.register()
 
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="sft")
 def sft(cfg: DictConfig) -> None:
-    door.settle(cfg, _sft)
+    door.settle(cfg, lambda settings: _sft(cfg, settings))
 
 
-def _sft(settings: config.RunConfig) -> None:
-    print("dpo_lab: initial policy", flush=True)  # before the seconds that torch takes to load
-    from dpo_lab.run import make_initial_policy
+def _sft(cfg: DictConfig, settings: config.RunConfig) -> None:
+    folder = door.run_folder("dpo_lab.sft")
+    if folder is None:
+        return
+    print(f"dpo_lab: {'initial policy' if settings.is_embedded else folder}", flush=True)  # torch takes seconds to load
+    from dpo_lab.sft_run import run_sft
 
-    make_initial_policy(settings)
+    run_sft(cfg, settings, folder)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""One cell of a sweep as a fresh process: `python -m dpo_lab.train` with the cell's overrides, in RUN mode.
+"""One cell of a sweep as a fresh process: the same door with the cell's overrides, in RUN mode.
 
 Lightning's DDP starts its ranks by repeating the command line; under --multirun that repeats the sweep. A cell of its own
 has nothing to repeat but itself.
@@ -24,15 +24,15 @@ class CellFailed(RuntimeError):
     """A cell ended without a committed result."""
 
 
-def run_cell(grace: float = 30.0) -> None:
-    """Run the current Hydra job in a child process and wait for it. Raises CellFailed if it fails."""
+def run_cell(module: str, grace: float = 30.0) -> None:
+    """Run the current Hydra job of the door `module` in a child process and wait for it. Raises CellFailed if it fails."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     searched = [
         arg for s in hydra.runtime.config_sources if s.provider == "command-line" for arg in ("--config-dir", s.path)
     ]
     command = [
-        *(sys.executable, "-m", "dpo_lab.train", *searched, "--config-name", str(hydra.job.config_name)),
+        *(sys.executable, "-m", module, *searched, "--config-name", str(hydra.job.config_name)),
         *hydra.overrides.task,
         *hydra.overrides.hydra,
         "hydra.mode=RUN",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo_lab import config, door, sweep
+from dpo_lab import config, door
 
 config.register()
 
@@ -22,12 +18,9 @@ def train(cfg: DictConfig) -> None:
 
 
 def _train(cfg: DictConfig, settings: config.RunConfig) -> None:
-    if HydraConfig.get().mode is RunMode.MULTIRUN:
-        sweep.run_cell()
+    folder = door.run_folder("dpo_lab.train")
+    if folder is None:
         return
-    if os.environ.get(sweep.CHILD) and "LOCAL_RANK" not in os.environ:
-        sweep.die_with_parent()
-    folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     print(f"dpo_lab: {folder}", flush=True)  # before the seconds that torch takes to load
     from dpo_lab.run import run
 

@@ -84,6 +84,25 @@ def test_nothing_in_a_cell_is_markup(text):
     assert len(table(("head",), [(text,)])) == 3
 
 
+@pytest.mark.parametrize(
+    ("column", "source", "unit"),
+    [(None, "the chosen responses of preference pairs", "responses"), ("body", "whole texts", "texts")],
+)
+def test_supervised_fine_tuning_is_called_that(column, source, unit):
+    record = copy.deepcopy(RECORD)
+    for axis in ("loss", "reference", "noise"):
+        del record["config"][axis]
+    record["config"]["sft"] = {"text_column": column}
+    record["config"]["data"]["format"] = "auto"
+    card = model_card(record)
+    assert front_matter(card)["tags"] == ["sft", "dpo-lab"]
+    assert "Trained by supervised fine-tuning" in card
+    assert f"from {source}. Its" in card
+    assert f"| steps | 40 of 16 {unit}, learning rate 1e-05 |" in card
+    assert "    python -m dpo_lab.sft loss=" in card
+    assert "reference |" not in card
+
+
 def test_hostile_names_and_paths_stay_text():
     record = copy.deepcopy(RECORD)
     record["config"]["name"] = "x\n<script>"

@@ -207,6 +207,7 @@ def test_sft_makes_the_policy_that_train_finds(tmp_path):
     assert made.returncode == 0, made.stderr
     folder = tmp_path / made.stdout.splitlines()[-1].split(": ")[-1]
     assert (folder / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["cache"]  # no run folder
     before = (folder / "model.safetensors").stat().st_mtime_ns
     train(tmp_path, "trainer.max_steps=1")
     assert (folder / "model.safetensors").stat().st_mtime_ns == before

@@ -359,6 +359,7 @@ def test_formats_can_be_set_against_the_looks_of_a_row():
 
 
 INFO = {"columns": {"prompt": "info.post"}}
+WHOLE = {"format": "text", "columns": {"text": "body"}}
 SUMMARY = {"columns": {"chosen": "summaries.2.text"}}
 TWO = [user("Hi"), bot("a"), user("And?"), bot("b")]
 BAD = [
@@ -417,6 +418,10 @@ BAD = [
         {"columns": {"prompt": "question"}},
         "field 'question' is missing (the row has 'prompt', 'chosen', 'rejected')",
     ),
+    ({"body": 3}, WHOLE, "field 'body' is int, not a string"),
+    ({"body": " "}, WHOLE, "field 'body' is empty"),
+    ({"body": "a\0"}, WHOLE, "field 'body' has a NUL character at position 1"),
+    (ROW, WHOLE, "field 'body' is missing (the row has 'prompt', 'chosen', 'rejected')"),
     (ROW, INFO, "field 'info' is missing (the row has 'prompt'"),
     (ROW | {"info": {"title": "t"}}, INFO, "field 'info.post' is missing ('info' has 'title')"),
     (ROW | {"info": None}, INFO, "field 'info.post' is missing ('info' is NoneType)"),

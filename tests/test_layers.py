@@ -18,7 +18,8 @@ LAYERS = (
     ("dpo_lab.training",),
     ("dpo_lab.config",),
     ("dpo_lab.prepare",),
-    ("dpo_lab.run",),
+    ("dpo_lab.fit",),
+    ("dpo_lab.run", "dpo_lab.sft_run"),
     ("dpo_lab.sweep", "dpo_lab.door"),
     ("dpo_lab.train", "dpo_lab.sft"),
 )

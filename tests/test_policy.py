@@ -125,12 +125,6 @@ def test_a_model_that_is_not_there_is_refused_at_the_door(path, tmp_path):
     assert "type the path of a Hugging Face folder" in result.stderr
 
 
-def test_sft_of_it_is_refused(folder, tmp_path):
-    result = python_m("dpo_lab.sft", "policy=pretrained", f"policy.path={folder}", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "type policy=tiny" in result.stderr
-
-
 def run_on_own_pairs(folder: Path, where: Path, *overrides: str) -> tuple[dict, Path]:
     """(record, run folder) of a short run of the model in `folder` on rows of a file."""
     rows = [

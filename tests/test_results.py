@@ -15,7 +15,7 @@ from scipy import stats
 
 from dpo_lab.results import runs
 from dpo_lab.results.cache import once
-from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, share
+from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, ratio, share
 from dpo_lab.results.figures import by_arm, cost_of_gain, done_records, table
 
 CONFIG = {"beta": 0.1, "loss": {"kind": "dpo"}, "data": {"num_workers": 0}}
@@ -236,6 +236,13 @@ def test_exp_of_ratio_by_hand():
     assert estimate.value == pytest.approx(math.exp(1.2))
     assert estimate.se == pytest.approx(0.32 * math.exp(1.2))
     assert exp_of_ratio([1, 2], [1, 2]) == Estimate(math.e, n=2)  # no spread, no error
+
+
+def test_ratio_is_what_exp_of_ratio_raises():
+    plain, raised = ratio([2, 4], [1, 4]), exp_of_ratio([2, 4], [1, 4])
+    assert plain.value == pytest.approx(6 / 5)
+    assert plain.n == 2
+    assert raised.interval == pytest.approx(tuple(map(math.exp, plain.interval)))
 
 
 def test_exp_of_ratio_over_equal_counts_is_exp_of_the_mean():

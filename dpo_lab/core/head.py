@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dpo_lab.core.logps import sum_responses
-from dpo_lab.core.pairs import PairLogps, cut
+from dpo_lab.core.pairs import cut
 
 ROWS, LOGITS = 512, 2**25  # a piece is at most so many rows and so many logits (128 MB in float32)
 
-LossOf = Callable[[PairLogps, slice], Tensor]  # log-probs of some pairs and which pairs they are -> one loss each
+LossOf = Callable[[Tensor, slice], Tensor]  # log-probs [b, K] of some items' responses and which items -> one loss each
 
 
 def rows_at_once(vocabulary: int) -> int:
@@ -42,20 +42,19 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def fused_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, lengths: Tensor, loss_of: LossOf
-) -> tuple[Tensor, PairLogps]:
-    """The sum of a batch's losses, differentiable, and the log-probabilities that they came from, detached.
+) -> tuple[Tensor, Tensor]:
+    """The sum of a batch's losses, differentiable, and the log-probabilities [B, K] that they came from, detached.
 
-    hidden [R, H], weight [V, H], targets [R]: response rows in the stream's order; lengths [B, 3]: see PairBatch.
-    The gradient is made in the forward: a pair's loss depends on its two log-probabilities alone, so its derivative, one
-    number a response, turns the pair's logits into their gradient while they are at hand. That is 6 H V R FLOPs and no
-    logits in memory but a piece of them; only a pair of more rows than a piece has its logits computed twice.
+    hidden [R, H], weight [V, H], targets [R]: response rows in the stream's order; lengths [B, 1 + K]: see core/logps.py.
+    The gradient is made in the forward: an item's loss depends on the log-probabilities of its K responses alone, so its
+    derivative, one number a response, turns the item's logits into their gradient while they are at hand. That is 6 H V R
+    FLOPs and no logits in memory but a piece of them; only an item of more rows than a piece has its logits computed twice.
     Logits are computed in autocast's dtype where it is on, their softmax in float32 at least.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        total, sums = _FusedLoss.apply(hidden, weight, targets, lengths, loss_of, dtype)  # type: ignore[misc]
-    return total, PairLogps.of(sums, lengths)
+        return _FusedLoss.apply(hidden, weight, targets, lengths, loss_of, dtype)  # type: ignore[return-value]
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -64,15 +63,14 @@ class _FusedLoss(torch.autograd.Function):
         head = _Head(hidden, weight, targets, dtype, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         size, rows_of = rows_at_once(len(weight)), lengths[:, 1:].sum(1).tolist()
         total, sums, stop = 0, [], 0
-        for pairs in cut(rows_of, size):
-            start, stop = stop, stop + sum(rows_of[pairs])
+        for items in cut(rows_of, size):
+            start, stop = stop, stop + sum(rows_of[items])
             pieces = [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
             logps = torch.cat([head.score(piece) for piece in pieces])
-            of_pairs = lengths[pairs]
             with torch.enable_grad():
                 logps.requires_grad_()
-                group = sum_responses(logps, of_pairs)
-                loss = loss_of(PairLogps.of(group, of_pairs), pairs).sum()
+                group = sum_responses(logps, lengths[items])
+                loss = loss_of(group, items).sum()
                 (derivative,) = torch.autograd.grad(loss, logps)
             for piece in reversed(pieces):  # the last one's softmax is still at hand
                 if piece != pieces[-1]:

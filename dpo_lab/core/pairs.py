@@ -25,7 +25,8 @@ class Pair:
     """One preference: for `prompt`, an annotator took `chosen` over `rejected`.
 
     All three are plain text, or all three are lists of chat messages: a prompt of any number, each response of one by the
-    assistant. tools: descriptions of the tools that the chat template shows.
+    assistant. tools: descriptions of the tools that the chat template shows. A whole text, for supervised fine-tuning alone,
+    is chosen over an empty string after an empty prompt.
 
     gold_margin is the true reward of chosen less that of rejected (NaN where no truth is known). Its sign is the true
     preference; it is for evaluation only and never reaches a loss. score_margin is the same by the scores that came with
@@ -48,6 +49,11 @@ class Pair:
     def is_chat(self) -> bool:
         return not isinstance(self.prompt, str)
 
+    @property
+    def decides_split(self) -> Text:
+        """What must not stand on both sides of a split: the prompt, and of a whole text the text."""
+        return self.prompt if self.rejected else self.chosen
+
 
 def content_hash(content: Any) -> str:
     """32 hexadecimal digits of what plain values say; the same for equal values, whatever the order of their keys."""
@@ -56,7 +62,9 @@ def content_hash(content: Any) -> str:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as token ids, special tokens included. `flipped` says that label noise swapped the two sides."""
+    """A pair as token ids, special tokens included; rejected may be empty in supervised fine-tuning. `flipped` says that label
+    noise swapped the two sides.
+    """
 
     key: str
     prompt: Tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -96,6 +97,18 @@ class PairTable(Sequence[EncodedPair]):
         moved = other if shared else replace(other, starts=other.starts + len(self.tokens))
         both = zip(self._columns, moved._columns, strict=True)
         return PairTable(np.concatenate([self.keys, other.keys]), tokens, *(np.concatenate(pair) for pair in both))
+
+    def chosen_alone(self) -> PairTable:
+        """The responses that were chosen, before label noise, each prompt and response once; rejected sides are empty."""
+        lengths = self.lengths * np.array([1, 1, 0], np.int32)
+        ends = self.starts + lengths.sum(1)
+        content = [
+            hashlib.blake2b(b"%d " % prompt + self.tokens[start:end].tobytes(), digest_size=16).hexdigest()
+            for prompt, start, end in zip(lengths[:, 0].tolist(), self.starts.tolist(), ends.tolist(), strict=True)
+        ]
+        _, first = np.unique(np.array(content, "S32"), return_index=True)
+        alone = replace(self, lengths=lengths, flipped=np.zeros(len(self), bool))
+        return alone.select(np.sort(first))
 
     @property
     def _columns(self) -> tuple[np.ndarray, ...]:

@@ -64,7 +64,7 @@ def encode_chunk(chunk: Chunk, shape: Shape, encoder: Encoder) -> Encoded:
         encoded.lengths = np.array([len(part) for part in parts], np.int32).reshape(-1, 3)
         encoded.keys = np.array([pair.key.encode() for _, pair, _ in kept], "S32")
         encoded.sides = np.array([_unordered(pair) for _, pair, _ in kept], "S32")
-        encoded.splits = np.array([split_hash(pair.prompt) for _, pair, _ in kept], np.uint64)
+        encoded.splits = np.array([split_hash(pair.decides_split) for _, pair, _ in kept], np.uint64)
         encoded.scores = np.array([pair.score_margin for _, pair, _ in kept], np.float32)
         encoded.numbers = np.array([number for number, *_ in kept], np.int64)
     return encoded

@@ -1,4 +1,4 @@
-"""Rows of preference data in any of the usual shapes, as pairs."""
+"""Rows of preference data in any of the usual shapes, as pairs; for supervised fine-tuning also rows of whole texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_lab.data.messages import bad, holds, joined, message, readable, shared
 
 Row = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
-COLUMNS = ("prompt", *SIDES, *"system tools responses ratings score_chosen score_rejected label".split())
+COLUMNS = ("prompt", *SIDES, *"system tools responses ratings score_chosen score_rejected label text".split())
 SCORES = {side: (f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating") for side in SIDES}
 RESPONSE_TEXT = ("content", "text", "response")
 RESPONSE_RATING = ("rating", "score", "overall_score")
@@ -33,6 +33,7 @@ class Format(str, Enum):
     )
     transcript = "transcript"  # chosen, rejected: a whole dialogue each, "\n\nHuman: ...\n\nAssistant: ..."
     ratings = "ratings"  # prompt, responses, ratings
+    text = "text"  # text: a whole one, for supervised fine-tuning alone
 
 
 class Pick(str, Enum):
@@ -83,6 +84,8 @@ class Shape:
         kind = self._recognise(row) if self.format is Format.auto else self.format
         if kind is Format.ratings:
             return self._rated(row)
+        if kind is Format.text:
+            return [self._whole(row)]
         pair = self._transcript(row) if kind is Format.transcript else self._preference(row)
         pair = replace(pair, score_margin=self._score(row, "chosen") - self._score(row, "rejected"))
         if self._second_is_better(row):
@@ -153,6 +156,14 @@ class Shape:
         if not distinct:
             raise NoPair("identical sides" if ranked else "tied ratings")
         return [replace(self._pair(row, prompt, a, b), score_margin=high - low) for (a, high), (b, low) in distinct]
+
+    def _whole(self, row: Row) -> Pair:
+        text, where = self._get(row, "text"), self._column("text")
+        if not isinstance(text, str):
+            raise bad(where, f"is {type(text).__name__}, not a string")
+        if not text.strip():
+            raise bad(where, "is empty")
+        return Pair("", readable(text, where), "")
 
     def _responses(self, row: Row) -> list[tuple[str, float]]:
         """The responses that have a rating, with it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_lab.core.pairs import Pair
 from dpo_lab.core.table import PairTable
-from dpo_lab.data.formats import Shape
+from dpo_lab.data.formats import Format, Shape
 from dpo_lab.data.rows import BadData, Rows, open_rows
 from dpo_lab.data.splits import HELD_OUT, TRAIN, lots, share
 from dpo_lab.data.store import BadRows, Store, stored
@@ -147,6 +147,17 @@ class Data(Source):
     def is_world(self) -> bool:
         """Whether the pairs come from a world, where the truth is known."""
         return self.path is None and not self.sources
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether some rows are whole texts, which hold no preference."""
+        return any(source.format is Format.text for source in self._sources())
+
+    def as_texts(self, column: str) -> Data:
+        """The same rows, read as whole texts."""
+        shape: dict[str, Any] = {"format": Format.text, "columns": {"text": column}}
+        sources = {name: replace(source, **shape) for name, source in self.sources.items()}
+        return replace(self, sources=sources, **shape)
 
     def from_world(self, seed: int, sample: Sampler, encoder: Encoder) -> Splits:
         """Pairs of the world, whose prompts are of one split or of the other. sample: its source of responses, see

@@ -75,21 +75,11 @@ class Subject:
         """Of the held-out pairs: the trained policy's and the initial policy's."""
         return self._pair_logps(self.trained.model), self._pair_logps(self.initial.model)
 
-    @torch.no_grad()
     def response_logps(
         self, model: PreTrainedModel, prompts: Sequence[Tokens], responses: Sequence[Tokens]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed log-probability (nats) of each response to its prompt, and its number of tokens."""
-        device = next(model.parameters()).device
-        sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-        order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-        sums = torch.empty(len(sizes))
-        for part in cut([sizes[i] for i in order], self.tokens):
-            chosen = order[part]
-            tokens, lengths = collate_responses([prompts[i] for i in chosen], [responses[i] for i in chosen])
-            with self.context():
-                sums[chosen] = response_logps(model, tokens.to(device), lengths.to(device))[:, 0].float().cpu()
-        return sums, torch.tensor([len(response) for response in responses])
+        return scored(model, prompts, responses, self.tokens, self.context)
 
     def _sample(self, policy: Policy, whose: str) -> list[Sample]:
         with self.context():
@@ -117,3 +107,24 @@ class Subject:
             torch.cat([p.chosen_length for p in parts]).cpu(),
             torch.cat([p.rejected_length for p in parts]).cpu(),
         )
+
+
+@torch.no_grad()
+def scored(
+    model: PreTrainedModel,
+    prompts: Sequence[Tokens],
+    responses: Sequence[Tokens],
+    tokens: int,
+    context: Callable[[], AbstractContextManager],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probability (nats) of each response to its prompt, and its number of tokens; see Subject for the rest."""
+    device = next(model.parameters()).device
+    sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    sums = torch.empty(len(sizes))
+    for part in cut([sizes[i] for i in order], tokens):
+        chosen = order[part]
+        stream, lengths = collate_responses([prompts[i] for i in chosen], [responses[i] for i in chosen])
+        with context():
+            sums[chosen] = response_logps(model, stream.to(device), lengths.to(device))[:, 0].float().cpu()
+    return sums, torch.tensor([len(response) for response in responses])

@@ -112,11 +112,24 @@ def pair_loss(model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: P
     """The sum of a batch's losses, to go backward from, and the policy's log-probabilities, detached."""
     if _shares_prompts(model):
         hidden, weight, stream = _response_rows(model, batch.tokens, batch.lengths)
-        return fused_loss(
-            hidden, weight, stream.targets, batch.lengths, lambda policy, pairs: loss(policy, reference[pairs])
-        )
+
+        def loss_of(logps: Tensor, pairs: slice) -> Tensor:
+            return loss(PairLogps.of(logps, batch.lengths[pairs]), reference[pairs])
+
+        total, logps = fused_loss(hidden, weight, stream.targets, batch.lengths, loss_of)
+        return total, PairLogps.of(logps, batch.lengths)
     policy = pair_logps(model, batch)
     return loss(policy, reference).sum(), policy.detach()
+
+
+def response_nll(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """The sum of the negative log-probabilities, nats, of all response tokens of a stream, see response_logps; to go
+    backward from.
+    """
+    if _shares_prompts(model):
+        hidden, weight, stream = _response_rows(model, tokens, lengths)
+        return fused_loss(hidden, weight, stream.targets, lengths, lambda logps, _: -logps.sum(1))[0]
+    return -response_logps(model, tokens, lengths).sum()
 
 
 def _shares_prompts(model: PreTrainedModel) -> bool:

@@ -6,14 +6,33 @@ import html
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.summary import COLUMNS, metric_rows
 
 
+@dataclass(frozen=True)
+class Work:
+    """How a card names what a run did: its door, the hub's tag, how it trained, from what, in which units."""
+
+    door: str
+    tag: str
+    how: str
+    source: str
+    unit: str
+
+
+BY_PAIRS = Work("train", "dpo", "preference optimization", "preference pairs", "pairs")
+BY_RESPONSES = Work("sft", "sft", "supervised fine-tuning", "the chosen responses of preference pairs", "responses")
+BY_TEXTS = replace(BY_RESPONSES, source="whole texts", unit="texts")
+
+
 def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads. record: of a run that has its metrics."""
+    """Markdown with the front matter that the Hugging Face hub reads. record: of a run that has its metrics; one without a
+    `loss` among its settings was supervised fine-tuning.
+    """
     config, versions = record["config"], record["versions"]
     policy, data = config["policy"], config["data"]
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
@@ -22,28 +41,30 @@ def model_card(record: Mapping[str, Any]) -> str:
     matter = {"library_name": "peft" if with_adapters else "transformers", "pipeline_tag": "text-generation"}
     if with_adapters:
         matter["base_model"] = policy["path"]
+    work = _work(config)
+    paths = [str(each["path"]) for each in data.get("sources", {}).values()]
     facts = {
-        "data": data["path"] or f"the {data['world']['kind']} world",
+        "data": data["path"] or ", ".join(paths) or f"the {data['world']['kind']} world",
         "pairs": ", ".join(f"{what} {count:,}" for what, count in record["data"].items() if count),
-        "loss": _settings(config["loss"]),
-        "reference": _settings(config["reference"]),
-        "label noise": _settings(config["noise"]),
+        "loss": _settings(config.get("loss")),
+        "reference": _settings(config.get("reference")),
+        "label noise": _settings(config.get("noise")),
         "seed": config["seed"],
         "initial policy": f"{policy.get('path') or policy['kind']}, weights {record['initial_policy']}",
         "adapters": f"rank {rank}, alpha {policy['alpha']}" if rank is not None else None,
-        "steps": f"{record['steps']} of {data['batch_size']} pairs, learning rate {config['optim']['lr']}",
+        "steps": f"{record['steps']} of {data['batch_size']} {work.unit}, learning rate {config['optim']['lr']}",
         "commit": (record["git"] or {}).get("commit"),
     }
     return "\n".join(
         [
             "---",
             *(f"{key}: {json.dumps(value)}" for key, value in matter.items()),  # a JSON string is a YAML one
-            "tags: [dpo, dpo-lab]",
+            f"tags: [{work.tag}, dpo-lab]",
             "---",
             f"# {cell(str(config['name']))}",
             "",
-            f"Trained by preference optimization with DPO Lab {versions['dpo_lab']} (torch {versions['torch']}, transformers"
-            f" {versions['transformers']}), from preference pairs. Its figures are those of one run with one seed.",
+            f"Trained by {work.how} with DPO Lab {versions['dpo_lab']} (torch {versions['torch']}, transformers"
+            f" {versions['transformers']}), from {work.source}. Its figures are those of one run with one seed.",
             "",
             *table(("", ""), ((what, str(fact)) for what, fact in facts.items() if fact is not None)),
             "",
@@ -54,7 +75,9 @@ def model_card(record: Mapping[str, Any]) -> str:
             "## Made by",
             "",
             "    "
-            + " ".join(f"python -m dpo_lab.train {shlex.join(record['overrides'])}".split()),  # one line, come what may
+            + " ".join(
+                f"python -m dpo_lab.{work.door} {shlex.join(record['overrides'])}".split()
+            ),  # one line, come what may
             "",
         ]
     )
@@ -74,6 +97,15 @@ def cell(text: str) -> str:
     return " ".join(escaped.split())
 
 
-def _settings(node: Mapping[str, Any]) -> str:
+def _work(config: Mapping[str, Any]) -> Work:
+    if "loss" in config:
+        return BY_PAIRS
+    of_texts = config["sft"]["text_column"] is not None or config["data"]["format"] == "text"
+    return BY_TEXTS if of_texts else BY_RESPONSES
+
+
+def _settings(node: Mapping[str, Any] | None) -> str | None:
     """`dpo, beta 0.1`"""
+    if node is None:
+        return None
     return ", ".join(str(value) if key == "kind" else f"{key} {value}" for key, value in node.items())

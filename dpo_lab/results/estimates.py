@@ -44,20 +44,27 @@ def mean(values: Iterable[float]) -> Estimate:
     return Estimate(average, se, len(values), (average - half, average + half) if half else None)
 
 
-def exp_of_ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
-    """exp of (all totals / all counts) over independent examples, such as perplexity from nats and tokens of each text.
+def ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
+    """All totals / all counts over independent examples, such as nats a token from nats and tokens of each text.
 
-    The ratio's standard error is the linearised one (Cochran 1977, "Sampling techniques", section 6.4); its interval is
-    exponentiated.
+    The standard error is the linearised one (Cochran 1977, "Sampling techniques", section 6.4).
     """
     n, count = len(totals), math.fsum(counts)
-    ratio = math.fsum(totals) / count
-    left = math.fsum((total - ratio * part) ** 2 for total, part in zip(totals, counts, strict=True))
+    value = math.fsum(totals) / count
+    left = math.fsum((total - value * part) ** 2 for total, part in zip(totals, counts, strict=True))
     if n < 2 or left == 0:
-        return Estimate(math.exp(ratio), n=n)
+        return Estimate(value, n=n)
     se = math.sqrt(left * n / (n - 1)) / count
     half = float(stats.t.ppf(0.975, n - 1)) * se
-    return Estimate(math.exp(ratio), math.exp(ratio) * se, n, (math.exp(ratio - half), math.exp(ratio + half)))
+    return Estimate(value, se, n, (value - half, value + half))
+
+
+def exp_of_ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
+    """exp of a ratio, such as perplexity; the ratio's interval is exponentiated."""
+    of = ratio(totals, counts)
+    value = math.exp(of.value)
+    interval = (math.exp(of.interval[0]), math.exp(of.interval[1])) if of.interval else None
+    return Estimate(value, value * of.se if of.se else None, of.n, interval)
 
 
 def share(values: Iterable[float]) -> Estimate:

@@ -20,6 +20,7 @@ ROWS = {
     "gold_gain": "  gain, in initial sd",
     "win_rate": "  win rate over initial",
     "kl": "KL to initial (nats)",
+    "loss": "loss (nats a token, held-out)",
     "perplexity": "perplexity of real text",
     "well_formed": "well-formed samples",
     "distinct_2": "distinct bigrams",
@@ -62,15 +63,20 @@ def print_summary(
     for row in metric_rows(metrics):
         table.add_row(*row)
     console.print(table)
+    if samples:
+        _print_samples(console, samples)
+    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True, markup=False)
+    for command in next_commands:
+        console.print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> None:
     side_by_side = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
     for column in ("prompt", "initial policy", "trained policy"):
         side_by_side.add_column(column, ratio=1 if column == "prompt" else 2, overflow="fold")
     for row in samples[:3]:
         side_by_side.add_row(*(_plain(row[key]) for key in ("prompt", "initial", "trained")))
     console.print(side_by_side)
-    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True, markup=False)
-    for command in next_commands:
-        console.print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _plain(text: str) -> str:

@@ -15,17 +15,18 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from dpo_lab.results.progress import track
+from dpo_lab.training.step import StepModule
 
 
 class StepBar(Callback):
-    """Optimizer steps done of max_steps, with the newest loss, margin and accuracy; on rank 0."""
+    """Optimizer steps done of max_steps, with the newest loss and, of pairs, margin and accuracy; on rank 0."""
 
     FIGURES = {"train/loss": "loss", "train/rewards/margins": "margin", "train/rewards/accuracies": "accuracy"}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: StepModule) -> None:
         self.stack, self.steps_shown = ExitStack(), trainer.global_step
         if trainer.is_global_zero:
-            self.advance = self.stack.enter_context(track("DPO", trainer.max_steps))
+            self.advance = self.stack.enter_context(track(pl_module.title, trainer.max_steps))
             self.advance(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:

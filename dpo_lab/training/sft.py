@@ -19,11 +19,16 @@ from dpo_lab.training.optim import Optim
 
 @dataclass
 class SFT:
-    """Settings of supervised fine-tuning on the world's reviews: `steps` steps of `batch_size` reviews, each seen once."""
+    """Settings of supervised fine-tuning on the world's reviews: `steps` steps of `batch_size` reviews, each seen once.
+
+    On rows of the user's the steps are trainer.max_steps, their optimiser optim, and only this holds: text_column, the column
+    of whole texts (none: the rows are pairs, whose chosen responses are learned).
+    """
 
     steps: int = 256
     batch_size: int = 32
     optim: Optim = field(default_factory=lambda: Optim(lr=4e-3, beta2=0.95, weight_decay=0.01))
+    text_column: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -41,7 +46,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: P
     texts = world.reviews(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
     recipe = {
         "tiny": asdict(replace(tiny, gradient_checkpointing=False)),  # it changes no policy
-        "sft": asdict(sft),
+        "sft": {name: value for name, value in asdict(sft).items() if name != "text_column"},  # of the user's rows
         "seed": seed,
         "format": 4,
     }

@@ -1,0 +1,32 @@
+"""Held-out loss: what supervised fine-tuning lowers, before and after it, on responses that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from transformers import PreTrainedModel
+
+from dpo_lab.core.pairs import EncodedPair
+from dpo_lab.evals.subject import scored
+from dpo_lab.results.estimates import Estimate, exp_of_ratio, ratio
+
+
+def held_out_loss(
+    trained: PreTrainedModel,
+    initial: PreTrainedModel,
+    pairs: Sequence[EncodedPair],
+    tokens: int,
+    context: Callable[[], AbstractContextManager],
+) -> dict[str, Estimate]:
+    """Loss (nats a token) and perplexity of chosen responses under both models, the initial one's under `initial/`.
+
+    tokens, context: see Subject.
+    """
+    prompts, responses = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    found: dict[str, Estimate] = {}
+    for prefix, model in (("", trained), ("initial/", initial)):
+        sums, lengths = scored(model, prompts, responses, tokens, context)
+        nats, counts = (-sums.double()).tolist(), lengths.tolist()
+        found |= {prefix + "loss": ratio(nats, counts), prefix + "perplexity": exp_of_ratio(nats, counts)}
+    return found

@@ -1,0 +1,61 @@
+"""Supervised fine-tuning as a LightningModule: the chosen responses of a batch, their negative log-likelihood, log."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from dpo_lab.core.pairs import PairBatch
+from dpo_lab.models.forward import response_logps, response_nll
+from dpo_lab.training.optim import Optim
+from dpo_lab.training.step import StepModule
+
+
+class SFTModule(StepModule):
+    """Trains `model` to say chosen responses: by the mean over all response tokens of a step, all ranks' together.
+
+    A long response weighs as much as its tokens. Batches are of pairs whose rejected side is empty, see PairTable.chosen_alone.
+    """
+
+    title = "SFT"
+
+    def __init__(self, model: PreTrainedModel, optim: Optim, *, total_steps: int, tokens_per_microbatch: int) -> None:
+        super().__init__(model, optim, TokenLoss, total_steps=total_steps, tokens_per_microbatch=tokens_per_microbatch)
+        self.tokens = 0  # that were trained on
+
+    def size(self, batch: PairBatch) -> int:
+        tokens = int(self.trainer.strategy.reduce(batch.lengths[:, 1].sum(), reduce_op="sum"))
+        self.tokens += tokens
+        self.log("train/tokens", float(self.tokens))
+        return tokens
+
+    def part_loss(self, part: PairBatch) -> Tensor:
+        nll = response_nll(self.model, part.tokens, part.lengths[:, :2])
+        self.train_metrics.update(nll.detach(), part)
+        return nll
+
+    def validate_part(self, part: PairBatch) -> None:
+        self.val_metrics.update(-response_logps(self.model, part.tokens, part.lengths[:, :2]).sum(), part)
+
+
+class TokenLoss(Metric):
+    """Negative log-likelihood, nats, of a response token: a mean over all that were seen, added up over batches and ranks."""
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, batch: PairBatch) -> None:
+        """nll: the sum over the chosen responses of the batch, nats."""
+        self.nats += nll.double()
+        self.tokens += batch.lengths[:, 1].sum()
+
+    def compute(self) -> dict[str, float]:
+        return {"loss": (self.nats / self.tokens).item()}
