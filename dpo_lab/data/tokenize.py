@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dpo_lab.core.pairs import EncodedPair, Pair, Text, content_hash
 from dpo_lab.data.chat import Chat
 
@@ -50,6 +52,23 @@ class Encoder:
         """The tokens that end a response: the end token, and that which ends a turn under the chat template."""
         turn = self._ids(self._chat.turn_end)[-1:] if self._chat.has_template else []
         return tuple(dict.fromkeys([self.eos_id, *turn]))
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that no plain text should become."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(self.tokenizer.all_special_ids) | {number for number, token in added if token.special}
+
+    @cached_property
+    def anchor(self) -> list[int]:
+        """Plain tokens to decode another one after, since the first of a text may lose its space."""
+        return self._ids("a")
+
+    def is_cut(self, prompt: int, response: Sequence[int] | np.ndarray) -> bool:
+        """Whether an encoded response, after a prompt of so many tokens, was truncated."""
+        if not self.ends:
+            return prompt + len(response) >= self.max_length
+        return int(response[-1]) not in self.end_ids
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,0 +1,109 @@
+"""What an expert would stop at before training on these pairs, each with its threshold and what to type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dpo_lab.data.quality import Quality
+
+LENGTH_TELLS = 0.65  # of training labels
+TRUNCATED = 0.20  # of prompts, of chosen or of rejected
+DROPPED = 0.20  # of rows
+FEWEST_HELD_OUT = 100  # pairs
+ONE_PROMPT = 0.50  # of a split's pairs
+AGAINST_SCORES = 0.05  # of training pairs with scores
+
+
+def advice(quality: Quality) -> list[str]:
+    """One line for each thing to look at."""
+    return [
+        *_on_labels(quality),
+        *_on_truncation(quality),
+        *_on_splits(quality),
+        *_on_rows(quality),
+    ]
+
+
+def _on_labels(quality: Quality) -> Iterator[str]:
+    longer = quality.train.chosen_longer
+    low, high = longer.interval or (0.0, 1.0)
+    if abs(longer.value - 0.5) > LENGTH_TELLS - 0.5 and not low <= 0.5 <= high:
+        word, told = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
+        yield (
+            f"length alone tells {told:.0%} of the training labels (over {LENGTH_TELLS:.0%}): the chosen response is the {word}"
+            " one; a policy may learn that and no more. Put a loss beside it that weighs by length: type loss=ipo_mean, or"
+            " +ablation=simpo; and watch `length` in the results"
+        )
+    if found := _contradictions(quality):
+        yield (
+            f"{_count(found, 'contradiction')} (A over B beside B over A): training stops at those of your rows; type"
+            " data.contradictions=drop to leave both out, or data.contradictions=keep"
+        )
+    scores = quality.train.scores
+    if scores and scores.negative > AGAINST_SCORES and not quality.noise.total:
+        yield (
+            f"{scores.negative:.0%} of the training pairs with scores have the higher score on the rejected side (over"
+            f" {AGAINST_SCORES:.0%}): are the sides the right way round? See data.label_is and data.columns"
+        )
+
+
+def _contradictions(quality: Quality) -> int:
+    """Those of the rows that are not left out, or those that came of truncation."""
+    of_rows = quality.counts.get("contradictions", 0) if not quality.counts.get("dropped: contradiction") else 0
+    return max(of_rows, quality.train.contradictions + quality.held_out.contradictions)
+
+
+def _on_truncation(quality: Quality) -> Iterator[str]:
+    lengths, room = quality.train.lengths, quality.max_length
+    for part in ("chosen", "rejected"):
+        if (cut := lengths[part].truncated) > TRUNCATED:
+            yield (
+                f"{cut:.0%} of the {part} responses are cut at their end (over {TRUNCATED:.0%}), so none of them is seen to"
+                f" stop; type data.max_length={2 * room}"
+            )
+    if (cut := lengths["prompt"].truncated) > TRUNCATED:
+        yield (
+            f"{cut:.0%} of the prompts fill data.max_prompt_length={quality.max_prompt_length} (over {TRUNCATED:.0%}): they are"
+            f" cut at their start; type data.max_prompt_length={2 * quality.max_prompt_length}"
+            f" data.max_length={room + quality.max_prompt_length}"
+        )
+
+
+def _on_splits(quality: Quality) -> Iterator[str]:
+    if quality.leaks:
+        yield (
+            f"{_count(quality.leaks, 'training pair')} with a prompt that is held out too, as the tokens that the model sees:"
+            " prompts differ only where they are cut; type a larger data.max_prompt_length="
+        )
+    if (pairs := quality.held_out.pairs) < FEWEST_HELD_OUT:
+        yield (
+            f"only {_count(pairs, 'held-out pair')} (under {FEWEST_HELD_OUT}): an accuracy of 75 % is known to"
+            f" {1.96 * (0.75 * 0.25 / pairs) ** 0.5:.0%} either way; type a larger data.validation_fraction= or"
+            " data.validation_pairs="
+        )
+    for name, side in (("training", quality.train), ("held-out", quality.held_out)):
+        if side.pairs > 1 and side.most_of_a_prompt > ONE_PROMPT * side.pairs:
+            yield (
+                f"one prompt has {side.most_of_a_prompt / side.pairs:.0%} of the {name} pairs (over {ONE_PROMPT:.0%}), which"
+                " are alike: what is learned or measured is learned or measured there; give more prompts"
+            )
+
+
+def _on_rows(quality: Quality) -> Iterator[str]:
+    dropped = {what: count for what, count in quality.counts.items() if what.startswith("dropped: ") and count}
+    rows = quality.counts.get("rows", 0)
+    if sum(dropped.values()) > DROPPED * rows > 0:
+        most = max(dropped, key=dropped.__getitem__)
+        yield (
+            f"{sum(dropped.values()) / rows:.0%} of the rows are dropped (over {DROPPED:.0%}), most of them as"
+            f" '{most.removeprefix('dropped: ')}'; look at the rows"
+        )
+    if inside := quality.train.special_inside + quality.held_out.special_inside:
+        yield (
+            f"{_count(inside, 'response')} with special tokens before the end: was a chat template, or an end token, written"
+            " into the text? Give the bare text; a response that ends twice teaches to go on after an end"
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,96 @@
+"""A pair token by token, made visible: what is prompt, what is scored, what is special, where it was cut."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpo_lab.core.table import PairTable
+from dpo_lab.data.tokenize import Encoder
+
+SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+OPEN, CLOSE, CUT = "⟦", "⟧", "✂"  # around a special token; where tokens are missing
+LEGEND = f"␣ a space, ⏎ a line break, ⇥ a tab, {OPEN}...{CLOSE} a special token, {CUT} cut here"
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token as text that can be printed anywhere."""
+
+    text: str
+    special: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens of prompt, chosen or rejected; cut: truncated, a prompt at its start and a response at its end."""
+
+    name: str
+    tokens: list[Token]
+    cut: bool
+
+    @property
+    def scored(self) -> bool:
+        """Whether its tokens' log-probabilities are what the loss is made of."""
+        return self.name != "prompt"
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """A pair to look at. place: `file:line`, or where else it comes from; flipped: by label noise."""
+
+    key: str
+    place: str
+    flipped: bool
+    parts: list[Part]
+
+
+def shown(table: PairTable, at: int, encoder: Encoder, place: str) -> ShownPair:
+    """One pair of a table."""
+    pair = table[at]
+    full = len(pair.prompt) >= encoder.max_prompt_length
+    parts = [Part("prompt", _tokens(pair.prompt, encoder), full)]
+    for name, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        cut = encoder.is_cut(len(pair.prompt), ids)
+        parts.append(Part(name, _tokens(ids, encoder), cut))
+    return ShownPair(pair.key, visible(place, blanks=False), pair.flipped, parts)
+
+
+def visible(text: str, blanks: bool = True) -> str:
+    """Text in which everything can be seen and nothing acts: no control character, no change of direction, no lone mark.
+
+    blanks: spaces, line breaks and tabs are shown by SIGNS; else a space stays one.
+    """
+    return "".join(_seen(character, blanks) for character in text)
+
+
+def _seen(character: str, blanks: bool) -> str:
+    if blanks and character in SIGNS:
+        return SIGNS[character]
+    if character == " ":
+        return character
+    unseen = unicodedata.category(character)[0] in "CZ" or unicodedata.combining(character)
+    if unseen or character in (*SIGNS.values(), OPEN, CLOSE, CUT):
+        code = ord(character)
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return character
+
+
+def _tokens(ids: Sequence[int], encoder: Encoder) -> list[Token]:
+    return [Token(_text(int(number), encoder), int(number) in encoder.special_ids) for number in ids]
+
+
+def _text(number: int, encoder: Encoder) -> str:
+    """What a token adds to a text; of one that is a piece of a character, its name in the vocabulary."""
+    tokenizer = encoder.tokenizer
+    name = visible(str(tokenizer.convert_ids_to_tokens(number)))
+    if number in encoder.special_ids:
+        return f"{OPEN}{name}{CLOSE}"
+    before = encoder.anchor
+    alone, both = (
+        str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for ids in (before, [*before, number])
+    )
+    added = both.removeprefix(alone)
+    return visible(added) if both.startswith(alone) and added and "\ufffd" not in added else name
