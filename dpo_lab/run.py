@@ -23,6 +23,7 @@ from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lab.config import ConfigError, RunConfig, as_record
+from dpo_lab.data.advice import advice
 from dpo_lab.data.collate import collate
 from dpo_lab.data.module import PreferenceDataModule
 from dpo_lab.data.splits import HELD_OUT
@@ -31,6 +32,7 @@ from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy, TinyPolicy, to_train, weights_digest
 from dpo_lab.prepare import Forward, Material, prepare
 from dpo_lab.results import runs
+from dpo_lab.results.cache import CACHE
 from dpo_lab.results.card import model_card, table
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.summary import print_summary
@@ -41,9 +43,6 @@ from dpo_lab.training.process import set_up_process
 from dpo_lab.training.sft import initial_policy
 
 log = logging.getLogger("dpo_lab")
-
-CACHE = Path("outputs/cache")
-
 
 def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
     """Run `config` in `folder`; a finished run is left alone."""
@@ -81,8 +80,12 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
     clock = Clock()
     trainer = _trainer(config, plain, held.folder)
     material = prepare(config, CACHE, _forward(trainer))
+    quality = material.quality()
+    for line in advice(quality):
+        log.warning("data: %s", line)
     held.update(
         data=dict(material.counts),
+        data_quality=quality.as_record(),
         initial_policy=weights_digest(material.initial.model),
         seconds=clock.lap("prepare"),
     )

@@ -153,10 +153,7 @@ class _Look:
         ends = table.starts[:, None] + np.cumsum(table.lengths, axis=1)
         last = np.asarray(table.tokens[ends[:, 1:] - 1])
         self.special[:, 1:] -= np.isin(last, special)
-        if encoder.ends:
-            self.cut = ~np.isin(last, encoder.end_ids)
-        else:
-            self.cut = table.lengths[:, :1] + table.lengths[:, 1:] >= encoder.max_length
+        self.cut = encoder.cut(table.lengths[:, :1], table.lengths[:, 1:], last)
         _, self.groups, self.of_a_prompt = np.unique(self.hashes[:, 0], return_inverse=True, return_counts=True)
 
     def side(self, bins: Mapping[str, list[int]]) -> Side:

@@ -52,13 +52,13 @@ def shown(table: PairTable, at: int, encoder: Encoder, place: str) -> ShownPair:
     full = len(pair.prompt) >= encoder.max_prompt_length
     parts = [Part("prompt", _tokens(pair.prompt, encoder), full)]
     for name, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        cut = encoder.is_cut(len(pair.prompt), ids)
+        cut = bool(encoder.cut(len(pair.prompt), len(ids), ids[-1]))
         parts.append(Part(name, _tokens(ids, encoder), cut))
     return ShownPair(pair.key, visible(place, blanks=False), pair.flipped, parts)
 
 
 def visible(text: str, blanks: bool = True) -> str:
-    """Text in which everything can be seen and nothing acts: no control character, no change of direction, no lone mark.
+    """Text in which everything can be seen and nothing acts: no control character, no change of direction.
 
     blanks: spaces, line breaks and tabs are shown by SIGNS; else a space stays one.
     """
@@ -70,8 +70,7 @@ def _seen(character: str, blanks: bool) -> str:
         return SIGNS[character]
     if character == " ":
         return character
-    unseen = unicodedata.category(character)[0] in "CZ" or unicodedata.combining(character)
-    if unseen or character in (*SIGNS.values(), OPEN, CLOSE, CUT):
+    if unicodedata.category(character)[0] in "CZ" or character in (*SIGNS.values(), OPEN, CLOSE, CUT):
         code = ord(character)
         return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
     return character

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -64,11 +64,9 @@ class Encoder:
         """Plain tokens to decode another one after, since the first of a text may lose its space."""
         return self._ids("a")
 
-    def is_cut(self, prompt: int, response: Sequence[int] | np.ndarray) -> bool:
-        """Whether an encoded response, after a prompt of so many tokens, was truncated."""
-        if not self.ends:
-            return prompt + len(response) >= self.max_length
-        return int(response[-1]) not in self.end_ids
+    def cut(self, prompt: Any, response: Any, last: Any) -> np.ndarray:
+        """Which responses were truncated, by the number of tokens of prompt and response and the response's last token."""
+        return np.isin(last, self.end_ids, invert=True) if self.ends else np.asarray(prompt + response >= self.max_length)
 
     @cached_property
     def fingerprint(self) -> str:
