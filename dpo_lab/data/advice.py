@@ -30,7 +30,7 @@ def _on_labels(quality: Quality) -> Iterator[str]:
     if abs(longer.value - 0.5) > LENGTH_TELLS - 0.5 and not low <= 0.5 <= high:
         word, told = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
         yield (
-            f"length alone tells {told:.0%} of the training labels (over {LENGTH_TELLS:.0%}): the chosen response is the {word}"
+            f"length alone tells {_percent(told)} of the training labels (over {_percent(LENGTH_TELLS)}): the chosen response is the {word}"
             " one; a policy may learn that and no more. Put a loss beside it that weighs by length: type loss=ipo_mean, or"
             " +ablation=simpo; and watch `length` in the results"
         )
@@ -42,8 +42,8 @@ def _on_labels(quality: Quality) -> Iterator[str]:
     scores = quality.train.scores
     if scores and scores.negative > AGAINST_SCORES and not quality.noise.total:
         yield (
-            f"{scores.negative:.0%} of the training pairs with scores have the higher score on the rejected side (over"
-            f" {AGAINST_SCORES:.0%}): are the sides the right way round? See data.label_is and data.columns"
+            f"{_percent(scores.negative)} of the training pairs with scores have the higher score on the rejected side (over"
+            f" {_percent(AGAINST_SCORES)}): are the sides the right way round? See data.label_is and data.columns"
         )
 
 
@@ -58,12 +58,12 @@ def _on_truncation(quality: Quality) -> Iterator[str]:
     for part in ("chosen", "rejected"):
         if (cut := lengths[part].truncated) > TRUNCATED:
             yield (
-                f"{cut:.0%} of the {part} responses are cut at their end (over {TRUNCATED:.0%}), so none of them is seen to"
+                f"{_percent(cut)} of the {part} responses are cut at their end (over {_percent(TRUNCATED)}), so none of them is seen to"
                 f" stop; type data.max_length={2 * room}"
             )
     if (cut := lengths["prompt"].truncated) > TRUNCATED:
         yield (
-            f"{cut:.0%} of the prompts fill data.max_prompt_length={quality.max_prompt_length} (over {TRUNCATED:.0%}): they are"
+            f"{_percent(cut)} of the prompts fill data.max_prompt_length={quality.max_prompt_length} (over {_percent(TRUNCATED)}): they are"
             f" cut at their start; type data.max_prompt_length={2 * quality.max_prompt_length}"
             f" data.max_length={room + quality.max_prompt_length}"
         )
@@ -78,13 +78,13 @@ def _on_splits(quality: Quality) -> Iterator[str]:
     if (pairs := quality.held_out.pairs) < FEWEST_HELD_OUT:
         yield (
             f"only {_count(pairs, 'held-out pair')} (under {FEWEST_HELD_OUT}): an accuracy of 75 % is known to"
-            f" {1.96 * (0.75 * 0.25 / pairs) ** 0.5:.0%} either way; type a larger data.validation_fraction= or"
+            f" {_percent(1.96 * (0.75 * 0.25 / pairs) ** 0.5)} either way; type a larger data.validation_fraction= or"
             " data.validation_pairs="
         )
     for name, side in (("training", quality.train), ("held-out", quality.held_out)):
         if side.pairs > 1 and side.most_of_a_prompt > ONE_PROMPT * side.pairs:
             yield (
-                f"one prompt has {side.most_of_a_prompt / side.pairs:.0%} of the {name} pairs (over {ONE_PROMPT:.0%}), which"
+                f"one prompt has {_percent(side.most_of_a_prompt / side.pairs)} of the {name} pairs (over {_percent(ONE_PROMPT)}), which"
                 " are alike: what is learned or measured is learned or measured there; give more prompts"
             )
 
@@ -95,7 +95,7 @@ def _on_rows(quality: Quality) -> Iterator[str]:
     if sum(dropped.values()) > DROPPED * rows > 0:
         most = max(dropped, key=dropped.__getitem__)
         yield (
-            f"{sum(dropped.values()) / rows:.0%} of the rows are dropped (over {DROPPED:.0%}), most of them as"
+            f"{_percent(sum(dropped.values()) / rows)} of the rows are dropped (over {_percent(DROPPED)}), most of them as"
             f" '{most.removeprefix('dropped: ')}'; look at the rows"
         )
     if inside := quality.train.special_inside + quality.held_out.special_inside:
@@ -103,6 +103,10 @@ def _on_rows(quality: Quality) -> Iterator[str]:
             f"{_count(inside, 'response')} with special tokens before the end: was a chat template, or an end token, written"
             " into the text? Give the bare text; a response that ends twice teaches to go on after an end"
         )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
 
 
 def _count(number: int, what: str) -> str:

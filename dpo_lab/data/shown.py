@@ -35,6 +35,12 @@ class Part:
         """Whether its tokens' log-probabilities are what the loss is made of."""
         return self.name != "prompt"
 
+    @property
+    def about(self) -> str:
+        if not self.scored:
+            return "not scored, as many as may be: cut at its start" if self.cut else "not scored"
+        return "scored, cut at its end" if self.cut else "scored"
+
 
 @dataclass(frozen=True)
 class ShownPair:

@@ -8,7 +8,7 @@ from dpo_lab.data.quality import PARTS, Margins, Quality, Side
 from dpo_lab.inspection.look import Look
 from dpo_lab.results.estimates import Estimate
 
-TRUNCATED = "cut"
+USUAL = ("bad row", "duplicate", "identical sides", "identical after truncation")  # why rows are dropped, shown when none is
 Cells = tuple[str, ...]
 
 
@@ -30,13 +30,14 @@ def tables(look: Look) -> list[Table]:
 
 def _counts(quality: Quality) -> Table:
     rows = quality.counts.get("rows", 0)
+    counts = {what: count for what, count in quality.counts.items() if count}
+    counts |= {f"dropped: {reason}": 0 for reason in USUAL if f"dropped: {reason}" not in counts}
     return Table(
         "Rows, and what became of them",
         ("", "count", "of rows"),
         [
             (what, f"{count:,}", share(count / rows) if rows and what != "rows" else "")
-            for what, count in quality.counts.items()
-            if count or what == "rows"
+            for what, count in counts.items()
         ],
     )
 
@@ -94,7 +95,7 @@ def _lengths(quality: Quality) -> Table:
         f"Tokens (histograms: prompts in steps of {_width(quality, 'prompt')}, responses in steps of"
         f" {_width(quality, 'response')})"
     )
-    return Table(title, ("", "mean", "median", "95 %", "most", TRUNCATED), rows, bars)
+    return Table(title, ("", "mean", "median", "95 %", "most", "cut"), rows, bars)
 
 
 def _noise(quality: Quality) -> Table:

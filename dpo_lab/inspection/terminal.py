@@ -21,8 +21,9 @@ def show(console: Console, look: Look) -> None:
     """Print everything. All text of the data's own goes as Text, so that no markup in it is obeyed."""
     _say(console, f"{look.source}, tokens of {look.tokenizer}")
     for table in tables(look):
+        _say(console, f"\n{table.title}", "bold")
         console.print(_table(table))
-    for first, second in look.contrary:
+    for first, second in look.contrary:  # named whether they are in a split or not
         _say(console, f"Contradiction: {first} and {second}")
     if look.pairs:
         _say(console, f"\nPairs, tokens parted by blanks: {LEGEND}", "bold")
@@ -43,7 +44,7 @@ def bars(histogram: list[int]) -> str:
 
 
 def _table(table: Table) -> RichTable:
-    made = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
+    made = RichTable()
     for i, column in enumerate(table.head):
         made.add_column(column, justify="right" if i else "left", overflow="fold")
     if table.bars is not None:
@@ -63,9 +64,7 @@ def _pair(console: Console, pair: ShownPair) -> None:
 
 def _part(console: Console, part: Part) -> None:
     style = STYLES[part.name]
-    what = "scored" if part.scored else "not scored"
-    cut = ("" if not part.cut else ", cut at its end") if part.scored else ("" if not part.cut else ", as long as may be")
-    _say(console, f"  {part.name}: {len(part.tokens)} tokens, {what}{cut}", style)
+    _say(console, f"  {part.name}: {len(part.tokens)} tokens, {part.about}", style)
     words = [Text(token.text, style + SPECIAL if token.special else style) for token in part.tokens]
     if part.cut:
         words.insert(len(words) if part.scored else 0, Text(CUT, "bold"))
