@@ -44,6 +44,7 @@ from dpo_lab.training.sft import initial_policy
 
 log = logging.getLogger("dpo_lab")
 
+
 def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
     """Run `config` in `folder`; a finished run is left alone."""
     plain = as_record(cfg, config)

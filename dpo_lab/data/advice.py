@@ -30,9 +30,9 @@ def _on_labels(quality: Quality) -> Iterator[str]:
     if abs(longer.value - 0.5) > LENGTH_TELLS - 0.5 and not low <= 0.5 <= high:
         word, told = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
         yield (
-            f"length alone tells {_percent(told)} of the training labels (over {_percent(LENGTH_TELLS)}): the chosen response is the {word}"
-            " one; a policy may learn that and no more. Put a loss beside it that weighs by length: type loss=ipo_mean, or"
-            " +ablation=simpo; and watch `length` in the results"
+            f"length alone tells {_percent(told)} of the training labels (over {_percent(LENGTH_TELLS)}): the chosen response"
+            f" is the {word} one, and a policy may learn that and no more; compare with a loss that weighs by length (type"
+            " loss=ipo_mean, or +ablation=simpo), and watch `length` in the results"
         )
     if found := _contradictions(quality):
         yield (
@@ -42,8 +42,8 @@ def _on_labels(quality: Quality) -> Iterator[str]:
     scores = quality.train.scores
     if scores and scores.negative > AGAINST_SCORES and not quality.noise.total:
         yield (
-            f"{_percent(scores.negative)} of the training pairs with scores have the higher score on the rejected side (over"
-            f" {_percent(AGAINST_SCORES)}): are the sides the right way round? See data.label_is and data.columns"
+            f"{_percent(scores.negative)} of the training pairs with scores (over {_percent(AGAINST_SCORES)}) have the higher"
+            " one on the rejected side: are the sides the right way round? Look at data.label_is and data.columns"
         )
 
 
@@ -54,18 +54,17 @@ def _contradictions(quality: Quality) -> int:
 
 
 def _on_truncation(quality: Quality) -> Iterator[str]:
-    lengths, room = quality.train.lengths, quality.max_length
+    lengths, limit, room = quality.train.lengths, quality.max_prompt_length, quality.max_length
     for part in ("chosen", "rejected"):
         if (cut := lengths[part].truncated) > TRUNCATED:
             yield (
-                f"{_percent(cut)} of the {part} responses are cut at their end (over {_percent(TRUNCATED)}), so none of them is seen to"
-                f" stop; type data.max_length={2 * room}"
+                f"{_percent(cut)} of the {part} responses (over {_percent(TRUNCATED)}) are cut at their end, so that they are"
+                f" not seen to stop; type data.max_length={2 * room}"
             )
     if (cut := lengths["prompt"].truncated) > TRUNCATED:
         yield (
-            f"{_percent(cut)} of the prompts fill data.max_prompt_length={quality.max_prompt_length} (over {_percent(TRUNCATED)}): they are"
-            f" cut at their start; type data.max_prompt_length={2 * quality.max_prompt_length}"
-            f" data.max_length={room + quality.max_prompt_length}"
+            f"{_percent(cut)} of the prompts (over {_percent(TRUNCATED)}) fill data.max_prompt_length={limit}: they are cut"
+            f" at their start; type data.max_prompt_length={2 * limit} data.max_length={room + limit}"
         )
 
 
@@ -73,29 +72,29 @@ def _on_splits(quality: Quality) -> Iterator[str]:
     if quality.leaks:
         yield (
             f"{_count(quality.leaks, 'training pair')} with a prompt that is held out too, as the tokens that the model sees:"
-            " prompts differ only where they are cut; type a larger data.max_prompt_length="
+            " such prompts differ only where they are cut; type a larger data.max_prompt_length="
         )
     if (pairs := quality.held_out.pairs) < FEWEST_HELD_OUT:
+        points = 196 * (0.75 * 0.25 / pairs) ** 0.5
         yield (
-            f"only {_count(pairs, 'held-out pair')} (under {FEWEST_HELD_OUT}): an accuracy of 75 % is known to"
-            f" {_percent(1.96 * (0.75 * 0.25 / pairs) ** 0.5)} either way; type a larger data.validation_fraction= or"
-            " data.validation_pairs="
+            f"only {_count(pairs, 'held-out pair')} (under {FEWEST_HELD_OUT}): an accuracy of 75 % is known to {points:.0f}"
+            " points either way; type a larger data.validation_fraction= or data.validation_pairs="
         )
     for name, side in (("training", quality.train), ("held-out", quality.held_out)):
         if side.pairs > 1 and side.most_of_a_prompt > ONE_PROMPT * side.pairs:
             yield (
-                f"one prompt has {_percent(side.most_of_a_prompt / side.pairs)} of the {name} pairs (over {_percent(ONE_PROMPT)}), which"
-                " are alike: what is learned or measured is learned or measured there; give more prompts"
+                f"one prompt has {_percent(side.most_of_a_prompt / side.pairs)} of the {name} pairs (over"
+                f" {_percent(ONE_PROMPT)}), and pairs of one prompt are alike: give rows of more prompts, or count on less"
             )
 
 
 def _on_rows(quality: Quality) -> Iterator[str]:
     dropped = {what: count for what, count in quality.counts.items() if what.startswith("dropped: ") and count}
-    rows = quality.counts.get("rows", 0)
-    if sum(dropped.values()) > DROPPED * rows > 0:
+    rows, total = quality.counts.get("rows", 0), sum(dropped.values())
+    if total > DROPPED * rows > 0:
         most = max(dropped, key=dropped.__getitem__)
         yield (
-            f"{_percent(sum(dropped.values()) / rows)} of the rows are dropped (over {_percent(DROPPED)}), most of them as"
+            f"{_percent(total / rows)} of the rows are dropped (over {_percent(DROPPED)}), most of them as"
             f" '{most.removeprefix('dropped: ')}'; look at the rows"
         )
     if inside := quality.train.special_inside + quality.held_out.special_inside:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -212,7 +213,7 @@ def _pass_over(table: PairTable, special: np.ndarray) -> tuple[np.ndarray, np.nd
     hashes, specials = np.zeros(lengths.shape, np.uint64), np.zeros(lengths.shape, np.int64)
     block_of = np.cumsum(table.sizes, dtype=np.int64) // BLOCK
     borders = [0, *(np.flatnonzero(np.diff(block_of)) + 1).tolist(), len(table)]
-    for first, end in zip(borders[:-1], borders[1:], strict=True):
+    for first, end in pairwise(borders):
         block = lengths[first:end].ravel()
         sizes = lengths[first:end].sum(1)
         starts = np.cumsum(block) - block  # of each part, in the block

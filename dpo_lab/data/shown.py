@@ -10,8 +10,12 @@ from dpo_lab.core.table import PairTable
 from dpo_lab.data.tokenize import Encoder
 
 SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-OPEN, CLOSE, CUT = "⟦", "⟧", "✂"  # around a special token; where tokens are missing
-LEGEND = f"␣ a space, ⏎ a line break, ⇥ a tab, {OPEN}...{CLOSE} a special token, {CUT} cut here"
+SPECIAL, PIECE, CUT = "⟦⟧", "‹›", "✂"  # around a special token, around a piece of a character; where tokens are missing
+LEGEND = (
+    f"␣ a space, ⏎ a line break, ⇥ a tab, {'...'.join(SPECIAL)} a special token, {'...'.join(PIECE)} a piece of a character as"
+    f" the vocabulary writes it, {CUT} cut here"
+)
+OURS = {*SIGNS.values(), *SPECIAL, *PIECE, CUT}
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def _seen(character: str, blanks: bool) -> str:
         return SIGNS[character]
     if character == " ":
         return character
-    if unicodedata.category(character)[0] in "CZ" or character in (*SIGNS.values(), OPEN, CLOSE, CUT):
+    if unicodedata.category(character)[0] in "CZ" or character in OURS:
         code = ord(character)
         return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
     return character
@@ -91,11 +95,10 @@ def _text(number: int, encoder: Encoder) -> str:
     tokenizer = encoder.tokenizer
     name = visible(str(tokenizer.convert_ids_to_tokens(number)))
     if number in encoder.special_ids:
-        return f"{OPEN}{name}{CLOSE}"
-    before = encoder.anchor
+        return name.join(SPECIAL)
     alone, both = (
         str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for ids in (before, [*before, number])
+        for ids in (encoder.anchor, [*encoder.anchor, number])
     )
     added = both.removeprefix(alone)
-    return visible(added) if both.startswith(alone) and added and "\ufffd" not in added else name
+    return visible(added) if both.startswith(alone) and added and "\ufffd" not in added else name.join(PIECE)

@@ -66,7 +66,9 @@ class Encoder:
 
     def cut(self, prompt: Any, response: Any, last: Any) -> np.ndarray:
         """Which responses were truncated, by the number of tokens of prompt and response and the response's last token."""
-        return np.isin(last, self.end_ids, invert=True) if self.ends else np.asarray(prompt + response >= self.max_length)
+        return (
+            np.isin(last, self.end_ids, invert=True) if self.ends else np.asarray(prompt + response >= self.max_length)
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -59,16 +59,19 @@ def _responses(axis: Any, quality: Quality) -> None:
 
 
 def _difference(axis: Any, quality: Quality) -> None:
-    edges = quality.bins["difference"]
-    for side, mask in (("chosen", lambda e: e > 0), ("rejected", lambda e: e < 0)):
-        counts = [c if mask(a + b - 1) else 0 for c, a, b in zip(quality.train.differences, edges, edges[1:], strict=False)]
-        hatch = "" if side == "chosen" else "///"
-        axis.stairs(counts, edges, fill=not hatch, hatch=hatch, color=COLOURS[side], label=f"{side} is longer")
-    middle = [c if a + b == 1 else 0 for c, a, b in zip(quality.train.differences, edges, edges[1:], strict=False)]
-    axis.stairs(middle, edges, fill=True, color="#999999", label="about as long")
-    share = interval(quality.train.chosen_longer)
-    axis.set(title=f"Chosen is longer in {share}, a tie half (train)", xlabel="tokens of chosen less rejected")
-    axis.set_ylabel("pairs")
+    edges, counts = quality.bins["difference"], quality.train.differences
+    middle = len(counts) // 2  # the bin around 0
+    for label, colour, hatch, bins in (
+        ("chosen is longer", COLOURS["chosen"], "", range(middle + 1, len(counts))),
+        ("rejected is longer", COLOURS["rejected"], "///", range(middle)),
+        ("about as long", "#999999", "", [middle]),
+    ):
+        shown = [count if i in bins else 0 for i, count in enumerate(counts)]
+        axis.stairs(shown, edges, fill=not hatch, hatch=hatch, color=colour, label=label)
+    told = interval(quality.train.chosen_longer)
+    axis.set(
+        title=f"Chosen is longer in {told}, a tie half (train)", xlabel="tokens of chosen less rejected", ylabel="pairs"
+    )
     axis.legend(frameon=False)
 
 

@@ -28,7 +28,8 @@ th:first-child, td:first-child { text-align: left; font-weight: normal; }
 .tokens { font-family: ui-monospace, monospace; font-size: .85rem; line-height: 1.9; overflow-wrap: anywhere; margin: 0; }
 .tokens span { background: var(--chip); border-radius: 3px; padding: 1px 2px; }
 .prompt span { color: var(--dim); }
-.chosen span { color: var(--chosen); border-bottom: 2px solid; } .rejected span { color: var(--rejected); border-bottom: 2px dashed; }
+.chosen span { color: var(--chosen); border-bottom: 2px solid; }
+.rejected span { color: var(--rejected); border-bottom: 2px dashed; }
 .tokens .special { outline: 1px solid; font-weight: bold; } .tokens .cut { color: var(--ink); border: 0; font-weight: bold; }
 @media print { body { max-width: none; margin: 0; font-size: 10pt; } section, table { break-inside: avoid; }
   .tokens span { background: none; } }

@@ -8,7 +8,12 @@ from dpo_lab.data.quality import PARTS, Margins, Quality, Side
 from dpo_lab.inspection.look import Look
 from dpo_lab.results.estimates import Estimate
 
-USUAL = ("bad row", "duplicate", "identical sides", "identical after truncation")  # why rows are dropped, shown when none is
+USUAL = (
+    "bad row",
+    "duplicate",
+    "identical sides",
+    "identical after truncation",
+)  # why rows are dropped, shown when none is
 Cells = tuple[str, ...]
 
 
@@ -67,7 +72,10 @@ def _findings(quality: Quality) -> Table:
         if any(margins(side) for side in sides):
             rows += [
                 row(f"{what}: pairs where known", lambda s, of=margins: f"{m.known:,}" if (m := of(s)) else "0"),
-                row(f"{what}: chosen less rejected, mean", lambda s, of=margins: f"{m.mean:+.3g}" if (m := of(s)) else ""),
+                row(
+                    f"{what}: chosen less rejected, mean",
+                    lambda s, of=margins: f"{m.mean:+.3g}" if (m := of(s)) else "",
+                ),
                 row(f"{what}: median", lambda s, of=margins: f"{m.median:+.3g}" if (m := of(s)) else ""),
                 row(f"{what}: against the label", lambda s, of=margins: share(m.negative) if (m := of(s)) else ""),
                 row(f"{what}: equal", lambda s, of=margins: share(m.zero) if (m := of(s)) else ""),

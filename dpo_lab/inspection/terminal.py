@@ -12,7 +12,11 @@ from dpo_lab.inspection.tables import Table, tables
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 MARKS = {"prompt": ".", "chosen": "+", "rejected": "-"}
-STYLES = {"prompt": "dim", "chosen": "#009e73", "rejected": "#d55e00"}  # Okabe and Ito's, told apart by the colour-blind
+STYLES = {
+    "prompt": "dim",
+    "chosen": "#009e73",
+    "rejected": "#d55e00",
+}  # Okabe and Ito's, told apart by the colour-blind
 SPECIAL = " bold reverse"
 MARGIN = 4
 
