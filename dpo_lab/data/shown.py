@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpo_lab.core.pairs import Tokens
 from dpo_lab.core.table import PairTable
 from dpo_lab.data.tokenize import Encoder
 
@@ -86,7 +86,7 @@ def _seen(character: str, blanks: bool) -> str:
     return character
 
 
-def _tokens(ids: Sequence[int], encoder: Encoder) -> list[Token]:
+def _tokens(ids: Tokens, encoder: Encoder) -> list[Token]:
     return [Token(_text(int(number), encoder), int(number) in encoder.special_ids) for number in ids]
 
 

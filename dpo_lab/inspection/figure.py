@@ -31,8 +31,10 @@ def _drawn(quality: Quality, title: str, ink: str, **how: Any) -> bytes:
     from matplotlib.figure import Figure
 
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
-    settings = {"svg.hashsalt": MADE_BY, "svg.fonttype": "path", "font.size": 9, **dict.fromkeys(inked, ink)}
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **settings}):
+    settings: Any = {"svg.hashsalt": MADE_BY, "svg.fonttype": "path", "font.size": 9, **dict.fromkeys(inked, ink)}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(settings)
         figure = Figure(figsize=(11, 7), layout="constrained")
         (responses, difference), (prompts, counts) = figure.subplots(2, 2)
         if title:
