@@ -18,7 +18,8 @@ def target(path: str | None) -> Path | None:
     if path is None:
         return None
     try:
-        if not (file := Path(path)).exists():
+        (file := Path(path)).parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
             return file
         with file.open("rb") as there:
             if MADE_BY.encode() in there.read(HEAD):
@@ -33,7 +34,6 @@ def write(look: Look, file: Path) -> None:
     content = page(look).encode() if file.suffix == ".html" else png(look.quality, look.source)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(content)
         os.replace(beside, file)
     except OSError as error:
