@@ -144,7 +144,7 @@ def test_the_page_runs_nothing_loads_nothing_and_shows_all(folder):
     assert str(policy).startswith("default-src 'none'")
     assert "url(http" not in first.decode()
     text = "".join(page.words)
-    for needle in ("Pairs, token by token", "held-out rejected", "hostile.jsonl:1", "⟦<|end|>⟧"):
+    for needle in ("Pairs, token by token", "held-out rejected", "hostile.jsonl:", "⟦<|end|>⟧"):
         assert needle in text
     assert "evil" not in "".join(str(a) for _, a in page.tags)
     assert ACTS.search(text.replace("\t", "")) is None
