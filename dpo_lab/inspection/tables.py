@@ -66,7 +66,7 @@ def _findings(quality: Quality) -> Table:
         row("responses with special tokens inside", lambda s: f"{s.special_inside:,}"),
         row("chosen is longer, a tie half (95 % interval)", lambda s: interval(s.chosen_longer)),
         row("chosen is as long as rejected", lambda s: share(s.same_length)),
-        row("chosen less rejected, mean tokens", lambda s: f"{s.difference:+.1f}"),
+        row("chosen less rejected, mean tokens", lambda s: f"{s.difference:+z.1f}"),
     ]
     for what, margins in (("scores", _scores), ("truth", _truth)):
         if any(margins(side) for side in sides):
