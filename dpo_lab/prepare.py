@@ -80,7 +80,7 @@ def load_pairs(config: RunConfig, encoder: Encoder, respondent: Policy | None, c
     def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
         assert respondent is not None
         seed = derive_seed(config.seed, stream)
-        return responses(respondent, encoder, prompts, world.max_new_tokens, seed, cache, world.whole)
+        return responses(respondent, encoder, prompts, world.max_new_tokens, seed, cache)
 
     return config.data.from_world(config.seed, annotated, encoder)
 
@@ -136,15 +136,18 @@ def tokenizer_of(config: RunConfig, cache: Path) -> PreTrainedTokenizerBase:
 
 
 def responses(
-    policy: Policy, encoder: Encoder, prompts: Sequence[str], max_new_tokens: int, seed: int, cache: Path, whole: bool
+    policy: Policy, encoder: Encoder, prompts: Sequence[str], max_new_tokens: int, seed: int, cache: Path
 ) -> list[str | None]:
-    """A response of the policy to each prompt, kept by content. None where it did not stop by itself, or, not `whole`, did."""
-    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, whole, "format 3"])
+    """A response of the policy to each prompt, kept by content.
+
+    None where one did not stop by itself; where no response `ends` (see Encoder), None where one did.
+    """
+    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, encoder.ends, "format 3"])
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
     def make(path: Path) -> None:
         ids = [encoder.prompt(prompt) for prompt in prompts]
         samples = respond(policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="World responses")
-        path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped is whole else None for s in samples]))
+        path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped is encoder.ends else None for s in samples]))
 
     return json.loads(once(cache / f"responses-{digest}.json", make).read_text())

@@ -1,123 +1,19 @@
-"""Pairs from a file to token ids: bad rows named by line, drops counted, ids and truncation as stated."""
+"""Pairs of text to token ids: joined as tokens, truncated as stated, begun and ended once; collated without padding."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from dpo_lab.data.jsonl import BadRow, OnBadRow, read_pairs
 
 from dpo_lab.core.pairs import EncodedPair, Pair
 from dpo_lab.data.collate import collate
-from dpo_lab.data.sources import Data
 from dpo_lab.data.splits import TRAIN
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.embedded import Embedded
 from dpo_lab.models.tokenizer import train_tokenizer
-from tests.conftest import REPOSITORY
-
-GOOD = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-
-
-def written(path: Path, *lines: bytes | dict) -> Path:
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
-    return path
-
-
-def read(path: Path, on_bad_row: OnBadRow = OnBadRow.error) -> tuple[list[Pair], Counter]:
-    counts: Counter[str] = Counter()
-    return read_pairs(path, on_bad_row, counts), counts
-
-
-BAD = [
-    (b'{"prompt": "x", "chosen": ', "not JSON"),
-    (b"[1, 2]", "not an object"),
-    ({"prompt": "x", "chosen": "y"}, "field 'rejected' is missing"),
-    (GOOD | {"chosen": None}, "field 'chosen' is NoneType"),
-    (GOOD | {"rejected": 3}, "field 'rejected' is int"),
-    (GOOD | {"prompt": ["x"]}, "field 'prompt' is list"),
-    (GOOD | {"chosen": "  "}, "field 'chosen' is empty"),
-    (b'{"prompt": "\xff"}', "not UTF-8 at byte 12"),
-]
-
-
-@pytest.mark.parametrize(("row", "what"), BAD)
-def test_bad_rows_are_named_by_line_and_field(row, what, tmp_path):
-    path = written(tmp_path / "pairs.jsonl", GOOD, b"", row, GOOD)
-    with pytest.raises(BadRow) as error:
-        read(path)
-    assert f"{path}:3: {what}" in str(error.value)
-    assert "data.on_bad_row=skip" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_bad_rows_can_be_skipped_and_are_counted(tmp_path):
-    other = GOOD | {"prompt": "q"}
-    pairs, counts = read(written(tmp_path / "x", GOOD, *(row for row, _ in BAD), other), OnBadRow.skip)
-    assert pairs == [Pair("p", "good", "bad"), Pair("q", "good", "bad")]
-    assert counts["dropped: bad row"] == len(BAD)
-    assert counts["rows"] == len(BAD) + 2
-
-
-def test_a_byte_order_mark_is_accepted(tmp_path):
-    assert len(read(written(tmp_path / "x", b"\xef\xbb\xbf" + json.dumps(GOOD).encode()))[0]) == 1
-
-
-def test_identical_sides_and_duplicates_are_dropped_and_counted(tmp_path):
-    pairs, counts = read(written(tmp_path / "x", GOOD, GOOD | {"rejected": "good"}, GOOD))
-    assert len(pairs) == 1
-    assert counts == {"rows": 3, "dropped: identical sides": 1, "dropped: duplicate": 1}
-
-
-def test_a_missing_file_names_the_key(tmp_path):
-    with pytest.raises(BadRow, match="data.path="):
-        read(tmp_path / "nowhere.jsonl")
-
-
-def no_world(prompts, stream):
-    raise AssertionError("a file needs no samples")
-
-
-def test_no_prompt_stands_on_both_sides(tmp_path):
-    rows = [{"prompt": f"p{i % 40}", "chosen": f"a{i}", "rejected": "b"} for i in range(200)]
-    path = written(tmp_path / "x", *rows)
-    splits = Data(path=str(path), validation_fraction=0.3).load(0, no_world)
-    train, held_out = ({p.prompt for p in pairs} for pairs in (splits.train, splits.held_out))
-    assert train & held_out == set()
-    assert len(splits.train) + len(splits.held_out) == 200
-    assert splits.counts["held-out pairs"] == len(splits.held_out) > 0
-
-
-def test_an_empty_split_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no (train|held-out) pair is left"):
-        Data(path=str(written(tmp_path / "x", GOOD))).load(0, no_world)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"pairs": 0},
-        {"batch_size": 0},
-        {"num_workers": -1},
-        {"validation_fraction": 1.0},
-        {"max_prompt_length": 600},
-        {"tokens_per_microbatch": 0},
-        {"path": ""},
-    ],
-)
-def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match=f"data.{next(iter(settings))}"):
-        Data(**settings)
-
-
-def test_real_human_pairs_read():
-    path = REPOSITORY.parent / "shared" / "data" / "llmbar.jsonl"
-    if not path.exists():
-        pytest.skip("the shared preference data is not beside this checkout")
-    pairs, counts = read(path)
-    assert counts["rows"] == len(pairs) == 419
+from tests.templates import ids_of as ids_by_hand
+from tests.templates import tokenizer_of, words_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +73,60 @@ def test_sides_that_truncation_made_equal_are_dropped_and_counted(tokenizer):
     assert counts["dropped: identical after truncation"] == 1
 
 
-def test_without_a_begin_token_an_empty_prompt_gets_the_end_token():
-    plain = train_tokenizer(["the plot was good"], 300)
-    plain.bos_token = None
-    ((first, second), _) = encoded(plain, Pair("", "a", "b"), Pair("the", "a", "b"))
-    assert first.prompt == [plain.eos_token_id]
-    assert second.prompt == ids_of(plain, "the")
+def test_a_text_begins_as_its_tokenizer_begins_it():
+    """A begin token that the tokenizer knows of and does not put there is not put there."""
+    plain, begins, chatml = (Encoder(tokenizer_of(name), 64, 32) for name in ("plain", "begins", "chatml"))
+    assert plain.prompt("the") == ids_by_hand("plain", "the")
+    assert begins.prompt("the") == ids_by_hand("begins", "<s>the")
+    chatml.tokenizer.bos_token = "<|im_start|>"
+    assert chatml.prompt("the") == ids_by_hand("chatml", "the")
+    assert chatml.prompt("") == ids_by_hand("chatml", "<|im_start|>")  # a response is predicted from something
+    assert plain.prompt("") == ids_by_hand("plain", "<|end|>")
+
+
+def test_an_end_token_in_the_text_is_not_doubled():
+    encoder = Encoder(tokenizer_of("plain"), 64, 32)
+    assert encoder.response("yes<|end|>", [1]) == encoder.response("yes", [1]) == ids_by_hand("plain", "yes<|end|>")
+
+
+def test_without_ends_no_response_has_one():
+    cut = Encoder(tokenizer_of("plain"), 64, 32, ends=False)
+    counts: Counter[str] = Counter()
+    (pair,) = cut.pairs([Pair("a", " b", " c")], counts)
+    assert (pair.chosen, pair.rejected) == (ids_by_hand("plain", " b"), ids_by_hand("plain", " c"))
+    assert counts["responses truncated"] == 0
+
+
+def test_where_a_text_starts_otherwise_a_response_is_what_follows_the_prompt():
+    """SentencePiece marks a text's first word: alone, ' b' would begin with a mark too many."""
+    tokenizer = words_tokenizer(["a", "b", "c"])
+    counts: Counter[str] = Counter()
+    (pair,) = Encoder(tokenizer, 64, 32).pairs([Pair("a b", " c", " a c")], counts)
+    assert tokenizer.convert_ids_to_tokens(pair.prompt) == ["▁a", "▁b"]
+    assert tokenizer.convert_ids_to_tokens(pair.chosen) == ["▁c", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(pair.rejected) == ["▁a", "▁c", "</s>"]
+    assert tokenizer.tokenize(" c") == ["▁", "▁c"]
+
+
+def test_the_fingerprint_tells_what_changes_ids():
+    def fingerprint(change=lambda tokenizer: None, **lengths) -> str:
+        tokenizer = tokenizer_of("chatml")
+        change(tokenizer)
+        return Encoder(tokenizer, **({"max_length": 64, "max_prompt_length": 32} | lengths)).fingerprint
+
+    def template(tokenizer):
+        tokenizer.chat_template += " "
+
+    def end(tokenizer):
+        tokenizer.eos_token = "<|im_start|>"
+
+    def word(tokenizer):
+        tokenizer.add_tokens(["new"])
+
+    changed = [fingerprint(template), fingerprint(end), fingerprint(word), fingerprint(max_length=65)]
+    changed += [fingerprint(max_prompt_length=33), fingerprint(ends=False)]
+    assert fingerprint() == fingerprint()
+    assert len({fingerprint(), *changed}) == 7
 
 
 def test_any_text_survives(tokenizer):

@@ -5,6 +5,7 @@ The logic is tested on made-up texts. What reads the real ones is marked `imdb`;
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from importlib.util import find_spec
@@ -112,12 +113,12 @@ def test_cut_responses_are_taught_no_end(policy):
 
 
 def test_responses_are_those_that_were_cut(policy, monkeypatch, tmp_path):
-    encoder = Encoder(policy.tokenizer, 64, 32)
-    ids = encoder._ids(" was good")
-    samples = [Sample((*ids, encoder.eos_id), stopped=True), Sample(tuple(ids), stopped=False)]
+    whole, cut = (Encoder(policy.tokenizer, 64, 32, ends) for ends in (True, False))
+    ids = policy.tokenizer(" was good", add_special_tokens=False)["input_ids"]
+    samples = [Sample((*ids, whole.eos_id), stopped=True), Sample(tuple(ids), stopped=False)]
     monkeypatch.setattr("dpo_lab.prepare.respond", lambda *a, **k: samples)
-    assert responses(policy, encoder, ["a", "b"], 9, 0, tmp_path, whole=False) == [None, " was good"]
-    assert responses(policy, encoder, ["a", "b"], 9, 0, tmp_path, whole=True) == [" was good", None]
+    assert responses(policy, cut, ["a", "b"], 9, 0, tmp_path) == [None, " was good"]
+    assert responses(policy, whole, ["a", "b"], 9, 0, tmp_path) == [" was good", None]
 
 
 def test_supervised_fine_tuning_teaches_no_end_to_cut_texts(policy, monkeypatch):
@@ -185,8 +186,8 @@ def test_the_lexicon_tells_good_from_bad():
 @pytest.mark.imdb
 @needs_policy
 def test_a_real_run_by_the_door(tmp_path):
-    few = "data.pairs=10 data.validation_pairs=4 data.batch_size=2 trainer.max_steps=3 trainer.val_check_interval=3"
-    sizes = "evals.samples=8 evals.texts=4 data.world.max_new_tokens=8 trainer.log_every_n_steps=1"
+    few = "data.pairs=6 data.validation_pairs=3 data.batch_size=2 trainer.max_steps=2 trainer.val_check_interval=2"
+    sizes = "evals.samples=8 evals.texts=3 data.world.max_new_tokens=8 trainer.log_every_n_steps=1"
     choice = "policy=smollm2_135m policy.rank=4 optim=lora data=imdb_sentiment"
     result = python_m("dpo_lab.train", *f"{choice} {few} {sizes}".split(), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -195,9 +196,41 @@ def test_a_real_run_by_the_door(tmp_path):
     assert record["step_zero_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert record["config"]["data"]["world"]["kind"] == "imdb"
     for name in ("gold", "initial/gold", "gold_gain", "win_rate", "kl", "perplexity", "initial/perplexity"):
-        assert record["metrics"][name]["n"] in (4, 8)
+        assert record["metrics"][name]["n"] in (3, 8)
         assert record["metrics"][name]["se"] > 0
     assert "well_formed" not in record["metrics"]
     assert record["metrics"]["initial/length"]["value"] <= 8
     assert "before and after" in result.stdout
     assert all(sample["initial"] and sample["trained"] for sample in record["samples"])
+
+
+@pytest.mark.imdb
+@needs_policy
+@pytest.mark.parametrize("adapters", [True, False])
+def test_a_real_model_on_chats_of_a_file(adapters, tmp_path):
+    """By the door: the model's own template, step 0 at ln 2, samples that answer, a policy that loads again."""
+    chats = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {i} plus one?"}],
+            "chosen": [{"role": "assistant", "content": f"It is {i + 1}."}],
+            "rejected": [{"role": "assistant", "content": f"{i} plus one is a number, and numbers are many."}],
+        }
+        for i in range(14)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    few = "data.batch_size=2 trainer.max_steps=3 trainer.val_check_interval=3 trainer.log_every_n_steps=1"
+    sizes = "data.validation_fraction=0.3 evals.samples=2 evals.texts=2 evals.max_new_tokens=8"
+    choice = "policy.rank=4 optim=lora reference=adapter_off" if adapters else "optim.lr=1e-5"
+    command = f"policy=smollm2_135m {choice} data.path=chats.jsonl {few} {sizes}"
+    result = python_m("dpo_lab.train", *command.split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("run.json"))
+    record = runs.read_record(folder)
+    assert record["step_zero_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert record["metrics"]["kl"]["value"] != 0
+    shown = record["samples"][0]["prompt"]
+    assert shown.startswith("<|im_start|>system\n")  # the template's own system message
+    assert shown.endswith(" plus one?<|im_end|>\n<|im_start|>assistant\n")
+    assert (folder / "policy" / ("adapter_model.safetensors" if adapters else "model.safetensors")).exists()
+    tokenizer = Pretrained(path=str(folder / "policy")).tokenizer()
+    assert tokenizer.chat_template

@@ -53,7 +53,8 @@ class Chat:
 
     def until_turn_end(self, answer: str) -> str:
         """An answer as rendered, up to and including the token that ends its turn."""
-        return answer.removesuffix(self._after_answer) + self.turn_end if self._after_answer else answer
+        after = self._after_answer
+        return answer.removesuffix(after) + self.turn_end if after and answer.endswith(after) else answer
 
     @cached_property
     def turn_end(self) -> str:

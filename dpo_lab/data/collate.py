@@ -20,8 +20,10 @@ def collate(pairs: Sequence[EncodedPair]) -> PairBatch:
     return PairBatch(
         keys=[p.key for p in pairs],
         tokens=torch.from_numpy(flat([part for p in pairs for part in (p.prompt, p.chosen, p.rejected)])).long(),
-        lengths=torch.tensor([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs]),
-        flipped=torch.tensor([p.flipped for p in pairs]),
+        lengths=torch.tensor([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs], dtype=torch.long).view(
+            -1, 3
+        ),
+        flipped=torch.tensor([p.flipped for p in pairs], dtype=torch.bool),
         gold_margin=torch.tensor([p.gold_margin for p in pairs]),
     )
 

@@ -87,7 +87,11 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self._rank_and_world_size()
-        return DataLoader(self.held_out[rank::world_size], batch_size=64, collate_fn=collate)  # type: ignore[arg-type]
+        mine = range(rank, len(self.held_out), world_size)
+        batches = [mine[start : start + 64] for start in range(0, len(mine), 64)]
+        if len(self.held_out) and not batches:
+            batches = [range(0)]  # a rank without pairs still takes part when the others add theirs up
+        return DataLoader(self.held_out, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -75,7 +75,7 @@ def parse(row: Any) -> Mapping[str, Any]:
     """A row as an object. Raises ValueError where it is none."""
     if isinstance(row, bytes):
         try:
-            row = json.loads(row.decode("utf-8"))
+            row = json.loads(row.rstrip().decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
         except json.JSONDecodeError as error:
@@ -167,9 +167,10 @@ Read = Iterator[tuple[Sequence[int], Sequence[Any], int]]  # numbers, rows, how 
 
 def _json_lines(file: Path) -> Read:
     with file.open("rb") as raw:
+        text = _plain(file, raw)  # held, since one that is let go may close the file under it
         numbers: list[int] = []
         lines: list[bytes] = []
-        for number, line in enumerate(_plain(file, raw), start=1):
+        for number, line in enumerate(text, start=1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 numbers.append(number)

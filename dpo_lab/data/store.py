@@ -132,7 +132,7 @@ def _make(folder: Path, sources: Sequence[Source], encoder: Encoder, bad: BadRow
         "names": names,
         "counts": dict(counts),
     }
-    (folder / "store.json").write_text(json.dumps(record, indent=1))
+    (folder / "store.json").write_text(json.dumps({"checksum": content_hash(record)} | record, indent=1))
 
 
 def _each_once(columns: dict[str, np.ndarray], counts: Counter[str]) -> dict[str, np.ndarray]:
@@ -168,6 +168,8 @@ def _open(folder: Path) -> Store | None:
     """The store, or None, said loudly, where its files are not what their checksums say."""
     try:
         record = json.loads((folder / "store.json").read_text())
+        if record.pop("checksum") != content_hash(record):
+            raise ValueError("store.json has changed")
         for name, file in (("tokens", "tokens.bin"), ("columns", "columns.safetensors")):
             if _digest(folder / file) != record[name]:
                 raise ValueError(f"{file} has changed")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_lab.core.pairs import EncodedPair, Pair, Text, content_hash
-from dpo_lab.data.chat import Chat
+from dpo_lab.data.chat import BadChat, Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,11 +39,11 @@ class Encoder:
     max_prompt_length: int
     ends: bool = True
 
-    @property
+    @cached_property
     def eos_id(self) -> int:
         return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
@@ -143,10 +143,20 @@ class Encoder:
             self._chat.render(_messages(pair.prompt) + _messages(side), pair.tools)
             for side in (pair.chosen, pair.rejected)
         ]
-        common = prompt if all(whole.startswith(prompt) for whole in wholes) else _common(prompt, *wholes)
-        counts["prompts that the chat template ends otherwise before an answer"] += len(common) < len(prompt)
-        chosen, rejected = (self._chat.until_turn_end(whole[len(common) :]) for whole in wholes)
-        return common, chosen, rejected
+        if not all(whole.startswith(prompt) for whole in wholes):
+            prompt = self._without_opening(pair, prompt, wholes)
+            counts["prompts without the opening of an answer that the chat template takes back"] += 1
+        chosen, rejected = (self._chat.until_turn_end(whole[len(prompt) :]) for whole in wholes)
+        return prompt, chosen, rejected
+
+    def _without_opening(self, pair: Pair, prompt: str, wholes: list[str]) -> str:
+        """The prompt up to where answers and the opening of an answer part: a '<think>' that no answer has, say."""
+        closed = self._chat.render(_messages(pair.prompt), pair.tools)
+        if not all(whole.startswith(closed) for whole in wholes):
+            raise BadChat(
+                "the chat template writes the prompt otherwise once it is answered; type another policy.chat_template="
+            )
+        return _common(prompt, *wholes)
 
     @cached_property
     def _chat(self) -> Chat:

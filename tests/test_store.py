@@ -1,0 +1,194 @@
+"""The store: each pair once, in order; contradictions found; kept by content; mended when damaged; the same by many hands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_lab.data import encode, rows
+from dpo_lab.data.chat import NoTemplate
+from dpo_lab.data.formats import Pick, Shape
+from dpo_lab.data.rows import BadData, open_rows
+from dpo_lab.data.store import BadRows, Store, stored
+from dpo_lab.data.tokenize import Encoder
+from tests.conftest import REPOSITORY
+from tests.templates import ids_of, tokenizer_of
+
+STRICT, LENIENT = BadRows(skip=False, most=0.1), BadRows(skip=True, most=0.5)
+
+
+def row(i: int, chosen: str = " good", rejected: str = " bad") -> dict:
+    return {"prompt": f"p{i}", "chosen": chosen, "rejected": rejected}
+
+
+def written(path: Path, *lines: dict | bytes) -> Path:
+    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
+    return path
+
+
+def store_of(cache: Path, *paths: Path, bad: BadRows = STRICT, shape: Shape | None = None, **settings) -> Store:
+    encoder = Encoder(tokenizer_of(settings.pop("family", "plain")), 64, 32)
+    sources = [(open_rows(str(path), None, None, None), shape or Shape()) for path in paths]
+    return stored(sources, encoder, bad, settings.pop("workers", 1), cache)
+
+
+def contents(store: Store) -> list[tuple]:
+    return [
+        (pair.key, *(list(map(int, part)) for part in (pair.prompt, pair.chosen, pair.rejected)), store.where(i))
+        for i, pair in enumerate(store.table)
+    ]
+
+
+def test_pairs_lie_there_in_order_with_their_places(tmp_path):
+    a = written(tmp_path / "a.jsonl", row(1), b"", row(2, " yes"))
+    b = written(tmp_path / "b.jsonl", row(3))
+    store = store_of(tmp_path / "cache", a, b)
+    end = "<|end|>"
+    expected = [("p1", " good", a, 1), ("p2", " yes", a, 3), ("p3", " good", b, 1)]
+    assert [found[1:] for found in contents(store)] == [
+        (*(ids_of("plain", text) for text in (prompt, chosen + end, " bad" + end)), f"{path}:{line}")
+        for prompt, chosen, path, line in expected
+    ]
+    assert store.sources.tolist() == [0, 0, 1]
+    assert store.counts["rows"] == 3
+
+
+def test_repeated_pairs_stand_once_and_the_first_one_stays(tmp_path):
+    path = written(tmp_path / "x", row(1), row(2), row(1), row(3), row(2))
+    store = store_of(tmp_path, path)
+    assert [store.where(i).rpartition(":")[2] for i in range(3)] == ["1", "2", "4"]
+    assert (len(store.table), store.counts["dropped: duplicate"]) == (3, 2)
+    assert [pair.prompt.tolist() for pair in store.table] == [ids_of("plain", f"p{i}") for i in (1, 2, 3)]
+
+
+def test_pairs_that_say_the_contrary_know_each_other(tmp_path):
+    turned = row(2, " bad", " good")
+    store = store_of(tmp_path, written(tmp_path / "x", row(1), row(2), row(3), turned, row(4, " bad", " good")))
+    assert store.opposite.tolist() == [-1, 3, -1, 1, -1]  # another prompt is another matter
+
+
+def test_a_bad_row_stops_it_and_leaves_nothing_behind(tmp_path):
+    path = written(tmp_path / "x.jsonl", row(1), {"prompt": "p"}, row(2))
+    with pytest.raises(
+        BadData, match=r"x.jsonl:2: field 'chosen' is missing .*; mend the row, or type data.on_bad_row=skip"
+    ):
+        store_of(tmp_path / "cache", path)
+    assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
+
+
+def test_bad_rows_are_skipped_counted_shown_and_capped(tmp_path, caplog):
+    bad = [b"{", b"[]", {"prompt": "p"}]
+    path = written(tmp_path / "x.jsonl", *bad, *map(row, range(7)))
+    store = store_of(tmp_path / "cache", path, bad=LENIENT)
+    assert (len(store.table), store.counts["dropped: bad row"], store.counts["rows"]) == (7, 3, 10)
+    shown = [record.message for record in caplog.records]
+    assert [line.split("x.jsonl")[1][:3] for line in shown] == [":1:", ":2:", ":3:"]
+    with pytest.raises(
+        BadData, match=r"3 of 10 rows are bad, more than data.max_bad_share=0.2 \(the first: .*x.jsonl:1: not"
+    ):
+        store_of(tmp_path / "cache", path, bad=BadRows(skip=True, most=0.2))
+
+
+def test_nothing_left_is_said(tmp_path):
+    for lines in ([], [row(1, "same", "same")]):
+        with pytest.raises(BadData, match="no pair is left of"):
+            store_of(tmp_path / "cache", written(tmp_path / "x.jsonl", *lines))
+
+
+def test_a_chat_that_the_template_refuses_is_a_bad_row_of_its_line(tmp_path):
+    user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
+    chats = [{"prompt": prompt, "chosen": "c", "rejected": "d"} for prompt in ([user], [system, user], [user, user])]
+    path = written(tmp_path / "x.jsonl", *chats)
+    with pytest.raises(BadData, match=r"x.jsonl:2: the chat template does not take it \(System role not supported\)"):
+        store_of(tmp_path / "cache", path, family="gemma")
+    store = store_of(tmp_path / "cache", path, family="gemma", bad=LENIENT)
+    assert [store.where(i).rpartition(":")[2] for i in range(2)] == ["1", "3"]
+    assert store.counts["dropped: bad row"] == 1
+    with pytest.raises(NoTemplate, match="no chat template"):
+        store_of(tmp_path / "cache", path, bad=LENIENT)
+
+
+def test_it_is_made_once_for_one_content(tmp_path, monkeypatch):
+    path, cache = written(tmp_path / "x", row(1), row(2)), tmp_path / "cache"
+    first = store_of(cache, path)
+    made = []
+    monkeypatch.setattr("dpo_lab.data.store._make", lambda *a: made.append(1))
+    again = store_of(cache, written(tmp_path / "same content", row(1), row(2)))
+    assert contents(again)[0][:4] == contents(first)[0][:4]
+    assert made == []
+    monkeypatch.undo()
+    others = [
+        store_of(cache, written(tmp_path / "y", row(1), row(3))),
+        store_of(cache, path, shape=Shape(pick=Pick.all)),
+        store_of(cache, path, family="begins"),
+        store_of(cache, path, bad=LENIENT),
+    ]
+    assert len(others) == 4
+    assert len(list(cache.glob("pairs-*[!k]"))) == 5
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "columns.safetensors", "store.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_store_is_seen_and_made_anew(name, damage, tmp_path, caplog):
+    path, cache = written(tmp_path / "x", *map(row, range(20))), tmp_path / "cache"
+    whole = contents(store_of(cache, path))
+    (file,) = cache.glob(f"pairs-*/{name}")
+    data = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    assert contents(store_of(cache, path)) == whole
+    assert "reading the pairs again" in caplog.text
+
+
+def test_many_hands_make_the_same(tmp_path, monkeypatch):
+    """Rows in many small chunks, by two processes and by none."""
+    monkeypatch.setattr(rows, "CHUNK", 7)
+    lines: list = [row(i % 90, rejected=f" bad{i % 3}") for i in range(200)]
+    lines[150] = b"{"
+    path = written(tmp_path / "x", *lines)
+    alone = store_of(tmp_path / "a", path, bad=LENIENT, workers=1)
+    together = store_of(tmp_path / "b", path, bad=LENIENT, workers=2)
+    assert len(open_rows(str(path), None, None, None).chunks().__next__().rows) == 7
+    assert contents(together) == contents(alone)
+    assert together.counts == alone.counts
+    assert together.counts["dropped: bad row"] == 1
+    with pytest.raises(BadData, match="x:151: not JSON"):
+        store_of(tmp_path / "c", path, workers=2)
+    assert encode.IN_PROCESS * 7 < 200
+
+
+def test_two_processes_at_once_make_it_once(tmp_path):
+    """One computes and the other waits; both see the same bytes."""
+    path = written(tmp_path / "x", *map(row, range(3000)))
+    program = (
+        "import sys; from pathlib import Path; import tests.test_store as t; import dpo_lab.data.store as s; real = s._make\n"
+        "s._make = lambda *a: (print('made'), real(*a))\n"
+        "store = t.store_of(Path(sys.argv[1]), Path(sys.argv[2])); print(len(store.table), hash(store.table.tokens.tobytes()))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "cache"), str(path)]
+    environment = {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "0", "PATH": ""}
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0].splitlines() for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert sum("made" in lines for lines in printed) == 1
+    assert printed[0][-1] == printed[1][-1]
+    assert printed[0][-1].startswith("3000 ")
+
+
+def test_ratings_come_with_their_margin(tmp_path):
+    rated = {"prompt": "a", "responses": ["x", "y", "z"], "ratings": [1, 4, 2.5]}
+    store = store_of(tmp_path, written(tmp_path / "x", rated), shape=Shape(pick=Pick.all))
+    assert store.table.score_margin.tolist() == [3.0, 1.5, 1.5]
+    assert np.isnan(store.table.gold_margin).all()
+    assert Counter(store.sources.tolist()) == {0: 3}

@@ -1,0 +1,154 @@
+"""Beside TRL (extra [bench]): rows that its DPO trainer reads too become the same ids, or the difference is stated here."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from dpo_lab.core.pairs import EncodedPair
+from dpo_lab.data.formats import Shape
+from dpo_lab.data.splits import TRAIN
+from dpo_lab.data.tokenize import Encoder
+from dpo_lab.data.world.embedded import Embedded
+from dpo_lab.models.tokenizer import train_tokenizer
+from tests.templates import tokenizer_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what packages that the lab does not depend on warn of is theirs
+ROWS = 200
+
+
+@pytest.fixture(scope="module")
+def trl_ids():
+    """trl_ids(rows, tokenizer): (prompt, chosen, rejected) of every row, as DPOTrainer prepares them."""
+    pytest.importorskip("trl", reason="needs pip install -c constraints.txt -e '.[bench]'")
+    datasets = pytest.importorskip("datasets")
+    from trl import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    datasets.disable_progress_bars()
+    config = SimpleNamespace(
+        **{name: getattr(DPOConfig, name, None) for name in ("dataset_num_proc", "truncation_mode")}
+    )
+    config.max_length = None
+
+    def prepared(rows, tokenizer) -> list[tuple[list[int], list[int], list[int]]]:
+        trainer = SimpleNamespace(_tokenizer=tokenizer, _is_vision_dataset=False)
+        data = DPOTrainer._prepare_dataset(trainer, datasets.Dataset.from_list(rows), tokenizer, config, "train")
+        return [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in data]
+
+    return prepared
+
+
+def ours(rows, tokenizer) -> list[EncodedPair]:
+    pairs = [pair for row in rows for pair in Shape().read(row)]
+    return Encoder(tokenizer, 4000, 2000).pairs(pairs, Counter())
+
+
+def reviews(seed: int) -> tuple[random.Random, list[str]]:
+    return random.Random(seed), Embedded().reviews(TRAIN, 3 * ROWS, seed)
+
+
+def text_rows() -> list[dict]:
+    """Prompts that end in a word, a space, a line break, half a word; unicode; empty ones."""
+    rng, texts = reviews(1)
+    ends, starts = ["", " ", "\n", "é", " a", "\nAnswer:"], ["", " ", "\n", "é ", "b", "  "]
+    rows = []
+    for i in range(ROWS):
+        prompt = texts[3 * i] + rng.choice(ends) if i % 20 else ""
+        chosen, rejected = (rng.choice(starts) + texts[3 * i + j] for j in (1, 2))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def chat_rows(explicit: bool, system: bool) -> list[dict]:
+    rng, texts = reviews(2)
+    rows = []
+    for i in range(ROWS):
+        turns = [
+            {"role": ("user", "assistant")[j % 2], "content": rng.choice(texts)} for j in range(rng.choice([1, 3, 5]))
+        ]
+        prompt = [{"role": "system", "content": texts[i]}, *turns] if system else turns
+        sides = [[{"role": "assistant", "content": texts[3 * i + j]}] for j in (1, 2)]
+        row = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+        rows.append(row if explicit else {"chosen": prompt + sides[0], "rejected": prompt + sides[1]})
+    return rows
+
+
+def parts(pair: EncodedPair) -> tuple[list[int], list[int], list[int]]:
+    return list(pair.prompt), list(pair.chosen), list(pair.rejected)
+
+
+@pytest.mark.parametrize("family", ["plain", "begins"])
+def test_text_is_the_same(family, trl_ids):
+    """But for the empty prompt of a tokenizer that begins texts with nothing: a response is predicted from something here."""
+    rows, tokenizer = text_rows(), tokenizer_of(family)
+    theirs = [(prompt or [tokenizer.eos_token_id], *sides) for prompt, *sides in trl_ids(rows, tokenizer)]
+    assert [parts(pair) for pair in ours(rows, tokenizer)] == theirs
+
+
+def test_text_differs_where_a_token_would_lie_across_the_border(trl_ids):
+    """Theirs is the ids of the whole, and what of the prompt does not stand there whole is left out of prompt and loses its
+    place before the response; ours are prompt and response apart. Where no token crosses the border they are the same.
+    """
+    rows = text_rows()
+    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows], 600)
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    crossed = 0
+    for row, pair, (prompt, *sides) in zip(rows, ours(rows, tokenizer), trl_ids(rows, tokenizer), strict=True):
+        assert parts(pair) == (
+            [tokenizer.bos_token_id, *ids(row["prompt"])],
+            [*ids(row["chosen"]), tokenizer.eos_token_id],
+            [*ids(row["rejected"]), tokenizer.eos_token_id],
+        )
+        if all(
+            ids(row["prompt"] + row[side]) == ids(row["prompt"]) + ids(row[side]) for side in ("chosen", "rejected")
+        ):
+            assert (prompt, *sides) == parts(pair)
+        else:
+            crossed += 1
+            whole = [tokenizer.bos_token_id, *ids(row["prompt"] + row["chosen"]), tokenizer.eos_token_id]
+            assert [*prompt, *sides[0]] == whole
+            assert (prompt, *sides) != parts(pair)
+    assert 0 < crossed < ROWS
+
+
+def test_an_implicit_prompt_of_text_ends_at_a_word_here_and_at_a_letter_there(trl_ids):
+    """The same where the sides part at a word's first letter; where two words begin alike, theirs cuts the word."""
+    rng, texts = reviews(3)
+    words = ["good", "great", "bad", "bland", "blue", "odd"]
+    rows = []
+    for text in texts[:ROWS]:
+        first, second = rng.sample(words, 2)
+        rows.append({"chosen": f"{text} It was {first}.", "rejected": f"{text} It was {second} indeed."})
+    tokenizer = tokenizer_of("plain")
+    same = 0
+    for row, pair, (prompt, chosen, rejected) in zip(
+        rows, ours(rows, tokenizer), trl_ids(rows, tokenizer), strict=True
+    ):
+        assert [*pair.prompt, *pair.chosen] == [*prompt, *chosen]
+        assert [*pair.prompt, *pair.rejected] == [*prompt, *rejected]
+        assert tokenizer.decode(pair.prompt).endswith("It was")
+        begin_alike = row["chosen"].split()[-1][0] == row["rejected"].split()[-2][0]
+        assert (list(pair.prompt) == prompt) != begin_alike
+        same += not begin_alike
+    assert 0 < same < ROWS
+
+
+AFTER_TURN = {"chatml": "\n", "llama3": "", "mistral": "", "gemma": "\n"}
+
+
+@pytest.mark.parametrize("family", AFTER_TURN)
+@pytest.mark.parametrize("explicit", [True, False])
+def test_chats_are_the_same_up_to_the_turns_end(family, explicit, trl_ids):
+    """They score what the template writes after the token that ends the turn, too: a line break in ChatML and Gemma. A policy
+    stops before it, so here it is no part of the response.
+    """
+    rows, tokenizer = chat_rows(explicit, system=family in ("chatml", "llama3")), tokenizer_of(family)
+    after = tokenizer(AFTER_TURN[family], add_special_tokens=False)["input_ids"]
+    expected = [
+        (prompt, chosen + after, rejected + after) for prompt, chosen, rejected in map(parts, ours(rows, tokenizer))
+    ]
+    assert expected == trl_ids(rows, tokenizer)
