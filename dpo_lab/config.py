@@ -87,6 +87,21 @@ class RunConfig:
         return isinstance(self.policy, TinyPolicy) and self.data.is_world
 
 
+@dataclass
+class InspectConfig(RunConfig):
+    """A run's settings, to look at its pairs. show: pairs that are printed token by token; page: a file to write, too."""
+
+    show: int = 3
+    page: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.show < 0:
+            raise ValueError(f"show={self.show}: must be 0 or more; type e.g. show=3")
+        if self.page is not None and Path(self.page).suffix not in (".html", ".png"):
+            raise ValueError(f"page={self.page}: must end in .html or .png; type e.g. page=report.html")
+
+
 # What a config may instantiate. Everything else of ours is built from the dataclasses above.
 ALLOWED_TARGETS = frozenset(
     {
@@ -116,6 +131,7 @@ def register() -> None:
     """Put the schemas where conf/*.yaml finds them, and the resolvers that run folders are named with."""
     store = ConfigStore.instance()
     store.store(name="run", group="schema", node=RunConfig)
+    store.store(name="inspect", group="schema", node=InspectConfig)
     for group, schemas in KINDS.items():
         for name, schema in schemas.items():
             store.store(name=name, group=f"schema/{group.replace('.', '/')}", node=schema)

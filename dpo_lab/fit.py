@@ -34,8 +34,6 @@ from dpo_lab.training.step import StepModule
 
 log = logging.getLogger("dpo_lab")
 
-CACHE = Path("outputs/cache")
-
 
 def live(
     config: RunConfig,

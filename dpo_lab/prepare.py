@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_lab.config import ConfigError, RunConfig
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.core.table import PairTable
+from dpo_lab.data.quality import Quality, quality_of
 from dpo_lab.data.sources import Splits
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.models.policy import Policy, PolicyError, Pretrained, Start, TinyPolicy, weights_digest
@@ -49,15 +50,17 @@ class Material:
     held_out: PairTable
     counts: Counter[str]
 
+    def quality(self) -> Quality:
+        return quality_of(self.train, self.held_out, self.counts, self.encoder)
+
 
 def prepare(config: RunConfig, cache: Path, forward: Forward) -> Material:
     """The material of a run. Raises ConfigError where the pairs can't fill a batch."""
-    policy, respondent = _policies(config, cache)
+    policy, respondent = policies(config, cache)
     encoder = encoder_of(config, policy.tokenizer)
-    splits = load_pairs(config, encoder, respondent, cache)
-    train, counts = _with_noise(config, policy, splits.train, cache, forward), splits.counts
-    counts["flipped by label noise"] = int(train.flipped.sum())
-    return _checked(Material(policy, encoder, train, splits.held_out, counts), "pairs", config.data.batch_size)
+    splits = with_noise(config, policy, load_pairs(config, encoder, respondent, cache), cache, forward)
+    material = Material(policy, encoder, splits.train, splits.held_out, splits.counts)
+    return _checked(material, "pairs", config.data.batch_size)
 
 
 def prepare_responses(config: RunConfig, cache: Path) -> Material:
@@ -65,7 +68,7 @@ def prepare_responses(config: RunConfig, cache: Path) -> Material:
 
     Raises ConfigError where the responses can't fill a batch.
     """
-    policy, respondent = _policies(config, cache)
+    policy, respondent = policies(config, cache)
     if config.sft.text_column is not None:
         config = replace(config, data=config.data.as_texts(config.sft.text_column))
     encoder = encoder_of(config, policy.tokenizer)
@@ -104,19 +107,23 @@ def load_pairs(config: RunConfig, encoder: Encoder, respondent: Policy | None, c
     return config.data.from_world(config.seed, annotated, encoder)
 
 
-def _with_noise(config: RunConfig, policy: Policy, train: PairTable, cache: Path, forward: Forward) -> PairTable:
+def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: Path, forward: Forward) -> Splits:
+    """The same with label noise in `train`, and counted. policy: needed where the noise looks at the reference."""
     margins = None
     if config.noise.needs_reference:
+        assert policy is not None
         policy.model.to(forward.device)  # type: ignore[arg-type]
-        reference = cached_logps(policy.model, train, cache, forward.context, config.data.tokens_per_microbatch)
+        reference = cached_logps(policy.model, splits.train, cache, forward.context, config.data.tokens_per_microbatch)
         margins = (reference.rows[:, 0] - reference.rows[:, 1]).double().numpy()
     try:
-        return train.flip(config.noise.flips(train, margins))
+        train = splits.train.flip(config.noise.flips(splits.train, margins))
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    splits.counts["flipped by label noise"] = int(train.flipped.sum())
+    return replace(splits, train=train)
 
 
-def _policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
+def policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
     """Where training starts, and who writes the responses that the world's annotator is shown.
 
     The embedded policy's responses are always its SFT'd self's, so that a run from random weights has the same pairs.
@@ -136,6 +143,18 @@ def _policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
             respondent, _ = initial_policy(replace(config.policy, start=Start.sft), *sft)
     log.info("initial policy: %s, %s parameters", source, f"{policy.model.num_parameters():,}")
     return policy, respondent
+
+
+def tokenizer_of(config: RunConfig, cache: Path) -> PreTrainedTokenizerBase:
+    """The initial policy's tokenizer, without its weights."""
+    if isinstance(config.policy, Pretrained):
+        try:
+            return config.policy.tokenizer()
+        except PolicyError as error:
+            raise ConfigError(str(error)) from error
+    assert isinstance(config.policy, TinyPolicy)
+    untrained = replace(config.policy, start=Start.random)  # its tokenizer is the same
+    return initial_policy(untrained, config.sft, config.data.world, config.seed, cache)[0].tokenizer
 
 
 def responses(

@@ -13,14 +13,16 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from dpo_lab.config import ConfigError, RunConfig, as_record
+from dpo_lab.data.advice import advice
 from dpo_lab.data.collate import collate
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.evals.subject import Subject
-from dpo_lab.fit import CACHE, Clock, fit, forward_of, live, make_trainer, to_tensorboard
+from dpo_lab.fit import Clock, fit, forward_of, live, make_trainer, to_tensorboard
 from dpo_lab.models.policy import Policy, to_train, weights_digest
 from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
+from dpo_lab.results.cache import CACHE
 from dpo_lab.results.card import model_card
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.summary import print_summary
@@ -53,8 +55,12 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
     clock = Clock()
     trainer = make_trainer(config, plain, held.folder)
     material = prepare(config, CACHE, forward_of(trainer))
+    quality = material.quality()
+    for line in advice(quality):
+        log.warning("data: %s", line)
     held.update(
         data=dict(material.counts),
+        data_quality=quality.as_record(),
         initial_policy=weights_digest(material.initial.model),
         seconds=clock.lap("prepare"),
     )

@@ -21,10 +21,11 @@ from rich.console import Console
 from dpo_lab.config import ConfigError, RunConfig, as_record
 from dpo_lab.core.noise import Symmetric
 from dpo_lab.evals.held_out import held_out_loss
-from dpo_lab.fit import CACHE, Clock, fit, forward_of, live, make_trainer, set_up, to_tensorboard
+from dpo_lab.fit import Clock, fit, forward_of, live, make_trainer, set_up, to_tensorboard
 from dpo_lab.models.policy import Policy, Pretrained, TinyPolicy, to_train, weights_digest
 from dpo_lab.prepare import Material, prepare_responses
 from dpo_lab.results import runs
+from dpo_lab.results.cache import CACHE
 from dpo_lab.results.card import model_card
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.summary import print_summary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import pytest
 
@@ -81,15 +80,16 @@ def test_a_sweep_is_measured_on_the_pairs_of_the_mix(tmp_path, monkeypatch):
     monkeypatch.setattr(end_to_end, "FOLDER", tmp_path / "material")
     held_out = end_to_end.make_material("small", "short", 16)
     data = Data(path=str(tmp_path / "material" / "all.jsonl"), validation_fraction=end_to_end.VALIDATION)
-    splits = data.load(0, lambda prompts, stream: [])
+    tokenizer = load_policy(tmp_path / "material" / "policy").tokenizer
+    splits = data.choose(data.store(Encoder(tokenizer, LONGEST, LONGEST - 256), tmp_path / "cache"))
     for name, pairs, count in (("train", splits.train, 16), ("held-out", splits.held_out, held_out)):
         rows = (tmp_path / "material" / f"{name}.jsonl").read_text().splitlines()
-        assert [json.loads(row)["prompt"] for row in rows] == [pair.prompt for pair in pairs]
+        prompts = [tokenizer(json.loads(row)["prompt"], add_special_tokens=False)["input_ids"] for row in rows]
+        assert prompts == [pair.prompt.tolist() for pair in pairs]
         assert len(pairs) == count
-    tokenizer = load_policy(tmp_path / "material" / "policy").tokenizer
-    encoded = Encoder(tokenizer, LONGEST, LONGEST - 256).pairs([*splits.train, *splits.held_out], Counter())
+    encoded = [*splits.train, *splits.held_out]
     wanted = make_pairs("short", 64, SHAPES["small"].vocab_size)
     end = tokenizer.eos_token_id
     drawn = {(tuple(p.prompt), (*p.chosen, end), (*p.rejected, end)) for p in wanted}
-    assert {(tuple(p.prompt), tuple(p.chosen), tuple(p.rejected)) for p in encoded} <= drawn
+    assert {tuple(tuple(part.tolist()) for part in (p.prompt, p.chosen, p.rejected)) for p in encoded} <= drawn
     assert len(encoded) == 16 + held_out

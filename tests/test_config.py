@@ -50,7 +50,7 @@ def test_every_choice_composes(group, choice):
     settled(f"{group}={choice}", *NEEDED.get((group, choice), []))
 
 
-@pytest.mark.parametrize("name", ["train", "sft"])
+@pytest.mark.parametrize("name", ["train", "sft", "inspect"])
 def test_every_door_composes(name):
     config.validate(composed(name=name))
 

@@ -19,9 +19,9 @@ LAYERS = (
     ("dpo_lab.config",),
     ("dpo_lab.prepare",),
     ("dpo_lab.fit",),
-    ("dpo_lab.run", "dpo_lab.sft_run"),
+    ("dpo_lab.run", "dpo_lab.sft_run", "dpo_lab.inspection"),
     ("dpo_lab.sweep", "dpo_lab.door"),
-    ("dpo_lab.train", "dpo_lab.sft"),
+    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect"),
 )
 
 
@@ -75,7 +75,7 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_config_and_doors_load_nothing_heavy():
     heavy = {"torch", "lightning", "transformers", "tensorboard", "matplotlib", "scipy"}
-    assert loaded_by("import dpo_lab.train, dpo_lab.sft") & heavy == set()
+    assert loaded_by("import dpo_lab.train, dpo_lab.sft, dpo_lab.inspect") & heavy == set()
 
 
 def test_core_needs_neither_lightning_nor_hydra_nor_transformers():

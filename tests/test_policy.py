@@ -295,6 +295,31 @@ def test_going_on_from_trained_adapters(trained_adapters, folder, tmp_path):
     assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
 
 
+def test_a_folder_with_nothing_but_a_gguf_file_is_that_file(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(PolicyError, match="policy.path=.*gguf"):  # no model, but read as what it is
+        Pretrained(path=str(tmp_path)).load()
+
+
+def test_pickled_weights_are_read_only_where_asked_for(policy, tmp_path):
+    policy.save(tmp_path)
+    torch.save(policy.model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(PolicyError, match="policy.path="):
+        Pretrained(path=str(tmp_path)).load()
+    loaded = Pretrained(path=str(tmp_path), pickled_weights=True).load().model
+    assert weights_digest(loaded) == weights_digest(policy.model)
+
+
+def test_a_chat_template_of_the_users_goes_with_the_policy(folder, tmp_path):
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    loaded = Pretrained(path=str(folder), chat_template=str(tmp_path / "mine.jinja")).load()
+    loaded.save(tmp_path / "saved")
+    assert Pretrained(path=str(tmp_path / "saved")).tokenizer().chat_template == (tmp_path / "mine.jinja").read_text()
+    with pytest.raises(PolicyError, match="policy.chat_template=.*type the path of a Jinja file"):
+        Pretrained(path=str(folder), chat_template=str(tmp_path / "none.jinja")).load()
+
+
 def test_going_on_is_refused_where_it_would_mislead(trained_adapters, folder):
     with pytest.raises(PolicyError, match="policy.rank=8: the adapters have rank 4; type policy.rank=4"):
         Pretrained(path=str(trained_adapters), rank=8).load()

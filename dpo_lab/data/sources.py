@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.embedded import Embedded
 from dpo_lab.data.world.imdb import Imdb
 from dpo_lab.data.world.world import World
+
+log = logging.getLogger(__name__)
 
 WORLDS: dict[str, type[World]] = {"embedded": Embedded, "imdb": Imdb}
 
@@ -201,6 +204,8 @@ class Data(Source):
             train = kept & ~held_out & ~leaking
         else:
             held_out = kept & share(store.splits, self.validation_fraction)
+            if (held_out == kept).all():  # so few rows that the hash leaves none to train on
+                held_out[:] = False
             train = kept & ~held_out
         train[train] = self._fraction(store.table.select(train), counts)
         chosen = np.flatnonzero(held_out)
@@ -209,6 +214,9 @@ class Data(Source):
             first = np.argsort(lots(store.table.keys[chosen], "held-out"), kind="stable")[: self.validation_pairs]
             chosen = np.sort(chosen[first])
         splits = Splits(store.table.select(train), store.table.select(chosen), counts)
+        if not given and not len(chosen):
+            log.warning("data: no pair is held out, so nothing can be measured; type data.validation_path=FILE.jsonl")
+            return self._checked(splits, ", ".join(store.names), needed=("train",))
         return self._checked(splits, ", ".join(store.names))
 
     def _sources(self) -> list[Source]:
@@ -258,10 +266,10 @@ class Data(Source):
         counts["left out: by data.fraction"] = int((~kept).sum())
         return kept
 
-    def _checked(self, splits: Splits, what: str) -> Splits:
+    def _checked(self, splits: Splits, what: str, needed: Sequence[str] = ("train", "held-out")) -> Splits:
         for name, table in (("train", splits.train), ("held-out", splits.held_out)):
             splits.counts[f"{name} pairs"] = len(table)
-            if not len(table):
+            if not len(table) and name in needed:
                 found = ", ".join(f"{name} {count:,}" for name, count in splits.counts.items() if count)
                 raise BadData(
                     f"{what}: no {name} pair is left of {found}; type a {'smaller' if name == 'train' else 'larger'}"

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dpo_lab.core.pairs import EncodedPair, Pair, Text, content_hash
 from dpo_lab.data.chat import BadChat, Chat
@@ -50,6 +52,23 @@ class Encoder:
         """The tokens that end a response: the end token, and that which ends a turn under the chat template."""
         turn = self._ids(self._chat.turn_end)[-1:] if self._chat.has_template else []
         return tuple(dict.fromkeys([self.eos_id, *turn]))
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that no plain text should become."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(self.tokenizer.all_special_ids) | {number for number, token in added if token.special}
+
+    @cached_property
+    def anchor(self) -> list[int]:
+        """Plain tokens to decode another one after, since the first of a text may lose its space."""
+        return self._ids("a")
+
+    def cut(self, prompt: Any, response: Any, last: Any) -> np.ndarray:
+        """Which responses were truncated, by the number of tokens of prompt and response and the response's last token."""
+        return (
+            np.isin(last, self.end_ids, invert=True) if self.ends else np.asarray(prompt + response >= self.max_length)
+        )
 
     @cached_property
     def fingerprint(self) -> str:

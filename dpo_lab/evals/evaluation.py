@@ -26,7 +26,9 @@ class Evals:
 
 
 def evaluate(subject: Subject) -> dict[str, Estimate]:
-    """All that is measured of a policy, by name."""
+    """All that is measured of a policy, by name; nothing where no pair is held out."""
+    if not len(subject.pairs):
+        return {}
     from dpo_lab.evals.kl import KL
     from dpo_lab.evals.language import Language
     from dpo_lab.evals.preference import Preference

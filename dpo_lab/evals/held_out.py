@@ -21,8 +21,10 @@ def held_out_loss(
 ) -> dict[str, Estimate]:
     """Loss (nats a token) and perplexity of chosen responses under both models, the initial one's under `initial/`.
 
-    tokens, context: see Subject.
+    Nothing where no pair is held out. tokens, context: see Subject.
     """
+    if not len(pairs):
+        return {}
     prompts, responses = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
     found: dict[str, Estimate] = {}
     for prefix, model in (("", trained), ("initial/", initial)):

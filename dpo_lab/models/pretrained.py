@@ -20,9 +20,13 @@ log = logging.getLogger(__name__)
 def read_tokenizer(settings: Pretrained) -> PreTrainedTokenizerBase:
     """The tokenizer with an end token, a pad token (the end token where there is none) and the chat template asked for."""
     settings = _located(settings)
+    if settings.adapter is not None and (Path(settings.adapter) / "tokenizer_config.json").exists():
+        settings = replace(
+            settings, path=settings.adapter, revision=None, gguf_file=None
+        )  # what they were trained with
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.path, **_source(settings))
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of a dozen kinds, from hub, files and formats
         raise _unreadable(settings, error) from error
     if tokenizer.eos_token_id is None:
         raise PolicyError(
@@ -72,7 +76,10 @@ def _located(settings: Pretrained) -> Pretrained:
     folder = Path(settings.path)
     if settings.adapter is None and is_adapter(folder):
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return replace(settings, path=base, adapter=str(folder))
+        return _located(replace(settings, path=base, adapter=str(folder)))
+    files = sorted(folder.glob("*.gguf"))
+    if settings.gguf_file is None and len(files) == 1 and not (folder / "config.json").exists():
+        return replace(settings, gguf_file=files[0].name)
     return settings
 
 
@@ -98,7 +105,7 @@ def _read_model(settings: Pretrained) -> PreTrainedModel:
         how["use_safetensors"] = True
     try:
         return AutoModelForCausalLM.from_pretrained(settings.path, **_source(settings), **how)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of a dozen kinds, from hub, files and formats
         raise _unreadable(settings, error) from error
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+CACHE = Path("outputs/cache")  # what all runs share
+
 
 def once(path: Path, make: Callable[[Path], None], is_valid: Callable[[Path], bool] = lambda path: True) -> Path:
     """`path`, made by make(beside) if it is absent or not valid. make writes a file or a folder at the place it is given.

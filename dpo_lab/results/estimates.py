@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 
@@ -70,13 +71,31 @@ def exp_of_ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
 def share(values: Iterable[float]) -> Estimate:
     """Mean of examples that lie in [0, 1] (yes, no, or half for a tie), with Wilson's interval, which stays in there too.
 
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference". Ties make the true interval a
-    little narrower than this one.
+    Ties make the true interval a little narrower than this one.
     """
     estimate = mean(values)
-    n, p, z = int(estimate.n or 0), estimate.value, float(stats.norm.ppf(0.975))
-    if not 0 <= p <= 1:
-        raise ValueError(f"a share of {p}: not between 0 and 1")
+    if not 0 <= estimate.value <= 1:
+        raise ValueError(f"a share of {estimate.value}: not between 0 and 1")
+    return replace(estimate, interval=_wilson(estimate.value, estimate.n or 0))
+
+
+def share_in_groups(values: np.ndarray, groups: np.ndarray) -> Estimate:
+    """The same of examples of which those of one group are alike, pairs of one prompt say; groups [N]: numbers from 0.
+
+    Wilson's interval at the effective number of examples: p (1 - p) by the variance of the mean over groups (linearised as
+    in `exp_of_ratio`), at most all of them. Where no spread tells that variance it is the number of groups.
+    """
+    n, p = len(values), float(np.mean(values))
+    left = np.bincount(groups, values - p)
+    count = len(left)
+    variance = float(left @ left) * count / (count - 1) / n**2 if count > 1 else 0.0
+    effective = min(n, p * (1 - p) / variance) if variance > 1e-18 else count
+    return Estimate(p, math.sqrt(variance) if variance > 1e-18 else None, n, _wilson(p, effective))
+
+
+def _wilson(p: float, n: float) -> tuple[float, float]:
+    """Wilson 1927, "Probable inference, the law of succession, and statistical inference"."""
+    z = float(stats.norm.ppf(0.975))
     centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
-    return Estimate(p, estimate.se, n, (max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)))
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

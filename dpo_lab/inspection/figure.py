@@ -1,0 +1,93 @@
+"""The figure of an inspection: lengths of chosen against rejected, their difference, prompts, and what became of the rows."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from dpo_lab.data.quality import Quality
+from dpo_lab.inspection.tables import interval
+
+MADE_BY = "dpo_lab.inspect"
+INK = "#808081"  # text and axes of the SVG, to be replaced by the page's own colour
+COLOURS = {"prompt": "#0072B2", "chosen": "#009E73", "rejected": "#D55E00"}  # Okabe and Ito's
+LINES = {"chosen": "-", "rejected": "--"}
+
+
+def png(quality: Quality, title: str) -> bytes:
+    """The figure as a PNG file, the same bytes for the same numbers."""
+    return _drawn(quality, title, "black", format="png", dpi=130, metadata={"Software": MADE_BY})
+
+
+def svg(quality: Quality) -> str:
+    """The figure as an SVG element without a background, in the colour of the text around it."""
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    drawn = _drawn(quality, "", INK, format="svg", transparent=True, metadata=nothing).decode()
+    return drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+
+
+def _drawn(quality: Quality, title: str, ink: str, **how: Any) -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
+    settings: Any = {"svg.hashsalt": MADE_BY, "svg.fonttype": "path", "font.size": 9, **dict.fromkeys(inked, ink)}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(settings)
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        (responses, difference), (prompts, counts) = figure.subplots(2, 2)
+        if title:
+            figure.suptitle(title.replace("$", r"\$"), fontsize=10)
+        _responses(responses, quality)
+        _difference(difference, quality)
+        _prompts(prompts, quality)
+        _counts(counts, quality)
+        for axis in (responses, difference, prompts, counts):
+            axis.spines[["top", "right"]].set_visible(False)
+        out = io.BytesIO()
+        figure.savefig(out, **how)
+    return out.getvalue()
+
+
+def _responses(axis: Any, quality: Quality) -> None:
+    edges = quality.bins["response"]
+    for part, line in LINES.items():
+        lengths = quality.train.lengths[part]
+        label = f"{part}, mean {lengths.mean:.1f}"
+        axis.stairs(lengths.histogram, edges, color=COLOURS[part], ls=line, lw=1.8, label=label)
+    axis.set(title="Responses (train)", xlabel="tokens", ylabel="pairs", xlim=(edges[0], edges[-1]))
+    axis.legend(frameon=False)
+
+
+def _difference(axis: Any, quality: Quality) -> None:
+    edges, counts = quality.bins["difference"], quality.train.differences
+    middle = len(counts) // 2  # the bin around 0
+    for label, colour, hatch, bins in (
+        ("chosen is longer", COLOURS["chosen"], "", range(middle + 1, len(counts))),
+        ("rejected is longer", COLOURS["rejected"], "///", range(middle)),
+        ("about as long", "#999999", "", [middle]),
+    ):
+        shown = [count if i in bins else 0 for i, count in enumerate(counts)]
+        axis.stairs(shown, edges, fill=not hatch, hatch=hatch, color=colour, label=label)
+    told = interval(quality.train.chosen_longer)
+    axis.set(
+        title=f"Chosen is longer in {told}, a tie half (train)", xlabel="tokens of chosen less rejected", ylabel="pairs"
+    )
+    axis.legend(frameon=False)
+
+
+def _prompts(axis: Any, quality: Quality) -> None:
+    lengths, edges = quality.train.lengths["prompt"], quality.bins["prompt"]
+    axis.stairs(lengths.histogram, edges, fill=True, color=COLOURS["prompt"], alpha=0.8)
+    title = f"Prompts (train): {quality.train.prompts:,} distinct, mean {lengths.mean:.1f}"
+    axis.set(title=title, xlabel="tokens", ylabel="pairs", xlim=(edges[0], edges[-1]))
+
+
+def _counts(axis: Any, quality: Quality) -> None:
+    counts = [(what, count) for what, count in quality.counts.items() if count]
+    axis.barh([what for what, _ in counts], [count for _, count in counts], color="#999999")
+    axis.bar_label(axis.containers[0], labels=[f" {count:,}" for _, count in counts])
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_title("Rows, and what became of them")

@@ -1,0 +1,45 @@
+"""Reports of an inspection as files: a page or a figure, written whole or not at all, over nothing but earlier ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dpo_lab.config import ConfigError
+from dpo_lab.inspection.figure import MADE_BY, png
+from dpo_lab.inspection.look import Look
+from dpo_lab.inspection.page import page
+
+HEAD = 4096  # bytes in which a report says who made it
+
+
+def target(path: str | None) -> Path | None:
+    """Where a report goes, None for none. Raises ConfigError where something else lies there already."""
+    if path is None:
+        return None
+    try:
+        (file := Path(path)).parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            return file
+        with file.open("rb") as there:
+            if MADE_BY.encode() in there.read(HEAD):
+                return file
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"page={path}: {_reason(error)}; type another page=") from None
+    raise ConfigError(f"page={path}: a file that is no report of {MADE_BY} lies there; type another page=")
+
+
+def write(look: Look, file: Path) -> None:
+    """Write the report that the file's suffix asks for; the same bytes for the same look."""
+    content = page(look).encode() if file.suffix == ".html" else png(look.quality, look.source)
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ConfigError(f"page={file}: {_reason(error)}; type another page=") from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,82 @@
+"""An inspection on the terminal: tables, advice, and pairs token by token, told apart by colour and by mark."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from dpo_lab.data.shown import CUT, LEGEND, Part, ShownPair
+from dpo_lab.inspection.look import Look
+from dpo_lab.inspection.tables import Table, tables
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+MARKS = {"prompt": ".", "chosen": "+", "rejected": "-"}
+STYLES = {
+    "prompt": "dim",
+    "chosen": "#009e73",
+    "rejected": "#d55e00",
+}  # Okabe and Ito's, told apart by the colour-blind
+SPECIAL = " bold reverse"
+MARGIN = 4
+
+
+def show(console: Console, look: Look) -> None:
+    """Print everything. All text of the data's own goes as Text, so that no markup in it is obeyed."""
+    _say(console, f"{look.source}, tokens of {look.tokenizer}")
+    for table in tables(look):
+        _say(console, f"\n{table.title}", "bold")
+        console.print(_table(table))
+    for first, second in look.contrary:  # named whether they are in a split or not
+        _say(console, f"Contradiction: {first} and {second}")
+    if look.pairs:
+        _say(console, f"\nPairs, tokens parted by blanks: {LEGEND}", "bold")
+        _say(console, "+ scored as chosen, - scored as rejected, . not scored")
+    for pair in look.pairs:
+        _pair(console, pair)
+    _say(console, "")
+    for line in look.advice:
+        _say(console, f"Look: {line}", "#e69f00")
+    if not look.advice:
+        _say(console, "Nothing here that an expert would stop at.")
+
+
+def bars(histogram: list[int]) -> str:
+    """A histogram as a line of blocks; what is there at all can be seen."""
+    most = max(1, *histogram)
+    return "".join(BLOCKS[-(-count * (len(BLOCKS) - 1) // most)] for count in histogram)
+
+
+def _table(table: Table) -> RichTable:
+    made = RichTable()
+    for i, column in enumerate(table.head):
+        made.add_column(column, justify="right" if i else "left", overflow="fold")
+    if table.bars is not None:
+        made.add_column("", no_wrap=True)
+    for i, row in enumerate(table.rows):
+        cells = [*row, *([bars(table.bars[i])] if table.bars is not None else [])]
+        made.add_row(*(Text(cell) for cell in cells))
+    return made
+
+
+def _pair(console: Console, pair: ShownPair) -> None:
+    flipped = ", sides swapped by label noise" if pair.flipped else ""
+    _say(console, f"\n{pair.place}  {pair.key}{flipped}", "bold")
+    for part in pair.parts:
+        _part(console, part)
+
+
+def _part(console: Console, part: Part) -> None:
+    style = STYLES[part.name]
+    _say(console, f"  {part.name}: {len(part.tokens)} tokens, {part.about}", style)
+    words = [Text(token.text, style + SPECIAL if token.special else style) for token in part.tokens]
+    if part.cut:
+        words.insert(len(words) if part.scored else 0, Text(CUT, "bold"))
+    lines = Text(" ").join(words).wrap(console, max(8, console.width - MARGIN - 1), overflow="fold")
+    for line in lines:
+        line.rstrip()
+        console.print(Text(f"  {MARKS[part.name]} ", style) + line, soft_wrap=True, highlight=False)
+
+
+def _say(console: Console, line: str, style: str = "") -> None:
+    console.print(Text(line, style), soft_wrap=True, highlight=False)
