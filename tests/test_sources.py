@@ -153,10 +153,21 @@ def test_contradictions_are_an_error_that_names_both_unless_allowed(tmp_path):
     assert (kept.counts["contradictions"], dropped.counts["dropped: contradiction"]) == (1, 2)
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_an_empty_split_is_refused(count, tmp_path):
-    with pytest.raises(BadData, match="no (train|held-out)? ?pair is left of .*"):
-        load(tmp_path, path=written(tmp_path / "x", rows(count)))
+def test_nothing_to_train_on_is_refused(tmp_path):
+    with pytest.raises(BadData, match="no pair is left of 0 rows"):
+        load(tmp_path, path=written(tmp_path / "x", []))
+    held_out = written(tmp_path / "v", rows(3))
+    train = written(tmp_path / "y", [{**row, "chosen": "else"} for row in rows(3)])
+    with pytest.raises(BadData, match="no train pair is left of rows 6, dropped: prompt is held out 3"):
+        load(tmp_path, path=train, validation_path=held_out)
+
+
+@pytest.mark.parametrize("prompt", ["first", "other"])  # the hash holds one of them out
+def test_rows_too_few_to_hold_one_out_train_all_the_same(prompt, tmp_path, caplog):
+    path = written(tmp_path / "x", [{"prompt": prompt, "chosen": "a", "rejected": "b"}])
+    splits = load(tmp_path, path=path, validation_fraction=0.5)
+    assert (len(splits.train), len(splits.held_out)) == (1, 0)
+    assert "no pair is held out, so nothing can be measured" in caplog.text
 
 
 REFUSED = [
