@@ -120,6 +120,6 @@ def _first_words(text: str, count: int) -> str:
 
 @cache
 def _analyser() -> Any:
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # pyright: ignore[reportMissingImports]
 
     return SentimentIntensityAnalyzer()
