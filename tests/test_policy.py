@@ -300,7 +300,7 @@ def test_going_on_from_trained_adapters(trained_adapters, folder, tmp_path):
 
 def test_a_folder_with_nothing_but_a_gguf_file_is_that_file(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(PolicyError, match="policy.path=.*gguf"):  # no model, but read as what it is
+    with pytest.raises(PolicyError, match="policy.gguf_file=model.gguf"):  # no model, but read as what it is
         Pretrained(path=str(tmp_path)).load()
 
 
