@@ -11,6 +11,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def become_rank(number: int, world_size: int) -> None:
+    """Let this process be one rank of several, as torchrun would have started it."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world_size), "TORCHELASTIC_RUN_ID": "test"}
+
+
 def run_in_ranks(module: str, function: str, world_size: int, *arguments: str, timeout: float = 180) -> list[str]:
     """Call module.function(rank, world_size, *arguments) in that many processes; gives what each printed."""
     with socket.socket() as free:

@@ -36,7 +36,7 @@ from dpo_lab.training.checks import check_step_zero
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft_module import SFTModule
 from tests.conftest import REPOSITORY, make_pairs, python_m
-from tests.ranks import run_in_ranks
+from tests.ranks import become_rank, run_in_ranks
 
 STEPS = 5
 SHORT = (
@@ -161,10 +161,7 @@ def test_micro_batches_of_one_are_a_whole_step(tmp_path):
 
 def rank(number: int, world_size: int, folder: str) -> None:
     """One rank of two, as torchrun would start it."""
-    import os
-
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world_size), "TORCHELASTIC_RUN_ID": "test"}
+    become_rank(number, world_size)
     weights, figures, _ = fit(Path(folder), tokens=60, devices=world_size)
     torch.save(weights, Path(folder) / f"rank-{number}.pt")
     print("RESULT", json.dumps(figures))

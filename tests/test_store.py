@@ -110,6 +110,9 @@ def test_a_chat_that_the_template_refuses_is_a_bad_row_of_its_line(tmp_path):
     store = store_of(tmp_path / "cache", path, family="gemma", bad=LENIENT)
     assert [store.where(i).rpartition(":")[2] for i in range(2)] == ["1", "3"]
     assert store.counts["dropped: bad row"] == 1
+    long = {"prompt": [user], "chosen": "c" * 100, "rejected": "d" * 100}
+    store = store_of(tmp_path / "cache", written(path, *chats, long), family="gemma", bad=LENIENT)
+    assert store.counts["responses truncated"] == 2  # beside a row that is bad, too
     with pytest.raises(NoTemplate, match="no chat template"):
         store_of(tmp_path / "cache", path, bad=LENIENT)
 

@@ -22,7 +22,7 @@ from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.optim import Decay, Optim
 from tests.conftest import make_pairs
-from tests.ranks import run_in_ranks
+from tests.ranks import become_rank, run_in_ranks
 
 STEPS, PAIRS = 5, 30
 
@@ -82,10 +82,7 @@ def test_seed_decides_the_order(tmp_path):
 
 def rank(number: int, world_size: int, folder: str) -> None:
     """One rank of two, as torchrun would start it."""
-    import os
-
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world_size), "TORCHELASTIC_RUN_ID": "test"}
+    become_rank(number, world_size)
     weights, figures, _ = fit(Path(folder), tokens=100, devices=world_size)
     torch.save(weights, Path(folder) / f"rank-{number}.pt")
     print("RESULT", json.dumps(figures))

@@ -72,10 +72,14 @@ def encode_chunk(chunk: Chunk, shape: Shape, encoder: Encoder) -> Encoded:
 
 def _tokenised(found: list[tuple[int, Pair]], encoder: Encoder, encoded: Encoded) -> Iterable[tuple[Pair, Any]]:
     """Ids of all pairs; of a pair whose chat can't be rendered None, and its row is bad."""
+    counts: Counter[str] = Counter()
     try:
-        return encoder.tokenised([pair for _, pair in found], encoded.counts)
-    except ValueError:  # one of them: find out which
-        encoded.counts = Counter({k: v for k, v in encoded.counts.items() if k.startswith(("rows", "dropped"))})
+        all_of_them = encoder.tokenised([pair for _, pair in found], counts)
+    except ValueError:
+        pass  # one of them: find out which
+    else:
+        encoded.counts.update(counts)
+        return all_of_them
     each: list[tuple[Pair, Any]] = []
     for number, pair in found:
         try:
@@ -97,9 +101,8 @@ def encoded_chunks(sources: Sequence[Source], encoder: Encoder, workers: int) ->
             for at, chunk in part:
                 yield at, chunk, encode_chunk(chunk, shapes[at], encoder)
         return
-    spawn = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would inherit the locks of torch's and the tokenizer's threads
+    # a fork would inherit the locks of torch's and the tokenizer's threads
+    spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, _start_worker, (shapes, encoder)) as pool:
         ahead: deque = deque()
         try:

@@ -13,18 +13,13 @@ import lzma
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 CHUNK = 1024  # rows
-UNREADABLE = (
-    OSError,
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    csv.Error,
-)  # what a damaged file raises; pyarrow's are OSErrors or
-# ValueErrors
+# What a damaged file raises, beside ValueErrors; pyarrow's errors are of these kinds
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
 
 
 class BadData(ValueError):
@@ -114,7 +109,7 @@ class FileRows:
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files:
             digest.update(_suffix(file).encode())
-            _add_file(digest, file)
+            add_file(digest, file)
         return digest.hexdigest()
 
 
@@ -156,7 +151,7 @@ class DatasetRows:
         digest = hashlib.blake2b(f"{self.data.features} {len(self.data)}".encode(), digest_size=16)
         files = [Path(file["filename"]) for file in self.data.cache_files]
         for file in files:
-            _add_file(digest, file)
+            add_file(digest, file)
         if not files:  # held in memory
             digest.update(self.data._fingerprint.encode())
         return digest.hexdigest()
@@ -168,18 +163,8 @@ Read = Iterator[tuple[Sequence[int], Sequence[Any], int]]  # numbers, rows, how 
 def _json_lines(file: Path) -> Read:
     with file.open("rb") as raw:
         text = _plain(file, raw)  # held, since one that is let go may close the file under it
-        numbers: list[int] = []
-        lines: list[bytes] = []
-        for number, line in enumerate(text, start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if line.strip():
-                numbers.append(number)
-                lines.append(line)
-            if len(lines) == CHUNK:
-                yield numbers, lines, raw.tell()
-                numbers, lines = [], []
-        if lines:
-            yield numbers, lines, raw.tell()
+        lines = ((i, line.removeprefix(b"\xef\xbb\xbf") if i == 1 else line) for i, line in enumerate(text, start=1))
+        yield from _chunked(((number, line) for number, line in lines if line.strip()), raw)
 
 
 def _json(file: Path) -> Read:
@@ -201,18 +186,21 @@ def _csv(file: Path) -> Read:
         # what is not UTF-8 goes on as lone surrogates, which are refused with the row's number
         text = io.TextIOWrapper(_plain(file, raw), "utf-8-sig", "surrogateescape", newline="")  # type: ignore[arg-type]
         reader = csv.DictReader(text, delimiter="\t" if _suffix(file) == ".tsv" else ",")
-        numbers: list[int] = []
-        rows: list[Any] = []
-        start = 2
-        for row in reader:
-            numbers.append(start)
-            rows.append(row)
-            start = reader.line_num + 1
-            if len(rows) == CHUNK:
-                yield numbers, rows, raw.tell()
-                numbers, rows = [], []
-        if rows:
-            yield numbers, rows, raw.tell()
+        yield from _chunked(_with_first_lines(reader), raw)
+
+
+def _with_first_lines(reader: csv.DictReader) -> Iterator[tuple[int, Any]]:
+    """Each row with the line that it begins on; the first is that of the names."""
+    line = 2
+    for row in reader:
+        yield line, row
+        line = reader.line_num + 1
+
+
+def _chunked(rows: Iterator[tuple[int, Any]], raw: Any) -> Read:
+    while part := list(islice(rows, CHUNK)):
+        numbers, chunk = zip(*part, strict=True)
+        yield numbers, chunk, raw.tell()
 
 
 def _parquet(file: Path) -> Read:
@@ -290,7 +278,7 @@ def _may_be_on_the_hub(path: str) -> bool:
     return len(parts) <= 2 and all(parts) and not is_file and not path.startswith((".", "~"))
 
 
-def _add_file(digest: Any, file: Path) -> None:
+def add_file(digest: Any, file: Path) -> None:
+    """Let a hash see a file's bytes."""
     with file.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
+        hashlib.file_digest(opened, lambda: digest)

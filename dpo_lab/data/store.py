@@ -20,7 +20,7 @@ from dpo_lab.core.pairs import content_hash
 from dpo_lab.core.table import PairTable, starts_of
 from dpo_lab.data.encode import Source, encoded_chunks
 from dpo_lab.data.formats import Shape
-from dpo_lab.data.rows import BadData
+from dpo_lab.data.rows import BadData, add_file
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.results.cache import once
 from dpo_lab.results.progress import track
@@ -203,9 +203,7 @@ def _without_text(column: np.ndarray) -> np.ndarray:
 
 def _digest(file: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
+    add_file(digest, file)
     return digest.hexdigest()
 
 

@@ -21,9 +21,8 @@ def read_tokenizer(settings: Pretrained) -> PreTrainedTokenizerBase:
     """The tokenizer with an end token, a pad token (the end token where there is none) and the chat template asked for."""
     settings = _located(settings)
     if settings.adapter is not None and (Path(settings.adapter) / "tokenizer_config.json").exists():
-        settings = replace(
-            settings, path=settings.adapter, revision=None, gguf_file=None
-        )  # what they were trained with
+        # what they were trained with
+        settings = replace(settings, path=settings.adapter, revision=None, gguf_file=None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.path, **_source(settings))
     except Exception as error:  # of a dozen kinds, from hub, files and formats

@@ -22,7 +22,7 @@ from dpo_lab.data.tokenize import Encoder
 from dpo_lab.models.policy import Policy, PolicyError, load_policy
 from dpo_lab.models.reference import Cached
 from tests.conftest import OWN_MODEL, make_pairs, python_m
-from tests.ranks import run_in_ranks
+from tests.ranks import become_rank, run_in_ranks
 from tests.templates import ids_of, tokenizer_of
 
 ROWS = [{"prompt": f"p{i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(60)]
@@ -264,13 +264,7 @@ def test_31_two_processes_that_build_one_cache_compute_it_once(policy, tmp_path)
 
 def validate(rank: int, world_size: int, held_out: str) -> None:
     """One rank of a validation over so many held-out pairs."""
-    import os
-
-    from tests.conftest import make_pairs
-    from tests.faults.test_bad_data import figures
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GROUP_RANK": "0"}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "TORCHELASTIC_RUN_ID": "test"}
+    become_rank(rank, world_size)
     print("RESULT", json.dumps(figures(make_pairs(int(held_out), vocabulary=250), devices=world_size)))
     sys.stdout.flush()
 
