@@ -1,0 +1,87 @@
+"""Being asked to stop: a signal becomes one exception, or a request that a training loop honours between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+ASKING = (signal.SIGTERM, signal.SIGINT)  # what asks a process to stop
+REQUEUE = signal.SIGUSR2  # what a scheduler announces the end of a job with; heeded where it has a handler of its own
+
+
+class Stopped(BaseException):
+    """The process was asked to stop: by a scheduler (SIGTERM, `preempted`) or at the keyboard (SIGINT, `interrupted`)."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+    @property
+    def status(self) -> str:
+        return "interrupted" if self.signum == signal.SIGINT else "preempted"
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signum
+
+
+def raise_on_signals() -> None:
+    """From now on SIGTERM and SIGINT raise Stopped in this process's main thread."""
+    for signum in ASKING:
+        signal.signal(signum, _raise)
+
+
+def _raise(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(signum)
+
+
+class StopRequest:
+    """A context in which a signal is noted and not obeyed: `signum` says which one came, None so far.
+
+    The one who opened it looks between two steps, puts its work in safety, then calls `obey`. A second SIGINT raises
+    Stopped at once: someone at the keyboard has lost patience. Outside the main thread, where no signal arrives, it notes
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            requeue = signal.getsignal(REQUEUE)
+            heeded = (*ASKING, REQUEUE) if callable(requeue) else ASKING
+            self._before = {signum: signal.getsignal(signum) for signum in heeded}
+            self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Take the signals, once more where a library took them over inside the context."""
+        for signum in self._before:
+            signal.signal(signum, self._note)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def obey(self, signum: int) -> None:
+        """Stop for `signum`, which this process or another one of the same run was sent.
+
+        Hands REQUEUE to the scheduler's own handler, which puts the job back into its queue and leaves; else raises Stopped.
+        """
+        if signum == REQUEUE:
+            handler: Callable[[int, FrameType | None], Any] | None = self._before.get(REQUEUE)
+            if handler is not None:
+                handler(signum, None)
+        raise Stopped(signum)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.signum is not None:
+            raise Stopped(signum)
+        if self.signum is None:
+            self.signum = signum
