@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from dpo_lab import config, sweep
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
+from dpo_lab.launch import die_with_parent
 from dpo_lab.results.runs import RunRefused
 
 
@@ -50,7 +51,7 @@ def run_folder(module: str) -> Path | None:
         sweep.run_cell(module)
         return None
     if os.environ.get(sweep.CHILD) and "LOCAL_RANK" not in os.environ:
-        sweep.die_with_parent()
+        die_with_parent(signal.SIGTERM)
     return Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
 
 

@@ -11,13 +11,13 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
+from dpo_lab.launch import DDP_VARIABLES, stop
+
 CHILD = "DPO_LAB_SWEEP_CELL"
-_DDP_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "GROUP_RANK"}
 
 
 class CellFailed(RuntimeError):
@@ -39,30 +39,12 @@ def run_cell(module: str, grace: float = 30.0) -> None:
         f"hydra.run.dir='{os.path.relpath(folder, hydra.runtime.cwd)}'",
     ]
     print(f"[{hydra.job.num}] {' '.join(map(shlex.quote, hydra.overrides.task)) or '(no overrides)'}", flush=True)
-    environment = {k: v for k, v in os.environ.items() if k not in _DDP_VARIABLES} | {CHILD: "1"}
+    environment = {k: v for k, v in os.environ.items() if k not in DDP_VARIABLES} | {CHILD: "1"}
     child = subprocess.Popen(command, env=environment, cwd=hydra.runtime.cwd, start_new_session=True)
     try:
         code = child.wait()
     except BaseException:
-        _stop(child, signal.SIGINT, grace)
+        stop(child, signal.SIGINT, grace)
         raise
     if code:
         raise CellFailed(f"{folder}: the run ended with exit code {code}")
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when the sweep that started it dies (Linux)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _stop(child: subprocess.Popen, sign: signal.Signals, grace: float) -> None:
-    if child.poll() is None:
-        child.send_signal(sign)  # the leader alone: it ends its ranks itself
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(grace)
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # ranks that are left
-    child.wait()
