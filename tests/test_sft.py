@@ -31,7 +31,8 @@ from dpo_lab.models.reference import REFERENCES
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.prepare import prepare, prepare_responses
 from dpo_lab.run import run
-from dpo_lab.sft_run import next_command, run_sft
+from dpo_lab.next_commands import after_sft
+from dpo_lab.sft_run import run_sft
 from dpo_lab.training.checks import check_step_zero
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft_module import SFTModule
@@ -405,7 +406,7 @@ def test_another_architecture_and_texts(policy, shop):
 )
 def test_the_next_command_says_what_loading_needs(overrides, says, shop):
     _, settings = settled(shop, "pairs.jsonl", *overrides)
-    command = next_command(settings, [*overrides, "data.path=my pairs.jsonl", "seed=3"], Path("run"))
+    (command,) = after_sft(settings, [*overrides, "data.path=my pairs.jsonl", "seed=3"], Path("run"))
     assert command == f"python -m dpo_lab.train {says.format(model=shop / 'model')} 'data.path=my pairs.jsonl'"
 
 
