@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -29,7 +28,10 @@ from dpo_lab.results import runs
 from dpo_lab.results.card import table
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.training.callbacks import HParams
+from dpo_lab.training.checkpoint import VerifiedCheckpointIO
+from dpo_lab.training.journal import Journal
 from dpo_lab.training.process import set_up_process
+from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
 
 log = logging.getLogger("dpo_lab")
@@ -76,8 +78,9 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
     try:
         loggers = [instantiate(node, save_dir=folder) for node in plain["logger"].values()]
         callbacks = [instantiate(node) for node in plain["callbacks"].values()]
+        loggers.append(Journal(folder))
         callbacks.append(HParams(_hparams(plain)))
-        plan = {"default_root_dir": folder, "use_distributed_sampler": False}
+        plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = instantiate(settings, logger=loggers, callbacks=callbacks, **plan)
     except HydraException as error:
         raise ConfigError(f"the trainer, a logger or a callback can't be made: {_last_line(error)}") from error
@@ -102,8 +105,14 @@ def forward_of(trainer: Trainer) -> Forward:
     return Forward(trainer.strategy.root_device, trainer.precision_plugin.forward_context)
 
 
-def fit(config: RunConfig, trainer: Trainer, module: StepModule, material: Material) -> None:
-    """Train the module's model on the material's token ids."""
+def fit(
+    config: RunConfig, trainer: Trainer, module: StepModule, material: Material, checkpoint: Path | None = None
+) -> None:
+    """Train the module's model on the material's token ids, up to max_steps, from the first step or on from a checkpoint.
+
+    A checkpoint of the last step is there when it returns. Raises Stopped, saved, when the run is asked to stop. Ranks stay
+    joined.
+    """
     data = PreferenceDataModule(
         material.train,
         material.held_out,
@@ -114,11 +123,9 @@ def fit(config: RunConfig, trainer: Trainer, module: StepModule, material: Mater
     if config.policy.gradient_checkpointing:
         module.model.activation_checkpointing_enable({"use_reentrant": False})
     module.model.train()
-    trainer.fit(module, datamodule=data)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # evaluation is rank 0's alone
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in trainer.callbacks):
+        trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
 
 
 def to_tensorboard(
