@@ -113,6 +113,7 @@ class InspectConfig(RunConfig):
 ALLOWED_TARGETS = frozenset(
     {
         "dpo_lab.training.callbacks.StepBar",
+        "dpo_lab.training.saving.Checkpoints",
         "lightning.pytorch.Trainer",
         "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",

@@ -32,9 +32,10 @@ from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.identity import flatten
 from dpo_lab.results.runs import RunRefused
 from dpo_lab.training.callbacks import HParams
-from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest
+from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.journal import Journal
 from dpo_lab.training.process import set_up_process
+from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
 
 log = logging.getLogger("dpo_lab")
@@ -94,9 +95,9 @@ def where_to_resume(held: runs.Run, trainer: Trainer) -> Resume:
     """What an earlier start left to go on from. Raises CheckpointError where all it left is damaged."""
 
     def decide() -> Resume:
-        if not held.resumes:
-            return Resume()
-        return Resume(newest(held.folder / runs.CHECKPOINTS), held.record.get("steps"))
+        folder = held.folder / runs.CHECKPOINTS
+        remove_leftovers(folder)
+        return Resume(newest(folder), held.record.get("steps")) if held.resumes else Resume()
 
     return by_rank_zero(trainer, decide)
 
@@ -185,11 +186,14 @@ def fit(
     if config.policy.gradient_checkpointing:
         module.model.activation_checkpointing_enable({"use_reentrant": False})
     module.model.train()
-    step = int(step_of(resume.checkpoint)) if resume.checkpoint else 0
     if held.resumes:
         log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
-    add_loggers(trainer, plain, held.folder, step)
+    if resume.trained_to is not None:
+        trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
+    add_loggers(trainer, plain, held.folder, step_of(resume.checkpoint) if resume.checkpoint else 0)
     trainer.fit(module, datamodule=data, ckpt_path=resume.checkpoint, weights_only=True)
+    if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in trainer.callbacks):
+        trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
 
 
 def finish(

@@ -142,7 +142,8 @@ def fit(folder: Path, tokens: int = 2048, devices: int = 1, **trainer_settings):
         use_distributed_sampler=False,
         log_every_n_steps=STEPS,
         num_sanity_val_steps=0,
-        check_val_every_n_epoch=1,
+        check_val_every_n_epoch=None,
+        val_check_interval=STEPS,
         **(quiet | trainer_settings),
     )
     module.train()
