@@ -18,6 +18,7 @@ from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
 from dpo_lab.results import runs
 from dpo_lab.stop import Stopped, raise_on_signals
+from dpo_lab.supervisor import tell_supervisor
 
 
 def open_door(door: Callable[[], None]) -> int:
@@ -43,7 +44,14 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> None:
     try:
         body(config.validate(cfg))
     except (config.ConfigError, runs.RunRefused, BadData, NoTemplate) as error:
+        tell_supervisor(str(error), 2)
         sys.exit(_complain(str(error), 2))
+    except Stopped as stopped:
+        tell_supervisor(f"stopped by {stopped}", stopped.exit_code)
+        raise
+    except Exception as error:
+        tell_supervisor(f"{type(error).__name__}: {error}", 1)
+        raise
 
 
 def enter(
@@ -65,10 +73,12 @@ def enter(
         return
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     if launch.is_rank():
+        if launch.PARENT in os.environ:
+            launch.die_with_parent(signal.SIGKILL)
         run(folder)
         return
-    if os.environ.get(sweep.CHILD):
-        launch.die_with_parent(signal.SIGTERM)
+    if launch.PARENT in os.environ:
+        launch.die_with_parent(signal.SIGTERM)  # a cell of a sweep: it puts its work in safety first
     print(f"dpo_lab: {folder}", flush=True)  # before the seconds that torch takes to load
     if runs.standing(folder, record, config.input_files(settings)) is runs.Standing.done:
         done = runs.read_record(folder)
@@ -87,7 +97,7 @@ def enter(
     if ranks == 1:
         run(folder)
     else:
-        _run_ranks(module, folder, ranks)
+        _run_ranks(module, folder, ranks, int(trainer["num_nodes"]))
 
 
 def command_of(module: str, folder: Path) -> list[str]:
@@ -105,14 +115,21 @@ def command_of(module: str, folder: Path) -> list[str]:
     ]
 
 
-def _run_ranks(module: str, folder: Path, ranks: int) -> None:
+def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:
     """Start the ranks and see to it that they end together; end as they did."""
-    ended = launch.run_ranks(command_of(module, folder), ranks, folder=folder, cwd=HydraConfig.get().runtime.cwd)
+    cwd = Path(HydraConfig.get().runtime.cwd)
+    try:
+        ended = launch.run_ranks(command_of(module, folder), ranks, folder=folder, cwd=cwd, nodes=nodes)
+    except Stopped as stopped:
+        runs.close(folder, stopped.status, f"stopped by {stopped}")
+        raise
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
     if ended.code == 0:
         return
     if ended.code != 2:  # refused: nothing was begun
         stopped = ended.code in (130, 143)
-        runs.close(folder, Stopped(ended.code - 128).status if stopped else "failed", ended.error)
+        runs.close(folder, Stopped(ended.code - 128).status if stopped else "failed", str(ended.error))
     sys.exit(ended.code)
 
 

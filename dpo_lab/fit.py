@@ -107,6 +107,7 @@ def set_up(config: RunConfig) -> None:
     if config.data.is_world:
         config.data.world.check()
     disable_progress_bar()  # transformers' own bars, of milliseconds here
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     set_up_process(config.threads, on_cpu=config.trainer.get("accelerator") == "cpu")
 
 
@@ -237,7 +238,6 @@ def logged(folder: Path) -> Iterator[None]:
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.captureWarnings(True)  # libraries' warnings go to the file, not between the bars
     logging.getLogger("py.warnings").addHandler(file)
     logging.getLogger("py.warnings").propagate = False

@@ -145,8 +145,13 @@ def run_ranks(
             variables = {
                 **{k: v for k, v in base.items() if k not in DDP_VARIABLES},
                 **meeting,
-                **{"NODE_RANK": str(node), "GROUP_RANK": str(node), "LOCAL_RANK": str(local), "RANK": str(number)},
-                **{"LOCAL_WORLD_SIZE": str(count), "WORLD_SIZE": str(count * nodes), PARENT: str(os.getpid())},
+                "NODE_RANK": str(node),
+                "GROUP_RANK": str(node),
+                "LOCAL_RANK": str(local),
+                "RANK": str(number),
+                "LOCAL_WORLD_SIZE": str(count),
+                "WORLD_SIZE": str(count * nodes),
+                PARENT: str(os.getpid()),
             }
             ranks.append(Rank.start(number, command, folder, cwd, variables))
             held.callback(ranks[-1].close)

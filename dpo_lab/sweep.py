@@ -15,9 +15,7 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from dpo_lab.launch import DDP_VARIABLES, stop
-
-CHILD = "DPO_LAB_SWEEP_CELL"
+from dpo_lab.launch import DDP_VARIABLES, PARENT, stop
 
 
 class CellFailed(RuntimeError):
@@ -39,7 +37,7 @@ def run_cell(module: str, grace: float = 30.0) -> None:
         f"hydra.run.dir='{os.path.relpath(folder, hydra.runtime.cwd)}'",
     ]
     print(f"[{hydra.job.num}] {' '.join(map(shlex.quote, hydra.overrides.task)) or '(no overrides)'}", flush=True)
-    environment = {k: v for k, v in os.environ.items() if k not in DDP_VARIABLES} | {CHILD: "1"}
+    environment = {k: v for k, v in os.environ.items() if k not in DDP_VARIABLES} | {PARENT: str(os.getpid())}
     child = subprocess.Popen(command, env=environment, cwd=hydra.runtime.cwd, start_new_session=True)
     try:
         code = child.wait()

@@ -29,7 +29,11 @@ from tests.conftest import make_pairs
 TOKENIZER = train_tokenizer(["the plot was good and its music too"], 300)
 PAIRS, HELD_OUT = PairTable.of(make_pairs(14, vocabulary=250)), PairTable.of(make_pairs(70, seed=9, vocabulary=250))
 STEPS = 7  # of 4 pairs, 3 of them an epoch; validated every 3, logged every 2, saved every 2
-IGNORED = ("ignore:.*does not have many workers", "ignore:Found .* module.s. in eval mode", "ignore::FutureWarning:lightning")
+IGNORED = (
+    "ignore:.*does not have many workers",
+    "ignore:Found .* module.s. in eval mode",
+    "ignore::FutureWarning:lightning",
+)
 
 
 class Noisy(DPOModule):
@@ -63,7 +67,9 @@ def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks:
     )
 
 
-def run(folder: Path, *, kind: type[DPOModule] = Noisy, workers: int = 0, optim: Optim | None = None, **settings) -> Trainer:
+def run(
+    folder: Path, *, kind: type[DPOModule] = Noisy, workers: int = 0, optim: Optim | None = None, **settings
+) -> Trainer:
     """Start a fit in `folder`, or go on with the one there, as every start of a run does."""
     trainer = trainer_of(folder, **settings)
     remove_leftovers(folder / FOLDER)
@@ -81,7 +87,9 @@ def run(folder: Path, *, kind: type[DPOModule] = Noisy, workers: int = 0, optim:
         tokens_per_microbatch=40,
     )
     config: Any = SimpleNamespace(
-        data=SimpleNamespace(batch_size=4, num_workers=workers), seed=5, policy=SimpleNamespace(gradient_checkpointing=False)
+        data=SimpleNamespace(batch_size=4, num_workers=workers),
+        seed=5,
+        policy=SimpleNamespace(gradient_checkpointing=False),
     )
     material: Any = SimpleNamespace(train=PAIRS, held_out=HELD_OUT)
     fit(config, trainer, module, material, checkpoint)
@@ -108,5 +116,7 @@ def difference(one: Any, other: Any, at: str = "") -> str | None:
     if isinstance(one, (list, tuple)):
         if len(one) != len(other):
             return f"{at}: {len(one)}, {len(other)}"
-        return next((d for i, (a, b) in enumerate(zip(one, other, strict=True)) if (d := difference(a, b, f"{at}/{i}"))), None)
+        return next(
+            (d for i, (a, b) in enumerate(zip(one, other, strict=True)) if (d := difference(a, b, f"{at}/{i}"))), None
+        )
     return None if one == other else f"{at}: {one} {other}"

@@ -29,9 +29,9 @@ from dpo_lab.models.forward import choose_path, pair_logps, path_of, response_nl
 from dpo_lab.models.policy import Policy, Pretrained, TinyPolicy, load_policy
 from dpo_lab.models.reference import REFERENCES
 from dpo_lab.models.tokenizer import train_tokenizer
+from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import prepare, prepare_responses
 from dpo_lab.run import run
-from dpo_lab.next_commands import after_sft
 from dpo_lab.sft_run import run_sft
 from dpo_lab.training.checks import check_step_zero
 from dpo_lab.training.optim import Optim
