@@ -138,24 +138,23 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         node, meeting = _meeting(base, nodes, held)
-        asked = held.enter_context(Asked())
+        shared = {k: v for k, v in base.items() if k not in DDP_VARIABLES} | meeting
+        asked = Asked()
+        held.enter_context(asked)
         ranks: list[Rank] = []
         for local in range(count):
             number = node * count + local
-            variables = {
-                **{k: v for k, v in base.items() if k not in DDP_VARIABLES},
-                **meeting,
-                **{"NODE_RANK": str(node), "GROUP_RANK": str(node), "LOCAL_RANK": str(local), "RANK": str(number)},
-                **{"LOCAL_WORLD_SIZE": str(count), "WORLD_SIZE": str(count * nodes), PARENT: str(os.getpid())},
-            }
+            places = {"NODE_RANK": node, "GROUP_RANK": node, "LOCAL_RANK": local, "RANK": number}
+            sizes = {"LOCAL_WORLD_SIZE": count, "WORLD_SIZE": count * nodes, PARENT: os.getpid()}
+            variables = shared | {name: str(value) for name, value in (places | sizes).items()}
             ranks.append(Rank.start(number, command, folder, cwd, variables))
             held.callback(ranks[-1].close)
         supervise(ranks, asked, grace)
         if asked.signum is None:
             return judge(ranks)
         judge(
-            [rank for rank in ranks if rank.code not in ENDS and not rank.stopped]
-        )  # shows what went wrong at the end
+            [each for each in ranks if each.code not in ENDS and not each.stopped]
+        )  # to show what failed on the way out
         asked.obey(asked.signum)
         raise Stopped(asked.signum)
 
