@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -16,22 +15,24 @@ import pytest
 from dpo_lab import leases
 from tests.supervised import Post
 
-# Leases 2 GPUs as often as it is told to, says so before it lets go of them, and has a child meanwhile.
+# Leases 2 GPUs when it is given a line and lets go at the next; meanwhile it has a child, which lives on if it is killed.
 LEASE = """
 import json, logging, socket, subprocess, sys
 from dpo_lab.leases import lease_gpus
+name, who, children = sys.argv[1:]
 post = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-say = lambda what, **more: post.sendto(json.dumps({"who": sys.argv[2], "what": what, **more}).encode(), chr(0) + sys.argv[1])
+say = lambda what, **more: post.sendto(json.dumps({"who": who, "what": what, **more}).encode(), chr(0) + name)
 class Told(logging.Handler):
     def emit(self, record):
         say("waits", line=record.getMessage())
 logging.basicConfig(level="INFO", handlers=[Told()])
 for line in sys.stdin:
     with lease_gpus(2, poll=0.01) as gpus:
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        child = subprocess.Popen(["cat"], stdin=int(children))
         say("took", gpus=gpus, child=child.pid)
         sys.stdin.readline()
-        child.communicate()
+        child.kill()
+        child.wait()
         say("leaves", gpus=gpus)
 """
 
@@ -46,14 +47,20 @@ def temp(tmp_path, monkeypatch) -> Path:
 
 
 class Leasers:
-    """Processes that lease 2 of the 4 GPUs each time they are given a line, and let go at the next."""
+    """Processes that run LEASE, for the 4 GPUs of the fixture. No child outlives the context."""
 
     def __init__(self, names: str) -> None:
         self.post, self.held = Post("leases"), {}
+        children, self.children = os.pipe()
         self.processes = {
-            name: subprocess.Popen([sys.executable, "-c", LEASE, self.post.name, name], stdin=subprocess.PIPE)
+            name: subprocess.Popen(
+                [sys.executable, "-c", LEASE, self.post.name, name, str(children)],
+                stdin=subprocess.PIPE,
+                pass_fds=[children],
+            )
             for name in names
         }
+        os.close(children)
 
     def __enter__(self) -> Leasers:
         return self
@@ -62,6 +69,7 @@ class Leasers:
         for process in self.processes.values():
             process.kill()
             process.communicate()
+        os.close(self.children)  # the end of what the children read
         self.post.socket.close()
 
     def line(self, name: str) -> None:
@@ -86,40 +94,37 @@ def test_three_processes_share_four_gpus_two_at_a_time():
     with Leasers("abc") as leasers:
         for name in "abc":
             leasers.line(name)
-        took, waited = [], []
-        while len(took) < 12:  # at each turn the first that holds some lets go, and asks again
+        took, left = [], None
+        while len(took) < 12:
             report = leasers.next()
-            if report["what"] == "took":
+            if report["what"] == "leaves":
+                left = report["who"]
+            elif report["what"] == "took":
                 took.append(report["who"])
-            elif report["what"] == "waits":
-                waited.append(report)
-            if len(leasers.held) == 2 and report["what"] in ("took", "waits") and waited:
-                first = next(iter(leasers.held))
-                leasers.line(first)
-                while leasers.next()["what"] != "leaves":
-                    pass
-                leasers.line(first)
+                if (
+                    len(leasers.held) == 2
+                ):  # the one that holds them longest gives way, the one that gave way asks again
+                    leasers.line(next(iter(leasers.held)))
+                    if left:
+                        leasers.line(left)
         assert set(took) == {"a", "b", "c"}
-        assert waited[0]["line"] == "waiting for 2 of the GPUs 0,1,2,3 to be free: other runs hold them"
 
 
-def test_a_killed_process_frees_its_gpus_though_its_children_live_on():
+def test_a_killed_process_frees_its_gpus_though_its_child_lives_on():
     with Leasers("abc") as leasers:
-        leasers.line("a")
-        child = leasers.next()["child"]
-        leasers.line("b")
-        leasers.next()
+        for name in "ab":
+            leasers.line(name)
+            child = os.pidfd_open(leasers.next()["child"])
+            if name == "a":
+                os.close(child)
         leasers.line("c")
-        assert leasers.next()["what"] == "waits"
-        watched = os.pidfd_open(child)
-        stdin = leasers.processes["a"].stdin
-        os.kill(leasers.processes["a"].pid, signal.SIGSTOP)  # so that its child outlives it: their pipe is ours now
-        assert stdin
-        freed = leasers.held.pop("a")
-        leasers.processes["a"].kill()
+        assert leasers.next()["line"] == "waiting for 2 of the GPUs 0,1,2,3 to be free: other runs hold them"
+        freed = leasers.held.pop("b")
+        leasers.processes["b"].kill()
         report = leasers.next()
-        os.close(watched)
         assert (report["who"], report["gpus"]) == ("c", freed)
+        assert not has_ended(child)
+        os.close(child)
 
 
 def test_more_gpus_than_there_are_is_an_error_at_once():
