@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo_lab import leases
-from tests.supervised import Post
+from tests.supervised import Post, has_ended
 
 # Leases 2 GPUs when it is given a line and lets go at the next; meanwhile it has a child, which lives on if it is killed.
 LEASE = """
