@@ -73,12 +73,12 @@ def enter(
         return
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     if launch.is_rank():
-        if launch.PARENT in os.environ:
-            launch.die_with_parent(signal.SIGKILL)
+        if parent := os.environ.get(launch.PARENT):
+            launch.die_with_parent(signal.SIGKILL, int(parent))
         run(folder)
         return
-    if launch.PARENT in os.environ:
-        launch.die_with_parent(signal.SIGTERM)  # a cell of a sweep: it puts its work in safety first
+    if parent := os.environ.get(launch.PARENT):
+        launch.die_with_parent(signal.SIGTERM, int(parent))  # a cell of a sweep: it puts its work in safety first
     print(f"dpo_lab: {folder}", flush=True)  # before the seconds that torch takes to load
     if runs.standing(folder, record, config.input_files(settings)) is runs.Standing.done:
         done = runs.read_record(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,12 +31,13 @@ from dpo_lab.prepare import Forward, Material
 from dpo_lab.results import runs
 from dpo_lab.results.card import model_card, table
 from dpo_lab.results.estimates import Estimate
-from dpo_lab.results.identity import flatten
+from dpo_lab.results.identity import config_digest, flatten
 from dpo_lab.results.runs import RunRefused
 from dpo_lab.training.callbacks import HParams
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.journal import Journal
 from dpo_lab.training.process import set_up_process
+from dpo_lab.training.ranks import of_all_ranks
 from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
 
@@ -71,9 +74,25 @@ def live(config: RunConfig, plain: dict[str, Any], folder: Path, body: Callable[
             return bool(held)
 
         if by_rank_zero(trainer, take):
-            body(held[0] if held else runs.Run(folder, {"config": plain}, writes=False), trainer)
+            run = held[0] if held else runs.Run(folder, {"config": plain}, writes=False)
+            run.update(ranks=_same_on_all_ranks(trainer, plain))
+            body(run, trainer)
         elif trainer.is_global_zero:
             print(f"{folder}: this run is done already", flush=True)
+
+
+def _same_on_all_ranks(trainer: Trainer, plain: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Who the ranks are. Raises RuntimeError where they do not all run this very config."""
+    mine = {
+        "rank": trainer.global_rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "config": config_digest(plain),
+    }
+    ranks = of_all_ranks(mine)
+    if len({rank["config"] for rank in ranks}) > 1:
+        raise RuntimeError(f"ranks run different configs: {ranks}")
+    return ranks
 
 
 def by_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:

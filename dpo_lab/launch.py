@@ -88,18 +88,17 @@ def local_world(accelerator: str, devices: int | str | Sequence[int], num_nodes:
     return len(gpus or [""])
 
 
-def die_with_parent(signum: int) -> None:
-    """Let the kernel send this process `signum` when the one that started it dies; now, if it is dead already (Linux).
+def die_with_parent(signum: int, parent: int | None = None) -> None:
+    """Let the kernel send this process `signum` when the one that started it dies (Linux); now, if that was `parent`, who is
+    dead already and has been replaced by another process.
 
-    To be called in the thread that lives as long as the process. The parent is who PARENT names, since one that died
-    before this call has been replaced by another process.
+    To be called in the thread that lives as long as the process.
     """
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, int(signum))  # PR_SET_PDEATHSIG
-    parent = os.environ.get(PARENT)
-    if parent is not None and os.getppid() != int(parent):
+    if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signum)
 
 
@@ -138,29 +137,23 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         node, meeting = _meeting(base, nodes, held)
-        asked = held.enter_context(Asked())
+        shared = {k: v for k, v in base.items() if k not in DDP_VARIABLES} | meeting
+        asked = Asked()
+        held.enter_context(asked)
         ranks: list[Rank] = []
         for local in range(count):
             number = node * count + local
-            variables = {
-                **{k: v for k, v in base.items() if k not in DDP_VARIABLES},
-                **meeting,
-                "NODE_RANK": str(node),
-                "GROUP_RANK": str(node),
-                "LOCAL_RANK": str(local),
-                "RANK": str(number),
-                "LOCAL_WORLD_SIZE": str(count),
-                "WORLD_SIZE": str(count * nodes),
-                PARENT: str(os.getpid()),
-            }
+            places = {"NODE_RANK": node, "GROUP_RANK": node, "LOCAL_RANK": local, "RANK": number}
+            sizes = {"LOCAL_WORLD_SIZE": count, "WORLD_SIZE": count * nodes, PARENT: os.getpid()}
+            variables = shared | {name: str(value) for name, value in (places | sizes).items()}
             ranks.append(Rank.start(number, command, folder, cwd, variables))
             held.callback(ranks[-1].close)
         supervise(ranks, asked, grace)
         if asked.signum is None:
             return judge(ranks)
         judge(
-            [rank for rank in ranks if rank.code not in ENDS and not rank.stopped]
-        )  # shows what went wrong at the end
+            [each for each in ranks if each.code not in ENDS and not each.stopped]
+        )  # to show what failed on the way out
         asked.obey(asked.signum)
         raise Stopped(asked.signum)
 

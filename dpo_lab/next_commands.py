@@ -11,12 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from dpo_lab.config import RunConfig
 from dpo_lab.models.policy import Pretrained
-from dpo_lab.results.estimates import Estimate
-from dpo_lab.results.summary import print_summary
 
 KEPT = ("dtype", "attention", "trust_remote_code", "gradient_checkpointing")  # that loading the result needs again
 OF_BASE = ("package", "gguf_file", "revision", "chat_template")  # the same of adapters, whose base is read as before
@@ -24,6 +20,11 @@ OF_BASE = ("package", "gguf_file", "revision", "chat_template")  # the same of a
 
 def say_again(record: Mapping[str, Any], folder: Path, commands: Sequence[str]) -> None:
     """The summary of a run that is done already, from its record."""
+    from rich.console import Console
+
+    from dpo_lab.results.estimates import Estimate
+    from dpo_lab.results.summary import print_summary
+
     print(f"{folder}: this run is done already. Type name=another for a second one; its figures:")
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
     print_summary(Console(), metrics, record.get("samples", []), folder, commands)

@@ -1,4 +1,4 @@
-"""The ranks of one run while they run: waited for, asked to stop, killed in the end, and judged by who broke the run and why."""
+"""The ranks of one run while they run: waited for, asked to stop, killed at last, and judged by who broke it and why."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from dpo_lab.stop import Stopped
 
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
-LOGS = ("run.log", "output.log")  # which go on growing while a folder changes hands
+LOGS = re.compile(r"\.lock|run\.log|output\.log|\.?rank-\d+\.\w+")  # which are in use while a folder changes hands
 
 
 class RunRefused(Exception):
@@ -231,7 +231,7 @@ def _commit(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _set_aside(folder: Path) -> None:
     """Keep what an earlier run left, in `earlier-N` inside the folder."""
-    left = [p for p in folder.iterdir() if p.name not in (".lock", *LOGS) and not p.name.startswith("earlier-")]
+    left = [p for p in folder.iterdir() if not (LOGS.fullmatch(p.name) or p.name.startswith("earlier-"))]
     aside = folder / f"earlier-{1 + sum(p.name.startswith('earlier-') for p in folder.iterdir())}"
     aside.mkdir()
     for path in left:
