@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
 
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.table import PairTable
@@ -19,7 +20,7 @@ from dpo_lab.models.forward import choose_path
 from dpo_lab.models.policy import TinyPolicy
 from dpo_lab.models.reference import Uniform
 from dpo_lab.models.tokenizer import train_tokenizer
-from dpo_lab.training.checkpoint import FOLDER, VerifiedCheckpointIO, newest, remove_leftovers
+from dpo_lab.training.checkpoint import FOLDER, VerifiedCheckpointIO, by_step, newest, remove_leftovers
 from dpo_lab.training.journal import Journal
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.optim import Optim
@@ -43,6 +44,25 @@ class Noisy(DPOModule):
         return super().part_loss(part) * (1 + drawn * self.dropout(torch.ones(4)).mean())
 
 
+class Leave(Exception):
+    """A crash."""
+
+
+class LeaveAt(Callback):
+    """Crash before step N + 1, or in the validation after step N."""
+
+    def __init__(self, step: int, validating: bool = False) -> None:
+        self.step, self.validating = step, validating
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == self.step and not self.validating:
+            raise Leave
+
+    def on_validation_batch_start(self, trainer, module, batch, index, *args) -> None:
+        if trainer.global_step == self.step and self.validating and index == 1:
+            raise Leave
+
+
 def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks: Sequence[Callback] = (), **settings):
     every = settings.pop("every_n_steps", 2)
     return Trainer(
@@ -63,11 +83,24 @@ def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks:
     )
 
 
-def run(folder: Path, *, kind: type[DPOModule] = Noisy, workers: int = 0, optim: Optim | None = None, **settings) -> Trainer:
-    """Start a fit in `folder`, or go on with the one there, as every start of a run does."""
-    trainer = trainer_of(folder, **settings)
+def run(
+    folder: Path,
+    *,
+    kind: type[DPOModule] = Noisy,
+    workers: int = 0,
+    optim: Optim | None = None,
+    loggers: Callable[[int], list[Logger]] | None = None,
+    **settings,
+) -> Trainer:
+    """Start a fit in `folder`, or go on with the one there, as every start of a run does.
+
+    loggers: those beside the journal, of a run that goes on from a step (0: from none).
+    """
     remove_leftovers(folder / FOLDER)
     checkpoint = newest(folder / FOLDER)
+    if loggers is not None:
+        settings["logger"] = [*loggers(step_of(checkpoint)), Journal(folder)]
+    trainer = trainer_of(folder, **settings)
     seed_everything(3, verbose=False)
     model = TinyPolicy(hidden_size=8, layers=1, heads=2, intermediate_size=8).build(TOKENIZER, seed=0)
     choose_path(model)
@@ -88,11 +121,21 @@ def run(folder: Path, *, kind: type[DPOModule] = Noisy, workers: int = 0, optim:
     return trainer
 
 
+def step_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.stem.removeprefix("step="))
+
+
 def left(folder: Path) -> dict[str, Any]:
     """All that a fit leaves: the newest checkpoint's contents and the journal's bytes."""
     path = newest(folder / FOLDER)
     assert path is not None
-    return torch.load(path, weights_only=True) | {"journal": (folder / "metrics.jsonl").read_bytes()}
+    found = torch.load(path, weights_only=True) | {"journal": (folder / "metrics.jsonl").read_bytes()}
+    del found["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]  # how often it validated: nothing depends on it
+    return found
+
+
+def saved(folder: Path) -> list[int]:
+    return list(by_step(folder / FOLDER))
 
 
 def difference(one: Any, other: Any, at: str = "") -> str | None:

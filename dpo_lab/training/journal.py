@@ -32,6 +32,7 @@ class Journal(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         journal.append(self.path, step or 0, {name: float(value) for name, value in metrics.items()})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

@@ -66,8 +66,10 @@ class Checkpoints(Checkpoint):
         if self.resumed < 0:
             _rewind(trainer, 0)  # of a run that was killed before its first checkpoint
         if self.owes_validation:
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False  # else it would leave out as many batches as the one before it had
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            validation.run()
             trainer.training = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: StepModule, *args: Any) -> None:
