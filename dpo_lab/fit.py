@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from dpo_lab.prepare import Forward, Material
 from dpo_lab.results import runs
 from dpo_lab.results.card import table
 from dpo_lab.results.estimates import Estimate
+from dpo_lab.stop import StopRequest
 from dpo_lab.training.callbacks import HParams
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO
 from dpo_lab.training.journal import Journal
@@ -123,9 +125,12 @@ def fit(
     if config.policy.gradient_checkpointing:
         module.model.activation_checkpointing_enable({"use_reentrant": False})
     module.model.train()
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in trainer.callbacks):
-        trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
+    with StopRequest() as module.request:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in trainer.callbacks):
+            trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
+    if module.request.signum is not None:  # it came when no step was left to finish
+        signal.raise_signal(module.request.signum)
 
 
 def to_tensorboard(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
@@ -119,6 +120,12 @@ def run(
     material: Any = SimpleNamespace(train=PAIRS, held_out=HELD_OUT)
     fit(config, trainer, module, material, checkpoint)
     return trainer
+
+
+def cut(folder: Path, step: int, **settings) -> None:
+    """A fit that crashes before step + 1."""
+    with pytest.raises(Leave):
+        run(folder, callbacks=[LeaveAt(step)], **settings)
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from dpo_lab.training.checkpoint import FOLDER, CheckpointError, VerifiedCheckpointIO, by_step, damage, newest
 from dpo_lab.training.optim import Decay, Optim
 from dpo_lab.training.saving import Checkpoints
-from tests.small_fit import IGNORED, STEPS, Leave, LeaveAt, difference, left, run, saved
+from tests.small_fit import IGNORED, STEPS, Leave, LeaveAt, cut, difference, left, run, saved
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
@@ -43,8 +43,7 @@ def test_a_file_is_read_by_plain_torch_mapped_or_not_and_holds_no_reference(whol
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_going_on_from_any_step_is_bit_identical(step, whole, tmp_path):
     """Before the first checkpoint, within an epoch, at its border, past it; between two log points; a validation owed."""
-    with pytest.raises(Leave):
-        run(tmp_path, callbacks=[LeaveAt(step)])
+    cut(tmp_path, step)
     assert saved(tmp_path) == [at for at in (2, 4, 6) if at <= step][-2:]
     run(tmp_path)
     assert difference(left(tmp_path), left(whole)) is None
@@ -93,23 +92,21 @@ def test_early_stopping_leaves_a_checkpoint_of_its_last_step_and_stays_stopped(t
     assert [row["step"] for row in rows if "val/loss" in row] == [3, 6]
 
 
-def test_what_was_damaged_and_passed_over_goes_when_a_newer_one_is_there(whole, tmp_path, caplog):
+def test_what_was_damaged_and_passed_over_goes_when_a_newer_one_is_there(tmp_path, caplog):
     run(tmp_path, steps=4)
     (tmp_path / FOLDER / "step=4.ckpt").write_bytes(b"torn")
-    with pytest.raises(Leave):
-        run(tmp_path, every_n_steps=3, callbacks=[LeaveAt(3)])
+    cut(tmp_path, 3, every_n_steps=3)
     assert "step=4.ckpt: damaged" in caplog.text
     assert saved(tmp_path) == [2, 3]
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty")
-def test_a_csv_logger_is_told_again_what_it_forgets(whole, tmp_path):
+def test_a_csv_logger_is_told_again_what_it_forgets(tmp_path):
     def csv(folder: Path):
         return lambda step: [CSVLogger(folder, name="", version="")]
 
     run(tmp_path / "whole", loggers=csv(tmp_path / "whole"))
-    with pytest.raises(Leave):
-        run(tmp_path / "cut", loggers=csv(tmp_path / "cut"), callbacks=[LeaveAt(5)])
+    cut(tmp_path / "cut", 5, loggers=csv(tmp_path / "cut"))
     run(tmp_path / "cut", loggers=csv(tmp_path / "cut"))
     assert (tmp_path / "cut" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
 

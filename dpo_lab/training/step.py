@@ -92,7 +92,7 @@ class StepModule(LightningModule):
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         for part in batch.split(self.tokens_per_microbatch):
             self.validate_part(part)
-        self.agreed_stop()
+        self.agree_to_stop()
 
     def on_validation_epoch_end(self) -> None:
         self.log_means(self.val_metrics, "val/", {})
@@ -117,11 +117,20 @@ class StepModule(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=self.global_step)
 
-    def agreed_stop(self) -> int:
-        """The signal by which any rank was asked to stop, 0 without one; all ranks have to ask together."""
+    def listen(self) -> None:
+        """Take signals back from Lightning, whose handler would talk to other ranks in the middle of anything."""
+        if self.request is not None:
+            self.request.listen()
+
+    def agree_to_stop(self) -> None:
+        """Learn in `stopping` whether any rank was asked to stop; all ranks have to call it together."""
         if self.request is not None:
             self._is_so_in_any_rank(torch.zeros((), dtype=torch.bool, device=self.device))
-        return self.stopping
+
+    def stop_if_asked(self) -> None:
+        """Raise Stopped in every rank if any of them was asked to stop when they last agreed."""
+        if self.stopping and self.request is not None:
+            self.request.obey(self.stopping)
 
     def _is_so_in_any_rank(self, so: Tensor) -> bool:
         asked = (self.request and self.request.signum) or 0

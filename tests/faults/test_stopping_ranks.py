@@ -16,7 +16,7 @@ from dpo_lab.stop import Stopped
 from dpo_lab.training.finite import NotFinite
 from dpo_lab.training.module import DPOModule
 from tests.ranks import become_rank, run_in_ranks
-from tests.small_fit import IGNORED, PAIRS, Leave, LeaveAt, difference, left, run, saved
+from tests.small_fit import IGNORED, PAIRS, cut, difference, left, run, saved
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
@@ -87,8 +87,7 @@ def rank(number: int, world_size: int, folder: str) -> None:
 def ranks(tmp_path_factory):
     """The folder that two ranks left, and what each of them said."""
     folder = tmp_path_factory.mktemp("ranks")
-    with pytest.raises(Leave):
-        run(folder / "one and two", kind=DPOModule, callbacks=[LeaveAt(4)])
+    cut(folder / "one and two", 4, kind=DPOModule)
     outputs = run_in_ranks("tests.faults.test_stopping_ranks", "rank", 2, str(folder))
     return folder, [json.loads(output.split("RESULT", 1)[1]) for output in outputs]
 
