@@ -127,7 +127,8 @@ def fit(
     module.model.train()
     with StopRequest() as module.request:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in trainer.callbacks):
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+        if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in callbacks):
             trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
     if module.request.signum is not None:  # it came when no step was left to finish
         signal.raise_signal(module.request.signum)

@@ -31,7 +31,11 @@ from tests.conftest import make_pairs
 TOKENIZER = train_tokenizer(["the plot was good and its music too"], 300)
 PAIRS, HELD_OUT = PairTable.of(make_pairs(14, vocabulary=250)), PairTable.of(make_pairs(70, seed=9, vocabulary=250))
 STEPS = 7  # of 4 pairs, 3 of them an epoch; validated every 3, logged every 2, saved every 2
-IGNORED = ("ignore:.*does not have many workers", "ignore:Found .* module.s. in eval mode", "ignore::FutureWarning:lightning")
+IGNORED = (
+    "ignore:.*does not have many workers",
+    "ignore:Found .* module.s. in eval mode",
+    "ignore::FutureWarning:lightning",
+)
 
 
 class Noisy(DPOModule):
@@ -115,7 +119,9 @@ def run(
         tokens_per_microbatch=40,
     )
     config: Any = SimpleNamespace(
-        data=SimpleNamespace(batch_size=4, num_workers=workers), seed=5, policy=SimpleNamespace(gradient_checkpointing=False)
+        data=SimpleNamespace(batch_size=4, num_workers=workers),
+        seed=5,
+        policy=SimpleNamespace(gradient_checkpointing=False),
     )
     material: Any = SimpleNamespace(train=PAIRS, held_out=HELD_OUT)
     fit(config, trainer, module, material, checkpoint)
@@ -137,7 +143,9 @@ def left(folder: Path) -> dict[str, Any]:
     path = newest(folder / FOLDER)
     assert path is not None
     found = torch.load(path, weights_only=True) | {"journal": (folder / "metrics.jsonl").read_bytes()}
-    del found["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]  # how often it validated: nothing depends on it
+    del found["loops"]["fit_loop"][
+        "epoch_loop.val_loop.batch_progress"
+    ]  # how often it validated: nothing depends on it
     return found
 
 
@@ -158,5 +166,7 @@ def difference(one: Any, other: Any, at: str = "") -> str | None:
     if isinstance(one, (list, tuple)):
         if len(one) != len(other):
             return f"{at}: {len(one)}, {len(other)}"
-        return next((d for i, (a, b) in enumerate(zip(one, other, strict=True)) if (d := difference(a, b, f"{at}/{i}"))), None)
+        return next(
+            (d for i, (a, b) in enumerate(zip(one, other, strict=True)) if (d := difference(a, b, f"{at}/{i}"))), None
+        )
     return None if one == other else f"{at}: {one} {other}"

@@ -51,7 +51,13 @@ def test_going_on_from_any_step_is_bit_identical(step, whole, tmp_path):
 
 def test_what_a_fit_logs_counts_the_steps_that_are_done(whole):
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], "train/loss" in row) for row in rows] == [(2, True), (3, False), (4, True), (6, True), (6, False)]
+    assert [(row["step"], "train/loss" in row) for row in rows] == [
+        (2, True),
+        (3, False),
+        (4, True),
+        (6, True),
+        (6, False),
+    ]
     assert all(("val/loss" in row) is ("train/loss" not in row) for row in rows)
 
 

@@ -22,7 +22,10 @@ def path(tmp_path):
 
 
 def test_rows_come_back_to_the_last_bit_and_bytes_depend_on_them_alone(path, tmp_path):
-    assert list(rows(path)) == [{"step": 2, "train/loss": 0.1 + 0.2, "train/tokens": 12.0}, {"step": 3, "val/loss": 0.5}]
+    assert list(rows(path)) == [
+        {"step": 2, "train/loss": 0.1 + 0.2, "train/tokens": 12.0},
+        {"step": 3, "val/loss": 0.5},
+    ]
     again = tmp_path / "again.jsonl"
     for row in rows(path):
         append(again, row.pop("step"), row)
@@ -36,13 +39,20 @@ def test_figures_that_are_not_finite_stay_visible_in_strict_json(tmp_path):
     def refuse(word: str):
         raise AssertionError(word)
 
-    assert json.loads(path.read_text(), parse_constant=refuse) == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity"}
+    assert json.loads(path.read_text(), parse_constant=refuse) == {
+        "step": 1,
+        "a": "NaN",
+        "b": "Infinity",
+        "c": "-Infinity",
+    }
     (row,) = rows(path)
     assert math.isnan(row["a"])
     assert (row["b"], row["c"]) == (math.inf, -math.inf)
 
 
-@pytest.mark.parametrize("line", [b'{"step": 3, "val/l\n', b"[1, 2]\n", b'{"step": 3, "val/loss": "high"}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "line", [b'{"step": 3, "val/l\n', b"[1, 2]\n", b'{"step": 3, "val/loss": "high"}\n', b"\xff\xfe\n"]
+)
 def test_damage_before_the_end_names_its_line(path, line):
     whole = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(whole[0] + line + whole[1])

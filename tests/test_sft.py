@@ -303,7 +303,7 @@ def test_a_run_on_own_pairs(whole, shop):
     assert record["metrics"]["loss"]["n"] == record["data"]["held-out responses"]
     events = EventAccumulator(str(folder)).Reload()
     assert (
-        [e.step for e in events.Scalars("train/loss")] == [e.step for e in events.Scalars("train/tokens")] == [3, 7, 11]
+        [e.step for e in events.Scalars("train/loss")] == [e.step for e in events.Scalars("train/tokens")] == [4, 8, 12]
     )
     assert events.Scalars("train/tokens")[-1].value == record["tokens"]
     assert events.Scalars("val/loss")[-1].value == pytest.approx(metrics["loss"], rel=1e-5)

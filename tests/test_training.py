@@ -139,7 +139,9 @@ def test_steps_hold_the_same_pairs_for_any_ranks(world_size):
         for number in range(world_size):
             sampler = StepSampler(SIZES, 8, seed=5, rank=number, world_size=world_size, start=start)
             ranks.append(list(islice(sampler, 3 * steps_per_epoch - start)))
-            assert ranks[-1] == [sampler.step(step) for step in range(start, 3 * steps_per_epoch)]  # without those before
+            assert ranks[-1] == [
+                sampler.step(step) for step in range(start, 3 * steps_per_epoch)
+            ]  # without those before
         return [list(parts) for parts in zip(*ranks, strict=True)]
 
     dealt, whole = steps(world_size), steps(1)

@@ -157,7 +157,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what saves that a crash cut short left behind, and nothing else; gives what it was. The caller holds the folder."""
+    """Remove what saves cut short by a crash left behind, and nothing else; gives what it was. The caller holds the folder."""
     left = sorted(path for path in folder.glob(".*.tmp") if _LEFTOVER.fullmatch(path.name) and path.is_file())
     for path in left:
         path.unlink()

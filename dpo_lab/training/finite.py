@@ -37,7 +37,9 @@ def culprits(
         return found or [key for part in wrong for key in part.keys]
 
     def explodes(one: PairBatch) -> bool:
-        gradients = torch.autograd.grad(part_loss(one), parameters, allow_unused=True)  # in no parameter's .grad, no sync
+        gradients = torch.autograd.grad(
+            part_loss(one), parameters, allow_unused=True
+        )  # in no parameter's .grad, no sync
         return not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 
     return [key for part in parts for key in _alone(part, explodes)]
