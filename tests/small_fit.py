@@ -42,6 +42,7 @@ class Noisy(DPOModule):
     """Draws from every generator in every micro-batch, and keeps a dropout on: a state that was not saved shows at once."""
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         self.dropout = torch.nn.Dropout(0.5).train()
 
     def part_loss(self, part):

@@ -358,7 +358,7 @@ def test_adapters_alone_are_trained_and_dpo_goes_on_from_them(shop, tmp_path, mo
     assert record["metrics"]["loss"]["value"] < record["metrics"]["initial/loss"]["value"]
     assert (folder / "policy" / "adapter_model.safetensors").exists()
     assert (whole / "policy" / "model.safetensors").exists()
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    checkpoint = torch.load(folder / "checkpoints" / "step=12.ckpt", weights_only=True)["state_dict"]
     before = load_policy(shop / "model").model.state_dict()
     for name, weight in checkpoint.items():
         base = name.removeprefix("model.base_model.model.").replace(".base_layer", "")

@@ -1,4 +1,4 @@
-"""When a run is saved, what of it is in a checkpoint, how it goes on from one, and how it stops when it is asked to."""
+"""When a run is saved, what of it is in a checkpoint, and how it goes on from one as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ class Checkpoints(Checkpoint):
         return self.owed is not None
 
     def on_train_start(self, trainer: Trainer, pl_module: StepModule) -> None:
-        pl_module.listen()
         if self.resumed < 0:
             _rewind(trainer, 0)  # of a run that was killed before its first checkpoint
         if self.owes_validation:
@@ -66,15 +65,10 @@ class Checkpoints(Checkpoint):
         self.owed = _now(trainer) if _validation_is_due(trainer) else None
         if pl_module.stopping or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._save(trainer)
-        pl_module.stop_if_asked()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: StepModule) -> None:
-        pl_module.listen()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: StepModule, *args: Any) -> None:
         if pl_module.stopping:
             self._save(trainer)
-        pl_module.stop_if_asked()
 
     def on_validation_end(self, trainer: Trainer, pl_module: StepModule) -> None:
         if trainer.should_stop:  # early: no step will come that saves
@@ -83,8 +77,6 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: StepModule) -> None:
         self._save(trainer)
-        pl_module.agree_to_stop()
-        pl_module.stop_if_asked()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: StepModule, checkpoint: dict[str, Any]) -> None:
         now = self.owed or _now(trainer)
