@@ -71,6 +71,7 @@ class LeaveAt(Callback):
 
 def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks: Sequence[Callback] = (), **settings):
     every = settings.pop("every_n_steps", 2)
+    keepers = [Checkpoints(every_n_steps=every)] if every else []
     return Trainer(
         accelerator="cpu",
         devices=devices,
@@ -84,7 +85,8 @@ def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks:
         num_sanity_val_steps=0,
         default_root_dir=folder,
         plugins=[VerifiedCheckpointIO()],
-        callbacks=[*callbacks, Checkpoints(every_n_steps=every)],
+        callbacks=[*callbacks, *keepers],
+        enable_checkpointing=bool(keepers),
         **(dict(val_check_interval=3, log_every_n_steps=2, logger=[Journal(folder)]) | settings),
     )
 

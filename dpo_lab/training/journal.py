@@ -12,7 +12,7 @@ from dpo_lab.results import journal
 
 
 class Journal(Logger):
-    """Writes metrics.jsonl in `save_dir`, on rank 0. The file holds what the run's record and reports are made of."""
+    """Writes metrics.jsonl in `save_dir`, on rank 0: every figure that the other loggers are given, at the same step."""
 
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()

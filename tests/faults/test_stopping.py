@@ -92,6 +92,17 @@ def test_06_asked_to_stop_in_a_validation_it_owes_it(at, times, whole, tmp_path)
 
 
 @pytest.mark.usefixtures("as_a_run_hears_signals")
+def test_06_a_fit_that_saves_nothing_stops_all_the_same(tmp_path):
+    rows = tmp_path / journal.JOURNAL
+    for callback, steps in ((Signal(2, signal.SIGTERM), [2]), (Signal(3, signal.SIGINT, validating=True), [2])):
+        rows.unlink(missing_ok=True)
+        with pytest.raises(Stopped):
+            run(tmp_path, every_n_steps=0, callbacks=[callback])
+        assert [row["step"] for row in journal.rows(rows)] == steps
+        assert saved(tmp_path) == []
+
+
+@pytest.mark.usefixtures("as_a_run_hears_signals")
 def test_06_a_stop_that_comes_when_all_is_trained_is_not_lost(whole, tmp_path):
     class InTheEnd(Callback):
         def on_fit_end(self, trainer, module) -> None:
