@@ -26,6 +26,8 @@ from dpo_lab.training.journal import Journal
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.saving import Checkpoints
+from dpo_lab.training.sft_module import SFTModule
+from dpo_lab.training.step import StepModule
 from tests.conftest import make_pairs
 
 TOKENIZER = train_tokenizer(["the plot was good and its music too"], 300)
@@ -94,7 +96,7 @@ def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks:
 def run(
     folder: Path,
     *,
-    kind: type[DPOModule] = Noisy,
+    kind: type[StepModule] = Noisy,
     workers: int = 0,
     optim: Optim | None = None,
     loggers: Callable[[int], list[Logger]] | None = None,
@@ -112,21 +114,19 @@ def run(
     seed_everything(3, verbose=False)
     model = TinyPolicy(hidden_size=8, layers=1, heads=2, intermediate_size=8).build(TOKENIZER, seed=0)
     choose_path(model)
-    module = kind(
-        model,
-        DPO(0.5),
-        Uniform().prepare(model, [], folder),
-        optim or Optim(lr=1e-2, warmup_steps=2),
-        total_steps=trainer.max_steps,
-        batch_size=4,
-        tokens_per_microbatch=40,
-    )
+    optim = optim or Optim(lr=1e-2, warmup_steps=2)
+    step = dict(total_steps=trainer.max_steps, tokens_per_microbatch=40)
+    train, held_out = PAIRS, HELD_OUT
+    if issubclass(kind, SFTModule):
+        module, train, held_out = kind(model, optim, **step), train.chosen_alone(), held_out.chosen_alone()
+    else:
+        module = kind(model, DPO(0.5), Uniform().prepare(model, [], folder), optim, batch_size=4, **step)
     config: Any = SimpleNamespace(
         data=SimpleNamespace(batch_size=4, num_workers=workers),
         seed=5,
         policy=SimpleNamespace(gradient_checkpointing=False),
     )
-    material: Any = SimpleNamespace(train=PAIRS, held_out=HELD_OUT)
+    material: Any = SimpleNamespace(train=train, held_out=held_out)
     fit(config, trainer, module, material, checkpoint)
     return trainer
 

@@ -11,9 +11,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
+from dpo_lab.results import journal
 from dpo_lab.training.checkpoint import FOLDER, CheckpointError, VerifiedCheckpointIO, by_step, damage, newest
 from dpo_lab.training.optim import Decay, Optim
 from dpo_lab.training.saving import Checkpoints
+from dpo_lab.training.sft_module import SFTModule
 from tests.small_fit import IGNORED, STEPS, Leave, LeaveAt, cut, difference, left, run, saved
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
@@ -47,6 +49,16 @@ def test_going_on_from_any_step_is_bit_identical(step, whole, tmp_path):
     assert saved(tmp_path) == [at for at in (2, 4, 6) if at <= step][-2:]
     run(tmp_path)
     assert difference(left(tmp_path), left(whole)) is None
+
+
+def test_supervised_fine_tuning_goes_on_too_and_goes_on_counting_tokens(tmp_path):
+    run(tmp_path / "whole", kind=SFTModule)
+    cut(tmp_path / "cut", 5, kind=SFTModule)
+    run(tmp_path / "cut", kind=SFTModule)
+    assert difference(left(tmp_path / "cut"), left(tmp_path / "whole")) is None
+    counted = [row["train/tokens"] for row in journal.rows(tmp_path / "cut" / "metrics.jsonl") if "train/tokens" in row]
+    assert counted == sorted(set(counted))
+    assert left(tmp_path / "cut")["tokens"] > counted[-1] > 0  # the checkpoint is a step further
 
 
 def test_what_a_fit_logs_counts_the_steps_that_are_done(whole):
