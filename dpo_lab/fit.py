@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from dpo_lab.results.card import model_card, table
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.identity import config_digest, flatten
 from dpo_lab.results.runs import RunRefused
+from dpo_lab.stop import StopRequest
 from dpo_lab.training.callbacks import HParams
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.journal import Journal
@@ -211,9 +213,13 @@ def fit(
     if resume.trained_to is not None:
         trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
     add_loggers(trainer, plain, held.folder, step_of(resume.checkpoint) if resume.checkpoint else 0)
-    trainer.fit(module, datamodule=data, ckpt_path=resume.checkpoint, weights_only=True)
-    if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in trainer.callbacks):
-        trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
+    with StopRequest() as module.request:
+        trainer.fit(module, datamodule=data, ckpt_path=resume.checkpoint, weights_only=True)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+        if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in callbacks):
+            trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
+    if module.request.signum is not None:  # it came when no step was left to finish
+        signal.raise_signal(module.request.signum)
 
 
 def finish(

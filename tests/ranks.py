@@ -35,7 +35,12 @@ def run_in_ranks(module: str, function: str, world_size: int, *arguments: str, t
         )
         for rank in range(world_size)
     ]
-    results = [process.communicate(timeout=timeout) for process in processes]
+    try:
+        results = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # one that hangs, and its partner
+            process.wait()
     for process, (_, errors) in zip(processes, results, strict=True):
         assert process.returncode == 0, errors
     return [output for output, _ in results]

@@ -304,7 +304,7 @@ def test_a_run_on_own_pairs(whole, shop):
     assert record["metrics"]["loss"]["n"] == record["data"]["held-out responses"]
     events = EventAccumulator(str(folder)).Reload()
     assert (
-        [e.step for e in events.Scalars("train/loss")] == [e.step for e in events.Scalars("train/tokens")] == [3, 7, 11]
+        [e.step for e in events.Scalars("train/loss")] == [e.step for e in events.Scalars("train/tokens")] == [4, 8, 12]
     )
     assert events.Scalars("train/tokens")[-1].value == record["tokens"]
     assert events.Scalars("val/loss")[-1].value == pytest.approx(metrics["loss"], rel=1e-5)
@@ -359,7 +359,7 @@ def test_adapters_alone_are_trained_and_dpo_goes_on_from_them(shop, tmp_path, mo
     assert record["metrics"]["loss"]["value"] < record["metrics"]["initial/loss"]["value"]
     assert (folder / "policy" / "adapter_model.safetensors").exists()
     assert (whole / "policy" / "model.safetensors").exists()
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    checkpoint = torch.load(folder / "checkpoints" / "step=12.ckpt", weights_only=True)["state_dict"]
     before = load_policy(shop / "model").model.state_dict()
     for name, weight in checkpoint.items():
         base = name.removeprefix("model.base_model.model.").replace(".base_layer", "")

@@ -94,6 +94,11 @@ class PreferenceDataModule(LightningDataModule):
         batches = [mine[start : start + 64] for start in range(0, len(of_fullest_rank), 64)]
         return self._loader(self.held_out, batches, 0)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the workers go: a trainer that fails in a validation would leave them, and wait for them at exit."""
+        if self.trainer:
+            self.trainer.fit_loop.teardown()
+
     def _loader(self, pairs: PairTable, batches: Iterable[Sequence[int]], workers: int) -> DataLoader:
         return DataLoader(
             pairs,  # type: ignore[arg-type]  # a sequence is a dataset

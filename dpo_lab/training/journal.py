@@ -12,7 +12,7 @@ from dpo_lab.results import journal
 
 
 class Journal(Logger):
-    """Writes metrics.jsonl in `save_dir`, on rank 0. The file holds what the run's record and reports are made of."""
+    """Writes metrics.jsonl in `save_dir`, on rank 0: every figure that the other loggers are given, at the same step."""
 
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
@@ -32,6 +32,7 @@ class Journal(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         journal.append(self.path, step or 0, {name: float(value) for name, value in metrics.items()})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

@@ -1,10 +1,8 @@
-"""When a run is saved, what of it is in a checkpoint, how it goes on from one, and how it stops when it is asked to."""
+"""When a run is saved, what of it is in a checkpoint, and how it goes on from one as if it had never stopped."""
 
 from __future__ import annotations
 
 import copy
-import signal
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dpo_lab.results import journal
-from dpo_lab.stop import StopRequest
 from dpo_lab.training import rank_state
 from dpo_lab.training.checkpoint import FOLDER, CheckpointError, by_step
 from dpo_lab.training.finite import NotFinite, all_finite
@@ -42,32 +39,20 @@ class Checkpoints(Checkpoint):
         self.saved = self.resumed = -1  # at which step
         self.owed: dict[str, Any] | None = None  # the run as it was before a validation that is due
         self.random: dict[str, Any] | None = None  # of this rank, to be set before the next step
-        self.held = ExitStack()
 
     @property
     def owes_validation(self) -> bool:
         """Whether a validation was due and has not been finished: fit ends so where there was no step left to train."""
         return self.owed is not None
 
-    def setup(self, trainer: Trainer, pl_module: StepModule, stage: str) -> None:
-        self.held = ExitStack()
-        self.request = pl_module.request = self.held.enter_context(StopRequest())
-
-    def teardown(self, trainer: Trainer, pl_module: StepModule, stage: str) -> None:
-        self.held.close()
-        if self.request.signum is not None:  # it came when no step was left to finish
-            signal.raise_signal(self.request.signum)
-
-    def on_exception(self, trainer: Trainer, pl_module: StepModule, exception: BaseException) -> None:
-        self.held.close()
-
     def on_train_start(self, trainer: Trainer, pl_module: StepModule) -> None:
-        self.request.listen()  # Lightning's own handler would talk to other ranks in the middle of anything
         if self.resumed < 0:
             _rewind(trainer, 0)  # of a run that was killed before its first checkpoint
         if self.owes_validation:
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False  # else it would leave out as many batches as the one before it had
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            validation.run()
             trainer.training = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: StepModule, *args: Any) -> None:
@@ -80,16 +65,10 @@ class Checkpoints(Checkpoint):
         self.owed = _now(trainer) if _validation_is_due(trainer) else None
         if pl_module.stopping or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._save(trainer)
-        if pl_module.stopping:
-            self.request.obey(pl_module.stopping)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: StepModule) -> None:
-        self.request.listen()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: StepModule, *args: Any) -> None:
         if pl_module.stopping:
             self._save(trainer)
-            self.request.obey(pl_module.stopping)
 
     def on_validation_end(self, trainer: Trainer, pl_module: StepModule) -> None:
         if trainer.should_stop:  # early: no step will come that saves
@@ -98,8 +77,6 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: StepModule) -> None:
         self._save(trainer)
-        if signum := pl_module.agreed_stop():
-            self.request.obey(signum)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: StepModule, checkpoint: dict[str, Any]) -> None:
         now = self.owed or _now(trainer)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
@@ -30,8 +31,8 @@ class StepModule(LightningModule):
     so memory does not grow with it. title: what the work is called on the terminal.
 
     Once a step ranks tell each other in one small message whether a number is not finite, which ends the run before the
-    optimizer takes it over, and whether one of them was asked to stop (`request`): `stopping` is that signal on all of them
-    at the same step, 0 without one. What is done about it is not decided here.
+    optimizer takes it over, and whether one of them was asked to stop (`request`): `stopping` is that signal in all of them
+    at the same step, 0 without one. They stop after that step, once callbacks have done what they do at its end.
     """
 
     title: ClassVar[str]
@@ -92,13 +93,29 @@ class StepModule(LightningModule):
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         for part in batch.split(self.tokens_per_microbatch):
             self.validate_part(part)
-        self.agreed_stop()
+        self._agree_to_stop()
 
     def on_validation_epoch_end(self) -> None:
         self.log_means(self.val_metrics, "val/", {})
 
     def on_train_start(self) -> None:
         without_dropout(self.model)  # else DPO's step 0 is not ln 2, and a loss depends on how its step is cut up
+        self._listen()
+
+    def on_validation_start(self) -> None:
+        self._listen()
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: PairBatch, batch_idx: int) -> None:
+        self._stop_if_asked()
+
+    def on_validation_batch_end(
+        self, outputs: STEP_OUTPUT, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._stop_if_asked()
+
+    def on_train_end(self) -> None:
+        self._agree_to_stop()
+        self._stop_if_asked()
 
     def configure_optimizers(self):
         optimizer, schedule = self.optim.build(self.model.parameters(), self.total_steps)
@@ -117,11 +134,19 @@ class StepModule(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=self.global_step)
 
-    def agreed_stop(self) -> int:
-        """The signal by which any rank was asked to stop, 0 without one; all ranks have to ask together."""
+    def _listen(self) -> None:
+        """Take signals back from Lightning, whose handler would talk to other ranks in the middle of anything."""
+        if self.request is not None:
+            self.request.listen()
+
+    def _agree_to_stop(self) -> None:
+        """Learn in `stopping` whether any rank was asked to stop; all ranks have to call it together."""
         if self.request is not None:
             self._is_so_in_any_rank(torch.zeros((), dtype=torch.bool, device=self.device))
-        return self.stopping
+
+    def _stop_if_asked(self) -> None:
+        if self.stopping and self.request is not None:
+            self.request.obey(self.stopping)
 
     def _is_so_in_any_rank(self, so: Tensor) -> bool:
         asked = (self.request and self.request.signum) or 0
