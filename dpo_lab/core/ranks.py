@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import distributed
 
 P = TypeVar("P")
@@ -54,3 +55,12 @@ def across(parts: Sequence[P], sizes: Sequence[float], compute: Callable[[P], R]
     gathered: list[Any] = [None] * world_size
     distributed.all_gather_object(gathered, mine)
     return [gathered[to][place] for place, to in enumerate(dealt)]
+
+
+def most(number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers. device: where the ranks' tensors lie."""
+    if rank_and_world_size()[1] == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)

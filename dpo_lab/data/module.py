@@ -88,9 +88,8 @@ class PreferenceDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self._rank_and_world_size()
         mine = range(rank, len(self.held_out), world_size)
-        batches = [mine[start : start + 64] for start in range(0, len(mine), 64)]
-        if len(self.held_out) and not batches:
-            batches = [range(0)]  # a rank without pairs still takes part when the others add theirs up
+        most = -(-len(self.held_out) // world_size)  # that a rank has: all have as many batches, be the last one empty
+        batches = [mine[start : start + 64] for start in range(0, most, 64)]
         return DataLoader(self.held_out, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]
 
     def _rank_and_world_size(self) -> tuple[int, int]:

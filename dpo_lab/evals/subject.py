@@ -140,6 +140,8 @@ def scored(
 
     parts = [order[part] for part in cut([sizes[i] for i in order], tokens)]
     sums = torch.empty(len(sizes))
-    for chosen, found in zip(parts, across(parts, [sum(sizes[i] for i in part) for part in parts], compute), strict=True):
+    for chosen, found in zip(
+        parts, across(parts, [sum(sizes[i] for i in part) for part in parts], compute), strict=True
+    ):
         sums[chosen] = found
     return sums, torch.tensor([len(response) for response in responses])

@@ -97,7 +97,9 @@ def sample(
         model.train(was_training)
     if left:
         finish(left)
-    in_place = {i: row for chosen, rows in zip(batches, sampled, strict=True) for i, row in zip(chosen, rows, strict=True)}
+    in_place = {
+        i: row for chosen, rows in zip(batches, sampled, strict=True) for i, row in zip(chosen, rows, strict=True)
+    }
     return [in_place[i] for i in range(len(prompts))]
 
 

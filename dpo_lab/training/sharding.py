@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.models.policy import to_train
 
@@ -72,7 +73,7 @@ class Sharded(ModelParallelStrategy):
         def gather(value: Any) -> Any:
             if isinstance(value, DTensor):
                 value = value.full_tensor()
-            return value.cpu() if isinstance(value, Tensor) and self.is_global_zero else None
+            return value.cpu() if isinstance(value, Tensor) and self.is_global_zero else value
 
         whole = tree_map(gather, state)
         return whole if self.is_global_zero else {}
@@ -86,10 +87,8 @@ def shard(module: StepModule) -> None:
     """
     assert module.device_mesh is not None
     mesh = module.device_mesh["data_parallel"]
-    for layers in [m for m in module.model.modules() if isinstance(m, nn.ModuleList)]:
-        for layer in layers:
-            if any(True for _ in layer.parameters()):
-                fully_shard(layer, mesh=mesh)
+    for layer in [m for m in module.model.modules() if isinstance(m, GradientCheckpointingLayer)]:
+        fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
     for method in module.FORWARDS:
         register_fsdp_forward_method(module, method)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
@@ -11,8 +12,10 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import PairBatch
-from dpo_lab.models.forward import without_dropout
+from dpo_lab.core.ranks import most
+from dpo_lab.models.forward import response_nll, without_dropout
 from dpo_lab.training.optim import Optim
+from dpo_lab.training.sharding import shard
 
 
 class StepModule(LightningModule):
@@ -23,6 +26,7 @@ class StepModule(LightningModule):
     """
 
     title: ClassVar[str]
+    FORWARDS = ("part_loss", "validate_part", "idle")  # what computes with the model's weights
 
     def __init__(
         self,
@@ -51,10 +55,27 @@ class StepModule(LightningModule):
         """Let val_metrics see a micro-batch."""
         raise NotImplementedError
 
+    def idle(self) -> Tensor:
+        """A loss of 0 from a response of one token, to go backward from."""
+        tokens = torch.zeros(2, dtype=torch.long, device=self.device)
+        return 0 * response_nll(self.model, tokens, torch.ones_like(tokens)[None])
+
+    def idle_passes(self, parts: int) -> range:
+        """Passes that a rank of `parts` micro-batches idles through: where the model is cut over the ranks all of them
+        have to take part in each one's passes.
+        """
+        return range(0 if self.device_mesh is None else most(parts, self.device) - parts)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self)
+
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         optimizer: LightningOptimizer = self.optimizers()  # type: ignore[assignment]
         share = self.trainer.world_size / self.size(batch)  # sync takes the mean over ranks
         parts = batch.split(self.tokens_per_microbatch)
+        for _ in self.idle_passes(len(parts)):
+            self.manual_backward(self.idle())
         for part in parts:
             with optimizer.toggle_model(sync_grad=part is parts[-1]):
                 self.manual_backward(self.part_loss(part) * share)
@@ -66,7 +87,10 @@ class StepModule(LightningModule):
             self.log_means(self.train_metrics, "train/")
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        for part in batch.split(self.tokens_per_microbatch):
+        parts = batch.split(self.tokens_per_microbatch)
+        for _ in self.idle_passes(len(parts)):
+            self.idle()
+        for part in parts:
             self.validate_part(part)
 
     def on_validation_epoch_end(self) -> None:
