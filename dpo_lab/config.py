@@ -71,6 +71,11 @@ class RunConfig:
                     "reference=adapter_off: without its trained adapters the policy is their base, not where training"
                     " starts; type reference=frozen (a frozen copy of the adapters) or reference=cached"
                 )
+            if _target_of(self.trainer.get("strategy")) == SHARDED:
+                raise ValueError(
+                    "reference=adapter_off: a policy that is cut over the ranks (trainer=fsdp) makes one pass a"
+                    " micro-batch, not a second one without adapters; type reference=cached, or trainer=ddp"
+                )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
         for node in (self.trainer, self.logger, self.callbacks):
@@ -102,10 +107,13 @@ class InspectConfig(RunConfig):
             raise ValueError(f"page={self.page}: must end in .html or .png; type e.g. page=report.html")
 
 
+SHARDED = "dpo_lab.training.sharding.Sharded"  # the strategy that cuts a policy over the ranks
+
 # What a config may instantiate. Everything else of ours is built from the dataclasses above.
 ALLOWED_TARGETS = frozenset(
     {
         "dpo_lab.training.callbacks.StepBar",
+        SHARDED,
         "lightning.pytorch.Trainer",
         "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",
@@ -236,6 +244,10 @@ def _unknown_keys(node: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
                 yield path + str(key), known
         for key in node:
             yield from _unknown_keys(node._get_node(key), f"{path}{key}.")
+
+
+def _target_of(node: Any) -> Any:
+    return node.get("_target_") if isinstance(node, (dict, DictConfig)) else None
 
 
 def _check_targets(node: Any) -> None:
