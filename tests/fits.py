@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dpo_lab.core.losses import DPO
 from dpo_lab.data.module import PreferenceDataModule
 from dpo_lab.models.forward import choose_path
-from dpo_lab.models.policy import TinyPolicy, to_train
+from dpo_lab.models.policy import Policy, TinyPolicy, to_train
 from dpo_lab.models.reference import Cached
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.training.module import DPOModule
@@ -24,12 +24,12 @@ from tests.conftest import make_pairs
 PAIRS, BATCH, HELD_OUT = 30, 8, 7
 
 
-def initial_model(layers: int = 1) -> PreTrainedModel:
+def initial_policy(layers: int = 1) -> Policy:
     """Random weights, the same every time, on the shared-prompt path."""
     tokenizer = train_tokenizer(["the plot was good and its music too"], 300)
     model = TinyPolicy(hidden_size=32, layers=layers, heads=4, intermediate_size=32).build(tokenizer, seed=0)
     choose_path(model)
-    return model
+    return Policy(model, tokenizer)
 
 
 def make_module(model: PreTrainedModel, folder: Path, steps: int, tokens: int = 2048) -> DPOModule:

@@ -17,7 +17,7 @@ from dpo_lab.evals.held_out import held_out_loss
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy, load_policy
 from tests.conftest import make_pairs
-from tests.fits import Seen, flat, initial_model, make_data, make_module, make_trainer
+from tests.fits import Seen, flat, initial_policy, make_data, make_module, make_trainer
 from tests.ranks import become_rank, run_in_ranks
 from tests.test_evals import perturbed, subject_of
 
@@ -108,7 +108,7 @@ def test_an_evaluation_by_several_ranks_is_that_of_one(world_size, policy, tmp_p
 def fit(folder: Path, tokens: int = 2048, devices: int = 1) -> tuple[torch.Tensor, Seen, dict[str, float]]:
     """STEPS steps of 8 pairs: the weights, what was seen on the way, and the held-out figures."""
     seen = Seen()
-    module = make_module(initial_model(), folder, STEPS, tokens)
+    module = make_module(initial_policy().model, folder, STEPS, tokens)
     trainer = make_trainer(STEPS, devices, strategy="ddp" if devices > 1 else "auto", callbacks=[seen])
     trainer.fit(module, datamodule=make_data())
     held_out = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
