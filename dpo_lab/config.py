@@ -71,11 +71,17 @@ class RunConfig:
                     "reference=adapter_off: without its trained adapters the policy is their base, not where training"
                     " starts; type reference=frozen (a frozen copy of the adapters) or reference=cached"
                 )
-            if _target_of(self.trainer.get("strategy")) == SHARDED:
+            if _target_of(self.trainer.get("strategy")) in (SHARDED, ZERO):
                 raise ValueError(
-                    "reference=adapter_off: a policy that is cut over the ranks (trainer=fsdp) makes one pass a"
-                    " micro-batch, not a second one without adapters; type reference=cached, or trainer=ddp"
+                    "reference=adapter_off: a policy that is cut over the ranks makes one pass a micro-batch, not a"
+                    " second one without adapters; type reference=cached, or trainer=ddp"
                 )
+        precision = self.trainer.get("precision")
+        if _target_of(self.trainer.get("strategy")) == ZERO and precision != "32-true":
+            raise ValueError(
+                f"trainer.precision={precision}: DeepSpeed would compute otherwise than the reference was computed;"
+                " type trainer.precision=32-true, or trainer=fsdp"
+            )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
         for node in (self.trainer, self.logger, self.callbacks):
@@ -107,13 +113,14 @@ class InspectConfig(RunConfig):
             raise ValueError(f"page={self.page}: must end in .html or .png; type e.g. page=report.html")
 
 
-SHARDED = "dpo_lab.training.sharding.Sharded"  # the strategy that cuts a policy over the ranks
+SHARDED, ZERO = "dpo_lab.training.sharding.Sharded", "dpo_lab.training.zero.Zero"  # they cut a policy over the ranks
 
 # What a config may instantiate. Everything else of ours is built from the dataclasses above.
 ALLOWED_TARGETS = frozenset(
     {
         "dpo_lab.training.callbacks.StepBar",
         SHARDED,
+        ZERO,
         "lightning.pytorch.Trainer",
         "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import get_class
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +24,7 @@ from dpo_lab.models.forward import choose_path
 from dpo_lab.models.policy import Policy, load_policy
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.sharding import Sharded, whole
+from dpo_lab.training.zero import Zero
 from tests.conftest import make_pairs
 from tests.fits import flat, initial_policy, make_data, make_module, make_trainer
 from tests.ranks import become_rank, run_in_ranks
@@ -54,8 +59,8 @@ def train(
     module = make_module(initial(adapters).model, folder, STEPS, TOKENS)
     if checkpointing:
         module.model.activation_checkpointing_enable({"use_reentrant": False})
-    strategy = Sharded() if world_size > 1 else "auto"
-    trainer = make_trainer(steps, world_size, strategy=strategy, **settings)
+    settings.setdefault("strategy", Sharded() if world_size > 1 else "auto")
+    trainer = make_trainer(steps, world_size, **settings)
     trainer.fit(module, datamodule=make_data(), ckpt_path=resume)
     return module, trainer
 
@@ -175,11 +180,52 @@ def test_a_policy_that_nothing_cut_is_left_alone():
     assert whole(policy.model, initial().model) is policy.model
 
 
+def zero_rank(number: int, world_size: int, folder: str) -> None:
+    """Train under both stages of DeepSpeed, every weight of stage 3 cut."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    become_rank(number, world_size)
+    place, result, weights = Path(folder), {}, {}
+    for stage in (2, 3):
+        module, trainer = train(place, world_size, strategy=Zero(stage, persistence=0))
+        result[stage] = figures_of(trainer)
+        held = sum(p.numel() for p in module.parameters())
+        trained = whole(module.model, initial().model)
+        assert held == (0 if stage == 3 else sum(p.numel() for p in trained.parameters()))
+        weights[f"{stage}"] = flat(trained.parameters())
+        trainer.save_checkpoint(place / f"zero{stage}.ckpt")
+    torch.save(weights, place / f"weights-{number}.pt")
+    print("RESULT", json.dumps(result))
+
+
+def test_deepspeed_trains_as_one_process(tmp_path):
+    pytest.importorskip("deepspeed")
+    module, trainer = train(tmp_path, 1)
+    expected, figures = flat(module.model.parameters()), figures_of(trainer)
+    outputs = run_in_ranks("tests.test_strategies", "zero_rank", WORLD, str(tmp_path), timeout=400)  # it compiles once
+    for number, output in enumerate(outputs):
+        result = json.loads(output.split("RESULT", 1)[1])
+        weights = torch.load(tmp_path / f"weights-{number}.pt", weights_only=True)
+        for stage in ("2", "3"):
+            assert (weights[stage] - expected).abs().max().item() < 5e-6
+            assert result[stage] == pytest.approx(figures, abs=1e-5)
+            saved = torch.load(tmp_path / f"zero{stage}.ckpt", weights_only=True)["state_dict"]
+            assert torch.equal(flat(saved.values()), weights[stage])
+    with pytest.raises(MisconfigurationException, match=r"zero2.ckpt: .* type name=another"):
+        Zero(2).load_checkpoint(tmp_path / "zero2.ckpt")
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+def test_a_missing_deepspeed_is_told():
+    """By what the run then says in one line, as of any trainer that can't be made."""
+    with pytest.raises(InstantiationException, match="pip install -U deepspeed"):
+        instantiate(recorded("trainer=deepspeed_zero2")["trainer"]["strategy"])
+
+
 PRESETS = sorted(path.stem for path in (Path(conf_dir()) / "trainer").glob("*.yaml"))
 
 
 def test_the_presets_asked_for_are_there():
-    assert {"ddp", "ddp_cpu", "fsdp", "fsdp_cpu"} <= set(PRESETS)
+    assert {"ddp", "ddp_cpu", "fsdp", "fsdp_cpu", "deepspeed_zero2", "deepspeed_zero3"} <= set(PRESETS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -197,3 +243,10 @@ def test_adapters_are_not_switched_off_where_they_are_cut_over_ranks():
     with pytest.raises(ConfigError, match="reference=adapter_off.*type reference=cached, or trainer=ddp"):
         settled(*settings, "trainer=fsdp_cpu")
     settled(*settings, "trainer=ddp_cpu")
+
+
+def test_deepspeed_computes_as_the_reference_was_computed():
+    with pytest.raises(
+        ConfigError, match=r"trainer.precision=bf16-mixed: .*; type trainer.precision=32-true, or trainer=fsdp"
+    ):
+        settled("trainer=deepspeed_zero3", "trainer.precision=bf16-mixed")

@@ -29,6 +29,8 @@ class Sharded(ModelParallelStrategy):
     single file by rank 0. They go through the checkpoint plugin, both ways, so that any number of ranks resumes from them.
     """
 
+    passes_together = True
+
     def __init__(self, process_group_backend: str | None = None) -> None:
         super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
 
@@ -105,15 +107,27 @@ def whole(model: PreTrainedModel, initial: PreTrainedModel) -> PreTrainedModel:
 
     All ranks have to call it, while they can still reach each other; all get the same.
     """
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
+    if not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
         return model
     copy = to_train(initial)
     with torch.no_grad():
         for (name, trained), (same, parameter) in zip(model.named_parameters(), copy.named_parameters(), strict=True):
             assert name == same
             if parameter.requires_grad:  # the rest is frozen and shared with `initial`
-                parameter.copy_(trained.full_tensor() if isinstance(trained, DTensor) else trained)
+                parameter.copy_(entire(trained))
     return copy
+
+
+def entire(tensor: Tensor) -> Tensor:
+    """All of a weight that FSDP or DeepSpeed has cut over the ranks, who all have to ask for it; else the weight itself."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if not hasattr(tensor, "ds_id"):
+        return tensor
+    import deepspeed  # type: ignore[import-not-found]
+
+    with deepspeed.zero.GatheredParameters([tensor]):
+        return tensor.detach().clone()
 
 
 def _like(tensor: Any, part: Tensor) -> Any:

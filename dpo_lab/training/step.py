@@ -64,7 +64,8 @@ class StepModule(LightningModule):
         """Passes that a rank of `parts` micro-batches idles through: where the model is cut over the ranks all of them
         have to take part in each one's passes.
         """
-        return range(0 if self.device_mesh is None else most(parts, self.device) - parts)
+        together = getattr(self.trainer.strategy, "passes_together", False)
+        return range(most(parts, self.device) - parts if together else 0)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -75,7 +76,8 @@ class StepModule(LightningModule):
         share = self.trainer.world_size / self.size(batch)  # sync takes the mean over ranks
         parts = batch.split(self.tokens_per_microbatch)
         for _ in self.idle_passes(len(parts)):
-            self.manual_backward(self.idle())
+            with optimizer.toggle_model(sync_grad=False):
+                self.manual_backward(self.idle())
         for part in parts:
             with optimizer.toggle_model(sync_grad=part is parts[-1]):
                 self.manual_backward(self.part_loss(part) * share)
