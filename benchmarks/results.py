@@ -50,6 +50,8 @@ def write_results() -> None:
     sweep = MEASURED / "end-to-end.json"
     if sweep.exists() and "ours" in (measured := json.loads(sweep.read_text()))["rows"]:
         parts += _end_to_end(measured)
+    ranks = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("ranks-*.json"), key=_order)]
+    parts += _ranks(ranks) if ranks else []
     parts += [part for table in tables for part in _step(table)]
     text = "\n".join(parts)
     print(text)
@@ -69,6 +71,29 @@ def _end_to_end(sweep: dict[str, Any]) -> list[str]:
     )
     heading = f"## A whole sweep: {sweep['shape']}, {sweep['mix']}"
     return [heading, "", "| what | CPU s | times ours |", "|---|---|---|", *lines, "", notes, ""]
+
+
+def _ranks(measured: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        "| what | 1 x 1, s a step | 2 x 1, s a step | throughput | CPU s a step | tokens of the fuller rank | gradients |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for found in measured:
+        one, two = found["rows"]
+        (low, high), (low_of_two, high_of_two) = one["spread"], two["spread"]
+        rows.append(
+            f"| {found['shape']}, {found['mix']} | {one['seconds']:.2f} ({low:.2f} .. {high:.2f})"
+            f" | {two['seconds']:.2f} ({low_of_two:.2f} .. {high_of_two:.2f}) | {one['seconds'] / two['seconds']:.2f} x"
+            f" | {one['cpu']:.2f} and {two['cpu']:.2f} | {found['imbalance'] - 1:+.1%} | {found['gradient_megabytes']:.0f} MB |"
+        )
+    last = measured[-1]
+    notes = (
+        f"{last['date']}, `python -m benchmarks.ranks`: optimizer steps of `trainer.fit` under `trainer=cpu` and under"
+        f" `trainer=ddp_cpu`, a process and a thread a rank, gradients added up over gloo; fp32, medians of"
+        f" {last['repeats']} times {last['steps']} steps. Tokens of the fuller rank: more than its even share."
+        f" {last['machine']}; {_versions(last)}."
+    )
+    return ["## Two ranks against one process", "", *rows, "", notes, ""]
 
 
 def _versions(measured: dict[str, Any]) -> str:

@@ -82,6 +82,17 @@ class RunConfig:
                     "reference=adapter_off: without its trained adapters the policy is their base, not where training"
                     " starts; type reference=frozen (a frozen copy of the adapters) or reference=cached"
                 )
+            if _target_of(self.trainer.get("strategy")) in (SHARDED, ZERO):
+                raise ValueError(
+                    "reference=adapter_off: a policy that is cut over the ranks makes one pass a micro-batch, not a"
+                    " second one without adapters; type reference=cached, or trainer=ddp"
+                )
+        precision = self.trainer.get("precision")
+        if _target_of(self.trainer.get("strategy")) == ZERO and precision != "32-true":
+            raise ValueError(
+                f"trainer.precision={precision}: DeepSpeed would compute otherwise than the reference was computed;"
+                " type trainer.precision=32-true, or trainer=fsdp"
+            )
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
         for node in (self.trainer, self.logger, self.callbacks):
@@ -109,11 +120,15 @@ class InspectConfig(RunConfig):
             raise ValueError(f"page={self.page}: must end in .html or .png; type e.g. page=report.html")
 
 
+SHARDED, ZERO = "dpo_lab.training.sharding.Sharded", "dpo_lab.training.zero.Zero"  # they cut a policy over the ranks
+
 # What a config may instantiate. Everything else of ours is built from the dataclasses above.
 ALLOWED_TARGETS = frozenset(
     {
         "dpo_lab.training.callbacks.StepBar",
         "dpo_lab.training.saving.Checkpoints",
+        SHARDED,
+        ZERO,
         "lightning.pytorch.Trainer",
         "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",
@@ -273,6 +288,10 @@ def _check_length(trainer: Mapping[str, Any]) -> None:
                 f"trainer.{name}={trainer[name]}: a run has no epochs, and a step is data.batch_size pairs; its length is"
                 " trainer.max_steps (epochs x training pairs / data.batch_size), its validations trainer.val_check_interval"
             )
+
+
+def _target_of(node: Any) -> Any:
+    return node.get("_target_") if isinstance(node, (dict, DictConfig)) else None
 
 
 def _check_targets(node: Any) -> None:

@@ -24,6 +24,7 @@ from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lab.config import ConfigError, RunConfig, input_files
+from dpo_lab.core.ranks import of_all_ranks
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.module import PreferenceDataModule
 from dpo_lab.data.rows import BadData
@@ -39,7 +40,6 @@ from dpo_lab.training.callbacks import HParams
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.journal import Journal
 from dpo_lab.training.process import set_up_process
-from dpo_lab.training.ranks import of_all_ranks
 from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import end_to_end, gpu, variants
+from benchmarks import end_to_end, gpu, ranks, results, variants
 from benchmarks.step import relative_error
 from benchmarks.workload import LONGEST, MIXES, SHAPES, make_models, make_pairs, tokens_of, useful_flops
 from dpo_lab.core.pairs import EncodedPair
@@ -93,3 +93,27 @@ def test_a_sweep_is_measured_on_the_pairs_of_the_mix(tmp_path, monkeypatch):
     drawn = {(tuple(p.prompt), (*p.chosen, end), (*p.rejected, end)) for p in wanted}
     assert {tuple(tuple(part.tolist()) for part in (p.prompt, p.chosen, p.rejected)) for p in encoded} <= drawn
     assert len(encoded) == 16 + held_out
+
+
+def test_ranks_are_told_against_one_process():
+    rows = [
+        {"ranks": 1, "seconds": 4.0, "spread": [3.9, 4.2], "cpu": 4.0},
+        {"ranks": 2, "seconds": 2.0, "spread": [1.9, 2.1], "cpu": 4.1},
+    ]
+    setting = {
+        "shape": "small",
+        "mix": "chat",
+        "steps": 10,
+        "repeats": 3,
+        "imbalance": 1.025,
+        "gradient_megabytes": 27.4,
+    }
+    page = "\n".join(results._ranks([results.context() | setting | {"rows": rows}]))
+    assert (
+        "| small, chat | 4.00 (3.90 .. 4.20) | 2.00 (1.90 .. 2.10) | 2.00 x | 4.00 and 4.10 | +2.5% | 27 MB |" in page
+    )
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_ranks_get_about_as_many_tokens(mix):
+    assert 1 <= ranks.imbalance("small", mix, steps=4) < 1.1

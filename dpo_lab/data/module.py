@@ -107,9 +107,7 @@ class PreferenceDataModule(LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=_live_with_the_rank,
-            generator=torch.Generator().manual_seed(
-                0
-            ),  # else every start of a loader draws from the run's own generator
+            generator=torch.Generator().manual_seed(0),  # else every start draws from the run's own
         )
 
     def _rank_and_world_size(self) -> tuple[int, int]:

@@ -12,12 +12,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evals:
-    """Settings of the evaluation after training."""
+    """Settings of the evaluation after training.
+
+    batch_size: samples made side by side. Several ranks share whole batches out: give them one each at least.
+    """
 
     samples: int = 512
     max_new_tokens: int = 48
     texts: int = 256
-    batch_size: int = 512
+    batch_size: int = 128
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "texts", "batch_size"):
@@ -26,7 +29,10 @@ class Evals:
 
 
 def evaluate(subject: Subject) -> dict[str, Estimate]:
-    """All that is measured of a policy, by name; nothing where no pair is held out."""
+    """All that is measured of a policy, by name; nothing where no pair is held out.
+
+    All ranks have to call it, see Subject; all get the same.
+    """
     if not len(subject.pairs):
         return {}
     from dpo_lab.evals.kl import KL

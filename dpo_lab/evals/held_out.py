@@ -21,7 +21,7 @@ def held_out_loss(
 ) -> dict[str, Estimate]:
     """Loss (nats a token) and perplexity of chosen responses under both models, the initial one's under `initial/`.
 
-    Nothing where no pair is held out. tokens, context: see Subject.
+    Nothing where no pair is held out. tokens, context: see Subject. All ranks have to call it; all get the same.
     """
     if not len(pairs):
         return {}

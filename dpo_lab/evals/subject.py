@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import EncodedPair, PairLogps, Tokens, cut
+from dpo_lab.core.ranks import across
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tokenize import Encoder
@@ -36,6 +37,9 @@ class Subject:
     (prompt, response) of the real distribution, as token ids; world: where the truth is known, else None; tokens: about how
     many a forward takes; batch_size: samples made side by side; context: what forwards run under (autocast): a policy is
     sampled and scored in one and the same precision.
+
+    Where several ranks compute together all of them have to evaluate, equal subjects: each makes its share of the samples
+    and of the forwards, and all come to the same figures, to the last bit those of one process.
     """
 
     trained: Policy
@@ -91,22 +95,26 @@ class Subject:
                 seed=derive_seed(self.seed, f"evaluation/{whose}"),
                 batch_size=self.batch_size,
                 what=f"Samples ({whose})",
+                by_ranks=True,
             )
 
     @torch.no_grad()
     def _pair_logps(self, model: PreTrainedModel) -> PairLogps:
         device = next(model.parameters()).device
-        with self.context():
-            parts = [
-                pair_logps(model, collate(self.pairs[part]).to(device))
-                for part in cut([pair.size for pair in self.pairs], self.tokens)
-            ]
-        return PairLogps(
-            torch.cat([p.chosen for p in parts]).cpu(),
-            torch.cat([p.rejected for p in parts]).cpu(),
-            torch.cat([p.chosen_length for p in parts]).cpu(),
-            torch.cat([p.rejected_length for p in parts]).cpu(),
-        )
+        sizes = [pair.size for pair in self.pairs]
+        parts = cut(sizes, self.tokens)
+
+        def compute(part: slice) -> PairLogps:
+            with self.context():
+                logps = pair_logps(model, collate(self.pairs[part]).to(device))
+            return PairLogps(*(column.cpu() for column in _columns(logps)))
+
+        found = across(parts, [sum(sizes[part]) for part in parts], compute)
+        return PairLogps(*(torch.cat(column) for column in zip(*map(_columns, found), strict=True)))
+
+
+def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
+    return logps.chosen, logps.rejected, logps.chosen_length, logps.rejected_length
 
 
 @torch.no_grad()
@@ -117,14 +125,23 @@ def scored(
     tokens: int,
     context: Callable[[], AbstractContextManager],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probability (nats) of each response to its prompt, and its number of tokens; see Subject for the rest."""
+    """Summed log-probability (nats) of each response to its prompt, and its number of tokens; see Subject for the rest.
+
+    All ranks have to call it; each computes its share, all get the whole.
+    """
     device = next(model.parameters()).device
     sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-    sums = torch.empty(len(sizes))
-    for part in cut([sizes[i] for i in order], tokens):
-        chosen = order[part]
+
+    def compute(chosen: list[int]) -> torch.Tensor:
         stream, lengths = collate_responses([prompts[i] for i in chosen], [responses[i] for i in chosen])
         with context():
-            sums[chosen] = response_logps(model, stream.to(device), lengths.to(device))[:, 0].float().cpu()
+            return response_logps(model, stream.to(device), lengths.to(device))[:, 0].float().cpu()
+
+    parts = [order[part] for part in cut([sizes[i] for i in order], tokens)]
+    sums = torch.empty(len(sizes))
+    for chosen, found in zip(
+        parts, across(parts, [sum(sizes[i] for i in part) for part in parts], compute), strict=True
+    ):
+        sums[chosen] = found
     return sums, torch.tensor([len(response) for response in responses])

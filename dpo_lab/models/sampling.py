@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dpo_lab.core.pairs import Tokens
+from dpo_lab.core.ranks import across, alone, rank_and_world_size
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.results.progress import track
 
@@ -24,9 +25,10 @@ def respond(
     seed: int,
     what: str,
     batch_size: int = 512,
+    by_ranks: bool = False,
 ) -> list[Sample]:
-    """A sampled response to each encoded prompt, with a bar called `what`."""
-    with track(what, len(prompts)) as advance:
+    """A sampled response to each encoded prompt, with a bar called `what`; see `sample`."""
+    with track(what, len(prompts), shown=not by_ranks or rank_and_world_size()[0] == 0) as advance:
         return sample(
             model,
             prompts,
@@ -35,6 +37,7 @@ def respond(
             pad_id=encoder.pad_id,
             seed=seed,
             batch_size=batch_size,
+            by_ranks=by_ranks,
             progress=advance,
         )
 
@@ -57,29 +60,47 @@ def sample(
     pad_id: int,
     seed: int,
     batch_size: int = 512,
+    by_ranks: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
     """One response for each prompt (token ids), drawn from the model's full distribution at temperature 1.
 
     Each prompt has its own uniform numbers, a function of (seed, its place in `prompts`): how prompts are batched does
-    not change what is drawn. progress is called with the number of responses finished since the last call.
+    not change what is drawn, but for a rounding at the edge of a token's share. by_ranks: all ranks call this, share the
+    batches out and get all samples; a batch holds the same prompts whatever their number, so the draws are the same to the
+    last bit. progress is called with the number of responses finished since the last call, the other ranks taken to be as
+    far as this one.
     """
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    samples: list[Sample | None] = [None] * len(prompts)
+    batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    work = [len(chosen) * (len(prompts[chosen[-1]]) + max_new_tokens) for chosen in batches]
+    abreast, left = rank_and_world_size()[1] if by_ranks else 1, len(prompts)
+
+    def finish(count: int) -> None:
+        nonlocal left
+        count = min(count, left)
+        left -= count
+        progress(count)
+
+    def respond_to(chosen: list[int]) -> list[Sample]:
+        rows = _sample_batch(model, [prompts[i] for i in chosen], uniforms[chosen], end_ids, pad_id)
+        finish(abreast * len(chosen))
+        return rows
+
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(prompts), batch_size):
-            chosen = by_length[start : start + batch_size]
-            rows = _sample_batch(model, [prompts[i] for i in chosen], uniforms[chosen], end_ids, pad_id)
-            for i, row in zip(chosen, rows, strict=True):
-                samples[i] = row
-            progress(len(chosen))
+        sampled = (across if by_ranks else alone)(batches, work, respond_to)
     finally:
         model.train(was_training)
-    return [s for s in samples if s is not None]
+    if left:
+        finish(left)
+    in_place = {
+        i: row for chosen, rows in zip(batches, sampled, strict=True) for i, row in zip(chosen, rows, strict=True)
+    }
+    return [in_place[i] for i in range(len(prompts))]
 
 
 def _sample_batch(

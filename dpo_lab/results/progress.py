@@ -11,14 +11,18 @@ Advance = Callable[..., None]
 
 
 @contextmanager
-def track(what: str, total: int) -> Iterator[Advance]:
-    """A bar for a stage of `total` parts. Gives advance(parts, figures=""): so many parts more, and a text behind the bar."""
+def track(what: str, total: int, shown: bool = True) -> Iterator[Advance]:
+    """A bar for a stage of `total` parts. Gives advance(parts, figures=""): so many parts more, and a text behind the bar.
+
+    shown: of several ranks' bars one is enough.
+    """
     with Progress(
         TextColumn("{task.description:<20}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[figures]}"),
+        disable=not shown,
     ) as bar:
         task = bar.add_task(what, total=total, figures="")
 

@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from dpo_lab.core.ranks import of_all_ranks
 from dpo_lab.results import journal
 from dpo_lab.training import rank_state
 from dpo_lab.training.checkpoint import FOLDER, CheckpointError, by_step
 from dpo_lab.training.finite import NotFinite, all_finite
 from dpo_lab.training.journal import Journal
-from dpo_lab.training.ranks import of_all_ranks
 from dpo_lab.training.step import StepModule
 
 OURS = "dpo_lab"  # our part of a checkpoint

@@ -9,19 +9,19 @@ from typing import ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import PairBatch
-from dpo_lab.models.forward import without_dropout
+from dpo_lab.core.ranks import most, of_all_ranks
+from dpo_lab.models.forward import response_nll, without_dropout
 from dpo_lab.stop import StopRequest
 from dpo_lab.training.checkpoint import FOLDER
 from dpo_lab.training.finite import culprits, not_finite
 from dpo_lab.training.optim import Optim
-from dpo_lab.training.ranks import of_all_ranks
+from dpo_lab.training.sharding import entire, shard
 
 
 class StepModule(LightningModule):
@@ -36,6 +36,7 @@ class StepModule(LightningModule):
     """
 
     title: ClassVar[str]
+    FORWARDS = ("part_loss", "validate_part", "idle")  # what computes with the model's weights
     request: StopRequest | None = None
     stopping: int = 0
 
@@ -70,16 +71,34 @@ class StepModule(LightningModule):
         """What is logged beside the means."""
         return {}
 
+    def idle(self) -> Tensor:
+        """A loss of 0 from a response of one token, to go backward from."""
+        tokens = torch.zeros(2, dtype=torch.long, device=self.device)
+        return 0 * response_nll(self.model, tokens, torch.ones_like(tokens)[None])
+
+    def idle_passes(self, parts: int) -> range:
+        """Passes that a rank of `parts` micro-batches idles through: where the model is cut over the ranks all of them
+        have to take part in each one's passes.
+        """
+        return range(most(parts, self.device) - parts if self._is_cut else 0)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self)
+
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         optimizer: LightningOptimizer = self.optimizers()  # type: ignore[assignment]
         share = self.trainer.world_size / self.size(batch)  # sync takes the mean over ranks
         parts, losses = batch.split(self.tokens_per_microbatch), []
+        for _ in self.idle_passes(len(parts)):
+            with optimizer.toggle_model(sync_grad=False):
+                self.manual_backward(self.idle())
         for part in parts:
             with optimizer.toggle_model(sync_grad=part is parts[-1]):
                 loss = self.part_loss(part)
                 self.manual_backward(loss * share)
             losses.append(loss.detach())
-        total, norm = torch.stack(losses).sum(), self.optim.clip(self.model.parameters())
+        total, norm = torch.stack(losses).sum(), entire(self.optim.clip(self.model.parameters()))
         if not self._scales_loss:
             total = total + norm
         if self._is_so_in_any_rank(~torch.isfinite(total)):
@@ -91,7 +110,10 @@ class StepModule(LightningModule):
             self.log_means(self.train_metrics, "train/", self.counters())
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        for part in batch.split(self.tokens_per_microbatch):
+        parts = batch.split(self.tokens_per_microbatch)
+        for _ in self.idle_passes(len(parts)):
+            self.idle()
+        for part in parts:
             self.validate_part(part)
         self._agree_to_stop()
 
@@ -159,10 +181,14 @@ class StepModule(LightningModule):
 
     def _end(self, parts: Sequence[PairBatch], losses: Sequence[Tensor]) -> None:
         """Raise NotFinite in every rank, with the culprits of all."""
-        sharded = isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy))
-        parameters = [] if sharded else [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [] if self._is_cut else [p for p in self.model.parameters() if p.requires_grad]
         found = of_all_ranks(culprits(parts, losses, self.part_loss, parameters))
         raise not_finite(self.global_step + 1, found, Path(self.trainer.default_root_dir) / FOLDER)
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether no rank has the whole model, so that all have to go through it together."""
+        return getattr(self.trainer.strategy, "passes_together", False)
 
     @property
     def _scales_loss(self) -> bool:
