@@ -27,6 +27,7 @@ from dpo_lab.results.cache import CACHE
 from dpo_lab.results.summary import print_summary
 from dpo_lab.training.checks import check_step_zero
 from dpo_lab.training.module import DPOModule
+from dpo_lab.training.sharding import whole
 
 log = logging.getLogger("dpo_lab")
 
@@ -51,7 +52,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     held.update(data_quality=quality.as_record(), seconds=clock.lap("prepare"))
     module, step_zero_loss = _fit(config, plain, held, trainer, material, clock)
     held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("dpo"))
-    trained = Policy(module.model.eval(), material.initial.tokenizer)
+    trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
     if held.writes:
         config.policy.to_save(trained).save(held.folder / "policy")
     subject = _subject(config, material, trained, trainer.precision_plugin.forward_context)

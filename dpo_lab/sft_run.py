@@ -23,6 +23,7 @@ from dpo_lab.results.cache import CACHE
 from dpo_lab.results.summary import print_summary
 from dpo_lab.training.sft import initial_policy
 from dpo_lab.training.sft_module import SFTModule
+from dpo_lab.training.sharding import whole
 
 
 def run_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
@@ -59,7 +60,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     held.update(seconds=clock.lap("prepare"))
     module = _fit(config, plain, held, trainer, material)
     held.update(steps=trainer.global_step, tokens=module.tokens, seconds=clock.lap("sft"))
-    trained = Policy(module.model.eval(), material.initial.tokenizer)
+    trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
     if held.writes:
         config.policy.to_save(trained).save(held.folder / "policy")
     context, tokens = forward_of(trainer).context, config.data.tokens_per_microbatch

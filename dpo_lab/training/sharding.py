@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -35,6 +35,10 @@ class Sharded(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
 
     def setup_environment(self) -> None:
+        if self.lightning_module is None:  # ranks meet before there is a module to cut
+            ParallelStrategy.setup_environment(self)
+            self._setup_distributed()
+            return
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
