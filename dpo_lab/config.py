@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import reduce
 from operator import attrgetter, getitem
 from pathlib import Path
@@ -34,6 +35,13 @@ from dpo_lab.training.sft import SFT
 ConfigErrors = (HydraException, OmegaConfBaseException)  # what Hydra raises before `main` is entered
 
 
+class OnChange(str, Enum):
+    """What happens where another run lies in the run's folder."""
+
+    refuse = "refuse"
+    restart = "restart"  # it is set aside, inside the folder
+
+
 class ConfigError(Exception):
     """A setting that can't be; the message is one line that names the key and says what to type."""
 
@@ -46,6 +54,8 @@ class RunConfig:
     beta: float = 0.1
     seed: int = 0
     threads: int | None = 1  # torch's intra-op threads a process; none: torch's own choice
+    on_change: OnChange = OnChange.refuse
+    objective: str | None = None  # the metric that a sweeper which looks for the best run is told
     loss: Loss = MISSING
     reference: Reference = MISSING
     noise: LabelNoise = MISSING
@@ -170,6 +180,11 @@ def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
     return plain
 
 
+def input_files(config: RunConfig) -> list[Path]:
+    """The files of the user's that the run reads, as far as they lie on this machine."""
+    return [Path(config.data.path)] if isinstance(config.data.path, str) else []
+
+
 def explain(error: Exception) -> str:
     """What Hydra or OmegaConf says in five lines, in one line that names the key and says what to type."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
@@ -177,6 +192,9 @@ def explain(error: Exception) -> str:
         return f"can't read '{error.override}': type key=value, quoted where the value holds commas, brackets or spaces"
     if found := re.search(r"To append to your default list use (\S+)", text):
         return f"{found[1].removeprefix('+')}: this group is added, not replaced; type {found[1]}"
+    if found := re.search(r"Could not find 'hydra/launcher/(?:submitit_)?(\w+)'", text):
+        extra = "slurm" if found[1] == "local" else found[1]
+        return f"launcher={found[1]}: its package is not installed; type pip install 'dpo_lab[{extra}]'"
     if found := re.search(r"Could not find '([\w/@.]+)/([^']*)'", text):
         options = re.findall(r"^\t(\w+)$", text, re.M)
         return f"{found[1]}={found[2]}: no such choice; type {found[1]}= one of {', '.join(options)}"

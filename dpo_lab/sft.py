@@ -13,12 +13,12 @@ config.register()
 
 
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="sft")
-def sft(cfg: DictConfig) -> None:
-    door.settle(cfg, lambda settings: _sft(cfg, settings))
+def sft(cfg: DictConfig) -> float | None:
+    return door.settle(cfg, lambda settings: _sft(cfg, settings))
 
 
 def _sft(cfg: DictConfig, settings: config.RunConfig) -> None:
-    folder = door.run_folder("dpo_lab.sft")
+    folder = door.run_folder("dpo_lab.sft", cfg, settings)
     if folder is None:
         return
     print(f"dpo_lab: {'initial policy' if settings.is_embedded else folder}", flush=True)  # torch takes seconds to load

@@ -8,22 +8,33 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dpo_lab.stop import Stopped
+
 RECORD = "run.json"
-VOLATILE = ("name", "data.num_workers")  # settings that change no result
+VOLATILE = ("name", "on_change", "objective", "data.num_workers")  # settings that change no result
 SECRET = re.compile(r"(api_?key|token|secret|password|credential)$", re.I)
 
 
 class RunRefused(Exception):
     """The folder can't take this run; the message says why and what to type."""
+
+
+class Standing(str, Enum):
+    """What a folder means to a run: nothing yet, some of its way, all of it."""
+
+    new = "new"
+    unfinished = "unfinished"
+    done = "done"
 
 
 def slug(overrides: str, limit: int = 100) -> str:
@@ -83,9 +94,9 @@ def hold(folder: Path, config: Mapping[str, Any], overrides: list[str]) -> Itera
         try:
             yield run
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
+            status = error.status if isinstance(error, Stopped) else "failed"
             what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            run.update(status="interrupted" if stopped else "failed", error=what, finished=_now())
+            run.update(status=status, error=what, finished=_now())
             raise
         run.update(status="done", finished=_now())
     finally:
@@ -102,6 +113,13 @@ def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
         lines = "; ".join(f"{key}: was {was!r}, now {now!r}" for key, (was, now) in changed.items())
         raise RunRefused(f"{folder} holds a finished run of another config ({lines}); type name=another, or delete it")
     return True
+
+
+def standing(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) -> Standing:
+    """Whether a run of `config` is new to the folder, has begun there, or is done. Raises RunRefused if another one is."""
+    if is_done(folder, config):
+        return Standing.done
+    return Standing.new if read_record(folder) is None else Standing.unfinished
 
 
 def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -151,7 +169,9 @@ def _opening(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
 
 def _move_aside(folder: Path) -> None:
     """Keep what an unfinished earlier run left, in `unfinished-N` inside the folder."""
-    left = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith("unfinished-")]
+    left = [
+        p for p in folder.iterdir() if p.name not in (".lock", "output.log") and not p.name.startswith("unfinished-")
+    ]
     if (folder / RECORD) not in left:
         return
     number = 1 + sum(p.name.startswith("unfinished-") for p in folder.iterdir())
