@@ -23,7 +23,7 @@ from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dpo_lab.config import RunConfig
 from dpo_lab.launch import DDP_VARIABLES, die_with_parent, stop
@@ -133,11 +133,16 @@ def command(module: str, hydra: HydraConf | DictConfig) -> list[str]:
     ]
     return [
         *(sys.executable, "-m", module, *searched, "--config-name", str(hydra.job.config_name)),
-        *hydra.overrides.task,
-        *hydra.overrides.hydra,
+        *typed(hydra.overrides.task),
+        *typed(hydra.overrides.hydra),
         "hydra.mode=RUN",
         f"hydra.run.dir='{os.path.relpath(hydra.runtime.output_dir, hydra.runtime.cwd)}'",
     ]
+
+
+def typed(overrides: Any) -> list[str]:
+    """Overrides as they were typed, what they interpolate unresolved."""
+    return OmegaConf.to_container(overrides, resolve=False)  # type: ignore[return-value]
 
 
 def at_once(launcher: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from dpo_lab import config
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
+from dpo_lab.sweep.cell import typed
 from dpo_lab.sweep.memory import Memory, digest_of_sources
 
 
@@ -43,7 +44,7 @@ def plan(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader) -> 
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
     (every,) = BasicSweeper.split_arguments(parsed, None)
     titles = _titles(every)
-    known = ["--config-name", str(master.hydra.job.config_name), *master.hydra.overrides.hydra, "--"]
+    known = ["--config-name", str(master.hydra.job.config_name), *typed(master.hydra.overrides.hydra), "--"]
     memory = Memory(
         CACHE / "plans", digest_of_sources(master.hydra.runtime.config_sources, Path(config.__file__).parent)
     )

@@ -46,11 +46,13 @@ class CellSweeper(Sweeper):
 
         Raises ConfigError and RunRefused before anything was done.
         """
-        cells = plan.plan(arguments, self._config, self._context.config_loader)
+        console = Console(soft_wrap=not sys.stdout.isatty())
+        with console.status("planning the cells"):
+            cells = plan.plan(arguments, self._config, self._context.config_loader)
         desk = Desk(cells[0].sweep)
         with desk.held():
             were = plan.each(cells, plan.Cell.standing)
-            sys.exit(self._run(cells, were, desk, Console(soft_wrap=not sys.stdout.isatty())))
+            sys.exit(self._run(cells, were, desk, console))
 
     def _run(self, cells: list[plan.Cell], were: list[Standing], desk: Desk, console: Console) -> int:
         todo = [cell for cell, was in zip(cells, were, strict=True) if was is not Standing.done]

@@ -75,9 +75,8 @@ class Watch:
         ended = [o for o in found if id(o.cell) not in self._told and o.status not in ("not started", "running")]
         for outcome in ended:
             self._told.add(id(outcome.cell))
-            done = sum(o.status == "done" for o in found)
             why = f": {outcome.error}" if outcome.error else ""
-            line = f"[{done}/{len(found)}] {outcome.word}  {outcome.cell.title}  {duration(outcome.seconds)}{why}"
+            line = f"[{len(self._told)}/{len(found)}] {outcome.word}  {outcome.cell.title}  {duration(outcome.seconds)}{why}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         if ended:
             self._changed(found)
