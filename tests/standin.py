@@ -1,7 +1,7 @@
 """A door like the others whose runs take no time and need no torch: what they do stands in a file beside them.
 
 `behaviour.json` maps parts of a run folder's path to one of `fails`, `killed`, `leaves` (exit 0, early) and `waits` (until
-it is asked to stop, or `go` is there). Each start adds a line to `starts.log`: pid, what CUDA_VISIBLE_DEVICES says, argv.
+it is asked to stop, or `go` is there). Each start adds a line to `starts.log`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ def live(cfg: DictConfig, settings: config.RunConfig) -> None:
     if folder is None:
         return
     assert "torch" not in sys.modules
+    said = {"pid": os.getpid(), "argv": sys.argv[1:], "rank": os.environ.get("SLURM_PROCID", "0")}
+    said |= {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": os.environ.get("OMP_NUM_THREADS")}
     with Path("starts.log").open("a") as log:
-        log.write(json.dumps({"pid": os.getpid(), "parent": os.getppid(), "argv": sys.argv[1:]}) + "\n")
+        log.write(json.dumps(said) + "\n")
+    if said["rank"] != "0":
+        return
     with runs.hold(folder, config.as_record(cfg, settings), sys.argv[1:]) as held:
         if held is not None:
             behave(folder)

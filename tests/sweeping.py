@@ -23,9 +23,9 @@ def sweep(folder: Path, *arguments: str, door: str = "tests.standin", **variable
 
 
 @contextmanager
-def started(folder: Path, *arguments: str, **variables: str) -> Iterator[subprocess.Popen]:
+def started(folder: Path, *arguments: str, door: str = "tests.standin", **variables: str) -> Iterator[subprocess.Popen]:
     """The same, not waited for; it leads a session of its own, writes to terminal.log, and is gone in the end."""
-    command = [sys.executable, "-m", "tests.standin", "--multirun", *arguments]
+    command = [sys.executable, "-m", door, "--multirun", *arguments]
     environment = os.environ | ENVIRONMENT | variables
     with (folder / "terminal.log").open("w") as terminal:
         process = subprocess.Popen(

@@ -29,7 +29,7 @@ from dpo_lab.config import RunConfig
 from dpo_lab.launch import DDP_VARIABLES, die_with_parent, stop
 from dpo_lab.results import runs
 from dpo_lab.stop import Stopped
-from dpo_lab.sweep.desk import Desk, first_line, tail
+from dpo_lab.sweep.desk import Desk, first_line, tail, whereabouts
 
 CHILD = "DPO_LAB_SWEEP_CELL"  # in a cell's environment: the id of the process that waits for it
 LOG = "output.log"  # in a cell's folder: what it said on the terminal
@@ -59,7 +59,7 @@ def run_cell(module: str, settings: RunConfig, is_done: Callable[[], bool]) -> N
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         die_with_parent(signal.SIGTERM)
     before, began, log = runs.read_record(folder), time.monotonic(), folder / LOG
-    note = {"log": str(log), "started": time.time()}
+    note = {"log": str(log), **whereabouts()}
     desk.note(folder, status="running", **note)
     status, error = "failed", "the process that waited for it was killed"
     try:
@@ -95,7 +95,7 @@ def in_place(is_done: Callable[[], bool]) -> Iterator[None]:
         raise CellFailed(f"{folder}: not started, the sweep was asked to stop")
     notes = desk.note if _rank() == 0 else _say_nothing
     job = import_module("submitit").JobEnvironment()
-    note = {"log": str(job.paths.stderr), "started": time.time()}
+    note = {"log": str(job.paths.stderr), **whereabouts()}
     notes(folder, status="running", **note)
     status, error, over = "requeued", None, threading.Event()
     signal.signal(signal.SIGINT, signal.default_int_handler)

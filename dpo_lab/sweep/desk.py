@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ class Desk:
     """`folder`/.sweep, through which the sweep and the processes that run its cells, wherever they are, hear of each other.
 
     A note is what is known of one cell's latest start: `status` (running, done, failed, interrupted, preempted or requeued),
-    `error`, `seconds` and `log`.
+    `error`, `seconds`, `log`, and the `host` and `pid` of the process that sees to it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,6 +73,22 @@ class Desk:
     def _note(self, run: Path) -> Path:
         inside = os.path.relpath(run, self.folder)
         return self._root / "cells" / f"{hashlib.blake2b(inside.encode(), digest_size=12).hexdigest()}.json"
+
+
+def whereabouts() -> dict[str, Any]:
+    """What a note says of the process that writes it."""
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def is_gone(note: Mapping[str, Any]) -> bool | None:
+    """Whether the process that wrote the note is no more; None where it is of another machine, which can't be told."""
+    if note["host"] != socket.gethostname():
+        return None
+    try:
+        os.kill(note["pid"], 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_lab.results.runs import Standing
-from dpo_lab.sweep.desk import Desk, write_whole
+from dpo_lab.sweep.desk import Desk, is_gone, write_whole
 from dpo_lab.sweep.plan import Cell
 
 STYLES = {"done": "green", "resumed": "green", "skipped": "dim", "failed": "red", "not started": "yellow"}
@@ -42,14 +42,16 @@ class Outcome:
 
 
 def outcomes(cells: Sequence[Cell], were: Sequence[Standing], desk: Desk, is_over: bool) -> list[Outcome]:
-    """What is known of all cells by now. is_over: nothing runs any more, so that what still seems to was killed."""
+    """What is known of all cells by now. is_over: the launcher is at its end, so that what still seems to run may not."""
     found = []
     for cell, was in zip(cells, were, strict=True):
         note = {} if was is Standing.done else desk.read(cell.folder) or {}
         status = "done" if was is Standing.done else note.get("status", "not started")
         error = note.get("error")
         if is_over and status == "running":
-            status, error = "failed", "the process that ran it was killed"
+            gone = is_gone(note)
+            status = "failed" if gone else "running"
+            error = "the process that ran it was killed" if gone else "it runs on, where the sweep does not see it"
         found.append(Outcome(cell, was, status, error, note.get("seconds"), note.get("log")))
     return found
 

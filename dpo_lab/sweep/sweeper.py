@@ -6,7 +6,8 @@ Parsing and launching stay Hydra's. Nothing here imports torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from hydra.core.plugins import Plugins
@@ -20,7 +21,7 @@ from dpo_lab.results.runs import Standing
 from dpo_lab.stop import Stopped, StopRequest
 from dpo_lab.sweep import plan, summary
 from dpo_lab.sweep.cell import at_once
-from dpo_lab.sweep.desk import Desk, first_line
+from dpo_lab.sweep.desk import Desk, first_line, is_gone
 from dpo_lab.sweep.on_ray import RayLauncher, check
 from dpo_lab.sweep.watch import Watch
 
@@ -68,6 +69,8 @@ class CellSweeper(Sweeper):
             if launcher is not None:
                 with Watch(console, desk, look, keep, request):
                     error = _launch(launcher, todo)
+                    while error and not request.signum and any(_is_here(desk.read(cell.folder)) for cell in todo):
+                        time.sleep(1)  # a job ended it for all, though the others go on
             found = look(is_over=True)
         code = summary.exit_code(found, request.signum)
         status = {0: "done", 1: "failed"}.get(code, "stopped")
@@ -95,6 +98,11 @@ def _launch(launcher: Launcher, cells: Sequence[plan.Cell]) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     return None
+
+
+def _is_here(note: Mapping[str, Any] | None) -> bool:
+    """Whether a cell runs on this machine."""
+    return note is not None and note["status"] == "running" and is_gone(note) is False
 
 
 def _count(were: Sequence[Standing]) -> str:
