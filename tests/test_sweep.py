@@ -273,6 +273,9 @@ def test_exit_codes_tell():
 def test_another_sweeper_skips_what_is_done_and_hears_of_failures(tmp_path):
     """As Optuna's does, Hydra's own starts every cell through the door alone."""
     behaves(tmp_path, **{"beta_0.2/": "fails"})
+    desk = Desk(tmp_path / "outputs" / "dpo")
+    with desk.held():
+        desk.ask_to_stop(signal.SIGTERM)  # of a sweep that was stopped long ago
     first = sweep(tmp_path, "hydra/sweeper=basic", "beta=0.1,0.2")
     assert first.returncode == 1
     assert "beta=0.2/seed=0: ValueError: the loss is not finite; see outputs/dpo/beta=0.2" in first.stderr

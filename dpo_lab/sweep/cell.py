@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_lab.config import RunConfig
 from dpo_lab.launch import DDP_VARIABLES, die_with_parent, stop
 from dpo_lab.results import runs
-from dpo_lab.stop import Stopped
+from dpo_lab.stop import ASKING, Stopped
 from dpo_lab.sweep.desk import Desk, first_line, tail, whereabouts
 
 CHILD = "DPO_LAB_SWEEP_CELL"  # in a cell's environment: the id of the process that waits for it
@@ -51,11 +51,8 @@ def run_cell(module: str, settings: RunConfig, is_done: Callable[[], bool]) -> N
     folder, desk = Path(hydra.runtime.output_dir), _desk()
     if is_done():
         return
-    if desk.asked_to_stop() is not None:
-        raise CellFailed(f"{folder}: not started, the sweep was asked to stop")
-    if (
-        multiprocessing.parent_process() is not None
-    ):  # a worker of several: the sweep tells it what to do, not the keyboard
+    _heed(desk)
+    if multiprocessing.parent_process() is not None:  # a worker: the sweep tells it to stop, not the keyboard
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         die_with_parent(signal.SIGTERM)
     before, began, log = runs.read_record(folder), time.monotonic(), folder / LOG
@@ -64,6 +61,7 @@ def run_cell(module: str, settings: RunConfig, is_done: Callable[[], bool]) -> N
     status, error = "failed", "the process that waited for it was killed"
     try:
         with _share(settings.threads, settings.trainer) as variables, log.open("ab") as output:
+            _heed(desk)  # it may have waited long for its share
             code = _wait(_start(module, variables, output), desk)
         status, error = _ending(folder, before, code, is_done)
     except Stopped as stopped:
@@ -91,8 +89,7 @@ def in_place(is_done: Callable[[], bool]) -> Iterator[None]:
     passes through.
     """
     folder, desk, began = Path(HydraConfig.get().runtime.output_dir), _desk(), time.monotonic()
-    if desk.asked_to_stop() is not None:
-        raise CellFailed(f"{folder}: not started, the sweep was asked to stop")
+    _heed(desk)
     notes = desk.note if _rank() == 0 else _say_nothing
     job = import_module("submitit").JobEnvironment()
     note = {"log": str(job.paths.stderr), **whereabouts()}
@@ -156,6 +153,16 @@ def _desk() -> Desk:
     return Desk(Path(hydra.runtime.cwd) / hydra.sweep.dir)
 
 
+def _asked_to_stop(desk: Desk) -> int | None:
+    """The signal that the sweep was asked to stop with; another sweeper than ours asks its cells in no such way."""
+    return desk.asked_to_stop() if HydraConfig.get().sweeper._target_.endswith(".CellSweeper") else None
+
+
+def _heed(desk: Desk) -> None:
+    if _asked_to_stop(desk) is not None:
+        raise CellFailed(f"{HydraConfig.get().runtime.output_dir}: not started, the sweep was asked to stop")
+
+
 def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess.Popen:
     hydra = HydraConfig.get()
     line = command(module, hydra)
@@ -182,7 +189,7 @@ def _wait(child: subprocess.Popen, desk: Desk) -> int:
             try:
                 return child.wait(TICK)
             except subprocess.TimeoutExpired:
-                if deadline is None and (signum := desk.asked_to_stop()) is not None:
+                if deadline is None and (signum := _asked_to_stop(desk)) is not None:
                     child.send_signal(signum)
                     deadline = time.monotonic() + GRACE
                 elif deadline is not None and time.monotonic() > deadline:
@@ -203,6 +210,9 @@ def _ending(
     record = runs.read_record(folder)
     if record is not None and record != before and record["status"] not in ("running", "done"):
         return record["status"], first_line(record.get("error"))
+    if -code in ASKING:  # before it could take the signal itself
+        stopped = Stopped(-code)
+        return stopped.status, f"stopped by {stopped}"
     if code < 0:
         return "failed", f"killed by {signal.Signals(-code).name}"
     if code == 0:
@@ -237,6 +247,6 @@ def _say_nothing(folder: Path, **entries: Any) -> None:
 def _pass_on(desk: Desk, over: threading.Event) -> None:
     """Send this process the SIGINT that the sweep was asked to stop with: SIGTERM means something else to a scheduler."""
     while not over.wait(5 * TICK):
-        if desk.asked_to_stop() is not None:
+        if _asked_to_stop(desk) is not None:
             os.kill(os.getpid(), signal.SIGINT)
             return

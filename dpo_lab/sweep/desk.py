@@ -108,6 +108,7 @@ def tail(path: Path, size: int = 1 << 14) -> list[str]:
         return []
 
 
-def first_line(error: Mapping[str, Any] | BaseException | str | None) -> str:
+def first_line(error: BaseException | str | None) -> str:
+    """What an error says in one line."""
     text = str(error or "").strip()
     return text.splitlines()[0] if text else ""
