@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 from dpo_lab.data.splits import TRAIN
@@ -59,9 +60,7 @@ def prepare(path: Path, cache: Path, batches: int) -> dict[str, float]:
     splits = data.choose(data.store(Encoder(tokenizer, data.max_length, data.max_prompt_length), cache))
     ready = time.perf_counter()
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for i, step in enumerate(StepSampler(splits.train.sizes.tolist(), 32, seed=0)):
-        if i == batches:
-            break
+    for step in islice(StepSampler(splits.train.sizes.tolist(), 32, seed=0), batches):
         collate([splits.train[pair] for pair in step])
     return {
         "pairs": len(splits.train) + len(splits.held_out),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import reduce
@@ -32,6 +32,7 @@ from dpo_lab.results import runs
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft import SFT
 
+OF_PREFERENCES = ("beta", "loss", "reference", "noise", "evals")  # settings without a say in supervised fine-tuning
 ConfigErrors = (HydraException, OmegaConfBaseException)  # what Hydra raises before `main` is entered
 
 
@@ -85,11 +86,7 @@ class RunConfig:
             raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
         for node in (self.trainer, self.logger, self.callbacks):
             _check_targets(node)
-        if not isinstance(self.trainer.get("max_steps"), int) or self.trainer["max_steps"] < 1:
-            raise ValueError(
-                f"trainer.max_steps={self.trainer.get('max_steps')}: must be a whole number, 1 or more;"
-                " type e.g. trainer.max_steps=160"
-            )
+        _check_length(self.trainer)
 
     @property
     def is_embedded(self) -> bool:
@@ -116,6 +113,7 @@ class InspectConfig(RunConfig):
 ALLOWED_TARGETS = frozenset(
     {
         "dpo_lab.training.callbacks.StepBar",
+        "dpo_lab.training.saving.Checkpoints",
         "lightning.pytorch.Trainer",
         "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",
@@ -180,9 +178,17 @@ def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
     return plain
 
 
+def sft_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
+    """The same of supervised fine-tuning, without the settings that have no say there."""
+    plain = {key: value for key, value in as_record(cfg, config).items() if key not in OF_PREFERENCES}
+    if not isinstance(config.policy, TinyPolicy):
+        plain["sft"] = {"text_column": config.sft.text_column}  # the rest is how the embedded policy is made
+    return plain
+
+
 def input_files(config: RunConfig) -> list[Path]:
     """The files of the user's that the run reads, as far as they lie on this machine."""
-    return [Path(config.data.path)] if isinstance(config.data.path, str) else []
+    return [*config.data.files(), *config.policy.files()]
 
 
 def explain(error: Exception) -> str:
@@ -254,6 +260,22 @@ def _unknown_keys(node: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
                 yield path + str(key), known
         for key in node:
             yield from _unknown_keys(node._get_node(key), f"{path}{key}.")
+
+
+def _check_length(trainer: Mapping[str, Any]) -> None:
+    """Runs are counted in optimizer steps, and by nothing else."""
+    for name, example in (("max_steps", 160), ("val_check_interval", 80), ("log_every_n_steps", 10)):
+        if not isinstance(trainer.get(name), int) or trainer[name] < 1:
+            raise ValueError(
+                f"trainer.{name}={trainer.get(name)}: must be a whole number of optimizer steps, 1 or more;"
+                f" type e.g. trainer.{name}={example}"
+            )
+    for name, only in (("max_epochs", -1), ("check_val_every_n_epoch", None), ("accumulate_grad_batches", 1)):
+        if trainer.get(name, only) != only:
+            raise ValueError(
+                f"trainer.{name}={trainer[name]}: a run has no epochs, and a step is data.batch_size pairs; its length is"
+                " trainer.max_steps (epochs x training pairs / data.batch_size), its validations trainer.val_check_interval"
+            )
 
 
 def _check_targets(node: Any) -> None:

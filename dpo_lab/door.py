@@ -1,38 +1,39 @@
-"""What all doors share: a config error in one line, exit codes that tell, and where a run lies."""
+"""What all doors share: a config error in one line, exit codes that tell, where a run lies, and its ranks."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo_lab import config
+from dpo_lab import config, launch
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
-from dpo_lab.launch import die_with_parent
 from dpo_lab.results import runs
-from dpo_lab.results.runs import RunRefused
 from dpo_lab.stop import Stopped, raise_on_signals
+from dpo_lab.supervisor import tell_supervisor
 from dpo_lab.sweep import cell, sweeper
+from dpo_lab.sweep.plan import AsRecord
 
 
-def open_door(door: Callable[[], None]) -> int:
-    """Call a Hydra main. Exit code: 0 done, 1 failed, 2 refused before anything was done, 130 or 143 stopped."""
+def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) -> int:
+    """Call a Hydra main. Exit code: 0 done, 1 failed, 2 refused before anything was done, 130 interrupted, 143 preempted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print: we print it, in one line
     raise_on_signals()
-    sweeper.register()
+    sweeper.register(as_record)
     try:
         door()
     except config.ConfigErrors as error:
         return _complain(config.explain(error), 2)
-    except (config.ConfigError, RunRefused) as error:
+    except (config.ConfigError, runs.RunRefused) as error:
         return _complain(str(error), 2)
     except cell.CellFailed as error:
         return _complain(str(error), 1)
@@ -49,32 +50,99 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float |
     is_cell = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         settings = config.validate(cfg)
-        with cell.in_place(_is_done(cfg, settings)) if is_cell and cell.is_task() else nullcontext():
-            body(settings)
+        body(settings)
         return cell.value(settings.objective) if is_cell else None
-    except (config.ConfigError, RunRefused, BadData, NoTemplate) as error:
+    except (config.ConfigError, runs.RunRefused, BadData, NoTemplate) as error:
         if is_cell:
             raise cell.CellFailed(str(error)) from None
+        tell_supervisor(str(error), 2)
         sys.exit(_complain(str(error), 2))
+    except Stopped as stopped:
+        tell_supervisor(f"stopped by {stopped}", stopped.exit_code)
+        raise
+    except Exception as error:
+        tell_supervisor(f"{type(error).__name__}: {error}", 1)
+        raise
 
 
-def run_folder(module: str, cfg: DictConfig, settings: config.RunConfig) -> Path | None:
-    """Where this run of the door `module` lies; None under --multirun, where the run was one cell, a process of its own."""
-    if HydraConfig.get().mode is RunMode.MULTIRUN and not cell.is_task():
-        cell.run_cell(module, settings, _is_done(cfg, settings))
-        return None
-    if (waiting := os.environ.pop(cell.CHILD, None)) is not None:
-        die_with_parent(signal.SIGTERM)
-        if os.getppid() != int(waiting):  # it died before the kernel was asked to tell
-            raise Stopped(signal.SIGTERM)
-    return Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+def enter(
+    module: str,
+    settings: config.RunConfig,
+    record: Mapping[str, Any],
+    *,
+    run: Callable[[Path], None],
+    again: Callable[[Mapping[str, Any], Path], None],
+    alone: bool = False,
+) -> None:
+    """One run of the door `module`: run(folder) here, or on as many ranks as the trainer has devices on this machine.
 
-
-def _is_done(cfg: DictConfig, settings: config.RunConfig) -> Callable[[], bool]:
-    """Whether the run of these settings is done, for the current Hydra job; as often as it is asked."""
+    record: the config as it is recorded; again(its record, folder): what a run that is done already has to say; alone: it
+    needs no more than one process. Under --multirun the run is one cell of a sweep, a process of its own.
+    """
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
-    record, files = config.as_record(cfg, settings), config.input_files(settings)
-    return lambda: runs.standing(folder, record, files) is runs.Standing.done
+    is_done = lambda: runs.standing(folder, record, config.input_files(settings)) is runs.Standing.done  # noqa: E731
+    if HydraConfig.get().mode is RunMode.MULTIRUN and not cell.is_task():
+        cell.run_cell(module, settings, None if alone else is_done)
+        return
+    with cell.in_place(is_done) if HydraConfig.get().mode is RunMode.MULTIRUN else nullcontext():
+        _live(module, settings, folder, is_done, run=run, again=again, alone=alone)
+
+
+def _live(
+    module: str,
+    settings: config.RunConfig,
+    folder: Path,
+    is_done: Callable[[], bool],
+    *,
+    run: Callable[[Path], None],
+    again: Callable[[Mapping[str, Any], Path], None],
+    alone: bool,
+) -> None:
+    """One run in this process: as a rank, or with as many ranks as it takes."""
+    if launch.is_rank():
+        if parent := os.environ.get(launch.PARENT):
+            launch.die_with_parent(signal.SIGKILL, int(parent))
+        run(folder)
+        return
+    if parent := os.environ.get(launch.PARENT):
+        launch.die_with_parent(signal.SIGTERM, int(parent))  # a cell of a sweep: it puts its work in safety first
+    print(f"dpo_lab: {folder}", flush=True)  # before the seconds that torch takes to load
+    if is_done():
+        done = runs.read_record(folder)
+        assert done is not None
+        again(done, folder)
+        return
+    trainer = settings.trainer
+    try:
+        ranks = (
+            1
+            if alone
+            else launch.local_world(str(trainer["accelerator"]), trainer["devices"], int(trainer["num_nodes"]))
+        )
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
+    if ranks == 1:
+        run(folder)
+    else:
+        _run_ranks(module, folder, ranks, int(trainer["num_nodes"]))
+
+
+def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:
+    """Start the ranks and see to it that they end together; end as they did."""
+    cwd = Path(HydraConfig.get().runtime.cwd)
+    try:
+        ended = launch.run_ranks(cell.command(module, HydraConfig.get()), ranks, folder=folder, cwd=cwd, nodes=nodes)
+    except Stopped as stopped:
+        runs.close(folder, stopped.status, f"stopped by {stopped}")
+        raise
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
+    if ended.code == 0:
+        return
+    if ended.code != 2:  # refused: nothing was begun
+        stopped = ended.code in (130, 143)
+        runs.close(folder, Stopped(ended.code - 128).status if stopped else "failed", str(ended.error))
+    sys.exit(ended.code)
 
 
 def _complain(message: str, code: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed
 from hydra.core.hydra_config import HydraConfig
@@ -16,50 +18,107 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
-from dpo_lab.config import ConfigError, RunConfig
+from dpo_lab.config import ConfigError, RunConfig, input_files
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.module import PreferenceDataModule
 from dpo_lab.data.rows import BadData
+from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.prepare import Forward, Material
 from dpo_lab.results import runs
-from dpo_lab.results.card import table
+from dpo_lab.results.card import model_card, table
 from dpo_lab.results.estimates import Estimate
+from dpo_lab.results.identity import config_digest, flatten
+from dpo_lab.results.runs import RunRefused
 from dpo_lab.training.callbacks import HParams
+from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
+from dpo_lab.training.journal import Journal
 from dpo_lab.training.process import set_up_process
+from dpo_lab.training.ranks import of_all_ranks
+from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
 
 log = logging.getLogger("dpo_lab")
 
+REFUSALS = (ConfigError, RunRefused, BadData, NoTemplate)  # what the user can mend: the door says it in one line
+T = TypeVar("T")
 
-def live(
-    config: RunConfig,
-    plain: dict[str, Any],
-    folder: Path,
-    *,
-    whole: Callable[[runs.Run], None],
-    as_rank: Callable[[], None],
-    again: Callable[[dict[str, Any]], None],
-) -> None:
-    """Run `config` in `folder`: the whole run by rank 0, who holds the folder, the fit alone by every further rank.
 
-    plain: the config as it is recorded; again(record): what a finished run, which is left alone, has to say.
+@dataclass(frozen=True)
+class Resume:
+    """Where training goes on: the checkpoint (none: from the start), and at how many steps it was over already, if it was."""
+
+    checkpoint: Path | None = None
+    trained_to: int | None = None
+
+
+def live(config: RunConfig, plain: dict[str, Any], folder: Path, body: Callable[[runs.Run, Trainer], None]) -> None:
+    """Call body(run, trainer) on every rank of a run; rank 0 holds the folder. plain: the config as it is recorded.
+
+    Where the run is done already nothing is called.
     """
     set_up(config)
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        as_rank()
-        return
-    with runs.hold(folder, plain, list(HydraConfig.get().overrides.task)) as held, logged(folder):
-        if held is None:
-            print(f"{folder}: this run is done already. Type name=another for a second one; its figures:")
-            record = runs.read_record(folder)
-            assert record is not None
-            again(record)
-        else:
-            whole(held)
+    trainer = make_trainer(config, plain, folder)
+    with _joined(trainer), ExitStack() as stack:
+        held: list[runs.Run] = []
+
+        def take() -> bool:
+            overrides = list(HydraConfig.get().overrides.task)
+            run = stack.enter_context(runs.hold(folder, plain, overrides, input_files(config)))
+            if run is not None:
+                held.append(run)
+                stack.enter_context(logged(folder))
+            return bool(held)
+
+        if by_rank_zero(trainer, take):
+            run = held[0] if held else runs.Run(folder, {"config": plain}, writes=False)
+            run.update(ranks=_same_on_all_ranks(trainer, plain))
+            body(run, trainer)
+        elif trainer.is_global_zero:
+            print(f"{folder}: this run is done already", flush=True)
+
+
+def _same_on_all_ranks(trainer: Trainer, plain: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Who the ranks are. Raises RuntimeError where they do not all run this very config."""
+    mine = {
+        "rank": trainer.global_rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "config": config_digest(plain),
+    }
+    ranks = of_all_ranks(mine)
+    if len({rank["config"] for rank in ranks}) > 1:
+        raise RuntimeError(f"ranks run different configs: {ranks}")
+    return ranks
+
+
+def by_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
+    """What rank 0 decided, on every rank; its refusal is raised on every rank."""
+    decision: Any = None
+    refusal: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            decision = decide()
+        except REFUSALS as error:
+            refusal = error
+    decision, refusal = trainer.strategy.broadcast((decision, refusal))
+    if refusal is not None:
+        raise refusal
+    return decision
+
+
+def where_to_resume(held: runs.Run, trainer: Trainer) -> Resume:
+    """What an earlier start left to go on from. Raises CheckpointError where all it left is damaged."""
+
+    def decide() -> Resume:
+        folder = held.folder / runs.CHECKPOINTS
+        remove_leftovers(folder)
+        return Resume(newest(folder), held.record.get("steps")) if held.resumes else Resume()
+
+    return by_rank_zero(trainer, decide)
 
 
 def set_up(config: RunConfig) -> None:
@@ -67,20 +126,20 @@ def set_up(config: RunConfig) -> None:
     if config.data.is_world:
         config.data.world.check()
     disable_progress_bar()  # transformers' own bars, of milliseconds here
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     set_up_process(config.threads, on_cpu=config.trainer.get("accelerator") == "cpu")
 
 
 def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trainer:
-    """Lightning's Trainer from its node, with loggers and callbacks."""
+    """Lightning's Trainer from its node, with callbacks; it has no loggers until `add_loggers`."""
     settings = dict(plain["trainer"])
     try:
-        loggers = [instantiate(node, save_dir=folder) for node in plain["logger"].values()]
         callbacks = [instantiate(node) for node in plain["callbacks"].values()]
         callbacks.append(HParams(_hparams(plain)))
-        plan = {"default_root_dir": folder, "use_distributed_sampler": False}
-        trainer = instantiate(settings, logger=loggers, callbacks=callbacks, **plan)
+        plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
+        trainer = instantiate(settings, logger=False, callbacks=callbacks, **plan)
     except HydraException as error:
-        raise ConfigError(f"the trainer, a logger or a callback can't be made: {_last_line(error)}") from error
+        raise ConfigError(f"the trainer or a callback can't be made: {_last_line(error)}") from error
     except MisconfigurationException as error:
         raise ConfigError(f"the trainer can't be made: {_last_line(error)}") from error
     if config.data.batch_size < trainer.world_size:
@@ -91,10 +150,24 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
     return trainer
 
 
+def add_loggers(trainer: Trainer, plain: Mapping[str, Any], folder: Path, step: int) -> None:
+    """The run's journal and the loggers that were asked for. step: what they hold of later steps is from a start that was
+    cut short, and is dropped.
+    """
+    loggers: list[Logger] = [Journal(folder)]
+    for node in plain["logger"].values():
+        more = {"purge_step": step} if node["_target_"].endswith(".TensorBoardLogger") else {}
+        try:
+            loggers.append(instantiate(node, save_dir=folder, **more))
+        except HydraException as error:
+            raise ConfigError(f"a logger can't be made: {_last_line(error)}") from error
+    trainer.loggers = loggers
+
+
 def _hparams(plain: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a reader of HPARAMS compares runs by: choices and numbers, no classes."""
-    shown = {k: v for k, v in plain.items() if k not in ("trainer", "logger", "callbacks", "name")}
-    return {k: v for k, v in runs.flatten(shown).items() if v is not None}
+    shown = {k: v for k, v in plain.items() if k not in ("trainer", "logger", "callbacks", "name", "on_change")}
+    return {k: v for k, v in flatten(shown).items() if v is not None}
 
 
 def forward_of(trainer: Trainer) -> Forward:
@@ -102,8 +175,27 @@ def forward_of(trainer: Trainer) -> Forward:
     return Forward(trainer.strategy.root_device, trainer.precision_plugin.forward_context)
 
 
-def fit(config: RunConfig, trainer: Trainer, module: StepModule, material: Material) -> None:
-    """Train the module's model on the material's token ids."""
+def begin(held: runs.Run, trainer: Trainer, material: Material) -> None:
+    """Note what the run works on. Raises RunRefused where it resumes a run that worked on something else."""
+
+    def settle() -> None:
+        tokenizer, initial = material.encoder.fingerprint, weights_digest(material.initial.model)
+        held.settle(data=material.digest(), tokenizer=tokenizer, initial_policy=initial)
+        held.update(data=dict(material.counts), initial_policy=initial)
+
+    by_rank_zero(trainer, settle)
+
+
+def fit(
+    config: RunConfig,
+    plain: Mapping[str, Any],
+    held: runs.Run,
+    trainer: Trainer,
+    module: StepModule,
+    material: Material,
+) -> None:
+    """Train the module's model on the material's token ids, from the start or from where an earlier start was cut short."""
+    resume = where_to_resume(held, trainer)
     data = PreferenceDataModule(
         material.train,
         material.held_out,
@@ -114,16 +206,37 @@ def fit(config: RunConfig, trainer: Trainer, module: StepModule, material: Mater
     if config.policy.gradient_checkpointing:
         module.model.activation_checkpointing_enable({"use_reentrant": False})
     module.model.train()
-    trainer.fit(module, datamodule=data)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # evaluation is rank 0's alone
+    if held.resumes:
+        log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
+    if resume.trained_to is not None:
+        trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
+    add_loggers(trainer, plain, held.folder, step_of(resume.checkpoint) if resume.checkpoint else 0)
+    trainer.fit(module, datamodule=data, ckpt_path=resume.checkpoint, weights_only=True)
+    if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in trainer.callbacks):
+        trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
 
 
-def to_tensorboard(
-    trainer: Trainer, metrics: Mapping[str, Estimate], samples: Sequence[Mapping[str, str]] = ()
+def finish(
+    held: runs.Run,
+    trainer: Trainer,
+    metrics: Mapping[str, Estimate],
+    trained: Policy,
+    samples: Sequence[Mapping[str, str]] = (),
+    **entries: Any,
 ) -> None:
+    """Commit what the run came to: metrics and samples, to the loggers and to the record, and the policy's card."""
+    to_loggers(trainer, metrics, samples)
+    held.update(
+        metrics={name: estimate.as_record() for name, estimate in metrics.items()},
+        trained_policy=weights_digest(trained.model),
+        samples=list(samples[:16]),
+        **entries,
+    )
+    (held.folder / "policy" / "README.md").write_text(model_card(held.record))
+    log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
+
+
+def to_loggers(trainer: Trainer, metrics: Mapping[str, Estimate], samples: Sequence[Mapping[str, str]] = ()) -> None:
     """Final metrics under eval/ for every logger; samples, where there are any, as a table where the logger takes text."""
     for logger in trainer.loggers:
         logger.log_metrics({f"eval/{name}": e.value for name, e in metrics.items()}, step=trainer.global_step)
@@ -144,13 +257,12 @@ def logged(folder: Path) -> Iterator[None]:
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.captureWarnings(True)  # libraries' warnings go to the file, not between the bars
     logging.getLogger("py.warnings").addHandler(file)
     logging.getLogger("py.warnings").propagate = False
     try:
         yield
-    except (ConfigError, BadData, NoTemplate):
+    except REFUSALS:
         raise  # the door says it in one line
     except Exception:
         log.exception("the run failed")
@@ -162,17 +274,31 @@ def logged(folder: Path) -> Iterator[None]:
         logging.captureWarnings(False)
 
 
-class Clock:
-    """Wall and CPU seconds of each stage, of this process and its threads."""
+@contextmanager
+def _joined(trainer: Trainer) -> Iterator[None]:
+    """The process group of all ranks, where there are several, from before anything is decided until all is done."""
+    if trainer.world_size > 1:
+        trainer.strategy.setup_environment()
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
-    def __init__(self) -> None:
-        self.stages: dict[str, dict[str, float]] = {}
+
+class Clock:
+    """Wall and CPU seconds of each stage, of this process and its threads, over all starts of the run."""
+
+    def __init__(self, before: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        self.stages: dict[str, dict[str, float]] = {stage: dict(spent) for stage, spent in (before or {}).items()}
         self.last = (time.perf_counter(), time.process_time())
 
     def lap(self, stage: str) -> dict[str, dict[str, float]]:
         """End a stage; gives all stages so far."""
         now = (time.perf_counter(), time.process_time())
-        self.stages[stage] = {"wall": round(now[0] - self.last[0], 2), "cpu": round(now[1] - self.last[1], 2)}
+        before = self.stages.get(stage, {"wall": 0.0, "cpu": 0.0})
+        spent = zip(("wall", "cpu"), now, self.last, strict=True)
+        self.stages[stage] = {kind: round(before[kind] + end - start, 2) for kind, end, start in spent}
         self.last = now
         return dict(self.stages)
 

@@ -1,4 +1,4 @@
-"""Processes of ours: the variables that make a process a rank, a death with the parent, a stop that leaves nothing behind."""
+"""Processes of ours: what makes one a rank, how many ranks a run has here, and a run of several that leaves none behind."""
 
 from __future__ import annotations
 
@@ -6,20 +6,100 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from dpo_lab.leases import lease_port, visible_gpus
+from dpo_lab.stop import Stopped
+from dpo_lab.supervisor import ENDS, ERROR_FILE, Asked, Ended, Rank, judge, supervise
+
+PARENT = "DPO_LAB_PARENT"  # the process that a child of ours must not outlive
 
 # What tells a process that it is a rank; none of it may leak from one run into another's processes.
 DDP_VARIABLES = frozenset(
-    "MASTER_ADDR MASTER_PORT NODE_RANK LOCAL_RANK RANK WORLD_SIZE GROUP_RANK LOCAL_WORLD_SIZE PL_GLOBAL_SEED".split()
-)
+    "MASTER_ADDR MASTER_PORT NODE_RANK LOCAL_RANK RANK WORLD_SIZE GROUP_RANK LOCAL_WORLD_SIZE PL_GLOBAL_SEED"
+    " TORCHELASTIC_RUN_ID".split()
+) | {PARENT, ERROR_FILE}
+
+MEETING = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what ranks on several machines find each other by
 
 
-def die_with_parent(signum: int) -> None:
-    """Ask the kernel to send this process `signum` when the one that started it dies (Linux)."""
+def is_rank() -> bool:
+    """Whether this process is one rank of a run already: started by us, by torchrun, or as one of several SLURM tasks."""
+    return "RANK" in os.environ or "LOCAL_RANK" in os.environ or _slurm_tasks() > 1
+
+
+def rank() -> int:
+    """This process's rank among all of its run's, 0 where it is no rank."""
+    known = os.environ
+    if "RANK" in known:
+        return int(known["RANK"])
+    if (
+        "LOCAL_RANK" in known
+    ):  # Lightning's own ranks have no more than that; one machine is all they can be told apart on
+        node = int(known.get("NODE_RANK", known.get("GROUP_RANK", "0")))
+        return node * int(known.get("LOCAL_WORLD_SIZE", "1")) + int(known["LOCAL_RANK"])
+    return int(known["SLURM_PROCID"]) if _slurm_tasks() > 1 else 0
+
+
+def _slurm_tasks() -> int:
+    """Tasks of the SLURM step that this process is one of; 0 in an interactive job, by the names that Lightning goes by."""
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return 0 if interactive or "SLURM_PROCID" not in os.environ else int(os.environ.get("SLURM_NTASKS", "1"))
+
+
+def local_world(accelerator: str, devices: int | str | Sequence[int], num_nodes: int = 1) -> int:
+    """How many ranks this machine runs under the settings `trainer.accelerator`, `.devices` and `.num_nodes`, without torch.
+
+    Raises ValueError where a setting can't be, or where the GPUs that it asks for can't be counted.
+    """
+    if num_nodes < 1:
+        raise ValueError(f"trainer.num_nodes={num_nodes}: must be 1 or more; type e.g. trainer.num_nodes=1")
+    if isinstance(devices, str) and devices != "auto":
+        try:
+            devices = [int(x) for x in devices.split(",") if x.strip()] if "," in devices else int(devices)
+        except ValueError:
+            raise ValueError(
+                f"trainer.devices={devices}: not a number of devices; type e.g. trainer.devices=2"
+            ) from None
+    if isinstance(devices, int) and devices != -1:
+        if devices < 1:
+            raise ValueError(
+                f"trainer.devices={devices}: must be 1 or more, or -1 for all; type e.g. trainer.devices=1"
+            )
+        return devices
+    if not isinstance(devices, (int, str)):
+        if not devices or len(set(devices)) < len(devices):
+            raise ValueError(
+                f"trainer.devices={list(devices)}: must name devices, each once; type e.g. trainer.devices=[0]"
+            )
+        return len(devices)
+    if accelerator not in ("gpu", "cuda", "auto"):
+        return 1
+    gpus = visible_gpus()
+    if not gpus and accelerator != "auto":
+        why = (
+            "no GPU is visible"
+            if gpus == []
+            else "neither CUDA_VISIBLE_DEVICES nor nvidia-smi says how many GPUs there are"
+        )
+        raise ValueError(f"trainer.devices={devices}: {why}; type their number, e.g. trainer.devices=2, or trainer=cpu")
+    return len(gpus or [""])
+
+
+def die_with_parent(signum: int, parent: int | None = None) -> None:
+    """Let the kernel send this process `signum` when the one that started it dies (Linux); now, if that was `parent`, who is
+    dead already and has been replaced by another process.
+
+    To be called in the thread that lives as long as the process.
+    """
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, int(signum))  # PR_SET_PDEATHSIG
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signum)
 
 
 def stop(process: subprocess.Popen, signum: int, grace: float) -> None:
@@ -31,3 +111,63 @@ def stop(process: subprocess.Popen, signum: int, grace: float) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def run_ranks(
+    command: Sequence[str],
+    count: int,
+    *,
+    folder: Path,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    nodes: int = 1,
+    grace: float = 120.0,
+) -> Ended:
+    """Run `command` as `count` ranks of this machine, out of `nodes` alike, and wait until all of them are gone.
+
+    Rank 0 writes where this process writes, each other rank N to `folder`/rank-N.log. `environment` is all that they see
+    beside the variables of their rank (default: os.environ). When a rank fails, the others are stopped: the first to fail
+    is the culprit. When this process is asked to stop, the ranks are asked, once; they have `grace` seconds to put their
+    work in safety, or until a second signal; then Stopped is raised. No process is left in either case. Raises ValueError
+    where several nodes have not been told how to meet.
+    """
+    base = dict(os.environ if environment is None else environment)
+    if "SLURM_NTASKS" in base:
+        base["SLURM_JOB_NAME"] = "interactive"  # else Lightning takes the job's one task for the only rank
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        node, meeting = _meeting(base, nodes, held)
+        shared = {k: v for k, v in base.items() if k not in DDP_VARIABLES} | meeting
+        asked = Asked()
+        held.enter_context(asked)
+        ranks: list[Rank] = []
+        for local in range(count):
+            number = node * count + local
+            places = {"NODE_RANK": node, "GROUP_RANK": node, "LOCAL_RANK": local, "RANK": number}
+            sizes = {"LOCAL_WORLD_SIZE": count, "WORLD_SIZE": count * nodes, PARENT: os.getpid()}
+            variables = shared | {name: str(value) for name, value in (places | sizes).items()}
+            ranks.append(Rank.start(number, command, folder, cwd, variables))
+            held.callback(ranks[-1].close)
+        supervise(ranks, asked, grace)
+        if asked.signum is None:
+            return judge(ranks)
+        judge(
+            [each for each in ranks if each.code not in ENDS and not each.stopped]
+        )  # to show what failed on the way out
+        asked.obey(asked.signum)
+        raise Stopped(asked.signum)
+
+
+def _meeting(base: Mapping[str, str], nodes: int, held: ExitStack) -> tuple[int, dict[str, str]]:
+    """This machine's number, and where the ranks meet: a port leased until `held` closes, or what the user set."""
+    if nodes == 1:
+        return 0, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.enter_context(lease_port()))}
+    missing = [name for name in MEETING if not base.get(name)]
+    node = base.get("NODE_RANK", "")
+    if missing or not node.isdigit() or int(node) >= nodes:
+        what = f"{', '.join(missing)} not set" if missing else f"NODE_RANK={node} is not one of 0 to {nodes - 1}"
+        raise ValueError(
+            f"trainer.num_nodes={nodes}: {what}; on each node type e.g. NODE_RANK=0 MASTER_ADDR=node0 MASTER_PORT=29500"
+            " before the command, or start it by torchrun or srun"
+        )
+    return int(node), {name: base[name] for name in MEETING[1:]}

@@ -50,6 +50,10 @@ class Material:
     held_out: PairTable
     counts: Counter[str]
 
+    def digest(self) -> str:
+        """A hash of the pairs, train and held-out."""
+        return f"{self.train.digest()} {self.held_out.digest()}"
+
     def quality(self) -> Quality:
         return quality_of(self.train, self.held_out, self.counts, self.encoder)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,12 @@ from dpo_lab.data.collate import collate
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.evals.subject import Subject
-from dpo_lab.fit import Clock, fit, forward_of, live, make_trainer, to_tensorboard
-from dpo_lab.models.policy import Policy, to_train, weights_digest
+from dpo_lab.fit import Clock, begin, finish, fit, forward_of, live
+from dpo_lab.models.policy import Policy, to_train
+from dpo_lab.next_commands import after_training
 from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
-from dpo_lab.results.card import model_card
-from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.summary import print_summary
 from dpo_lab.training.checks import check_step_zero
 from dpo_lab.training.module import DPOModule
@@ -33,41 +32,28 @@ log = logging.getLogger("dpo_lab")
 
 
 def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
-    """Run `config` in `folder`; a finished run is left alone."""
+    """Run `config` in `folder`, by itself or as one rank of several; a finished run is left alone."""
     if config.sft.text_column is not None or config.data.has_texts:
         raise ConfigError(
             "sft.text_column, data.format=text: whole texts hold no preference; type them with python -m dpo_lab.sft"
         )
     plain = as_record(cfg, config)
-
-    def as_rank() -> None:
-        trainer = make_trainer(config, plain, folder)
-        _fit(config, trainer, prepare(config, CACHE, forward_of(trainer)), Clock())
-
-    def again(record: Mapping[str, Any]) -> None:
-        metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
-        print_summary(Console(), metrics, record["samples"], folder, _next_commands(config))
-
-    live(config, plain, folder, whole=lambda held: _whole_run(config, plain, held), as_rank=as_rank, again=again)
+    live(config, plain, folder, lambda held, trainer: _whole_run(config, plain, held, trainer))
 
 
-def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None:
-    clock = Clock()
-    trainer = make_trainer(config, plain, held.folder)
+def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer: Trainer) -> None:
+    clock = Clock(held.record.get("seconds"))
     material = prepare(config, CACHE, forward_of(trainer))
     quality = material.quality()
     for line in advice(quality):
         log.warning("data: %s", line)
-    held.update(
-        data=dict(material.counts),
-        data_quality=quality.as_record(),
-        initial_policy=weights_digest(material.initial.model),
-        seconds=clock.lap("prepare"),
-    )
-    module, step_zero_loss = _fit(config, trainer, material, clock)
+    begin(held, trainer, material)
+    held.update(data_quality=quality.as_record(), seconds=clock.lap("prepare"))
+    module, step_zero_loss = _fit(config, plain, held, trainer, material, clock)
     held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("dpo"))
     trained = Policy(module.model.eval(), material.initial.tokenizer)
-    config.policy.to_save(trained).save(held.folder / "policy")
+    if held.writes:
+        config.policy.to_save(trained).save(held.folder / "policy")
     subject = _subject(config, material, trained, trainer.precision_plugin.forward_context)
     metrics = evaluate(subject)
     samples = [
@@ -79,19 +65,14 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run) -> None
             strict=True,
         )
     ]
-    to_tensorboard(trainer, metrics, samples)
-    held.update(
-        metrics={name: estimate.as_record() for name, estimate in metrics.items()},
-        trained_policy=weights_digest(trained.model),
-        samples=samples[:16],
-        seconds=clock.lap("evaluate"),
-    )
-    (held.folder / "policy" / "README.md").write_text(model_card(held.record))
-    log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
-    print_summary(Console(), metrics, samples, held.folder, _next_commands(config))
+    if held.writes:
+        finish(held, trainer, metrics, trained, samples, seconds=clock.lap("evaluate"))
+        print_summary(Console(), metrics, samples, held.folder, after_training(config))
 
 
-def _fit(config: RunConfig, trainer: Trainer, material: Material, clock: Clock) -> tuple[DPOModule, float | None]:
+def _fit(
+    config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer: Trainer, material: Material, clock: Clock
+) -> tuple[DPOModule, float | None]:
     """Train; gives the module and the loss before the first step (None without a starting reference)."""
     seed_everything(config.seed, workers=True, verbose=False)
     forward = forward_of(trainer)
@@ -104,7 +85,7 @@ def _fit(config: RunConfig, trainer: Trainer, material: Material, clock: Clock) 
             batch = collate(material.train[: config.data.batch_size]).to(forward.device)
             step_zero_loss = check_step_zero(model, config.loss, reference, batch)
         log.info("step 0: loss %.6f, policy and reference agree", step_zero_loss)
-    clock.lap("reference")
+    held.update(seconds=clock.lap("reference"))
     module = DPOModule(
         model,
         config.loss,
@@ -114,7 +95,7 @@ def _fit(config: RunConfig, trainer: Trainer, material: Material, clock: Clock) 
         batch_size=config.data.batch_size,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
     )
-    fit(config, trainer, module, material)
+    fit(config, plain, held, trainer, module, material)
     return module, step_zero_loss
 
 
@@ -153,10 +134,3 @@ def _subject(
         context=context,
         seed=config.seed,
     )
-
-
-def _next_commands(config: RunConfig) -> list[str]:
-    commands = ["tensorboard --logdir outputs"]
-    if config.reference.starts_at_policy:
-        commands.append("python -m dpo_lab.train +ablation=uniform_ref")
-    return [*commands, "python -m dpo_lab.train --multirun beta=0.01,0.1,1.0"]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from dpo_lab import config, door
+from dpo_lab.next_commands import after_sft, say_again
 
 config.register()
 
@@ -18,17 +22,20 @@ def sft(cfg: DictConfig) -> float | None:
 
 
 def _sft(cfg: DictConfig, settings: config.RunConfig) -> None:
-    folder = door.run_folder("dpo_lab.sft", cfg, settings)
-    if folder is None:
-        return
-    print(f"dpo_lab: {'initial policy' if settings.is_embedded else folder}", flush=True)  # torch takes seconds to load
-    from dpo_lab.sft_run import run_sft
+    def run(folder: Path) -> None:
+        from dpo_lab.sft_run import run_sft
 
-    run_sft(cfg, settings, folder)
+        run_sft(cfg, settings, folder)
+
+    def again(record: Mapping[str, Any], folder: Path) -> None:
+        say_again(record, folder, after_sft(settings, record["overrides"], folder))
+
+    record = config.sft_record(cfg, settings)
+    door.enter("dpo_lab.sft", settings, record, run=run, again=again, alone=settings.is_embedded)
 
 
 def main() -> int:
-    return door.open_door(sft)
+    return door.open_door(sft, config.sft_record)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def raise_on_signals() -> None:
 
 
 def _raise(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is still written is not to be cut short
     raise Stopped(signum)
 
 
@@ -78,6 +79,8 @@ class StopRequest:
             handler: Callable[[int, FrameType | None], Any] | None = self._before.get(REQUEUE)
             if handler is not None:
                 handler(signum, None)
+        if signal.SIGTERM in self._before:
+            self._before[signal.SIGTERM] = signal.SIG_IGN  # as in _raise
         raise Stopped(signum)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

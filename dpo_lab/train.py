@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from dpo_lab import config, door
+from dpo_lab.next_commands import after_training, say_again
 
 config.register()
 
@@ -18,13 +22,15 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def _train(cfg: DictConfig, settings: config.RunConfig) -> None:
-    folder = door.run_folder("dpo_lab.train", cfg, settings)
-    if folder is None:
-        return
-    print(f"dpo_lab: {folder}", flush=True)  # before the seconds that torch takes to load
-    from dpo_lab.run import run
+    def run(folder: Path) -> None:
+        from dpo_lab.run import run
 
-    run(cfg, settings, folder)
+        run(cfg, settings, folder)
+
+    def again(record: Mapping[str, Any], folder: Path) -> None:
+        say_again(record, folder, after_training(settings))
+
+    door.enter("dpo_lab.train", settings, config.as_record(cfg, settings), run=run, again=again)
 
 
 def main() -> int:

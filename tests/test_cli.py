@@ -78,7 +78,7 @@ def test_the_trained_policy_has_its_card(baseline):
 
 
 def test_checkpoint_holds_the_policy_and_no_reference(baseline):
-    checkpoint = torch.load(baseline / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(baseline / "checkpoints" / "step=6.ckpt", weights_only=True)
     weights = load_file(baseline / "policy" / "model.safetensors")
     kept = {name.removeprefix("model."): w for name, w in checkpoint["state_dict"].items()}
     assert set(weights) <= set(kept)
@@ -96,7 +96,7 @@ def test_tensorboard_shows_it(baseline):
             f"{split}/logps/chosen",
         } <= names
     assert {"eval/kl", "eval/gold", "eval/true_accuracy"} <= names
-    assert [e.step for e in events.Scalars("train/loss")] == [1, 3, 5]
+    assert [e.step for e in events.Scalars("train/loss")] == [2, 4, 6]
     assert events.Scalars("eval/kl")[-1].value == pytest.approx(record_of(baseline)["metrics"]["kl"]["value"])
     assert "samples/text_summary" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
@@ -133,9 +133,12 @@ def test_running_a_finished_run_again_changes_nothing(baseline, workshop):
     before = {
         p: (p.stat().st_mtime_ns, p.read_bytes()) for p in baseline.rglob("*") if p.is_file() and p.name != ".lock"
     }
-    result = train(workshop, "name=base")
+    result = python_m("dpo_lab.train", *SMALL, "name=base", cwd=workshop, PYTHONPROFILEIMPORTTIME="1")
+    assert result.returncode == 0
     assert "done already" in result.stdout
     assert "World responses" not in result.stdout
+    assert "hydra" in result.stderr
+    assert "| torch\n" not in result.stderr  # it answers from the record
     after = {
         p: (p.stat().st_mtime_ns, p.read_bytes()) for p in baseline.rglob("*") if p.is_file() and p.name != ".lock"
     }
@@ -243,18 +246,38 @@ def test_a_malformed_row_is_refused_with_file_and_line(workshop):
     assert "data.on_bad_row=skip" in result.stderr
 
 
-def test_an_interrupted_run_is_no_finished_run(workshop):
-    """SIGTERM while it trains: not done, exit code not 0; the next start keeps what was there and finishes."""
-    command = [sys.executable, "-u", "-m", "dpo_lab.train", *SMALL, "name=cut", "trainer.max_steps=100000"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def test_an_interrupted_run_goes_on_where_it_was(workshop, baseline):
+    """SIGTERM while it trains: saved, not done, exit code 143; the same command goes on, and ends as if nothing had been."""
+    longer = ["trainer.max_steps=40", "callbacks.checkpoint.every_n_steps=1000"]
+    whole = folder_of(train(workshop, *longer, "name=whole"), workshop)
+    command = [sys.executable, "-u", "-m", "dpo_lab.train", *SMALL, *longer, "name=cut"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, cwd=workshop, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert any("step 0" in line for line in process.stdout)  # then it trains
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 143
     (folder,) = (p.parent for p in (workshop / "outputs" / "cut").rglob("run.json"))
-    assert record_of(folder)["status"] in ("interrupted", "failed")
-    train(workshop, "name=cut", f"hydra.run.dir='{folder.relative_to(workshop)}'")
-    assert record_of(folder)["status"] == "done"
-    assert record_of(folder / "unfinished-1")["status"] in ("interrupted", "failed")
+    record = record_of(folder)
+    assert (record["status"], record["error"]) == ("preempted", "stopped by SIGTERM")
+    train(workshop, *longer, "name=cut")
+    again, undisturbed = record_of(folder), record_of(whole)
+    assert again["status"] == "done"
+    assert again["starts"][0]["status"] == "preempted"
+    for what in ("metrics", "trained_policy", "samples", "identity"):
+        assert again[what] == undisturbed[what]
+    assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    for name in EventAccumulator(str(folder)).Reload().Tags()["scalars"]:
+        cut, one = (EventAccumulator(str(f)).Reload().Scalars(name) for f in (folder, whole))
+        assert [(e.step, e.value) for e in cut] == [(e.step, e.value) for e in one]
+
+
+def test_more_steps_go_on_from_the_last(workshop, baseline):
+    longer = ["name=longer", "trainer.max_steps=40"]
+    record = record_of(folder_of(train(workshop, "name=longer"), workshop))
+    folder = folder_of(train(workshop, *longer), workshop)
+    assert (record_of(folder)["steps"], record_of(folder)["status"]) == (40, "done")
+    assert record_of(folder)["starts"][0]["metrics"] == record["metrics"]
+    refused = train(workshop, "name=longer", code=2)  # of 6 steps
+    assert "trainer.max_steps: was 40, now 6" in refused.stderr

@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY
 
 # Lowest first: a module may import from its own layer and from those before it.
 LAYERS = (
-    ("dpo_lab.core", "dpo_lab.stop", "dpo_lab.launch", "dpo_lab.results"),
+    ("dpo_lab.core", "dpo_lab.results", "dpo_lab.stop", "dpo_lab.leases", "dpo_lab.supervisor", "dpo_lab.launch"),
     ("dpo_lab.data",),
     ("dpo_lab.models",),
     ("dpo_lab.losses", "dpo_lab.references"),
@@ -18,7 +18,7 @@ LAYERS = (
     ("dpo_lab.training",),
     ("dpo_lab.config",),
     ("dpo_lab.prepare",),
-    ("dpo_lab.fit",),
+    ("dpo_lab.fit", "dpo_lab.next_commands"),
     ("dpo_lab.run", "dpo_lab.sft_run", "dpo_lab.inspection"),
     ("dpo_lab.sweep", "dpo_lab.door"),
     ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,19 @@ import pytest
 from filelock import FileLock
 from scipy import stats
 
-from dpo_lab.results import runs
+from dpo_lab.results import identity, runs
 from dpo_lab.results.cache import once
 from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, ratio, share
 from dpo_lab.results.figures import by_arm, cost_of_gain, done_records, table
+from dpo_lab.stop import Stopped
 
-CONFIG = {"beta": 0.1, "loss": {"kind": "dpo"}, "data": {"num_workers": 0}}
+CONFIG = {
+    "beta": 0.1,
+    "loss": {"kind": "dpo"},
+    "data": {"num_workers": 0},
+    "trainer": {"max_steps": 160, "devices": 1},
+    "on_change": "refuse",
+}
 
 
 def hold(folder: Path, config: dict = CONFIG):
@@ -29,6 +37,17 @@ def finish(folder: Path, config: dict = CONFIG) -> None:
     with hold(folder, config) as run:
         assert run is not None
         run.update(metrics={"x": 1.0})
+
+
+def record_in(folder: Path) -> dict:
+    record = runs.read_record(folder)
+    assert record is not None
+    return record
+
+
+def checkpoint(folder: Path) -> None:
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "step=8.ckpt").write_bytes(b"x")
 
 
 HOSTILE = ["../../etc/passwd", "a/b", "a\0b", "x" * 400, "a=[1,2]", 'a="b c"', "..", "a=${b}", "ü=é"]
@@ -52,49 +71,128 @@ def test_slugs_are_readable_and_do_not_collide():
 def test_a_run_is_running_until_it_is_done(tmp_path):
     with hold(tmp_path) as run:
         assert run is not None
-        opening = runs.read_record(tmp_path)
-        assert opening is not None
-        assert opening["status"] == "running"
-        assert not runs.is_done(tmp_path, CONFIG)
-    record = runs.read_record(tmp_path)
-    assert record is not None
+        assert record_in(tmp_path)["status"] == "running"
+        assert runs.standing(tmp_path, CONFIG) is runs.Standing.new  # so far there is nothing to lose
+    record = record_in(tmp_path)
     assert record["status"] == "done"
     assert record["overrides"] == ["beta=0.1"]
+    assert runs.standing(tmp_path, CONFIG) is runs.Standing.done
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
     finish(tmp_path)
     before = (tmp_path / "run.json").read_bytes()
-    with hold(tmp_path, CONFIG | {"data": {"num_workers": 3}, "name": "volatile"}) as run:
+    same = CONFIG | {"data": {"num_workers": 3}, "name": "volatile", "trainer": {"max_steps": 160, "devices": 2}}
+    with hold(tmp_path, same | {"logger": {"csv": {}}, "callbacks": {"checkpoint": {"every_n_steps": 1}}}) as run:
         assert run is None
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_another_config_is_refused_with_the_difference(tmp_path):
-    finish(tmp_path)
-    before = (tmp_path / "run.json").read_bytes()
-    with (
-        pytest.raises(runs.RunRefused, match=r"beta: was 0.1, now 0.5.*type name=another"),
-        hold(tmp_path, CONFIG | {"beta": 0.5}),
-    ):
-        pytest.fail("entered")
-    assert (tmp_path / "run.json").read_bytes() == before
-
-
-@pytest.mark.parametrize(("error", "status"), [(ValueError("no luck"), "failed"), (KeyboardInterrupt(), "interrupted")])
-def test_an_unfinished_run_is_kept_aside(error, status, tmp_path):
-    with pytest.raises(type(error)), hold(tmp_path):
-        (tmp_path / "precious").write_text("kept")
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("no luck\nat all"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+        (Stopped(signal.SIGINT), "interrupted"),
+        (Stopped(signal.SIGTERM), "preempted"),
+    ],
+)
+def test_an_unfinished_run_goes_on_from_what_it_left(error, status, tmp_path):
+    with pytest.raises(type(error)), hold(tmp_path) as run:
+        assert run is not None
+        assert not run.resumes
+        checkpoint(tmp_path)
+        run.update(seconds={"prepare": 1.0}, step_zero_loss=0.69)
         raise error
-    record = runs.read_record(tmp_path)
-    assert record is not None
+    record = record_in(tmp_path)
     assert record["status"] == status
+    assert record["error"] in ("ValueError: no luck", "KeyboardInterrupt:", "stopped by SIGINT", "stopped by SIGTERM")
+    with hold(tmp_path) as run:
+        assert run is not None
+        assert run.resumes
+        assert run.record["seconds"] == {"prepare": 1.0}
+        assert run.record["starts"][0]["status"] == status
+    assert (tmp_path / "checkpoints" / "step=8.ckpt").exists()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_starts_anew_whatever_its_config(tmp_path):
+    with pytest.raises(ValueError, match="early"), hold(tmp_path):
+        raise ValueError("early")
+    with hold(tmp_path, CONFIG | {"beta": 0.5}) as run:
+        assert run is not None
+        assert not run.resumes
+    record = record_in(tmp_path)
+    assert record["config"]["beta"] == 0.5
+    assert record["starts"][0]["error"] == "ValueError: early"
+
+
+@pytest.mark.parametrize("files", [{"run.json": "{"}, {"run.json": ""}])
+def test_a_record_that_cannot_be_read_is_refused(files, tmp_path):
+    (tmp_path / "run.json").write_text(files["run.json"])
+    with pytest.raises(runs.RunRefused, match=r"run.json: can't be read .* name=another"), hold(tmp_path):
+        pytest.fail("entered")
+    assert (tmp_path / "run.json").read_text() == files["run.json"]
+
+
+def test_more_steps_are_more_of_the_same_run(tmp_path):
     finish(tmp_path)
-    assert (tmp_path / "unfinished-1" / "precious").read_text() == "kept"
-    aside = runs.read_record(tmp_path / "unfinished-1")
-    assert aside is not None
-    assert aside["status"] == status
-    assert type(error).__name__ in aside["error"]
+    checkpoint(tmp_path)
+    longer = CONFIG | {"trainer": {"max_steps": 320}}
+    assert runs.standing(tmp_path, longer) is runs.Standing.unfinished
+    with hold(tmp_path, longer) as run:
+        assert run is not None
+        assert run.resumes
+        assert "steps" not in run.record  # there is more to train
+        run.update(steps=320, metrics={"x": 2.0})
+    record = record_in(tmp_path)
+    assert record["metrics"] == {"x": 2.0}
+    assert record["starts"][0]["max_steps"] == 160
+    assert record["starts"][0]["metrics"] == {"x": 1.0}  # what it had come to is kept
+    with pytest.raises(runs.RunRefused, match="trainer.max_steps: was 320, now 160"), hold(tmp_path):
+        pytest.fail("entered")
+
+
+def test_a_run_that_was_trained_to_its_end_is_not_trained_again(tmp_path):
+    with pytest.raises(Stopped), hold(tmp_path) as run:
+        assert run is not None
+        checkpoint(tmp_path)
+        run.update(steps=120)  # it stopped early
+        raise Stopped(signal.SIGTERM)
+    with hold(tmp_path) as run:
+        assert run is not None
+        assert run.record["steps"] == 120
+
+
+def test_what_a_run_works_on_may_not_change(tmp_path):
+    def start(config: dict, **identity: str) -> None:
+        with hold(tmp_path, config) as run:
+            assert run is not None
+            run.settle(**identity)
+            checkpoint(tmp_path)
+            raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        start(CONFIG, data="a", tokenizer="t")
+    with pytest.raises(Stopped):
+        start(CONFIG, data="a", tokenizer="t")
+    with pytest.raises(runs.RunRefused, match=r"data was a, is b.*on_change=restart"):
+        start(CONFIG, data="b", tokenizer="t")
+    assert record_in(tmp_path)["identity"] == {"data": "a", "tokenizer": "t"}
+    with pytest.raises(Stopped):
+        start(CONFIG | {"on_change": "restart"}, data="b", tokenizer="t")
+    assert record_in(tmp_path)["identity"]["data"] == "b"
+    assert record_in(tmp_path / "earlier-1")["identity"]["data"] == "a"
+    assert (tmp_path / "earlier-1" / "checkpoints" / "step=8.ckpt").exists()
+
+
+def test_closing_names_the_true_error_and_never_undoes_a_finished_run(tmp_path):
+    with pytest.raises(RuntimeError), hold(tmp_path):
+        raise RuntimeError("Connection closed by peer")
+    runs.close(tmp_path, "failed", "rank 1: ValueError: boom")
+    assert record_in(tmp_path)["error"] == "rank 1: ValueError: boom"
+    finish(tmp_path)
+    runs.close(tmp_path, "failed", "late")
+    assert record_in(tmp_path)["status"] == "done"
 
 
 def test_a_folder_that_another_process_writes_is_refused(tmp_path):
@@ -123,7 +221,7 @@ def test_a_record_is_committed_whole(tmp_path):
 
 def test_secrets_in_overrides_are_redacted():
     overrides = ["beta=0.1", "+logger.wandb.api_key=abc=", "data.path=token", "--x"]
-    assert [runs.redact_override(o) for o in overrides] == [
+    assert [identity.redact_override(o) for o in overrides] == [
         "beta=0.1",
         "+logger.wandb.api_key=<redacted>",
         "data.path=token",
@@ -138,7 +236,7 @@ def test_secrets_are_redacted_at_any_depth():
         "list": [{"password": "s"}],
         "token": None,
     }
-    assert runs.redact(config) == {
+    assert identity.redact(config) == {
         "api_key": "<redacted>",
         "logger": {"wandb": {"WANDB_API_KEY": "<redacted>", "project": "p"}},
         "list": [{"password": "<redacted>"}],
@@ -148,7 +246,7 @@ def test_secrets_are_redacted_at_any_depth():
 
 def test_difference_is_by_dotted_key():
     was, now = {"a": {"b": 1, "c": 2}, "name": "x"}, {"a": {"b": 1, "c": 3, "d": 4}, "name": "y"}
-    assert runs.difference(was, now) == {"a.c": (2, 3), "a.d": (None, 4)}
+    assert identity.difference(was, now) == {"a.c": (2, 3), "a.d": (None, 4)}
 
 
 def test_once_makes_a_file_once_and_anew_when_it_is_not_valid(tmp_path):

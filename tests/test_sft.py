@@ -29,9 +29,10 @@ from dpo_lab.models.forward import choose_path, pair_logps, path_of, response_nl
 from dpo_lab.models.policy import Policy, Pretrained, TinyPolicy, load_policy
 from dpo_lab.models.reference import REFERENCES
 from dpo_lab.models.tokenizer import train_tokenizer
+from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import prepare, prepare_responses
 from dpo_lab.run import run
-from dpo_lab.sft_run import next_command, run_sft
+from dpo_lab.sft_run import run_sft
 from dpo_lab.training.checks import check_step_zero
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft_module import SFTModule
@@ -141,7 +142,8 @@ def fit(folder: Path, tokens: int = 2048, devices: int = 1, **trainer_settings):
         use_distributed_sampler=False,
         log_every_n_steps=STEPS,
         num_sanity_val_steps=0,
-        check_val_every_n_epoch=1,
+        check_val_every_n_epoch=None,
+        val_check_interval=STEPS,
         **(quiet | trainer_settings),
     )
     module.train()
@@ -405,7 +407,7 @@ def test_another_architecture_and_texts(policy, shop):
 )
 def test_the_next_command_says_what_loading_needs(overrides, says, shop):
     _, settings = settled(shop, "pairs.jsonl", *overrides)
-    command = next_command(settings, [*overrides, "data.path=my pairs.jsonl", "seed=3"], Path("run"))
+    (command,) = after_sft(settings, [*overrides, "data.path=my pairs.jsonl", "seed=3"], Path("run"))
     assert command == f"python -m dpo_lab.train {says.format(model=shop / 'model')} 'data.path=my pairs.jsonl'"
 
 

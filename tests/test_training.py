@@ -6,13 +6,15 @@ import copy
 import json
 import math
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from dpo_lab.core.losses import DPO
+from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate
 from dpo_lab.data.module import PreferenceDataModule, StepSampler
 from dpo_lab.models.forward import choose_path, pair_logps, pair_loss, without_dropout
@@ -48,7 +50,8 @@ def fit(folder: Path, tokens: int = 2048, devices: int = 1, num_workers: int = 0
         use_distributed_sampler=False,
         log_every_n_steps=STEPS,
         num_sanity_val_steps=0,
-        check_val_every_n_epoch=1,
+        check_val_every_n_epoch=None,
+        val_check_interval=STEPS,
         **(quiet | trainer_settings),
     )
     module.train()
@@ -129,34 +132,53 @@ SIZES = [p.size for p in make_pairs(PAIRS)]
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_steps_hold_the_same_pairs_for_any_ranks(world_size):
-    def steps(world_size: int, epoch: int) -> list[list[list[int]]]:
+    steps_per_epoch = PAIRS // 8
+
+    def steps(world_size: int, start: int = 0) -> list[list[list[int]]]:
         ranks = []
         for number in range(world_size):
-            sampler = StepSampler(SIZES, 8, seed=5, rank=number, world_size=world_size)
-            sampler.set_epoch(epoch)
-            ranks.append(list(sampler))
-            assert len(ranks[-1]) == len(sampler)
+            sampler = StepSampler(SIZES, 8, seed=5, rank=number, world_size=world_size, start=start)
+            ranks.append(list(islice(sampler, 3 * steps_per_epoch - start)))
             assert ranks[-1] == [
-                sampler.step(epoch, step) for step in range(len(sampler))
-            ]  # none needs those before it
+                sampler.step(step) for step in range(start, 3 * steps_per_epoch)
+            ]  # without those before
         return [list(parts) for parts in zip(*ranks, strict=True)]
 
-    for epoch in (0, 1):
-        dealt, whole = steps(world_size, epoch), steps(1, epoch)
-        pairs = [sorted(pair for part in step for pair in part) for step in dealt]
-        assert pairs == [sorted(step[0]) for step in whole]
-        assert [len(step) for step in pairs] == [8] * (PAIRS // 8)
-        assert len({pair for step in pairs for pair in step}) == 24  # no pair twice
-        for step in dealt:
-            assert all(step)
-            tokens = [sum(SIZES[pair] for pair in part) for part in step]
-            assert max(tokens) - min(tokens) <= max(SIZES)
-    assert steps(1, 0) != steps(1, 1)
+    dealt, whole = steps(world_size), steps(1)
+    pairs = [sorted(pair for part in step for pair in part) for step in dealt]
+    assert pairs == [sorted(step[0]) for step in whole]
+    assert [len(step) for step in pairs] == [8] * 3 * steps_per_epoch
+    for epoch in range(3):  # no pair twice
+        assert len({pair for step in pairs[epoch * steps_per_epoch :][:steps_per_epoch] for pair in step}) == 24
+    for step in dealt:
+        assert all(step)
+        tokens = [sum(SIZES[pair] for pair in part) for part in step]
+        assert max(tokens) - min(tokens) <= max(SIZES)
+    assert whole[:steps_per_epoch] != whole[steps_per_epoch : 2 * steps_per_epoch]
+    for start in (1, steps_per_epoch, steps_per_epoch + 2):  # going on from any step is going on
+        assert steps(world_size, start) == dealt[start:]
+
+
+def test_every_epoch_is_another_permutation_and_the_first_is_as_it_always_was(tmp_path):
+    """What the trainer is given, not what a sampler could give: a second epoch in the order of the first shows here."""
+    seen: list[list[str]] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            seen.append(batch.keys)
+
+    fit(tmp_path, callbacks=[Watch()])
+    sampler = StepSampler(SIZES, 8, seed=0)
+    assert seen == [[f"pair-{i}" for i in sampler.step(step)] for step in range(STEPS)]
+    generator = torch.Generator().manual_seed(derive_seed(0, "order/0"))
+    order = torch.randperm(PAIRS, generator=generator).tolist()
+    assert [sorted(keys) for keys in seen[:3]] == [sorted(f"pair-{i}" for i in order[k * 8 :][:8]) for k in range(3)]
+    assert sorted(seen[3]) != sorted(seen[0])
 
 
 def test_the_draw_knows_nothing_of_sizes():
     def drawn(sizes: list[int]) -> list[set[int]]:
-        return [set(step) for step in StepSampler(sizes, 8, seed=5)]
+        return [set(step) for step in islice(StepSampler(sizes, 8, seed=5), 6)]
 
     assert drawn(SIZES) == drawn([1] * PAIRS)
 

@@ -110,6 +110,13 @@ class PairTable(Sequence[EncodedPair]):
         alone = replace(self, lengths=lengths, flipped=np.zeros(len(self), bool))
         return alone.select(np.sort(first))
 
+    def digest(self) -> str:
+        """A hash of which pairs these are, in order, how long their token ids and which of them label noise flipped."""
+        columns = hashlib.blake2b(digest_size=16)
+        for column in (self.keys, self.lengths, self.flipped):
+            columns.update(np.ascontiguousarray(column).tobytes())
+        return columns.hexdigest()
+
     @property
     def _columns(self) -> tuple[np.ndarray, ...]:
         return self.starts, self.lengths, self.gold_margin, self.score_margin, self.flipped

@@ -1,8 +1,10 @@
-"""The loaders: which pairs make up which step, as a function of (seed, epoch, step) alone."""
+"""The loaders: which pairs make up which step, as a function of (seed, step) alone; training never runs out of steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -12,36 +14,39 @@ from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.core.table import PairTable
 from dpo_lab.data.collate import collate
+from dpo_lab.launch import die_with_parent
 
 
 class StepSampler(Sampler[list[int]]):
-    """One rank's pairs of every optimizer step: `batch_size` pairs over all ranks, whatever their number.
+    """One rank's pairs of every optimizer step: `batch_size` pairs over all ranks, whatever their number; without an end.
 
-    Epoch e is a permutation drawn from (seed, e), cut into steps of batch_size. Within a step pairs are sorted by size
-    and dealt to the ranks so that all have about as many tokens; the draw itself knows nothing of sizes. Any step can be
-    had without those before it. Pairs that don't fill a last step wait for the next epoch's permutation.
+    Epoch e is a permutation drawn from (seed, e), cut into `steps_per_epoch` steps of batch_size. Within a step pairs are
+    sorted by size and dealt to the ranks so that all have about as many tokens; the draw itself knows nothing of sizes. Any
+    step can be had without those before it. Pairs that don't fill a last step wait for the next epoch's permutation.
     """
 
-    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        """sizes: tokens of each pair."""
+    def __init__(
+        self, sizes: Sequence[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
+    ) -> None:
+        """sizes: tokens of each pair; start: the step, 0 for a run's first, that iteration begins with."""
         self.sizes, self.batch_size, self.seed = sizes, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
+        self.rank, self.world_size, self.start = rank, world_size, start
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order(self.epoch)
-        return (self._share(order, step) for step in range(len(self)))
+        first, done = divmod(self.start, self.steps_per_epoch)
+        for epoch in count(first):
+            order = self._order(epoch)
+            yield from (self._share(order, step) for step in range(done, self.steps_per_epoch))
+            done = 0
 
-    def __len__(self) -> int:
+    @property
+    def steps_per_epoch(self) -> int:
         return len(self.sizes) // self.batch_size
 
-    def step(self, epoch: int, step: int) -> list[int]:
+    def step(self, step: int) -> list[int]:
         """This rank's pairs of one step."""
-        return self._share(self._order(epoch), step)
+        epoch, of_epoch = divmod(step, self.steps_per_epoch)
+        return self._share(self._order(epoch), of_epoch)
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, f"order/{epoch}"))
@@ -75,23 +80,39 @@ class PreferenceDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
 
     def train_dataloader(self) -> DataLoader:
+        """From the next step on: of a run that goes on from a checkpoint the trainer knows it already."""
         rank, world_size = self._rank_and_world_size()
-        sampler = StepSampler(self.train.sizes.tolist(), self.batch_size, self.seed, rank, world_size)
-        return DataLoader(
-            self.train,  # type: ignore[arg-type]  # a sequence is a dataset
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        start = self.trainer.global_step if self.trainer else 0
+        sampler = StepSampler(self.train.sizes.tolist(), self.batch_size, self.seed, rank, world_size, start)
+        return self._loader(self.train, sampler, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self._rank_and_world_size()
         mine = range(rank, len(self.held_out), world_size)
-        batches = [mine[start : start + 64] for start in range(0, len(mine), 64)]
-        if len(self.held_out) and not batches:
-            batches = [range(0)]  # a rank without pairs still takes part when the others add theirs up
-        return DataLoader(self.held_out, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]
+        of_fullest_rank = range(0, len(self.held_out), world_size)
+        # a rank without pairs still takes part, in each batch, when the others add theirs up
+        batches = [mine[start : start + 64] for start in range(0, len(of_fullest_rank), 64)]
+        return self._loader(self.held_out, batches, 0)
+
+    def _loader(self, pairs: PairTable, batches: Iterable[Sequence[int]], workers: int) -> DataLoader:
+        return DataLoader(
+            pairs,  # type: ignore[arg-type]  # a sequence is a dataset
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_live_with_the_rank,
+            generator=torch.Generator().manual_seed(
+                0
+            ),  # else every start of a loader draws from the run's own generator
+        )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def _live_with_the_rank(worker: int) -> None:
+    """A worker dies with its rank, however that dies, and not before: a rank that is asked to stop has a step to finish."""
+    die_with_parent(signal.SIGKILL)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # what a terminal or a scheduler sends to the whole group
+        signal.signal(signum, signal.SIG_IGN)

@@ -66,6 +66,15 @@ def open_rows(path: str | Sequence[str], name: str | None, split: str | None, re
     return FileRows(files)
 
 
+def local_files(path: str | Sequence[str]) -> list[Path]:
+    """The files behind a path, a pattern, a folder or several of them; a name on the hub has none."""
+    paths = [path] if isinstance(path, str) else list(path)
+    found = [
+        Path(p) for each in paths for p in (sorted(glob.glob(each, recursive=True)) if glob.has_magic(each) else [each])
+    ]
+    return [file for each in found for file in (sorted(each.rglob("*")) if each.is_dir() else [each]) if file.is_file()]
+
+
 def parse(row: Any) -> Mapping[str, Any]:
     """A row as an object. Raises ValueError where it is none."""
     if isinstance(row, bytes):

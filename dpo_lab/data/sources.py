@@ -16,7 +16,7 @@ import numpy as np
 from dpo_lab.core.pairs import Pair
 from dpo_lab.core.table import PairTable
 from dpo_lab.data.formats import Format, Shape
-from dpo_lab.data.rows import BadData, Rows, open_rows
+from dpo_lab.data.rows import BadData, Rows, local_files, open_rows
 from dpo_lab.data.splits import HELD_OUT, TRAIN, lots, share
 from dpo_lab.data.store import BadRows, Store, stored
 from dpo_lab.data.tokenize import Encoder
@@ -155,6 +155,11 @@ class Data(Source):
     def has_texts(self) -> bool:
         """Whether some rows are whole texts, which hold no preference."""
         return any(source.format is Format.text for source in self._sources())
+
+    def files(self) -> list[Path]:
+        """The files that rows are read from, as far as they lie on this machine."""
+        sources = [] if self.is_world else [*self._held_out_sources(), *self._sources()]
+        return sorted({file for source in sources for file in local_files(source.path)})
 
     def as_texts(self, column: str) -> Data:
         """The same rows, read as whole texts."""

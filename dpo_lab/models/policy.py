@@ -35,6 +35,10 @@ class PolicyConfig:
         """Whether low-rank adapters alone are trained."""
         return False
 
+    def files(self) -> list[Path]:
+        """The files that it is read from, as far as they lie on this machine."""
+        return []
+
     def to_save(self, trained: Policy) -> Policy:
         """What a run keeps of the trained policy."""
         return trained
@@ -157,6 +161,12 @@ class Pretrained(PolicyConfig):
     def goes_on(self) -> bool:
         """Whether it starts from adapters that were trained before."""
         return self.adapter is not None or is_adapter(Path(self.path))
+
+    def files(self) -> list[Path]:
+        folders = [Path(folder) for folder in (self.path, self.adapter) if folder and self.package is None]
+        files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+        files += [Path(self.chat_template)] if self.chat_template else []
+        return [file for file in files if file.is_file()]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone, with the chat template asked for. Raises PolicyError where it can't be had."""

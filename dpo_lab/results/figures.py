@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.results.runs import difference
+from dpo_lab.results.identity import difference
 
 COLOURS = {"cached": "#0072B2", "uniform": "#D55E00"}  # Okabe and Ito's, told apart by the colour-blind
 LABELS = {"cached": "frozen reference", "uniform": "uniform reference"}

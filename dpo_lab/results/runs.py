@@ -18,11 +18,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dpo_lab.results.identity import changed_files, config_digest, difference, fingerprint, redact, redact_override
 from dpo_lab.stop import Stopped
 
 RECORD = "run.json"
-VOLATILE = ("name", "on_change", "objective", "data.num_workers")  # settings that change no result
-SECRET = re.compile(r"(api_?key|token|secret|password|credential)$", re.I)
+CHECKPOINTS = "checkpoints"
+LOGS = re.compile(r"\.lock|run\.log|output\.log|\.?rank-\d+\.\w+")  # which are in use while a folder changes hands
 
 
 class RunRefused(Exception):
@@ -47,135 +48,191 @@ def slug(overrides: str, limit: int = 100) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The folder's record, None where there is none."""
+    """The folder's record, None where there is none. Raises RunRefused where it can't be read."""
     try:
         return json.loads((folder / RECORD).read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise RunRefused(f"{folder / RECORD}: can't be read ({error}); type name=another, or delete {folder}") from None
 
 
 class Run:
-    """A run's folder while the run holds it. The record is committed whole at every `update`."""
+    """A run while it goes on. The record is committed whole at every `update`, by rank 0 alone, who holds the folder.
 
-    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
-        self.folder, self.record = folder, record
+    resumes: whether an earlier start went some of the way.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any], resumes: bool = False, writes: bool = True) -> None:
+        self.folder, self.record, self.resumes, self.writes = folder, record, resumes, writes
 
     def update(self, **entries: Any) -> None:
         self.record |= entries
-        beside = self.folder / f".{RECORD}.{os.getpid()}"
-        with beside.open("w") as file:
-            json.dump(self.record, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.folder / RECORD)
+        if self.writes:
+            _commit(self.folder, self.record)
+
+    def settle(self, **identity: str) -> None:
+        """Note what this run works on, by hashes: the run that it resumes must have worked on the very same.
+
+        Raises RunRefused where it did not; with on_change=restart the earlier start is set aside instead.
+        """
+        was = self.record.get("identity") or {}
+        changed = [f"{name} was {was[name]}, is {now}" for name, now in identity.items() if was.get(name, now) != now]
+        if self.resumes and changed:
+            if self.record["config"]["on_change"] != "restart":
+                raise RunRefused(_changed(self.folder, changed))
+            _set_aside(self.folder)
+            self.resumes = False
+        self.update(identity=was | identity)
 
 
 @contextmanager
-def hold(folder: Path, config: Mapping[str, Any], overrides: list[str]) -> Iterator[Run | None]:
-    """Take a folder for a run of `config`; None where a finished run of the same config is there already.
+def hold(
+    folder: Path, config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path] = ()
+) -> Iterator[Run | None]:
+    """Take a folder for a run of `config` that reads `files`; None where that run is done already.
 
-    The record says `running` until the body ends: then `done`, `interrupted`, or `failed` with the error. Earlier runs
-    that did not finish are moved aside, never overwritten. Raises RunRefused when another process holds the folder or a
-    finished run of another config lies in it.
+    The record says `running` until the body ends: then `done`, `preempted`, `interrupted`, or `failed` with the error. What
+    an earlier start of the same run left is gone on from, that of another run is never overwritten. Raises RunRefused when
+    another process holds the folder, or another run lies in it, see `standing`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        where = standing(folder, config, files)
+        if where is Standing.done:
+            yield None
+            return
+        resumes = where is Standing.unfinished
+        earlier = read_record(folder)
+        if not resumes and earlier is not None and _is_worth_keeping(folder, earlier):
+            _set_aside(folder)
+            earlier = None
+        record = _opening(config, overrides, files)
+        if earlier is not None:
+            record |= (
+                _gone_on(earlier, record) if resumes else {"starts": [*earlier.get("starts", ()), _start(earlier)]}
+            )
+        run = Run(folder, record, resumes)
+        run.update(status="running")
+        try:
+            yield run
+        except BaseException as error:
+            run.update(**_ending(error))
+            raise
+        run.update(status="done", finished=_now())
+
+
+def standing(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) -> Standing:
+    """Whether a run of `config` that reads `files` is new to the folder, has begun there, or is done.
+
+    More trainer.max_steps than before are more of the same run. Raises RunRefused where another run lies there, unless
+    on_change=restart.
+    """
+    record = read_record(folder)
+    if record is None or not _is_worth_keeping(folder, record):
+        return Standing.new
+    changed = [
+        f"{key}: was {was!r}, now {now!r}" for key, (was, now) in difference(record["config"], redact(config)).items()
+    ]
+    changed += changed_files(record.get("files", {}), files)
+    were, wanted = (int(each["trainer"]["max_steps"]) for each in (record["config"], config))
+    if wanted < were:
+        changed.append(f"trainer.max_steps: was {were}, now {wanted}")
+    if changed:
+        if config["on_change"] == "restart":
+            return Standing.new
+        raise RunRefused(_changed(folder, changed))
+    return Standing.done if record["status"] == "done" and wanted == were else Standing.unfinished
+
+
+def close(folder: Path, status: str, error: str) -> None:
+    """Say how a run ended whose rank 0 could not say so itself, or did not know: another rank's error came first."""
+    with _locked(folder):
+        record = read_record(folder)
+        if record is not None and record["status"] != "done":
+            _commit(folder, record | {"status": status, "error": error, "finished": _now()})
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise RunRefused(f"{folder} is being written by another process; wait for it, or type name=another") from None
     try:
-        if is_done(folder, config):
-            yield None
-            return
-        _move_aside(folder)
-        run = Run(folder, _opening(config, overrides))
-        run.update(status="running")
-        try:
-            yield run
-        except BaseException as error:
-            status = error.status if isinstance(error, Stopped) else "failed"
-            what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            run.update(status=status, error=what, finished=_now())
-            raise
-        run.update(status="done", finished=_now())
+        yield
     finally:
         lock.release()
 
 
-def is_done(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a finished run of this config lies in the folder. Raises RunRefused if it is one of another config."""
-    record = read_record(folder)
-    if record is None or record["status"] != "done":
-        return False
-    changed = difference(record["config"], redact(config))
-    if changed:
-        lines = "; ".join(f"{key}: was {was!r}, now {now!r}" for key, (was, now) in changed.items())
-        raise RunRefused(f"{folder} holds a finished run of another config ({lines}); type name=another, or delete it")
-    return True
+def _is_worth_keeping(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a run went so far that another one may not take its place."""
+    return record["status"] == "done" or any((folder / CHECKPOINTS).glob("*.ckpt"))
 
 
-def standing(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) -> Standing:
-    """Whether a run of `config` is new to the folder, has begun there, or is done. Raises RunRefused if another one is."""
-    if is_done(folder, config):
-        return Standing.done
-    return Standing.new if read_record(folder) is None else Standing.unfinished
+def _changed(folder: Path, changed: Sequence[str]) -> str:
+    return (
+        f"{folder} holds another run ({'; '.join(changed)}); type name=another, or on_change=restart to set it aside and"
+        " start anew"
+    )
 
 
-def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, VOLATILE ones left out."""
-    was, now = flatten(was), flatten(now)
-    return {
-        key: (was.get(key), now.get(key))
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and key not in VOLATILE
-    }
+def _gone_on(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a run that goes on takes over from its earlier starts."""
+    kept = {name: earlier[name] for name in ("identity", "seconds", "step_zero_loss", "started") if name in earlier}
+    were, wanted = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
+    if "steps" in earlier and were == wanted:
+        kept["steps"] = earlier["steps"]  # it was trained to its end
+    return kept | {"starts": [*earlier.get("starts", ()), _start(earlier)]}
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _start(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of an earlier start: how it ended and, where the run is lengthened, what it had come to."""
+    names = ("status", "error", "started", "finished", "steps", "metrics", "versions", "git")
+    kept = {name: earlier[name] for name in names if name in earlier}
+    return kept | {"max_steps": earlier["config"]["trainer"]["max_steps"]}
 
 
-def redact(config: Any) -> Any:
-    """The config with the values of keys that name a secret left out."""
-    if isinstance(config, Mapping):
-        return {k: "<redacted>" if SECRET.search(str(k)) and v is not None else redact(v) for k, v in config.items()}
-    return [redact(v) for v in config] if isinstance(config, list) else config
+def _ending(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, Stopped):
+        return {"status": error.status, "error": f"stopped by {error}", "finished": _now()}
+    stopped = isinstance(error, KeyboardInterrupt)
+    what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return {"status": "interrupted" if stopped else "failed", "error": what, "finished": _now()}
 
 
-def redact_override(override: str) -> str:
-    """`key=value` with its value left out where the key names a secret."""
-    key, equals, _ = override.partition("=")
-    return f"{key}{equals}<redacted>" if equals and SECRET.search(key) else override
-
-
-def _opening(config: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+def _opening(config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
     return {
         "status": "running",
         "started": _now(),
         "config": redact(config),
+        "config_digest": config_digest(config),
         "overrides": [redact_override(override) for override in overrides],
+        "files": fingerprint(files),
         "versions": _versions(),
         "git": _git_state(),
     }
 
 
-def _move_aside(folder: Path) -> None:
-    """Keep what an unfinished earlier run left, in `unfinished-N` inside the folder."""
-    left = [
-        p for p in folder.iterdir() if p.name not in (".lock", "output.log") and not p.name.startswith("unfinished-")
-    ]
-    if (folder / RECORD) not in left:
-        return
-    number = 1 + sum(p.name.startswith("unfinished-") for p in folder.iterdir())
-    aside = folder / f"unfinished-{number}"
+def _commit(folder: Path, record: Mapping[str, Any]) -> None:
+    beside = folder / f".{RECORD}.{os.getpid()}"
+    with beside.open("w") as file:
+        json.dump(record, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, folder / RECORD)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)  # the name, too, is on the disk
+    finally:
+        os.close(handle)
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep what an earlier run left, in `earlier-N` inside the folder."""
+    left = [p for p in folder.iterdir() if not (LOGS.fullmatch(p.name) or p.name.startswith("earlier-"))]
+    aside = folder / f"earlier-{1 + sum(p.name.startswith('earlier-') for p in folder.iterdir())}"
     aside.mkdir()
     for path in left:
         os.replace(path, aside / path.name)

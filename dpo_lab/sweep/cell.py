@@ -26,12 +26,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_lab.config import RunConfig
-from dpo_lab.launch import DDP_VARIABLES, die_with_parent, stop
+from dpo_lab.launch import DDP_VARIABLES, PARENT, die_with_parent, stop
+from dpo_lab.leases import cpu_share, lease_gpus
 from dpo_lab.results import runs
 from dpo_lab.stop import ASKING, Stopped
 from dpo_lab.sweep.desk import Desk, first_line, tail, whereabouts
 
-CHILD = "DPO_LAB_SWEEP_CELL"  # in a cell's environment: the id of the process that waits for it
 LOG = "output.log"  # in a cell's folder: what it said on the terminal
 GRACE = 120.0  # seconds that a cell has to save and leave
 TICK = 0.2  # seconds between two looks at a cell and at the wish to stop
@@ -41,15 +41,15 @@ class CellFailed(RuntimeError):
     """A cell ended without a committed result."""
 
 
-def run_cell(module: str, settings: RunConfig, is_done: Callable[[], bool]) -> None:
+def run_cell(module: str, settings: RunConfig, is_done: Callable[[], bool] | None) -> None:
     """Run the current Hydra job of the door `module` in a child process and wait for it; nothing where it is done already.
 
     is_done: whether the cell's result lies in its folder. Raises CellFailed if it does not in the end, whatever the exit
-    code. Its output goes to LOG in its folder.
+    code. None: a run that keeps no record, whose exit code tells. Its output goes to LOG in its folder.
     """
     hydra = HydraConfig.get()
     folder, desk = Path(hydra.runtime.output_dir), _desk()
-    if is_done():
+    if is_done is not None and is_done():
         return
     _heed(desk)
     if multiprocessing.parent_process() is not None:  # a worker: the sweep tells it to stop, not the keyboard
@@ -94,6 +94,7 @@ def in_place(is_done: Callable[[], bool]) -> Iterator[None]:
     job = import_module("submitit").JobEnvironment()
     note = {"log": str(job.paths.stderr), **whereabouts()}
     notes(folder, status="running", **note)
+    before = runs.read_record(folder)
     status, error, over = "requeued", None, threading.Event()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_pass_on, args=(desk, over), daemon=True).start()
@@ -103,6 +104,10 @@ def in_place(is_done: Callable[[], bool]) -> Iterator[None]:
     except (Stopped, KeyboardInterrupt) as stopped:
         status = stopped.status if isinstance(stopped, Stopped) else "interrupted"
         error = f"stopped by {first_line(stopped) or 'SIGINT'}"
+    except SystemExit as end:
+        if end.code not in (1, 2, 130, 143):
+            raise  # back into the queue
+        status, error = _ending(folder, before, end.code, is_done)
     except Exception as failure:
         status, error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
     finally:
@@ -169,7 +174,7 @@ def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess
     output.write(f"=== {datetime.now().isoformat(' ', 'seconds')} {shlex.join(line)}\n".encode())
     output.flush()
     clean = {k: v for k, v in os.environ.items() if k not in DDP_VARIABLES}
-    environment = {**clean, CHILD: str(os.getpid()), "PYTHONUNBUFFERED": "1", **variables}
+    environment = {**clean, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1", **variables}
     return subprocess.Popen(
         line,
         env=environment,
@@ -202,10 +207,10 @@ def _wait(child: subprocess.Popen, desk: Desk) -> int:
 
 
 def _ending(
-    folder: Path, before: dict[str, Any] | None, code: int, is_done: Callable[[], bool]
+    folder: Path, before: dict[str, Any] | None, code: int, is_done: Callable[[], bool] | None
 ) -> tuple[str, str | None]:
     """A cell's status and the first line of its true error. Its committed record decides, then how its process ended."""
-    if is_done():
+    if code == 0 if is_done is None else is_done():
         return "done", None
     record = runs.read_record(folder)
     if record is not None and record != before and record["status"] not in ("running", "done"):
@@ -230,10 +235,9 @@ def _share(threads: int | None, trainer: Mapping[str, Any]) -> Iterator[dict[str
     if cells == 1 or not (on_gpu or threads is None):
         yield {}
         return
-    leases: Any = import_module("dpo_lab.leases")
-    with leases.lease_gpus(int(trainer["devices"])) if on_gpu else nullcontext() as gpus:
+    with lease_gpus(int(trainer["devices"])) if on_gpu else nullcontext() as gpus:
         variables = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
-        yield variables | ({"OMP_NUM_THREADS": str(leases.cpu_share(cells))} if threads is None else {})
+        yield variables | ({"OMP_NUM_THREADS": str(cpu_share(cells))} if threads is None else {})
 
 
 def _rank() -> int:

@@ -19,6 +19,8 @@ from dpo_lab.results.cache import CACHE
 from dpo_lab.sweep.cell import typed
 from dpo_lab.sweep.memory import Memory, digest_of_sources
 
+AsRecord = Callable[[DictConfig, config.RunConfig], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -36,15 +38,15 @@ class Cell:
         return runs.standing(self.folder, self.record, self.files)
 
 
-def plan(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader) -> list[Cell]:
+def plan(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader, as_record: AsRecord) -> list[Cell]:
     """The cells of `arguments`, of which some sweep. Raises ConfigError, naming the cell, if any can't be run.
 
-    master: the sweep's own config, whose `hydra` node holds for all cells.
+    master: the sweep's own config, whose `hydra` node holds for all cells; as_record(cfg, settings): what is recorded of one.
     """
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
     (every,) = BasicSweeper.split_arguments(parsed, None)
     titles = _titles(every)
-    known = ["--config-name", str(master.hydra.job.config_name), *typed(master.hydra.overrides.hydra), "--"]
+    known = [as_record.__name__, str(master.hydra.job.config_name), *typed(master.hydra.overrides.hydra), "--"]
     memory = Memory(
         CACHE / "plans", digest_of_sources(master.hydra.runtime.config_sources, Path(config.__file__).parent)
     )
@@ -52,7 +54,7 @@ def plan(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader) -> 
     for overrides, title in zip(every, titles, strict=True):
         found = memory.recall([*known, *overrides])
         if found is None:
-            found = _compose(overrides, title, master, loader)
+            found = _compose(overrides, title, master, loader, as_record)
             if runs.redact(found["record"]) == found["record"]:  # a secret is in no file of ours
                 memory.remember([*known, *overrides], found, found["files"])
         sweep, folder, files = Path(found["sweep"]), Path(found["folder"]), tuple(map(Path, found["files"]))
@@ -73,7 +75,9 @@ def each(cells: Sequence[Cell], ask: Callable[[Cell], runs.Standing]) -> list[ru
     return answers
 
 
-def _compose(overrides: Sequence[str], title: str, master: DictConfig, loader: ConfigLoader) -> dict[str, Any]:
+def _compose(
+    overrides: Sequence[str], title: str, master: DictConfig, loader: ConfigLoader, as_record: AsRecord
+) -> dict[str, Any]:
     holder = HydraConfig.instance()
     held = holder.cfg
     try:
@@ -84,7 +88,7 @@ def _compose(overrides: Sequence[str], title: str, master: DictConfig, loader: C
         with read_write(cfg), open_dict(cfg):
             del cfg["hydra"]
         settings = config.validate(cfg)
-        record = config.as_record(cfg, settings)
+        record = as_record(cfg, settings)
         _check_job(record["trainer"], master)
     except config.ConfigErrors as error:
         raise config.ConfigError(f"cell {title}: {config.explain(error)}") from None

@@ -29,8 +29,12 @@ from dpo_lab.sweep.watch import Watch
 NAMESPACE = "hydra_plugins.dpo_lab"
 
 
-def register() -> None:
-    """Make our plugins known to Hydra, and the resolver that the launchers' YAML files use."""
+def register(as_record: plan.AsRecord) -> None:
+    """Make our plugins known to Hydra, and the resolver that the launchers' YAML files use.
+
+    as_record: how the runs of this door record their config.
+    """
+    CellSweeper.as_record = staticmethod(as_record)
     for plugin in (CellSweeper, RayLauncher):
         Plugins.instance().class_name_to_class[f"{NAMESPACE}.{plugin.__name__}"] = plugin
     OmegaConf.register_new_resolver("gpus_per_node", _gpus_per_node, replace=True)
@@ -38,6 +42,8 @@ def register() -> None:
 
 class CellSweeper(Sweeper):
     """Runs every combination of the swept values that is not done yet, by the launcher that was chosen."""
+
+    as_record: plan.AsRecord
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config
@@ -49,7 +55,7 @@ class CellSweeper(Sweeper):
         """
         console = Console(soft_wrap=not sys.stdout.isatty())
         with console.status("planning the cells"):
-            cells = plan.plan(arguments, self._config, self._context.config_loader)
+            cells = plan.plan(arguments, self._config, self._context.config_loader, self.as_record)
         desk = Desk(cells[0].sweep)
         with desk.held():
             were = plan.each(cells, plan.Cell.standing)

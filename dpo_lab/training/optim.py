@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -72,12 +72,13 @@ class Optim:
         optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=(self.beta1, self.beta2), fused=fused)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
-    def clip(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Scale gradients down to max_grad_norm."""
-        from torch.nn.utils import clip_grad_norm_
+    def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Scale gradients down to max_grad_norm; gives their norm from before, which is not finite if one of them is not."""
+        from torch.nn.utils import clip_grad_norm_, get_total_norm
 
         if self.max_grad_norm is not None:
-            clip_grad_norm_(parameters, self.max_grad_norm)
+            return clip_grad_norm_(parameters, self.max_grad_norm)
+        return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def factor(self, step: int, total_steps: int) -> float:
         """Share of `lr` at a step (0-based): rises over the warm-up, would reach 0 at total_steps."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -28,8 +30,16 @@ class SFTModule(StepModule):
     def size(self, batch: PairBatch) -> int:
         tokens = int(self.trainer.strategy.reduce(batch.lengths[:, 1].sum(), reduce_op="sum"))
         self.tokens += tokens
-        self.log("train/tokens", float(self.tokens))
         return tokens
+
+    def counters(self) -> dict[str, float]:
+        return {"tokens": float(self.tokens)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens"] = self.tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens = checkpoint["tokens"]
 
     def part_loss(self, part: PairBatch) -> Tensor:
         nll = response_nll(self.model, part.tokens, part.lengths[:, :2])

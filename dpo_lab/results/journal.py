@@ -1,0 +1,69 @@
+"""The run's own journal of logged figures: metrics.jsonl, one row a line, cut back to where a checkpoint was taken."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+JOURNAL = "metrics.jsonl"
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # strict JSON has no numbers for them
+
+
+class JournalError(Exception):
+    """The journal is damaged; the message names file and line and says what to type."""
+
+
+def append(path: Path, step: int, figures: Mapping[str, float]) -> None:
+    """Add a row: the optimizer steps done and what was measured then. A figure that is not finite stands there as a word."""
+    row = {"step": step} | {name: _spelled(value) for name, value in figures.items()}
+    with path.open("ab") as file:
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole row, in order; a last line that a crash tore is left out. Raises JournalError for any other damage."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # only the last one can
+            try:
+                row = json.loads(line)
+                yield {name: _NOT_FINITE[value] if isinstance(value, str) else value for name, value in row.items()}
+            except (ValueError, KeyError, AttributeError):
+                raise JournalError(
+                    f"{path}:{number}: not a row of this journal; mend or delete the line, or delete the run's folder"
+                    " and type the same command again"
+                ) from None
+
+
+def position(path: Path, durable: bool = False) -> int:
+    """Bytes written so far, 0 without a file. durable: they are on the disk, too."""
+    if not path.exists():
+        return 0
+    with path.open("rb+") as file:
+        if durable:
+            os.fsync(file.fileno())
+        return file.seek(0, os.SEEK_END)
+
+
+def rewind(path: Path, to: int) -> None:
+    """Forget all rows after `to`, a position. Raises JournalError where the file is shorter than that."""
+    if (written := position(path)) < to:
+        raise JournalError(
+            f"{path}: {written} bytes, but the checkpoint was taken at {to}; rows are lost: put the file back, or delete"
+            " the run's folder and type the same command again"
+        )
+    if written > to:
+        with path.open("rb+") as file:
+            file.truncate(to)
+            os.fsync(file.fileno())
+
+
+def _spelled(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

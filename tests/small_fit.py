@@ -1,0 +1,122 @@
+"""A fit of milliseconds that draws from every random generator, and what is left of it, to be compared bit by bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from dpo_lab.core.losses import DPO
+from dpo_lab.core.table import PairTable
+from dpo_lab.fit import fit
+from dpo_lab.models.forward import choose_path
+from dpo_lab.models.policy import TinyPolicy
+from dpo_lab.models.reference import Uniform
+from dpo_lab.models.tokenizer import train_tokenizer
+from dpo_lab.training.checkpoint import FOLDER, VerifiedCheckpointIO, newest, remove_leftovers
+from dpo_lab.training.journal import Journal
+from dpo_lab.training.module import DPOModule
+from dpo_lab.training.optim import Optim
+from dpo_lab.training.saving import Checkpoints
+from tests.conftest import make_pairs
+
+TOKENIZER = train_tokenizer(["the plot was good and its music too"], 300)
+PAIRS, HELD_OUT = PairTable.of(make_pairs(14, vocabulary=250)), PairTable.of(make_pairs(70, seed=9, vocabulary=250))
+STEPS = 7  # of 4 pairs, 3 of them an epoch; validated every 3, logged every 2, saved every 2
+IGNORED = (
+    "ignore:.*does not have many workers",
+    "ignore:Found .* module.s. in eval mode",
+    "ignore::FutureWarning:lightning",
+)
+
+
+class Noisy(DPOModule):
+    """Draws from every generator in every micro-batch, and keeps a dropout on: a state that was not saved shows at once."""
+
+    def on_train_start(self) -> None:
+        self.dropout = torch.nn.Dropout(0.5).train()
+
+    def part_loss(self, part):
+        drawn = torch.rand(()).item() + random.random() + np.random.rand()
+        return super().part_loss(part) * (1 + drawn * self.dropout(torch.ones(4)).mean())
+
+
+def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks: Sequence[Callback] = (), **settings):
+    every = settings.pop("every_n_steps", 2)
+    return Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=steps,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        plugins=[VerifiedCheckpointIO()],
+        callbacks=[*callbacks, Checkpoints(every_n_steps=every)],
+        **(dict(val_check_interval=3, log_every_n_steps=2, logger=[Journal(folder)]) | settings),
+    )
+
+
+def run(
+    folder: Path, *, kind: type[DPOModule] = Noisy, workers: int = 0, optim: Optim | None = None, **settings
+) -> Trainer:
+    """Start a fit in `folder`, or go on with the one there, as every start of a run does."""
+    trainer = trainer_of(folder, **settings)
+    remove_leftovers(folder / FOLDER)
+    checkpoint = newest(folder / FOLDER)
+    seed_everything(3, verbose=False)
+    model = TinyPolicy(hidden_size=8, layers=1, heads=2, intermediate_size=8).build(TOKENIZER, seed=0)
+    choose_path(model)
+    module = kind(
+        model,
+        DPO(0.5),
+        Uniform().prepare(model, [], folder),
+        optim or Optim(lr=1e-2, warmup_steps=2),
+        total_steps=trainer.max_steps,
+        batch_size=4,
+        tokens_per_microbatch=40,
+    )
+    config: Any = SimpleNamespace(
+        data=SimpleNamespace(batch_size=4, num_workers=workers),
+        seed=5,
+        policy=SimpleNamespace(gradient_checkpointing=False),
+    )
+    material: Any = SimpleNamespace(train=PAIRS, held_out=HELD_OUT)
+    fit(config, trainer, module, material, checkpoint)
+    return trainer
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """All that a fit leaves: the newest checkpoint's contents and the journal's bytes."""
+    path = newest(folder / FOLDER)
+    assert path is not None
+    return torch.load(path, weights_only=True) | {"journal": (folder / "metrics.jsonl").read_bytes()}
+
+
+def difference(one: Any, other: Any, at: str = "") -> str | None:
+    """Where two nestings of plain values and tensors differ in a bit; None where they don't."""
+    if type(one) is not type(other):
+        return f"{at}: {type(one)}, {type(other)}"
+    if isinstance(one, torch.Tensor):
+        return None if one.dtype == other.dtype and torch.equal(one, other) else f"{at}: {one} {other}"
+    if isinstance(one, dict):
+        if list(one) != list(other):
+            return f"{at}: {list(one)} {list(other)}"
+        return next((d for k in one if (d := difference(one[k], other[k], f"{at}/{k}"))), None)
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return f"{at}: {len(one)}, {len(other)}"
+        return next(
+            (d for i, (a, b) in enumerate(zip(one, other, strict=True)) if (d := difference(a, b, f"{at}/{i}"))), None
+        )
+    return None if one == other else f"{at}: {one} {other}"
