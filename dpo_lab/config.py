@@ -213,6 +213,9 @@ def explain(error: Exception) -> str:
         return f"can't read '{error.override}': type key=value, quoted where the value holds commas, brackets or spaces"
     if found := re.search(r"To append to your default list use (\S+)", text):
         return f"{found[1].removeprefix('+')}: this group is added, not replaced; type {found[1]}"
+    if found := re.search(r"Could not find 'hydra/launcher/(?:submitit_)?(\w+)'", text):
+        extra = "slurm" if found[1] == "local" else found[1]
+        return f"launcher={found[1]}: its package is not installed; type pip install 'dpo_lab[{extra}]'"
     if found := re.search(r"Could not find '([\w/@.]+)/([^']*)'", text):
         options = re.findall(r"^\t(\w+)$", text, re.M)
         return f"{found[1]}={found[2]}: no such choice; type {found[1]}= one of {', '.join(options)}"

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +14,47 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo_lab import config, launch, sweep
+from dpo_lab import config, launch
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
 from dpo_lab.results import runs
 from dpo_lab.stop import Stopped, raise_on_signals
 from dpo_lab.supervisor import tell_supervisor
+from dpo_lab.sweep import cell, sweeper
+from dpo_lab.sweep.plan import AsRecord
 
 
-def open_door(door: Callable[[], None]) -> int:
+def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) -> int:
     """Call a Hydra main. Exit code: 0 done, 1 failed, 2 refused before anything was done, 130 interrupted, 143 preempted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print: we print it, in one line
     raise_on_signals()
+    sweeper.register(as_record)
     try:
         door()
     except config.ConfigErrors as error:
         return _complain(config.explain(error), 2)
-    except sweep.CellFailed as error:
+    except (config.ConfigError, runs.RunRefused) as error:
+        return _complain(str(error), 2)
+    except cell.CellFailed as error:
         return _complain(str(error), 1)
     except Stopped as stopped:
         return stopped.exit_code
     return 0
 
 
-def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> None:
+def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float | None:
     """Validate `cfg`, then body(settings). What the user can mend ends the process with one line and exit code 2.
 
-    It ends by SystemExit, since Hydra reports every other exception a second time.
+    It ends by SystemExit, since Hydra reports every other exception a second time. A cell of a sweep gives its objective.
     """
+    is_cell = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        body(config.validate(cfg))
+        settings = config.validate(cfg)
+        body(settings)
+        return cell.value(settings.objective) if is_cell else None
     except (config.ConfigError, runs.RunRefused, BadData, NoTemplate) as error:
+        if is_cell:
+            raise cell.CellFailed(str(error)) from None
         tell_supervisor(str(error), 2)
         sys.exit(_complain(str(error), 2))
     except Stopped as stopped:
@@ -68,10 +79,26 @@ def enter(
     record: the config as it is recorded; again(its record, folder): what a run that is done already has to say; alone: it
     needs no more than one process. Under --multirun the run is one cell of a sweep, a process of its own.
     """
-    if HydraConfig.get().mode is RunMode.MULTIRUN and not launch.is_rank():
-        sweep.run_cell(module)
-        return
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    is_done = lambda: runs.standing(folder, record, config.input_files(settings)) is runs.Standing.done  # noqa: E731
+    if HydraConfig.get().mode is RunMode.MULTIRUN and not cell.is_task():
+        cell.run_cell(module, settings, None if alone else is_done)
+        return
+    with cell.in_place(is_done) if HydraConfig.get().mode is RunMode.MULTIRUN else nullcontext():
+        _live(module, settings, folder, is_done, run=run, again=again, alone=alone)
+
+
+def _live(
+    module: str,
+    settings: config.RunConfig,
+    folder: Path,
+    is_done: Callable[[], bool],
+    *,
+    run: Callable[[Path], None],
+    again: Callable[[Mapping[str, Any], Path], None],
+    alone: bool,
+) -> None:
+    """One run in this process: as a rank, or with as many ranks as it takes."""
     if launch.is_rank():
         if parent := os.environ.get(launch.PARENT):
             launch.die_with_parent(signal.SIGKILL, int(parent))
@@ -80,7 +107,7 @@ def enter(
     if parent := os.environ.get(launch.PARENT):
         launch.die_with_parent(signal.SIGTERM, int(parent))  # a cell of a sweep: it puts its work in safety first
     print(f"dpo_lab: {folder}", flush=True)  # before the seconds that torch takes to load
-    if runs.standing(folder, record, config.input_files(settings)) is runs.Standing.done:
+    if is_done():
         done = runs.read_record(folder)
         assert done is not None
         again(done, folder)
@@ -100,26 +127,11 @@ def enter(
         _run_ranks(module, folder, ranks, int(trainer["num_nodes"]))
 
 
-def command_of(module: str, folder: Path) -> list[str]:
-    """The command line that runs this Hydra job again, as one run and in `folder`."""
-    hydra = HydraConfig.get()
-    searched = [
-        arg for s in hydra.runtime.config_sources if s.provider == "command-line" for arg in ("--config-dir", s.path)
-    ]
-    return [
-        *(sys.executable, "-m", module, *searched, "--config-name", str(hydra.job.config_name)),
-        *hydra.overrides.task,
-        *hydra.overrides.hydra,
-        "hydra.mode=RUN",
-        f"hydra.run.dir='{os.path.relpath(folder, hydra.runtime.cwd)}'",
-    ]
-
-
 def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:
     """Start the ranks and see to it that they end together; end as they did."""
     cwd = Path(HydraConfig.get().runtime.cwd)
     try:
-        ended = launch.run_ranks(command_of(module, folder), ranks, folder=folder, cwd=cwd, nodes=nodes)
+        ended = launch.run_ranks(cell.command(module, HydraConfig.get()), ranks, folder=folder, cwd=cwd, nodes=nodes)
     except Stopped as stopped:
         runs.close(folder, stopped.status, f"stopped by {stopped}")
         raise

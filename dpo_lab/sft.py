@@ -17,8 +17,8 @@ config.register()
 
 
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="sft")
-def sft(cfg: DictConfig) -> None:
-    door.settle(cfg, lambda settings: _sft(cfg, settings))
+def sft(cfg: DictConfig) -> float | None:
+    return door.settle(cfg, lambda settings: _sft(cfg, settings))
 
 
 def _sft(cfg: DictConfig, settings: config.RunConfig) -> None:
@@ -35,7 +35,7 @@ def _sft(cfg: DictConfig, settings: config.RunConfig) -> None:
 
 
 def main() -> int:
-    return door.open_door(sft)
+    return door.open_door(sft, config.sft_record)
 
 
 if __name__ == "__main__":

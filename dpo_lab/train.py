@@ -17,8 +17,8 @@ config.register()
 
 
 @hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="train")
-def train(cfg: DictConfig) -> None:
-    door.settle(cfg, lambda settings: _train(cfg, settings))
+def train(cfg: DictConfig) -> float | None:
+    return door.settle(cfg, lambda settings: _train(cfg, settings))
 
 
 def _train(cfg: DictConfig, settings: config.RunConfig) -> None:

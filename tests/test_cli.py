@@ -180,7 +180,7 @@ def test_a_failing_cell_fails_the_sweep(workshop):
     small = [s for s in SMALL if not s.startswith(("data.batch_size", "trainer.max_steps"))]
     result = python_m("dpo_lab.train", *arguments, *small, cwd=workshop)
     assert result.returncode == 1
-    assert "data.batch_size=4096: only" in result.stderr
+    assert "data.batch_size=4096: only" in result.stdout
     statuses = [json.loads(p.read_text())["status"] for p in (workshop / "outputs" / "failing").rglob("run.json")]
     assert sorted(statuses) == ["done", "failed"]
 

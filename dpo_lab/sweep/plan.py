@@ -1,0 +1,135 @@
+"""What a sweep is about to do: its cells, each composed and valid, in a folder of its own, and how far each one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from dpo_lab import config
+from dpo_lab.results import runs
+from dpo_lab.results.cache import CACHE
+from dpo_lab.sweep.cell import typed
+from dpo_lab.sweep.memory import Memory, digest_of_sources
+
+AsRecord = Callable[[DictConfig, config.RunConfig], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep. title: the overrides that tell it from the others; record: its config as it is recorded."""
+
+    overrides: tuple[str, ...]
+    title: str
+    sweep: Path  # the folder of the whole
+    folder: Path
+    record: Mapping[str, Any]
+    files: tuple[Path, ...]
+
+    def standing(self) -> runs.Standing:
+        """How far the run is. Raises RunRefused where another one lies in its folder."""
+        return runs.standing(self.folder, self.record, self.files)
+
+
+def plan(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader, as_record: AsRecord) -> list[Cell]:
+    """The cells of `arguments`, of which some sweep. Raises ConfigError, naming the cell, if any can't be run.
+
+    master: the sweep's own config, whose `hydra` node holds for all cells; as_record(cfg, settings): what is recorded of one.
+    """
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
+    (every,) = BasicSweeper.split_arguments(parsed, None)
+    titles = _titles(every)
+    known = [as_record.__name__, str(master.hydra.job.config_name), *typed(master.hydra.overrides.hydra), "--"]
+    memory = Memory(
+        CACHE / "plans", digest_of_sources(master.hydra.runtime.config_sources, Path(config.__file__).parent)
+    )
+    cells = []
+    for overrides, title in zip(every, titles, strict=True):
+        found = memory.recall([*known, *overrides])
+        if found is None:
+            found = _compose(overrides, title, master, loader, as_record)
+            if runs.redact(found["record"]) == found["record"]:  # a secret is in no file of ours
+                memory.remember([*known, *overrides], found, found["files"])
+        sweep, folder, files = Path(found["sweep"]), Path(found["folder"]), tuple(map(Path, found["files"]))
+        cells.append(Cell(tuple(overrides), title, sweep, folder, found["record"], files))
+    memory.save()
+    _refuse_shared_folders(cells)
+    return cells
+
+
+def each(cells: Sequence[Cell], ask: Callable[[Cell], runs.Standing]) -> list[runs.Standing]:
+    """ask(cell) of all cells; a refusal names the cell where there are several."""
+    answers = []
+    for cell in cells:
+        try:
+            answers.append(ask(cell))
+        except runs.RunRefused as error:
+            raise runs.RunRefused(f"cell {cell.title}: {error}" if len(cells) > 1 else str(error)) from None
+    return answers
+
+
+def _compose(
+    overrides: Sequence[str], title: str, master: DictConfig, loader: ConfigLoader, as_record: AsRecord
+) -> dict[str, Any]:
+    holder = HydraConfig.instance()
+    held = holder.cfg
+    try:
+        cfg = loader.load_sweep_config(master, list(overrides))
+        holder.set_config(cfg)
+        sweep = Path(cfg.hydra.sweep.dir)
+        folder = sweep / cfg.hydra.sweep.subdir
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
+        settings = config.validate(cfg)
+        record = as_record(cfg, settings)
+        _check_job(record["trainer"], master)
+    except config.ConfigErrors as error:
+        raise config.ConfigError(f"cell {title}: {config.explain(error)}") from None
+    except config.ConfigError as error:
+        raise config.ConfigError(f"cell {title}: {error}") from None
+    finally:
+        holder.cfg = held
+    files = [str(file) for file in config.input_files(settings)]
+    return {"sweep": str(sweep), "folder": str(folder), "record": record, "files": files}
+
+
+def _check_job(trainer: Mapping[str, Any], master: DictConfig) -> None:
+    """A cell must fit what the launcher gives to each."""
+    launcher = str(OmegaConf.select(master, "hydra.launcher._target_"))
+    devices = trainer.get("devices")
+    if "joblib" in launcher and trainer.get("accelerator") != "cpu" and not (isinstance(devices, int) and devices > 0):
+        raise config.ConfigError(
+            f"trainer.devices={devices}: with launcher=joblib each cell takes GPUs of its own; type trainer.devices=1,"
+            " or as many as a cell needs"
+        )
+    if "submitit" in launcher or "Ray" in launcher:
+        for key in ("devices", "num_nodes", "accelerator"):
+            if trainer.get(key) != master.trainer.get(key):
+                raise config.ConfigError(
+                    f"trainer.{key}: the cells of one sweep are jobs of one size; run a sweep for each trainer.{key}"
+                )
+
+
+def _titles(every: Sequence[Sequence[str]]) -> list[str]:
+    """Each cell's overrides that are not all cells'."""
+    shared = {column[0] for column in zip(*every, strict=True) if len(set(column)) == 1} if len(every) > 1 else set()
+    return [" ".join(o for o in overrides if o not in shared) or " ".join(overrides) or "alone" for overrides in every]
+
+
+def _refuse_shared_folders(cells: Sequence[Cell]) -> None:
+    if len({cell.sweep for cell in cells}) > 1:
+        raise config.ConfigError("name: one sweep has one name; run a sweep for each name")
+    first: dict[Path, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(cell.folder, cell)
+        if other is not cell:
+            raise config.ConfigError(
+                f"cell {cell.title}: it lies in {cell.folder}, as cell {other.title} does; leave one of them out"
+            )

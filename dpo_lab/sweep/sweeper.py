@@ -1,0 +1,122 @@
+"""Hydra's sweeper, ours: refuses a whole sweep before it starts, skips what is done, outlives its cells' failures, tells.
+
+Parsing and launching stay Hydra's. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from dpo_lab.results.runs import Standing
+from dpo_lab.stop import Stopped, StopRequest
+from dpo_lab.sweep import plan, summary
+from dpo_lab.sweep.cell import at_once
+from dpo_lab.sweep.desk import Desk, first_line, is_gone
+from dpo_lab.sweep.on_ray import RayLauncher, check
+from dpo_lab.sweep.watch import Watch
+
+# Hydra takes plugins from its own namespaces only; the files in conf/hydra say these names.
+NAMESPACE = "hydra_plugins.dpo_lab"
+
+
+def register(as_record: plan.AsRecord) -> None:
+    """Make our plugins known to Hydra, and the resolver that the launchers' YAML files use.
+
+    as_record: how the runs of this door record their config.
+    """
+    CellSweeper.as_record = staticmethod(as_record)
+    for plugin in (CellSweeper, RayLauncher):
+        Plugins.instance().class_name_to_class[f"{NAMESPACE}.{plugin.__name__}"] = plugin
+    OmegaConf.register_new_resolver("gpus_per_node", _gpus_per_node, replace=True)
+
+
+class CellSweeper(Sweeper):
+    """Runs every combination of the swept values that is not done yet, by the launcher that was chosen."""
+
+    as_record: plan.AsRecord
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context, self._task, self._config = hydra_context, task_function, config
+
+    def sweep(self, arguments: list[str]) -> NoReturn:
+        """Ends the process: exit code 0 when all cells are done, 1 when some are not, 128 + signal when it was stopped.
+
+        Raises ConfigError and RunRefused before anything was done.
+        """
+        console = Console(soft_wrap=not sys.stdout.isatty())
+        with console.status("planning the cells"):
+            cells = plan.plan(arguments, self._config, self._context.config_loader, self.as_record)
+        desk = Desk(cells[0].sweep)
+        with desk.held():
+            were = plan.each(cells, plan.Cell.standing)
+            sys.exit(self._run(cells, were, desk, console))
+
+    def _run(self, cells: list[plan.Cell], were: list[Standing], desk: Desk, console: Console) -> int:
+        todo = [cell for cell, was in zip(cells, were, strict=True) if was is not Standing.done]
+        launcher = self._launcher(len(todo)) if todo else None
+        folder, started, error = desk.folder, summary.now(), None
+        console.print(f"{folder}: {_count(were)}", highlight=False)
+        for cell in todo:
+            desk.forget(cell.folder)
+        look = lambda is_over=False: summary.outcomes(cells, were, desk, is_over)  # noqa: E731
+        keep = lambda found: summary.write(folder, found, started, "running")  # noqa: E731
+        with StopRequest() as request:
+            keep(look())
+            if launcher is not None:
+                with Watch(console, desk, look, keep, request):
+                    error = _launch(launcher, todo)
+                    while error and not request.signum and any(_is_here(desk.read(cell.folder)) for cell in todo):
+                        time.sleep(1)  # a job ended it for all, though the others go on
+            found = look(is_over=True)
+        code = summary.exit_code(found, request.signum)
+        status = {0: "done", 1: "failed"}.get(code, "stopped")
+        summary.write(folder, found, started, status, error)
+        summary.show(console, folder, found, error)
+        return code
+
+    def _launcher(self, jobs: int) -> Launcher:
+        node = self._config.hydra.launcher
+        if "Ray" in node._target_:
+            check()
+        if "n_jobs" in node:
+            node.n_jobs = min(at_once(node), jobs)  # no worker without a cell
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=self._context, task_function=self._task, config=self._config
+        )
+
+
+def _launch(launcher: Launcher, cells: Sequence[plan.Cell]) -> str | None:
+    """Hand the cells to the launcher; gives what the launcher itself, not a cell, failed of."""
+    try:
+        launcher.launch([list(cell.overrides) for cell in cells], initial_job_idx=0)  # how they ended is in their notes
+    except Stopped:
+        pass  # a second SIGINT: the summary says how far the cells came
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def _is_here(note: Mapping[str, Any] | None) -> bool:
+    """Whether a cell runs on this machine."""
+    return note is not None and note["status"] == "running" and is_gone(note) is False
+
+
+def _count(were: Sequence[Standing]) -> str:
+    words = {Standing.done: "done already", Standing.unfinished: "to be resumed", Standing.new: "new"}
+    counts = {word: were.count(standing) for standing, word in words.items()}
+    return f"{len(were)} cells: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+
+
+def _gpus_per_node(accelerator: str, devices: Any) -> int | None:
+    """What SLURM is asked for: as many GPUs as ranks a node, none for CPU ranks."""
+    return None if accelerator == "cpu" else int(devices)
