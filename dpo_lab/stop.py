@@ -86,5 +86,7 @@ class StopRequest:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum is not None:
             raise Stopped(signum)
+        if signum == signal.SIGTERM and REQUEUE in self._before:
+            signum = REQUEUE  # a scheduler that pre-empts says both: what counts is that the job comes back
         if self.signum is None:
             self.signum = signum

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,6 @@ def test_joblib_whose_driver_is_killed_leaves_no_process(tmp_path):
     assert [record(tmp_path, f"beta=0.{n}/seed=0")["status"] for n in (1, 2)] == ["preempted", "preempted"]
 
 
-@pytest.mark.skipif(find_spec("dpo_lab.leases") is None, reason="the leases are not there")
 def test_joblib_gives_a_cell_gpus_of_its_own_and_its_share_of_the_threads(tmp_path):
     behaves(tmp_path, beta_0="waits")
     gpus = ["trainer.accelerator=gpu", "trainer.devices=2", "threads=null", "launcher=joblib"]
@@ -184,7 +182,6 @@ def test_under_slurm_the_tasks_of_a_job_are_its_ranks_and_run_in_place(tmp_path)
     assert statuses(tmp_path) == ["done"]
 
 
-@pytest.mark.skip(reason="waits for training that resumes from its checkpoints")
 def test_a_requeued_training_ends_as_if_it_had_not_been_interrupted(tmp_path):
     settings = [*SMALL, "trainer.max_steps=40", "trainer.val_check_interval=20"]
     whole = sweep(tmp_path, *settings, "name=whole", door="dpo_lab.train")

@@ -197,6 +197,8 @@ def _start(earlier: Mapping[str, Any]) -> dict[str, Any]:
 def _ending(error: BaseException) -> dict[str, Any]:
     if isinstance(error, Stopped):
         return {"status": error.status, "error": f"stopped by {error}", "finished": _now()}
+    if isinstance(error, SystemExit):  # how a scheduler's handler leaves that has put the job back into the queue
+        return {"status": "preempted", "error": "put back into the queue", "finished": _now()}
     stopped = isinstance(error, KeyboardInterrupt)
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return {"status": "interrupted" if stopped else "failed", "error": what, "finished": _now()}

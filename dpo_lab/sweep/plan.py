@@ -46,6 +46,7 @@ def plan(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader, as_
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
     (every,) = BasicSweeper.split_arguments(parsed, None)
     titles = _titles(every)
+    every = _named_by_what_varies(every, master)
     known = [as_record.__name__, str(master.hydra.job.config_name), *typed(master.hydra.overrides.hydra), "--"]
     memory = Memory(
         CACHE / "plans", digest_of_sources(master.hydra.runtime.config_sources, Path(config.__file__).parent)
@@ -121,6 +122,17 @@ def _titles(every: Sequence[Sequence[str]]) -> list[str]:
     """Each cell's overrides that are not all cells'."""
     shared = {column[0] for column in zip(*every, strict=True) if len(set(column)) == 1} if len(every) > 1 else set()
     return [" ".join(o for o in overrides if o not in shared) or " ".join(overrides) or "alone" for overrides in every]
+
+
+def _named_by_what_varies(every: Sequence[Sequence[str]], master: DictConfig) -> list[list[str]]:
+    """The cells, told to name their folders by every key that is swept: trainer.max_steps, say, which else names none."""
+    left_out = list(master.hydra.job.config.override_dirname.exclude_keys)
+    varying = {o.partition("=")[0] for column in zip(*every, strict=True) if len(set(column)) > 1 for o in column}
+    naming = varying & set(left_out) - {"name", "seed"}
+    if not naming:
+        return [list(overrides) for overrides in every]
+    kept = ",".join(key for key in left_out if key not in naming)
+    return [[*overrides, f"hydra.job.config.override_dirname.exclude_keys=[{kept}]"] for overrides in every]
 
 
 def _refuse_shared_folders(cells: Sequence[Cell]) -> None:
