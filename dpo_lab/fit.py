@@ -188,7 +188,7 @@ def begin(held: runs.Run, trainer: Trainer, material: Material) -> None:
     by_rank_zero(trainer, settle)
 
 
-def fit(
+def train(
     config: RunConfig,
     plain: Mapping[str, Any],
     held: runs.Run,
@@ -196,8 +196,24 @@ def fit(
     module: StepModule,
     material: Material,
 ) -> None:
-    """Train the module's model on the material's token ids, from the start or from where an earlier start was cut short."""
+    """Train the module's model, from the start or from where an earlier start of the run was cut short."""
     resume = where_to_resume(held, trainer)
+    if held.resumes:
+        log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
+    if resume.trained_to is not None:
+        trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
+    add_loggers(trainer, plain, held.folder, step_of(resume.checkpoint) if resume.checkpoint else 0)
+    fit(config, trainer, module, material, resume.checkpoint)
+
+
+def fit(
+    config: RunConfig, trainer: Trainer, module: StepModule, material: Material, checkpoint: Path | None = None
+) -> None:
+    """Train the module's model on the material's token ids, up to max_steps, from the first step or on from a checkpoint.
+
+    A checkpoint of the last step is there when it returns. Raises Stopped, saved, when the run is asked to stop. Ranks stay
+    joined.
+    """
     data = PreferenceDataModule(
         material.train,
         material.held_out,
@@ -208,13 +224,8 @@ def fit(
     if config.policy.gradient_checkpointing:
         module.model.activation_checkpointing_enable({"use_reentrant": False})
     module.model.train()
-    if held.resumes:
-        log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
-    if resume.trained_to is not None:
-        trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
-    add_loggers(trainer, plain, held.folder, step_of(resume.checkpoint) if resume.checkpoint else 0)
     with StopRequest() as module.request:
-        trainer.fit(module, datamodule=data, ckpt_path=resume.checkpoint, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
         if any(isinstance(callback, Checkpoints) and callback.owes_validation for callback in callbacks):
             trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this

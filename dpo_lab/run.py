@@ -18,7 +18,7 @@ from dpo_lab.data.collate import collate
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.evals.subject import Subject
-from dpo_lab.fit import Clock, begin, finish, fit, forward_of, live
+from dpo_lab.fit import Clock, begin, finish, forward_of, live, train
 from dpo_lab.models.policy import Policy, to_train
 from dpo_lab.next_commands import after_training
 from dpo_lab.prepare import Material, prepare
@@ -96,7 +96,7 @@ def _fit(
         batch_size=config.data.batch_size,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
     )
-    fit(config, plain, held, trainer, module, material)
+    train(config, plain, held, trainer, module, material)
     return module, step_zero_loss
 
 

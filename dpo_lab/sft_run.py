@@ -14,7 +14,7 @@ from rich.console import Console
 from dpo_lab.config import ConfigError, RunConfig, sft_record
 from dpo_lab.core.noise import Symmetric
 from dpo_lab.evals.held_out import held_out_loss
-from dpo_lab.fit import Clock, begin, finish, fit, forward_of, live, set_up
+from dpo_lab.fit import Clock, begin, finish, forward_of, live, set_up, train
 from dpo_lab.models.policy import Policy, TinyPolicy, to_train
 from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import Material, prepare_responses
@@ -81,5 +81,5 @@ def _fit(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer: Trai
         total_steps=trainer.max_steps,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
     )
-    fit(config, plain, held, trainer, module, material)
+    train(config, plain, held, trainer, module, material)
     return module
