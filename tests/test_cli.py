@@ -281,3 +281,17 @@ def test_more_steps_go_on_from_the_last(workshop, baseline):
     assert record_of(folder)["starts"][0]["metrics"] == record["metrics"]
     refused = train(workshop, "name=longer", code=2)  # of 6 steps
     assert "trainer.max_steps: was 40, now 6" in refused.stderr
+
+
+def test_a_run_that_was_killed_while_it_was_evaluated_is_not_trained_again(workshop, baseline):
+    settings = ["name=early", "callbacks=early_stopping", "optim.lr=0", "trainer.max_steps=60"]
+    folder = folder_of(train(workshop, *settings), workshop)
+    before, journal = record_of(folder), (folder / "metrics.jsonl").read_bytes()
+    assert before["steps"] == 12  # no better after the first of four validations
+    left = {name: value for name, value in before.items() if name not in ("metrics", "samples", "trained_policy")}
+    (folder / "run.json").write_text(json.dumps(left | {"status": "running"}))
+    train(workshop, *settings)
+    after = record_of(folder)
+    for what in ("status", "steps", "metrics", "samples", "trained_policy"):
+        assert after[what] == before[what]
+    assert (folder / "metrics.jsonl").read_bytes() == journal
