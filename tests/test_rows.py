@@ -129,7 +129,7 @@ UNREADABLE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content"), UNREADABLE)
+@pytest.mark.parametrize(("name", "content"), UNREADABLE, ids=range(len(UNREADABLE)))
 def test_a_damaged_file_is_named_in_one_line(name, content, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
