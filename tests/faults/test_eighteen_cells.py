@@ -113,7 +113,7 @@ def swept(tmp_path_factory) -> tuple[Sweep, list[dict[Path, bytes]]]:
     return sweep, were_done
 
 
-def test_row_35_a_sweep_killed_three_times_repeats_nothing_and_loses_nothing(swept):
+def test_35_a_sweep_killed_three_times_repeats_nothing_and_loses_nothing(swept):
     sweep, were_done = swept
     assert [len(done) for done in were_done] == sorted({len(done) for done in were_done})  # each start came further
     after = sweep.done()

@@ -28,7 +28,7 @@ def begin(folder: Path, config: dict, files: tuple[Path, ...] = (), ends: bool =
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_row_11_a_changed_config_is_refused_with_the_difference(ends, tmp_path):
+def test_11_a_changed_config_is_refused_with_the_difference(ends, tmp_path):
     try:
         begin(tmp_path, CONFIG, ends=ends)
     except InterruptedError:
@@ -42,7 +42,7 @@ def test_row_11_a_changed_config_is_refused_with_the_difference(ends, tmp_path):
     assert left(tmp_path) == before
 
 
-def test_row_11_on_request_the_other_run_is_set_aside_whole(tmp_path):
+def test_11_on_request_the_other_run_is_set_aside_whole(tmp_path):
     begin(tmp_path, CONFIG)
     (tmp_path / "run.log").write_text("a log\n")
     before = {path.relative_to(tmp_path): content for path, content in left(tmp_path).items()}
@@ -56,14 +56,14 @@ def test_row_11_on_request_the_other_run_is_set_aside_whole(tmp_path):
     assert record["config"]["beta"] == 0.5
 
 
-def test_row_11_more_steps_may_come(tmp_path):
+def test_11_more_steps_may_come(tmp_path):
     begin(tmp_path, CONFIG)
     assert runs.standing(tmp_path, CONFIG | {"trainer": {"max_steps": 161}}) is runs.Standing.unfinished
 
 
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("change", ["other content", "other size", "gone", "one more"])
-def test_row_12_changed_files_are_refused(change, ends, tmp_path):
+def test_12_changed_files_are_refused(change, ends, tmp_path):
     data = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file in data:
         file.write_text("{}")
@@ -86,7 +86,7 @@ def test_row_12_changed_files_are_refused(change, ends, tmp_path):
     assert left(folder) == before
 
 
-def test_row_12_a_file_that_was_only_touched_is_the_same(tmp_path):
+def test_12_a_file_that_was_only_touched_is_the_same(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("{}")
     known = fingerprint([file])
@@ -94,7 +94,7 @@ def test_row_12_a_file_that_was_only_touched_is_the_same(tmp_path):
     assert changed_files(known, [file]) == []
 
 
-def test_row_15_a_finished_run_is_not_touched(tmp_path):
+def test_15_a_finished_run_is_not_touched(tmp_path):
     begin(tmp_path, CONFIG)
     before = left(tmp_path)
     with runs.hold(tmp_path, CONFIG, []) as run:

@@ -73,7 +73,8 @@ def test_06_asked_to_stop_it_finishes_the_step_saves_and_goes_on_bit_identically
         run(tmp_path, callbacks=[Signal(at, signum)])
     assert (stopped.value.status, stopped.value.exit_code) == (status, code)
     assert saved(tmp_path)[-1] == at + 1
-    assert signal.getsignal(signum) is before
+    once = signal.SIG_IGN if signum == signal.SIGTERM else before  # what is still to be written is not cut short
+    assert signal.getsignal(signum) is once
     run(tmp_path)
     assert difference(left(tmp_path), left(whole)) is None
 
