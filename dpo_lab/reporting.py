@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from dpo_lab.training.tensorboard import show_charts, show_figures, show_samples
 
 log = logging.getLogger("dpo_lab")
 
+MLFLOW_STORE = "sqlite:///outputs/mlflow.db"  # without a server
 TENSORBOARD, WANDB, MLFLOW = (f"lightning.pytorch.loggers.{k}Logger" for k in ("TensorBoard", "Wandb", "MLFlow"))
 
 
@@ -86,7 +88,9 @@ def _of_this_run(node: Mapping[str, Any], folder: Path, step: int, started: str)
         text = f"{folder.absolute()} {started}"  # the same for all starts of a run
         return place | {"name": name, "id": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
     if node["_target_"] == MLFLOW:
-        return place | {"run_name": name, "tags": {"started": started}}
+        server = os.environ.get("MLFLOW_TRACKING_URI")  # never recorded: it may hold a password
+        store = {} if "tracking_uri" in node else {"tracking_uri": server or MLFLOW_STORE}
+        return place | store | {"run_name": name, "tags": {"started": started}}
     return place
 
 
