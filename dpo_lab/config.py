@@ -30,6 +30,7 @@ from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
 from dpo_lab.results import runs
 from dpo_lab.training.optim import Optim
+from dpo_lab.training.packages import check_packages
 from dpo_lab.training.sft import SFT
 
 OF_PREFERENCES = ("beta", "loss", "reference", "noise", "evals")  # settings without a say in supervised fine-tuning
@@ -97,6 +98,7 @@ class RunConfig:
             raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
         for node in (self.trainer, self.logger, self.callbacks):
             _check_targets(node)
+        check_packages(self.logger)
         _check_length(self.trainer)
 
     @property
@@ -134,7 +136,9 @@ ALLOWED_TARGETS = frozenset(
         "lightning.pytorch.callbacks.LearningRateMonitor",
         "lightning.pytorch.callbacks.ModelCheckpoint",
         "lightning.pytorch.loggers.CSVLogger",
+        "lightning.pytorch.loggers.MLFlowLogger",
         "lightning.pytorch.loggers.TensorBoardLogger",
+        "lightning.pytorch.loggers.WandbLogger",
         "lightning.pytorch.strategies.DDPStrategy",
     }
 )

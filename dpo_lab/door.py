@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from dpo_lab import config, launch
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
-from dpo_lab.results import runs
+from dpo_lab.results import hparams, runs
 from dpo_lab.stop import Stopped, raise_on_signals
 from dpo_lab.supervisor import tell_supervisor
 from dpo_lab.sweep import cell, sweeper
@@ -142,6 +142,8 @@ def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:
     if ended.code != 2:  # refused: nothing was begun
         stopped = ended.code in (130, 143)
         runs.close(folder, Stopped(ended.code - 128).status if stopped else "failed", str(ended.error))
+        if (runs.read_record(folder) or {}).get("status") == "failed":
+            hparams.end(folder, succeeded=False)
     sys.exit(ended.code)
 
 

@@ -19,7 +19,6 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
@@ -30,15 +29,14 @@ from dpo_lab.data.module import PreferenceDataModule
 from dpo_lab.data.rows import BadData
 from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.prepare import Forward, Material
+from dpo_lab.reporting import add_loggers, last_line, reported, to_loggers
 from dpo_lab.results import runs
-from dpo_lab.results.card import model_card, table
+from dpo_lab.results.card import model_card
 from dpo_lab.results.estimates import Estimate
-from dpo_lab.results.identity import config_digest, flatten
+from dpo_lab.results.identity import config_digest
 from dpo_lab.results.runs import RunRefused
 from dpo_lab.stop import StopRequest
-from dpo_lab.training.callbacks import HParams
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
-from dpo_lab.training.journal import Journal
 from dpo_lab.training.process import set_up_process
 from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
@@ -72,6 +70,7 @@ def live(config: RunConfig, plain: dict[str, Any], folder: Path, body: Callable[
             run = stack.enter_context(runs.hold(folder, plain, overrides, input_files(config)))
             if run is not None:
                 held.append(run)
+                stack.enter_context(reported(trainer, plain, folder))
                 stack.enter_context(logged(folder))
             return bool(held)
 
@@ -137,39 +136,18 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
     settings = dict(plain["trainer"])
     try:
         callbacks = [instantiate(node) for node in plain["callbacks"].values()]
-        callbacks.append(HParams(_hparams(plain)))
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = instantiate(settings, logger=False, callbacks=callbacks, **plan)
     except HydraException as error:
-        raise ConfigError(f"the trainer or a callback can't be made: {_last_line(error)}") from error
+        raise ConfigError(f"the trainer or a callback can't be made: {last_line(error)}") from error
     except MisconfigurationException as error:
-        raise ConfigError(f"the trainer can't be made: {_last_line(error)}") from error
+        raise ConfigError(f"the trainer can't be made: {last_line(error)}") from error
     if config.data.batch_size < trainer.world_size:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size}: {trainer.world_size} devices need a pair each in every step;"
             f" type data.batch_size={trainer.world_size} or more"
         )
     return trainer
-
-
-def add_loggers(trainer: Trainer, plain: Mapping[str, Any], folder: Path, step: int) -> None:
-    """The run's journal and the loggers that were asked for. step: what they hold of later steps is from a start that was
-    cut short, and is dropped.
-    """
-    loggers: list[Logger] = [Journal(folder)]
-    for node in plain["logger"].values():
-        more = {"purge_step": step} if node["_target_"].endswith(".TensorBoardLogger") else {}
-        try:
-            loggers.append(instantiate(node, save_dir=folder, **more))
-        except HydraException as error:
-            raise ConfigError(f"a logger can't be made: {_last_line(error)}") from error
-    trainer.loggers = loggers
-
-
-def _hparams(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a reader of HPARAMS compares runs by: choices and numbers, no classes."""
-    shown = {k: v for k, v in plain.items() if k not in ("trainer", "logger", "callbacks", "name", "on_change")}
-    return {k: v for k, v in flatten(shown).items() if v is not None}
 
 
 def forward_of(trainer: Trainer) -> Forward:
@@ -202,7 +180,8 @@ def train(
         log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
     if resume.trained_to is not None:
         trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
-    add_loggers(trainer, plain, held.folder, step_of(resume.checkpoint) if resume.checkpoint else 0)
+    step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, held.record.get("started", "")
+    add_loggers(trainer, plain, held.folder, step, started=started, charts=module.charts)
     fit(config, trainer, module, material, resume.checkpoint)
 
 
@@ -251,18 +230,6 @@ def finish(
     )
     (held.folder / "policy" / "README.md").write_text(model_card(held.record))
     log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
-
-
-def to_loggers(trainer: Trainer, metrics: Mapping[str, Estimate], samples: Sequence[Mapping[str, str]] = ()) -> None:
-    """Final metrics under eval/ for every logger; samples, where there are any, as a table where the logger takes text."""
-    for logger in trainer.loggers:
-        logger.log_metrics({f"eval/{name}": e.value for name, e in metrics.items()}, step=trainer.global_step)
-        if samples and isinstance(logger, TensorBoardLogger):
-            rows = [[row[key] for key in ("prompt", "initial", "trained")] for row in samples[:16]]
-            lines = table(("prompt", "initial policy", "trained policy"), rows)
-            logger.experiment.add_text("samples", "\n".join(lines), trainer.global_step)
-        logger.save()
-        logger.finalize("success")
 
 
 @contextmanager
@@ -318,8 +285,3 @@ class Clock:
         self.stages[stage] = {kind: round(before[kind] + end - start, 2) for kind, end, start in spent}
         self.last = now
         return dict(self.stages)
-
-
-def _last_line(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return str(cause).strip().splitlines()[-1]

@@ -80,7 +80,7 @@ class PreferenceMetrics(Metric):
 def pair_values(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
     """Every LABELLED quantity of every pair, [B, K] float64. The one home of the reward."""
     ratios = loss.log_ratios(policy, reference)
-    margins = loss.beta * settle(ratios.margin, policy, reference)
+    margins = reward_margins(loss, policy, reference)
     columns = {
         "loss": losses,
         "rewards/chosen": loss.beta * ratios.chosen,
@@ -94,6 +94,11 @@ def pair_values(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLo
         "logps/rejected": policy.rejected,
     }
     return torch.stack([columns[name].double() for name in LABELLED], 1)
+
+
+def reward_margins(loss: Loss, policy: PairLogps, reference: PairLogps) -> Tensor:
+    """The reward of chosen less that of rejected, of every pair, [B]; 0 for ties."""
+    return loss.beta * settle(loss.log_ratios(policy, reference).margin, policy, reference)
 
 
 def settle(margins: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:

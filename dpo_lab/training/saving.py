@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from dpo_lab.core.ranks import of_all_ranks
@@ -159,7 +159,7 @@ def _rewind(trainer: Trainer, to: int) -> None:
 
 
 def _log_again(trainer: Trainer, step: int) -> None:
-    """What loggers other than the journal have lost by going back to a step, told to them from the journal.
+    """What loggers have lost by going back to a step, told to them from the journal.
 
     TensorBoard is opened so that it forgets the step itself and what came after; a CSV logger starts with an empty file.
     """
@@ -167,5 +167,6 @@ def _log_again(trainer: Trainer, step: int) -> None:
         rows = list(journal.rows(kept.path)) if kept.path.exists() else []
         for logger in trainer.loggers:
             for row in rows if not isinstance(logger, Journal) else []:
-                if row["step"] == step or isinstance(logger, CSVLogger):
+                again = isinstance(logger, TensorBoardLogger) and row["step"] == step
+                if again or isinstance(logger, CSVLogger):
                     logger.log_metrics({name: v for name, v in row.items() if name != "step"}, step=row["step"])

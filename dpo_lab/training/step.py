@@ -28,7 +28,8 @@ class StepModule(LightningModule):
     """Trains `model` by a mean over what a step holds: a kind says what is counted, what is lost, and what is measured.
 
     A batch is a rank's part of one optimizer step; it goes through the model in micro-batches of `tokens_per_microbatch`,
-    so memory does not grow with it. title: what the work is called on the terminal.
+    so memory does not grow with it. title: what the work is called on the terminal; charts: scalars that TensorBoard puts on
+    one chart, by the chart's group and title.
 
     Once a step ranks tell each other in one small message whether a number is not finite, which ends the run before the
     optimizer takes it over, and whether one of them was asked to stop (`request`): `stopping` is that signal in all of them
@@ -36,6 +37,7 @@ class StepModule(LightningModule):
     """
 
     title: ClassVar[str]
+    charts: ClassVar[dict[str, tuple[str, ...]]] = {"loss/training and held out": ("train/loss", "val/loss")}
     FORWARDS = ("part_loss", "validate_part", "idle")  # what computes with the model's weights
     request: StopRequest | None = None
     stopping: int = 0

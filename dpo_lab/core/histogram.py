@@ -1,0 +1,61 @@
+"""How values are spread: counts in fixed buckets, which add up over batches and ranks, fine near 0 and wide far from it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+# Upper ends of buckets, each 1.1 times the one before, on both sides of one bucket around 0; the last takes the rest.
+_POSITIVE = [1e-3 * 1.1**i for i in range(170)]  # to 1e4
+EDGES = [*(-edge for edge in reversed(_POSITIVE)), *_POSITIVE, float("inf")]
+
+
+class Counted(NamedTuple):
+    """Values that were counted: how many in each bucket of EDGES, their number, range, sum and sum of squares."""
+
+    counts: list[int]
+    number: int
+    least: float
+    greatest: float
+    total: float
+    squares: float
+
+
+class Histogram(Metric):
+    """Counts values; of any number of ranks, each having seen its part, all get the same.
+
+    compute returns Counted. Values that are not finite are left out.
+    """
+
+    full_state_update = False
+    counts: Tensor
+    moments: Tensor
+    least: Tensor
+    greatest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("counts", torch.zeros(len(EDGES), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("moments", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("least", torch.tensor(float("inf"), dtype=torch.float64), dist_reduce_fx="min")
+        self.add_state("greatest", torch.tensor(-float("inf"), dtype=torch.float64), dist_reduce_fx="max")
+
+    @torch.no_grad()
+    def update(self, values: Tensor) -> None:
+        """values [B]."""
+        values = values[values.isfinite()].double()
+        if not len(values):
+            return
+        edges = torch.tensor(EDGES, dtype=torch.float64, device=values.device)
+        self.counts += torch.bincount(torch.bucketize(values, edges), minlength=len(EDGES))
+        self.moments += torch.stack((values.sum(), values.square().sum()))
+        self.least = torch.minimum(self.least, values.min())
+        self.greatest = torch.maximum(self.greatest, values.max())
+
+    def compute(self) -> Counted:
+        counts = self.counts.tolist()
+        total, squares = self.moments.tolist()
+        return Counted(counts, sum(counts), self.least.item(), self.greatest.item(), total, squares)
