@@ -68,7 +68,7 @@ class NotLearning(Rule):
     def _aimless(self, run: Evidence) -> Finding | None:
         """It changes, and nothing comes of it."""
         late = run.lately(self.pairs)
-        if run.zero is None or late is None or run.step < self.after * run.steps:
+        if run.zero is None or late is None or "rewards/accuracies" not in late or run.step < self.after * run.steps:
             return None
         right = certain(late["rewards/accuracies"], late.pairs)
         if not late["loss"] > (1 - self.moved) * run.zero or not right.high < self.right:
@@ -89,21 +89,26 @@ class NotLearning(Rule):
 class TooEasy(Rule):
     """Pairs that were never seen before are all ranked right, early: a surface cue tells the label.
 
-    right: accuracy; early: the share of the steps up to which this is too soon; at_least: accuracy that must be certain.
+    right: accuracy over `pairs` pairs; early: the share of the steps up to which this is too soon; at_least: accuracy that must
+    be certain.
     """
 
     right: float = 0.99
     early: float = 0.25
     at_least: float = 0.9
+    pairs: int = 100
     name = "too easy"
 
     def __call__(self, run: Evidence) -> Finding | None:
         for row in run.train:
             if row.step > self.early * run.steps or row.step * run.batch > run.train_pairs:
                 return None
-            right = row.figures.get("rewards/accuracies", 0.0)
-            if right >= self.right and certain(right, row.pairs).low > self.at_least:
-                return self._said(run, row, right)
+            seen = run.lately(self.pairs, until=row.step)
+            if seen is None or "rewards/accuracies" not in seen:
+                continue
+            right = seen["rewards/accuracies"]
+            if right >= self.right and certain(right, seen.pairs).low > self.at_least:
+                return self._said(run, seen, right)
         return None
 
     def _said(self, run: Evidence, row: Row, right: float) -> Finding:
@@ -157,8 +162,8 @@ class Diverging(Rule):
 
 @dataclass(frozen=True)
 class OverFitting(Rule):
-    """Training pairs are fitted, held-out ones are not. rise: of the held-out loss over its lowest; gap: in accuracy, of
-    which `at_least` must be certain; held_out: pairs, so that there is something to compare with.
+    """Training pairs are fitted, held-out ones are not. rise: of the held-out loss over its lowest, with twice as much between
+    it and that of training; gap: in accuracy, of which `at_least` must be certain; held_out: pairs, at least.
     """
 
     rise: float = 0.05
@@ -181,9 +186,10 @@ class OverFitting(Rule):
     def _risen(self, run: Evidence) -> str | None:
         low, last = lowest(run.val, "loss"), run.val[-1]
         then, now = run.lately(self.pairs, until=low.step), run.lately(self.pairs)
-        if then is None or now is None or not last["loss"] > low["loss"] + self.rise * abs(low["loss"]):
-            return None
-        if not now["loss"] < then["loss"]:
+        rise = self.rise * abs(low["loss"])
+        if then is None or now is None or run.epochs <= 1 or not last["loss"] > low["loss"] + rise:
+            return None  # before a pair comes again, training pairs are held out themselves
+        if not now["loss"] < then["loss"] or not last["loss"] - now["loss"] > 2 * rise:
             return None
         return (
             f"the held-out loss was {low['loss']:.3f} at step {low.step} and is {last['loss']:.3f} at step {last.step}, while"
@@ -194,7 +200,7 @@ class OverFitting(Rule):
         name = "clean/rewards/accuracies"
         train = run.lately(self.pairs)
         if train is None or run.epochs <= 1 or name not in train or name not in run.val[-1]:
-            return None  # before a pair comes again, training pairs are held out themselves
+            return None
         held_out = certain(run.val[-1][name], run.val[-1].pairs)
         clean = train.pairs * (1 - run.flips / run.train_pairs)
         seen, apart = certain(train[name], clean), train[name] - held_out.value

@@ -91,7 +91,7 @@ class LengthHacking(Rule):
         quality = run.record.get("data_quality") or {}
         if longer := quality.get("train", {}).get("chosen_longer"):
             says += f"; the chosen response is the longer one in {percent(longer['value'])} of the training pairs"
-        says += ": part of what looks like preference is length"
+        says += ": compare rewards at equal length before you believe them"
         threshold = f"under {self.shorter:g} or over {self.longer:g} times, for certain"
         tries = (
             "a loss that weighs by length (loss=ipo_mean, or +ablation=simpo), a higher beta, or pairs of one length"
