@@ -128,6 +128,7 @@ SHARDED, ZERO = "dpo_lab.training.sharding.Sharded", "dpo_lab.training.zero.Zero
 ALLOWED_TARGETS = frozenset(
     {
         "dpo_lab.training.callbacks.StepBar",
+        "dpo_lab.training.health.Health",
         "dpo_lab.training.saving.Checkpoints",
         SHARDED,
         ZERO,

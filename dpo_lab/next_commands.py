@@ -23,11 +23,15 @@ def say_again(record: Mapping[str, Any], folder: Path, commands: Sequence[str]) 
     from rich.console import Console
 
     from dpo_lab.results.estimates import Estimate
+    from dpo_lab.results.finding import Finding
+    from dpo_lab.results.health import print_health
     from dpo_lab.results.summary import print_summary
 
     print(f"{folder}: this run is done already. Type name=another for a second one; its figures:")
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
     print_summary(Console(), metrics, record.get("samples", []), folder, commands)
+    if "health" in record:
+        print_health(Console(), [Finding.from_record(finding) for finding in record["health"]])
 
 
 def after_training(config: RunConfig) -> list[str]:

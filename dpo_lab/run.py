@@ -24,8 +24,10 @@ from dpo_lab.next_commands import after_training
 from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
+from dpo_lab.results.health import of_folder, print_health
 from dpo_lab.results.summary import print_summary
-from dpo_lab.training.checks import check_step_zero
+from dpo_lab.training.checks import check_step_zero, first_batch
+from dpo_lab.training.health import conclude
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.sharding import whole
 
@@ -50,8 +52,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
         log.warning("data: %s", line)
     begin(held, trainer, material)
     held.update(data_quality=quality.as_record(), seconds=clock.lap("prepare"))
-    module, step_zero_loss = _fit(config, plain, held, trainer, material, clock)
-    held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("dpo"))
+    module = _fit(config, plain, held, trainer, material, clock)
+    held.update(steps=trainer.global_step, seconds=clock.lap("dpo"))
     trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
     if held.writes:
         config.policy.to_save(trained).save(held.folder / "policy")
@@ -67,26 +69,31 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
         )
     ]
     if held.writes:
-        finish(held, trainer, metrics, trained, samples, seconds=clock.lap("evaluate"))
+        found = conclude(held, trainer, metrics)
+        health = [finding.as_record() for finding in found]
+        finish(held, trainer, metrics, trained, samples, health=health, seconds=clock.lap("evaluate"))
         print_summary(Console(), metrics, samples, held.folder, after_training(config))
+        print_health(Console(), found)
 
 
 def _fit(
     config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer: Trainer, material: Material, clock: Clock
-) -> tuple[DPOModule, float | None]:
-    """Train; gives the module and the loss before the first step (None without a starting reference)."""
+) -> DPOModule:
+    """Train; gives the module. The record has the loss before the first step (None without a starting reference)."""
     seed_everything(config.seed, workers=True, verbose=False)
     forward = forward_of(trainer)
     model = to_train(material.initial.model).to(forward.device)  # type: ignore[arg-type]
     pairs = material.train.joined(material.held_out)
     reference = config.reference.prepare(model, pairs, CACHE, forward.context, config.data.tokens_per_microbatch)
     step_zero_loss = None
-    if config.reference.starts_at_policy:
-        with forward.context():
-            batch = collate(material.train[: config.data.batch_size]).to(forward.device)
+    batch = collate(material.train[: config.data.batch_size]).to(forward.device)
+    with forward.context():
+        if config.reference.starts_at_policy:
             step_zero_loss = check_step_zero(model, config.loss, reference, batch)
-        log.info("step 0: loss %.6f, policy and reference agree", step_zero_loss)
-    held.update(seconds=clock.lap("reference"))
+            log.info("step 0: loss %.6f, policy and reference agree", step_zero_loss)
+        else:
+            held.update(first_batch=first_batch(model, config.loss, reference, batch))
+    held.update(step_zero_loss=step_zero_loss, seconds=clock.lap("reference"))
     module = DPOModule(
         model,
         config.loss,
@@ -96,8 +103,12 @@ def _fit(
         batch_size=config.data.batch_size,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
     )
-    train(config, plain, held, trainer, module, material)
-    return module, step_zero_loss
+    try:
+        train(config, plain, held, trainer, module, material)
+    except BaseException:
+        held.update(health=[finding.as_record() for finding in of_folder(held.folder, held.record)])
+        raise
+    return module
 
 
 def _subject(

@@ -20,7 +20,9 @@ from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import Material, prepare_responses
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
+from dpo_lab.results.health import print_health
 from dpo_lab.results.summary import print_summary
+from dpo_lab.training.health import conclude
 from dpo_lab.training.sft import initial_policy
 from dpo_lab.training.sft_module import SFTModule
 from dpo_lab.training.sharding import whole
@@ -67,9 +69,12 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     material.initial.model.to(trained.model.device)  # type: ignore[arg-type]
     metrics = held_out_loss(trained.model, material.initial.model, material.held_out, tokens, context)
     if held.writes:
-        finish(held, trainer, metrics, trained, seconds=clock.lap("evaluate"))
+        found = conclude(held, trainer, metrics)
+        health = [finding.as_record() for finding in found]
+        finish(held, trainer, metrics, trained, health=health, seconds=clock.lap("evaluate"))
         commands = after_sft(config, held.record["overrides"], held.folder)
         print_summary(Console(), metrics, [], held.folder, commands)
+        print_health(Console(), found)
 
 
 def _fit(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer: Trainer, material: Material) -> SFTModule:

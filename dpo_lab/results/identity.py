@@ -16,6 +16,7 @@ VOLATILE = (
     "objective",
     "logger",
     "callbacks.checkpoint",
+    "callbacks.health",
     "callbacks.progress",
     "data.num_workers",
     "data.workers",

@@ -24,9 +24,13 @@ def append(path: Path, step: int, figures: Mapping[str, float]) -> None:
         file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole row, in order; a last line that a crash tore is left out. Raises JournalError for any other damage."""
+def rows(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Every whole row, in order; a last line that a crash tore is left out. Raises JournalError for any other damage.
+
+    start: a position, to read only what was written after it; a damaged row's number is then counted from there.
+    """
     with path.open("rb") as file:
+        file.seek(start)
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return  # only the last one can

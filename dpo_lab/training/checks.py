@@ -1,10 +1,11 @@
-"""The step-0 check: before anything is trained, policy and reference must agree."""
+"""Step 0: before anything is trained, policy and reference must agree; where they need not, how far apart they start."""
 
 from __future__ import annotations
 
 import torch
 
 from dpo_lab.core.losses import Loss
+from dpo_lab.core.metrics import half_ties
 from dpo_lab.core.pairs import PairBatch
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.reference import ReferenceLogps
@@ -37,3 +38,15 @@ def check_step_zero(model, loss: Loss, reference: ReferenceLogps, batch: PairBat
             " the reference is not the initial policy, or the two are computed differently"
         )
     return losses.mean().item()
+
+
+@torch.no_grad()
+def first_batch(model, loss: Loss, reference: ReferenceLogps, batch: PairBatch) -> dict[str, float]:
+    """Loss, accuracy and number of pairs of a batch before the first step, against a reference that need not agree."""
+    policy, of_reference = pair_logps(model, batch), reference(batch)
+    margins = loss.log_ratios(policy, of_reference).margin
+    return {
+        "loss": loss(policy, of_reference).mean().item(),
+        "accuracy": half_ties(margins).mean().item(),
+        "pairs": len(margins),
+    }
