@@ -17,6 +17,7 @@ from dpo_lab.data.advice import advice
 from dpo_lab.data.collate import collate
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.evals.evaluation import evaluate
+from dpo_lab.evals.examples import pair_examples, train_sample
 from dpo_lab.evals.subject import Subject
 from dpo_lab.fit import Clock, begin, finish, fit, forward_of, live
 from dpo_lab.models.policy import Policy, to_train
@@ -24,6 +25,7 @@ from dpo_lab.next_commands import after_training
 from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
+from dpo_lab.results.examples import EXAMPLES, write_pairs
 from dpo_lab.results.summary import print_summary
 from dpo_lab.training.checks import check_step_zero
 from dpo_lab.training.module import DPOModule
@@ -57,6 +59,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
         config.policy.to_save(trained).save(held.folder / "policy")
     subject = _subject(config, material, trained, trainer.precision_plugin.forward_context)
     metrics = evaluate(subject)
+    examples = pair_examples(subject, train_sample(material.train))
     samples = [
         {"prompt": prompt, "initial": before, "trained": after}
         for prompt, before, after in zip(
@@ -67,6 +70,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
         )
     ]
     if held.writes:
+        write_pairs(held.folder / EXAMPLES, examples)
         finish(held, trainer, metrics, trained, samples, seconds=clock.lap("evaluate"))
         print_summary(Console(), metrics, samples, held.folder, after_training(config))
 

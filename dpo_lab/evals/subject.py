@@ -77,7 +77,11 @@ class Subject:
     @cached_property
     def pair_logps(self) -> tuple[PairLogps, PairLogps]:
         """Of the held-out pairs: the trained policy's and the initial policy's."""
-        return self._pair_logps(self.trained.model), self._pair_logps(self.initial.model)
+        return self.logps_of(self.pairs)
+
+    def logps_of(self, pairs: Sequence[EncodedPair]) -> tuple[PairLogps, PairLogps]:
+        """Of any pairs: the trained policy's and the initial policy's."""
+        return self._pair_logps(self.trained.model, pairs), self._pair_logps(self.initial.model, pairs)
 
     def response_logps(
         self, model: PreTrainedModel, prompts: Sequence[Tokens], responses: Sequence[Tokens]
@@ -99,14 +103,14 @@ class Subject:
             )
 
     @torch.no_grad()
-    def _pair_logps(self, model: PreTrainedModel) -> PairLogps:
+    def _pair_logps(self, model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> PairLogps:
         device = next(model.parameters()).device
-        sizes = [pair.size for pair in self.pairs]
+        sizes = [pair.size for pair in pairs]
         parts = cut(sizes, self.tokens)
 
         def compute(part: slice) -> PairLogps:
             with self.context():
-                logps = pair_logps(model, collate(self.pairs[part]).to(device))
+                logps = pair_logps(model, collate(pairs[part]).to(device))
             return PairLogps(*(column.cpu() for column in _columns(logps)))
 
         found = across(parts, [sum(sizes[part]) for part in parts], compute)

@@ -16,6 +16,7 @@ ROWS = {
     "accuracy": "accuracy, labels (held-out)",
     "margin": "log-ratio margin (nats)",
     "chosen_fell": "chosen that lost log-prob",
+    "gold_rank_correlation": "rank correlation with gold",
     "gold": "gold reward",
     "gold_gain": "  gain, in initial sd",
     "win_rate": "  win rate over initial",
