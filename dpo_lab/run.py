@@ -26,8 +26,10 @@ from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
 from dpo_lab.results.examples import EXAMPLES, write_pairs
-from dpo_lab.results.summary import print_summary
+from dpo_lab.results.figures import draw_run
+from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.training.checks import check_step_zero
+from dpo_lab.training.cost import peak_memory, throughput
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.sharding import whole
 
@@ -53,7 +55,9 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     begin(held, trainer, material)
     held.update(data_quality=quality.as_record(), seconds=clock.lap("prepare"))
     module, step_zero_loss = _fit(config, plain, held, trainer, material, clock)
-    held.update(step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("dpo"))
+    held.update(
+        step_zero_loss=step_zero_loss, steps=trainer.global_step, seconds=clock.lap("dpo"), **throughput(trainer)
+    )
     trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
     if held.writes:
         config.policy.to_save(trained).save(held.folder / "policy")
@@ -69,10 +73,12 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
             strict=True,
         )
     ]
+    peak = peak_memory(trained.model.device)
     if held.writes:
         write_pairs(held.folder / EXAMPLES, examples)
-        finish(held, trainer, metrics, trained, samples, seconds=clock.lap("evaluate"))
-        print_summary(Console(), metrics, samples, held.folder, after_training(config))
+        finish(held, trainer, metrics, trained, samples, seconds=clock.lap("evaluate"), peak_memory_bytes=peak)
+        draw_run(held.folder)
+        print_summary(Console(), metrics, samples, held.folder, after_training(config), cost_rows(held.record))
 
 
 def _fit(

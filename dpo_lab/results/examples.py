@@ -46,7 +46,9 @@ class PairExample:
             raise ValueError(f"split {self.split!r}: must be one of {', '.join(SPLITS)}")
         numbers = {name: value for name, value in asdict(self).items() if isinstance(value, float)}
         if broken := [name for name, value in numbers.items() if not math.isfinite(value)]:
-            raise ValueError(f"pair {self.key}: {', '.join(broken)} came out as not finite: something before it is broken")
+            raise ValueError(
+                f"pair {self.key}: {', '.join(broken)} came out as not finite: something before it is broken"
+            )
 
 
 def write_pairs(path: Path, rows: Iterable[PairExample]) -> None:

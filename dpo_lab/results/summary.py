@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -51,18 +53,34 @@ def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
     return rows
 
 
+def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run's record says of its cost, as a reader calls it."""
+    rows = []
+    if speed := record.get("throughput"):
+        rows.append(("trained on, tokens a second", f"{speed['tokens_per_second']:,.0f}"))
+        rows.append(("trained on, pairs a second", f"{speed['pairs_per_second']:,.1f}"))
+    if peak := record.get("peak_memory_bytes"):
+        rows.append(("peak memory (GiB)", f"{peak / 2**30:.2f}"))
+    return rows
+
+
 def print_summary(
     console: Console,
     metrics: Mapping[str, Estimate],
     samples: Sequence[Mapping[str, str]],
     folder: Path,
     next_commands: Sequence[str],
+    cost: Sequence[tuple[str, str]] = (),
 ) -> None:
-    table = Table(title="What it learned", title_justify="left")
+    """Print the closing table; it fits 80 columns. cost: see cost_rows."""
+    table = Table(title="What it learned", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for row in metric_rows(metrics):
         table.add_row(*row)
+    table.add_section()
+    for label, value in cost:
+        table.add_row(label, "", value)
     console.print(table)
     if samples:
         _print_samples(console, samples)

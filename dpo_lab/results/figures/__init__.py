@@ -23,7 +23,9 @@ def draw_run(folder: Path) -> list[Path]:
 
     record = read_record(folder)
     if record is None:
-        raise FileNotFoundError(f"{folder}: holds no run.json; type the folder of a run, e.g. outputs/dpo/default/seed=0")
+        raise FileNotFoundError(
+            f"{folder}: holds no run.json; type the folder of a run, e.g. outputs/dpo/default/seed=0"
+        )
     written, examples = folder / journal.JOURNAL, folder / EXAMPLES
     rows = list(journal.rows(written)) if written.exists() else []
     pairs = read_pairs(examples) if examples.exists() else []
@@ -41,7 +43,9 @@ def draw_run(folder: Path) -> list[Path]:
     return files
 
 
-def _plans(rows: Sequence[Mapping[str, Any]], pairs: Sequence[PairExample], record: Mapping[str, Any]) -> dict[str, Any]:
+def _plans(
+    rows: Sequence[Mapping[str, Any]], pairs: Sequence[PairExample], record: Mapping[str, Any]
+) -> dict[str, Any]:
     """What is to be drawn by name, None where there is nothing to draw."""
     from dpo_lab.results.figures import curves, of_pairs
 

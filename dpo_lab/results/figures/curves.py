@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from dpo_lab.results.figures.look import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plan
 
 MARKERS = 10  # about, on a line
+POINTS = 200  # most on a line: of more, as many neighbours are averaged as it takes
 WIDTH, HEIGHT = 4.4, 3.2  # of a panel, inches
 
 
@@ -86,13 +88,30 @@ def points_of(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
     return [step for step, _ in logged], values
 
 
+def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float], int]:
+    """At most POINTS points, and of how many neighbours each is the mean; what is NaN is left out of it."""
+    of_each = math.ceil(len(steps) / POINTS)
+    x, y = [], []
+    for start in range(0, len(steps), of_each):
+        part = slice(start, start + of_each)
+        finite = [value for value in values[part] if not math.isnan(value)]
+        x.append(statistics.fmean(steps[part]))
+        y.append(statistics.fmean(finite) if finite else math.nan)
+    return x, y, of_each
+
+
 def _panel(axis: Any, title: str, found: Sequence[tuple[Curve, list[int], list[float]]]) -> None:
-    label, nothing_learned, _ = PANELS[title]
+    from matplotlib.ticker import MaxNLocator
+
+    ylabel, nothing_learned, _ = PANELS[title]
     if nothing_learned is not None:
         axis.axhline(nothing_learned, color=GREY, lw=0.8)
     for curve, steps, values in found:
-        every = max(1, len(steps) // MARKERS)
-        axis.plot(steps, values, curve.look, color=curve.colour, ms=3.5, lw=1.3, markevery=every, label=curve.label)
+        x, y, of_each = thinned(steps, values)
+        label = f"{curve.label} (means of {of_each} logged)" if of_each > 1 else curve.label
+        every = max(1, len(x) // MARKERS)
+        axis.plot(x, y, curve.look, color=curve.colour, ms=3.5, lw=1.3, markevery=every, label=label)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     gaps = sum(math.isnan(value) for _, _, values in found for value in values)
-    axis.set(title=f"{title}: {gaps} not finite" if gaps else title, xlabel="optimizer steps", ylabel=label)
+    axis.set(title=f"{title}: {gaps} not finite" if gaps else title, xlabel="optimizer steps", ylabel=ylabel)
     axis.legend()

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_lab.results.estimates import Estimate, rank_correlation, share
 from dpo_lab.results.examples import PairExample
-from dpo_lab.results.figures.look import BLUE, GREEN, GREY, ORANGE, VERMILLION, Plan
+from dpo_lab.results.figures.look import BLUE, GREY, ORANGE, VERMILLION, Plan
 
 BINS = 40  # of a distribution
 CONFIDENCE_BINS = 10  # of a reliability curve, from 1/2 to 1
@@ -89,7 +89,9 @@ def calibration(pairs: Sequence[PairExample], beta: float) -> Plan | None:
             intervals = [right.interval or (right.value, right.value) for _, right in bins]
             reach = [[max(0.0, at - low), max(0.0, high - at)] for at, (low, high) in zip(y, intervals, strict=True)]
             label = f"by {name}: ECE {error:.3f}, n = {int(known.sum()):,}"
-            how = dict(color=colour, ms=size, mfc="none" if size > 4 else colour, lw=1.3, elinewidth=0.8, capsize=size / 2)
+            how = dict(
+                color=colour, ms=size, mfc="none" if size > 4 else colour, lw=1.3, elinewidth=0.8, capsize=size / 2
+            )
             curve.errorbar(x, y, np.array(reach).T, fmt=look, label=label, **how)
         edges = np.linspace(0.5, 1, CONFIDENCE_BINS + 1)
         counts.stairs(np.histogram(_confidence(rewards), edges)[0], edges, fill=True, color=GREY)
