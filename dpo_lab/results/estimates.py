@@ -86,8 +86,10 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> Estimate 
     n = len(left)
     if len(set(left)) < 2 or len(set(right)) < 2:
         return None
-    r = float(np.clip(stats.spearmanr(left, right)[0], -1, 1))
-    if n < 4 or abs(r) == 1:
+    r = float(np.corrcoef(stats.rankdata(left), stats.rankdata(right))[0, 1])
+    if abs(r) > 1 - 1e-12:  # a perfect order, but for rounding
+        return Estimate(math.copysign(1.0, r), n=n)
+    if n < 4:
         return Estimate(r, n=n)
     z, half = math.atanh(r), float(stats.norm.ppf(0.975)) * math.sqrt((1 + r**2 / 2) / (n - 3))
     return Estimate(r, n=n, interval=(math.tanh(z - half), math.tanh(z + half)))

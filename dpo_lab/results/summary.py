@@ -44,9 +44,9 @@ def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
             rows.append(
                 (
                     label,
-                    f"{before.value:.3f}" if before else "",
-                    f"{estimate.value:.3f}",
-                    f"{interval[0]:.3f} .. {interval[1]:.3f}" if interval else "",
+                    _figure(before.value) if before else "",
+                    _figure(estimate.value),
+                    f"{_figure(interval[0])} .. {_figure(interval[1])}" if interval else "",
                     str(estimate.n or ""),
                 )
             )
@@ -96,6 +96,11 @@ def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> No
     for row in samples[:3]:
         side_by_side.add_row(*(_plain(row[key]) for key in ("prompt", "initial", "trained")))
     console.print(side_by_side)
+
+
+def _figure(value: float) -> str:
+    """Three decimals, of large ones one: a row has to fit 80 columns."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def _plain(text: str) -> str:

@@ -45,9 +45,11 @@ def drawn(plan: Plan) -> dict[str, bytes]:
                 "legend.fontsize": 8,
             }
         )
-        figure = Figure(figsize=plan.size, layout="constrained")
+        figure = Figure(figsize=plan.size, dpi=150, layout="constrained")
         plan.draw(figure)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out now, once for both kinds
         files = {kind: io.BytesIO() for kind in METADATA}
         for kind, file in files.items():
-            figure.savefig(file, format=kind, dpi=150, metadata=METADATA[kind])
+            figure.savefig(file, format=kind, dpi=figure.dpi, metadata=METADATA[kind])
     return {kind: file.getvalue() for kind, file in files.items()}
