@@ -19,7 +19,6 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lab.config import ConfigError, RunConfig, input_files
@@ -34,9 +33,11 @@ from dpo_lab.results import runs
 from dpo_lab.results.card import model_card
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.identity import config_digest
+from dpo_lab.results.progress import log_handler
 from dpo_lab.results.runs import RunRefused
 from dpo_lab.stop import StopRequest
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
+from dpo_lab.training.cost import Cost
 from dpo_lab.training.process import set_up_process
 from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
@@ -136,6 +137,7 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
     settings = dict(plain["trainer"])
     try:
         callbacks = [instantiate(node) for node in plain["callbacks"].values()]
+        callbacks.append(Cost())
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = instantiate(settings, logger=False, callbacks=callbacks, **plan)
     except HydraException as error:
@@ -235,7 +237,7 @@ def finish(
 @contextmanager
 def logged(folder: Path) -> Iterator[None]:
     """Our own lines on the terminal and in the run's log file."""
-    console, file = RichHandler(show_path=False, log_time_format="%X"), logging.FileHandler(folder / "run.log")
+    console, file = log_handler(), logging.FileHandler(folder / "run.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in (console, file):
         log.addHandler(handler)

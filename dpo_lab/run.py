@@ -17,6 +17,7 @@ from dpo_lab.data.advice import advice
 from dpo_lab.data.collate import collate
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.evals.evaluation import evaluate
+from dpo_lab.evals.examples import pair_examples, train_sample
 from dpo_lab.evals.subject import Subject
 from dpo_lab.fit import Clock, begin, finish, forward_of, live, train
 from dpo_lab.models.policy import Policy, to_train
@@ -24,9 +25,12 @@ from dpo_lab.next_commands import after_training
 from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
+from dpo_lab.results.examples import EXAMPLES, write_pairs
+from dpo_lab.results.figures import draw_run
 from dpo_lab.results.health import of_folder, print_health
-from dpo_lab.results.summary import print_summary
+from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.training.checks import check_step_zero, first_batch
+from dpo_lab.training.cost import peak_memory, throughput
 from dpo_lab.training.health import conclude
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.sharding import whole
@@ -53,12 +57,13 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     begin(held, trainer, material)
     held.update(data_quality=quality.as_record(), seconds=clock.lap("prepare"))
     module = _fit(config, plain, held, trainer, material, clock)
-    held.update(steps=trainer.global_step, seconds=clock.lap("dpo"))
+    held.update(steps=trainer.global_step, seconds=clock.lap("dpo"), **throughput(trainer))
     trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
     if held.writes:
         config.policy.to_save(trained).save(held.folder / "policy")
     subject = _subject(config, material, trained, trainer.precision_plugin.forward_context)
     metrics = evaluate(subject)
+    examples = pair_examples(subject, train_sample(material.train))
     samples = [
         {"prompt": prompt, "initial": before, "trained": after}
         for prompt, before, after in zip(
@@ -68,11 +73,15 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
             strict=True,
         )
     ]
+    peak = peak_memory(trained.model.device)
     if held.writes:
+        write_pairs(held.folder / EXAMPLES, examples)
         found = conclude(held, trainer, metrics)
         health = [finding.as_record() for finding in found]
-        finish(held, trainer, metrics, trained, samples, health=health, seconds=clock.lap("evaluate"))
-        print_summary(Console(), metrics, samples, held.folder, after_training(config))
+        ended = dict(health=health, seconds=clock.lap("evaluate"), peak_memory_bytes=peak)
+        finish(held, trainer, metrics, trained, samples, **ended)
+        draw_run(held.folder)
+        print_summary(Console(), metrics, samples, held.folder, after_training(config), cost_rows(held.record))
         print_health(Console(), found)
 
 

@@ -20,8 +20,10 @@ from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import Material, prepare_responses
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
+from dpo_lab.results.figures import draw_run
 from dpo_lab.results.health import print_health
-from dpo_lab.results.summary import print_summary
+from dpo_lab.results.summary import cost_rows, print_summary
+from dpo_lab.training.cost import peak_memory, throughput
 from dpo_lab.training.health import conclude
 from dpo_lab.training.sft import initial_policy
 from dpo_lab.training.sft_module import SFTModule
@@ -61,19 +63,22 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     begin(held, trainer, material)
     held.update(seconds=clock.lap("prepare"))
     module = _fit(config, plain, held, trainer, material)
-    held.update(steps=trainer.global_step, tokens=module.tokens, seconds=clock.lap("sft"))
+    held.update(steps=trainer.global_step, tokens=module.tokens, seconds=clock.lap("sft"), **throughput(trainer))
     trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
     if held.writes:
         config.policy.to_save(trained).save(held.folder / "policy")
     context, tokens = forward_of(trainer).context, config.data.tokens_per_microbatch
     material.initial.model.to(trained.model.device)  # type: ignore[arg-type]
     metrics = held_out_loss(trained.model, material.initial.model, material.held_out, tokens, context)
+    peak = peak_memory(trained.model.device)
     if held.writes:
         found = conclude(held, trainer, metrics)
         health = [finding.as_record() for finding in found]
-        finish(held, trainer, metrics, trained, health=health, seconds=clock.lap("evaluate"))
+        ended = dict(health=health, seconds=clock.lap("evaluate"), peak_memory_bytes=peak)
+        finish(held, trainer, metrics, trained, **ended)
+        draw_run(held.folder)
         commands = after_sft(config, held.record["overrides"], held.folder)
-        print_summary(Console(), metrics, [], held.folder, commands)
+        print_summary(Console(), metrics, [], held.folder, commands, cost_rows(held.record))
         print_health(Console(), found)
 
 

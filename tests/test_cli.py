@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_lab.results.examples import read_pairs
+from dpo_lab.results.figures import draw_run
 from tests.conftest import SMALL, python_m
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process makes the initial policy, once
@@ -61,6 +63,22 @@ def test_a_run_leaves_its_record(baseline):
     assert record["metrics"]["kl"]["n"] == 16
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert [key in record["samples"][0] for key in ("prompt", "initial", "trained")] == [True] * 3
+
+
+def test_a_run_leaves_its_pairs_figures_and_cost(baseline):
+    record, pairs = record_of(baseline), read_pairs(baseline / "examples.jsonl")
+    held_out = [pair for pair in pairs if pair.split == "held-out"]
+    assert len(held_out) == record["data"]["held-out pairs"]
+    assert len(pairs) - len(held_out) == record["data"]["train pairs"]  # all of so few
+    mean = sum(pair.margin for pair in held_out) / len(held_out)
+    assert record["metrics"]["margin"]["value"] == pytest.approx(mean, abs=1e-6)
+    assert -1 <= record["metrics"]["gold_rank_correlation"]["value"] <= 1
+    before = {path.name: path.read_bytes() for path in (baseline / "figures").iterdir()}
+    assert {path.name for path in draw_run(baseline)} == set(before)
+    assert {path.name: path.read_bytes() for path in (baseline / "figures").iterdir()} == before  # the folder is enough
+    spent = record["seconds"]["dpo"]["wall"]
+    assert record["throughput"]["pairs_per_second"] > 6 * 8 / spent  # of the steps alone
+    assert 100 << 20 < record["peak_memory_bytes"] < 4 << 30
 
 
 def test_the_trained_policy_loads_by_transformers(baseline):

@@ -17,7 +17,7 @@ from scipy import stats
 from dpo_lab.results import identity, runs
 from dpo_lab.results.cache import once
 from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, ratio, share
-from dpo_lab.results.figures import by_arm, cost_of_gain, done_records, table
+from dpo_lab.results.figures.cost_of_gain import by_arm, cost_of_gain, done_records, table
 from dpo_lab.stop import Stopped
 
 CONFIG = {

@@ -35,6 +35,7 @@ def evaluate(subject: Subject) -> dict[str, Estimate]:
     """
     if not len(subject.pairs):
         return {}
+    from dpo_lab.evals.gold_correlation import GoldCorrelation
     from dpo_lab.evals.kl import KL
     from dpo_lab.evals.language import Language
     from dpo_lab.evals.preference import Preference
@@ -42,6 +43,6 @@ def evaluate(subject: Subject) -> dict[str, Estimate]:
 
     return {
         name: estimate
-        for evaluator in (Preference(), KL(), GoldReward(), Language())
+        for evaluator in (Preference(), GoldCorrelation(), KL(), GoldReward(), Language())
         for name, estimate in evaluator.run(subject)
     }

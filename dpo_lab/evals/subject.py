@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import EncodedPair, PairLogps, Tokens, cut
-from dpo_lab.core.ranks import across
+from dpo_lab.core.ranks import P, R, across, rank_and_world_size
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tokenize import Encoder
@@ -21,6 +21,7 @@ from dpo_lab.models.forward import pair_logps, response_logps
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.sampling import Sample, respond
 from dpo_lab.results.estimates import Estimate
+from dpo_lab.results.progress import track
 
 
 class Evaluator(Protocol):
@@ -77,7 +78,11 @@ class Subject:
     @cached_property
     def pair_logps(self) -> tuple[PairLogps, PairLogps]:
         """Of the held-out pairs: the trained policy's and the initial policy's."""
-        return self._pair_logps(self.trained.model), self._pair_logps(self.initial.model)
+        return self.logps_of(self.pairs)
+
+    def logps_of(self, pairs: Sequence[EncodedPair]) -> tuple[PairLogps, PairLogps]:
+        """Of any pairs: the trained policy's and the initial policy's."""
+        return self._pair_logps(self.trained.model, pairs), self._pair_logps(self.initial.model, pairs)
 
     def response_logps(
         self, model: PreTrainedModel, prompts: Sequence[Tokens], responses: Sequence[Tokens]
@@ -99,22 +104,39 @@ class Subject:
             )
 
     @torch.no_grad()
-    def _pair_logps(self, model: PreTrainedModel) -> PairLogps:
+    def _pair_logps(self, model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> PairLogps:
         device = next(model.parameters()).device
-        sizes = [pair.size for pair in self.pairs]
+        sizes = [pair.size for pair in pairs]
         parts = cut(sizes, self.tokens)
 
         def compute(part: slice) -> PairLogps:
             with self.context():
-                logps = pair_logps(model, collate(self.pairs[part]).to(device))
+                logps = pair_logps(model, collate(pairs[part]).to(device))
             return PairLogps(*(column.cpu() for column in _columns(logps)))
 
-        found = across(parts, [sum(sizes[part]) for part in parts], compute)
+        found = _across("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute)
         return PairLogps(*(torch.cat(column) for column in zip(*map(_columns, found), strict=True)))
 
 
 def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
     return logps.chosen, logps.rejected, logps.chosen_length, logps.rejected_length
+
+
+def _across(what: str, parts: Sequence[P], sizes: Sequence[float], compute: Callable[[P], R]) -> list[R]:
+    """The same as `across`, with a bar called `what` on rank 0 where it takes long; it counts parts, ours as they are done."""
+    ours = 0
+    with track(what, len(parts), shown=rank_and_world_size()[0] == 0, least=1.0) as advance:
+
+        def counted(part: P) -> R:
+            nonlocal ours
+            found = compute(part)
+            ours += 1
+            advance(1)
+            return found
+
+        found = across(parts, sizes, counted)
+        advance(len(parts) - ours)
+    return found
 
 
 @torch.no_grad()
@@ -140,8 +162,7 @@ def scored(
 
     parts = [order[part] for part in cut([sizes[i] for i in order], tokens)]
     sums = torch.empty(len(sizes))
-    for chosen, found in zip(
-        parts, across(parts, [sum(sizes[i] for i in part) for part in parts], compute), strict=True
-    ):
+    work = [sum(sizes[i] for i in part) for part in parts]
+    for chosen, found in zip(parts, _across("Log-probs of texts", parts, work, compute), strict=True):
         sums[chosen] = found
     return sums, torch.tensor([len(response) for response in responses])

@@ -79,6 +79,22 @@ def share(values: Iterable[float]) -> Estimate:
     return replace(estimate, interval=_wilson(estimate.value, estimate.n or 0))
 
 
+def rank_correlation(left: Sequence[float], right: Sequence[float]) -> Estimate | None:
+    """Spearman's, ties sharing their mean rank; None where one side is all alike. Interval: Fisher's z with the variance
+    (1 + r^2 / 2) / (n - 3) of Bonett and Wright 2000, "Sample size requirements for estimating correlations".
+    """
+    n = len(left)
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return None
+    r = float(np.corrcoef(stats.rankdata(left), stats.rankdata(right))[0, 1])
+    if abs(r) > 1 - 1e-12:  # a perfect order, but for rounding
+        return Estimate(math.copysign(1.0, r), n=n)
+    if n < 4:
+        return Estimate(r, n=n)
+    z, half = math.atanh(r), float(stats.norm.ppf(0.975)) * math.sqrt((1 + r**2 / 2) / (n - 3))
+    return Estimate(r, n=n, interval=(math.tanh(z - half), math.tanh(z + half)))
+
+
 def share_in_groups(values: np.ndarray, groups: np.ndarray) -> Estimate:
     """The same of examples of which those of one group are alike, pairs of one prompt say; groups [N]: numbers from 0.
 

@@ -180,7 +180,11 @@ def _changed(folder: Path, changed: Sequence[str]) -> str:
 
 def _gone_on(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """What the record of a run that goes on takes over from its earlier starts."""
-    kept = {name: earlier[name] for name in ("identity", "seconds", "step_zero_loss", "started") if name in earlier}
+    kept = {
+        name: earlier[name]
+        for name in ("identity", "seconds", "step_zero_loss", "throughput", "started")
+        if name in earlier
+    }
     were, wanted = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
     if "steps" in earlier and were == wanted:
         kept["steps"] = earlier["steps"]  # it was trained to its end

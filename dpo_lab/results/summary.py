@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +18,7 @@ ROWS = {
     "accuracy": "accuracy, labels (held-out)",
     "margin": "log-ratio margin (nats)",
     "chosen_fell": "chosen that lost log-prob",
+    "gold_rank_correlation": "rank correlation with gold",
     "gold": "gold reward",
     "gold_gain": "  gain, in initial sd",
     "win_rate": "  win rate over initial",
@@ -41,12 +44,23 @@ def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
             rows.append(
                 (
                     label,
-                    f"{before.value:.3f}" if before else "",
-                    f"{estimate.value:.3f}",
-                    f"{interval[0]:.3f} .. {interval[1]:.3f}" if interval else "",
+                    _figure(before.value) if before else "",
+                    _figure(estimate.value),
+                    f"{_figure(interval[0])} .. {_figure(interval[1])}" if interval else "",
                     str(estimate.n or ""),
                 )
             )
+    return rows
+
+
+def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run's record says of its cost, as a reader calls it."""
+    rows = []
+    if speed := record.get("throughput"):
+        rows.append(("trained on, tokens a second", f"{speed['tokens_per_second']:,.0f}"))
+        rows.append(("trained on, pairs a second", f"{speed['pairs_per_second']:,.1f}"))
+    if peak := record.get("peak_memory_bytes"):
+        rows.append(("peak memory (GiB)", f"{peak / 2**30:.2f}"))
     return rows
 
 
@@ -56,12 +70,17 @@ def print_summary(
     samples: Sequence[Mapping[str, str]],
     folder: Path,
     next_commands: Sequence[str],
+    cost: Sequence[tuple[str, str]] = (),
 ) -> None:
-    table = Table(title="What it learned", title_justify="left")
+    """Print the closing table; it fits 80 columns. cost: see cost_rows."""
+    table = Table(title="What it learned", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for row in metric_rows(metrics):
         table.add_row(*row)
+    table.add_section()
+    for label, value in cost:
+        table.add_row(label, "", value)
     console.print(table)
     if samples:
         _print_samples(console, samples)
@@ -77,6 +96,11 @@ def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> No
     for row in samples[:3]:
         side_by_side.add_row(*(_plain(row[key]) for key in ("prompt", "initial", "trained")))
     console.print(side_by_side)
+
+
+def _figure(value: float) -> str:
+    """Three decimals, of large ones one: a row has to fit 80 columns."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def _plain(text: str) -> str:

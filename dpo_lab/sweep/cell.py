@@ -33,6 +33,11 @@ from dpo_lab.stop import ASKING, Stopped
 from dpo_lab.sweep.desk import Desk, first_line, tail, whereabouts
 
 LOG = "output.log"  # in a cell's folder: what it said on the terminal
+COLOURING = (
+    "FORCE_COLOR",
+    "TTY_COMPATIBLE",
+    "TTY_INTERACTIVE",
+)  # what asks for a terminal's colours: the log is a file
 GRACE = 120.0  # seconds that a cell has to save and leave
 TICK = 0.2  # seconds between two looks at a cell and at the wish to stop
 
@@ -173,7 +178,7 @@ def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess
     line = command(module, hydra)
     output.write(f"=== {datetime.now().isoformat(' ', 'seconds')} {shlex.join(line)}\n".encode())
     output.flush()
-    clean = {k: v for k, v in os.environ.items() if k not in DDP_VARIABLES}
+    clean = {k: v for k, v in os.environ.items() if k not in (*DDP_VARIABLES, *COLOURING)}
     environment = {**clean, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1", **variables}
     return subprocess.Popen(
         line,

@@ -86,7 +86,7 @@ def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int, en
             sft.optim.clip(policy.model.parameters())
             optimizer.step()
             schedule.step()
-            advance(1, f"loss {loss.item():.3f}")
+            advance(1, [f"loss {loss.item():.3f}"])
     policy.model.eval()
 
 

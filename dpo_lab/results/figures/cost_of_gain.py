@@ -1,14 +1,10 @@
-"""Figures from run records: what a policy gained, and what that cost its language.
-
-python -m dpo_lab.results.figures outputs/reference docs/images/reference.png
-"""
+"""The figure of a sweep of beta, from run records: what a policy gained, and what that cost its language."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,9 +90,3 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
                 f" | {mean['kl']:.2f} | {mean['well_formed']:.2f} | {mean['perplexity']:.2f} |"
             )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    records = done_records(Path(sys.argv[1]))
-    cost_of_gain(records, Path(sys.argv[2]))
-    print(table(records))

@@ -1,0 +1,60 @@
+"""The figures of a run, from its folder alone: learning curves and what its pairs came to, as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_lab.results import journal
+from dpo_lab.results.examples import EXAMPLES, PairExample, read_pairs
+from dpo_lab.results.runs import read_record
+
+FOLDER = "figures"
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """Draw all that the run folder has data for, in its `figures`; gives the files. What it has no data for is not there
+    afterwards either.
+
+    Same data, same bytes. Raises FileNotFoundError where the folder holds no run.
+    """
+    from dpo_lab.results.figures.look import METADATA, drawn
+
+    record = read_record(folder)
+    if record is None:
+        raise FileNotFoundError(
+            f"{folder}: holds no run.json; type the folder of a run, e.g. outputs/dpo/default/seed=0"
+        )
+    written, examples = folder / journal.JOURNAL, folder / EXAMPLES
+    rows = list(journal.rows(written)) if written.exists() else []
+    pairs = read_pairs(examples) if examples.exists() else []
+    (folder / FOLDER).mkdir(exist_ok=True)
+    files = []
+    for name, plan in _plans(rows, pairs, record).items():
+        contents = drawn(plan) if plan is not None else {}
+        for kind in METADATA:
+            path = folder / FOLDER / f"{name}.{kind}"
+            if kind in contents:
+                path.write_bytes(contents[kind])
+                files.append(path)
+            else:
+                path.unlink(missing_ok=True)
+    return files
+
+
+def _plans(
+    rows: Sequence[Mapping[str, Any]], pairs: Sequence[PairExample], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is to be drawn by name, None where there is nothing to draw."""
+    from dpo_lab.results.figures import curves, of_pairs
+
+    beta = float(record["config"].get("beta", 1.0))
+    held_out = [pair for pair in pairs if pair.split == "held-out"]
+    return {
+        "curves": curves.plan(rows),
+        "margins": of_pairs.margins(pairs),
+        "gold": of_pairs.gold(held_out, beta),
+        "calibration": of_pairs.calibration(held_out, beta),
+        "length": of_pairs.length(held_out, beta),
+    }

@@ -1,0 +1,107 @@
+"""What a run costs: tokens and pairs trained on a second, and the most memory that was in use."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dpo_lab.core.pairs import PairBatch
+from dpo_lab.core.ranks import most, of_all_ranks
+
+STATUS = Path("/proc/self/status")
+
+
+class Cost(Callback):
+    """Counts what this start of the run trains on and for how long: from the first step to the last, validation aside.
+
+    A pair's tokens are its prompt's, counted once, and both responses'; supervised fine-tuning counts each response as a
+    pair that has one side.
+    """
+
+    def __init__(self) -> None:
+        self.pairs = self.tokens = 0  # of this rank
+        self.seconds = 0.0
+        self.since: float | None = None  # what is not in `seconds` yet
+        self.is_training = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this rank, so far; 0 before the first step."""
+        seconds = self._elapsed()
+        return self.tokens / seconds if self.tokens and seconds > 0 else 0.0
+
+    def throughput(self) -> dict[str, float]:
+        """Of all ranks together, who have to call it together; nothing where no step was trained."""
+        ranks = of_all_ranks((self.pairs, self.tokens, self._elapsed()))
+        pairs, tokens, seconds = sum(rank[0] for rank in ranks), sum(rank[1] for rank in ranks), ranks[0][2]
+        if not pairs or seconds <= 0:
+            return {}
+        return {"tokens_per_second": round(tokens / seconds, 1), "pairs_per_second": round(pairs / seconds, 2)}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_training = True
+        self._go_on()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        self.pairs += len(batch)
+        self.tokens += int(batch.lengths.sum())
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.is_training:
+            self._go_on()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+        self.is_training = False
+
+    def _go_on(self) -> None:
+        self.since = time.perf_counter()
+
+    def _pause(self) -> None:
+        self.seconds, self.since = self._elapsed(), None
+
+    def _elapsed(self) -> float:
+        return self.seconds + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+
+def cost_of(trainer: Trainer) -> Cost | None:
+    """The trainer's Cost, where it has one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+    return next((callback for callback in callbacks if isinstance(callback, Cost)), None)
+
+
+def throughput(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """The entry of the run's record, see Cost.throughput; none where this start trained no step."""
+    cost = cost_of(trainer)
+    measured = cost.throughput() if cost is not None else {}
+    return {"throughput": measured} if measured else {}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory, bytes, that any rank has used so far: on its GPU, without one of the process. All have to call it."""
+    here = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
+    return most(here, device)
+
+
+def resident_peak() -> int:
+    """The most memory, bytes, that this process has had resident since its program began.
+
+    Linux keeps in ru_maxrss what the process that started this one had, too; its own is in /proc.
+    """
+    if STATUS.exists():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,248 @@
+"""Figures of a run: drawn from its folder alone, the same bytes every time, honest or absent where data are odd or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import BinaryCalibrationError
+
+from dpo_lab.results import journal
+from dpo_lab.results.examples import EXAMPLES, ExamplesError, PairExample, read_pairs, write_pairs
+from dpo_lab.results.figures import draw_run
+from dpo_lab.results.figures.curves import PANELS, POINTS, thinned
+from dpo_lab.results.figures.of_pairs import BINS, CONFIDENCE_BINS, edges_of, reliability
+from tests.conftest import REPOSITORY
+from tests.terminal import environment
+
+ALL = {"curves", "margins", "gold", "calibration", "length"}
+
+
+def example(i: int, split: str = "held-out", **changes) -> PairExample:
+    rng = random.Random(i)
+    gold, margin, flipped = rng.gauss(1, 1), rng.gauss(2, 5), split == "train" and i % 3 == 0
+    values = dict(key=f"{i:032x}", split=split, flipped=flipped, gold_margin=gold, margin=margin)
+    values |= dict(logratio_chosen=margin - 3.0, logratio_rejected=-3.0, logp_chosen=-40.0, logp_rejected=-41.0)
+    values |= dict(length_chosen=rng.randint(5, 40), length_rejected=rng.randint(5, 40))
+    return PairExample(**(values | changes))
+
+
+def pairs_of(**changes) -> list[PairExample]:
+    return [example(i, split, **changes) for split in ("train", "held-out") for i in range(30)]
+
+
+def step(at: int, **changes: float) -> tuple[int, dict[str, float]]:
+    figures = {name: 0.5 + at / 100 for _, _, curves in PANELS.values() for curve in curves for name in [curve.name]}
+    return at, figures | changes
+
+
+def run_folder(
+    folder: Path,
+    pairs: Sequence[PairExample] | None = None,
+    rows: Sequence[tuple[int, dict[str, float]]] = (step(2), step(4), step(6)),
+    config: dict | None = None,
+) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({"config": {"beta": 0.1} if config is None else config}))
+    for at, figures in rows:
+        journal.append(folder / journal.JOURNAL, at, figures)
+    if pairs is not None:
+        write_pairs(folder / EXAMPLES, pairs)
+    return folder
+
+
+def drawn(folder: Path) -> set[str]:
+    """Names of what was drawn, each in both kinds and whole."""
+    files = draw_run(folder)
+    assert {path.name for path in files} == {path.name for path in (folder / "figures").iterdir()}
+    for path in files:
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG") if path.suffix == ".png" else content.rstrip().endswith(b"</svg>")
+    names = {path.stem for path in files}
+    assert len(files) == 2 * len(names)
+    return names
+
+
+def text_of(folder: Path, name: str) -> list[str]:
+    """What is written on a figure: an SVG notes every text beside its outlines."""
+    return re.findall(r"<!-- (.*?) -->", (folder / "figures" / f"{name}.svg").read_text())
+
+
+def test_the_same_folder_gives_the_same_bytes_whatever_the_users_settings(tmp_path):
+    """In this process and in another one."""
+    folder = run_folder(tmp_path / "run", pairs_of())
+    assert drawn(folder) == ALL
+    before = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+    with mpl.rc_context({"font.size": 20, "savefig.dpi": 30, "axes.grid": False, "svg.hashsalt": "x"}):
+        draw_run(folder)
+    assert {path.name: path.read_bytes() for path in (folder / "figures").iterdir()} == before
+    command = [sys.executable, "-m", "dpo_lab.results.figures", str(folder)]
+    told = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert len(told.stdout.split()) == 2 * len(ALL)
+    assert {path.name: path.read_bytes() for path in (folder / "figures").iterdir()} == before
+
+
+def test_the_door_says_what_to_type_where_there_is_no_run(tmp_path):
+    command = [sys.executable, "-m", "dpo_lab.results.figures", str(tmp_path)]
+    told = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert told.returncode == 1
+    assert told.stderr == f"{tmp_path}: holds no run.json; type the folder of a run, e.g. outputs/dpo/default/seed=0\n"
+
+
+NO_CURVES = {"rows": []}
+OF_PAIRS = ALL - {"curves"}
+ODD = {
+    "no pairs were kept": (None, {}, {"curves"}),
+    "none held out": ([example(i, "train") for i in range(9)], NO_CURVES, {"margins"}),
+    "no pair at all": ([], NO_CURVES, set()),
+    "one pair": ([example(1)], NO_CURVES, OF_PAIRS),
+    "two pairs": ([example(1), example(2)], NO_CURVES, OF_PAIRS),
+    "all margins 0, as of an untrained policy": (pairs_of(margin=0.0), NO_CURVES, OF_PAIRS),
+    "one margin far off": ([*pairs_of(), example(99, margin=1e12)], NO_CURVES, OF_PAIRS),
+    "huge margins, all equal": (pairs_of(margin=-1e30), NO_CURVES, OF_PAIRS),
+    "no truth, equal lengths": (
+        pairs_of(gold_margin=None, length_chosen=7, length_rejected=7),
+        NO_CURVES,
+        OF_PAIRS - {"gold"},
+    ),
+    "gold ties alone": (pairs_of(gold_margin=0.0), NO_CURVES, OF_PAIRS),
+    "one logged step": (None, {"rows": [step(2)]}, {"curves"}),
+    "loss alone, of supervised fine-tuning": (None, {"rows": [(2, {"train/loss": 1.0})], "config": {}}, {"curves"}),
+    "infinite figures alone": (None, {"rows": [(2, {"train/loss": math.inf})]}, set()),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_data_give_an_honest_figure_or_none(case, tmp_path):
+    pairs, changes, expected = ODD[case]
+    assert drawn(run_folder(tmp_path / "run", pairs, **changes)) == expected
+
+
+def test_what_there_is_no_data_for_any_more_is_not_left(tmp_path):
+    folder = run_folder(tmp_path / "run", [example(i, "train") for i in range(9)], [])
+    assert drawn(folder) == {"margins"}
+    (folder / EXAMPLES).unlink()
+    assert drawn(folder) == set()
+
+
+def test_figures_say_their_numbers(tmp_path):
+    ordered = [
+        example(i, gold_margin=float(i + 1), margin=float(i**2 - 9), length_rejected=i, length_chosen=0)
+        for i in range(10)
+    ]
+    pairs = [*ordered, *(example(i, "train", margin=-2.0, flipped=i < 4) for i in range(10))]
+    rows = [step(2, **{"train/loss": math.nan}), step(4), step(6)]
+    folder = run_folder(tmp_path / "run", pairs, rows)
+    draw_run(folder)
+    assert "rank correlation 1.00, n = 10" in text_of(folder, "gold")
+    assert "rank correlation -1.00, n = 10" in text_of(folder, "length")
+    assert {"train, flipped: mean -2.00, n = 4", "train, clean: mean -2.00, n = 6"} <= set(text_of(folder, "margins"))
+    assert "held-out: mean 19.50, n = 10" in text_of(folder, "margins")
+    assert "loss: 1 not finite" in text_of(folder, "curves")
+    assert {"train, flipped pairs", "validation, by gold", "chosen, train"} <= set(text_of(folder, "curves"))
+    # at beta 0.1 the rewards are (i^2 - 9) / 10: 3 wrong (-.9, -.8, -.5), one tie, 6 right
+    rewards = [(i**2 - 9) / 10 for i in range(10)]
+    sure = [1 / (1 + math.exp(-abs(r))) for r in rewards]
+    right = [0.5 if r == 0 else float(r > 0) for r in rewards]
+    bins: dict[int, list[int]] = {}
+    for i, p in enumerate(sure):
+        bins.setdefault(min(int((p - 0.5) * 2 * CONFIDENCE_BINS), CONFIDENCE_BINS - 1), []).append(i)
+    error = sum(abs(sum(right[i] - sure[i] for i in held)) for held in bins.values()) / 10
+    assert f"by labels: ECE {error:.3f}, n = 10" in text_of(folder, "calibration")
+
+
+def test_a_run_without_flips_shows_none(tmp_path):
+    folder = run_folder(tmp_path / "run", [example(i, "train", flipped=False) for i in range(9)], [])
+    draw_run(folder)
+    assert [text for text in text_of(folder, "margins") if "flipped" in text] == []
+
+
+def test_calibration_error_is_torchmetrics_over_both_orders():
+    """Of a pair (p, right) both orders are there: (p, 1) and (1 - p, 0), in twice as many bins over 0 to 1."""
+    rewards = np.random.default_rng(0).normal(1, 2, 500)
+    both = torch.tensor(np.concatenate([rewards, -rewards])).sigmoid()
+    target = torch.cat([torch.ones(500, dtype=torch.int), torch.zeros(500, dtype=torch.int)])
+    expected = BinaryCalibrationError(n_bins=2 * CONFIDENCE_BINS, norm="l1")(both, target).item()
+    bins, error = reliability(rewards)
+    assert error == pytest.approx(expected, abs=1e-6)
+    assert sum(estimate.n or 0 for _, estimate in bins) == 500
+
+
+def test_edges_hold_all_but_what_lies_far_off():
+    edges, is_cut = edges_of([float(i) for i in range(101)])
+    assert len(edges) == BINS + 1
+    assert edges[0] < 0
+    assert edges[-1] > 100
+    assert not is_cut
+    edges, is_cut = edges_of([*(float(i) for i in range(1001)), 1e9])
+    assert edges[-1] < 2000
+    assert is_cut
+
+
+def test_long_curves_are_means_of_neighbours():
+    values = [float(i % 2) for i in range(4 * POINTS)]
+    x, y, of_each = thinned(range(4 * POINTS), values)
+    assert of_each == 4
+    assert len(x) == POINTS
+    assert x[:2] == [1.5, 5.5]
+    assert set(y) == {0.5}
+    assert thinned([2, 4], [1.0, math.nan])[0] == [2, 4]
+    _, y, _ = thinned(range(2 * POINTS), [math.nan, 3.0] * (POINTS - 1) + [math.nan] * 2)
+    assert y[0] == 3.0
+    assert math.isnan(y[-1])
+
+
+def test_lines_of_one_panel_are_told_apart_without_colours():
+    for _, _, curves in PANELS.values():
+        for one, other in combinations(curves, 2):
+            assert one.look != other.look
+
+
+def test_pairs_come_back_as_they_were_written(tmp_path):
+    pairs = [*pairs_of(), example(99, gold_margin=None)]
+    write_pairs(tmp_path / EXAMPLES, pairs)
+    assert read_pairs(tmp_path / EXAMPLES) == pairs
+    assert [path.name for path in tmp_path.iterdir()] == [EXAMPLES]
+
+
+@pytest.mark.parametrize("changes", [{"margin": math.nan}, {"logp_chosen": -math.inf}, {"split": "validation"}])
+def test_a_broken_pair_is_not_made(changes):
+    with pytest.raises(ValueError, match="not finite|must be one of train, held-out"):
+        example(1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"margin": "2"}, "margin: '2'"),
+        ({"margin": True}, "margin: True"),
+        ({"length_chosen": 1.5}, "length_chosen: 1.5"),
+        ({"flipped": 1}, "flipped: 1"),
+        ({"more": 1}, "more"),
+        ({"split": "test"}, "must be one of"),
+    ],
+)
+def test_a_damaged_line_is_named(changes, what, tmp_path):
+    good = asdict(example(1))
+    (tmp_path / EXAMPLES).write_text("\n".join(json.dumps(row) for row in (good, good | changes)) + "\n")
+    with pytest.raises(ExamplesError, match=rf"examples.jsonl:2: not a pair of a run \(.*{re.escape(what)}"):
+        read_pairs(tmp_path / EXAMPLES)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"key": "x"}', ""])
+def test_a_torn_line_is_named(line, tmp_path):
+    (tmp_path / EXAMPLES).write_text(line + "\n")
+    with pytest.raises(ExamplesError, match="examples.jsonl:1: not a pair"):
+        read_pairs(tmp_path / EXAMPLES)
