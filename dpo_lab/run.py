@@ -78,8 +78,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
         write_pairs(held.folder / EXAMPLES, examples)
         found = conclude(held, trainer, metrics)
         health = [finding.as_record() for finding in found]
-        ended = dict(health=health, seconds=clock.lap("evaluate"), peak_memory_bytes=peak)
-        finish(held, trainer, metrics, trained, samples, **ended)
+        seconds = clock.lap("evaluate")
+        finish(held, trainer, metrics, trained, samples, health=health, seconds=seconds, peak_memory_bytes=peak)
         draw_run(held.folder)
         print_summary(Console(), metrics, samples, held.folder, after_training(config), cost_rows(held.record))
         print_health(Console(), found)

@@ -74,8 +74,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     if held.writes:
         found = conclude(held, trainer, metrics)
         health = [finding.as_record() for finding in found]
-        ended = dict(health=health, seconds=clock.lap("evaluate"), peak_memory_bytes=peak)
-        finish(held, trainer, metrics, trained, **ended)
+        seconds = clock.lap("evaluate")
+        finish(held, trainer, metrics, trained, health=health, seconds=seconds, peak_memory_bytes=peak)
         draw_run(held.folder)
         commands = after_sft(config, held.record["overrides"], held.folder)
         print_summary(Console(), metrics, [], held.folder, commands, cost_rows(held.record))
