@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import image
 from omegaconf import OmegaConf
 
 from tests.browser import MISSING, asked, page, tensorboard
 from tests.conftest import REPOSITORY, SMALL, python_m
+from tests.sweeping import until
 
 pytestmark = pytest.mark.xdist_group("desk")
 
@@ -128,6 +131,12 @@ def test_a_browser_shows_the_table_and_one_failure_in_it(desk):
         shown.screenshot(path=SCREENSHOTS / "failed.png")
 
 
+def coloured(png: bytes) -> int:
+    """How many pixels of a picture are neither grey nor nearly so."""
+    pixels = image.imread(BytesIO(png))[..., :3]
+    return int((pixels.max(-1) - pixels.min(-1) > 0.3).sum())
+
+
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 def test_a_browser_overlays_the_runs_by_name(desk):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -137,6 +146,8 @@ def test_a_browser_overlays_the_runs_by_name(desk):
         card = shown.locator("card-view").filter(has=shown.locator("scalar-card")).first
         for run in RUNS:
             card.get_by_text(re.compile(re.escape(run))).wait_for()
+        shown.keyboard.press("Escape")
+        until(lambda: coloured(card.locator("line-chart").screenshot()) > 100)
         shown.screenshot(path=SCREENSHOTS / "scalars.png")
         shown.goto(f"{desk}/#custom_scalars")
         shown.get_by_text("held out: chosen and rejected").first.wait_for()
