@@ -106,12 +106,14 @@ def _panel(axis: Any, title: str, found: Sequence[tuple[Curve, list[int], list[f
     ylabel, nothing_learned, _ = PANELS[title]
     if nothing_learned is not None:
         axis.axhline(nothing_learned, color=GREY, lw=0.8)
+    most = 1
     for curve, steps, values in found:
         x, y, of_each = thinned(steps, values)
-        label = f"{curve.label} (means of {of_each} logged)" if of_each > 1 else curve.label
+        most = max(most, of_each)
         every = max(1, len(x) // MARKERS)
-        axis.plot(x, y, curve.look, color=curve.colour, ms=3.5, lw=1.3, markevery=every, label=label)
+        axis.plot(x, y, curve.look, color=curve.colour, ms=3.5, lw=1.3, markevery=every, label=curve.label)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    xlabel = f"optimizer steps (points: means of up to {most} logged)" if most > 1 else "optimizer steps"
     gaps = sum(math.isnan(value) for _, _, values in found for value in values)
-    axis.set(title=f"{title}: {gaps} not finite" if gaps else title, xlabel="optimizer steps", ylabel=ylabel)
+    axis.set(title=f"{title}: {gaps} not finite" if gaps else title, xlabel=xlabel, ylabel=ylabel)
     axis.legend()
