@@ -1,0 +1,83 @@
+"""What was measured of each example, beside a run's figures: `examples.jsonl`, for paired tests between runs.
+
+One JSON object a line: `kind` (below), `key`, and one value a column; null where a value is not known. Two runs that were
+evaluated on the same examples have the same keys in the same order, so that their columns can be paired line by line.
+
+    held_out, train   a pair; key: the pair's. margin: its log-ratio margin in nats, of the trained to the initial policy,
+                      towards chosen; trained_chosen, trained_rejected, initial_chosen, initial_rejected: log-probabilities
+                      in nats; gold_margin: the true reward of chosen less that of rejected; flipped: whether label noise
+                      swapped the sides; probability: of the label, sigma(beta margin)
+    prompt            a prompt and its samples; key: of its token ids, `#2` behind it where it comes a second time.
+                      prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
+                      tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win, judge_win,
+                      pairwise_win: 1, 0, or 1/2 for a tie
+    text              a held-out text; key: of its token ids. trained, initial: log-probabilities in nats; tokens
+    bin               a bin of the reliability curve; key: its lower edge. probability: the mean that was said;
+                      frequency: the share of labels that it came true in; share: of all pairs, seen from both sides
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FILE = "examples.jsonl"
+
+
+class Examples:
+    """Columns of values by kind and key, while they are measured."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+
+    def keep(self, kind: str, keys: Sequence[str], **columns: Iterable[Any]) -> None:
+        """Add columns, each of one value a key, to the examples of a kind."""
+        for name, values in columns.items():
+            for key, value in zip(keys, values, strict=True):
+                self._rows[kind].setdefault(key, {})[name] = _plain(value)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [{"kind": kind, "key": key} | row for kind, rows in self._rows.items() for key, row in rows.items()]
+
+    def write(self, path: Path) -> None:
+        """Commit them, whole or not at all."""
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        with beside.open("w") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in self.rows())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+
+
+def read(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The examples of a file: kind -> key -> values. Raises ValueError, naming the line, where one can't be read."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                found[row.pop("kind")][row.pop("key")] = row
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path}:{number}: no example ({error}); evaluate the run again") from None
+    return dict(found)
+
+
+def numbered(keys: Iterable[str]) -> list[str]:
+    """The same keys, each told apart: `#2` behind one that comes a second time."""
+    seen: Counter[str] = Counter()
+    told = []
+    for key in keys:
+        seen[key] += 1
+        told.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
+    return told
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
