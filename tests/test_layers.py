@@ -17,7 +17,7 @@ LAYERS = (
     ("dpo_lab.evals",),
     ("dpo_lab.training",),
     ("dpo_lab.config",),
-    ("dpo_lab.prepare",),
+    ("dpo_lab.prepare", "dpo_lab.recorded"),
     ("dpo_lab.fit", "dpo_lab.measure", "dpo_lab.next_commands"),
     ("dpo_lab.run", "dpo_lab.sft_run", "dpo_lab.evaluation_run", "dpo_lab.inspection"),
     ("dpo_lab.sweep", "dpo_lab.door"),
