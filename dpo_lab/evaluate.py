@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -36,7 +37,15 @@ def _evaluate(cfg: DictConfig, settings: config.RunConfig) -> None:
     evaluate_again(chosen, trained, folder / "evaluations", settings.name, overrides, record)
 
 
+def as_path(argument: str) -> str:
+    """run= and trained= as Hydra reads them whole: folders of runs hold commas and equals signs."""
+    key, _, value = argument.partition("=")
+    is_bare = key in ("run", "trained") and value and value[0] not in "\"'" and value != "null"
+    return f"{key}={json.dumps(value, ensure_ascii=False)}" if is_bare else argument
+
+
 def main() -> int:
+    sys.argv[1:] = map(as_path, sys.argv[1:])
     return door.open_door(evaluate)
 
 

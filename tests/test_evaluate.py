@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpo_lab import config
+from dpo_lab.evaluate import as_path
 from dpo_lab.recorded import finished, from_record, settings_of
 from dpo_lab.results import evaluations
 from dpo_lab.results.examples import Examples, read
@@ -74,7 +75,7 @@ def test_any_policy_against_any_other_on_given_data(run, workshop):
         workshop,
         f"trained={policy}",
         "policy=pretrained",
-        f"policy.path='{policy}'",
+        f"policy.path='{policy}'",  # a folder with commas
         "data.path=given.jsonl",
         "data.batch_size=8",
         "evals.max_new_tokens=8",
@@ -89,12 +90,19 @@ def test_any_policy_against_any_other_on_given_data(run, workshop):
 
 def test_other_weights_than_the_runs_are_refused(run, workshop):
     other = workshop / "outputs" / "tampered"
-    shutil.copytree(run, other)
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("evaluations"))
     record = json.loads((other / "run.json").read_text())
     (other / "run.json").write_text(json.dumps(record | {"trained_policy": "0" * 32}))
     refused = evaluate(workshop, f"run={other.relative_to(workshop)}", code=2)
     assert "trained_policy was 00000000" in refused.stderr
     assert not list(other.glob("evaluations/*.json"))
+
+
+@pytest.mark.parametrize("folder", ["outputs/a=1,b=2/seed=0", "it's [here]", "plain", "'quoted, already'"])
+def test_folders_are_read_whole(folder):
+    typed = as_path(f"run={folder}")
+    assert composed(typed, name="evaluate").run == folder.strip("'" if folder[0] == "'" else "")
+    assert as_path("evals.run=[kl,reward]") == "evals.run=[kl,reward]"
 
 
 @pytest.mark.parametrize(
