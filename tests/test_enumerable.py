@@ -1,4 +1,4 @@
-"""KL, win rate and their intervals against brute force, on policies of which every response can be listed: up to 6 of 5 tokens."""
+"""KL, win rate and their intervals against brute force, where every response can be listed: up to 6 tokens of 5."""
 
 from __future__ import annotations
 
