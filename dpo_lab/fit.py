@@ -32,6 +32,7 @@ from dpo_lab.reporting import add_loggers, last_line, reported, to_loggers
 from dpo_lab.results import runs
 from dpo_lab.results.card import model_card
 from dpo_lab.results.estimates import Estimate
+from dpo_lab.results.figures import draw_run
 from dpo_lab.results.identity import config_digest
 from dpo_lab.results.progress import log_handler
 from dpo_lab.results.runs import RunRefused
@@ -222,14 +223,15 @@ def finish(
     samples: Sequence[Mapping[str, str]] = (),
     **entries: Any,
 ) -> None:
-    """Commit what the run came to: metrics and samples, to the loggers and to the record, and the policy's card."""
-    to_loggers(trainer, metrics, samples)
+    """Commit what the run came to, metrics, samples and figures, to the record and to the loggers; and the policy's card."""
     held.update(
         metrics={name: estimate.as_record() for name, estimate in metrics.items()},
         trained_policy=weights_digest(trained.model),
         samples=list(samples[:16]),
         **entries,
     )
+    figures = draw_run(held.folder)
+    to_loggers(trainer, metrics, samples, [path for path in figures if path.suffix == ".png"])
     (held.folder / "policy" / "README.md").write_text(model_card(held.record))
     log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
 

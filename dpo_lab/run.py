@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +13,15 @@ from rich.console import Console
 from dpo_lab.config import ConfigError, RunConfig, as_record
 from dpo_lab.data.advice import advice
 from dpo_lab.data.collate import collate
-from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.evals.evaluation import evaluate
-from dpo_lab.evals.examples import pair_examples, train_sample
-from dpo_lab.evals.subject import Subject
 from dpo_lab.fit import Clock, begin, finish, forward_of, live, train
+from dpo_lab.measure import judge_of, subject_of
 from dpo_lab.models.policy import Policy, to_train
 from dpo_lab.next_commands import after_training
 from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
-from dpo_lab.results.examples import EXAMPLES, write_pairs
-from dpo_lab.results.figures import draw_run
+from dpo_lab.results.examples import EXAMPLES
 from dpo_lab.results.health import of_folder, print_health
 from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.training.checks import check_step_zero, first_batch
@@ -50,6 +45,7 @@ def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
 
 def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer: Trainer) -> None:
     clock = Clock(held.record.get("seconds"))
+    judge = judge_of(config, forward_of(trainer).device)  # before the training: one that can't be had is said now
     material = prepare(config, CACHE, forward_of(trainer))
     quality = material.quality()
     for line in advice(quality):
@@ -61,26 +57,15 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
     if held.writes:
         config.policy.to_save(trained).save(held.folder / "policy")
-    subject = _subject(config, material, trained, trainer.precision_plugin.forward_context)
-    metrics = evaluate(subject)
-    examples = pair_examples(subject, train_sample(material.train))
-    samples = [
-        {"prompt": prompt, "initial": before, "trained": after}
-        for prompt, before, after in zip(
-            subject.prompts,
-            subject.responses(subject.initial_samples),
-            subject.responses(subject.samples),
-            strict=True,
-        )
-    ]
+    subject = subject_of(config, material, trained, trainer.precision_plugin.forward_context, judge)
+    metrics, samples = evaluate(subject, config.evals.evaluators()), subject.side_by_side
     peak = peak_memory(trained.model.device)
     if held.writes:
-        write_pairs(held.folder / EXAMPLES, examples)
+        subject.examples.write(held.folder / EXAMPLES)
         found = conclude(held, trainer, metrics)
         health = [finding.as_record() for finding in found]
         seconds = clock.lap("evaluate")
         finish(held, trainer, metrics, trained, samples, health=health, seconds=seconds, peak_memory_bytes=peak)
-        draw_run(held.folder)
         print_summary(Console(), metrics, samples, held.folder, after_training(config), cost_rows(held.record))
         print_health(Console(), found)
 
@@ -118,40 +103,3 @@ def _fit(
         held.update(health=[finding.as_record() for finding in of_folder(held.folder, held.record)])
         raise
     return module
-
-
-def _subject(
-    config: RunConfig, material: Material, trained: Policy, context: Callable[[], AbstractContextManager]
-) -> Subject:
-    """What evaluation looks at: held-out prompts and texts, from the world or from the user's held-out rows."""
-    device = trained.model.device
-    material.initial.model.to(device)  # type: ignore[arg-type]
-    encoder, evals = material.encoder, config.evals
-    if config.data.is_world:
-        world = config.data.world
-        prompts = world.prompts(HELD_OUT, evals.samples, config.seed)
-        prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
-        begin = encoder.prompt("")
-        texts = [(begin, encoder.response(text, begin)) for text in world.reviews(HELD_OUT, evals.texts, config.seed)]
-    else:
-        world = None
-        prompt_ids = list({tuple(pair.prompt): list(pair.prompt) for pair in material.held_out}.values())[
-            : evals.samples
-        ]
-        prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
-        texts = [(pair.prompt, pair.chosen) for pair in material.held_out[: evals.texts]]
-    return Subject(
-        trained=trained,
-        initial=material.initial,
-        encoder=encoder,
-        pairs=material.held_out,
-        prompts=prompts,
-        prompt_ids=prompt_ids,
-        texts=texts,
-        world=world,
-        max_new_tokens=config.evals.max_new_tokens,
-        tokens=config.data.tokens_per_microbatch,
-        batch_size=config.evals.batch_size,
-        context=context,
-        seed=config.seed,
-    )

@@ -20,7 +20,6 @@ from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import Material, prepare_responses
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
-from dpo_lab.results.figures import draw_run
 from dpo_lab.results.health import print_health
 from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.training.cost import peak_memory, throughput
@@ -76,7 +75,6 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
         health = [finding.as_record() for finding in found]
         seconds = clock.lap("evaluate")
         finish(held, trainer, metrics, trained, health=health, seconds=seconds, peak_memory_bytes=peak)
-        draw_run(held.folder)
         commands = after_sft(config, held.record["overrides"], held.folder)
         print_summary(Console(), metrics, [], held.folder, commands, cost_rows(held.record))
         print_health(Console(), found)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_lab.results.examples import read_pairs
+from dpo_lab.results.examples import pair_examples, read
 from dpo_lab.results.figures import draw_run
 from tests.conftest import SMALL, python_m
 
@@ -66,13 +66,13 @@ def test_a_run_leaves_its_record(baseline):
 
 
 def test_a_run_leaves_its_pairs_figures_and_cost(baseline):
-    record, pairs = record_of(baseline), read_pairs(baseline / "examples.jsonl")
+    record, pairs = record_of(baseline), pair_examples(read(baseline / "examples.jsonl"))
     held_out = [pair for pair in pairs if pair.split == "held-out"]
     assert len(held_out) == record["data"]["held-out pairs"]
     assert len(pairs) - len(held_out) == record["data"]["train pairs"]  # all of so few
     mean = sum(pair.margin for pair in held_out) / len(held_out)
     assert record["metrics"]["margin"]["value"] == pytest.approx(mean, abs=1e-6)
-    assert -1 <= record["metrics"]["gold_rank_correlation"]["value"] <= 1
+    assert -1 <= record["metrics"]["gold_correlation"]["value"] <= 1
     before = {path.name: path.read_bytes() for path in (baseline / "figures").iterdir()}
     assert {path.name for path in draw_run(baseline)} == set(before)
     assert {path.name: path.read_bytes() for path in (baseline / "figures").iterdir()} == before  # the folder is enough

@@ -94,6 +94,46 @@ def test_without_a_reference_the_optimum_forgets_it(beta):
     assert distance(policy, optimum(REFERENCE, REWARD, beta)) > 0.02
 
 
+# Rewards of six responses to each of three prompts, up to a constant a prompt: no label says more.
+REWARDS = torch.stack((REWARD, REWARD.flip(0) * 1.5 + 2, REWARD.roll(2) - 1))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_implicit_reward_of_the_trained_policy_is_the_reward(beta):
+    """Over prompts x responses, a constant per prompt apart: correlation of at least 0.999."""
+    found = []
+    for reward in REWARDS:
+        policy = trained_by_dpo(REFERENCE.log(), bradley_terry(reward), beta)
+        assert distance(policy, optimum(REFERENCE, reward, beta)) < 0.02
+        found.append(beta * (policy.log() - REFERENCE.log()))
+    implicit, true = (rows - rows.mean(1, keepdim=True) for rows in (torch.stack(found), REWARDS))
+    assert torch.corrcoef(torch.stack((implicit.flatten(), true.flatten())))[0, 1].item() >= 0.999
+    assert implicit.tolist() == [pytest.approx(row, abs=1e-3) for row in true.tolist()]  # its scale, too
+
+
+def likeliest_reward(seen: Tensor) -> Tensor:
+    """The Bradley-Terry reward under which preferences [K, K] that no reward explains are likeliest, by Zermelo's iteration."""
+    strength = torch.ones(len(seen), dtype=torch.float64)
+    wins, apart = seen.fill_diagonal_(0).sum(1), 1 - torch.eye(len(seen), dtype=torch.float64)
+    for _ in range(5000):
+        strength = wins / (apart / (strength[:, None] + strength[None, :])).sum(1)
+        strength = strength / strength.sum()
+    return strength.log()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_flipped_labels_lead_to_the_likeliest_reward(rate, beta):
+    """Six responses: flips leave no reward that explains all labels; DPO ends at the one that explains them best."""
+    seen = rate + (1 - 2 * rate) * bradley_terry(REWARD)
+    reward = likeliest_reward(seen.clone())
+    policy = trained_by_dpo(REFERENCE.log(), seen, beta)
+    assert distance(policy, optimum(REFERENCE, reward, beta)) < 1e-3
+    assert distance(policy, optimum(REFERENCE, REWARD, beta)) > 0.02  # not at the true one
+    shrunk = (reward - reward.mean()).norm() / (REWARD - REWARD.mean()).norm()
+    assert shrunk.item() == pytest.approx(1 - 2 * rate, abs=0.05)  # about the slope at a preference of one half
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
 def test_flips_shrink_the_margin(rate):
     """Two responses, preferred with probability p: the margin ends at logit(e + (1 - 2e) p) / beta."""

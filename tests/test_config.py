@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dpo_lab import config
+from dpo_lab import recorded as recorded_settings
 from dpo_lab.core.losses import DPO, IPOSum, SimPO
 from dpo_lab.models.reference import Over, Uniform
 from dpo_lab.training import packages
@@ -23,6 +24,7 @@ CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.p
 
 def composed(*overrides: str, name: str = "train"):
     config.register()
+    recorded_settings.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, list(overrides))
 
@@ -52,9 +54,9 @@ def test_every_choice_composes(group, choice, monkeypatch):
     settled(f"{group}={choice}", *NEEDED.get((group, choice), []))
 
 
-@pytest.mark.parametrize("name", ["train", "sft", "inspect"])
+@pytest.mark.parametrize("name", ["train", "sft", "inspect", "evaluate"])
 def test_every_door_composes(name):
-    config.validate(composed(name=name))
+    config.validate(composed(*(["run=folder"] if name == "evaluate" else []), name=name))
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 from torchmetrics.classification import BinaryCalibrationError
 
 from dpo_lab.results import journal
-from dpo_lab.results.examples import EXAMPLES, ExamplesError, PairExample, read_pairs, write_pairs
+from dpo_lab.results.examples import EXAMPLES, Examples, PairExample
 from dpo_lab.results.figures import draw_run
 from dpo_lab.results.figures.curves import PANELS, POINTS, thinned
 from dpo_lab.results.figures.of_pairs import BINS, CONFIDENCE_BINS, edges_of, reliability
@@ -37,6 +36,20 @@ def example(i: int, split: str = "held-out", **changes) -> PairExample:
     values |= dict(logratio_chosen=margin - 3.0, logratio_rejected=-3.0, logp_chosen=-40.0, logp_rejected=-41.0)
     values |= dict(length_chosen=rng.randint(5, 40), length_rejected=rng.randint(5, 40))
     return PairExample(**(values | changes))
+
+
+def write_pairs(path: Path, pairs: Sequence[PairExample]) -> None:
+    """As a run leaves them."""
+    examples = Examples()
+    for pair in pairs:
+        columns = dict(margin=pair.margin, gold_margin=pair.gold_margin, flipped=pair.flipped)
+        columns |= dict(trained_chosen=pair.logp_chosen, trained_rejected=pair.logp_rejected)
+        columns |= dict(initial_chosen=pair.logp_chosen - pair.logratio_chosen)
+        columns |= dict(initial_rejected=pair.logp_rejected - pair.logratio_rejected)
+        columns |= dict(chosen_length=pair.length_chosen, rejected_length=pair.length_rejected)
+        kind = "train" if pair.split == "train" else "held_out"
+        examples.keep(kind, [pair.key], **{name: [value] for name, value in columns.items()})
+    examples.write(path)
 
 
 def pairs_of(**changes) -> list[PairExample]:
@@ -208,41 +221,3 @@ def test_lines_of_one_panel_are_told_apart_without_colours():
     for _, _, curves in PANELS.values():
         for one, other in combinations(curves, 2):
             assert one.look != other.look
-
-
-def test_pairs_come_back_as_they_were_written(tmp_path):
-    pairs = [*pairs_of(), example(99, gold_margin=None)]
-    write_pairs(tmp_path / EXAMPLES, pairs)
-    assert read_pairs(tmp_path / EXAMPLES) == pairs
-    assert [path.name for path in tmp_path.iterdir()] == [EXAMPLES]
-
-
-@pytest.mark.parametrize("changes", [{"margin": math.nan}, {"logp_chosen": -math.inf}, {"split": "validation"}])
-def test_a_broken_pair_is_not_made(changes):
-    with pytest.raises(ValueError, match="not finite|must be one of train, held-out"):
-        example(1, **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"margin": "2"}, "margin: '2'"),
-        ({"margin": True}, "margin: True"),
-        ({"length_chosen": 1.5}, "length_chosen: 1.5"),
-        ({"flipped": 1}, "flipped: 1"),
-        ({"more": 1}, "more"),
-        ({"split": "test"}, "must be one of"),
-    ],
-)
-def test_a_damaged_line_is_named(changes, what, tmp_path):
-    good = asdict(example(1))
-    (tmp_path / EXAMPLES).write_text("\n".join(json.dumps(row) for row in (good, good | changes)) + "\n")
-    with pytest.raises(ExamplesError, match=rf"examples.jsonl:2: not a pair of a run \(.*{re.escape(what)}"):
-        read_pairs(tmp_path / EXAMPLES)
-
-
-@pytest.mark.parametrize("line", ["{", "[]", '{"key": "x"}', ""])
-def test_a_torn_line_is_named(line, tmp_path):
-    (tmp_path / EXAMPLES).write_text(line + "\n")
-    with pytest.raises(ExamplesError, match="examples.jsonl:1: not a pair"):
-        read_pairs(tmp_path / EXAMPLES)

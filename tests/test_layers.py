@@ -17,11 +17,11 @@ LAYERS = (
     ("dpo_lab.evals",),
     ("dpo_lab.training",),
     ("dpo_lab.config",),
-    ("dpo_lab.prepare", "dpo_lab.reporting"),
-    ("dpo_lab.fit", "dpo_lab.next_commands"),
-    ("dpo_lab.run", "dpo_lab.sft_run", "dpo_lab.inspection"),
+    ("dpo_lab.prepare", "dpo_lab.recorded", "dpo_lab.reporting"),
+    ("dpo_lab.fit", "dpo_lab.measure", "dpo_lab.next_commands"),
+    ("dpo_lab.run", "dpo_lab.sft_run", "dpo_lab.evaluation_run", "dpo_lab.inspection"),
     ("dpo_lab.sweep", "dpo_lab.door"),
-    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect"),
+    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate"),
 )
 
 
@@ -75,7 +75,7 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_config_and_doors_load_nothing_heavy():
     heavy = {"torch", "lightning", "transformers", "tensorboard", "matplotlib", "scipy"}
-    assert loaded_by("import dpo_lab.train, dpo_lab.sft, dpo_lab.inspect") & heavy == set()
+    assert loaded_by("import dpo_lab.train, dpo_lab.sft, dpo_lab.inspect, dpo_lab.evaluate") & heavy == set()
 
 
 def test_core_needs_neither_lightning_nor_hydra_nor_transformers():
@@ -92,6 +92,7 @@ def test_core_needs_neither_lightning_nor_hydra_nor_transformers():
 
 def test_results_need_no_torch():
     results = "import dpo_lab.results.runs, dpo_lab.results.estimates, dpo_lab.results.summary, dpo_lab.results.cache"
+    results += ", dpo_lab.results.examples"
     assert loaded_by(results) & {"torch", "lightning", "transformers"} == set()
 
 

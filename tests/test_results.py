@@ -10,13 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
-from scipy import stats
+from scipy import optimize, stats
 
 from dpo_lab.results import identity, runs
 from dpo_lab.results.cache import once
-from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, ratio, share
+from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, rank_correlation, ratio, share, share_at_zero
 from dpo_lab.results.figures.cost_of_gain import by_arm, cost_of_gain, done_records, table
 from dpo_lab.stop import Stopped
 
@@ -382,3 +383,70 @@ def test_the_table_holds_means_of_finished_clean_runs(tmp_path):
     cost_of_gain(records, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert os.path.getsize(tmp_path / "figure.png") > 10_000
+
+
+def test_ties_narrow_a_share_as_much_as_they_narrow_its_error():
+    """300 wins, 100 losses and 400 ties: the normal interval, which holds for so many."""
+    estimate = share([1] * 300 + [0] * 100 + [0.5] * 400)
+    assert estimate.se is not None
+    assert estimate.interval == pytest.approx(
+        (estimate.value - 1.96 * estimate.se, estimate.value + 1.96 * estimate.se), abs=0.002
+    )
+    assert share([0.5] * 40).interval == share([1] * 20 + [0] * 20).interval  # no spread says how much
+
+
+def wins(count: int, at_zero: float, slope: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Wins whose log-odds are a line in `at`."""
+    rng = np.random.default_rng(seed)
+    at = rng.normal(2.0, 3.0, count)
+    p = 1 / (1 + np.exp(-(np.log(at_zero / (1 - at_zero)) + slope * at)))
+    return (rng.random(count) < p).astype(float), at
+
+
+def test_the_share_at_zero_is_that_of_the_likeliest_logistic_curve():
+    values, at = wins(400, 0.4, 0.3, seed=1)
+
+    def unlikelihood(weights):
+        logits = weights[0] + weights[1] * at
+        return np.sum(np.logaddexp(0, logits) - values * logits)
+
+    best = optimize.minimize(unlikelihood, [0.0, 0.0], tol=1e-10).x
+    found = share_at_zero(values, at)
+    assert found is not None
+    assert found.value == pytest.approx(1 / (1 + np.exp(-best[0])), abs=1e-5)
+    assert abs(found.value - values.mean()) > 0.08  # length had its share in the wins
+
+
+def test_the_share_at_zero_covers_what_it_says():
+    found = [share_at_zero(*wins(300, 0.4, 0.3, seed)) for seed in range(300)]
+    covered = np.mean([each is not None and each.interval[0] <= 0.4 <= each.interval[1] for each in found])
+    assert 0.92 <= covered <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("values", "at"),
+    [
+        ([1, 0] * 10, [3] * 20),  # all of one length
+        ([1] * 20, range(20)),  # always won
+        ([0] * 10 + [1] * 10, range(20)),  # the longer always wins
+        ([1, 0, 1], [1, 2, 3]),
+    ],
+)
+def test_a_share_at_zero_that_is_not_determined_is_left_out(values, at):
+    assert share_at_zero(np.array(values, float), np.array(at, float)) is None
+
+
+def test_rank_correlation_by_hand():
+    found = rank_correlation(np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 4, 3, 9]))
+    assert found is not None
+    assert found.value == pytest.approx(1 - 6 * 4 / (5 * 24))
+    assert rank_correlation(np.ones(9), np.arange(9.0)) is None
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(300):
+        one = rng.normal(size=100)
+        found = rank_correlation(one, one + rng.normal(size=100))
+        assert found is not None
+        assert found.interval is not None
+        covered += found.interval[0] <= 6 / np.pi * np.arcsin(0.5**0.5 / 2) <= found.interval[1]  # of a normal pair
+    assert 0.92 <= covered / 300 <= 0.98

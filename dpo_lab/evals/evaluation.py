@@ -1,48 +1,81 @@
-"""Which evaluators run, and on how many samples."""
+"""Which evaluators run, with which settings, and on how many samples."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dpo_lab.evals.calibration import Calibration
+from dpo_lab.evals.displacement import Displacement
+from dpo_lab.evals.judge import Judge
+from dpo_lab.evals.kl import KL
+from dpo_lab.evals.language import Language
+from dpo_lab.evals.preference import Preference
+from dpo_lab.evals.reward import Reward
+from dpo_lab.evals.win_rate import WinRate
 
 if TYPE_CHECKING:
-    from dpo_lab.evals.subject import Subject
+    from dpo_lab.evals.subject import Evaluator, Subject
     from dpo_lab.results.estimates import Estimate
+
+EVALUATORS: dict[str, Any] = {
+    "preference": Preference,
+    "calibration": Calibration,
+    "displacement": Displacement,
+    "kl": KL,
+    "reward": Reward,
+    "win_rate": WinRate,
+    "language": Language,
+}
 
 
 @dataclass
 class Evals:
     """Settings of the evaluation after training.
 
-    batch_size: samples made side by side. Several ranks share whole batches out: give them one each at least.
+    run: names of EVALUATORS. samples: prompts answered; texts: held-out texts; train_pairs: training pairs, chosen by their
+    keys, so that runs on the same pairs look at the same ones. batch_size: samples made side by side. Several ranks share
+    whole batches out: give them one each at least.
     """
 
+    run: list[str] = field(default_factory=lambda: list(EVALUATORS))
     samples: int = 512
     max_new_tokens: int = 48
     texts: int = 256
+    train_pairs: int = 512
     batch_size: int = 128
+    calibration: Calibration = field(default_factory=Calibration)
+    judge: Judge = field(default_factory=Judge)
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "texts", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evals.{name}={getattr(self, name)}: must be 1 or more; type e.g. evals.{name}=256")
+        if self.train_pairs < 0:
+            raise ValueError(
+                f"evals.train_pairs={self.train_pairs}: must be 0 or more; type e.g. evals.train_pairs=256"
+            )
+        for name in self.run:
+            if name not in EVALUATORS:
+                near = difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0)[0]
+                raise ValueError(f"evals.run: no evaluator is called '{name}'; type evals.run=[{near}]")
+
+    def evaluators(self) -> list[Evaluator]:
+        """Those that run, with their settings."""
+        return [getattr(self, name, None) or EVALUATORS[name]() for name in self.run]
 
 
-def evaluate(subject: Subject) -> dict[str, Estimate]:
-    """All that is measured of a policy, by name; nothing where no pair is held out.
+def evaluate(subject: Subject, evaluators: Iterable[Evaluator] | None = None) -> dict[str, Estimate]:
+    """All that is measured of a policy, by name; nothing where no pair is held out. evaluators: none given, all of them.
 
-    All ranks have to call it, see Subject; all get the same.
+    What was measured of each example is in subject.examples afterwards. All ranks have to call it, see Subject; all get the
+    same.
     """
     if not len(subject.pairs):
         return {}
-    from dpo_lab.evals.gold_correlation import GoldCorrelation
-    from dpo_lab.evals.kl import KL
-    from dpo_lab.evals.language import Language
-    from dpo_lab.evals.preference import Preference
-    from dpo_lab.evals.reward import GoldReward
-
-    return {
-        name: estimate
-        for evaluator in (Preference(), GoldCorrelation(), KL(), GoldReward(), Language())
-        for name, estimate in evaluator.run(subject)
-    }
+    chosen = Evals().evaluators() if evaluators is None else evaluators
+    found = {name: estimate for evaluator in chosen for name, estimate in evaluator.run(subject)}
+    subject.keep_texts()
+    return found

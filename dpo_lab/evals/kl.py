@@ -1,12 +1,15 @@
-"""KL divergence to the initial policy, by sampling."""
+"""KL divergence to the initial policy, by sampling, and what training cost on texts of the real distribution."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dpo_lab.evals.subject import Subject
-from dpo_lab.results.estimates import Estimate, mean
+from dpo_lab.results.estimates import Estimate, mean, ratio
+
+if TYPE_CHECKING:
+    from dpo_lab.evals.subject import Subject
 
 
 @dataclass
@@ -14,13 +17,19 @@ class KL:
     """KL(trained || initial) over responses, in nats: the mean of log trained - log initial over the trained's samples.
 
     Unbiased, so it may come out slightly negative where the policies agree. A response cut at max_new_tokens counts up to
-    its cut.
+    its cut. kl_per_token: nats of all samples over tokens of all samples.
+
+    kl_forward_text: the mean of log initial - log trained over held-out texts, nats a text. It estimates by how much
+    further than the initial policy the trained one is from the texts, KL(texts || trained) - KL(texts || initial): the
+    forward KL(initial || trained) itself as far as the initial policy writes as those texts are written. May be negative.
     """
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
-        responses = [s.tokens for s in subject.samples]
-        trained, lengths = subject.response_logps(subject.trained.model, subject.prompt_ids, responses)
-        initial, _ = subject.response_logps(subject.initial.model, subject.prompt_ids, responses)
-        per_sequence = mean((trained - initial).tolist())
-        yield "kl", per_sequence
-        yield "kl_per_token", Estimate(per_sequence.value / lengths.double().mean().item(), n=len(responses))
+        trained, initial = subject.sample_logps
+        lengths = [len(s.tokens) for s in subject.samples]
+        subject.examples.keep("prompt", subject.prompt_keys, kl=trained - initial)
+        yield "kl", mean(trained - initial)
+        yield "kl_per_token", ratio(trained - initial, lengths)
+        if subject.texts:
+            trained, initial = subject.text_logps
+            yield "kl_forward_text", mean(initial - trained)

@@ -4,28 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dpo_lab.evals.subject import Subject
-from dpo_lab.models.policy import Policy
-from dpo_lab.models.sampling import Sample
-from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, share
+import numpy as np
+
+from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, ratio, share
+
+if TYPE_CHECKING:
+    from dpo_lab.evals.subject import Subject
+    from dpo_lab.models.sampling import Sample
 
 
 @dataclass
 class Language:
-    """Perplexity of held-out real texts, and of the samples: well-formedness (where decidable), variety, length, stops.
+    """Perplexity of held-out real texts, and of the samples: variety, repetition, entropy, length, whether they stop,
+    well-formedness (where decidable).
 
-    Every figure for both policies: the initial one's under `initial/`.
+    entropy: nats a token, the mean of -log of the policy that wrote them. Every figure for both policies: the initial one's
+    under `initial/`.
     """
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
-        for prefix, policy, samples in (
-            ("", subject.trained, subject.samples),
-            ("initial/", subject.initial, subject.initial_samples),
+        lengths = [len(response) for _, response in subject.texts]
+        trained, initial = subject.text_logps
+        subject.examples.keep("text", subject.text_keys, trained=trained, initial=initial, tokens=lengths)
+        for prefix, samples, own, texts in (
+            ("", subject.samples, subject.sample_logps[0], trained),
+            ("initial/", subject.initial_samples, subject.initial_sample_logps, initial),
         ):
-            yield prefix + "perplexity", perplexity(subject, policy)
-            yield prefix + "distinct_2", distinct(subject.responses(samples), 2)
-            yield prefix + "length", mean([len(s.tokens) for s in samples])
+            responses, tokens = subject.responses(samples), [len(s.tokens) for s in samples]
+            name = "initial_tokens" if prefix else "tokens"
+            subject.examples.keep("prompt", subject.prompt_keys, **{name: tokens})
+            if lengths:
+                yield prefix + "perplexity", perplexity(texts, lengths)
+            yield prefix + "distinct_1", distinct(responses, 1)
+            yield prefix + "distinct_2", distinct(responses, 2)
+            if (repeats := repeated(responses, 3)) is not None:
+                yield prefix + "repeated_3", repeats
+            yield prefix + "entropy", ratio(-own, tokens)
+            yield prefix + "length", mean(tokens)
             yield prefix + "stopped", share([s.stopped for s in samples])
             if subject.world is not None and subject.world.decides_form:
                 yield prefix + "well_formed", well_formed(subject, samples)
@@ -38,14 +55,24 @@ def well_formed(subject: Subject, samples: Sequence[Sample]) -> Estimate:
     return share([s.stopped and subject.world.well_formed(text) for s, text in zip(samples, reviews, strict=True)])
 
 
-def perplexity(subject: Subject, policy: Policy) -> Estimate:
-    """exp of the mean negative log-probability (nats) of a response token of the held-out texts."""
-    prompts, responses = [prompt for prompt, _ in subject.texts], [response for _, response in subject.texts]
-    sums, lengths = subject.response_logps(policy.model, prompts, responses)
-    return exp_of_ratio((-sums.double()).tolist(), lengths.tolist())
+def perplexity(logps: np.ndarray, lengths: Sequence[int]) -> Estimate:
+    """exp of the mean negative log-probability (nats) of a token; logps [N]: of whole texts, lengths [N]: their tokens."""
+    return exp_of_ratio((-logps).tolist(), lengths)
 
 
 def distinct(texts: Sequence[str], n: int) -> Estimate:
     """Different n-grams of words over all n-grams of words, in all texts together."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
-    return Estimate(len(set(grams)) / len(grams) if grams else 0.0, n=len(texts))
+    found = [gram for text in texts for gram in _grams(text, n)]
+    return Estimate(len(set(found)) / len(found) if found else 0.0, n=len(texts))
+
+
+def repeated(texts: Sequence[str], n: int) -> Estimate | None:
+    """Share of n-grams of words that stood earlier in the same text already; None where no text holds one."""
+    totals = [len(_grams(text, n)) for text in texts]
+    again = [total - len(set(_grams(text, n))) for total, text in zip(totals, texts, strict=True)]
+    return ratio(again, totals) if sum(totals) else None
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

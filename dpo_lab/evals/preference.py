@@ -1,28 +1,56 @@
-"""Preference: does the trained policy, against the initial one, rank held-out pairs as the labels and as the truth do?"""
+"""Preference: does the trained policy, against the initial one, rank pairs as their labels and as the truth do?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from dpo_lab.core.metrics import half_ties, settle
-from dpo_lab.evals.subject import Subject
-from dpo_lab.results.estimates import Estimate, mean, share
+from dpo_lab.results.estimates import Estimate, mean, rank_correlation, share
+
+if TYPE_CHECKING:
+    from dpo_lab.evals.scored_pairs import ScoredPairs
+    from dpo_lab.evals.subject import Subject
 
 
 @dataclass
 class Preference:
-    """Accuracy and log-ratio margin on held-out pairs; `true_accuracy` against the side with more gold reward."""
+    """Accuracy (a tie counts half), share of ties and log-ratio margin on held-out pairs; `true_accuracy` is against the
+    side with more gold reward, `gold_correlation` the rank correlation of margins with gold margins.
+
+    On a sample of the training pairs, under `train/`, clean and flipped ones apart: both are taken as they were trained on,
+    so that a high `train/flipped/accuracy` says that label noise was memorised.
+    """
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
-        trained, initial = subject.pair_logps
-        ratios = trained - initial
-        margins = settle(ratios.margin, trained, initial)
-        yield "accuracy", share(half_ties(margins).tolist())
-        yield "margin", mean(margins.tolist())
-        yield "chosen_fell", share((ratios.chosen < 0).double().tolist())
-        gold = torch.tensor([p.gold_margin for p in subject.pairs]).nan_to_num(0)
-        if (known := gold != 0).any():
-            yield "true_accuracy", share(half_ties(margins * gold.sign())[known].tolist())
+        held_out = subject.held_out
+        subject.examples.keep("held_out", held_out.keys, **held_out.columns())
+        yield "accuracy", share(half_ties(held_out.margins))
+        yield "ties", share(held_out.margins == 0)
+        yield "margin", mean(held_out.margins)
+        yield from _by_truth(held_out, "")
+        known = ~np.isnan(held_out.gold)
+        if correlation := rank_correlation(held_out.margins[known].tolist(), held_out.gold[known].tolist()):
+            yield "gold_correlation", correlation
+        if not len(subject.train_pairs):
+            return
+        train = subject.train
+        subject.examples.keep("train", train.keys, **train.columns())
+        for group, rows in (("clean", ~train.flipped), ("flipped", train.flipped)):
+            if rows.any():
+                yield f"train/{group}/accuracy", share(half_ties(train.margins[rows]))
+                yield f"train/{group}/margin", mean(train.margins[rows])
+        yield from _by_truth(train, "train/")
+
+
+def half_ties(margins: np.ndarray) -> np.ndarray:
+    """1 where the margin is positive, 1/2 where it is 0, else 0."""
+    return (np.sign(margins) + 1) / 2
+
+
+def _by_truth(scored: ScoredPairs, prefix: str) -> Iterator[tuple[str, Estimate]]:
+    truth = np.sign(np.nan_to_num(scored.gold))
+    if (truth != 0).any():
+        yield prefix + "true_accuracy", share(half_ties(scored.margins * truth)[truth != 0])

@@ -1,29 +1,29 @@
-"""Gold reward of samples, where the world knows it."""
+"""Reward of samples: the gold reward, where the world knows it, and what a judge makes of them, where there is one."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dpo_lab.evals.subject import Subject
-from dpo_lab.results.estimates import Estimate, mean, share
+from dpo_lab.results.estimates import Estimate, mean
+
+if TYPE_CHECKING:
+    from dpo_lab.evals.subject import Subject
 
 
 @dataclass
-class GoldReward:
-    """Mean gold reward of the trained and of the initial policy's samples, and how often the trained one's is higher.
+class Reward:
+    """Mean reward of the trained and of the initial policy's samples, `gold` by the world and `judge` by a judge.
 
-    gold_gain is their difference in standard deviations of the initial policy's samples, prompt by prompt.
+    gold_gain, judge_gain: their difference in standard deviations of the initial policy's samples, prompt by prompt.
     """
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
-        if subject.world is None:
-            return
-        trained = [subject.world.gold(text) for text in subject.reviews(subject.samples)]
-        initial = [subject.world.gold(text) for text in subject.reviews(subject.initial_samples)]
-        yield "gold", mean(trained)
-        yield "initial/gold", mean(initial)
-        if sd := statistics.pstdev(initial):
-            yield "gold_gain", mean([(t - i) / sd for t, i in zip(trained, initial, strict=True)])
-        yield "win_rate", share([(t > i) + (t == i) / 2 for t, i in zip(trained, initial, strict=True)])
+        for name, (trained, initial) in subject.rewards.items():
+            subject.examples.keep("prompt", subject.prompt_keys, **{name: trained, f"initial_{name}": initial})
+            yield name, mean(trained)
+            yield f"initial/{name}", mean(initial)
+            if sd := statistics.pstdev(initial.tolist()):
+                yield f"{name}_gain", mean((trained - initial) / sd)

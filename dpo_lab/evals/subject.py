@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_lab.core.pairs import EncodedPair, PairLogps, Tokens, cut
+from dpo_lab.core.losses import DPO, Loss
+from dpo_lab.core.pairs import EncodedPair, PairLogps, Tokens, content_hash, cut
 from dpo_lab.core.ranks import P, R, across, rank_and_world_size
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.world import World
+from dpo_lab.evals.judge import Score
+from dpo_lab.evals.scored_pairs import ScoredPairs
+from dpo_lab.evals.win_rate import PairwiseJudge
 from dpo_lab.models.forward import pair_logps, response_logps
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.sampling import Sample, respond
 from dpo_lab.results.estimates import Estimate
+from dpo_lab.results.examples import Examples, numbered
 from dpo_lab.results.progress import track
 
 
 class Evaluator(Protocol):
-    """Yields (name, estimate); a name is `thing` or `thing/part`, the same in every run."""
+    """Yields (name, estimate); a name is `thing` or `thing/part`, the same in every run. What it measured of each example it
+    leaves in subject.examples.
+    """
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]: ...
 
@@ -34,10 +42,11 @@ class Evaluator(Protocol):
 class Subject:
     """A trained policy under evaluation.
 
-    pairs: held-out pairs, never flipped; prompts, prompt_ids: what samples answer, as text and as token ids; texts: held-out
-    (prompt, response) of the real distribution, as token ids; world: where the truth is known, else None; tokens: about how
-    many a forward takes; batch_size: samples made side by side; context: what forwards run under (autocast): a policy is
-    sampled and scored in one and the same precision.
+    pairs: held-out pairs, never flipped; train_pairs: some that it was trained on, as it was; prompts, prompt_ids: what
+    samples answer, as text and as token ids; texts: held-out (prompt, response) of the real distribution, as token ids;
+    world: where the truth is known, else None; tokens: about how many a forward takes; batch_size: samples made side by side;
+    context: what forwards run under (autocast): a policy is sampled and scored in one and the same precision; loss: what
+    forms the implicit reward; judge: scores texts, prompt and response; pairwise: compares two responses.
 
     Where several ranks compute together all of them have to evaluate, equal subjects: each makes its share of the samples
     and of the forwards, and all come to the same figures, to the last bit those of one process.
@@ -56,6 +65,11 @@ class Subject:
     batch_size: int
     seed: int
     context: Callable[[], AbstractContextManager] = nullcontext
+    train_pairs: Sequence[EncodedPair] = ()
+    loss: Loss = field(default_factory=DPO)
+    judge: Score | None = None
+    pairwise: PairwiseJudge | None = None
+    examples: Examples = field(default_factory=Examples)
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -67,6 +81,30 @@ class Subject:
         """One response of the initial policy for each prompt."""
         return self._sample(self.initial, "initial")
 
+    @property
+    def side_by_side(self) -> list[dict[str, str]]:
+        """Prompts and both policies' responses, as text; nothing where no evaluator asked for both."""
+        if not {"samples", "initial_samples"} <= self.__dict__.keys():
+            return []
+        columns = (self.prompts, self.responses(self.initial_samples), self.responses(self.samples))
+        return [dict(zip(("prompt", "initial", "trained"), row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def keep_texts(self) -> None:
+        """Put prompts and responses, as text, among the examples, where both policies were sampled."""
+        for key, row in zip(self.prompt_keys, self.side_by_side, strict=False):
+            texts = {"prompt": [row["prompt"]], "response": [row["trained"]], "initial_response": [row["initial"]]}
+            self.examples.keep("prompt", [key], **texts)
+
+    @cached_property
+    def prompt_keys(self) -> list[str]:
+        """A name for each prompt: a hash of its token ids, and which time it comes."""
+        return numbered(_hash(prompt) for prompt in self.prompt_ids)
+
+    @cached_property
+    def text_keys(self) -> list[str]:
+        """The same of the texts."""
+        return numbered(_hash(prompt, response) for prompt, response in self.texts)
+
     def responses(self, samples: Sequence[Sample]) -> list[str]:
         """Samples as text, without the end token."""
         return [self.encoder.text(s.tokens) for s in samples]
@@ -76,13 +114,57 @@ class Subject:
         return [p + r for p, r in zip(self.prompts, self.responses(samples), strict=True)]
 
     @cached_property
+    def rewards(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """What the trained and the initial policy's samples are worth, [N] each, by who says so: `gold`, `judge`."""
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if self.world is None and self.judge is None:
+            return found
+        trained, initial = self.reviews(self.samples), self.reviews(self.initial_samples)
+        if self.world is not None:
+            gold = [np.array([self.world.gold(text) for text in texts]) for texts in (trained, initial)]
+            found["gold"] = gold[0], gold[1]
+        if self.judge is not None:
+            found["judge"] = self.judge(trained), self.judge(initial)
+        return found
+
+    @cached_property
+    def sample_logps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities (nats) of the trained policy's samples: the trained's and the initial policy's, [N] each."""
+        return self._of_both(self.prompt_ids, [s.tokens for s in self.samples])
+
+    @cached_property
+    def initial_sample_logps(self) -> np.ndarray:
+        """Log-probabilities (nats) of the initial policy's samples, its own, [N]."""
+        responses = [s.tokens for s in self.initial_samples]
+        return self.response_logps(self.initial.model, self.prompt_ids, responses)[0].double().numpy()
+
+    @cached_property
+    def text_logps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities (nats) of the held-out texts: the trained's and the initial policy's, [N] each."""
+        return self._of_both([prompt for prompt, _ in self.texts], [response for _, response in self.texts])
+
+    @cached_property
+    def held_out(self) -> ScoredPairs:
+        """The held-out pairs under both policies."""
+        return ScoredPairs(self.pairs, *self.pair_logps)
+
+    @cached_property
+    def train(self) -> ScoredPairs:
+        """The training pairs under both policies."""
+        both = (self._pair_logps(policy.model, self.train_pairs) for policy in (self.trained, self.initial))
+        return ScoredPairs(self.train_pairs, *both)
+
+    @cached_property
     def pair_logps(self) -> tuple[PairLogps, PairLogps]:
         """Of the held-out pairs: the trained policy's and the initial policy's."""
-        return self.logps_of(self.pairs)
+        return self._pair_logps(self.trained.model, self.pairs), self._pair_logps(self.initial.model, self.pairs)
 
-    def logps_of(self, pairs: Sequence[EncodedPair]) -> tuple[PairLogps, PairLogps]:
-        """Of any pairs: the trained policy's and the initial policy's."""
-        return self._pair_logps(self.trained.model, pairs), self._pair_logps(self.initial.model, pairs)
+    def _of_both(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray]:
+        trained, initial = (
+            self.response_logps(policy.model, prompts, responses)[0].double().numpy()
+            for policy in (self.trained, self.initial)
+        )
+        return trained, initial
 
     def response_logps(
         self, model: PreTrainedModel, prompts: Sequence[Tokens], responses: Sequence[Tokens]
@@ -116,6 +198,10 @@ class Subject:
 
         found = _across("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute)
         return PairLogps(*(torch.cat(column) for column in zip(*map(_columns, found), strict=True)))
+
+
+def _hash(*parts: Tokens) -> str:
+    return content_hash([[int(token) for token in part] for part in parts])
 
 
 def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:

@@ -216,9 +216,13 @@ def _opening(config: Mapping[str, Any], overrides: Sequence[str], files: Sequenc
         "config_digest": config_digest(config),
         "overrides": [redact_override(override) for override in overrides],
         "files": fingerprint(files),
-        "versions": _versions(),
-        "git": _git_state(),
+        **provenance(),
     }
+
+
+def provenance() -> dict[str, Any]:
+    """What a result came from: versions of the packages, and the commit of this one."""
+    return {"versions": _versions(), "git": _git_state()}
 
 
 def _commit(folder: Path, record: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lab.results import journal
-from dpo_lab.results.examples import EXAMPLES, PairExample, read_pairs
+from dpo_lab.results.examples import EXAMPLES, PairExample, pair_examples, read
 from dpo_lab.results.runs import read_record
 
 FOLDER = "figures"
@@ -28,7 +28,7 @@ def draw_run(folder: Path) -> list[Path]:
         )
     written, examples = folder / journal.JOURNAL, folder / EXAMPLES
     rows = list(journal.rows(written)) if written.exists() else []
-    pairs = read_pairs(examples) if examples.exists() else []
+    pairs = pair_examples(read(examples)) if examples.exists() else []
     (folder / FOLDER).mkdir(exist_ok=True)
     files = []
     for name, plan in _plans(rows, pairs, record).items():

@@ -1,0 +1,103 @@
+"""A judge: a local sequence-classification model that says what a response is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Score = Callable[[Sequence[str]], np.ndarray]  # texts, prompt and response: what each is worth
+
+
+class JudgeError(ValueError):
+    """A judge that can't be had; the message is one line that says what to type."""
+
+
+@dataclass
+class Judge:
+    """path: its Hugging Face folder; none: there is no judge. label: the class whose log-odds are the score, by name or
+    number (none: the last one); a model with one output scores by that output. max_length: tokens of prompt and response, the
+    first of them are read. batch_size: texts at once.
+    """
+
+    path: str | None = None
+    label: str | None = None
+    max_length: int = 512
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"evals.judge.{name}={getattr(self, name)}: must be 1 or more; type evals.judge.{name}=32"
+                )
+
+    def load(self, device: torch.device | str = "cpu") -> Score | None:
+        """How it scores texts; all ranks have to call that, each computes its share. None where there is no judge.
+
+        Raises JudgeError where it can't be read.
+        """
+        if self.path is None:
+            return None
+        if not Path(self.path).is_dir():
+            raise JudgeError(f"evals.judge.path={self.path}: no such folder; type the folder of a classifier")
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.path, local_files_only=True, use_safetensors=True
+            )
+        except Exception as error:  # of a dozen kinds, from files and formats
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise JudgeError(
+                f"evals.judge.path={self.path}: {reason}; type the folder of a classifier with safetensors"
+            ) from error
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        label = self._label(model.config)
+        model.eval().to(device)
+        return lambda texts: self._scores(model, tokenizer, label, texts)
+
+    def _label(self, config: Any) -> int:
+        names = [str(config.id2label[i]) for i in range(config.num_labels)]
+        if self.label is None:
+            return config.num_labels - 1
+        if self.label in names:
+            return names.index(self.label)
+        if self.label.isdecimal() and int(self.label) < len(names):
+            return int(self.label)
+        raise JudgeError(
+            f"evals.judge.label={self.label}: no such class; type evals.judge.label= one of {', '.join(names)}"
+        )
+
+    def _scores(self, model: Any, tokenizer: Any, label: int, texts: Sequence[str]) -> np.ndarray:
+        import torch
+
+        from dpo_lab.core.ranks import across
+
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        parts = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+        @torch.inference_mode()
+        def compute(part: list[int]) -> torch.Tensor:
+            chosen = [texts[i] for i in part]
+            batch = tokenizer(chosen, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+            logits = model(**batch.to(model.device)).logits.double().cpu()
+            if logits.shape[1] == 1:
+                return logits[:, 0]
+            others = torch.cat((logits[:, :label], logits[:, label + 1 :]), 1)
+            return logits[:, label] - others.logsumexp(1)
+
+        scores = np.empty(len(texts))
+        sizes = [sum(len(texts[i]) for i in part) for part in parts]
+        for part, found in zip(parts, across(parts, sizes, compute), strict=True):
+            scores[part] = found.numpy()
+        return scores

@@ -1,0 +1,70 @@
+"""What both policies say of pairs, column by column: what the evaluators of pairs compute on, without a model or a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from dpo_lab.core.losses import Loss
+from dpo_lab.core.metrics import settle
+from dpo_lab.core.pairs import EncodedPair, PairLogps
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """B pairs under the trained and under the initial policy; every column [B], nats."""
+
+    pairs: Sequence[EncodedPair]
+    trained: PairLogps
+    initial: PairLogps
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        return [pair.key for pair in self.pairs]
+
+    @cached_property
+    def gold(self) -> np.ndarray:
+        """True reward of chosen less that of rejected; NaN where it is not known."""
+        return np.array([pair.gold_margin for pair in self.pairs], np.float64)
+
+    @cached_property
+    def flipped(self) -> np.ndarray:
+        return np.array([pair.flipped for pair in self.pairs], bool)
+
+    @cached_property
+    def margins(self) -> np.ndarray:
+        """Log-ratio margins towards chosen; 0 where rounding alone could explain them."""
+        ratios = self.trained - self.initial
+        return settle(ratios.margin, self.trained, self.initial).double().numpy()
+
+    @cached_property
+    def change(self) -> tuple[np.ndarray, np.ndarray]:
+        """By how much the log-probabilities of chosen and of rejected rose."""
+        ratios = self.trained - self.initial
+        return ratios.chosen.double().numpy(), ratios.rejected.double().numpy()
+
+    def rewards(self, loss: Loss) -> np.ndarray:
+        """Margins of the implicit reward as `loss` forms it: beta times the log-ratios that it compares."""
+        ratios = loss.log_ratios(self.trained, self.initial)
+        return (loss.beta * ratios.margin.double()).masked_fill(torch.from_numpy(self.margins == 0), 0.0).numpy()
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """For the record of each example, see results/examples.py."""
+        return {
+            "margin": self.margins,
+            "trained_chosen": self.trained.chosen.double().numpy(),
+            "trained_rejected": self.trained.rejected.double().numpy(),
+            "initial_chosen": self.initial.chosen.double().numpy(),
+            "initial_rejected": self.initial.rejected.double().numpy(),
+            "gold_margin": self.gold,
+            "flipped": self.flipped,
+            "chosen_length": self.trained.chosen_length.numpy(),
+            "rejected_length": self.trained.rejected_length.numpy(),
+        }

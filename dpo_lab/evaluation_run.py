@@ -1,0 +1,105 @@
+"""One later evaluation: load the trained policy, make the material of its run again, measure, commit, summarise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dpo_lab.config import ConfigError, RunConfig
+from dpo_lab.evals.evaluation import evaluate
+from dpo_lab.fit import Clock, forward_of, logged, make_trainer, set_up
+from dpo_lab.measure import judge_of, subject_of
+from dpo_lab.models.policy import Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
+from dpo_lab.prepare import Material, prepare
+from dpo_lab.results import evaluations, runs
+from dpo_lab.results.cache import CACHE
+from dpo_lab.results.identity import redact_override
+from dpo_lab.results.summary import print_summary
+
+
+def evaluate_again(
+    config: RunConfig,
+    folder: Path,
+    into: Path,
+    name: str,
+    overrides: Sequence[str],
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Measure the policy in `folder` against the initial one of `config`, on its data; the result goes to `into`.
+
+    record: of the run that trained it. Raises RunRefused where the data, the tokenizer or a policy are not what that run's
+    were.
+    """
+    evaluations.check(into, name)
+    set_up(config)
+    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    trainer = make_trainer(config, {"trainer": config.trainer | alone, "callbacks": {}}, into)
+    forward, clock = forward_of(trainer), Clock()
+    judge = judge_of(config, forward.device)
+    trained = _trained(config.policy, folder)
+    into.mkdir(parents=True, exist_ok=True)
+    with logged(into):
+        material = prepare(config, CACHE, forward)
+        identity = _identity(material, trained)
+        if record is not None:
+            _check_identity(record, identity, config.policy)
+        trained.model.to(forward.device)  # type: ignore[arg-type]
+        clock.lap("prepare")
+        subject = subject_of(config, material, trained, forward.context, judge)
+        metrics = evaluate(subject, config.evals.evaluators())
+    result = {
+        "run": str(into.parent) if record is not None else None,
+        "trained": str(folder),
+        "overrides": [redact_override(override) for override in overrides],
+        "evals": asdict(config.evals),
+        "identity": identity,
+        "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
+        "samples": subject.side_by_side[:16],
+        "seconds": clock.lap("evaluate"),
+        **runs.provenance(),
+    }
+    path = evaluations.commit(into, name, result, subject.examples)
+    print_summary(Console(), metrics, subject.side_by_side, path, ())
+
+
+def _trained(policy: PolicyConfig, folder: Path) -> Policy:
+    """The policy in a folder, read with the settings that the initial one was read with; adapters are merged."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no such folder; type trained=FOLDER of a policy, or run=FOLDER of a run that has one"
+        )
+    settings = policy if isinstance(policy, Pretrained) else Pretrained(path=str(folder))
+    settings = replace(settings, rank=None, merge=False)
+    if is_adapter(folder) and not is_adapter(Path(settings.path)):
+        settings = replace(settings, adapter=str(folder))
+    else:
+        settings = replace(settings, path=str(folder), adapter=None, package=None, gguf_file=None, revision=None)
+    try:
+        loaded = settings.load()
+    except PolicyError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    loaded.model.eval()
+    return loaded
+
+
+def _identity(material: Material, trained: Policy) -> dict[str, str]:
+    return {
+        "data": material.digest(),
+        "tokenizer": material.encoder.fingerprint,
+        "initial_policy": weights_digest(material.initial.model),
+        "trained_policy": weights_digest(trained.model),
+    }
+
+
+def _check_identity(record: Mapping[str, Any], now: Mapping[str, str], policy: PolicyConfig) -> None:
+    was = dict(record["identity"])
+    if not policy.has_adapters:  # else merged here, and apart there
+        was["trained_policy"] = record["trained_policy"]
+    if changed := [f"{name} was {value}, is {now[name]}" for name, value in was.items() if now[name] != value]:
+        raise runs.RunRefused(
+            f"this is not what the run worked on: {'; '.join(changed)}; put it back, or type trained= in place of run="
+        )

@@ -1,0 +1,77 @@
+"""What an evaluation looks at: the trained and the initial policy, held-out prompts and texts, a sample of training pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+
+from dpo_lab.config import ConfigError, RunConfig
+from dpo_lab.core.table import PairTable
+from dpo_lab.data.splits import HELD_OUT, lots
+from dpo_lab.evals.judge import JudgeError, Score
+from dpo_lab.evals.subject import Subject
+from dpo_lab.models.policy import Policy
+from dpo_lab.prepare import Material
+
+
+def judge_of(config: RunConfig, device: torch.device) -> Score | None:
+    """The judge that is asked for, None where none is. Raises ConfigError where it can't be had."""
+    try:
+        return config.evals.judge.load(device)
+    except JudgeError as error:
+        raise ConfigError(str(error)) from None
+
+
+def subject_of(
+    config: RunConfig,
+    material: Material,
+    trained: Policy,
+    context: Callable[[], AbstractContextManager],
+    judge: Score | None,
+) -> Subject:
+    """Prompts and texts are of the world, or of the user's held-out rows. context: what forwards run under."""
+    device = trained.model.device
+    material.initial.model.to(device)  # type: ignore[arg-type]
+    encoder, evals = material.encoder, config.evals
+    if config.data.is_world:
+        world = config.data.world
+        prompts = world.prompts(HELD_OUT, evals.samples, config.seed)
+        prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
+        begin = encoder.prompt("")
+        texts = [(begin, encoder.response(text, begin)) for text in world.reviews(HELD_OUT, evals.texts, config.seed)]
+    else:
+        world = None
+        prompt_ids = list({tuple(pair.prompt): list(pair.prompt) for pair in material.held_out}.values())[
+            : evals.samples
+        ]
+        prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
+        texts = [(pair.prompt, pair.chosen) for pair in material.held_out[: evals.texts]]
+    return Subject(
+        trained=trained,
+        initial=material.initial,
+        encoder=encoder,
+        pairs=material.held_out,
+        train_pairs=some(material.train, evals.train_pairs),
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        texts=texts,
+        world=world,
+        max_new_tokens=evals.max_new_tokens,
+        tokens=config.data.tokens_per_microbatch,
+        batch_size=evals.batch_size,
+        context=context,
+        loss=config.loss,
+        judge=judge,
+        seed=config.seed,
+    )
+
+
+def some(pairs: PairTable, count: int) -> PairTable:
+    """`count` of the pairs, or all, drawn by their keys alone: of the same pairs always the same ones, more of them holding
+    the fewer.
+    """
+    drawn = np.argsort(lots(pairs.keys, "evaluation"), kind="stable")[:count]
+    return pairs.select(np.sort(drawn))

@@ -1,0 +1,38 @@
+"""Results of later evaluations: `evaluations/NAME.json` beside a run's record, and `NAME.examples.jsonl` with its examples."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dpo_lab.results.examples import Examples
+from dpo_lab.results.runs import RunRefused, slug
+
+
+def check(folder: Path, name: str) -> None:
+    """Raises RunRefused where a result can't have this name. An empty one can: it becomes the next number."""
+    if name and slug(name) != name:
+        raise RunRefused(f"name={name}: is no name of a file; type name={slug(name)}")
+    if name and (folder / f"{name}.json").exists():
+        raise RunRefused(f"{folder / name}.json is there already; type name=another")
+
+
+def commit(folder: Path, name: str, record: Mapping[str, Any], examples: Examples) -> Path:
+    """Write a result, whole or not at all; gives its path. Raises RunRefused where the name was taken meanwhile."""
+    with FileLock(folder / ".lock"):
+        check(folder, name)
+        taken = {path.stem for path in folder.glob("*.json")}
+        name = name or next(str(number) for number in range(1, len(taken) + 2) if str(number) not in taken)
+        path, beside = folder / f"{name}.json", folder / f".{name}.{os.getpid()}"
+        examples.write(folder / f"{name}.examples.jsonl")
+        with beside.open("w") as file:
+            json.dump(record, file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    return path
