@@ -29,9 +29,9 @@ def say_again(record: Mapping[str, Any], folder: Path, commands: Sequence[str]) 
 
     print(f"{folder}: this run is done already. Type name=another for a second one; its figures:")
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
-    print_summary(Console(), metrics, record.get("samples", []), folder, commands)
     if "health" in record:
         print_health(Console(), [Finding.from_record(finding) for finding in record["health"]])
+    print_summary(Console(), metrics, record.get("samples", []), folder, commands)
 
 
 def after_training(config: RunConfig) -> list[str]:

@@ -66,8 +66,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
         health = [finding.as_record() for finding in found]
         seconds = clock.lap("evaluate")
         finish(held, trainer, metrics, trained, samples, health=health, seconds=seconds, peak_memory_bytes=peak)
-        print_summary(Console(), metrics, samples, held.folder, after_training(config), cost_rows(held.record))
         print_health(Console(), found)
+        print_summary(Console(), metrics, samples, held.folder, after_training(config), cost_rows(held.record))
 
 
 def _fit(

@@ -76,8 +76,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
         seconds = clock.lap("evaluate")
         finish(held, trainer, metrics, trained, health=health, seconds=seconds, peak_memory_bytes=peak)
         commands = after_sft(config, held.record["overrides"], held.folder)
-        print_summary(Console(), metrics, [], held.folder, commands, cost_rows(held.record))
         print_health(Console(), found)
+        print_summary(Console(), metrics, [], held.folder, commands, cost_rows(held.record))
 
 
 def _fit(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer: Trainer, material: Material) -> SFTModule:
