@@ -48,8 +48,11 @@ def test_the_commands_are_all_known_kinds():
 @pytest.mark.parametrize("command", PYTHON_COMMANDS)
 def test_python_commands_run(command, folder):
     _, _, module, *arguments = shlex.split(command)
-    if "seed=0,1,2" in arguments:  # 30 cells: the same sweep at one seed and one beta
+    if "seed=0,1,2" in arguments:  # 18 and 30 cells: the same sweeps at one seed and one beta
         arguments = [re.sub(r"^(seed|beta)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
+    if module == "dpo_lab.evaluate":  # the reader's first run, whose folder is named by the settings that make it small
+        made = next(folder.glob("outputs/dpo/*/seed=0/run.json")).parent.relative_to(folder)
+        arguments = [f"run={made}" if argument.startswith("run=") else argument for argument in arguments]
     settings = OWN_MODEL if any(a.startswith("policy=") for a in arguments) else SMALL
     small = settings if module in ("dpo_lab.train", "dpo_lab.sft") and "--help" not in arguments else []
     result = python_m(module, *arguments, *small, cwd=folder)
