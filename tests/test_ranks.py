@@ -154,3 +154,19 @@ def test_several_ranks_train_and_validate_as_one(world_size, tokens, whole, tmp_
         saved = torch.load(tmp_path / f"rank-{number}.pt", weights_only=True)
         agree(saved["weights"], saved["gradient"], of_rank["figures"], whole)
         assert of_rank["held out"] == pytest.approx(whole[2], abs=1e-5)
+
+
+def saving_rank(number: int, world_size: int, folder: str) -> None:
+    distributed.init_process_group("gloo", rank=number, world_size=world_size)
+    if number == world_size - 1:
+        load_policy(Path(folder) / "given").save(Path(folder) / "made")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_any_rank_may_be_the_one_that_saves(policy, tmp_path):
+    policy.save(tmp_path / "given")
+    run_in_ranks("tests.test_ranks", "saving_rank", 2, str(tmp_path))
+    given, made = (load_policy(tmp_path / name).model.state_dict() for name in ("given", "made"))
+    assert all(torch.equal(weight, given[name]) for name, weight in made.items())
+    assert made.keys() == given.keys()

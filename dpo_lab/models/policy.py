@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -99,9 +101,22 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder, safetensors and tokenizer."""
-        self.model.save_pretrained(folder)
+        """Write a Hugging Face folder, safetensors and tokenizer, whichever rank this is."""
+        with _saved_by_this_rank(self.model):
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _saved_by_this_rank(model: PreTrainedModel) -> Iterator[None]:
+    """Once ranks have joined transformers lets rank 0 alone write weights, and says nothing; what is made once, for the
+    cache, is made by the rank that came first.
+    """
+    vars(model)["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del vars(model)["should_save_on_this_rank"]
 
 
 class Dtype(str, Enum):
