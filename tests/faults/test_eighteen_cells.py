@@ -40,10 +40,10 @@ class Sweep:
 
     def start(self) -> subprocess.Popen:
         command = [sys.executable, "-m", "dpo_lab.train", *COMMAND, *TINY]
-        output = (self.folder / "sweep.log").open("a")
-        return subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, stdout=output, stderr=output, start_new_session=True
-        )
+        with (self.folder / "sweep.log").open("a") as output:
+            return subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            )
 
     def processes(self) -> list[int]:
         """Those that live: not zombies, whose parent here is this test."""
