@@ -47,7 +47,7 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float |
 
     It ends by SystemExit, since Hydra reports every other exception a second time. A cell of a sweep gives its objective.
     """
-    is_cell = HydraConfig.get().mode is RunMode.MULTIRUN
+    is_cell = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         settings = config.validate(cfg)
         body(settings)
