@@ -100,9 +100,7 @@ def imbalance(shape: str, mix: str, steps: int) -> float:
     ratios = []
     for start in range(0, len(sizes), batch):
         of_step = sizes[start : start + batch]
-        loads = [
-            sum(of_step[pair] for part in StepSampler(of_step, batch, 0, rank, 2) for pair in part) for rank in (0, 1)
-        ]
+        loads = [sum(of_step[pair] for pair in StepSampler(of_step, batch, 0, rank, 2).step(0)) for rank in (0, 1)]
         ratios.append(2 * max(loads) / sum(loads))
     return statistics.mean(ratios)
 

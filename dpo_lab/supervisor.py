@@ -23,8 +23,8 @@ ERROR_FILE = "DPO_LAB_ERROR_FILE"  # the variable that says where a rank tells i
 ENDS = {code for signum in ASKING for code in (128 + signum, -signum)}  # exit codes of a process that was asked to stop
 
 # Seconds. Once one rank has failed or was asked to stop, none is there 10 seconds later.
-AGREE = 6.0  # for the others to end by themselves, after one that was asked to stop
-LAST_WORDS = 3.5  # from our SIGTERM to SIGKILL
+AGREE = 4.0  # for the others to end by themselves, after one that was asked to stop
+LAST_WORDS = 2.5  # from our SIGTERM to SIGKILL
 HASTE = 0.5  # signals this close together are one request: `timeout` sends it to the process and to its group
 
 TAIL = 16_384  # bytes of a log that are looked at
