@@ -51,7 +51,9 @@ def test_python_commands_run(command, folder):
     if "seed=0,1,2" in arguments:  # 18 and 30 cells: the same sweeps at one seed and one beta
         arguments = [re.sub(r"^(seed|beta)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
     if module == "dpo_lab.evaluate":  # the reader's first run, whose folder is named by the settings that make it small
-        made = next(folder.glob("outputs/dpo/*/seed=0/run.json")).parent.relative_to(folder)
+        if not list(folder.glob("outputs/dpo/*/seed=0/policy")):
+            assert python_m("dpo_lab.train", *SMALL, cwd=folder).returncode == 0
+        made = next(folder.glob("outputs/dpo/*/seed=0/policy")).parent.relative_to(folder)
         arguments = [f"run={made}" if argument.startswith("run=") else argument for argument in arguments]
     settings = OWN_MODEL if any(a.startswith("policy=") for a in arguments) else SMALL
     small = settings if module in ("dpo_lab.train", "dpo_lab.sft") and "--help" not in arguments else []
