@@ -48,8 +48,8 @@ def test_the_commands_are_all_known_kinds():
 @pytest.mark.parametrize("command", PYTHON_COMMANDS)
 def test_python_commands_run(command, folder):
     _, _, module, *arguments = shlex.split(command)
-    if "seed=0,1,2" in arguments:  # 18 and 30 cells: the same sweeps at one seed and one beta
-        arguments = [re.sub(r"^(seed|beta)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
+    if "seed=0,1,2" in arguments:  # 18 and 30 cells: one of each
+        arguments = [re.sub(r"^(seed|beta|\+ablation)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
     if module == "dpo_lab.evaluate":  # the reader's first run, whose folder is named by the settings that make it small
         if not list(folder.glob("outputs/dpo/*/seed=0/policy")):
             assert python_m("dpo_lab.train", *SMALL, cwd=folder).returncode == 0
