@@ -14,7 +14,7 @@ from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.fit import Clock, forward_of, logged, make_trainer, set_up
 from dpo_lab.measure import judge_of, subject_of
 from dpo_lab.models.policy import Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
-from dpo_lab.prepare import Material, prepare
+from dpo_lab.prepare import prepare
 from dpo_lab.results import evaluations, runs
 from dpo_lab.results.cache import CACHE
 from dpo_lab.results.identity import redact_override
@@ -44,7 +44,7 @@ def evaluate_again(
     into.mkdir(parents=True, exist_ok=True)
     with logged(into):
         material = prepare(config, CACHE, forward)
-        identity = _identity(material, trained)
+        identity = material.identity() | {"trained_policy": weights_digest(trained.model)}
         if record is not None:
             _check_identity(record, identity, config.policy)
         trained.model.to(forward.device)  # type: ignore[arg-type]
@@ -84,15 +84,6 @@ def _trained(policy: PolicyConfig, folder: Path) -> Policy:
         raise ConfigError(f"{folder}: {error}") from error
     loaded.model.eval()
     return loaded
-
-
-def _identity(material: Material, trained: Policy) -> dict[str, str]:
-    return {
-        "data": material.digest(),
-        "tokenizer": material.encoder.fingerprint,
-        "initial_policy": weights_digest(material.initial.model),
-        "trained_policy": weights_digest(trained.model),
-    }
 
 
 def _check_identity(record: Mapping[str, Any], now: Mapping[str, str], policy: PolicyConfig) -> None:

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lab.config import ConfigError, RunConfig, input_files
@@ -33,12 +34,15 @@ from dpo_lab.results import runs
 from dpo_lab.results.card import model_card
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.figures import draw_run
+from dpo_lab.results.health import print_health
 from dpo_lab.results.identity import config_digest
 from dpo_lab.results.progress import log_handler
 from dpo_lab.results.runs import RunRefused
+from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.stop import StopRequest
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.cost import Cost
+from dpo_lab.training.health import conclude
 from dpo_lab.training.process import set_up_process
 from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
@@ -162,9 +166,9 @@ def begin(held: runs.Run, trainer: Trainer, material: Material) -> None:
     """Note what the run works on. Raises RunRefused where it resumes a run that worked on something else."""
 
     def settle() -> None:
-        tokenizer, initial = material.encoder.fingerprint, weights_digest(material.initial.model)
-        held.settle(data=material.digest(), tokenizer=tokenizer, initial_policy=initial)
-        held.update(data=dict(material.counts), initial_policy=initial)
+        identity = material.identity()
+        held.settle(**identity)
+        held.update(data=dict(material.counts), initial_policy=identity["initial_policy"])
 
     by_rank_zero(trainer, settle)
 
@@ -220,20 +224,30 @@ def finish(
     trainer: Trainer,
     metrics: Mapping[str, Estimate],
     trained: Policy,
+    clock: Clock,
+    peak: int,
+    next_commands: Sequence[str],
     samples: Sequence[Mapping[str, str]] = (),
-    **entries: Any,
 ) -> None:
-    """Commit what the run came to, metrics, samples and figures, to the record and to the loggers; and the policy's card."""
+    """Commit what the run came to, to the record and to the loggers, with its health, figures and the policy's card; say it.
+
+    peak: bytes of memory. For rank 0.
+    """
+    found = conclude(held, trainer, metrics)
     held.update(
         metrics={name: estimate.as_record() for name, estimate in metrics.items()},
         trained_policy=weights_digest(trained.model),
         samples=list(samples[:16]),
-        **entries,
+        health=[finding.as_record() for finding in found],
+        seconds=clock.lap("evaluate"),
+        peak_memory_bytes=peak,
     )
     figures = draw_run(held.folder)
     to_loggers(trainer, metrics, samples, [path for path in figures if path.suffix == ".png"])
     (held.folder / "policy" / "README.md").write_text(model_card(held.record))
     log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
+    print_health(Console(), found)
+    print_summary(Console(), metrics, samples, held.folder, next_commands, cost_rows(held.record))
 
 
 @contextmanager

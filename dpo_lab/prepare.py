@@ -50,9 +50,13 @@ class Material:
     held_out: PairTable
     counts: Counter[str]
 
-    def digest(self) -> str:
-        """A hash of the pairs, train and held-out."""
-        return f"{self.train.digest()} {self.held_out.digest()}"
+    def identity(self) -> dict[str, str]:
+        """Hashes of all that training starts from: the pairs, train and held-out, the tokenizer, the initial policy."""
+        return {
+            "data": f"{self.train.digest()} {self.held_out.digest()}",
+            "tokenizer": self.encoder.fingerprint,
+            "initial_policy": weights_digest(self.initial.model),
+        }
 
     def quality(self) -> Quality:
         return quality_of(self.train, self.held_out, self.counts, self.encoder)

@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
-from rich.console import Console
 
 from dpo_lab.config import ConfigError, RunConfig, as_record
 from dpo_lab.data.advice import advice
@@ -22,11 +21,9 @@ from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
 from dpo_lab.results.examples import EXAMPLES
-from dpo_lab.results.health import of_folder, print_health
-from dpo_lab.results.summary import cost_rows, print_summary
+from dpo_lab.results.health import of_folder
 from dpo_lab.training.checks import check_step_zero, first_batch
 from dpo_lab.training.cost import peak_memory, throughput
-from dpo_lab.training.health import conclude
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.sharding import whole
 
@@ -62,12 +59,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     peak = peak_memory(trained.model.device)
     if held.writes:
         subject.examples.write(held.folder / EXAMPLES)
-        found = conclude(held, trainer, metrics)
-        health = [finding.as_record() for finding in found]
-        seconds = clock.lap("evaluate")
-        finish(held, trainer, metrics, trained, samples, health=health, seconds=seconds, peak_memory_bytes=peak)
-        print_health(Console(), found)
-        print_summary(Console(), metrics, samples, held.folder, after_training(config), cost_rows(held.record))
+        finish(held, trainer, metrics, trained, clock, peak, after_training(config), samples)
 
 
 def _fit(

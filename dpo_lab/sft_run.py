@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig
-from rich.console import Console
 
 from dpo_lab.config import ConfigError, RunConfig, sft_record
 from dpo_lab.core.noise import Symmetric
@@ -20,10 +19,7 @@ from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import Material, prepare_responses
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
-from dpo_lab.results.health import print_health
-from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.training.cost import peak_memory, throughput
-from dpo_lab.training.health import conclude
 from dpo_lab.training.sft import initial_policy
 from dpo_lab.training.sft_module import SFTModule
 from dpo_lab.training.sharding import whole
@@ -71,13 +67,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     metrics = held_out_loss(trained.model, material.initial.model, material.held_out, tokens, context)
     peak = peak_memory(trained.model.device)
     if held.writes:
-        found = conclude(held, trainer, metrics)
-        health = [finding.as_record() for finding in found]
-        seconds = clock.lap("evaluate")
-        finish(held, trainer, metrics, trained, health=health, seconds=seconds, peak_memory_bytes=peak)
         commands = after_sft(config, held.record["overrides"], held.folder)
-        print_health(Console(), found)
-        print_summary(Console(), metrics, [], held.folder, commands, cost_rows(held.record))
+        finish(held, trainer, metrics, trained, clock, peak, commands)
 
 
 def _fit(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer: Trainer, material: Material) -> SFTModule:

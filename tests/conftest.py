@@ -64,6 +64,16 @@ def pairs() -> list[EncodedPair]:
 
 
 @pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a small fit that nothing interrupted."""
+    from tests.small_fit import run
+
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Path:
     """A folder that CLI runs share, so that the initial policy and the pairs are made once (per test process)."""
     return tmp_path_factory.mktemp("workshop")

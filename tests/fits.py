@@ -41,9 +41,9 @@ def make_module(model: PreTrainedModel, folder: Path, steps: int, tokens: int = 
     return DPOModule(to_train(model), DPO(0.5), reference, Optim(lr=1e-3, warmup_steps=0), **step)
 
 
-def make_data() -> PreferenceDataModule:
+def make_data(num_workers: int = 0, seed: int = 0) -> PreferenceDataModule:
     pairs, held_out = make_pairs(PAIRS, vocabulary=250), make_pairs(HELD_OUT, seed=9, vocabulary=250)
-    return PreferenceDataModule(pairs, held_out, batch_size=BATCH, num_workers=0, seed=0)
+    return PreferenceDataModule(pairs, held_out, batch_size=BATCH, num_workers=num_workers, seed=seed)
 
 
 def make_trainer(steps: int, devices: int = 1, **settings: Any) -> Trainer:

@@ -21,7 +21,8 @@ from dpo_lab.models.forward import choose_path
 from dpo_lab.models.policy import TinyPolicy
 from dpo_lab.models.reference import Uniform
 from dpo_lab.models.tokenizer import train_tokenizer
-from dpo_lab.training.checkpoint import FOLDER, VerifiedCheckpointIO, by_step, newest, remove_leftovers
+from dpo_lab.results.runs import CHECKPOINTS
+from dpo_lab.training.checkpoint import VerifiedCheckpointIO, by_step, newest, remove_leftovers
 from dpo_lab.training.journal import Journal
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.optim import Optim
@@ -106,8 +107,8 @@ def run(
 
     loggers: those beside the journal, of a run that goes on from a step (0: from none).
     """
-    remove_leftovers(folder / FOLDER)
-    checkpoint = newest(folder / FOLDER)
+    remove_leftovers(folder / CHECKPOINTS)
+    checkpoint = newest(folder / CHECKPOINTS)
     if loggers is not None:
         settings["logger"] = [*loggers(step_of(checkpoint)), Journal(folder)]
     trainer = trainer_of(folder, **settings)
@@ -143,7 +144,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 def left(folder: Path) -> dict[str, Any]:
     """All that a fit leaves: the newest checkpoint's contents and the journal's bytes."""
-    path = newest(folder / FOLDER)
+    path = newest(folder / CHECKPOINTS)
     assert path is not None
     found = torch.load(path, weights_only=True) | {"journal": (folder / "metrics.jsonl").read_bytes()}
     del found["loops"]["fit_loop"][
@@ -153,7 +154,7 @@ def left(folder: Path) -> dict[str, Any]:
 
 
 def saved(folder: Path) -> list[int]:
-    return list(by_step(folder / FOLDER))
+    return list(by_step(folder / CHECKPOINTS))
 
 
 def difference(one: Any, other: Any, at: str = "") -> str | None:

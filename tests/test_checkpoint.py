@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 
 from dpo_lab.results import journal
-from dpo_lab.training.checkpoint import FOLDER, CheckpointError, VerifiedCheckpointIO, by_step, damage, newest
+from dpo_lab.results.runs import CHECKPOINTS
+from dpo_lab.training.checkpoint import CheckpointError, VerifiedCheckpointIO, by_step, damage, newest
 from dpo_lab.training.optim import Decay, Optim
 from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.sft_module import SFTModule
@@ -21,16 +22,8 @@ from tests.small_fit import IGNORED, STEPS, Leave, LeaveAt, cut, difference, lef
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """The folder of a fit that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    run(folder)
-    return folder
-
-
 def test_a_file_is_read_by_plain_torch_mapped_or_not_and_holds_no_reference(whole):
-    path = newest(whole / FOLDER)
+    path = newest(whole / CHECKPOINTS)
     assert path is not None
     assert saved(whole) == [6, 7]
     for mapped in (False, True):
@@ -112,7 +105,7 @@ def test_early_stopping_leaves_a_checkpoint_of_its_last_step_and_stays_stopped(t
 
 def test_what_was_damaged_and_passed_over_goes_when_a_newer_one_is_there(tmp_path, caplog):
     run(tmp_path, steps=4)
-    (tmp_path / FOLDER / "step=4.ckpt").write_bytes(b"torn")
+    (tmp_path / CHECKPOINTS / "step=4.ckpt").write_bytes(b"torn")
     cut(tmp_path, 3, every_n_steps=3)
     assert "step=4.ckpt: damaged" in caplog.text
     assert saved(tmp_path) == [2, 3]

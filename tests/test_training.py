@@ -11,54 +11,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate
-from dpo_lab.data.module import PreferenceDataModule, StepSampler
-from dpo_lab.models.forward import choose_path, pair_logps, pair_loss, without_dropout
-from dpo_lab.models.policy import TinyPolicy
+from dpo_lab.data.module import StepSampler
+from dpo_lab.models.forward import pair_logps, pair_loss, without_dropout
 from dpo_lab.models.reference import Cached
-from dpo_lab.models.tokenizer import train_tokenizer
-from dpo_lab.training.module import DPOModule
 from dpo_lab.training.optim import Decay, Optim
 from tests.conftest import make_pairs
+from tests.fits import PAIRS, flat, initial_policy, make_data, make_module, make_trainer
 from tests.ranks import become_rank, run_in_ranks
 
-STEPS, PAIRS = 5, 30
+STEPS = 5
 
 
 def fit(folder: Path, tokens: int = 2048, devices: int = 1, num_workers: int = 0, seed: int = 0, **trainer_settings):
     """Train a small model for STEPS steps of 8 pairs; gives its weights and the logged figures."""
-    tokenizer = train_tokenizer(["the plot was good and its music too"], 300)
-    model = TinyPolicy(hidden_size=32, layers=1, heads=4, intermediate_size=32).build(tokenizer, seed=0)
-    choose_path(model)
-    pairs, held_out = make_pairs(PAIRS, vocabulary=250), make_pairs(7, seed=9, vocabulary=250)
-    reference = Cached().prepare(model, [*pairs, *held_out], folder)
-    step = dict(total_steps=STEPS, batch_size=8, tokens_per_microbatch=tokens)
-    # at such a rate Adam's first steps would blow a rounding difference up; the rate of a real run does not
-    module = DPOModule(copy.deepcopy(model), DPO(0.5), reference, Optim(lr=1e-3, warmup_steps=0), **step)
-    data = PreferenceDataModule(pairs, held_out, batch_size=8, num_workers=num_workers, seed=seed)
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
-        max_steps=STEPS,
-        max_epochs=-1,
-        use_distributed_sampler=False,
-        log_every_n_steps=STEPS,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=STEPS,
-        **(quiet | trainer_settings),
-    )
+    module = make_module(initial_policy().model, folder, STEPS, tokens)
+    strategy = "ddp" if devices > 1 else "auto"
+    trainer = make_trainer(STEPS, devices, **(dict(strategy=strategy, log_every_n_steps=STEPS) | trainer_settings))
     module.train()
-    trainer.fit(module, datamodule=data)
-    weights = torch.cat([p.detach().flatten() for p in module.model.parameters()])
+    trainer.fit(module, datamodule=make_data(num_workers, seed))
     figures = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    return weights, figures, trainer
+    return flat(module.model.parameters()), figures, trainer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning")

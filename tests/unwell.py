@@ -22,7 +22,8 @@ from dpo_lab.models.policy import Policy, TinyPolicy, to_train
 from dpo_lab.models.reference import Cached, Uniform
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.results import runs
-from dpo_lab.training.checkpoint import FOLDER, VerifiedCheckpointIO, newest
+from dpo_lab.results.runs import CHECKPOINTS
+from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest
 from dpo_lab.training.checks import check_step_zero, first_batch
 from dpo_lab.training.health import Health
 from dpo_lab.training.journal import Journal
@@ -99,7 +100,7 @@ def train(
             held.update(step_zero_loss=check_step_zero(model, loss, logps, first))
         else:
             held.update(first_batch=first_batch(model, loss, logps, first))
-        checkpoint = newest(folder / FOLDER)
+        checkpoint = newest(folder / CHECKPOINTS)
         trainer = Trainer(
             accelerator="cpu",
             max_steps=steps,

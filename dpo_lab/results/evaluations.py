@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from dpo_lab.results.examples import Examples
+from dpo_lab.results.files import write_whole
 from dpo_lab.results.runs import RunRefused, slug
 
 
@@ -28,11 +28,7 @@ def commit(folder: Path, name: str, record: Mapping[str, Any], examples: Example
         check(folder, name)
         taken = {path.stem for path in folder.glob("*.json")}
         name = name or next(str(number) for number in range(1, len(taken) + 2) if str(number) not in taken)
-        path, beside = folder / f"{name}.json", folder / f".{name}.{os.getpid()}"
+        path = folder / f"{name}.json"
         examples.write(folder / f"{name}.examples.jsonl")
-        with beside.open("w") as file:
-            json.dump(record, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        write_whole(path, json.dumps(record, indent=1, allow_nan=False))
     return path

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dpo_lab.results.files import write_whole
 
 EXAMPLES = "examples.jsonl"
 
@@ -47,12 +48,7 @@ class Examples:
 
     def write(self, path: Path) -> None:
         """Commit them, whole or not at all."""
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        with beside.open("w") as file:
-            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in self.rows())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows()))
 
 
 def read(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:

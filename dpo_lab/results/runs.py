@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dpo_lab.results.files import write_whole
 from dpo_lab.results.identity import changed_files, config_digest, difference, fingerprint, redact, redact_override
 from dpo_lab.stop import Stopped
 
@@ -226,17 +227,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit(folder: Path, record: Mapping[str, Any]) -> None:
-    beside = folder / f".{RECORD}.{os.getpid()}"
-    with beside.open("w") as file:
-        json.dump(record, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, folder / RECORD)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # the name, too, is on the disk
-    finally:
-        os.close(handle)
+    write_whole(folder / RECORD, json.dumps(record, indent=1, allow_nan=False))
 
 
 def _set_aside(folder: Path) -> None:

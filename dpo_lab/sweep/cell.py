@@ -33,11 +33,7 @@ from dpo_lab.stop import ASKING, Stopped
 from dpo_lab.sweep.desk import Desk, first_line, tail, whereabouts
 
 LOG = "output.log"  # in a cell's folder: what it said on the terminal
-COLOURING = (
-    "FORCE_COLOR",
-    "TTY_COMPATIBLE",
-    "TTY_INTERACTIVE",
-)  # what asks for a terminal's colours: the log is a file
+COLOURING = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")  # ask for a terminal's colours: the log is a file
 GRACE = 120.0  # seconds that a cell has to save and leave
 TICK = 0.2  # seconds between two looks at a cell and at the wish to stop
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dpo_lab.results.files import write_whole
 from dpo_lab.results.runs import RunRefused
 
 
@@ -89,13 +90,6 @@ def is_gone(note: Mapping[str, Any]) -> bool | None:
     except ProcessLookupError:
         return True
     return False
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Put `text` at `path`, of which nobody ever sees a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def tail(path: Path, size: int = 1 << 14) -> list[str]:

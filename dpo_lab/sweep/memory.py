@@ -13,7 +13,7 @@ import omegaconf
 from filelock import FileLock
 from hydra import __version__ as hydra_version
 
-from dpo_lab.sweep.desk import write_whole
+from dpo_lab.results.files import write_whole
 
 LIMIT = 2000  # cells that are remembered, the latest planned ones
 KEPT = 4  # states of the sources of which plans are kept

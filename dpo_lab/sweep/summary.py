@@ -16,8 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dpo_lab.results.files import write_whole
 from dpo_lab.results.runs import Standing
-from dpo_lab.sweep.desk import Desk, is_gone, write_whole
+from dpo_lab.sweep.desk import Desk, is_gone
 from dpo_lab.sweep.plan import Cell
 
 STYLES = {"done": "green", "resumed": "green", "skipped": "dim", "failed": "red", "not started": "yellow"}

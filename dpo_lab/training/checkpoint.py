@@ -15,9 +15,10 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from dpo_lab.results.files import sync_folder
+
 log = logging.getLogger("dpo_lab")
 
-FOLDER = "checkpoints"  # within a run's
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 _LEFTOVER = re.compile(r"\..+\.ckpt\.\d+\.tmp")
 _DIGEST = 32  # bytes
@@ -44,13 +45,13 @@ class VerifiedCheckpointIO(CheckpointIO):
         try:
             if not path.parent.exists():
                 path.parent.mkdir(parents=True)
-                _sync_folder(path.parent.parent)
+                sync_folder(path.parent.parent)
             with beside.open("w+b") as file:
                 _write(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: could not be written ({error.strerror}); checkpoints before it are intact: make room, then type"
@@ -169,11 +170,3 @@ def remove_leftovers(folder: Path) -> list[Path]:
     for path in left:
         path.unlink()
     return left
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

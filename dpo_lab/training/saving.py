@@ -13,8 +13,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dpo_lab.core.ranks import of_all_ranks
 from dpo_lab.results import journal
+from dpo_lab.results.runs import CHECKPOINTS
 from dpo_lab.training import rank_state
-from dpo_lab.training.checkpoint import FOLDER, CheckpointError, by_step
+from dpo_lab.training.checkpoint import CheckpointError, by_step
 from dpo_lab.training.finite import NotFinite, all_finite
 from dpo_lab.training.journal import Journal
 from dpo_lab.training.step import StepModule
@@ -128,7 +129,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step == self.saved or trainer.state.fn != TrainerFn.FITTING:
             return
-        folder = Path(trainer.default_root_dir) / FOLDER
+        folder = Path(trainer.default_root_dir) / CHECKPOINTS
         trainer.save_checkpoint(folder / f"step={step}.ckpt", weights_only=False)
         self.saved = step
         if trainer.is_global_zero:

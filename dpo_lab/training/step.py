@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from dpo_lab.core.pairs import PairBatch
 from dpo_lab.core.ranks import most, of_all_ranks
 from dpo_lab.models.forward import response_nll, without_dropout
+from dpo_lab.results.runs import CHECKPOINTS
 from dpo_lab.stop import StopRequest
-from dpo_lab.training.checkpoint import FOLDER
 from dpo_lab.training.finite import culprits, not_finite
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sharding import entire, shard
@@ -185,7 +185,7 @@ class StepModule(LightningModule):
         """Raise NotFinite in every rank, with the culprits of all."""
         parameters = [] if self._is_cut else [p for p in self.model.parameters() if p.requires_grad]
         found = of_all_ranks(culprits(parts, losses, self.part_loss, parameters))
-        raise not_finite(self.global_step + 1, found, Path(self.trainer.default_root_dir) / FOLDER)
+        raise not_finite(self.global_step + 1, found, Path(self.trainer.default_root_dir) / CHECKPOINTS)
 
     @property
     def _is_cut(self) -> bool:

@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SMALL, python_m
+from tests.sweeping import until
 
 TINY = [s for s in SMALL if not s.startswith(("evals.", "data.validation_pairs"))]
 TINY += "evals.samples=4 evals.texts=2 data.validation_pairs=12 callbacks.checkpoint.every_n_steps=1".split()
@@ -72,13 +72,6 @@ class Sweep:
         }
 
 
-def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
-
 # What a cell that goes on has reached, from its record and its folder.
 REACHED: dict[str, Callable[[Path, dict], bool]] = {
     "begun": lambda run, record: record["status"] == "running",
@@ -102,7 +95,7 @@ def swept(tmp_path_factory) -> tuple[Sweep, list[dict[Path, bytes]]]:
             at_work = [REACHED[reached](run, record) for run, record in records.items()]
             return parent.poll() is not None or count > finished or (count == finished and any(at_work))
 
-        until(is_the_moment, 400, f"{finished} cells done and another one {reached}")
+        until(is_the_moment, 400)
         assert parent.poll() is None, (sweep.folder / "sweep.log").read_text()
         if number == 0:
             parent.kill()  # the sweep alone: its cell saves, and nothing is left
@@ -110,7 +103,7 @@ def swept(tmp_path_factory) -> tuple[Sweep, list[dict[Path, bytes]]]:
             for process in sweep.processes():  # as when the machine goes down
                 os.kill(process, signal.SIGKILL)
         parent.wait()
-        until(lambda: not sweep.processes(), 20, "no process of the sweep is left")
+        until(lambda: not sweep.processes(), 20)  # none is left
         were_done.append(sweep.done())
     last = sweep.start()
     assert last.wait(400) == 0, (sweep.folder / "sweep.log").read_text()

@@ -14,19 +14,12 @@ import torch
 from lightning.pytorch import Callback
 
 from dpo_lab.results import journal
-from dpo_lab.training.checkpoint import FOLDER, CheckpointError, VerifiedCheckpointIO, damage, remove_leftovers
+from dpo_lab.results.runs import CHECKPOINTS
+from dpo_lab.training.checkpoint import CheckpointError, VerifiedCheckpointIO, damage, remove_leftovers
 from tests.kill_points import fork, told
 from tests.small_fit import IGNORED, STEPS, cut, difference, left, run, saved, step_of
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """The folder of a fit that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    run(folder)
-    return folder
 
 
 def is_tried(points: list[str], at: int) -> bool:
@@ -60,13 +53,13 @@ def test_01_killed_at_any_point_of_a_fit_it_goes_on_bit_identically(whole, tmp_p
         committed = [step_of(Path(p.split()[1])) for p in points[:kill_at] if p.startswith("replace step=")]
         there = saved(folder)
         assert there[-2:] == committed[-2:]
-        assert all(damage(folder / FOLDER / f"step={step}.ckpt") is None for step in there)
+        assert all(damage(folder / CHECKPOINTS / f"step={step}.ckpt") is None for step in there)
         journal_now = (folder / journal.JOURNAL).read_bytes() if (folder / journal.JOURNAL).exists() else b""
         if (state := (*there, journal_now)) not in seen:  # what goes on from the same files goes on the same way
             seen.add(state)
             run(folder)
             assert difference(left(folder), left(whole)) is None, points[kill_at]
-            assert not list((folder / FOLDER).glob(".*"))
+            assert not list((folder / CHECKPOINTS).glob(".*"))
     assert len(seen) >= 12
 
 
@@ -112,7 +105,7 @@ def test_02_a_checkpoint_is_made_beside_its_place_and_durable_before_it_is_there
 
 
 def test_03_leftovers_of_a_crash_go_and_nothing_else(whole, tmp_path):
-    folder = tmp_path / FOLDER
+    folder = tmp_path / CHECKPOINTS
     folder.mkdir()
     others = [".step=2.ckpt.swp", "notes.tmp", ".hidden.tmp", "best.ckpt"]
     for name in (*others, ".step=2.ckpt.4711.tmp", ".epoch=1.ckpt.12.tmp"):
@@ -126,7 +119,7 @@ def test_03_leftovers_of_a_crash_go_and_nothing_else(whole, tmp_path):
 def test_04_a_full_disk_fails_loudly_and_leaves_the_old_checkpoint(limit, whole, tmp_path):
     """Files may grow to so many bytes and no further, which a write is told as it is told that the disk is full."""
     cut(tmp_path, 4)
-    old = {path.name: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()}
+    old = {path.name: path.read_bytes() for path in (tmp_path / CHECKPOINTS).iterdir()}
     assert all(len(content) > 30_000 for content in old.values())
 
     def starved() -> None:
@@ -150,10 +143,10 @@ def test_04_a_full_disk_fails_loudly_and_leaves_the_old_checkpoint(limit, whole,
     assert fork(starved) == 1
     said = (tmp_path / "said").read_text()
     assert said.startswith(
-        f"{tmp_path / FOLDER / 'step=6.ckpt'}: could not be written (File too large); checkpoints before"
+        f"{tmp_path / CHECKPOINTS / 'step=6.ckpt'}: could not be written (File too large); checkpoints before"
     )
     assert "\n" not in said
-    assert {path.name: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()} == old
+    assert {path.name: path.read_bytes() for path in (tmp_path / CHECKPOINTS).iterdir()} == old
     run(tmp_path)
     assert difference(left(tmp_path), left(whole)) is None
 
@@ -182,7 +175,7 @@ def test_05_a_damaged_last_checkpoint_falls_back_loudly_and_none_is_refused(faul
         )
 
     cut(tmp_path, 4)
-    first, last = (tmp_path / FOLDER / f"step={step}.ckpt" for step in (2, 4))
+    first, last = (tmp_path / CHECKPOINTS / f"step={step}.ckpt" for step in (2, 4))
     contents = first.read_bytes()
     for path in (first, last):
         path.write_bytes(damaged(path.read_bytes()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpo_lab.results import journal
+from dpo_lab.results.runs import CHECKPOINTS
 from dpo_lab.stop import Stopped, raise_on_signals
-from dpo_lab.training.checkpoint import FOLDER, CheckpointError, VerifiedCheckpointIO, damage, newest
+from dpo_lab.training.checkpoint import CheckpointError, VerifiedCheckpointIO, damage, newest
 from dpo_lab.training.finite import NotFinite
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.optim import Optim
@@ -23,14 +23,6 @@ from tests.kill_points import told
 from tests.small_fit import IGNORED, PAIRS, STEPS, Leave, LeaveAt, cut, difference, left, run, saved
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """The folder of a fit that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    run(folder)
-    return folder
 
 
 class Signal(Callback):
@@ -133,8 +125,8 @@ def test_08_a_second_signal_during_the_save_leaves_the_old_or_the_new_checkpoint
             run(folder, callbacks=[Signal(2, second)])
         expected = [2, 3] if second == signal.SIGTERM or number >= points.count("write") else [2]
         assert saved(folder) == expected
-        assert all(damage(folder / FOLDER / f"step={step}.ckpt") is None for step in expected)
-        assert not list((folder / FOLDER).glob(".*"))
+        assert all(damage(folder / CHECKPOINTS / f"step={step}.ckpt") is None for step in expected)
+        assert not list((folder / CHECKPOINTS).glob(".*"))
         run(folder)
         assert difference(left(folder), left(whole)) is None
 
@@ -171,7 +163,7 @@ def test_10_a_loss_or_gradient_that_is_not_finite_ends_the_fit_before_the_step(k
     ):
         run(tmp_path, kind=kind, optim=Optim(lr=1e-2, max_grad_norm=limit), steps=12)
     step = len(updates) + 1
-    last = tmp_path / FOLDER / f"step={len(updates) // 2 * 2}.ckpt"
+    last = tmp_path / CHECKPOINTS / f"step={len(updates) // 2 * 2}.ckpt"
     said = str(error.value)
     assert said.startswith(
         f"step {step}: the loss or its gradient is not finite (pair {Poisoned.bad}). It was not trained"
@@ -179,7 +171,7 @@ def test_10_a_loss_or_gradient_that_is_not_finite_ends_the_fit_before_the_step(k
     assert f"the last checkpoint, from before it, is {last}." in said
     assert "optim.lr" in said
     assert "\n" not in said
-    assert newest(tmp_path / FOLDER) == last
+    assert newest(tmp_path / CHECKPOINTS) == last
     assert all(torch.isfinite(value).all() for value in left(tmp_path)["state_dict"].values())
 
 
@@ -222,7 +214,7 @@ def test_16_each_step_stands_once_in_the_journal_and_in_tensorboard(whole, tmp_p
 @pytest.mark.parametrize("missing", ["random", "all"])
 def test_17_a_checkpoint_without_the_state_of_the_generators_is_refused(missing, tmp_path):
     run(tmp_path, steps=2)
-    path = newest(tmp_path / FOLDER)
+    path = newest(tmp_path / CHECKPOINTS)
     assert path is not None
     found = torch.load(path, weights_only=True)
     if missing == "all":
