@@ -6,6 +6,7 @@ import datetime
 import json
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def context() -> dict[str, Any]:
     """Date, versions and machine: what a measurement made now is true of."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in PACKAGES if find_spec(package)},
         "machine": f"{processor()}, {torch.get_num_threads()} thread, Python {platform.python_version()}",
     }
 
