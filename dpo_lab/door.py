@@ -57,6 +57,11 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float |
             raise cell.CellFailed(str(error)) from None
         tell_supervisor(str(error), 2)
         sys.exit(_complain(str(error), 2))
+    except runs.RunFailed as error:
+        if is_cell:
+            raise cell.CellFailed(str(error)) from None
+        tell_supervisor(f"{type(error).__name__}: {error}", 1)
+        sys.exit(_complain(str(error), 1))
     except Stopped as stopped:
         tell_supervisor(f"stopped by {stopped}", stopped.exit_code)
         raise

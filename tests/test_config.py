@@ -9,11 +9,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dpo_lab import config
+from dpo_lab import config, door
 from dpo_lab import recorded as recorded_settings
 from dpo_lab.core.losses import DPO, IPOSum, SimPO
 from dpo_lab.models.reference import Over, Uniform
+from dpo_lab.results import runs
+from dpo_lab.results.journal import JournalError
 from dpo_lab.training import packages
+from dpo_lab.training.checkpoint import CheckpointError
+from dpo_lab.training.finite import NotFinite
 from tests.conftest import REPOSITORY, python_m
 
 CONF = REPOSITORY / "conf"
@@ -181,6 +185,17 @@ def test_refused_at_the_door(arguments, tmp_path):
     assert "type " in lines[0]
     assert not [line for line in result.stderr.splitlines() if line.endswith(" torch")]
     assert not list(tmp_path.rglob("run.json"))
+
+
+@pytest.mark.parametrize("kind", [runs.RunFailed, CheckpointError, JournalError, NotFinite])
+def test_a_run_that_cannot_go_on_ends_in_one_line(kind, capsys):
+    def body(settings: config.RunConfig) -> None:
+        raise kind("step=4.ckpt: damaged; delete it")
+
+    with pytest.raises(SystemExit) as ended:
+        door.settle(composed(), body)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: step=4.ckpt: damaged; delete it\n"
 
 
 def test_help_and_cfg_job(tmp_path):
