@@ -90,9 +90,9 @@ def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun]
         return StudyRun(read(path, own["budget"], seeds, arms), path, own["budget"], arms, root, command)
 
     made, beside = [run(path) for path in paths], []
-    for path in sorted({other for path in paths for other in path.parent.glob("*.yaml")} - set(paths)):
+    for other in sorted({other for path in paths for other in path.parent.glob("*.yaml")} - set(paths)):
         with suppress(StudyError):  # one that is no study, or has no such budget
-            beside.append(run(path))
+            beside.append(run(other))
     return made, beside, [f"name={own['name']}/runs/{own['budget']}", *(word for word in more if word not in arms)]
 
 
