@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,7 +45,8 @@ outputs/ (default: studies). Every other key=value goes to all runs, as with pyt
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = train) -> int:
+    """What was typed, run; gives the exit code. task: the Hydra main that one cell is a run of."""
     parser = argparse.ArgumentParser("python -m dpo_lab.study", description=HELP, add_help=True)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("words", nargs="*", metavar="FILE or key=value", help=argparse.SUPPRESS)
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sweeper.register(runs, beside, given.plan)
     named = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(NAMES_NO_RUN)}]"
     sys.argv = [sys.argv[0], "--multirun", "hydra/sweeper=study", named, *arguments]
-    return door.open_door(train)
+    return door.open_door(task)
 
 
 def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun], list[StudyRun], list[str]]:
