@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,8 +19,8 @@ from dpo_lab import config
 from dpo_lab.results.study import Direction, Study, StudyError
 from dpo_lab.studies.file import read
 from dpo_lab.studies.record import StudyRun
-from tests.conftest import REPOSITORY, python_m
-from tests.sweeping import ENVIRONMENT, behaves, starts, until
+from tests.conftest import REPOSITORY
+from tests.sweeping import ENVIRONMENT, behaves, run, starts, until
 
 COLLECTION = sorted((REPOSITORY / "ablations").glob("*.yaml"))
 BUDGETS = [(path, budget) for path in COLLECTION for budget in yaml.safe_load(path.read_text())["budgets"]]
@@ -40,7 +41,7 @@ SMALL = {
 }
 
 
-def written(folder: Path, name: str = "small", **changes: object) -> Path:
+def written(folder: Path, name: str = "small", **changes: Any) -> Path:
     path = folder / "ablations" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(SMALL | changes))
@@ -48,7 +49,7 @@ def written(folder: Path, name: str = "small", **changes: object) -> Path:
 
 
 def study(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return python_m("tests.standin_study", *arguments, cwd=folder, **ENVIRONMENT)
+    return run("tests.standin_study", folder, *arguments)
 
 
 def record(folder: Path, name: str = "small", budget: str = "full") -> dict:
@@ -83,13 +84,16 @@ def test_a_sweep_is_short_for_arms(tmp_path):
         {"name": "first", "at": {"beta": 0.1}, "overrides": ["beta=0.1"]},
         {"group": "g", "overrides": ["noise=symmetric"], "sweep": {"beta": [0.5, 1], "optim.lr": [1e-4]}},
     ]
+
+    def overrides(beta: float) -> list[str]:
+        return ["a=1", "noise=symmetric", f"beta={beta:g}", "optim.lr=0.0001", "z=2"]
+
     made = read(written(tmp_path, arms=arms, baseline="first", predictions=[], settings=["a=1"]), more=["z=2"])
     assert [(arm.name, arm.group, arm.at, arm.overrides) for arm in made.arms] == [
         ("first", "", {"beta": 0.1}, ["a=1", "beta=0.1", "z=2"]),
         *(
-            (f"g, beta={b:g}, optim.lr=0.0001", "g", {"beta": b, "optim.lr": 1e-4})
-            + (["a=1", "noise=symmetric", f"beta={b:g}", "optim.lr=0.0001", "z=2"],)
-            for b in (0.5, 1.0)
+            (f"g, beta={beta:g}, optim.lr=0.0001", "g", {"beta": beta, "optim.lr": 1e-4}, overrides(beta))
+            for beta in (0.5, 1.0)
         ),
     ]
     assert [arm.name for arm in made.members("g")] == [arm.name for arm in made.arms[1:]]
@@ -140,11 +144,11 @@ def test_what_is_predicted_is_hashed_and_titles_are_not(tmp_path):
 
 
 def test_a_changed_prediction_is_registered_beside_the_first(tmp_path):
-    def register(**changes: object) -> list[dict]:
+    def register(**changes: Any) -> list[dict]:
         path = written(tmp_path, **changes)
-        run = StudyRun(read(path), path, "full", [], tmp_path, "command")
-        run.register()
-        return json.loads((run.folder / "study.json").read_text())["registrations"]
+        one = StudyRun(read(path), path, "full", [], tmp_path, "command")
+        one.register()
+        return json.loads((one.folder / "study.json").read_text())["registrations"]
 
     (first,) = register()
     assert register() == [first]
