@@ -44,6 +44,8 @@ def recorded(*overrides: str) -> dict:
 
 NEEDED = {
     ("loss", "simpo"): ["reference=uniform"],
+    ("loss", "sft"): ["reference=uniform"],
+    ("loss", "unlikelihood"): ["reference=uniform"],
     ("data", "jsonl"): ["data.path=pairs.jsonl"],
     ("data", "mix"): ["+data.sources={a: {path: a.jsonl}}"],
     ("policy", "pretrained"): ["policy.path=folder"],
@@ -74,7 +76,10 @@ def test_every_ablation_composes_and_is_a_diff(ablation):
 
 
 def test_the_ablations_asked_for_are_there():
-    asked = "none uniform_ref uniform_tokens_ref label_noise ipo hinge cdpo rdpo simpo no_sft"
+    asked = (
+        "none uniform_ref uniform_tokens_ref label_noise ipo hinge cdpo rdpo simpo no_sft sft_chosen unlikelihood rpo"
+    )
+    asked += " dpop dpo_kl"
     assert set(asked.split()) <= set(ABLATIONS)
 
 
@@ -123,6 +128,10 @@ REFUSED = [
     (["noise.rate=1.5"], "noise.rate=1.5", "type e.g. noise.rate=0.2"),
     (["noise.rate=nan"], "noise.rate=nan", "type e.g. noise.rate=0.2"),
     (["loss=simpo"], "loss=simpo", "reference=uniform"),
+    (["loss=sft"], "loss=sft has no reference", "type loss=sft reference=uniform"),
+    (["loss=unlikelihood"], "loss=unlikelihood has no reference", "reference=uniform"),
+    (["loss=dpo_kl", "reference=uniform"], "loss=dpo_kl measures drift", "type loss=dpo_kl reference=cached"),
+    (["loss=unlikelihood", "reference=uniform", "loss.alpha=2"], "loss.alpha=2", "type e.g. loss.alpha=0.5"),
     (["loss=dpoo"], "loss=dpoo", "dpo"),
     (["+ablation=uniform"], "ablation=uniform", "uniform_ref"),
     (["ablation=uniform_ref"], "ablation=uniform_ref", "type +ablation=uniform_ref"),

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from dpo_lab.core.losses import DPO
+from dpo_lab.core.losses import DPO, SFTChosen
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.embedded import Embedded
@@ -245,6 +245,12 @@ def test_calibration_error_is_that_of_its_curve(subject, bins):
     error = sum(row["share"] * abs(row["probability"] - row["frequency"]) for row in curve)
     assert metrics["calibration_error"].value == pytest.approx(error, abs=1e-6)
     assert (metrics["calibration_error"].value > 0.05) == (bins > 1)  # in one bin both sides are one half
+
+
+def test_a_loss_without_beta_gives_no_probability_to_calibrate(subject):
+    subject.loss = SFTChosen()
+    assert list(Calibration().run(subject)) == []
+    assert subject.examples.rows() == []
 
 
 def test_calibration_by_hand():

@@ -6,7 +6,8 @@ evaluated on the same examples have the same keys in the same order, so that the
     held_out, train   a pair; key: the pair's. margin: its log-ratio margin in nats, of the trained to the initial policy,
                       towards chosen; trained_chosen, trained_rejected, initial_chosen, initial_rejected: log-probabilities
                       in nats; gold_margin: the true reward of chosen less that of rejected; flipped: whether label noise
-                      swapped the sides; probability: of the label, sigma(beta margin)
+                      swapped the sides; probability: of the label, sigma(beta margin), of
+                      losses that give one
     prompt            a prompt and its samples; key: of its token ids, `#2` behind it where it comes a second time.
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
                       tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win, judge_win,
