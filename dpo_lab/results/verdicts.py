@@ -26,8 +26,8 @@ predictions (of a secondary one over all). *Supported*: on the predicted side, p
 that as many seeds find four times of five. *Exploratory*: runs were begun before the prediction was registered.
 """
 ARMS = (
-    "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, `*` where its p is below .05"
-    " by Holm over the arms."
+    "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, `*` where its p is below"
+    " .05 by Holm over the arms."
 )
 AREA = (
     "Area under the frontier of gain against KL, 0 to {kl_max:g} nats, as a share of the optimum's: the initial policy's own"
@@ -58,17 +58,16 @@ def check_results(records: Path, path: Path) -> list[str]:
 
 def results(studies: Sequence[Collection]) -> str:
     """The whole file. Same records, same bytes."""
-    judged = {study.folder / study.title: effects.judge(study) for study in studies}
+    judged = [(study, effects.judge(study)) for study in studies]
     rows, taken = [], {}
-    for study, found in zip(studies, judged.values(), strict=True):
-        taken |= {
-            str(run.folder): run.value("seconds") for run in study.runs if run.is_done and run.record.get("seconds")
-        }
+    for study, found in judged:
+        done = (run for run in study.runs if run.is_done and run.record.get("seconds"))
+        taken |= {run.folder: run.value("seconds") for run in done}
         rows.append((study.title, _word(study, found), date(study), str(len(study.seeds)), _hours(study.cpu_seconds())))
     total = f"All studies took {_hours(math.fsum(taken.values()))} of CPU; a run that several share is counted once."
     index = _table(("study", "verdict", "date", "seeds", "CPU"), rows)
-    parts = [_section(study, found) for study, found in zip(studies, judged.values(), strict=True)]
-    return "\n".join([HEAD, *index, "", total, *(line for part in parts for line in ["", *part])]) + "\n"
+    sections = [line for study, found in judged for line in ["", *_section(study, found)]]
+    return "\n".join([HEAD, *index, "", total, *sections]) + "\n"
 
 
 def date(study: Collection) -> str:
@@ -122,6 +121,7 @@ def _section(collection: Collection, judged: Sequence[tuple[Prediction, stats.Ve
         f"{'; '.join(facts)}.",
         "",
         f"*Question:* {_plain(study.question)}",
+        "",
         f"*Claim:* {_plain(study.claim)} ({_plain(study.source)})",
         "",
         f"**{_word(collection, judged)}**",
@@ -157,11 +157,7 @@ def _predictions(judged: Sequence[tuple[Prediction, stats.Verdict]]) -> list[str
     )
     rows = []
     for prediction, verdict in judged:
-        least = (
-            f"{prediction.direction.value} {figure(prediction.at_least)}"
-            if prediction.at_least
-            else prediction.direction.value
-        )
+        least = f" {figure(prediction.at_least)}" if prediction.at_least else ""
         rows.append(
             (
                 prediction.says + ("" if prediction.primary else " (secondary)"),
@@ -169,7 +165,7 @@ def _predictions(judged: Sequence[tuple[Prediction, stats.Verdict]]) -> list[str
                 figure(verdict.effect.value) if verdict.effect else "",
                 interval(verdict.effect),
                 str(len(verdict.seeds)),
-                least,
+                prediction.direction.value + least,
                 chance(verdict.p_holm),
                 figure(verdict.detectable) if verdict.detectable is not None else "",
                 verdict.word + (f" ({verdict.note})" if verdict.note else ""),
