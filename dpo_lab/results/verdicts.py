@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dpo_lab.results import effects, frontier, kept, stats
 from dpo_lab.results.estimates import Estimate
-from dpo_lab.results.facts import Collection, NotMeasured, RunFacts
+from dpo_lab.results.facts import Collection, NotMeasured
 from dpo_lab.results.files import write_whole
 from dpo_lab.results.study import Prediction, StudyError
 
@@ -71,8 +72,8 @@ def results(studies: Sequence[Collection]) -> str:
 
 
 def date(study: Collection) -> str:
-    """The day on which its last run ended."""
-    days = [str(run.record.get("finished") or run.record.get("started") or "")[:10] for run in study.runs]
+    """The day on which its last run was begun."""
+    days = [str(run.record.get("started") or "")[:10] for run in study.runs]
     return max(days, default="") or "not run"
 
 
@@ -130,7 +131,7 @@ def _section(collection: Collection, judged: Sequence[tuple[Prediction, stats.Ve
         "",
         *_arms(collection),
         *_areas(collection),
-        *_unfinished(collection),
+        *(["", *left] if (left := [*_unread(collection, judged), *_unfinished(collection)]) else []),
     ]
     return [*parts, *(["", *study.found.strip().splitlines()] if study.found.strip() else [])]
 
@@ -171,12 +172,21 @@ def _predictions(judged: Sequence[tuple[Prediction, stats.Verdict]]) -> list[str
                 verdict.word + (f" ({verdict.note})" if verdict.note else ""),
             )
         )
-    reasons = [
-        f"- {_plain(prediction.says)}: seed {seed} is missing: {_plain(why)}"
-        for prediction, verdict in judged
-        for seed, why in verdict.missing.items()
+    return _table(head, rows)
+
+
+def _unread(collection: Collection, judged: Sequence[tuple[Prediction, stats.Verdict]]) -> list[str]:
+    """Why a prediction has no effect in a seed whose runs are all done."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for prediction, verdict in judged:
+        arms = effects.arms_of(prediction, collection)
+        for seed, why in verdict.missing.items():
+            if all(run.is_done for run in collection.runs if run.seed == seed and run.arm in arms):
+                found[prediction.says, why].append(seed)
+    return [
+        f"- {_plain(says)}: not to be computed in {_seeds(seeds)}: {_plain(why)}"
+        for (says, why), seeds in found.items()
     ]
-    return [*_table(head, rows), *(["", *reasons] if reasons else [])]
 
 
 def _arms(collection: Collection) -> list[str]:
@@ -243,12 +253,19 @@ def _at(points: Sequence[frontier.Point], kl: float, name: str) -> float:
 
 
 def _unfinished(collection: Collection) -> list[str]:
-    runs = [run for run in collection.runs if not run.is_done]
-    return ["", *(_missing(run) for run in runs)] if runs else []
+    """Cells that are not done, those of one arm that ended alike in one line."""
+    found: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for run in collection.runs:
+        if not run.is_done:
+            found[run.arm, run.status, run.error or ""].append(run.seed)
+    return [
+        f"- {_plain(arm)}, {_seeds(seeds)}: {status}{f': {_plain(error)}' if error else ''}"
+        for (arm, status, error), seeds in found.items()
+    ]
 
 
-def _missing(run: RunFacts) -> str:
-    return f"- {_plain(run.title)}: {run.status}{f': {_plain(run.error)}' if run.error else ''}"
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _commit(git: Mapping[str, object]) -> str:
