@@ -212,7 +212,7 @@ def test_a_plan_runs_nothing(studied, tmp_path):
     result = study(tmp_path / "new", "ablations/small.yaml", "--plan")
     assert result.returncode == 0, result.stderr
     assert "3 arms x 2 seeds: 6 cells, 6 new" in result.stdout
-    assert "6 of 6 cells are to be run: its cost is not known" in result.stdout
+    assert "6 of 6 cells are to be run: what that takes is not known before a first cell is done" in result.stdout
     assert not (tmp_path / "new" / "outputs" / "studies").exists()
 
 

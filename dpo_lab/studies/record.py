@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dpo_lab.results.collection import Collection, gather
 from dpo_lab.results.files import write_whole
+from dpo_lab.results.kept import path_of
 from dpo_lab.results.runs import slug
 from dpo_lab.results.study import RECORD, Study, StudyError
 from dpo_lab.sweep.plan import Cell
 from dpo_lab.sweep.summary import Outcome, now
+
+KEPT = "records"  # a folder beside study files: what is kept of studies that were run
 
 
 class StudyRun:
@@ -24,7 +28,7 @@ class StudyRun:
     def __init__(
         self, study: Study, file: Path, budget: str, overrides: Sequence[str], root: Path, command: str
     ) -> None:
-        self.study = study
+        self.study, self._file = study, file
         self.folder = root / study.name / slug(",".join([budget, *overrides]))
         self._record: dict[str, Any] = {
             "schema": 1,
@@ -46,6 +50,14 @@ class StudyRun:
             for seed in self.study.seeds
             for arm in self.study.arms
         ]
+
+    def earlier(self) -> Collection | None:
+        """What is known of the study's runs: those in its folder, else the record that is kept beside its file."""
+        kept = path_of(self._file.parent / KEPT, self.study.name, self._record["budget"])
+        for path in (self.folder, kept):
+            if (path / RECORD).exists() or path.is_file():
+                return gather([path])[0]
+        return None
 
     def register(self) -> None:
         """Write down what is predicted, before the first run. What was registered before stays; a changed prediction is
