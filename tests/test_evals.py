@@ -19,7 +19,7 @@ from dpo_lab.data.world.embedded import Embedded
 from dpo_lab.evals import subject as subject_module
 from dpo_lab.evals.calibration import Calibration, reliability
 from dpo_lab.evals.displacement import Displacement
-from dpo_lab.evals.evaluation import EVALUATORS, Evals, evaluate
+from dpo_lab.evals.evaluation import EVALUATORS, ON_REQUEST, Evals, evaluate
 from dpo_lab.evals.judge import Judge, JudgeError
 from dpo_lab.evals.kl import KL
 from dpo_lab.evals.language import Language, distinct, repeated
@@ -376,9 +376,11 @@ def test_settings_choose_evaluators():
         Evals(run=["winrate"])
 
 
-@pytest.mark.parametrize("choice", ["default", "imdb"])
-def test_every_choice_lists_all_evaluators(choice):
-    assert yaml.safe_load((REPOSITORY / "conf" / "evals" / f"{choice}.yaml").read_text())["run"] == list(EVALUATORS)
+@pytest.mark.parametrize(("choice", "added"), [("default", ()), ("imdb", ()), ("study", ON_REQUEST)])
+def test_every_choice_lists_all_evaluators(choice, added):
+    run = yaml.safe_load((REPOSITORY / "conf" / "evals" / f"{choice}.yaml").read_text())["run"]
+    assert run == [*Evals().run, *added]
+    assert [*Evals().run, *ON_REQUEST] == list(EVALUATORS)
 
 
 def test_nan_raises(subject):

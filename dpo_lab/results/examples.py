@@ -12,6 +12,8 @@ evaluated on the same examples have the same keys in the same order, so that the
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
                       tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win, judge_win,
                       pairwise_win: 1, 0, or 1/2 for a tie
+    candidates        a prompt and many responses of the initial policy; key: the prompt's. gold, judge: a list of their
+                      rewards, to four decimals
     text              a held-out text; key: of its token ids. trained, initial: log-probabilities in nats; tokens
     bin               a bin of the reliability curve; key: its lower edge. probability: the mean that was said;
                       frequency: the share of labels that it came true in; share: of all pairs, seen from both sides
