@@ -71,7 +71,7 @@ def holm(ps: Sequence[float]) -> list[float]:
     """p-values adjusted so that the chance of any false find among them stays below alpha (Holm 1979)."""
     from statsmodels.stats.multitest import multipletests
 
-    return [float(p) for p in multipletests(ps, method="holm")[1]] if len(ps) else []
+    return [float(p) for p in np.asarray(multipletests(ps, method="holm")[1])] if len(ps) else []
 
 
 def detectable(sd: float, n: int, power: float = POWER, alpha: float = ALPHA) -> float:
