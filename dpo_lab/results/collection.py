@@ -7,13 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.results import arms
+from dpo_lab.results import arms, kept
 from dpo_lab.results.estimates import Estimate
-from dpo_lab.results.facts import Collection, NotMeasured, RunFacts
+from dpo_lab.results.facts import Collection, NotMeasured, RunFacts, assembled
 from dpo_lab.results.runs import RECORD, RunRefused, read_record
 from dpo_lab.results.study import Arm, Study, StudyError
 
@@ -25,13 +24,17 @@ BASELINES = (arms.ALONE, "ablation=none")  # what the arm without an interventio
 
 
 def gather(paths: Sequence[Path]) -> list[Collection]:
-    """Every study that is a path or lies below one, each a collection; then all other paths' runs, compared as one.
+    """Every study that is a path (a folder, or a kept record's file) or lies below one, each a collection; then all other
+    paths' runs, compared as one.
 
     A folder that holds studies is taken for these alone, not for the runs that they share. Raises StudyError where a path
     holds nothing of ours.
     """
     studies, trees, folders = [], [], []
     for path in paths:
+        if path.suffix == ".json" and path.is_file():
+            studies.append(path)
+            continue
         if not path.is_dir():
             raise StudyError(f"{path}: no such folder; type the folder of a run, a sweep or a study")
         if found := list(_below(path, STUDY)):
@@ -41,7 +44,7 @@ def gather(paths: Sequence[Path]) -> list[Collection]:
         folders += (here := list(_below(path, RECORD)))
         if not here and not any(_below(path, SWEEP)):
             raise StudyError(f"{path}: holds no run; type the folder of a run, a sweep or a study")
-    collections = [_of_study(folder) for folder in dict.fromkeys(studies)]
+    collections = [_of_study(it) if it.is_dir() else kept.read(it) for it in dict.fromkeys(studies)]
     return [*collections, _of_runs(trees, list(dict.fromkeys(folders)))] if trees else collections
 
 
@@ -60,20 +63,12 @@ def _of_study(folder: Path) -> Collection:
         cells = {(cell["arm"], cell["seed"]): cell for cell in record["cells"]}
     except (ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{folder / STUDY}: no record of a study ({error}); type the study's command again") from None
-    registered = [entry["at"] for entry in record.get("registrations", ()) if entry["digest"] == study.digest()]
-    since = max(map(datetime.fromisoformat, registered), default=None)
-    runs = []
-    for arm in study.arms:
-        for seed in study.seeds:
-            run = _of_cell(folder, arm.name, seed, cells.get((arm.name, seed)))
-            runs.append(run if arm.name == study.baseline else replace(run, is_own=_is_after(run, since)))
-    return Collection(study.title, folder, study.arms, study.seeds, runs, study.baseline, study, record)
+    known = [(arm.name, seed) for arm in study.arms for seed in study.seeds if (arm.name, seed) in cells]
+    return assembled(study, folder, record, [_of_cell(folder, *cell, cells[cell]) for cell in known])
 
 
-def _of_cell(folder: Path, arm: str, seed: int, cell: Mapping[str, Any] | None) -> RunFacts:
+def _of_cell(folder: Path, arm: str, seed: int, cell: Mapping[str, Any]) -> RunFacts:
     """What its run's record says, or, of one that never got so far or was killed, what its study saw of it."""
-    if cell is None:
-        return RunFacts(folder, arm, seed)
     run = _of_folder(Path(os.path.normpath(folder / cell["folder"])), arm, seed)
     if run.status in ("missing", "running") and cell["status"] != "done":
         run = replace(run, status=cell["status"], error=cell.get("error"))
@@ -91,12 +86,6 @@ def _of_folder(folder: Path, arm: str, seed: int) -> RunFacts:
     except (RunRefused, KeyError, TypeError, ValueError) as error:
         return RunFacts(folder, arm, seed, "unreadable", str(error))
     return RunFacts(folder, arm, seed, status, record.get("error"), record, estimates)
-
-
-def _is_after(run: RunFacts, since: datetime | None) -> bool:
-    """Whether a run was begun once the prediction stood; true of one that never began."""
-    started = run.record.get("started")
-    return started is None or (since is not None and datetime.fromisoformat(started) >= since)
 
 
 def _of_runs(trees: Sequence[Path], folders: Sequence[Path]) -> Collection:

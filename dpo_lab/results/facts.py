@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,24 @@ class Collection:
         """What the runs that are done took, all stages of all of them; a run that several arms share counts once."""
         taken = {run.folder: run.value("seconds") for run in self.runs if run.is_done and run.record.get("seconds")}
         return math.fsum(taken.values())
+
+
+def assembled(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequence[RunFacts]) -> Collection:
+    """A study's runs, every arm x seed of it, each marked as its own or begun before what it predicts was registered.
+
+    record: holds the `registrations`. Of those of the study as it is now the last one counts.
+    """
+    stood = [entry["at"] for entry in record.get("registrations") or () if entry["digest"] == study.digest()]
+    since = max(map(datetime.fromisoformat, stood), default=None)
+    found = {(run.arm, run.seed): run for run in runs}
+    cells = [
+        found.get((arm.name, seed), RunFacts(folder, arm.name, seed)) for arm in study.arms for seed in study.seeds
+    ]
+    marked = [replace(run, is_own=run.arm == study.baseline or _is_after(run, since)) for run in cells]
+    return Collection(study.title, folder, study.arms, study.seeds, marked, study.baseline, study, record)
+
+
+def _is_after(run: RunFacts, since: datetime | None) -> bool:
+    """Whether a run was begun once the prediction stood; true of one that never began."""
+    started = run.record.get("started")
+    return started is None or (since is not None and datetime.fromisoformat(started) >= since)
