@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from itertools import pairwise
 
-from dpo_lab.results.report.marks import CHARACTER, bar, cut, dashed, marker, n
+from dpo_lab.results.report.marks import CHARACTER, bar, cut, dashed, marker, n, written
 from dpo_lab.results.report.scales import Scale, Spacing, around, without_outliers
 
 WIDTH, HEIGHT = 440, 290  # of a panel; px as long as the page has room
@@ -42,11 +42,12 @@ class Series:
     cloud: Sequence[tuple[float, float]] = ()
     band: Sequence[tuple[float, float, float]] = ()
     dash: str | None = None
+    shift: float = 0.0  # px to the right, so that series with the same x stand apart
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. x, y: laid out how; marks: where x has ticks; levels: (y, name) of lines across."""
+    """One pair of axes. x, y: laid out how; marks: where x has ticks; x_from: its ends, if not those of the points."""
 
     title: str
     xlabel: str
@@ -54,9 +55,8 @@ class Panel:
     x: Spacing = Spacing.linear
     y: Spacing = Spacing.linear
     marks: Sequence[float] = ()
-    levels: Sequence[tuple[float, str]] = ()
     x_from: Scale | None = None
-    y_from: Scale | None = None
+    height: float = HEIGHT
 
 
 @dataclass
@@ -91,6 +91,10 @@ class Frame:
             (-7, 14, "end"),
             (0, -9, "middle"),
             (0, 19, "middle"),
+            (12, -14, "start"),
+            (-12, -14, "end"),
+            (12, 24, "start"),
+            (-12, 24, "end"),
         )
         for right, down, anchor in spots:
             left = x + right - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
@@ -110,15 +114,15 @@ def panel(of: Panel) -> str:
     ys = lines + [v for s in of.series for _, low, high in s.band for v in (low, high)]
     clouds = [point for s in of.series for point in s.cloud]
     kept, beyond = without_outliers(ys + [y for _, y in clouds])
-    levels = [level for level, _ in of.levels]
     x_scale = of.x_from or around(xs + [x for x, _ in clouds], of.x)
-    y_scale = of.y_from or around(kept + (levels if kept else []), of.y)
+    y_scale = around(kept, of.y)
     if x_scale is None or y_scale is None:
         return ""
-    frame = Frame(Scale(x_scale.low, x_scale.high, x_scale.spacing, tuple(sorted(set(of.marks)))), y_scale)
-    frame.taken = [_box(*frame.at(p.x, p.y), 4) for p in points if _is_inside(p, frame) and not len(points) > 80]
-    inner = [_level(frame, value, name) for value, name in of.levels]
-    inner += [_band(frame, s) for s in of.series]
+    x_scale = Scale(x_scale.low, x_scale.high, x_scale.spacing, tuple(sorted(set(of.marks))))
+    frame = Frame(x_scale, y_scale, of.height)
+    if any(point.name for point in points):
+        frame.taken = [box for s in of.series for box in _boxes(frame, s)]
+    inner = [_band(frame, s) for s in of.series]
     inner += [_line(frame, s) for s in of.series if s.is_line]
     inner += [_cloud(frame, s) for s in of.series]
     inner += [_points(frame, s) for s in of.series if s.has_markers]
@@ -128,15 +132,16 @@ def panel(of: Panel) -> str:
 
 
 def framed(frame: Frame, title: str, xlabel: str, outer: Iterable[str], inner: Iterable[str]) -> str:
-    middle = frame.left + frame.width / 2
+    middle, title = frame.left + frame.width / 2, cut(title, 58)
+    centre = middle if CHARACTER * len(title) / 2 < WIDTH - middle else WIDTH / 2
     return "\n".join(
         [
             f'<svg class="chart" viewBox="0 0 {WIDTH} {n(frame.height)}" width="{WIDTH}" height="{n(frame.height)}"'
-            f' role="img" aria-label="{escape(title)}">',
-            f'<text class="title" x="{WIDTH / 2:g}" y="16" text-anchor="middle">{escape(cut(title, 58))}</text>',
+            f' role="img" aria-label="{written(title)}">',
+            f'<text class="title" x="{n(centre)}" y="16" text-anchor="middle">{written(title)}</text>',
             *outer,
             f'<text class="dim" x="{n(middle)}" y="{n(frame.height - 8)}" text-anchor="middle">'
-            f"{escape(cut(xlabel, 56))}</text>",
+            f"{written(cut(xlabel, 56))}</text>",
             f'<svg x="{n(frame.left)}" y="{TOP}" width="{n(frame.width)}" height="{n(frame.depth)}"'
             f' viewBox="0 0 {n(frame.width)} {n(frame.depth)}">',
             *(part for part in inner if part),
@@ -168,11 +173,22 @@ def ticks_below(frame: Frame) -> list[str]:
     return found
 
 
-def _level(frame: Frame, value: float, name: str) -> str:
-    _, y = frame.at(frame.x.low, value)
-    text = f'<text class="dim" x="{n(frame.width - 4)}" y="{n(y - 4)}" text-anchor="end">{escape(name)}</text>'
-    frame.taken.append((frame.width - 4 - CHARACTER * len(name), y - 14, frame.width, y))
-    return f'<line class="level" x1="0" x2="{n(frame.width)}" y1="{n(y)}" y2="{n(y)}"/>{text if name else ""}'
+def _boxes(frame: Frame, of: Series) -> list[tuple[float, float, float, float]]:
+    """What is drawn of a series, as boxes in which no name may stand: its points, bars, and its line bit by bit."""
+    shown = [p for p in of.points if math.isfinite(p.x) and math.isfinite(p.y)]
+    places = [frame.at(p.x, p.y) for p in shown]
+    boxes = [_box(x, y, 4) for x, y in places] if of.has_markers else []
+    for point, (x, y) in zip(shown, places, strict=True):
+        if point.x_interval:
+            low, high = (frame.at(v, point.y)[0] for v in point.x_interval)
+            boxes.append((low, y - 1, high, y + 1))
+        if point.y_interval:
+            low, high = (frame.at(point.x, v)[1] for v in point.y_interval)
+            boxes.append((x - 1, high, x + 1, low))
+    for (x1, y1), (x2, y2) in pairwise(places) if of.is_line else ():
+        bits = max(1, round(math.hypot(x2 - x1, y2 - y1) / 5))
+        boxes += [_box(x1 + (x2 - x1) * i / bits, y1 + (y2 - y1) * i / bits, 1.5) for i in range(bits + 1)]
+    return boxes
 
 
 def _band(frame: Frame, of: Series) -> str:
@@ -193,15 +209,16 @@ def _line(frame: Frame, of: Series) -> str:
             begins = True
             continue
         x, y = frame.at(point.x, point.y)
+        x += of.shift
         path.append(f"{'M' if begins else 'L'}{n(x)} {n(y)}")
         begins = False
-    says = f"<title>{escape(of.label)}</title>" if not of.has_markers else ""
+    says = f"<title>{written(of.label)}</title>" if not of.has_markers else ""
     return f'<path class="c{of.look} line"{dashed(of.look, of.dash)} d="{"".join(path)}">{says}</path>' if path else ""
 
 
 def _cloud(frame: Frame, of: Series) -> str:
     places = [frame.at(x, y) for x, y in of.cloud if math.isfinite(x) and math.isfinite(y)]
-    dots = "".join(f'<circle cx="{n(x)}" cy="{n(y)}" r="2"/>' for x, y in places)
+    dots = "".join(f'<circle cx="{n(x + of.shift + 6)}" cy="{n(y)}" r="2"/>' for x, y in places)
     return f'<g class="c{of.look} cloud">{dots}</g>' if dots else ""
 
 
@@ -211,6 +228,7 @@ def _points(frame: Frame, of: Series) -> str:
         if not (math.isfinite(point.x) and math.isfinite(point.y)):
             continue
         x, y = frame.at(point.x, point.y)
+        x += of.shift
         drawn_bars = ""
         if point.y_interval:
             drawn_bars += bar(
@@ -220,7 +238,7 @@ def _points(frame: Frame, of: Series) -> str:
             drawn_bars += bar(
                 frame.at(point.x_interval[0], point.y)[0], y, frame.at(point.x_interval[1], point.y)[0], y
             )
-        drawn.append(f"<g>{drawn_bars}{marker(x, y, of.look)}<title>{escape(point.says)}</title></g>")
+        drawn.append(f"<g>{drawn_bars}{marker(x, y, of.look)}<title>{written(point.says)}</title></g>")
     return f'<g class="c{of.look}">{"".join(drawn)}</g>' if drawn else ""
 
 
@@ -231,7 +249,7 @@ def _names(frame: Frame, of: Series) -> str:
             text = cut(point.name, 30)
             if place := frame.name_place(*frame.at(point.x, point.y), text):
                 x, y, anchor = place
-                found.append(f'<text x="{n(x)}" y="{n(y)}" text-anchor="{anchor}">{escape(text)}</text>')
+                found.append(f'<text x="{n(x)}" y="{n(y)}" text-anchor="{anchor}">{written(text)}</text>')
     return f'<g class="c{of.look} names">{"".join(found)}</g>' if found else ""
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from dpo_lab.results.report.drawing import BOTTOM, TOP, Frame, Interval, framed, ticks_below
-from dpo_lab.results.report.marks import CHARACTER, bar, cut, marker, n
+from dpo_lab.results.report.marks import CHARACTER, bar, cut, marker, n, written
 from dpo_lab.results.report.scales import Scale, around
 
 
@@ -40,17 +39,17 @@ def rows(title: str, xlabel: str, of: Sequence[Row], reference: float | None = N
     for number, row in enumerate(of):
         _, y = frame.at(scale.low, number)
         outer.append(
-            f'<text x="{n(left - 8)}" y="{n(TOP + y + 4)}" text-anchor="end">{escape(cut(row.label, most))}'
-            f"<title>{escape(row.label)}</title></text>"
+            f'<text x="{n(left - 8)}" y="{n(TOP + y + 4)}" text-anchor="end">{written(cut(row.label, most))}'
+            f"<title>{written(row.label)}</title></text>"
         )
         if row.value is None:
             inner.append(f'<text class="dim" x="4" y="{n(y + 4)}">not measured</text>')
             continue
-        dots = "".join(f'<circle cx="{n(frame.at(v, 0)[0])}" cy="{n(y)}" r="2"/>' for v in row.parts)
+        dots = "".join(f'<circle cx="{n(frame.at(v, 0)[0])}" cy="{n(y + 7)}" r="2"/>' for v in row.parts)
         inner.append(f'<g class="c{row.look} cloud">{dots}</g>')
         x, _ = frame.at(row.value, 0)
         line = bar(frame.at(row.interval[0], 0)[0], y, frame.at(row.interval[1], 0)[0], y) if row.interval else ""
-        inner.append(f'<g class="c{row.look}">{line}{marker(x, y, row.look)}<title>{escape(row.says)}</title></g>')
+        inner.append(f'<g class="c{row.look}">{line}{marker(x, y, row.look)}<title>{written(row.says)}</title></g>')
     return framed(frame, title, xlabel, outer, inner)
 
 
@@ -67,5 +66,5 @@ def effect(value: float, interval: Interval | None, at_least: float, says: str, 
     parts.append(f'<g class="c0">{line}{marker(x[value], height / 2, 0)}</g>')
     return (
         f'<svg class="effect" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
-        f' aria-label="{escape(says)}"><title>{escape(says)}</title>{"".join(parts)}</svg>'
+        f' aria-label="{written(says)}"><title>{written(says)}</title>{"".join(parts)}</svg>'
     )

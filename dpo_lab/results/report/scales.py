@@ -43,7 +43,7 @@ class Scale:
         if self.spacing is Spacing.log:
             return _decades(self.low, self.high, most)
         if self.spacing is Spacing.root:
-            return _thinned([v for v in _decades(max(self.high / 500, 1e-9), self.high, 99)], self, most)
+            return _thinned(_decades(max(self.high / 500, 1e-9), self.high, 99), self, most)
         return nice(self.low, self.high, most)
 
 
