@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from dpo_lab import door
+from dpo_lab import door, report
 from dpo_lab.results.study import StudyError
 from dpo_lab.studies import sweeper
 from dpo_lab.studies.file import read
@@ -61,7 +61,14 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
     sweeper.register(runs, beside, given.plan)
     named = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(NAMES_NO_RUN)}]"
     sys.argv = [sys.argv[0], "--multirun", "hydra/sweeper=study", named, *arguments]
-    return door.open_door(task)
+    try:
+        return door.open_door(task)
+    except SystemExit as end:  # the sweep is over
+        code = end.code if isinstance(end.code, int) else 1
+    if not given.plan and code in (0, 1):
+        for run in runs:
+            report.main([str(run.folder)])
+    return code
 
 
 def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun], list[StudyRun], list[str]]:

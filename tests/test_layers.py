@@ -22,7 +22,7 @@ LAYERS = (
     ("dpo_lab.run", "dpo_lab.sft_run", "dpo_lab.evaluation_run", "dpo_lab.inspection"),
     ("dpo_lab.sweep", "dpo_lab.door"),
     ("dpo_lab.studies",),
-    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate"),
+    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate", "dpo_lab.report"),
     ("dpo_lab.study",),
 )
 
