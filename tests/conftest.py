@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_lab import door
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.models.tokenizer import train_tokenizer
@@ -23,6 +24,13 @@ SMALL = (
     " trainer.max_steps=6 trainer.val_check_interval=3 trainer.log_every_n_steps=2 evals.samples=16 evals.texts=8"
 ).split()
 OWN_MODEL = [s for s in SMALL if not s.startswith(("policy.", "sft."))]  # what of it goes with policy=pretrained
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Every module of tests is imported here."""
+    with door.loading():
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,8 @@ def run_in_ranks(module: str, function: str, world_size: int, *arguments: str, t
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    code = f"import {module} as m, sys; m.{function}(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])"
+    loading = f"import sys\nfrom dpo_lab.door import loading\nwith loading():\n    import {module} as m\n"
+    code = loading + f"m.{function}(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])"
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
