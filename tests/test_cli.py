@@ -191,7 +191,9 @@ def test_sweep_runs_one_process_a_cell_in_named_folders(workshop, baseline):
     assert arms == {(None, 0.5), ("sequences", 0.5)}
     assert {r["initial_policy"] for r in records} == {record_of(baseline)["initial_policy"]}
     for record in records:
-        assert record["data"]["flipped by label noise"] > 0 == record_of(baseline)["data"].get("flipped by label noise", 0)
+        assert (
+            record["data"]["flipped by label noise"] > 0 == record_of(baseline)["data"].get("flipped by label noise", 0)
+        )
 
 
 def test_a_failing_cell_fails_the_sweep(workshop):
