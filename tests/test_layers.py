@@ -21,7 +21,9 @@ LAYERS = (
     ("dpo_lab.fit", "dpo_lab.measure", "dpo_lab.next_commands"),
     ("dpo_lab.run", "dpo_lab.sft_run", "dpo_lab.evaluation_run", "dpo_lab.inspection"),
     ("dpo_lab.sweep", "dpo_lab.door"),
-    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate"),
+    ("dpo_lab.studies",),
+    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate", "dpo_lab.report"),
+    ("dpo_lab.study",),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 from dpo_lab.data.quality import Quality
@@ -23,7 +24,14 @@ def svg(quality: Quality) -> str:
     """The figure as an SVG element without a background, in the colour of the text around it."""
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     drawn = _drawn(quality, "", INK, format="svg", transparent=True, metadata=nothing).decode()
-    return drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+    drawn = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r' style="([^"]*)"', _as_attributes, drawn).replace(INK, "currentColor")
+
+
+def _as_attributes(style: re.Match[str]) -> str:
+    """The same style, spelled as attributes of their own: those need no leave of a page's policy."""
+    settings = [setting.split(":", 1) for setting in style[1].split(";") if setting.strip()]
+    return "".join(f' {name.strip()}="{value.strip()}"' for name, value in settings)
 
 
 def _drawn(quality: Quality, title: str, ink: str, **how: Any) -> bytes:

@@ -9,53 +9,34 @@ from dpo_lab.inspection.figure import MADE_BY, svg
 from dpo_lab.inspection.look import Look
 from dpo_lab.inspection.tables import Table, tables
 from dpo_lab.inspection.terminal import MARKS
+from dpo_lab.results.webpage import document
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --page: #fff; --line: #ccc; --dim: #666; --chosen: #00694d;
-  --rejected: #a34700; --look: #fff4d6; --chip: #f3f3f3; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --page: #161616; --line: #444; --dim: #9a9a9a;
-  --chosen: #2fc79a; --rejected: #ff8a3d; --look: #3a2f10; --chip: #242424; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 70rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: .95rem; overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .15rem .7rem; border-bottom: 1px solid var(--line); text-align: right; overflow-wrap: anywhere; }
-th:first-child, td:first-child { text-align: left; font-weight: normal; }
-.wide { overflow-x: auto; } .wide svg { max-width: 100%; height: auto; }
 .bars { width: 10rem; height: 1.6rem; fill: currentColor; display: block; }
-.look { background: var(--look); padding: .4rem .8rem; margin: .4rem 0; border-left: 4px solid #e69f00; }
-.part { margin: .3rem 0; } .part > span:first-child, .dim { color: var(--dim); font-size: .85rem; }
+.figure * { stroke-linejoin: round; stroke-linecap: butt; }
+.part { margin: .3rem 0; } .part > span:first-child { color: var(--dim); font-size: .85rem; }
 .tokens { font-family: ui-monospace, monospace; font-size: .85rem; line-height: 1.9; overflow-wrap: anywhere; margin: 0; }
 .tokens span { background: var(--chip); border-radius: 3px; padding: 1px 2px; }
 .prompt span { color: var(--dim); }
 .chosen span { color: var(--chosen); border-bottom: 2px solid; }
 .rejected span { color: var(--rejected); border-bottom: 2px dashed; }
 .tokens .special { outline: 1px solid; font-weight: bold; } .tokens .cut { color: var(--ink); border: 0; font-weight: bold; }
-@media print { body { max-width: none; margin: 0; font-size: 10pt; } section, table { break-inside: avoid; }
-  .tokens span { background: none; } }
+@media print { .tokens span { background: none; } }
 """
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def page(look: Look) -> str:
     """The whole page."""
+    title = f"Preference pairs of {look.source}"
     lines = [
-        "<!doctype html>",
-        f"<!-- {MADE_BY} -->",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="referrer" content="no-referrer">',
-        f"<title>{escape(f'Pairs of {look.source}')}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(f'Preference pairs of {look.source}')}</h1>",
+        f"<h1>{escape(title)}</h1>",
         f'<p class="dim">{escape(f"Tokens of {look.tokenizer}. Made by python -m {MADE_BY}.")}</p>',
         *_advice(look),
         *(line for table in tables(look) for line in _table(table)),
-        f'<h2>Lengths</h2><div class="wide">{svg(look.quality)}</div>',
+        f'<h2>Lengths</h2><div class="wide figure">{svg(look.quality)}</div>',
         *_pairs(look),
-        "</body></html>",
     ]
-    return "\n".join(lines) + "\n"
+    return document(f"Pairs of {look.source}", MADE_BY, "\n".join(lines), STYLE)
 
 
 def _advice(look: Look) -> list[str]:

@@ -9,8 +9,7 @@ from dpo_lab.config import ConfigError
 from dpo_lab.inspection.figure import MADE_BY, png
 from dpo_lab.inspection.look import Look
 from dpo_lab.inspection.page import page
-
-HEAD = 4096  # bytes in which a report says who made it
+from dpo_lab.results.webpage import may_be_written
 
 
 def target(path: str | None) -> Path | None:
@@ -19,11 +18,8 @@ def target(path: str | None) -> Path | None:
         return None
     try:
         (file := Path(path)).parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
+        if may_be_written(file, MADE_BY):
             return file
-        with file.open("rb") as there:
-            if MADE_BY.encode() in there.read(HEAD):
-                return file
     except (OSError, ValueError) as error:
         raise ConfigError(f"page={path}: {_reason(error)}; type another page=") from None
     raise ConfigError(f"page={path}: a file that is no report of {MADE_BY} lies there; type another page=")

@@ -48,12 +48,17 @@ def keep(collection: Collection) -> dict[str, Any]:
 
 
 def write(collection: Collection, folder: Path) -> Path:
-    """Keep a study in folder/<its name>.json; gives the path."""
+    """Keep a study in folder/<its name>.json, with another budget than `full` in the name, too; gives the path."""
     record = keep(collection)
-    path = folder / f"{record['study']['name']}.json"
+    path = path_of(folder, record["study"]["name"], record["budget"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text(record))
     return path
+
+
+def path_of(folder: Path, name: str, budget: str | None) -> Path:
+    """Where a study's record is kept: a budget other than the full one is part of its name."""
+    return folder / (f"{name}.json" if budget in ("full", None) else f"{name}-{budget}.json")
 
 
 def text(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,203 @@
+"""The door of reports: python -m dpo_lab.report FOLDER... compares runs, sweeps and studies from what lies in their folders."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dpo_lab.results.facts import Collection
+from dpo_lab.results.study import StudyError
+
+DESCRIPTION = """\
+Compare runs, sweeps and studies from their folders alone: nothing is trained, no model is loaded.
+
+A study is told verdict first; of other runs, those whose settings differ in nothing but the seed are one arm.
+A table goes to the terminal, and one HTML file that loads nothing is written beside the runs.
+"""
+EXAMPLES = """\
+examples:
+  python -m dpo_lab.report outputs/studies/beta/full              a study: verdict, tables, page
+  python -m dpo_lab.report outputs/dpo --baseline beta=0.1        all runs of one name, compared with an arm
+  python -m dpo_lab.report outputs/a outputs/b --metrics gold_gain,kl,"gold_gain / kl"
+  python -m dpo_lab.report outputs/dpo --csv > arms.csv           every digit, for a program of yours
+  python -m dpo_lab.report outputs/studies/beta/full --keep ablations/records
+  python -m dpo_lab.report --results ablations/RESULTS.md --check
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done; 1 `--check` found a difference; 2 nothing was done, the message says what to type."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _report(options)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dpo_lab.report",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        type=Path,
+        metavar="FOLDER",
+        help="of a run, a sweep, a study or of many; or a kept record (.json)",
+    )
+    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with")
+    parser.add_argument(
+        "--metrics", metavar="A,B", default="", help="what is compared: names of run.json, or `a - b`, `a / b` of them"
+    )
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--markdown", action="store_true", help="print Markdown, write no page unless --page is given")
+    shape.add_argument(
+        "--csv", action="store_true", help="print CSV with every digit, write no page unless --page is given"
+    )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="where the page goes (report.html in the first folder)"
+    )
+    kept = parser.add_argument_group("kept records")
+    kept.add_argument(
+        "--keep", type=Path, metavar="DIR", help="write the small record of each study there, to be committed"
+    )
+    kept.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="write what the kept records in records/ beside it say",
+    )
+    kept.add_argument("--check", action="store_true", help="with --results: change nothing, say where the file differs")
+    return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    if options.results is not None:
+        return _results(options.results, options.check)
+    if options.check:
+        raise StudyError("--check: goes with --results FILE")
+    if not options.paths:
+        raise StudyError(
+            "type the folder of a run, a sweep or a study, e.g. python -m dpo_lab.report outputs/dpo; see --help"
+        )
+    collections = _gathered(options.paths)
+    if options.baseline:
+        collections = [_against(collection, options.baseline) for collection in collections]
+    metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    _check_metrics(collections, metrics)
+    page = None
+    if options.page or not (options.markdown or options.csv or options.keep):
+        page = _page_place(options.page, collections)
+    if page:  # before anything is printed: whoever reads that may stop before its end
+        _write(page, collections, metrics)
+    if options.keep:
+        from dpo_lab.results import kept
+
+        paths = [kept.write(collection, options.keep) for collection in collections]
+        print(*(f"Kept: {path}" for path in paths), sep="\n", file=sys.stderr)
+    _print(options, collections, metrics)
+    if page:
+        print(f"Page: {page}", file=sys.stderr if options.csv or options.markdown else sys.stdout)
+    return 0
+
+
+def _gathered(paths: Sequence[Path]) -> list[Collection]:
+    from dpo_lab.results.collection import gather
+
+    folders = [path for path in paths if path.suffix != ".json" or path.is_dir()]
+    found = gather(folders) if folders else []
+    if records := [path for path in paths if path not in folders]:
+        from dpo_lab.results import kept
+
+        found += [kept.read(path) for path in records]
+    return found
+
+
+def _against(collection: Collection, baseline: str) -> Collection:
+    names = [arm.name for arm in collection.arms]
+    if baseline not in names:
+        raise StudyError(f"--baseline {baseline}: no such arm in {collection.title}; type one of: {'; '.join(names)}")
+    return replace(collection, baseline=baseline)
+
+
+def _check_metrics(collections: Sequence[Collection], metrics: Sequence[str]) -> None:
+    """Raises StudyError for a metric that no run has."""
+    for metric in metrics:
+        if not any(collection.values(arm.name, metric) for collection in collections for arm in collection.arms):
+            known = sorted({name for collection in collections for run in collection.runs for name in run.metrics})
+            raise StudyError(
+                f"--metrics {metric}: no run has it; type some of: {', '.join(known) or 'none, no run is done'}"
+            )
+
+
+def _page_place(asked: Path | None, collections: Sequence[Collection]) -> Path:
+    """Where the page goes. Raises StudyError where something else lies there."""
+    from dpo_lab.results.report.page import MADE_BY
+    from dpo_lab.results.webpage import may_be_written
+
+    page = asked or collections[0].folder / "report.html"
+    try:
+        if may_be_written(page, MADE_BY):
+            return page
+    except OSError as error:
+        raise StudyError(f"{page}: {error.strerror}; type another --page FILE") from None
+    raise StudyError(f"{page}: a file that is no report of ours lies there; type another --page FILE")
+
+
+def _write(page: Path, collections: Sequence[Collection], metrics: Sequence[str]) -> None:
+    from dpo_lab.results.files import write_whole
+    from dpo_lab.results.report.page import page as drawn
+
+    content = drawn(collections, page.parent, metrics)
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(page, content)
+    except OSError as error:
+        raise StudyError(f"{page}: {error.strerror}; type another --page FILE") from None
+
+
+def _print(options: argparse.Namespace, collections: Sequence[Collection], metrics: Sequence[str]) -> None:
+    from rich.console import Console
+
+    from dpo_lab.results.report import terminal
+
+    if options.csv:
+        print(terminal.as_csv(collections, metrics), end="")
+    elif options.markdown:
+        print("\n".join(terminal.markdown(collection, metrics) for collection in collections))
+    else:
+        console = Console()
+        for collection in collections:
+            terminal.show(console, collection, metrics)
+
+
+def _results(file: Path, check: bool) -> int:
+    """Write the results of the kept records beside the file, or say where it differs from what they say."""
+    from dpo_lab.results.verdicts import check_results, write_results
+
+    records = file.parent / "records"
+    if not check:
+        write_results(records, file)
+        print(f"Written: {file}")
+        return 0
+    differences = check_results(records, file)
+    for difference in differences:
+        print(difference, file=sys.stderr)
+    if not differences:
+        print(f"{file}: all of it is what the records say")
+    return 1 if differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"use strict";
+// Tables that sort by a click on their heads, and a filter for those that ask for one. Without this script all is there, too.
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0];
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = head.textContent;
+    head.replaceChildren(button);
+    button.addEventListener("click", () => {
+      const falls = head.getAttribute("aria-sort") === "ascending";
+      for (const other of heads) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", falls ? "descending" : "ascending");
+      const key = (row) => {
+        const cell = row.cells[column];
+        return "sort" in cell.dataset ? Number(cell.dataset.sort) : cell.textContent.trim();
+      };
+      const order = (a, b) => {
+        const [x, y] = [key(a), key(b)];
+        if (x === "" || y === "") return (x === "") - (y === ""); // what is not there stands last either way
+        const apart = typeof x === typeof y ? (typeof x === "number" ? x - y : x.localeCompare(y, "en")) : typeof x === "number" ? -1 : 1;
+        return falls ? -apart : apart;
+      };
+      body.append(...[...body.rows].sort(order));
+    });
+  });
+  if (!table.classList.contains("filtered")) continue;
+  const filter = document.createElement("input");
+  filter.type = "search";
+  filter.className = "filter";
+  filter.placeholder = "show only arms with …";
+  filter.setAttribute("aria-label", "show only rows that hold this text");
+  table.parentElement.before(filter);
+  filter.addEventListener("input", () => {
+    const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const row of body.rows) {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+    }
+  });
+}
+addEventListener("beforeprint", () => {
+  for (const part of document.querySelectorAll("details.sample")) part.open = true;
+});
