@@ -94,7 +94,7 @@ def test_core_needs_neither_lightning_nor_hydra_nor_transformers():
 
 def test_results_need_no_torch():
     results = "import dpo_lab.results.runs, dpo_lab.results.estimates, dpo_lab.results.summary, dpo_lab.results.cache"
-    results += ", dpo_lab.results.examples"
+    results += ", dpo_lab.results.examples, dpo_lab.results.collection, dpo_lab.results.verdicts"
     assert loaded_by(results) & {"torch", "lightning", "transformers"} == set()
 
 

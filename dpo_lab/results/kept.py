@@ -117,7 +117,7 @@ def _run(folder: Path, kept: Mapping[str, Any], record: Mapping[str, Any], overr
 
 def _place(run: RunFacts) -> str:
     """What tells runs apart that several studies share, and names no place of this machine: `full/beta=1/seed=0`."""
-    return "/".join(run.folder.parts[-3:]) if run.record else ""
+    return "/".join(run.folder.parts[-3:]) if "started" in run.record else ""
 
 
 def _triple(estimate: Estimate | None) -> list[Any] | None:
