@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tests.conftest import OFFLINE
+from tests.conftest import OFFLINE, REPOSITORY
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.loaded"])
@@ -30,7 +30,7 @@ class Warm:
     def __init__(self, function: Callable[..., object], *arguments: Any, cwd: Path, **variables: str) -> None:
         self.files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self.files]
-        with patch.dict(os.environ, OFFLINE):
+        with patch.dict(os.environ, OFFLINE | {"PYTHONPATH": str(REPOSITORY)}):  # this test may stand elsewhere by now
             forkserver.ensure_running()
         everything = (function, arguments, str(cwd), os.environ | OFFLINE | variables, names)
         self.process = CONTEXT.Process(target=_live, args=everything)
