@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def folder(policy, tmp_path_factory) -> Path:
     policy.save(folder / "my-model")
     rows = [{"prompt": f"what is {i}?", "chosen": f"it is {i}", "rejected": f"not {i}"} for i in range(60)]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copytree(REPOSITORY / "ablations", folder / "ablations")
     return folder
 
 
@@ -51,6 +53,10 @@ def test_python_commands_run(command, folder):
     _, _, module, *arguments = shlex.split(command)
     if "seed=0,1,2" in arguments:  # 18 and 30 cells: one of each
         arguments = [re.sub(r"^(seed|beta|\+ablation)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
+    if module == "dpo_lab.study":  # many cells: what they would be; tests/test_studies.py runs them
+        arguments = [argument for argument in arguments if not argument.startswith(("launcher", "hydra"))] + ["--plan"]
+    if module == "dpo_lab.report" and "--results" not in arguments:
+        arguments = ["outputs/dpo"]
     if module == "dpo_lab.evaluate":  # the reader's first run, whose folder is named by the settings that make it small
         if not list(folder.glob("outputs/dpo/*/seed=0/policy")):
             assert door("dpo_lab.train", *SMALL, cwd=folder).returncode == 0

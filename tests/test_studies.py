@@ -20,6 +20,7 @@ from dpo_lab.results.study import Direction, Study, StudyError
 from dpo_lab.studies.file import read
 from dpo_lab.studies.record import StudyRun
 from tests.conftest import REPOSITORY
+from tests.conftest import SMALL as SMALL_RUN
 from tests.sweeping import ENVIRONMENT, behaves, run, starts, until
 
 COLLECTION = sorted((REPOSITORY / "ablations").glob("*.yaml"))
@@ -171,6 +172,7 @@ def studied(tmp_path_factory) -> Path:
     assert result.returncode == 1, result.stdout + result.stderr
     assert "10 cells" not in result.stdout  # the arm in common is run once
     assert "outputs/studies/runs/full: 8 cells: 8 new" in result.stdout
+    assert (folder / "outputs/studies/other/full/report.html").exists()
     return folder
 
 
@@ -231,6 +233,32 @@ def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 cells: 1 done already, 1 to be resumed, 4 new" in result.stdout
     assert record(tmp_path)["status"] == "done"
+
+
+@pytest.mark.xdist_group("readme")
+def test_a_study_of_real_runs_ends_in_verdict_and_page(tmp_path):
+    arms = [{"sweep": {"beta": [0.1, 1]}}]
+    kl = {
+        "says": "KL falls with beta",
+        "measure": "slope",
+        "metric": "kl",
+        "of": "beta=1",
+        "over": "beta",
+        "direction": "less",
+    }
+    less = kl | {"measure": "difference", "to": "beta=0.1", "over": ""}
+    path = written(
+        tmp_path, arms=arms, predictions=[less], metrics=["kl", "gold_gain"], budgets={"full": {"seeds": [0]}}
+    )
+    result = run("dpo_lab.study", tmp_path, str(path.relative_to(tmp_path)), *SMALL_RUN)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "KL falls with beta" in result.stdout
+    assert "inconclusive" in result.stdout  # one seed tells no spread
+    (page,) = tmp_path.glob("outputs/studies/small/*/report.html")
+    assert "one seed" in page.read_text()
+    done = [json.loads(each.read_text()) for each in tmp_path.glob("outputs/studies/runs/full/*/seed=0/run.json")]
+    assert {each["config"]["beta"] for each in done} == {0.1, 1}
+    assert {each["status"] for each in done} == {"done"}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab.config import explain
+from dpo_lab.results.measures import check
 from dpo_lab.results.study import Arm, Figure, Prediction, Study, StudyError
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -121,7 +122,7 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
     kept = [arm for arm in arms if not chosen.arms or arm.name in chosen.arms or arm.group in chosen.arms]
     left = {name for arm in kept for name in (arm.name, arm.group)}
     predictions = [p for p in file.predictions if all(n in left or n not in names for n in (p.of, p.to) if n)]
-    return Study(
+    made = Study(
         name=path.stem,
         title=file.title,
         question=file.question,
@@ -135,6 +136,8 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
         figures=file.figures,
         found=file.found.strip() if budget == "full" else "",
     )
+    check(made)
+    return made
 
 
 def _arms(spec: ArmSpec) -> Iterator[Arm]:
