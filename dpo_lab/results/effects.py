@@ -19,7 +19,7 @@ from dpo_lab.results.measures import check, of, told
 from dpo_lab.results.stats import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict
 from dpo_lab.results.study import Direction, Measure, Prediction
 
-__all__ = ["by_prompt", "check", "judge", "level", "of", "overall", "told", "versus_baseline"]
+__all__ = ["arms_of", "by_prompt", "check", "judge", "level", "of", "overall", "told", "versus_baseline"]
 
 COUNTED = "memory/"  # bytes that are counted: the same in every seed, and no estimate
 OVER = ("done", "failed", "unreadable")  # how a run stands that nobody waits for
@@ -74,6 +74,11 @@ def versus_baseline(collection: Collection, metric: str) -> dict[str, tuple[Esti
     for arm, p in zip(ps, stats.holm(list(ps.values())), strict=True):
         table[arm] = (*table[arm][:2], p)
     return table
+
+
+def arms_of(prediction: Prediction, collection: Collection) -> set[str]:
+    """The names of the arms that a prediction is about."""
+    return {arm.name for named in (prediction.of, prediction.to) if named for arm in collection.members(named)}
 
 
 def level(metric: str, values: Sequence[float]) -> Estimate:
@@ -157,6 +162,6 @@ def _word(prediction: Prediction, effect: Estimate, p: float | None) -> str:
 
 def _open(prediction: Prediction, verdict: Verdict, collection: Collection) -> list[int]:
     """Seeds without an effect of which a run has yet to end."""
-    arms = [arm.name for named in (prediction.of, prediction.to) if named for arm in collection.members(named)]
+    arms = arms_of(prediction, collection)
     runs = [run for run in collection.runs if run.seed in verdict.missing and run.arm in arms]
     return sorted({run.seed for run in runs if run.status not in OVER})

@@ -158,8 +158,15 @@ class Collection:
 
     def cpu_seconds(self) -> float:
         """What the runs that are done took, all stages of all of them; a run that several arms share counts once."""
-        taken = {run.folder: run.value("seconds") for run in self.runs if run.is_done and run.record.get("seconds")}
-        return math.fsum(taken.values())
+        return math.fsum(self._costs().values())
+
+    def cpu_seconds_a_run(self) -> float | None:
+        """The mean of the same, to say what more of them will take; None where none is done."""
+        costs = self._costs()
+        return math.fsum(costs.values()) / len(costs) if costs else None
+
+    def _costs(self) -> dict[Path, float]:
+        return {run.folder: run.value("seconds") for run in self.runs if run.is_done and run.record.get("seconds")}
 
 
 def assembled(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequence[RunFacts]) -> Collection:

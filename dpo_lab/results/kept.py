@@ -20,7 +20,8 @@ from dpo_lab.results.study import Study, StudyError
 
 SCHEMA = 1
 OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations")  # taken over from study.json
-OF_RUN = ("started", "finished", "steps", "step_zero_loss", "peak_memory_bytes", "memory", "data")  # from run.json
+OF_RUN = ("started", "steps", "step_zero_loss", "peak_memory_bytes", "memory", "data")  # from run.json
+ORIGIN = ("versions", "git")
 
 
 def keep(collection: Collection) -> dict[str, Any]:
@@ -28,14 +29,14 @@ def keep(collection: Collection) -> dict[str, Any]:
     if collection.study is None:
         raise StudyError(f"{collection.title}: no study; type the folder of one, outputs/studies/NAME/BUDGET")
     names = sorted({name for run in collection.runs for name in run.metrics})
-    versions: list[Any] = []
-    runs = [_kept(run, names, versions) for run in collection.runs]
+    origins: list[Any] = []
+    runs = [_kept(run, names, origins) for run in collection.runs]
     lines = {seed: frontier.optimum(collection, seed) for seed in collection.seeds}
     return {
         "schema": SCHEMA,
         "study": collection.study.as_record(),
         **{name: collection.record.get(name) for name in OF_STUDY},
-        "versions": versions,
+        "origins": origins,  # what runs were made by: versions and commit
         "optimum": {
             str(seed): [[_short(p.gain), _short(p.kl), _short(p.ess)] for p in points]
             for seed, points in lines.items()
@@ -74,17 +75,15 @@ def read(path: Path) -> Collection:
     return assembled(study, path.parent, record, runs)
 
 
-def _kept(run: RunFacts, names: Iterable[str], versions: list[Any]) -> dict[str, Any]:
+def _kept(run: RunFacts, names: Iterable[str], origins: list[Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {"arm": run.arm, "seed": run.seed, "status": run.status, "folder": _place(run)}
     if run.error:
         kept["error"] = run.error
     kept |= {name: _rounded(run.record[name]) for name in OF_RUN if run.record.get(name) is not None}
-    if "versions" in run.record:
-        if run.record["versions"] not in versions:
-            versions.append(run.record["versions"])
-        kept["versions"] = versions.index(run.record["versions"])
-    if run.record.get("git"):
-        kept["git"] = run.record["git"]
+    if origin := {name: run.record[name] for name in ORIGIN if name in run.record}:
+        if origin not in origins:
+            origins.append(origin)
+        kept["origin"] = origins.index(origin)
     if "seconds" in run.record:
         kept["cpu"] = {stage: _short(taken["cpu"]) for stage, taken in run.record["seconds"].items()}
     if "health" in run.record:
@@ -97,10 +96,10 @@ def _kept(run: RunFacts, names: Iterable[str], versions: list[Any]) -> dict[str,
 
 
 def _run(folder: Path, kept: Mapping[str, Any], record: Mapping[str, Any], overrides: list[str]) -> RunFacts:
-    facts: dict[str, Any] = {name: kept[name] for name in (*OF_RUN, "git") if name in kept}
+    facts: dict[str, Any] = {name: kept[name] for name in OF_RUN if name in kept}
     facts |= {"status": kept["status"], "overrides": [*overrides, f"seed={kept['seed']}"]}
-    if "versions" in kept:
-        facts["versions"] = record["versions"][kept["versions"]]
+    if "origin" in kept:
+        facts |= record["origins"][kept["origin"]]
     if "cpu" in kept:
         facts["seconds"] = {stage: {"cpu": seconds} for stage, seconds in kept["cpu"].items()}
     if "health" in kept:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dpo_lab.results import effects, frontier, kept, stats
 from dpo_lab.results.estimates import Estimate
-from dpo_lab.results.facts import Collection, NotMeasured, RunFacts
+from dpo_lab.results.facts import Collection, NotMeasured
 from dpo_lab.results.files import write_whole
 from dpo_lab.results.study import Prediction, StudyError
 
@@ -26,8 +27,8 @@ predictions (of a secondary one over all). *Supported*: on the predicted side, p
 that as many seeds find four times of five. *Exploratory*: runs were begun before the prediction was registered.
 """
 ARMS = (
-    "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, `*` where its p is below .05"
-    " by Holm over the arms."
+    "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, `*` where its p is below"
+    " .05 by Holm over the arms."
 )
 AREA = (
     "Area under the frontier of gain against KL, 0 to {kl_max:g} nats, as a share of the optimum's: the initial policy's own"
@@ -58,22 +59,21 @@ def check_results(records: Path, path: Path) -> list[str]:
 
 def results(studies: Sequence[Collection]) -> str:
     """The whole file. Same records, same bytes."""
-    judged = {study.folder / study.title: effects.judge(study) for study in studies}
+    judged = [(study, effects.judge(study)) for study in studies]
     rows, taken = [], {}
-    for study, found in zip(studies, judged.values(), strict=True):
-        taken |= {
-            str(run.folder): run.value("seconds") for run in study.runs if run.is_done and run.record.get("seconds")
-        }
+    for study, found in judged:
+        done = (run for run in study.runs if run.is_done and run.record.get("seconds"))
+        taken |= {run.folder: run.value("seconds") for run in done}
         rows.append((study.title, _word(study, found), date(study), str(len(study.seeds)), _hours(study.cpu_seconds())))
     total = f"All studies took {_hours(math.fsum(taken.values()))} of CPU; a run that several share is counted once."
     index = _table(("study", "verdict", "date", "seeds", "CPU"), rows)
-    parts = [_section(study, found) for study, found in zip(studies, judged.values(), strict=True)]
-    return "\n".join([HEAD, *index, "", total, *(line for part in parts for line in ["", *part])]) + "\n"
+    sections = [line for study, found in judged for line in ["", *_section(study, found)]]
+    return "\n".join([HEAD, *index, "", total, *sections]) + "\n"
 
 
 def date(study: Collection) -> str:
-    """The day on which its last run ended."""
-    days = [str(run.record.get("finished") or run.record.get("started") or "")[:10] for run in study.runs]
+    """The day on which its last run was begun."""
+    days = [str(run.record.get("started") or "")[:10] for run in study.runs]
     return max(days, default="") or "not run"
 
 
@@ -122,6 +122,7 @@ def _section(collection: Collection, judged: Sequence[tuple[Prediction, stats.Ve
         f"{'; '.join(facts)}.",
         "",
         f"*Question:* {_plain(study.question)}",
+        "",
         f"*Claim:* {_plain(study.claim)} ({_plain(study.source)})",
         "",
         f"**{_word(collection, judged)}**",
@@ -130,7 +131,7 @@ def _section(collection: Collection, judged: Sequence[tuple[Prediction, stats.Ve
         "",
         *_arms(collection),
         *_areas(collection),
-        *_unfinished(collection),
+        *(["", *left] if (left := [*_unread(collection, judged), *_unfinished(collection)]) else []),
     ]
     return [*parts, *(["", *study.found.strip().splitlines()] if study.found.strip() else [])]
 
@@ -157,11 +158,7 @@ def _predictions(judged: Sequence[tuple[Prediction, stats.Verdict]]) -> list[str
     )
     rows = []
     for prediction, verdict in judged:
-        least = (
-            f"{prediction.direction.value} {figure(prediction.at_least)}"
-            if prediction.at_least
-            else prediction.direction.value
-        )
+        least = f" {figure(prediction.at_least)}" if prediction.at_least else ""
         rows.append(
             (
                 prediction.says + ("" if prediction.primary else " (secondary)"),
@@ -169,18 +166,27 @@ def _predictions(judged: Sequence[tuple[Prediction, stats.Verdict]]) -> list[str
                 figure(verdict.effect.value) if verdict.effect else "",
                 interval(verdict.effect),
                 str(len(verdict.seeds)),
-                least,
+                prediction.direction.value + least,
                 chance(verdict.p_holm),
                 figure(verdict.detectable) if verdict.detectable is not None else "",
                 verdict.word + (f" ({verdict.note})" if verdict.note else ""),
             )
         )
-    reasons = [
-        f"- {_plain(prediction.says)}: seed {seed} is missing: {_plain(why)}"
-        for prediction, verdict in judged
-        for seed, why in verdict.missing.items()
+    return _table(head, rows)
+
+
+def _unread(collection: Collection, judged: Sequence[tuple[Prediction, stats.Verdict]]) -> list[str]:
+    """Why a prediction has no effect in a seed whose runs are all done."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for prediction, verdict in judged:
+        arms = effects.arms_of(prediction, collection)
+        for seed, why in verdict.missing.items():
+            if all(run.is_done for run in collection.runs if run.seed == seed and run.arm in arms):
+                found[prediction.says, why].append(seed)
+    return [
+        f"- {_plain(says)}: not to be computed in {_seeds(seeds)}: {_plain(why)}"
+        for (says, why), seeds in found.items()
     ]
-    return [*_table(head, rows), *(["", *reasons] if reasons else [])]
 
 
 def _arms(collection: Collection) -> list[str]:
@@ -247,12 +253,19 @@ def _at(points: Sequence[frontier.Point], kl: float, name: str) -> float:
 
 
 def _unfinished(collection: Collection) -> list[str]:
-    runs = [run for run in collection.runs if not run.is_done]
-    return ["", *(_missing(run) for run in runs)] if runs else []
+    """Cells that are not done, those of one arm that ended alike in one line."""
+    found: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for run in collection.runs:
+        if not run.is_done:
+            found[run.arm, run.status, run.error or ""].append(run.seed)
+    return [
+        f"- {_plain(arm)}, {_seeds(seeds)}: {status}{f': {_plain(error)}' if error else ''}"
+        for (arm, status, error), seeds in found.items()
+    ]
 
 
-def _missing(run: RunFacts) -> str:
-    return f"- {_plain(run.title)}: {run.status}{f': {_plain(run.error)}' if run.error else ''}"
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _commit(git: Mapping[str, object]) -> str:
