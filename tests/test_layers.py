@@ -21,7 +21,7 @@ LAYERS = (
     ("dpo_lab.fit", "dpo_lab.measure", "dpo_lab.next_commands"),
     ("dpo_lab.run", "dpo_lab.sft_run", "dpo_lab.evaluation_run", "dpo_lab.inspection"),
     ("dpo_lab.sweep", "dpo_lab.door"),
-    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate"),
+    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate", "dpo_lab.report"),
 )
 
 
@@ -76,6 +76,11 @@ def loaded_by(statement: str) -> set[str]:
 def test_config_and_doors_load_nothing_heavy():
     heavy = {"torch", "lightning", "transformers", "tensorboard", "matplotlib", "scipy"}
     assert loaded_by("import dpo_lab.train, dpo_lab.sft, dpo_lab.inspect, dpo_lab.evaluate") & heavy == set()
+
+
+def test_the_door_of_reports_loads_neither_hydra_nor_what_trains():
+    heavy = {"torch", "lightning", "transformers", "tensorboard", "matplotlib", "scipy", "hydra", "omegaconf"}
+    assert loaded_by("import dpo_lab.report") & heavy == set()
 
 
 def test_core_needs_neither_lightning_nor_hydra_nor_transformers():
