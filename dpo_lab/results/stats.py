@@ -68,10 +68,15 @@ def occurrences(values: Sequence[float], null: float) -> tuple[Estimate, float]:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p-values adjusted so that the chance of any false find among them stays below alpha (Holm 1979)."""
-    from statsmodels.stats.multitest import multipletests
+    """p-values adjusted so that the chance of any false find among them stays below alpha (Holm 1979).
 
-    return [float(p) for p in np.asarray(multipletests(ps, method="holm")[1])] if len(ps) else []
+    That of statsmodels collects all of Python's garbage at every call, a fifth of a second each.
+    """
+    order = np.argsort(np.asarray(ps, float))
+    stepped = np.maximum.accumulate(np.asarray(ps, float)[order] * np.arange(len(ps), 0, -1)).clip(max=1)
+    adjusted = np.empty(len(ps))
+    adjusted[order] = stepped
+    return [float(p) for p in adjusted]
 
 
 def detectable(sd: float, n: int, power: float = POWER, alpha: float = ALPHA) -> float:
