@@ -75,7 +75,8 @@ def test_text_of_a_figure_is_neither_cut_nor_written_over(address):
     inside = """charts => charts.flatMap(chart => {
         const outer = chart.getBoundingClientRect(), texts = [...chart.querySelectorAll("text")];
         const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
-        const cut = boxes.filter(([, b]) => b.left < outer.left - 1 || b.right > outer.right + 1 || b.bottom > outer.bottom + 1);
+        const cut = boxes.filter(([, b]) =>
+            b.left < outer.left - 1 || b.right > outer.right + 1 || b.bottom > outer.bottom + 1);
         const over = boxes.flatMap(([s, a], i) => boxes.slice(0, i).filter(([, b]) =>
             a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 2 && b.top < a.bottom - 2).map(([t]) => [s, t]));
         return [...cut.map(([text]) => text), ...over];
@@ -101,7 +102,8 @@ def test_in_the_dark_all_of_a_figure_can_be_read(address):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     contrast = """([selector, property]) => [...document.querySelectorAll(selector)].map(found => {
         const light = rgb => rgb.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
-            .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
+            .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
         const [a, b] = [getComputedStyle(found)[property], getComputedStyle(document.body).backgroundColor].map(light);
         return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
     })"""

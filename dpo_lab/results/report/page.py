@@ -79,6 +79,7 @@ def page(collections: Sequence[Collection], folder: Path, metrics: Sequence[str]
         lstrip_blocks=True,
         finalize=plain,
     )
+
     def breakable(text: str) -> Markup:
         """A name that may go on in the next line where its words meet."""
         return Markup(str(escape(plain(text))).replace("_", "_<wbr>").replace("/", "/<wbr>"))
