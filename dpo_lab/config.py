@@ -22,7 +22,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lab.core.losses import LOSSES, Loss, SimPO
+from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.noise import NOISES, LabelNoise
 from dpo_lab.data.sources import WORLDS, Data
 from dpo_lab.evals.evaluation import Evals
@@ -71,8 +71,10 @@ class RunConfig:
     callbacks: dict[str, Any] = MISSING
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss, SimPO) and self.reference.starts_at_policy:
-            raise ValueError("loss=simpo has no reference; type loss=simpo reference=uniform (or +ablation=simpo)")
+        if (wants := self.loss.wants_reference) not in (None, self.reference.starts_at_policy):
+            loss = next(f"loss={name}" for name, kind in LOSSES.items() if kind is type(self.loss))
+            says = "measures drift from the initial policy" if wants else "has no reference"
+            raise ValueError(f"{loss} {says}; type {loss} reference={'cached' if wants else 'uniform'}")
         if isinstance(self.reference, AdapterOff):
             if not self.policy.has_adapters:
                 raise ValueError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,32 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float |
             raise cell.CellFailed(str(error)) from None
         tell_supervisor(str(error), 2)
         sys.exit(_complain(str(error), 2))
+    except runs.RunFailed as error:
+        if is_cell:
+            raise cell.CellFailed(str(error)) from None
+        tell_supervisor(f"{type(error).__name__}: {error}", 1)
+        sys.exit(_complain(str(error), 1))
     except Stopped as stopped:
         tell_supervisor(f"stopped by {stopped}", stopped.exit_code)
         raise
     except Exception as error:
         tell_supervisor(f"{type(error).__name__}: {error}", 1)
         raise
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Import what a run needs inside: a third faster, and every collection of the run is.
+
+    Imports make a million objects that live as long as the process. The garbage collector would search them again and
+    again while they grow, and in every full collection after that; here it waits, and then leaves them out for good.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def enter(

@@ -32,7 +32,8 @@ def _evaluate(cfg: DictConfig, settings: config.RunConfig) -> None:
     else:
         folder, chosen, trained = Path("outputs"), settings, Path(str(settings.trained))
     print(f"dpo_lab: {trained}", flush=True)  # before the seconds that torch takes to load
-    from dpo_lab.evaluation_run import evaluate_again
+    with door.loading():
+        from dpo_lab.evaluation_run import evaluate_again
 
     evaluate_again(chosen, trained, folder / "evaluations", settings.name, overrides, record)
 

@@ -37,7 +37,7 @@ from dpo_lab.results.figures import draw_run
 from dpo_lab.results.health import print_health
 from dpo_lab.results.identity import config_digest
 from dpo_lab.results.progress import log_handler
-from dpo_lab.results.runs import RunRefused
+from dpo_lab.results.runs import RunFailed, RunRefused
 from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.stop import StopRequest
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
@@ -109,7 +109,7 @@ def by_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
     if trainer.is_global_zero:
         try:
             decision = decide()
-        except REFUSALS as error:
+        except (*REFUSALS, RunFailed) as error:
             refusal = error
     decision, refusal = trainer.strategy.broadcast((decision, refusal))
     if refusal is not None:
@@ -266,6 +266,9 @@ def logged(folder: Path) -> Iterator[None]:
         yield
     except REFUSALS:
         raise  # the door says it in one line
+    except RunFailed as failure:
+        file.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run failed: {failure}"}))
+        raise
     except Exception:
         log.exception("the run failed")
         raise

@@ -20,11 +20,12 @@ def inspect(cfg: DictConfig) -> None:
 def _inspect(settings: config.RunConfig) -> None:
     assert isinstance(settings, config.InspectConfig)
     print("dpo_lab: pairs", flush=True)  # before the seconds that torch takes to load
-    from rich.console import Console
+    with door.loading():
+        from rich.console import Console
 
-    from dpo_lab.inspection import report, terminal
-    from dpo_lab.inspection.look import look
-    from dpo_lab.results.cache import CACHE
+        from dpo_lab.inspection import report, terminal
+        from dpo_lab.inspection.look import look
+        from dpo_lab.results.cache import CACHE
 
     target = report.target(settings.page)
     found = look(settings, CACHE)

@@ -4,13 +4,45 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dpo_lab.core.losses import CDPO, DPO, LOSSES, RDPO, Hinge, IPOMean, IPOSum, Loss, SimPO
+from dpo_lab.core.losses import (
+    CDPO,
+    DPO,
+    DPOKL,
+    DPOP,
+    LOSSES,
+    RDPO,
+    RPO,
+    Hinge,
+    IPOMean,
+    IPOSum,
+    Loss,
+    SFTChosen,
+    SimPO,
+    Unlikelihood,
+)
 from dpo_lab.core.pairs import PairLogps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CDPO", "DPO", "LOSSES", "RDPO", "Hinge", "IPOMean", "IPOSum", "Loss", "PairLogps", "SimPO", "dpo_loss"]
+__all__ = [
+    "CDPO",
+    "DPO",
+    "DPOKL",
+    "DPOP",
+    "LOSSES",
+    "RDPO",
+    "RPO",
+    "Hinge",
+    "IPOMean",
+    "IPOSum",
+    "Loss",
+    "PairLogps",
+    "SFTChosen",
+    "SimPO",
+    "Unlikelihood",
+    "dpo_loss",
+]
 
 
 def dpo_loss(

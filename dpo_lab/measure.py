@@ -15,6 +15,7 @@ from dpo_lab.evals.judge import JudgeError, Score
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy
 from dpo_lab.prepare import Material
+from dpo_lab.results.cache import CACHE
 
 
 def judge_of(config: RunConfig, device: torch.device) -> Score | None:
@@ -65,6 +66,7 @@ def subject_of(
         context=context,
         loss=config.loss,
         judge=judge,
+        cache=CACHE,
         seed=config.seed,
     )
 

@@ -23,7 +23,8 @@ def sft(cfg: DictConfig) -> float | None:
 
 def _sft(cfg: DictConfig, settings: config.RunConfig) -> None:
     def run(folder: Path) -> None:
-        from dpo_lab.sft_run import run_sft
+        with door.loading():
+            from dpo_lab.sft_run import run_sft
 
         run_sft(cfg, settings, folder)
 

@@ -23,7 +23,8 @@ def train(cfg: DictConfig) -> float | None:
 
 def _train(cfg: DictConfig, settings: config.RunConfig) -> None:
     def run(folder: Path) -> None:
-        from dpo_lab.run import run
+        with door.loading():
+            from dpo_lab.run import run
 
         run(cfg, settings, folder)
 

@@ -41,7 +41,12 @@ def study(arms: Sequence[str | Arm], predictions: Sequence[Prediction] = (), see
 
 def run(arm: str, seed: int, metrics: Mapping[str, float], **record: Any) -> RunFacts:
     """One that is done."""
-    entries = {"status": "done", "started": BEGUN, "health": [], "seconds": {"dpo": {"wall": 9.0, "cpu": 20.0}}} | record
+    entries = {
+        "status": "done",
+        "started": BEGUN,
+        "health": [],
+        "seconds": {"dpo": {"wall": 9.0, "cpu": 20.0}},
+    } | record
     estimates = {name: Estimate(value, 0.01, 512) for name, value in metrics.items()}
     return RunFacts(Path("runs/full") / arm / f"seed={seed}", arm, seed, "done", None, entries, estimates)
 

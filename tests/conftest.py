@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_lab import door
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.models.tokenizer import train_tokenizer
 
+OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # A run of a few seconds: a policy just large enough to learn when to stop.
@@ -23,6 +25,13 @@ SMALL = (
     " trainer.max_steps=6 trainer.val_check_interval=3 trainer.log_every_n_steps=2 evals.samples=16 evals.texts=8"
 ).split()
 OWN_MODEL = [s for s in SMALL if not s.startswith(("policy.", "sft."))]  # what of it goes with policy=pretrained
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Every module of tests is imported here."""
+    with door.loading():
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,6 +92,6 @@ def python_m(
     module: str, *arguments: str, cwd: Path, timeout: float = 240, **variables: str
 ) -> subprocess.CompletedProcess:
     """`python -m module ...` as a user types it, offline, with one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", **variables}
+    environment = os.environ | OFFLINE | variables
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
-import subprocess
-import sys
+from contextlib import ExitStack
 from pathlib import Path
+
+from tests.warm import Warm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -22,25 +24,17 @@ def run_in_ranks(module: str, function: str, world_size: int, *arguments: str, t
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    code = f"import {module} as m, sys; m.{function}(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])"
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(world_size), *arguments],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        results = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()  # one that hangs, and its partner
-            process.wait()
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors
-    return [output for output, _ in results]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with ExitStack() as stack:  # in the end none is left: neither one that hangs nor its partner
+        ranks = [
+            stack.enter_context(Warm(_call, module, function, rank, world_size, *arguments, cwd=REPOSITORY, **address))
+            for rank in range(world_size)
+        ]
+        results = [rank.wait(timeout) for rank in ranks]
+    for code, _, errors in results:
+        assert code == 0, errors
+    return [output for _, output, _ in results]
+
+
+def _call(module: str, function: str, *arguments: str | int) -> None:
+    getattr(importlib.import_module(module), function)(*arguments)

@@ -46,7 +46,7 @@ def live(cfg: DictConfig, settings: config.RunConfig) -> None:
         with runs.hold(folder, record, sys.argv[1:]) as held:
             if held is not None:
                 behave(folder)
-                held.update(metrics={"accuracy": {"value": settings.beta}})
+                held.update(metrics={"accuracy": {"value": settings.beta, "se": None, "n": 1, "interval": None}})
 
     door.enter("tests.standin", settings, record, run=run, again=lambda record, folder: None, alone=False)
 

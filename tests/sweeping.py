@@ -19,7 +19,11 @@ ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS":
 
 
 def sweep(folder: Path, *arguments: str, door: str = "tests.standin", **variables: str) -> subprocess.CompletedProcess:
-    return python_m(door, "--multirun", *arguments, cwd=folder, **ENVIRONMENT, **variables)
+    return run(door, folder, "--multirun", *arguments, **variables)
+
+
+def run(door: str, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return python_m(door, *arguments, cwd=folder, **ENVIRONMENT, **variables)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The doors as a user types them: real processes, real files, a few seconds each."""
+"""The doors as a user types them: real processes, real files, a few seconds each; most are forked from a warm one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_lab.results.examples import pair_examples, read
 from dpo_lab.results.figures import draw_run
 from tests.conftest import SMALL, python_m
+from tests.warm import door
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process makes the initial policy, once
 
 
-def train(workshop: Path, *overrides: str, code: int = 0) -> subprocess.CompletedProcess:
-    result = python_m("dpo_lab.train", *SMALL, *overrides, cwd=workshop)
+def train(workshop: Path, *overrides: str, code: int = 0, start=door) -> subprocess.CompletedProcess:
+    result = start("dpo_lab.train", *SMALL, *overrides, cwd=workshop)
     assert result.returncode == code, result.stdout + result.stderr
     return result
 
@@ -39,7 +40,7 @@ def record_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def baseline(workshop) -> Path:
-    return folder_of(train(workshop, "name=base"), workshop)
+    return folder_of(train(workshop, "name=base", start=python_m), workshop)
 
 
 def test_a_run_leaves_its_record(baseline):
@@ -136,7 +137,7 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(workshop):
 
 
 def test_summary_says_what_where_and_what_next(workshop):
-    again = train(workshop, "name=base")
+    again = train(workshop, "name=base", start=python_m)
     for needle in (
         "KL to initial",
         "accuracy, truth",
@@ -180,17 +181,19 @@ def test_same_seed_same_everything_another_seed_another(baseline, workshop):
     assert record_of(other)["metrics"]["kl"] != record_of(baseline)["metrics"]["kl"]
 
 
-def test_sweep_runs_one_process_a_cell_in_named_folders(workshop):
-    arguments = ["--multirun", "+ablation=none,uniform_ref", "noise.rate=0,0.5", "name=sweep"]
+def test_sweep_runs_one_process_a_cell_in_named_folders(workshop, baseline):
+    arguments = ["--multirun", "+ablation=none,uniform_ref", "noise.rate=0.5", "name=sweep"]
     result = python_m("dpo_lab.train", *arguments, *SMALL, cwd=workshop)
     assert result.returncode == 0, result.stdout + result.stderr
     records = [json.loads(p.read_text()) for p in sorted((workshop / "outputs" / "sweep").rglob("run.json"))]
-    assert [r["status"] for r in records] == ["done"] * 4
+    assert [r["status"] for r in records] == ["done"] * 2
     arms = {(r["config"]["reference"].get("over"), r["config"]["noise"]["rate"]) for r in records}
-    assert arms == {(None, 0.0), (None, 0.5), ("sequences", 0.0), ("sequences", 0.5)}
-    assert len({r["initial_policy"] for r in records}) == 1
-    flips = {r["config"]["noise"]["rate"]: r["data"].get("flipped by label noise", 0) for r in records}
-    assert flips[0.0] == 0 < flips[0.5]
+    assert arms == {(None, 0.5), ("sequences", 0.5)}
+    assert {r["initial_policy"] for r in records} == {record_of(baseline)["initial_policy"]}
+    for record in records:
+        assert (
+            record["data"]["flipped by label noise"] > 0 == record_of(baseline)["data"].get("flipped by label noise", 0)
+        )
 
 
 def test_a_failing_cell_fails_the_sweep(workshop):
@@ -257,16 +260,9 @@ def test_own_pairs_train_and_long_ones_are_truncated(workshop):
     assert "true_accuracy" not in record["metrics"]
 
 
-def test_a_malformed_row_is_refused_with_file_and_line(workshop):
-    (workshop / "bad.jsonl").write_text(json.dumps(rows(1)[0]) + '\n{"prompt": "x", "chosen": ')
-    result = train(workshop, "name=bad", "data.path=bad.jsonl", code=2)
-    assert "bad.jsonl:2" in result.stderr.splitlines()[-1]
-    assert "data.on_bad_row=skip" in result.stderr
-
-
 def test_an_interrupted_run_goes_on_where_it_was(workshop, baseline):
     """SIGTERM while it trains: saved, not done, exit code 143; the same command goes on, and ends as if nothing had been."""
-    longer = ["trainer.max_steps=40", "callbacks.checkpoint.every_n_steps=1000"]
+    longer = ["trainer.max_steps=20", "trainer.val_check_interval=10", "callbacks.checkpoint.every_n_steps=1000"]
     whole = folder_of(train(workshop, *longer, "name=whole"), workshop)
     command = [sys.executable, "-u", "-m", "dpo_lab.train", *SMALL, *longer, "name=cut"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -292,13 +288,13 @@ def test_an_interrupted_run_goes_on_where_it_was(workshop, baseline):
 
 
 def test_more_steps_go_on_from_the_last(workshop, baseline):
-    longer = ["name=longer", "trainer.max_steps=40"]
+    longer = ["name=longer", "trainer.max_steps=12"]
     record = record_of(folder_of(train(workshop, "name=longer"), workshop))
     folder = folder_of(train(workshop, *longer), workshop)
-    assert (record_of(folder)["steps"], record_of(folder)["status"]) == (40, "done")
+    assert (record_of(folder)["steps"], record_of(folder)["status"]) == (12, "done")
     assert record_of(folder)["starts"][0]["metrics"] == record["metrics"]
     refused = train(workshop, "name=longer", code=2)  # of 6 steps
-    assert "trainer.max_steps: was 40, now 6" in refused.stderr
+    assert "trainer.max_steps: was 12, now 6" in refused.stderr
 
 
 def test_a_run_that_was_killed_while_it_was_evaluated_is_not_trained_again(workshop, baseline):

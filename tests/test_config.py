@@ -9,11 +9,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dpo_lab import config
+from dpo_lab import config, door
 from dpo_lab import recorded as recorded_settings
 from dpo_lab.core.losses import DPO, IPOSum, SimPO
 from dpo_lab.models.reference import Over, Uniform
+from dpo_lab.results import runs
+from dpo_lab.results.journal import JournalError
 from dpo_lab.training import packages
+from dpo_lab.training.checkpoint import CheckpointError
+from dpo_lab.training.finite import NotFinite
 from tests.conftest import REPOSITORY, python_m
 
 CONF = REPOSITORY / "conf"
@@ -40,6 +44,8 @@ def recorded(*overrides: str) -> dict:
 
 NEEDED = {
     ("loss", "simpo"): ["reference=uniform"],
+    ("loss", "sft"): ["reference=uniform"],
+    ("loss", "unlikelihood"): ["reference=uniform"],
     ("data", "jsonl"): ["data.path=pairs.jsonl"],
     ("data", "mix"): ["+data.sources={a: {path: a.jsonl}}"],
     ("policy", "pretrained"): ["policy.path=folder"],
@@ -70,7 +76,10 @@ def test_every_ablation_composes_and_is_a_diff(ablation):
 
 
 def test_the_ablations_asked_for_are_there():
-    asked = "none uniform_ref uniform_tokens_ref label_noise ipo hinge cdpo rdpo simpo no_sft"
+    asked = (
+        "none uniform_ref uniform_tokens_ref label_noise ipo hinge cdpo rdpo simpo no_sft sft_chosen unlikelihood rpo"
+    )
+    asked += " dpop dpo_kl"
     assert set(asked.split()) <= set(ABLATIONS)
 
 
@@ -119,6 +128,10 @@ REFUSED = [
     (["noise.rate=1.5"], "noise.rate=1.5", "type e.g. noise.rate=0.2"),
     (["noise.rate=nan"], "noise.rate=nan", "type e.g. noise.rate=0.2"),
     (["loss=simpo"], "loss=simpo", "reference=uniform"),
+    (["loss=sft"], "loss=sft has no reference", "type loss=sft reference=uniform"),
+    (["loss=unlikelihood"], "loss=unlikelihood has no reference", "reference=uniform"),
+    (["loss=dpo_kl", "reference=uniform"], "loss=dpo_kl measures drift", "type loss=dpo_kl reference=cached"),
+    (["loss=unlikelihood", "reference=uniform", "loss.alpha=2"], "loss.alpha=2", "type e.g. loss.alpha=0.5"),
     (["loss=dpoo"], "loss=dpoo", "dpo"),
     (["+ablation=uniform"], "ablation=uniform", "uniform_ref"),
     (["ablation=uniform_ref"], "ablation=uniform_ref", "type +ablation=uniform_ref"),
@@ -181,6 +194,17 @@ def test_refused_at_the_door(arguments, tmp_path):
     assert "type " in lines[0]
     assert not [line for line in result.stderr.splitlines() if line.endswith(" torch")]
     assert not list(tmp_path.rglob("run.json"))
+
+
+@pytest.mark.parametrize("kind", [runs.RunFailed, CheckpointError, JournalError, NotFinite])
+def test_a_run_that_cannot_go_on_ends_in_one_line(kind, capsys):
+    def body(settings: config.RunConfig) -> None:
+        raise kind("step=4.ckpt: damaged; delete it")
+
+    with pytest.raises(SystemExit) as ended:
+        door.settle(composed(), body)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: step=4.ckpt: damaged; delete it\n"
 
 
 def test_help_and_cfg_job(tmp_path):

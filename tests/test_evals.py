@@ -12,14 +12,14 @@ import torch
 import yaml
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from dpo_lab.core.losses import DPO
+from dpo_lab.core.losses import DPO, SFTChosen
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.embedded import Embedded
 from dpo_lab.evals import subject as subject_module
 from dpo_lab.evals.calibration import Calibration, reliability
 from dpo_lab.evals.displacement import Displacement
-from dpo_lab.evals.evaluation import EVALUATORS, Evals, evaluate
+from dpo_lab.evals.evaluation import EVALUATORS, ON_REQUEST, Evals, evaluate
 from dpo_lab.evals.judge import Judge, JudgeError
 from dpo_lab.evals.kl import KL
 from dpo_lab.evals.language import Language, distinct, repeated
@@ -247,6 +247,12 @@ def test_calibration_error_is_that_of_its_curve(subject, bins):
     assert (metrics["calibration_error"].value > 0.05) == (bins > 1)  # in one bin both sides are one half
 
 
+def test_a_loss_without_beta_gives_no_probability_to_calibrate(subject):
+    subject.loss = SFTChosen()
+    assert list(Calibration().run(subject)) == []
+    assert subject.examples.rows() == []
+
+
 def test_calibration_by_hand():
     """Four pairs said at 0.7, of which three came true, and two ties: off by 0.05 in the outer bins, right in the middle."""
     p = np.array([0.7, 0.7, 0.7, 0.3, 0.5, 0.5])
@@ -370,9 +376,11 @@ def test_settings_choose_evaluators():
         Evals(run=["winrate"])
 
 
-@pytest.mark.parametrize("choice", ["default", "imdb"])
-def test_every_choice_lists_all_evaluators(choice):
-    assert yaml.safe_load((REPOSITORY / "conf" / "evals" / f"{choice}.yaml").read_text())["run"] == list(EVALUATORS)
+@pytest.mark.parametrize(("choice", "added"), [("default", ()), ("imdb", ()), ("study", ON_REQUEST)])
+def test_every_choice_lists_all_evaluators(choice, added):
+    run = yaml.safe_load((REPOSITORY / "conf" / "evals" / f"{choice}.yaml").read_text())["run"]
+    assert run == [*Evals().run, *added]
+    assert [*Evals().run, *ON_REQUEST] == list(EVALUATORS)
 
 
 def test_nan_raises(subject):

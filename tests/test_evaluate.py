@@ -17,12 +17,13 @@ from dpo_lab.results.examples import Examples, read
 from dpo_lab.results.runs import RunRefused
 from tests.conftest import SMALL, python_m
 from tests.test_config import composed, recorded, settled
+from tests.warm import door
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process makes the initial policy, once
 
 
-def evaluate(workshop: Path, *overrides: str, code: int = 0) -> subprocess.CompletedProcess:
-    result = python_m("dpo_lab.evaluate", *overrides, cwd=workshop)
+def evaluate(workshop: Path, *overrides: str, code: int = 0, start=door) -> subprocess.CompletedProcess:
+    result = start("dpo_lab.evaluate", *overrides, cwd=workshop)
     assert result.returncode == code, result.stdout + result.stderr
     return result
 
@@ -30,14 +31,14 @@ def evaluate(workshop: Path, *overrides: str, code: int = 0) -> subprocess.Compl
 @pytest.fixture(scope="module")
 def run(workshop) -> Path:
     """The folder of a finished run with label noise."""
-    result = python_m("dpo_lab.train", *SMALL, "name=evaluated", "noise=symmetric", "noise.rate=0.3", cwd=workshop)
+    result = door("dpo_lab.train", *SMALL, "name=evaluated", "noise=symmetric", "noise.rate=0.3", cwd=workshop)
     assert result.returncode == 0, result.stdout + result.stderr
     return workshop / result.stdout.splitlines()[0].removeprefix("dpo_lab: ")
 
 
 def test_with_the_same_settings_it_says_what_the_run_said(run, workshop):
     before = (run / "run.json").read_bytes()
-    shown = evaluate(workshop, f"run={run.relative_to(workshop)}", "name=same").stdout
+    shown = evaluate(workshop, f"run={run.relative_to(workshop)}", "name=same", start=python_m).stdout
     record, result = json.loads(before), json.loads((run / "evaluations" / "same.json").read_text())
     assert result["metrics"] == record["metrics"]  # to the last bit
     assert result["samples"] == record["samples"]

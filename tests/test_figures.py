@@ -131,6 +131,11 @@ ODD = {
         OF_PAIRS - {"gold"},
     ),
     "gold ties alone": (pairs_of(gold_margin=0.0), NO_CURVES, OF_PAIRS),
+    "a loss without beta": (
+        pairs_of(),
+        NO_CURVES | {"config": {"beta": 0.1, "loss": {"kind": "sft"}}},
+        OF_PAIRS - {"calibration"},
+    ),
     "one logged step": (None, {"rows": [step(2)]}, {"curves"}),
     "loss alone, of supervised fine-tuning": (None, {"rows": [(2, {"train/loss": 1.0})], "config": {}}, {"curves"}),
     "infinite figures alone": (None, {"rows": [(2, {"train/loss": math.inf})]}, set()),

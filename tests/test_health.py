@@ -26,9 +26,10 @@ from dpo_lab.results import journal, runs
 from dpo_lab.results.evidence import Evidence, certain
 from dpo_lab.results.finding import Finding, Severity
 from dpo_lab.results.health import NOTHING, RULES, findings, lines, main, of_folder
-from tests.conftest import REPOSITORY, python_m
+from tests.conftest import REPOSITORY
 from tests.test_layers import loaded_by
 from tests.unwell import FITS, health_of, train
+from tests.warm import door
 
 # What each fit is to be found out for: as it ends, and while it trains.
 FOUND = {
@@ -104,7 +105,7 @@ def long_winded(tmp_path_factory) -> tuple[Path, str]:
         " trainer.max_steps=24 trainer.val_check_interval=12 trainer.log_every_n_steps=4"
         " evals.samples=128 evals.texts=64 evals.max_new_tokens=64"
     ).split()
-    done = python_m("dpo_lab.train", *settings, cwd=folder)
+    done = door("dpo_lab.train", *settings, cwd=folder)
     assert done.returncode == 0, done.stderr
     (record,) = folder.glob("outputs/long/*/*/run.json")
     return record.parent, done.stdout

@@ -25,7 +25,7 @@ from dpo_lab.models.sampling import Sample
 from dpo_lab.prepare import responses
 from dpo_lab.results import runs
 from dpo_lab.training import sft
-from tests.conftest import python_m
+from tests import warm
 from tests.test_config import composed
 
 TEXTS = [f"film {i} was seen by me on day {i % 7} and it was good to look at" for i in range(300)]
@@ -189,7 +189,7 @@ def test_a_real_run_by_the_door(tmp_path):
     few = "data.pairs=6 data.validation_pairs=3 data.batch_size=2 trainer.max_steps=2 trainer.val_check_interval=2"
     sizes = "evals.samples=8 evals.texts=3 data.world.max_new_tokens=8 trainer.log_every_n_steps=1"
     choice = "policy=smollm2_135m policy.rank=4 optim=lora data=imdb_sentiment"
-    result = python_m("dpo_lab.train", *f"{choice} {few} {sizes}".split(), cwd=tmp_path)
+    result = warm.door("dpo_lab.train", *f"{choice} {few} {sizes}".split(), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("run.json"))
     record = runs.read_record(folder)
@@ -222,7 +222,7 @@ def test_a_real_model_on_chats_of_a_file(adapters, tmp_path):
     sizes = "data.validation_fraction=0.3 evals.samples=2 evals.texts=2 evals.max_new_tokens=8"
     choice = "policy.rank=4 optim=lora reference=adapter_off" if adapters else "optim.lr=1e-5"
     command = f"policy=smollm2_135m {choice} data.path=chats.jsonl {few} {sizes}"
-    result = python_m("dpo_lab.train", *command.split(), cwd=tmp_path)
+    result = warm.door("dpo_lab.train", *command.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("run.json"))
     record = runs.read_record(folder)

@@ -18,6 +18,7 @@ from dpo_lab.inspection.look import Look, look
 from tests.conftest import OWN_MODEL, python_m
 from tests.test_config import composed
 from tests.test_quality import PLANTED, planted
+from tests.warm import door
 
 HOSTILE = [
     {
@@ -59,7 +60,7 @@ def printed(found: Look, **settings) -> str:
 
 
 def inspect(folder: Path, *overrides: str, code: int = 0, **variables: str) -> str:
-    result = python_m("dpo_lab.inspect", *OWN, *overrides, cwd=folder, **variables)
+    result = door("dpo_lab.inspect", *OWN, *overrides, cwd=folder, **variables)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout if code == 0 else result.stderr.splitlines()[-1]
 
@@ -226,7 +227,7 @@ def test_a_run_records_what_inspection_says(folder, monkeypatch):
     monkeypatch.chdir(folder)
     settings = [*PLANTED_DATA, "data.contradictions=drop", "noise.rate=0.2"]
     small = [s for s in OWN_MODEL if not s.startswith(("data.pairs", "data.validation_pairs", "data.world"))]
-    result = python_m("dpo_lab.train", *OWN, *settings, *small, "trainer.max_steps=1", "name=same", cwd=folder)
+    result = door("dpo_lab.train", *OWN, *settings, *small, "trainer.max_steps=1", "name=same", cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = (folder / "outputs" / "same").rglob("run.json")
     record = json.loads(path.read_text())

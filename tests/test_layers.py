@@ -21,7 +21,9 @@ LAYERS = (
     ("dpo_lab.fit", "dpo_lab.measure", "dpo_lab.next_commands"),
     ("dpo_lab.run", "dpo_lab.sft_run", "dpo_lab.evaluation_run", "dpo_lab.inspection"),
     ("dpo_lab.sweep", "dpo_lab.door"),
+    ("dpo_lab.studies",),
     ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate", "dpo_lab.report"),
+    ("dpo_lab.study",),
 )
 
 
@@ -97,7 +99,7 @@ def test_core_needs_neither_lightning_nor_hydra_nor_transformers():
 
 def test_results_need_no_torch():
     results = "import dpo_lab.results.runs, dpo_lab.results.estimates, dpo_lab.results.summary, dpo_lab.results.cache"
-    results += ", dpo_lab.results.examples"
+    results += ", dpo_lab.results.examples, dpo_lab.results.collection, dpo_lab.results.verdicts"
     assert loaded_by(results) & {"torch", "lightning", "transformers"} == set()
 
 

@@ -12,8 +12,9 @@ from torch import distributed
 from dpo_lab.core.ranks import across, deal, most
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.world.embedded import Embedded
-from dpo_lab.evals.evaluation import evaluate
+from dpo_lab.evals.evaluation import EVALUATORS, Evals, evaluate
 from dpo_lab.evals.held_out import held_out_loss
+from dpo_lab.evals.optimum import Optimum
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy, load_policy
 from tests.conftest import make_pairs
@@ -47,7 +48,7 @@ def test_a_process_alone_computes_everything_in_order():
     assert most(3, torch.device("cpu")) == 3
 
 
-def measured(folder: Path, pairs: int, prompts: int, texts: int) -> dict:
+def measured(folder: Path, cache: Path, pairs: int, prompts: int, texts: int) -> dict:
     """All that an evaluation says, and what it made on the way."""
     initial = load_policy(folder)
     initial.model.eval()
@@ -58,8 +59,9 @@ def measured(folder: Path, pairs: int, prompts: int, texts: int) -> dict:
         pairs=make_pairs(pairs),
         texts=[(p.prompt, p.chosen) for p in make_pairs(texts, seed=3)],
         tokens=40,
+        cache=cache,
     )
-    metrics = evaluate(subject)
+    metrics = evaluate(subject, Evals(run=list(EVALUATORS), optimum=Optimum(candidates=5, prompts=4)).evaluators())
     model = subject.trained.model
     return {
         "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
@@ -82,7 +84,7 @@ def evaluating_rank(number: int, world_size: int, folder: str) -> None:
     distributed.init_process_group("gloo")
     computed: list[int] = []
     whole = across(range(5), [5, 1, 1, 1, 1], lambda part: computed.append(part) or part * part)
-    results = [measured(Path(folder), *sizes) for sizes in SIZES]
+    results = [measured(Path(folder), Path(folder) / "of ranks", *sizes) for sizes in SIZES]
     largest = most(10 * number, torch.device("cpu"))
     print("RESULT", json.dumps({"results": results, "computed": computed, "whole": whole, "most": largest}))
     distributed.destroy_process_group()
@@ -91,7 +93,7 @@ def evaluating_rank(number: int, world_size: int, folder: str) -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_an_evaluation_by_several_ranks_is_that_of_one(world_size, policy, tmp_path):
     Policy(policy.model, policy.tokenizer).save(tmp_path)
-    alone = json.loads(json.dumps([measured(tmp_path, *sizes) for sizes in SIZES]))
+    alone = json.loads(json.dumps([measured(tmp_path, tmp_path / "alone", *sizes) for sizes in SIZES]))
     assert [len(result["samples"]) for result in alone] == [28, 2]
     outputs = run_in_ranks("tests.test_ranks", "evaluating_rank", world_size, str(tmp_path))
     of_ranks = [json.loads(output.split("RESULT", 1)[1]) for output in outputs]
@@ -100,6 +102,9 @@ def test_an_evaluation_by_several_ranks_is_that_of_one(world_size, policy, tmp_p
         assert rank["whole"] == [0, 1, 4, 9, 16]
         assert rank["most"] == 10 * (world_size - 1)
     assert sorted(part for rank in of_ranks for part in rank["computed"]) == [0, 1, 2, 3, 4]  # none computed twice
+    kept = [{p.name: p.read_text() for p in (tmp_path / who).glob("*.json")} for who in ("alone", "of ranks")]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == 2  # candidates of each of the two sizes
     bars = [output.count("Samples (trained)") for output in outputs]
     assert bars[0] > 0
     assert bars[1:] == [0] * (world_size - 1)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OWN_MODEL, REPOSITORY, SMALL, python_m
+from tests.warm import door
 
 README = (REPOSITORY / "README.md").read_text()
 COMMANDS = [
@@ -52,12 +53,13 @@ def test_python_commands_run(command, folder):
         arguments = [re.sub(r"^(seed|beta|\+ablation)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
     if module == "dpo_lab.evaluate":  # the reader's first run, whose folder is named by the settings that make it small
         if not list(folder.glob("outputs/dpo/*/seed=0/policy")):
-            assert python_m("dpo_lab.train", *SMALL, cwd=folder).returncode == 0
+            assert door("dpo_lab.train", *SMALL, cwd=folder).returncode == 0
         made = next(folder.glob("outputs/dpo/*/seed=0/policy")).parent.relative_to(folder)
         arguments = [f"run={made}" if argument.startswith("run=") else argument for argument in arguments]
     settings = OWN_MODEL if any(a.startswith("policy=") for a in arguments) else SMALL
     small = settings if module in ("dpo_lab.train", "dpo_lab.sft") and "--help" not in arguments else []
-    result = python_m(module, *arguments, *small, cwd=folder)
+    start = python_m if "--multirun" in arguments else door
+    result = start(module, *arguments, *small, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

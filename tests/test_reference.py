@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dpo_lab.core.losses import DPO
+from dpo_lab.core.losses import DPO, DPOKL, DPOP, RPO
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
 from dpo_lab.models import reference_cache
@@ -146,6 +146,18 @@ def test_cache_holds_sums_and_no_pickle(policy, pairs, tmp_path):
     reference = Cached().prepare(policy.model, pairs, tmp_path)
     with safe_open(reference.path, framework="pt") as file:
         assert list(file.keys()) == ["logps"]
+
+
+def test_a_loss_of_more_than_margins_starts_where_its_formula_says(policy, pairs, tmp_path):
+    """DPOP's price and that on drift are nothing at the start; RPO has the likelihood of the chosen responses, a token's."""
+    reference, batch = Cached().prepare(policy.model, pairs, tmp_path), collate(pairs)
+    first = {loss: check_step_zero(policy.model, loss(beta=0.5), reference, batch) for loss in (DPOP, DPOKL, RPO)}
+    with torch.no_grad():
+        per_token = pair_logps(policy.model, batch).per_token().chosen.mean().item()
+    assert first == pytest.approx({DPOP: math.log(2), DPOKL: math.log(2), RPO: math.log(2) - per_token}, abs=1e-5)
+    reference.rows[4] += 0.5  # both sides alike: no margin tells, DPOP's price does
+    with pytest.raises(StepZeroError, match="pair-4"):
+        check_step_zero(policy.model, DPOP(0.5), reference, batch)
 
 
 def test_step_zero_check_names_the_pair(policy, pairs, tmp_path):

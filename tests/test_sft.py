@@ -36,6 +36,7 @@ from dpo_lab.sft_run import run_sft
 from dpo_lab.training.checks import check_step_zero
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft_module import SFTModule
+from tests import warm
 from tests.conftest import REPOSITORY, make_pairs, python_m
 from tests.ranks import become_rank, run_in_ranks
 
@@ -274,8 +275,8 @@ def test_whole_texts(shop, tmp_path):
     assert (material.counts["rows"], material.counts["train pairs"]) == (61, len(train))
 
 
-def sft(shop: Path, *arguments: str, code: int = 0):
-    result = python_m("dpo_lab.sft", *SHORT, *arguments, cwd=shop)
+def sft(shop: Path, *arguments: str, code: int = 0, start=warm.door):
+    result = start("dpo_lab.sft", *SHORT, *arguments, cwd=shop)
     assert result.returncode == code, result.stdout + result.stderr
     return result
 
@@ -290,7 +291,7 @@ OWN = ("policy=pretrained", "policy.path=model", "data.path=pairs.jsonl")
 
 @pytest.fixture(scope="module")
 def whole(shop):
-    return sft(shop, *OWN)
+    return sft(shop, *OWN, start=python_m)
 
 
 def test_a_run_on_own_pairs(whole, shop):
@@ -330,7 +331,7 @@ def start_dpo(result, shop: Path) -> dict:
     """The record of the run that the closing line tells to type."""
     said = result.stdout.splitlines()[-1].removeprefix("Next: python -m dpo_lab.train ")
     small = "trainer.max_steps=2 evals.samples=4 evals.texts=4 evals.max_new_tokens=4 data.max_length=48".split()
-    trained = python_m("dpo_lab.train", *shlex.split(said), *small, cwd=shop)
+    trained = warm.door("dpo_lab.train", *shlex.split(said), *small, cwd=shop)
     assert trained.returncode == 0, trained.stderr
     return run_of(trained, shop)[0]
 

@@ -52,7 +52,9 @@ def test_a_paired_test_is_that_of_scipy():
 
 
 def test_holm_is_that_of_statsmodels_and_of_the_paper():
-    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x .01; 2 x .03; the larger of .04 and .06
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx(
+        [0.03, 0.06, 0.06]
+    )  # 3 x .01; 2 x .03; the larger of .04 and .06
     assert stats.holm([]) == []
     rng = np.random.default_rng(3)
     for size in (1, 2, 7):

@@ -19,8 +19,9 @@ from dpo_lab.results import hparams
 from dpo_lab.stop import Stopped
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.tensorboard import show_figures, show_histogram, show_samples
-from tests.conftest import SMALL, make_pairs, python_m
+from tests.conftest import SMALL, make_pairs
 from tests.small_fit import IGNORED, Leave, LeaveAt, run
+from tests.warm import door
 
 PLAIN = {
     "beta": 0.1,
@@ -122,7 +123,7 @@ def test_a_logger_that_fails_with_the_run_does_not_hide_why(tmp_path, caplog):
 
 def test_a_run_that_fails_while_it_is_prepared_is_a_failure(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"\n')
-    result = python_m("dpo_lab.train", *SMALL, "data=jsonl", "data.path=bad.jsonl", "hydra.run.dir=run", cwd=tmp_path)
+    result = door("dpo_lab.train", *SMALL, "data=jsonl", "data.path=bad.jsonl", "hydra.run.dir=run", cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert "bad.jsonl:1" in result.stderr
     assert status(tmp_path / "run") == "STATUS_FAILURE"

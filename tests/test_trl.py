@@ -1,14 +1,20 @@
-"""Beside TRL (extra [bench]): rows that its DPO trainer reads too become the same ids, or the difference is stated here."""
+"""Beside TRL (extra [bench]): rows that its DPO trainer reads too become the same ids, and what it makes a loss of the same
+loss, or the difference is stated here.
+"""
 
 from __future__ import annotations
 
+import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from dpo_lab.core.pairs import EncodedPair
+from dpo_lab.core.losses import DPO, RDPO, RPO, Hinge, IPOMean, SFTChosen
+from dpo_lab.core.pairs import EncodedPair, PairLogps
 from dpo_lab.data.formats import Shape
 from dpo_lab.data.splits import TRAIN
 from dpo_lab.data.tokenize import Encoder
@@ -152,3 +158,102 @@ def test_chats_are_the_same_up_to_the_turns_end(family, explicit, trl_ids):
         (prompt, chosen + after, rejected + after) for prompt, chosen, rejected in map(parts, ours(rows, tokenizer))
     ]
     assert expected == trl_ids(rows, tokenizer)
+
+
+# TRL's losses and their weights beside ours, at beta 0.3; each pair a batch of its own, see below.
+SAME_LOSS = {
+    "dpo": (DPO(0.3), ["sigmoid"], [1.0]),
+    "hinge": (Hinge(0.3), ["hinge"], [1.0]),
+    "ipo_mean": (IPOMean(0.3), ["ipo"], [1.0]),
+    "rdpo": (RDPO(0.3, 0.2), ["robust"], [1.0]),
+    "rpo": (RPO(0.3, alpha=0.7), ["sigmoid", "sft"], [1.0, 0.7]),
+}
+
+
+@pytest.fixture(scope="module")
+def scored() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of tokens [8, 12] by a policy and by a reference, and which of them are a response's [8, 13]: four
+    chosen ones above four rejected ones, of 1 to 12 tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    by_policy, by_reference = -3 * torch.rand(2, 8, 12, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(8, 13, dtype=torch.long)
+    for row, length in enumerate((12, 3, 1, 7, 2, 9, 5, 4)):
+        mask[row, 13 - length :] = 1
+    return by_policy * mask[:, 1:], by_reference * mask[:, 1:], mask
+
+
+class Says(torch.nn.Module):
+    """A model that gives its tokens these log-probabilities."""
+
+    def __init__(self, logps: torch.Tensor) -> None:
+        super().__init__()
+        self.logps = logps
+
+    def forward(self, **inputs) -> SimpleNamespace:
+        zeros = torch.zeros_like(self.logps)
+        return SimpleNamespace(log_probs=self.logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+
+
+def trl_loss(of_policy, of_reference, mask, losses: list[str], weights: list[float], **settings) -> float:
+    """What TRL's trainer makes of the log-probabilities of a batch's tokens."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    model = Says(of_policy)
+    trainer = SimpleNamespace(
+        model=model,
+        ref_model=Says(of_reference),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        args=SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None),
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        ld_alpha=None,
+        f_divergence_type="reverse_kl",
+        loss_types=losses,
+        loss_weights=weights,
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **settings,
+    )
+    inputs = {"input_ids": mask, "completion_mask": mask, "attention_mask": torch.ones_like(mask)}
+    return DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False).item()
+
+
+def our_logps(of_tokens, mask) -> PairLogps:
+    chosen, rejected = of_tokens.sum(1).chunk(2)
+    return PairLogps(chosen, rejected, *mask[:, 1:].sum(1).chunk(2))
+
+
+@pytest.fixture(scope="module")
+def without_checkpointing():
+    """Their switch of a model's gradient checkpointing, which ours here does not have."""
+    module = pytest.importorskip("trl.trainer.dpo_trainer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "disable_gradient_checkpointing", lambda *_: nullcontext())
+        yield
+
+
+@pytest.mark.parametrize("name", SAME_LOSS)
+def test_a_pair_costs_the_same(name, scored, without_checkpointing):
+    loss, types, weights = SAME_LOSS[name]
+    by_policy, by_reference, mask = scored
+    ours = loss(our_logps(by_policy, mask), our_logps(by_reference, mask)).tolist()
+    theirs = [
+        trl_loss(*(rows[[pair, pair + 4]] for rows in scored), types, weights, beta=0.3, label_smoothing=0.2)
+        for pair in range(4)
+    ]
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_fine_tuning_weighs_every_token_alike_here_and_there(scored, without_checkpointing):
+    """Theirs is a mean over a batch's tokens, ours a sum over a response's: the same but for how many tokens a pair has. In
+    `rpo` ours is the mean over each response, theirs over the batch: not the same, a response of one token among them.
+    """
+    by_policy, _, mask = scored
+    policy = our_logps(by_policy, mask)
+    theirs = trl_loss(*scored, ["sft"], [1.0], beta=0.3)
+    tokens = policy.chosen_length.sum().item()
+    assert SFTChosen()(policy, policy).sum().item() / tokens == pytest.approx(theirs, rel=1e-9)
+    assert RPO(0.3)(policy, policy).mean().item() - math.log(2) != pytest.approx(theirs, rel=1e-3)

@@ -1,7 +1,7 @@
 """The losses: one small dataclass each, both its config schema and its formula, all in one table.
 
 A loss takes the policy's and the reference's `PairLogps` and returns one loss per pair, [B]. h stands for the log-ratio
-margin (log pi - log ref)(chosen) - (log pi - log ref)(rejected), sigma for the logistic function.
+margin (log pi - log ref)(chosen) - (log pi - log ref)(rejected), w for chosen, l for rejected, sigma for the logistic function.
 
 Nothing here imports torch at the top: formulas use tensor methods, so a config is checked without loading torch.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,15 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 @dataclass
 class Loss:
-    """What all losses share. beta: how strongly the policy is held to the reference; its unit is the loss's own."""
+    """What all losses share. beta: how strongly the policy is held to the reference; its unit is the loss's own.
 
+    wants_reference: whether the loss needs one that starts where the policy starts (True), has none and takes
+    reference=uniform (False), or takes any (None). rates_pairs: whether beta scales what the loss compares, so that
+    sigma(beta h) is a probability that the loss gave a label, and not only a number.
+    """
+
+    wants_reference: ClassVar[bool | None] = None
+    rates_pairs: ClassVar[bool] = True
     beta: float = 0.1
 
     def __post_init__(self) -> None:
@@ -141,6 +148,7 @@ class SimPO(PerToken):
     log-probability); others state gamma / beta. Needs reference=uniform.
     """
 
+    wants_reference: ClassVar[bool | None] = False
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
@@ -153,6 +161,114 @@ class SimPO(PerToken):
         return -log_sigmoid(self.beta * h - self.gamma)
 
 
+@dataclass
+class SFTChosen(Loss):
+    """-log pi(w), nats a response: supervised fine-tuning on the chosen responses alone, the baseline "Preferred-FT" of
+    Rafailov et al. 2023 (arXiv:2305.18290), section 6.
+
+    Needs reference=uniform. beta has no say in it, it only scales the logged rewards. A sum over tokens, so that every token
+    of a step weighs the same.
+    """
+
+    wants_reference: ClassVar[bool | None] = False
+    rates_pairs: ClassVar[bool] = False
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        return -policy.chosen
+
+
+@dataclass
+class Unlikelihood(Loss):
+    """-log pi(w) + alpha log pi(l), nats: the baseline "Unlikelihood" of Rafailov et al. 2023 (arXiv:2305.18290), section 6,
+    after Welleck et al. 2019 (arXiv:1908.04319), whose penalty is -log(1 - p) of each token.
+
+    Needs reference=uniform. beta has no say in it, it only scales the logged rewards. alpha 0 is SFTChosen; above it there is
+    no lowest loss: the rejected responses can always become less likely.
+    """
+
+    wants_reference: ClassVar[bool | None] = False
+    rates_pairs: ClassVar[bool] = False
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"loss.alpha={self.alpha}: must lie in [0, 1]; type e.g. loss.alpha=0.5")
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        return self.alpha * policy.rejected - policy.chosen
+
+
+@dataclass
+class RPO(Loss):
+    """-log sigma(beta h) - alpha log pi(w) / |w|: DPO and the negative log-likelihood of the chosen response, nats a token.
+
+    Pang et al. 2024 (arXiv:2404.19733), equation 1; Liu et al. 2024 (arXiv:2405.16436) derive the term as a guard against
+    over-optimisation. At a margin of 0 it is ln 2 and alpha times what the policy loses on a token.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_weight("loss.alpha", self.alpha)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        h = self.log_ratios(policy, reference).margin
+        return -log_sigmoid(self.beta * h) - self.alpha * policy.per_token().chosen
+
+
+@dataclass
+class DPOP(Loss):
+    """DPO-Positive, -log sigma(beta (h - lambda max(0, (log ref - log pi)(w)))): a chosen response that became less likely
+    than under the reference costs its pair lambda times that in margin. Pal et al. 2024 (arXiv:2402.13228), equation 3.
+
+    penalty: lambda. Margins and rewards are logged as DPO's, without it. At the start it is ln 2.
+    """
+
+    penalty: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_weight("loss.penalty", self.penalty)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        ratios = self.log_ratios(policy, reference)
+        return -log_sigmoid(self.beta * (ratios.margin - self.penalty * (-ratios.chosen).relu()))
+
+
+@dataclass
+class DPOKL(Loss):
+    """-log sigma(beta h) + kl_weight (r(w)^2 + r(l)^2) / 4, r = log pi - log ref: DPO and an explicit price on drift.
+
+    r^2 / 2 is Schulman's k2 ("Approximating KL divergence", 2020), here its mean over the pair's two responses. Over samples of
+    the reference, which a world's pairs are, taken together whichever is chosen, E[r^2 / 2] is KL(ref || pi) - E[r^3] / 6 + ...
+    and KL(pi || ref) - E[r^3] / 3 + ...: both to second order, so exact near the start and less so far away. What the policy
+    puts where no pair is it does not see. On pairs that others wrote it is a pull to the reference and estimates nothing.
+
+    Why this one: it is never negative and draws every r to 0. -r, unbiased for KL(ref || pi), would make both responses
+    likelier without end, and what is unbiased for KL(pi || ref) has weights e^r.
+    Needs a reference that starts at the policy. At the start it is ln 2.
+    """
+
+    wants_reference: ClassVar[bool | None] = True
+    kl_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_weight("loss.kl_weight", self.kl_weight)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        r = self.log_ratios(policy, reference)
+        kl = (r.chosen.square() + r.rejected.square()) / 4
+        return -log_sigmoid(self.beta * r.margin) + self.kl_weight * kl
+
+
+def _check_weight(key: str, weight: float) -> None:
+    if not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f"{key}={weight}: must be 0 or more; type e.g. {key}=1")
+
+
 LOSSES: dict[str, type[Loss]] = {
     "dpo": DPO,
     "cdpo": CDPO,
@@ -161,4 +277,9 @@ LOSSES: dict[str, type[Loss]] = {
     "ipo_mean": IPOMean,
     "hinge": Hinge,
     "simpo": SimPO,
+    "sft": SFTChosen,
+    "unlikelihood": Unlikelihood,
+    "rpo": RPO,
+    "dpop": DPOP,
+    "dpo_kl": DPOKL,
 }

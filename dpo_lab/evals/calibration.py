@@ -21,6 +21,7 @@ class Calibration:
     The implicit reward is beta times the log-ratio to the initial policy, as the loss forms it. Each pair is seen from both
     sides, p that the label's side is preferred and 1 - p that the other is: else every label would be a yes, and a policy
     that says 1 of everything would be perfect. An error over few pairs a bin is too large by chance; no interval is known.
+    A loss that beta has no say in gives no probability, and nothing is measured.
     """
 
     bins: int = 15
@@ -32,6 +33,8 @@ class Calibration:
             )
 
     def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
+        if not subject.loss.rates_pairs:
+            return
         import torch
         from torchmetrics.functional.classification import binary_calibration_error
 

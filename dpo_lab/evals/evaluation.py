@@ -12,6 +12,7 @@ from dpo_lab.evals.displacement import Displacement
 from dpo_lab.evals.judge import Judge
 from dpo_lab.evals.kl import KL
 from dpo_lab.evals.language import Language
+from dpo_lab.evals.optimum import Optimum
 from dpo_lab.evals.preference import Preference
 from dpo_lab.evals.reward import Reward
 from dpo_lab.evals.win_rate import WinRate
@@ -28,7 +29,9 @@ EVALUATORS: dict[str, Any] = {
     "reward": Reward,
     "win_rate": WinRate,
     "language": Language,
+    "optimum": Optimum,
 }
+ON_REQUEST = ("optimum",)  # the others run unless told otherwise
 
 
 @dataclass
@@ -40,13 +43,14 @@ class Evals:
     whole batches out: give them one each at least.
     """
 
-    run: list[str] = field(default_factory=lambda: list(EVALUATORS))
+    run: list[str] = field(default_factory=lambda: [name for name in EVALUATORS if name not in ON_REQUEST])
     samples: int = 512
     max_new_tokens: int = 48
     texts: int = 256
     train_pairs: int = 512
     batch_size: int = 128
     calibration: Calibration = field(default_factory=Calibration)
+    optimum: Optimum = field(default_factory=Optimum)
     judge: Judge = field(default_factory=Judge)
 
     def __post_init__(self) -> None:
@@ -68,7 +72,8 @@ class Evals:
 
 
 def evaluate(subject: Subject, evaluators: Iterable[Evaluator] | None = None) -> dict[str, Estimate]:
-    """All that is measured of a policy, by name; nothing where no pair is held out. evaluators: none given, all of them.
+    """All that is measured of a policy, by name; nothing where no pair is held out. evaluators: none given, those that run
+    unless told otherwise.
 
     What was measured of each example is in subject.examples afterwards. All ranks have to call it, see Subject; all get the
     same.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.world import World
+from dpo_lab.evals.candidates import candidates
 from dpo_lab.evals.judge import Score
 from dpo_lab.evals.scored_pairs import ScoredPairs
 from dpo_lab.evals.win_rate import PairwiseJudge
@@ -46,7 +48,8 @@ class Subject:
     samples answer, as text and as token ids; texts: held-out (prompt, response) of the real distribution, as token ids;
     world: where the truth is known, else None; tokens: about how many a forward takes; batch_size: samples made side by side;
     context: what forwards run under (autocast): a policy is sampled and scored in one and the same precision; loss: what
-    forms the implicit reward; judge: scores texts, prompt and response; pairwise: compares two responses.
+    forms the implicit reward; judge: scores texts, prompt and response; pairwise: compares two responses; cache: a folder to
+    keep the initial policy's candidates in, which many runs share.
 
     Where several ranks compute together all of them have to evaluate, equal subjects: each makes its share of the samples
     and of the forwards, and all come to the same figures, to the last bit those of one process.
@@ -69,6 +72,7 @@ class Subject:
     loss: Loss = field(default_factory=DPO)
     judge: Score | None = None
     pairwise: PairwiseJudge | None = None
+    cache: Path | None = None
     examples: Examples = field(default_factory=Examples)
 
     @cached_property
@@ -116,15 +120,43 @@ class Subject:
     @cached_property
     def rewards(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """What the trained and the initial policy's samples are worth, [N] each, by who says so: `gold`, `judge`."""
-        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if self.world is None and self.judge is None:
-            return found
-        trained, initial = self.reviews(self.samples), self.reviews(self.initial_samples)
+            return {}
+        of_trained, of_initial = (self._worth(self.reviews(made)) for made in (self.samples, self.initial_samples))
+        return {name: (of_trained[name], of_initial[name]) for name in of_trained}
+
+    def candidate_rewards(self, prompts: int, count: int) -> tuple[list[str], dict[str, np.ndarray]]:
+        """The first `prompts` distinct prompts, by key, and what `count` responses of the initial policy to each are worth,
+        [P, count], by who says so; nothing where no one does.
+        """
+        if self.world is None and self.judge is None:
+            return [], {}
+        first: dict[tuple[int, ...], int] = {}
+        for place, prompt in enumerate(self.prompt_ids):
+            first.setdefault(tuple(int(token) for token in prompt), place)
+        places = list(first.values())[:prompts]
+        responses = candidates(
+            self.initial,
+            self.encoder,
+            [self.prompt_ids[place] for place in places],
+            count,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            seed=derive_seed(self.seed, "evaluation/candidates"),
+            context=self.context,
+            folder=self.cache,
+        )
+        worth = self._worth([self.prompts[at] + text for at, of in zip(places, responses, strict=True) for text in of])
+        rewards = {name: values.reshape(len(places), count) for name, values in worth.items()}
+        return [self.prompt_keys[place] for place in places], rewards
+
+    def _worth(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """What texts, prompt and response, are worth, [N], by who says so."""
+        found: dict[str, np.ndarray] = {}
         if self.world is not None:
-            gold = [np.array([self.world.gold(text) for text in texts]) for texts in (trained, initial)]
-            found["gold"] = gold[0], gold[1]
+            found["gold"] = np.array([self.world.gold(text) for text in texts])
         if self.judge is not None:
-            found["judge"] = self.judge(trained), self.judge(initial)
+            found["judge"] = np.asarray(self.judge(texts), np.float64)
         return found
 
     @cached_property

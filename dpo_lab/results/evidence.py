@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Z = 3.0  # standard errors: rules look many times, at many figures, and speak only of what is certain
-SUMMED = ("dpo", "cdpo", "rdpo", "ipo", "hinge")  # losses whose log-ratios are of whole responses, in nats
+# Losses whose log-ratios are of whole responses, in nats; those that beta has no say in.
+SUMMED = ("dpo", "cdpo", "rdpo", "ipo", "hinge", "sft", "unlikelihood", "rpo", "dpop", "dpo_kl")
+WITHOUT_BETA = ("sft", "unlikelihood")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def certain(p: float, n: float) -> Bounds:
 
 
 def at_no_margin(loss: Mapping[str, Any]) -> float | None:
-    """What a loss is at a margin of 0 (DPO: ln 2); none of a loss that has no reference. loss: its settings and `kind`."""
+    """What a loss is at a margin of 0 (DPO: ln 2), none where the margin alone does not tell. loss: its settings and `kind`."""
     kind = loss["kind"]
     if kind in ("dpo", "cdpo", "rdpo"):
         return math.log(2)

@@ -6,11 +6,14 @@ evaluated on the same examples have the same keys in the same order, so that the
     held_out, train   a pair; key: the pair's. margin: its log-ratio margin in nats, of the trained to the initial policy,
                       towards chosen; trained_chosen, trained_rejected, initial_chosen, initial_rejected: log-probabilities
                       in nats; gold_margin: the true reward of chosen less that of rejected; flipped: whether label noise
-                      swapped the sides; probability: of the label, sigma(beta margin)
+                      swapped the sides; probability: of the label, sigma(beta margin), of
+                      losses that give one
     prompt            a prompt and its samples; key: of its token ids, `#2` behind it where it comes a second time.
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
                       tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win, judge_win,
                       pairwise_win: 1, 0, or 1/2 for a tie
+    candidates        a prompt and many responses of the initial policy; key: the prompt's. gold, judge: a list of their
+                      rewards, to four decimals
     text              a held-out text; key: of its token ids. trained, initial: log-probabilities in nats; tokens
     bin               a bin of the reliability curve; key: its lower edge. probability: the mean that was said;
                       frequency: the share of labels that it came true in; share: of all pairs, seen from both sides

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_lab.results.runs import RunFailed
+
 JOURNAL = "metrics.jsonl"
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # strict JSON has no numbers for them
 
 
-class JournalError(Exception):
+class JournalError(RunFailed):
     """The journal is damaged; the message names file and line and says what to type."""
 
 

@@ -48,12 +48,17 @@ def keep(collection: Collection) -> dict[str, Any]:
 
 
 def write(collection: Collection, folder: Path) -> Path:
-    """Keep a study in folder/<its name>.json; gives the path."""
+    """Keep a study in folder/<its name>.json, with another budget than `full` in the name, too; gives the path."""
     record = keep(collection)
-    path = folder / f"{record['study']['name']}.json"
+    path = path_of(folder, record["study"]["name"], record["budget"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text(record))
     return path
+
+
+def path_of(folder: Path, name: str, budget: str | None) -> Path:
+    """Where a study's record is kept: a budget other than the full one is part of its name."""
+    return folder / (f"{name}.json" if budget in ("full", None) else f"{name}-{budget}.json")
 
 
 def text(record: Mapping[str, Any]) -> str:
@@ -112,7 +117,7 @@ def _run(folder: Path, kept: Mapping[str, Any], record: Mapping[str, Any], overr
 
 def _place(run: RunFacts) -> str:
     """What tells runs apart that several studies share, and names no place of this machine: `full/beta=1/seed=0`."""
-    return "/".join(run.folder.parts[-3:]) if run.record else ""
+    return "/".join(run.folder.parts[-3:]) if "started" in run.record else ""
 
 
 def _triple(estimate: Estimate | None) -> list[Any] | None:

@@ -31,6 +31,10 @@ class RunRefused(Exception):
     """The folder can't take this run; the message says why and what to type."""
 
 
+class RunFailed(Exception):
+    """The run can't go on; the message says it all in one line: the file or the pair, and what to type."""
+
+
 class Standing(str, Enum):
     """What a folder means to a run: nothing yet, some of its way, all of it."""
 

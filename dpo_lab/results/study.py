@@ -9,14 +9,18 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from dpo_lab.results.runs import RunRefused
+
+RECORD = "study.json"
 EXPRESSION = re.compile(r"(\S+)(?: ([-/]) (\S+))?")
 
 
-class StudyError(ValueError):
+class StudyError(RunRefused):
     """A study that can't be; the message names the key and says what to type."""
 
 
@@ -61,23 +65,27 @@ class Prediction:
     primary: bool = True
 
     def __post_init__(self) -> None:
+        if wrong := next(self._wrongs(), None):
+            raise StudyError(f"prediction '{self.says}': {wrong}")
+
+    def _wrongs(self) -> Iterator[str]:
         if not self.at_least >= 0 or not math.isfinite(self.at_least) or not math.isfinite(self.value):
-            raise StudyError(f"at_least={self.at_least}, value={self.value}: must be numbers, at_least 0 or more")
+            yield f"at_least={self.at_least}, value={self.value}: must be numbers, at_least 0 or more"
         if self.direction is Direction.same and self.at_least == 0:
-            raise StudyError("direction=same: needs at_least, the largest effect that would not matter")
+            yield "direction=same: needs at_least, the largest effect that would not matter"
         if (self.measure is Measure.slope) != bool(self.over):
-            raise StudyError("over: an axis is what a slope needs, and nothing else")
-        if (self.measure is Measure.difference) and not self.to:
-            raise StudyError("to: a difference needs the arm or group that `of` is compared with")
+            yield "over: an axis is what a slope needs, and nothing else"
+        if self.measure is Measure.difference and not self.to:
+            yield "to: a difference needs the arm or group that `of` is compared with"
         if self.measure is Measure.area:
             if self.metric:
-                raise StudyError("metric: an area is of gold_gain against kl; leave it out")
+                yield "metric: an area is of gold_gain against kl; leave it out"
         elif EXPRESSION.fullmatch(self.metric) is None:
-            raise StudyError(f"metric={self.metric}: type one name of run.json, or two: a - b, or a / b")
+            yield f"metric={self.metric}: type one name of run.json, or two: a - b, or a / b"
         if self.at and self.measure is not Measure.difference:
-            raise StudyError("at: goes with measure=difference")
+            yield "at: goes with measure=difference"
         if len(self.at) > 1:
-            raise StudyError("at: one metric can be held equal at a time")
+            yield "at: one metric can be held equal at a time"
 
 
 @dataclass

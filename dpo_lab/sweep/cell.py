@@ -161,7 +161,7 @@ def _desk() -> Desk:
 
 def _asked_to_stop(desk: Desk) -> int | None:
     """The signal that the sweep was asked to stop with; another sweeper than ours asks its cells in no such way."""
-    return desk.asked_to_stop() if HydraConfig.get().sweeper._target_.endswith(".CellSweeper") else None
+    return desk.asked_to_stop() if HydraConfig.get().sweeper._target_.startswith("hydra_plugins.dpo_lab.") else None
 
 
 def _heed(desk: Desk) -> None:

@@ -38,15 +38,22 @@ class Cell:
         return runs.standing(self.folder, self.record, self.files)
 
 
-def plan(arguments: Sequence[str], master: DictConfig, loader: ConfigLoader, as_record: AsRecord) -> list[Cell]:
-    """The cells of `arguments`, of which some sweep. Raises ConfigError, naming the cell, if any can't be run.
+def combinations(arguments: Sequence[str], loader: ConfigLoader) -> list[tuple[str, list[str]]]:
+    """(title, overrides) of every combination of the swept values; the title is what tells it from the others."""
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
+    (every,) = BasicSweeper.split_arguments(parsed, None)
+    return list(zip(_titles(every), map(list, every), strict=True))
+
+
+def plan(
+    wanted: Sequence[tuple[str, Sequence[str]]], master: DictConfig, loader: ConfigLoader, as_record: AsRecord
+) -> list[Cell]:
+    """The cells of `wanted`, (title, overrides) each. Raises ConfigError, naming the cell, if any can't be run.
 
     master: the sweep's own config, whose `hydra` node holds for all cells; as_record(cfg, settings): what is recorded of one.
     """
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
-    (every,) = BasicSweeper.split_arguments(parsed, None)
-    titles = _titles(every)
-    every = _named_by_what_varies(every, master)
+    titles = [title for title, _ in wanted]
+    every = _named_by_what_varies([list(overrides) for _, overrides in wanted], master)
     known = [as_record.__name__, str(master.hydra.job.config_name), *typed(master.hydra.overrides.hydra), "--"]
     memory = Memory(
         CACHE / "plans", digest_of_sources(master.hydra.runtime.config_sources, Path(config.__file__).parent)
@@ -120,14 +127,15 @@ def _check_job(trainer: Mapping[str, Any], master: DictConfig) -> None:
 
 def _titles(every: Sequence[Sequence[str]]) -> list[str]:
     """Each cell's overrides that are not all cells'."""
-    shared = {column[0] for column in zip(*every, strict=True) if len(set(column)) == 1} if len(every) > 1 else set()
+    shared = set.intersection(*map(set, every)) if len(every) > 1 else set()
     return [" ".join(o for o in overrides if o not in shared) or " ".join(overrides) or "alone" for overrides in every]
 
 
 def _named_by_what_varies(every: Sequence[Sequence[str]], master: DictConfig) -> list[list[str]]:
     """The cells, told to name their folders by every key that is swept: trainer.max_steps, say, which else names none."""
     left_out = list(master.hydra.job.config.override_dirname.exclude_keys)
-    varying = {o.partition("=")[0] for column in zip(*every, strict=True) if len(set(column)) > 1 for o in column}
+    shared = set.intersection(*map(set, every))
+    varying = {o.partition("=")[0] for overrides in every for o in overrides if o not in shared}
     naming = varying & set(left_out) - {"name", "seed"}
     if not naming:
         return [list(overrides) for overrides in every]

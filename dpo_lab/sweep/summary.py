@@ -23,6 +23,8 @@ from dpo_lab.sweep.plan import Cell
 
 STYLES = {"done": "green", "resumed": "green", "skipped": "dim", "failed": "red", "not started": "yellow"}
 
+MANY = 60  # cells; of more the table shows those that stand out
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -89,12 +91,14 @@ def write(folder: Path, found: Sequence[Outcome], started: str, status: str, err
 
 
 def show(console: Console, folder: Path, found: Sequence[Outcome], error: str | None) -> None:
-    """Print the table, and under it what failed, with the path of its log."""
+    """Print the table, of many cells only those that are not done, and under it what failed, with the path of its log."""
     table = Table("cell", "", "time", box=None, header_style="dim", pad_edge=False)
-    for outcome in found:
+    shown = [outcome for outcome in found if len(found) <= MANY or outcome.status not in ("done", "not started")]
+    for outcome in shown:
         style = STYLES.get(outcome.word, "yellow")
         table.add_row(outcome.cell.title, f"[{style}]{outcome.word}[/]", duration(outcome.seconds))
-    console.print(table)
+    if shown:
+        console.print(table)
     for outcome in found:
         if outcome.error and outcome.status != "done":
             console.print(f"{outcome.cell.title}: {outcome.error}", style="red", markup=False, highlight=False)

@@ -54,12 +54,18 @@ class CellSweeper(Sweeper):
         Raises ConfigError and RunRefused before anything was done.
         """
         console = Console(soft_wrap=not sys.stdout.isatty())
+        sys.exit(self.run(self.plan(plan.combinations(arguments, self._context.config_loader), console), console))
+
+    def plan(self, wanted: Sequence[tuple[str, Sequence[str]]], console: Console) -> list[plan.Cell]:
+        """The cells of `wanted`, (title, overrides) each."""
         with console.status("planning the cells"):
-            cells = plan.plan(arguments, self._config, self._context.config_loader, self.as_record)
+            return plan.plan(wanted, self._config, self._context.config_loader, self.as_record)
+
+    def run(self, cells: list[plan.Cell], console: Console) -> int:
+        """Run what is not done of the cells; gives the exit code."""
         desk = Desk(cells[0].sweep)
         with desk.held():
-            were = plan.each(cells, plan.Cell.standing)
-            sys.exit(self._run(cells, were, desk, console))
+            return self._run(cells, plan.each(cells, plan.Cell.standing), desk, console)
 
     def _run(self, cells: list[plan.Cell], were: list[Standing], desk: Desk, console: Console) -> int:
         todo = [cell for cell, was in zip(cells, were, strict=True) if was is not Standing.done]

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from dpo_lab.results.files import sync_folder
+from dpo_lab.results.runs import RunFailed
 
 log = logging.getLogger("dpo_lab")
 
@@ -27,7 +28,7 @@ _TRAILER = 2 + len(_MARK) + 2 * _DIGEST  # bytes: the length of a zip archive's 
 _CHUNK = 1 << 20
 
 
-class CheckpointError(Exception):
+class CheckpointError(RunFailed):
     """A checkpoint can't be written, or can't be gone on from; the message names the file and says what to type."""
 
 

@@ -19,9 +19,9 @@ class StepZeroError(RuntimeError):
 
 @torch.no_grad()
 def check_step_zero(model, loss: Loss, reference: ReferenceLogps, batch: PairBatch) -> float:
-    """The mean loss of a batch before the first step; with DPO it is ln 2.
+    """The mean loss of a batch before the first step; with DPO it is ln 2, with a term that does not compare (see RPO) more.
 
-    Raises StepZeroError, naming the worst pair, where the loss is not what it is at a margin of 0, or a margin is not 0.
+    Raises StepZeroError, naming the worst pair, where the loss is not what it is of the reference itself, or a margin is not 0.
     """
     computing = (torch.empty(1, 1, device=batch.tokens.device) @ torch.empty(1, 1, device=batch.tokens.device)).dtype
     tolerance = TOLERANCE[computing]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dpo_lab.core.pairs import PairBatch
+from dpo_lab.results.runs import RunFailed
 from dpo_lab.training.checkpoint import by_step
 
 
-class NotFinite(RuntimeError):
+class NotFinite(RunFailed):
     """A loss, a gradient or a weight is NaN or infinite; nothing was trained by it and nothing of it was saved."""
 
 

@@ -21,9 +21,10 @@ from dpo_lab.data.sources import Contradictions, Data, OnBadRow, Splits
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.models.policy import Policy, PolicyError, load_policy
 from dpo_lab.models.reference import Cached
-from tests.conftest import OWN_MODEL, make_pairs, python_m
+from tests.conftest import OWN_MODEL, make_pairs
 from tests.ranks import become_rank, run_in_ranks
 from tests.templates import ids_of, tokenizer_of
+from tests.warm import door
 
 ROWS = [{"prompt": f"p{i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(60)]
 
@@ -55,7 +56,7 @@ def model(policy, tmp_path_factory) -> Path:
 
 def train(folder: Path, model: Path, *overrides: str):
     lengths = ["data.max_length=64", "data.max_prompt_length=32", "evals.max_new_tokens=8"]
-    return python_m(
+    return door(
         "dpo_lab.train", *OWN_MODEL, "policy=pretrained", f"policy.path={model}", *lengths, *overrides, cwd=folder
     )
 

@@ -47,7 +47,7 @@ def drawn(plan: Plan) -> dict[str, bytes]:
         )
         figure = Figure(figsize=plan.size, dpi=150, layout="constrained")
         plan.draw(figure)
-        figure.draw_without_rendering()
+        figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
         figure.set_layout_engine("none")  # it is laid out now, once for both kinds
         files = {kind: io.BytesIO() for kind in METADATA}
         for kind, file in files.items():

@@ -1,0 +1,106 @@
+"""Candidates: many responses of the initial policy to each of some prompts, sampled once for all runs that start from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from dpo_lab.core.pairs import Tokens, content_hash
+from dpo_lab.core.ranks import of_all_ranks, rank_and_world_size
+from dpo_lab.data.tokenize import Encoder
+from dpo_lab.models.policy import Policy, weights_digest
+from dpo_lab.models.sampling import respond
+from dpo_lab.results.files import write_whole
+
+log = logging.getLogger("dpo_lab")
+
+FORMAT = "1"  # to be raised whenever the same key would give other texts
+
+
+def candidates(
+    policy: Policy,
+    encoder: Encoder,
+    prompts: Sequence[Tokens],
+    count: int,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    context: Callable[[], AbstractContextManager],
+    folder: Path | None,
+) -> list[list[str]]:
+    """`count` sampled responses of the policy, as text, to each encoded prompt: read from `folder`, or sampled and put there.
+
+    The file's name is a hash of all that makes them; one that does not hold what its name and checksum say is made anew. All
+    ranks have to call this, they share the sampling; of several runs one samples while the others wait. folder: none, nothing
+    is kept.
+    """
+    with context():
+        numerics = f"{policy.model.dtype} {(torch.empty(1, 1) @ torch.empty(1, 1)).dtype}"
+    of_prompts = content_hash([[int(token) for token in prompt] for prompt in prompts])
+    recipe = [
+        weights_digest(policy.model),
+        encoder.fingerprint,
+        numerics,
+        of_prompts,
+        count,
+        max_new_tokens,
+        seed,
+        FORMAT,
+    ]
+    key = content_hash(recipe)
+    path = folder / f"candidates-{key[:16]}.json" if folder is not None else None
+    with _held(path):
+        found = of_all_ranks(_read(path, key) if path is not None and rank_and_world_size()[0] == 0 else None)[0]
+        if found is not None:
+            return found
+        with context():
+            samples = respond(
+                policy.model,
+                encoder,
+                [prompt for prompt in prompts for _ in range(count)],
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                batch_size=batch_size,
+                what="Candidates (initial)",
+                by_ranks=True,
+            )
+        texts = [encoder.text(sample.tokens) for sample in samples]
+        made = [texts[start : start + count] for start in range(0, len(texts), count)]
+        if path is not None and rank_and_world_size()[0] == 0:
+            write_whole(path, json.dumps({"key": key, "checksum": _checksum(made), "texts": made}))
+        return made
+
+
+def _held(path: Path | None) -> AbstractContextManager:
+    """The file's lock, which rank 0 holds for all."""
+    if path is None or rank_and_world_size()[0] != 0:
+        return nullcontext()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock")
+
+
+def _read(path: Path, key: str) -> list[list[str]] | None:
+    """The texts, or None, said loudly where a file is there that is not what its key and checksum say."""
+    if not path.exists():
+        return None
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held["key"] == key and held["checksum"] == _checksum(held["texts"]):
+            return held["texts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("candidates %s can't be read (%s): sampling them again", path, error)
+        return None
+    log.warning("candidates %s does not hold what it should: sampling them again", path)
+    return None
+
+
+def _checksum(texts: list[list[str]]) -> str:
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,108 @@
+"""The door of studies: python -m dpo_lab.study FILE... [budget=quick] [seeds=0,1,2] [key=value ...] [--plan]"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dpo_lab import door, report
+from dpo_lab.results.study import StudyError
+from dpo_lab.studies import sweeper
+from dpo_lab.studies.file import read
+from dpo_lab.studies.record import StudyRun
+from dpo_lab.train import train
+
+COLLECTION = Path("ablations")
+VOLATILE = (
+    "launcher",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "data.num_workers",
+    "data.workers",
+)  # how, not what, is run
+NAMES_NO_RUN = (
+    *VOLATILE,
+    "name",
+    "seed",
+    "on_change",
+)  # a run's folder is named by all other overrides, whatever runs beside it
+
+HELP = """Put a claim to the test: run every arm under every seed, then say what came out, with intervals.
+
+  python -m dpo_lab.study ablations/beta.yaml                   the whole study, on with it after an interruption
+  python -m dpo_lab.study ablations/uniform_ref.yaml budget=quick    a small one, in minutes
+  python -m dpo_lab.study ablations/beta.yaml --plan            its cells, their cost, what it could show; runs nothing
+  python -m dpo_lab.study ablations/beta.yaml launcher=joblib hydra.launcher.n_jobs=4     several cells at once
+  python -m dpo_lab.study ablations/beta.yaml policy=pretrained policy.path=... data.path=...   on your model and data
+  python -m dpo_lab.study study=all                             every study of ablations/
+
+budget=NAME: of the file's budgets (default: full). seeds=0,1,2: others than the budget's. name=NAME: the folder in
+outputs/ (default: studies). Every other key=value goes to all runs, as with python -m dpo_lab.train.
+"""
+
+
+def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = train) -> int:
+    """What was typed, run; gives the exit code. task: the Hydra main that one cell is a run of."""
+    parser = argparse.ArgumentParser("python -m dpo_lab.study", description=HELP, add_help=True)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("words", nargs="*", metavar="FILE or key=value", help=argparse.SUPPRESS)
+    parser.add_argument("--plan", action="store_true", help="say what would be run, and run nothing")
+    given = parser.parse_intermixed_args(arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        runs, beside, arguments = _studies(given.words, typed)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    sweeper.register(runs, beside, given.plan)
+    named = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(NAMES_NO_RUN)}]"
+    sys.argv = [sys.argv[0], "--multirun", "hydra/sweeper=study", named, *arguments]
+    try:
+        return door.open_door(task)
+    except SystemExit as end:  # the sweep is over
+        code = end.code if isinstance(end.code, int) else 1
+    if not given.plan and code in (0, 1):
+        for run in runs:
+            report.main([str(run.folder)])
+    return code
+
+
+def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun], list[StudyRun], list[str]]:
+    """The studies, those that lie beside them, and what Hydra is told of all their runs."""
+    own = {"study": "", "budget": "full", "seeds": "", "name": "studies"}
+    files, more = [], []
+    for word in words:
+        key, is_setting, value = word.partition("=")
+        if is_setting and key in own:
+            own[key] = value
+        else:
+            (more if is_setting else files).append(word)
+    if own["study"] not in ("", "all"):
+        raise StudyError(f"study={own['study']}: type study=all, or the path of a study file")
+    beside = sorted(COLLECTION.glob("*.yaml"))
+    paths = [*map(Path, files), *(beside if own["study"] else [])]
+    if not paths:
+        raise StudyError(f"which study? type python -m dpo_lab.study {' or '.join(map(str, beside)) or 'FILE.yaml'}")
+    try:
+        seeds = [int(seed) for seed in own["seeds"].split(",")] if own["seeds"] else None
+    except ValueError:
+        raise StudyError(f"seeds={own['seeds']}: must be whole numbers; type e.g. seeds=0,1,2") from None
+    arms = [word for word in more if word.partition("=")[0] not in VOLATILE and not word.startswith("hydra")]
+    root, command = Path("outputs") / own["name"], shlex.join(["python", "-m", "dpo_lab.study", *typed])
+
+    def run(path: Path) -> StudyRun:
+        return StudyRun(read(path, own["budget"], seeds, arms), path, own["budget"], arms, root, command)
+
+    made, beside = [run(path) for path in paths], []
+    for other in sorted({other for path in paths for other in path.parent.glob("*.yaml")} - set(paths)):
+        with suppress(StudyError):  # one that is no study, or has no such budget
+            beside.append(run(other))
+    return made, beside, [f"name={own['name']}/runs/{own['budget']}", *(word for word in more if word not in arms)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
