@@ -61,13 +61,13 @@ def asked(address: str, body: Any = None) -> Any:
 
 
 @contextmanager
-def page(width: int = 1600, height: int = 1000) -> Iterator[Any]:
-    """A page of a headless Chromium."""
+def page(width: int = 1600, height: int = 1000, **context: Any) -> Iterator[Any]:
+    """A page of a headless Chromium. context: what else Playwright's new_page takes, color_scheme="dark" say."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         try:
-            yield browser.new_page(viewport={"width": width, "height": height})
+            yield browser.new_page(viewport={"width": width, "height": height}, **context)
         finally:
             browser.close()

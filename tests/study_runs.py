@@ -183,8 +183,7 @@ def write_run(
         "git": {"commit": "295d1d8d8cc35a924e6ec8e94cb854ef52d5bf13", "dirty": seed == 0},
         "data": {"rows": 2400, "dropped: unfinished response": 30 + seed, "train pairs": 2000, "held-out pairs": 370,
                  "flipped by label noise": flipped},
-        "data_quality": {"noise": {"flipped": {"chosen longer": [1000, flipped // 2], "chosen shorter": [1000, flipped - flipped // 2]},
-                                   "chosen_longer": Estimate(0.5, 0.01, 2000, (0.48, 0.52)).as_record()}},
+        "data_quality": {"noise": {"flipped": {"chosen longer": [1000, flipped], "same length": [1000, 0]}}},
         "seconds": {"prepare": {"wall": 3.0, "cpu": 2.5}, "dpo": {"wall": 30.0, "cpu": 29.0 + seed}},
         "steps": steps,
         "peak_memory_bytes": 528_703_488,
@@ -207,8 +206,11 @@ def write_run(
             "train/rewards/margins": way + own.gauss(0, 0.05),
         }
         if step % 10 == 0:
-            figures |= {"val/loss": 0.69 - 0.25 * way + own.gauss(0, 0.01), "val/rewards/margins": 0.8 * way}
-            figures |= {"val/rewards/accuracies": 0.5 + 0.22 * way, "val/true/rewards/accuracies": 0.5 + 0.25 * way}
+            figures |= {
+                "val/loss": 0.69 - 0.25 * way + own.gauss(0, 0.01),
+                "val/rewards/margins": (0.8 + own.gauss(0, 0.03)) * way,
+            }
+            figures |= {"val/true/rewards/accuracies": 0.5 + (values["true_accuracy"] - 0.5) * way}
         if status == "failed":
             figures["train/loss"] = math.nan
         journal.append(folder / journal.JOURNAL, step, figures)

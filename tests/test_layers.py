@@ -80,6 +80,11 @@ def test_config_and_doors_load_nothing_heavy():
     assert loaded_by("import dpo_lab.train, dpo_lab.sft, dpo_lab.inspect, dpo_lab.evaluate") & heavy == set()
 
 
+def test_the_door_of_reports_loads_neither_hydra_nor_what_trains():
+    heavy = {"torch", "lightning", "transformers", "tensorboard", "matplotlib", "scipy", "hydra", "omegaconf"}
+    assert loaded_by("import dpo_lab.report") & heavy == set()
+
+
 def test_core_needs_neither_lightning_nor_hydra_nor_transformers():
     libraries = {
         alias.name.split(".")[0] if isinstance(node, ast.Import) else str(node.module).split(".")[0]

@@ -26,6 +26,7 @@ COLUMNS = (
     ("val/logratio/chosen",),
 )
 NS = (2, 4, 8, 16, 32, 64)  # of best-of-n
+MARKS = 10  # values of an axis that have a tick each; of more, round ones are marked
 WIDE_KL = 5.0  # nats, from where an axis of KL is a root
 Journals = Callable[[str], Sequence[tuple[int, Sequence[Mapping[str, Any]]]]]  # arm -> (seed, rows)
 
@@ -113,6 +114,7 @@ def _told(of: str, what: str, estimate: Estimate) -> str:
 def _along(collection: Collection, arms: Sequence[Arm], axis: str, metrics: Sequence[str]) -> Drawing:
     placed = [arm for arm in arms if axis in arm.at]
     marks = sorted({arm.at[axis] for arm in placed})
+    shown = marks if len(marks) <= MARKS else []
     is_log = bool(marks) and marks[0] > 0 and marks[-1] / marks[0] >= 8
     lines = _lines(placed, axis)
     panels = []
@@ -129,7 +131,7 @@ def _along(collection: Collection, arms: Sequence[Arm], axis: str, metrics: Sequ
                     cloud += [(x, value) for value in values]
             shift = 5.0 * (number - (len(lines) - 1) / 2) if len(lines) <= LOOKS else 0.0
             series.append(Series(name, points, look_of(number), cloud=cloud, shift=shift))
-        panels.append(panel(Panel(metric, axis, series, Spacing.log if is_log else Spacing.linear, marks=marks)))
+        panels.append(panel(Panel(metric, axis, series, Spacing.log if is_log else Spacing.linear, marks=shown)))
     return Drawing(f"{', '.join(metrics)} along {axis}", _there(panels), _legend(lines), _SEEDS)
 
 

@@ -38,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Part:
-    """All that a page shows of one collection. heading: (chip, class) beside the title."""
+    """All that a page shows of one collection. word: the verdict, if it is a study's; chips: short labels beside it."""
 
     title: str
     word: str
@@ -66,7 +66,7 @@ class Part:
 def page(collections: Sequence[Collection], folder: Path, metrics: Sequence[str] = ()) -> str:
     """The whole page. folder: where it will lie, paths in it are from there. The same for the same run folders."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
 
     def plain(value: Any) -> Any:
         return harmless(value) if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -79,6 +79,12 @@ def page(collections: Sequence[Collection], folder: Path, metrics: Sequence[str]
         lstrip_blocks=True,
         finalize=plain,
     )
+
+    def breakable(text: str) -> Markup:
+        """A name that may go on in the next line where its words meet."""
+        return Markup(str(escape(plain(text))).replace("_", "_<wbr>").replace("/", "/<wbr>"))
+
+    environment.filters["breakable"] = breakable
     environment.filters["svg"] = Markup  # of our own drawings alone, whose text is escaped
     parts = [_part(collection, folder, metrics) for collection in collections]
     body = environment.get_template("page.html").render(parts=parts)

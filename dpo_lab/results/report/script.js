@@ -1,13 +1,13 @@
 "use strict";
-// Tables that sort by a click on their heads, and a filter for those that ask for one. Without this script all is there, too.
+// Tables that sort by a click on their heads, and a filter by name for those that ask for one. Without this script all is there, too.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = head.textContent;
-    head.replaceChildren(button);
+    button.append(...head.childNodes);
+    head.append(button);
     button.addEventListener("click", () => {
       const falls = head.getAttribute("aria-sort") === "ascending";
       for (const other of heads) other.removeAttribute("aria-sort");
@@ -18,8 +18,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
       };
       const order = (a, b) => {
         const [x, y] = [key(a), key(b)];
-        if (x === "" || y === "") return (x === "") - (y === ""); // what is not there stands last either way
-        const apart = typeof x === typeof y ? (typeof x === "number" ? x - y : x.localeCompare(y, "en")) : typeof x === "number" ? -1 : 1;
+        if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1; // what was not measured stands last either way
+        const apart = typeof x === "number" ? x - y : x.localeCompare(y, "en");
         return falls ? -apart : apart;
       };
       body.append(...[...body.rows].sort(order));
@@ -30,12 +30,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
   filter.type = "search";
   filter.className = "filter";
   filter.placeholder = "show only arms with …";
-  filter.setAttribute("aria-label", "show only rows that hold this text");
+  filter.setAttribute("aria-label", "show only arms whose name holds these words");
   table.parentElement.before(filter);
   filter.addEventListener("input", () => {
     const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
     for (const row of body.rows) {
-      const text = row.textContent.toLowerCase();
+      const text = row.cells[0].textContent.toLowerCase();
       row.hidden = !words.every((word) => text.includes(word));
     }
   });
