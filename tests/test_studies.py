@@ -238,15 +238,8 @@ def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path):
 @pytest.mark.xdist_group("readme")
 def test_a_study_of_real_runs_ends_in_verdict_and_page(tmp_path):
     arms = [{"sweep": {"beta": [0.1, 1]}}]
-    kl = {
-        "says": "KL falls with beta",
-        "measure": "slope",
-        "metric": "kl",
-        "of": "beta=1",
-        "over": "beta",
-        "direction": "less",
-    }
-    less = kl | {"measure": "difference", "to": "beta=0.1", "over": ""}
+    less = {"says": "KL falls with beta", "measure": "difference", "metric": "kl", "of": "beta=1", "to": "beta=0.1"}
+    less["direction"] = "less"
     path = written(
         tmp_path, arms=arms, predictions=[less], metrics=["kl", "gold_gain"], budgets={"full": {"seeds": [0]}}
     )
