@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from math import exp
 from typing import ClassVar
 
@@ -21,10 +22,19 @@ from dpo_lab.core.pairs import Pair
 from dpo_lab.core.seeds import derive_seed
 
 
+class Rejected(str, Enum):
+    """What a pair's rejected response is."""
+
+    sampled = "sampled"  # the sample that the annotator did not take
+    scrambled = "scrambled"  # that sample with its letters in random order: no text
+
+
 @dataclass
 class World:
     """What all worlds share: the annotator's temperature and the length of the responses that it is shown.
 
+    rejected: `scrambled` makes pairs that are too easy, to see what a run on them looks like: that one side is no text tells
+    the label, whatever the reward.
     decides_form: whether `well_formed` can tell for any text whether it is a text of this world. whole: whether texts and
     responses are whole, each with an end of its own; else all are cut, responses at max_new_tokens, and end nowhere.
     """
@@ -33,6 +43,7 @@ class World:
     whole: ClassVar[bool] = True
     temperature: float = 0.25
     max_new_tokens: int = 48
+    rejected: Rejected = Rejected.sampled
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -82,13 +93,25 @@ class World:
         prompts = self.prompts(split, count, seed)
         firsts, seconds = sample(prompts, f"{split}/first"), sample(prompts, f"{split}/second")
         rng = random.Random(derive_seed(seed, f"world/annotator/{split}"))
+        scrambling = random.Random(derive_seed(seed, f"world/scrambled/{split}"))
         for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
             if first is None or second is None:
                 yield "unfinished response" if self.whole else "response that stopped early"
             elif first == second:
                 yield "identical sides"
             else:
-                yield self.label(prompt, first, second, rng)
+                pair = self.label(prompt, first, second, rng)
+                yield self._scrambled(pair, scrambling) if self.rejected is Rejected.scrambled else pair
+
+    def _scrambled(self, pair: Pair, rng: random.Random) -> Pair:
+        """The same with the letters of the rejected response, spaces and all but the first of them, in another order; its
+        truth is about that.
+        """
+        prompt, chosen, rejected = str(pair.prompt), str(pair.chosen), str(pair.rejected)
+        letters = list(rejected[1:])
+        rng.shuffle(letters)
+        rejected = rejected[:1] + "".join(letters)
+        return Pair(prompt, chosen, rejected, self.gold(prompt + chosen) - self.gold(prompt + rejected))
 
 
 def _sigmoid(x: float) -> float:
