@@ -16,6 +16,7 @@ from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.fit import Clock, begin, finish, forward_of, live, train
 from dpo_lab.measure import judge_of, subject_of
 from dpo_lab.models.policy import Policy, to_train
+from dpo_lab.models.reference import model_behind
 from dpo_lab.next_commands import after_training
 from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
@@ -23,7 +24,8 @@ from dpo_lab.results.cache import CACHE
 from dpo_lab.results.examples import EXAMPLES
 from dpo_lab.results.health import of_folder
 from dpo_lab.training.checks import check_step_zero, first_batch
-from dpo_lab.training.cost import peak_memory, throughput
+from dpo_lab.training.cost import throughput
+from dpo_lab.training.memory import Memory, peak_memory
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.sharding import whole
 
@@ -68,9 +70,11 @@ def _fit(
     """Train; gives the module. The record has the loss before the first step (None without a starting reference)."""
     seed_everything(config.seed, workers=True, verbose=False)
     forward = forward_of(trainer)
+    memory = Memory(forward.device)
     model = to_train(material.initial.model).to(forward.device)  # type: ignore[arg-type]
     pairs = material.train.joined(material.held_out)
     reference = config.reference.prepare(model, pairs, CACHE, forward.context, config.data.tokens_per_microbatch)
+    memory.holds(model, model_behind(reference))
     step_zero_loss = None
     batch = collate(material.train[: config.data.batch_size]).to(forward.device)
     with forward.context():
@@ -94,4 +98,9 @@ def _fit(
     except BaseException:
         held.update(health=[finding.as_record() for finding in of_folder(held.folder, held.record)])
         raise
+    measured = memory.as_record()
+    if (
+        throughput(trainer) or "memory" not in held.record
+    ):  # a start that found all steps done has nothing better to say
+        held.update(memory=measured)
     return module

@@ -19,7 +19,8 @@ from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import Material, prepare_responses
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
-from dpo_lab.training.cost import peak_memory, throughput
+from dpo_lab.training.cost import throughput
+from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.sft import initial_policy
 from dpo_lab.training.sft_module import SFTModule
 from dpo_lab.training.sharding import whole

@@ -14,7 +14,8 @@ from dpo_lab.results import progress
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.summary import ROWS, cost_rows, print_summary
 from dpo_lab.training.callbacks import StepBar
-from dpo_lab.training.cost import STATUS, Cost, peak_memory, resident_peak, throughput
+from dpo_lab.training.cost import Cost, throughput
+from dpo_lab.training.memory import STATUS, peak_memory, resident_peak
 from tests.conftest import SMALL
 from tests.fits import BATCH, initial_policy, make_data, make_module, make_trainer
 from tests.terminal import COLOUR, in_pipe, on_terminal

@@ -12,6 +12,7 @@ from dpo_lab.core.pairs import Pair
 from dpo_lab.data.splits import HELD_OUT, TRAIN, split_of
 from dpo_lab.data.world.embedded import Embedded, Reward
 from dpo_lab.data.world.grammar import parse, sample_prompt, sample_review
+from dpo_lab.data.world.world import Rejected
 
 
 @pytest.mark.parametrize("clauses", [1, 2, 3, 4, 5])
@@ -179,6 +180,24 @@ def test_pairs_name_what_they_drop():
     items = list(world.pairs(TRAIN, 3, 0, sample))
     assert isinstance(items[0], Pair)
     assert items[1:] == ["unfinished response", "identical sides"]
+
+
+def test_scrambled_pairs_differ_from_sampled_ones_in_the_rejected_letters_order():
+    sampled, scrambled = (
+        list(
+            Embedded(rejected=rejected).pairs(
+                TRAIN, 20, 3, lambda prompts, name: Embedded().reviews(TRAIN, 20, len(name))
+            )
+        )
+        for rejected in Rejected
+    )
+    for plain, mixed in zip(sampled, scrambled, strict=True):
+        assert (mixed.prompt, mixed.chosen) == (plain.prompt, plain.chosen)  # the annotator saw the samples
+        assert sorted(mixed.rejected) == sorted(plain.rejected)
+        assert mixed.rejected[0] == plain.rejected[0]
+        assert not parse(mixed.prompt + mixed.rejected).well_formed
+        gold = [Embedded().gold(mixed.prompt + side) for side in (mixed.chosen, mixed.rejected)]
+        assert mixed.gold_margin == gold[0] - gold[1]
 
 
 @pytest.mark.parametrize("settings", [{"min_clauses": 0}, {"min_clauses": 4, "max_clauses": 3}, {"temperature": 0.0}])

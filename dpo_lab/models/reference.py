@@ -138,6 +138,11 @@ class WithoutAdapters:
             return pair_logps(self.model, batch)
 
 
+def model_behind(reference: ReferenceLogps) -> PreTrainedModel | None:
+    """The model that a reference runs in every step, which may share weights with the policy; None where it runs none."""
+    return getattr(reference, "model", None)
+
+
 REFERENCES: dict[str, type[Reference]] = {
     "cached": Cached,
     "frozen": Frozen,

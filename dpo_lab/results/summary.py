@@ -28,7 +28,7 @@ ROWS = {
     "gold_gain": "  gain, in initial sd",
     "win_rate": "  win rate over initial",
     "win_rate_equal_length": "  win rate at equal length",
-    "best_of_16/gold_gain": "  gain of the initial's best of 16",
+    "best_of_16/gold_gain": "  gain, initial's best of 16",
     "judge": "judge's score",
     "judge_gain": "  gain, in initial sd",
     "judge_win_rate": "  win rate over initial",

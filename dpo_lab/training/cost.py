@@ -1,20 +1,14 @@
-"""What a run costs: tokens and pairs trained on a second, and the most memory that was in use."""
+"""What a run costs in time: tokens and pairs trained on a second."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dpo_lab.core.pairs import PairBatch
-from dpo_lab.core.ranks import most, of_all_ranks
-
-STATUS = Path("/proc/self/status")
+from dpo_lab.core.ranks import of_all_ranks
 
 
 class Cost(Callback):
@@ -86,22 +80,3 @@ def throughput(trainer: Trainer) -> dict[str, dict[str, float]]:
     cost = cost_of(trainer)
     measured = cost.throughput() if cost is not None else {}
     return {"throughput": measured} if measured else {}
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most memory, bytes, that any rank has used so far: on its GPU, without one of the process. All have to call it."""
-    here = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
-    return most(here, device)
-
-
-def resident_peak() -> int:
-    """The most memory, bytes, that this process has had resident since its program began.
-
-    Linux keeps in ru_maxrss what the process that started this one had, too; its own is in /proc.
-    """
-    if STATUS.exists():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
