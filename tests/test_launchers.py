@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from dpo_lab import config
 from dpo_lab.sweep import sweeper
+from tests import warm
 from tests.conftest import SMALL
 from tests.sweeping import (
     ENVIRONMENT,
@@ -184,15 +185,15 @@ def test_under_slurm_the_tasks_of_a_job_are_its_ranks_and_run_in_place(tmp_path)
 
 def test_a_requeued_training_ends_as_if_it_had_not_been_interrupted(tmp_path):
     settings = [*SMALL, "trainer.max_steps=40", "trainer.val_check_interval=20"]
-    whole = sweep(tmp_path, *settings, "name=whole", door="dpo_lab.train")
-    assert whole.returncode == 0
+    whole = warm.door("dpo_lab.train", *settings, "name=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
     with started(tmp_path, *settings, "name=dpo", "launcher=slurm_local", door="dpo_lab.train") as parent:
         folder = tmp_path / until(lambda: told(tmp_path))["cells"][0]["folder"]
         until(lambda: (folder / "metrics.jsonl").read_text().count("\n") > 2)
         (note,) = (tmp_path / "outputs/dpo/.sweep/cells").glob("*.json")
         os.kill(json.loads(note.read_text())["pid"], signal.SIGUSR2)
         assert parent.wait(240) == 0
-    other = tmp_path / told(tmp_path, "whole")["cells"][0]["folder"]
+    (other,) = tmp_path.glob("outputs/whole/*/seed=0")
     assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 

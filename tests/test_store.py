@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
+from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dpo_lab.data import encode, rows
+from dpo_lab.data import store as module
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.formats import Pick, Shape
 from dpo_lab.data.rows import BadData, open_rows
@@ -19,6 +20,7 @@ from dpo_lab.data.store import BadRows, Store, stored
 from dpo_lab.data.tokenize import Encoder
 from tests.conftest import REPOSITORY
 from tests.templates import ids_of, tokenizer_of
+from tests.warm import Warm
 
 STRICT, LENIENT = BadRows(skip=False, most=0.1), BadRows(skip=True, most=0.5)
 
@@ -169,21 +171,23 @@ def test_many_hands_make_the_same(tmp_path, monkeypatch):
     assert encode.IN_PROCESS * 7 < 200
 
 
+def make_aloud(cache: str, path: str) -> None:
+    """One of two processes that want the same store."""
+    make = module._make
+    module._make = lambda *arguments: (print("made", flush=True), make(*arguments))[1]
+    made = store_of(Path(cache), Path(path))
+    print(len(made.table), sha256(made.table.tokens.tobytes()).hexdigest())
+
+
 def test_two_processes_at_once_make_it_once(tmp_path):
     """One computes and the other waits; both see the same bytes."""
     path = written(tmp_path / "x", *map(row, range(3000)))
-    program = (
-        "import sys; from pathlib import Path; import tests.test_store as t; import dpo_lab.data.store as s; real = s._make\n"
-        "s._make = lambda *a: (print('made'), real(*a))\n"
-        "store = t.store_of(Path(sys.argv[1]), Path(sys.argv[2])); print(len(store.table), hash(store.table.tokens.tobytes()))"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "cache"), str(path)]
-    environment = {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "0", "PATH": ""}
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment) for _ in range(2)
-    ]
-    printed = [process.communicate(timeout=120)[0].splitlines() for process in running]
-    assert [process.returncode for process in running] == [0, 0]
+    with ExitStack() as stack:
+        arguments = (make_aloud, str(tmp_path / "cache"), str(path))
+        both = [stack.enter_context(Warm(*arguments, cwd=REPOSITORY)) for _ in range(2)]
+        codes, outputs, errors = zip(*(process.wait(120) for process in both), strict=True)
+    assert codes == (0, 0), errors
+    printed = [output.splitlines() for output in outputs]
     assert sum("made" in lines for lines in printed) == 1
     assert printed[0][-1] == printed[1][-1]
     assert printed[0][-1].startswith("3000 ")
