@@ -395,3 +395,16 @@ def test_an_effect_shows_zero_and_what_would_matter():
     assert "&quot;&lt;this&gt;&quot;" in drawn
     x = [float(v) for v in re.findall(r'class="(?:axis|level)" x1="([\d.]+)"', drawn)]
     assert sorted(x) == [x[1], x[0], x[2]]
+
+
+def test_a_figure_may_have_a_metric_across(again):
+    record = json.loads((again / "study.json").read_text())
+    record["study"]["figures"] = [{"kind": "axis", "x": "gold_gain", "y": ["kl"], "arms": ["dpo", "uniform"]}]
+    (again / "study.json").write_text(json.dumps(record))
+    parsed = Parsed(page(gather([again]), again))
+    assert "Means over seeds with their 95 % intervals, beta beside them." in parsed.text
+    (collection,) = gather([again])
+    gain, kl = (mean(collection.values("uniform, beta 0.3", metric).values()) for metric in ("gold_gain", "kl"))
+    assert gain.interval is not None
+    assert f"uniform, beta 0.3: kl {spelled(kl.value)}" in parsed.text
+    assert f"gold_gain {spelled(gain.value)} ({spelled(gain.interval[0])}" in parsed.text

@@ -11,7 +11,7 @@ from dpo_lab.results import effects
 from dpo_lab.results.facts import Collection, RunFacts
 from dpo_lab.results.journal import JournalError
 from dpo_lab.results.report import figures, numbers, tables
-from dpo_lab.results.report.figures import Drawing
+from dpo_lab.results.report.lines import Drawing
 from dpo_lab.results.report.marks import harmless
 from dpo_lab.results.report.rows import effect
 from dpo_lab.results.report.samples import Prompt, side_by_side
@@ -107,7 +107,7 @@ def _part(collection: Collection, folder: Path, asked: Sequence[str]) -> Part:
         found=[each for each in (study.found if study else "").split("\n\n") if each.strip()],
         answers=[_answer(prediction, verdict) for prediction, verdict in judged],
         asked=figures.asked(collection, metrics, journals),
-        frontier=figures.reward_against_kl(collection),
+        frontier=figures.plane(collection),
         curves=curves,
         curves_note=journals.note or ("" if curves else "No journal lies beside these runs."),
         arms=tables.arms_table(collection, numbers.figures(collection, metrics)),
@@ -146,8 +146,10 @@ def _about(collection: Collection) -> list[tuple[str, str]]:
         when += f"; {others} other version{'s' if others > 1 else ''} before"
     about = [("question", study.question), ("claim", study.claim), ("source", study.source), ("registered", when)]
     if collection.is_exploratory:
-        early = sorted({run.arm for run in collection.runs if run.is_done and not run.is_own})
-        about.append(("exploratory", f"runs begun before this prediction stood: {'; '.join(early)}"))
+        early = [run for run in collection.runs if run.is_done and not run.is_own]
+        arms = dict.fromkeys(run.arm for run in early)
+        told = f": {'; '.join(arms)}" if len(arms) <= 4 else ""
+        about.append(("exploratory", f"{len(early)} runs were begun before this prediction stood{told}"))
     return [(name, text) for name, text in about if text]
 
 

@@ -55,7 +55,10 @@ def arms_table(collection: Collection, measured: Mapping[str, Sequence[Measured]
         runs = [run for run in collection.runs if run.arm == arm.name]
         done = sum(run.is_done for run in runs)
         told = f"{done}" if done == len(runs) else f"{done} of {len(runs)}"
-        row = [Cell(arm.name, is_text=True, below=[arm.group] if arm.group else []), Cell(told, float(done))]
+        row = [
+            Cell(arm.name, is_text=True, below=[arm.group] if arm.group not in arm.name else []),
+            Cell(told, float(done)),
+        ]
         for figures in measured.values():
             row += _measured(figures[place], collection.baseline)
         rows.append(row)

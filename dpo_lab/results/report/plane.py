@@ -1,0 +1,119 @@
+"""Arms on the plane of two metrics, above all of reward and KL, with the best that can be had there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dpo_lab.results import frontier
+from dpo_lab.results.estimates import mean
+from dpo_lab.results.facts import Collection
+from dpo_lab.results.report.drawing import Panel, Point, Series, panel
+from dpo_lab.results.report.lines import Drawing, legend_of, lines_of, look_of, of_two, shared_axis, there, told
+from dpo_lab.results.report.marks import GREY, swatch
+from dpo_lab.results.report.scales import Scale, Spacing, spelled
+from dpo_lab.results.study import Arm
+
+NS = (2, 4, 8, 16, 32, 64)  # of best-of-n
+WIDE_KL = 5.0  # nats, from where an axis of KL is a root
+
+
+def against(collection: Collection, arms: Sequence[Arm], x: str, metrics: Sequence[str]) -> Drawing:
+    """Metrics against another one, a line through the arms that differ along an axis alone."""
+    axis = shared_axis(arms)
+    panels, drawn = [], {}
+    for metric in metrics:
+        series = []
+        for name, members in lines_of(arms, axis).items():
+            told = axis if len(members) > 1 else ""
+            points = [point for arm in members if (point := of_two(collection, arm, x, metric, told))]
+            if points:
+                series.append(Series(name, points, look_of(len(series)), is_line=len(points) > 1))
+                drawn.setdefault(name, members)
+        panels.append(panel(Panel(metric, x, series, height=340)))
+    beside = f", {axis} beside them" if axis else ""
+    says = f"Means over seeds with their 95 % intervals{beside}."
+    return Drawing(f"{', '.join(metrics)} against {x}", there(panels), legend_of(drawn), says)
+
+
+def reward_against_kl(collection: Collection, arms: Sequence[Arm]) -> Drawing:
+    axis = shared_axis(arms)
+    lines = lines_of(arms, axis) if axis else {arm.name: [arm] for arm in arms}
+    series, drawn = [], {}
+    for name, members in lines.items():
+        points = [
+            point
+            for arm in members
+            if (point := of_two(collection, arm, frontier.KL, frontier.GAIN, axis if len(members) > 1 else ""))
+        ]
+        if points:
+            series.append(Series(name, points, look_of(len(series)), is_line=len(points) > 1))
+            drawn[name] = members
+    if not series:
+        return Drawing("", ())
+    most = max(high for s in series for p in s.points for high in (p.x, *(p.x_interval or ())))
+    best, legend = _optimum(collection, max(1.0, most))
+    reach = max(1.0, most) * 1.12
+    spacing = Spacing.root if most > WIDE_KL else Spacing.linear
+    how = ", root scale" if spacing is Spacing.root else ""
+    x_from = Scale(0.0, reach, spacing)
+    shown = panel(
+        Panel(
+            "gain in gold reward, sd of the initial policy's",
+            f"KL to the initial policy, nats{how}",
+            [*best, *series],
+            spacing,
+            x_from=x_from,
+            height=340,
+        )
+    )
+    says = (
+        "Across: KL to the initial policy in nats; up: gain in gold reward, in the initial policy's sd. Means over seeds"
+        + (f" with 95 % intervals, {axis} beside them." if axis else " with 95 % intervals.")
+    )
+    no_optimum = (
+        "" if best else " No run kept candidates of the initial policy, so the optimum's line is not known here."
+    )
+    return Drawing("Reward against KL", [shown], [*legend_of(drawn), *legend], says + no_optimum)
+
+
+def _optimum(collection: Collection, most: float) -> tuple[list[Series], list[tuple[str, str]]]:
+    """The optimum's line, up to so many nats, and best-of-n; means over the seeds that know it."""
+    by_seed = [points for seed in collection.seeds if (points := frontier.optimum(collection, seed))]
+    by_tilt = list(zip(*by_seed, strict=True)) if by_seed else []
+    known = [
+        frontier.Point(mean(p.gain for p in each).value, mean(p.kl for p in each).value, min(p.ess for p in each))
+        for each in by_tilt
+    ]
+    inside = [point for point in sorted(known, key=lambda p: p.kl) if point.kl <= most * 1.12]
+    trusted = [p for p in inside if p.is_trusted]
+    beyond = [*trusted[-1:], *(p for p in inside if not p.is_trusted)]
+    series, legend = [], []
+    for points, dash, label in (
+        (trusted, "5 3", "optimum: the initial policy's samples, tilted"),
+        (beyond, "1 3", f"the same, from under {frontier.TRUSTED:.0f} effective samples a prompt"),
+    ):
+        if len(points) > 1:
+            tips = [Point(p.kl, p.gain, f"optimum: gain {spelled(p.gain)}, KL {spelled(p.kl)}, {p.ess:.0f} effective samples")
+                    for p in points]  # fmt: skip
+            origin = [Point(0.0, 0.0)] if points is trusted else []
+            series.append(Series(label, [*origin, *tips], GREY, has_markers=False, dash=dash))
+            legend.append((swatch(GREY, dash=dash, has_marker=False), label))
+    best = _best_of_n(collection, most)
+    if best:
+        series.append(Series("best of n", best, GREY, is_line=False))
+        legend.append((swatch(GREY, is_line=False), "best of n of the initial policy, at the KL that bounds its own"))
+    return series, legend
+
+
+def _best_of_n(collection: Collection, most: float) -> list[Point]:
+    rewards = [found for seed in collection.seeds if (found := frontier.candidates(collection, seed)) is not None]
+    if not rewards:
+        return []
+    ns = [n for n in NS if n <= min(each.shape[1] for each in rewards)]
+    by_n = zip(ns, *(frontier.best_of_n(each, ns) for each in rewards), strict=True)
+    points = []
+    for n, *of_seeds in by_n:
+        gain, kl = mean(p.gain for p in of_seeds), of_seeds[0].kl
+        if kl <= most:
+            points.append(Point(kl, gain.value, told(f"best of {n}", "gain", gain), f"best of {n}"))
+    return points
