@@ -81,7 +81,8 @@ def test_a_run_leaves_its_pairs_figures_and_cost(baseline):
     assert record["throughput"]["pairs_per_second"] > 6 * 8 / spent  # of the steps alone
     assert 100 << 20 < record["peak_memory_bytes"] < 4 << 30
     assert record["memory"]["weights"] == 1  # the reference is cached
-    assert record["memory"]["policy_bytes"] == (baseline / "policy" / "model.safetensors").stat().st_size // 1000 * 1000
+    saved = (baseline / "policy" / "model.safetensors").stat().st_size
+    assert 0 < saved - record["memory"]["policy_bytes"] < 8192  # the file's header
 
 
 def test_the_trained_policy_loads_by_transformers(baseline):
