@@ -44,9 +44,11 @@ class StudySweeper(CellSweeper):
         for study in self.studies:
             _refuse_swept(study, self._context.config_loader)
         wanted = [(title, [*arguments, *own]) for study in self.studies for title, own in study.wanted]
-        unique = {tuple(sorted(overrides)): (title, overrides) for title, overrides in reversed(wanted)}
-        cells = self.plan(list(reversed(unique.values())), console)
-        of = dict(zip(reversed(unique), cells, strict=True))
+        unique: dict[tuple[str, ...], tuple[str, list[str]]] = {}
+        for title, overrides in wanted:
+            unique.setdefault(tuple(sorted(overrides)), (title, overrides))
+        cells = self.plan(list(unique.values()), console)
+        of = dict(zip(unique, cells, strict=True))
         places = iter([of[tuple(sorted(overrides))] for _, overrides in wanted])
         parts = [(study, [next(places) for _ in study.wanted]) for study in self.studies]
         if self.only_plan:

@@ -24,8 +24,8 @@ class Memory:
     """The memory of one training, from before its policy is made until its last step. All ranks have to use it together.
 
     What stood in memory when it was made is not the training's: what SFT and the sampling of pairs left in the same process is
-    given back first, and the initial policy, which the evaluation needs, is there already. Code that the first step loads counts
-    where nothing loaded it before, some 10 MB: of a policy of that size a peak says little.
+    given back first, and the initial policy, which the evaluation needs, is there already. Code that the first step loads
+    counts where nothing loaded it before, some 10 MB: of a policy of that size a peak says little.
     """
 
     def __init__(self, device: torch.device) -> None:
