@@ -16,6 +16,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from dpo_lab import config
+from dpo_lab.results import verdicts
 from dpo_lab.results.study import Direction, Study, StudyError
 from dpo_lab.studies.file import read
 from dpo_lab.studies.record import StudyRun
@@ -24,6 +25,7 @@ from tests.conftest import SMALL as SMALL_RUN
 from tests.sweeping import ENVIRONMENT, behaves, run, starts, until
 
 COLLECTION = sorted((REPOSITORY / "ablations").glob("*.yaml"))
+RECORDS = sorted((REPOSITORY / "ablations/records").glob("*.json"))
 BUDGETS = [(path, budget) for path in COLLECTION for budget in yaml.safe_load(path.read_text())["budgets"]]
 
 SMALL = {
@@ -64,6 +66,20 @@ def test_every_study_of_the_collection_is_whole(path, budget):
     assert any(prediction.primary for prediction in made.predictions)
     assert Study.from_record(made.as_record()) == made
     assert len({tuple(sorted(arm.overrides)) for arm in made.arms}) == len(made.arms)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=[path.stem for path in RECORDS])
+def test_a_kept_record_is_of_its_study_as_the_file_has_it(path):
+    record = json.loads(path.read_text())
+    assert record["overrides"] == []
+    made = read(REPOSITORY / record["file"], record["budget"])
+    assert record["registrations"][-1]["digest"] == made.digest()
+    assert record["study"]["found"] == made.found
+
+
+def test_the_written_results_are_what_the_kept_records_say():
+    assert RECORDS
+    assert verdicts.check_results(REPOSITORY / "ablations/records", REPOSITORY / "ablations/RESULTS.md") == []
 
 
 def test_every_kind_of_arm_in_the_collection_composes():
