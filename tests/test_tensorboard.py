@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.summary.writer import event_file_writer
 
 from dpo_lab.core.histogram import Histogram
 from dpo_lab.reporting import TENSORBOARD, reported
@@ -179,7 +180,10 @@ def test_samples_stand_side_by_side_and_figures_as_they_are(logger, tmp_path):
 
 
 @pytest.mark.filterwarnings(*IGNORED)
-def test_margin_histograms_stand_once_a_step_after_starts_that_were_cut_short(tmp_path):
+def test_margin_histograms_stand_once_a_step_after_starts_that_were_cut_short(tmp_path, monkeypatch):
+    # files of one second and one process, which starts never share, are read in the order of a number without leading zeros
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10))
+
     def loggers(step: int):
         return [TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False, purge_step=step)]
 
