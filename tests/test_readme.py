@@ -55,9 +55,8 @@ def test_python_commands_run(command, folder):
         arguments = [re.sub(r"^(seed|beta|\+ablation)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
     if module == "dpo_lab.study":  # many cells: what they would be; tests/test_studies.py runs them
         arguments = [argument for argument in arguments if not argument.startswith(("launcher", "hydra"))] + ["--plan"]
-    if (
-        module in ("dpo_lab.evaluate", "dpo_lab.report") and "--results" not in arguments
-    ):  # of the reader's first run, whose folder is named by the settings that make it small
+    if module in ("dpo_lab.evaluate", "dpo_lab.report") and "--results" not in arguments:
+        # the reader's first run, whose folder is named by the settings that make it small
         if not list(folder.glob("outputs/dpo/*/seed=0/policy")):
             assert door("dpo_lab.train", *SMALL, cwd=folder).returncode == 0
         made = next(folder.glob("outputs/dpo/*/seed=0/policy")).parent.relative_to(folder)
