@@ -91,7 +91,9 @@ def _report(options: argparse.Namespace) -> int:
         raise StudyError(
             "type the folder of a run, a sweep or a study, e.g. python -m dpo_lab.report outputs/dpo; see --help"
         )
-    collections = _gathered(options.paths)
+    from dpo_lab.results.collection import gather
+
+    collections = gather(options.paths)
     if options.baseline:
         collections = [_against(collection, options.baseline) for collection in collections]
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
@@ -110,18 +112,6 @@ def _report(options: argparse.Namespace) -> int:
     if page:
         print(f"Page: {page}", file=sys.stderr if options.csv or options.markdown else sys.stdout)
     return 0
-
-
-def _gathered(paths: Sequence[Path]) -> list[Collection]:
-    from dpo_lab.results.collection import gather
-
-    folders = [path for path in paths if path.suffix != ".json" or path.is_dir()]
-    found = gather(folders) if folders else []
-    if records := [path for path in paths if path not in folders]:
-        from dpo_lab.results import kept
-
-        found += [kept.read(path) for path in records]
-    return found
 
 
 def _against(collection: Collection, baseline: str) -> Collection:
@@ -184,9 +174,10 @@ def _print(options: argparse.Namespace, collections: Sequence[Collection], metri
 
 def _results(file: Path, check: bool) -> int:
     """Write the results of the kept records beside the file, or say where it differs from what they say."""
+    from dpo_lab.results.kept import FOLDER
     from dpo_lab.results.verdicts import check_results, write_results
 
-    records = file.parent / "records"
+    records = file.parent / FOLDER
     if not check:
         write_results(records, file)
         print(f"Written: {file}")

@@ -14,11 +14,11 @@ from dpo_lab.results import arms, kept
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.facts import Collection, NotMeasured, RunFacts, assembled
 from dpo_lab.results.runs import RECORD, RunRefused, read_record
+from dpo_lab.results.study import RECORD as STUDY
 from dpo_lab.results.study import Arm, Study, StudyError
 
-__all__ = ["STUDY", "Collection", "NotMeasured", "RunFacts", "gather"]
+__all__ = ["Collection", "NotMeasured", "RunFacts", "gather"]
 
-STUDY = "study.json"
 SWEEP = "sweep.json"
 BASELINES = (arms.ALONE, "ablation=none")  # what the arm without an intervention is called
 

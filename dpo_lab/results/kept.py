@@ -19,6 +19,7 @@ from dpo_lab.results.files import write_whole
 from dpo_lab.results.study import Study, StudyError
 
 SCHEMA = 1
+FOLDER = "records"  # beside study files and the written results
 OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations")  # taken over from study.json
 OF_RUN = ("started", "steps", "step_zero_loss", "peak_memory_bytes", "memory", "data")  # from run.json
 ORIGIN = ("versions", "git")

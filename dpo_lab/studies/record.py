@@ -10,13 +10,11 @@ from typing import Any
 
 from dpo_lab.results.collection import Collection, gather
 from dpo_lab.results.files import write_whole
-from dpo_lab.results.kept import path_of
+from dpo_lab.results.kept import FOLDER, path_of
 from dpo_lab.results.runs import slug
 from dpo_lab.results.study import RECORD, Study, StudyError
 from dpo_lab.sweep.plan import Cell
 from dpo_lab.sweep.summary import Outcome, now
-
-KEPT = "records"  # a folder beside study files: what is kept of studies that were run
 
 
 class StudyRun:
@@ -53,7 +51,7 @@ class StudyRun:
 
     def earlier(self) -> Collection | None:
         """What is known of the study's runs: those in its folder, else the record that is kept beside its file."""
-        kept = path_of(self._file.parent / KEPT, self.study.name, self._record["budget"])
+        kept = path_of(self._file.parent / FOLDER, self.study.name, self._record["budget"])
         for path in (self.folder, kept):
             if (path / RECORD).exists() or path.is_file():
                 return gather([path])[0]

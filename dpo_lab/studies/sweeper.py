@@ -15,8 +15,6 @@ from dpo_lab.results.study import StudyError
 from dpo_lab.studies.outlook import show_outlook
 from dpo_lab.studies.record import StudyRun
 from dpo_lab.sweep import plan
-from dpo_lab.sweep.desk import Desk
-from dpo_lab.sweep.summary import Outcome, outcomes
 from dpo_lab.sweep.sweeper import NAMESPACE, CellSweeper
 
 NAME = "StudySweeper"
@@ -59,16 +57,12 @@ class StudySweeper(CellSweeper):
         for study, own in parts:
             study.register()
             study.note("running", [(cell, None) for cell in own])
-        code = 1
-        try:
-            code = self.run(cells, console)
-        finally:
-            were, desk = plan.each(cells, plan.Cell.standing), Desk(cells[0].sweep)
-            by_cell = {id(o.cell): o for o in outcomes(cells, were, desk, is_over=True)}
-            for study, own in parts:
-                found: list[tuple[plan.Cell, Outcome | None]] = [(cell, by_cell[id(cell)]) for cell in own]
-                whole = all(by_cell[id(cell)].status == "done" for cell in own)
-                study.note("done" if whole else "failed" if code in (0, 1) else "stopped", found)
+        code, outcomes = self.run(cells, console)
+        by_cell = {id(outcome.cell): outcome for outcome in outcomes}
+        for study, own in parts:
+            found = [(cell, by_cell[id(cell)]) for cell in own]
+            whole = all(outcome.status == "done" for _, outcome in found)
+            study.note("done" if whole else "failed" if code == 1 else "stopped", found)
         sys.exit(code)
 
 

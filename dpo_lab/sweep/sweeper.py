@@ -54,20 +54,23 @@ class CellSweeper(Sweeper):
         Raises ConfigError and RunRefused before anything was done.
         """
         console = Console(soft_wrap=not sys.stdout.isatty())
-        sys.exit(self.run(self.plan(plan.combinations(arguments, self._context.config_loader), console), console))
+        code, _ = self.run(self.plan(plan.combinations(arguments, self._context.config_loader), console), console)
+        sys.exit(code)
 
     def plan(self, wanted: Sequence[tuple[str, Sequence[str]]], console: Console) -> list[plan.Cell]:
         """The cells of `wanted`, (title, overrides) each."""
         with console.status("planning the cells"):
             return plan.plan(wanted, self._config, self._context.config_loader, self.as_record)
 
-    def run(self, cells: list[plan.Cell], console: Console) -> int:
-        """Run what is not done of the cells; gives the exit code."""
+    def run(self, cells: list[plan.Cell], console: Console) -> tuple[int, list[summary.Outcome]]:
+        """Run what is not done of the cells; gives the exit code, and what became of each."""
         desk = Desk(cells[0].sweep)
         with desk.held():
             return self._run(cells, plan.each(cells, plan.Cell.standing), desk, console)
 
-    def _run(self, cells: list[plan.Cell], were: list[Standing], desk: Desk, console: Console) -> int:
+    def _run(
+        self, cells: list[plan.Cell], were: list[Standing], desk: Desk, console: Console
+    ) -> tuple[int, list[summary.Outcome]]:
         todo = [cell for cell, was in zip(cells, were, strict=True) if was is not Standing.done]
         launcher = self._launcher(len(todo)) if todo else None
         folder, started, error = desk.folder, summary.now(), None
@@ -88,7 +91,7 @@ class CellSweeper(Sweeper):
         status = {0: "done", 1: "failed"}.get(code, "stopped")
         summary.write(folder, found, started, status, error)
         summary.show(console, folder, found, error)
-        return code
+        return code, found
 
     def _launcher(self, jobs: int) -> Launcher:
         node = self._config.hydra.launcher
