@@ -1,7 +1,7 @@
 """The typed schema of a run, its cross-field checks, and errors that say what to type.
 
 Most fields are the very objects that run: a loss, a reference, label noise are dataclasses next to their code. Lightning's
-own (trainer, loggers, callbacks) are `_target_` nodes behind an allow-list. Nothing here imports torch.
+own (trainer, loggers, callbacks) are `_target_` nodes, see targets.py. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab.core.losses import LOSSES, Loss
@@ -29,6 +29,7 @@ from dpo_lab.evals.evaluation import Evals
 from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
 from dpo_lab.results import runs
+from dpo_lab.targets import SHARDED, ZERO, check_targets, target_of
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.packages import check_packages
 from dpo_lab.training.sft import SFT
@@ -85,13 +86,13 @@ class RunConfig:
                     "reference=adapter_off: without its trained adapters the policy is their base, not where training"
                     " starts; type reference=frozen (a frozen copy of the adapters) or reference=cached"
                 )
-            if _target_of(self.trainer.get("strategy")) in (SHARDED, ZERO):
+            if target_of(self.trainer.get("strategy")) in (SHARDED, ZERO):
                 raise ValueError(
                     "reference=adapter_off: a policy that is cut over the ranks makes one pass a micro-batch, not a"
                     " second one without adapters; type reference=cached, or trainer=ddp"
                 )
         precision = self.trainer.get("precision")
-        if _target_of(self.trainer.get("strategy")) == ZERO and precision != "32-true":
+        if target_of(self.trainer.get("strategy")) == ZERO and precision != "32-true":
             raise ValueError(
                 f"trainer.precision={precision}: DeepSpeed would compute otherwise than the reference was computed;"
                 " type trainer.precision=32-true, or trainer=fsdp"
@@ -99,7 +100,7 @@ class RunConfig:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
         for node in (self.trainer, self.logger, self.callbacks):
-            _check_targets(node)
+            check_targets(node)
         check_packages(self.logger)
         _check_length(self.trainer)
 
@@ -124,29 +125,6 @@ class InspectConfig(RunConfig):
             raise ValueError(f"page={self.page}: must end in .html or .png; type e.g. page=report.html")
 
 
-SHARDED, ZERO = "dpo_lab.training.sharding.Sharded", "dpo_lab.training.zero.Zero"  # they cut a policy over the ranks
-
-# What a config may instantiate. Everything else of ours is built from the dataclasses above.
-ALLOWED_TARGETS = frozenset(
-    {
-        "dpo_lab.training.callbacks.StepBar",
-        "dpo_lab.training.health.Health",
-        "dpo_lab.training.saving.Checkpoints",
-        SHARDED,
-        ZERO,
-        "lightning.pytorch.Trainer",
-        "lightning.pytorch.callbacks.EarlyStopping",
-        "lightning.pytorch.callbacks.LearningRateMonitor",
-        "lightning.pytorch.callbacks.ModelCheckpoint",
-        "lightning.pytorch.loggers.CSVLogger",
-        "lightning.pytorch.loggers.MLFlowLogger",
-        "lightning.pytorch.loggers.TensorBoardLogger",
-        "lightning.pytorch.loggers.WandbLogger",
-        "lightning.pytorch.strategies.DDPStrategy",
-    }
-)
-
-
 # Groups whose choices are of different kinds, each with settings of its own.
 KINDS: dict[str, dict[str, Any]] = {
     "loss": LOSSES,
@@ -166,6 +144,7 @@ def register() -> None:
         for name, schema in schemas.items():
             store.store(name=name, group=f"schema/{group.replace('.', '/')}", node=schema)
     OmegaConf.register_new_resolver("run_slug", runs.slug, replace=True)
+    OmegaConf.register_new_resolver("run_name", runs.name_of_folder, replace=True)
 
 
 def conf_dir() -> str:
@@ -298,23 +277,3 @@ def _check_length(trainer: Mapping[str, Any]) -> None:
                 f"trainer.{name}={trainer[name]}: a run has no epochs, and a step is data.batch_size pairs; its length is"
                 " trainer.max_steps (epochs x training pairs / data.batch_size), its validations trainer.val_check_interval"
             )
-
-
-def _target_of(node: Any) -> Any:
-    return node.get("_target_") if isinstance(node, (dict, DictConfig)) else None
-
-
-def _check_targets(node: Any) -> None:
-    """Refuse any `_target_` that is not on the list, at any depth of the resolved config."""
-    if isinstance(node, (dict, DictConfig)):
-        target = node.get("_target_")
-        if target is not None and target not in ALLOWED_TARGETS:
-            near = difflib.get_close_matches(str(target), ALLOWED_TARGETS, n=1, cutoff=0)
-            raise ValueError(
-                f"_target_={target}: not among the classes that a config may name; the nearest is {near[0]}"
-            )
-        for value in node.values():
-            _check_targets(value)
-    elif isinstance(node, (list, tuple, ListConfig)):
-        for value in node:
-            _check_targets(value)

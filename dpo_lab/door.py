@@ -6,9 +6,11 @@ import gc
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,22 +21,26 @@ from dpo_lab import config, launch
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
 from dpo_lab.results import hparams, runs
+from dpo_lab.results.secrets import redact_text
 from dpo_lab.stop import Stopped, raise_on_signals
 from dpo_lab.supervisor import tell_supervisor
 from dpo_lab.sweep import cell, sweeper
 from dpo_lab.sweep.plan import AsRecord
+from dpo_lab.targets import TargetRefused, only_plugins
 
 
 def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) -> int:
     """Call a Hydra main. Exit code: 0 done, 1 failed, 2 refused before anything was done, 130 interrupted, 143 preempted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print: we print it, in one line
+    sys.excepthook = _show
     raise_on_signals()
     sweeper.register(as_record)
     try:
-        door()
+        with only_plugins():
+            door()
     except config.ConfigErrors as error:
         return _complain(config.explain(error), 2)
-    except (config.ConfigError, runs.RunRefused) as error:
+    except (config.ConfigError, runs.RunRefused, TargetRefused) as error:
         return _complain(str(error), 2)
     except cell.CellFailed as error:
         return _complain(str(error), 1)
@@ -56,18 +62,18 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float |
     except (config.ConfigError, runs.RunRefused, BadData, NoTemplate) as error:
         if is_cell:
             raise cell.CellFailed(str(error)) from None
-        tell_supervisor(str(error), 2)
+        tell_supervisor(redact_text(str(error)), 2)
         sys.exit(_complain(str(error), 2))
     except runs.RunFailed as error:
         if is_cell:
             raise cell.CellFailed(str(error)) from None
-        tell_supervisor(f"{type(error).__name__}: {error}", 1)
+        tell_supervisor(redact_text(f"{type(error).__name__}: {error}"), 1)
         sys.exit(_complain(str(error), 1))
     except Stopped as stopped:
         tell_supervisor(f"stopped by {stopped}", stopped.exit_code)
         raise
     except Exception as error:
-        tell_supervisor(f"{type(error).__name__}: {error}", 1)
+        tell_supervisor(redact_text(f"{type(error).__name__}: {error}"), 1)
         raise
 
 
@@ -101,6 +107,7 @@ def enter(
     needs no more than one process. Under --multirun the run is one cell of a sweep, a process of its own.
     """
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    runs.refuse_outside(folder)
     is_done = lambda: runs.standing(folder, record, config.input_files(settings)) is runs.Standing.done  # noqa: E731
     if HydraConfig.get().mode is RunMode.MULTIRUN and not cell.is_task():
         cell.run_cell(module, settings, None if alone else is_done)
@@ -169,5 +176,10 @@ def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {redact_text(message)}", file=sys.stderr)
     return code
+
+
+def _show(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """The traceback of what nobody expected, without secrets."""
+    print(redact_text("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)

@@ -17,7 +17,7 @@ from dpo_lab.models.policy import Policy, PolicyConfig, PolicyError, Pretrained,
 from dpo_lab.prepare import prepare
 from dpo_lab.results import evaluations, runs
 from dpo_lab.results.cache import CACHE
-from dpo_lab.results.identity import redact_override
+from dpo_lab.results.secrets import redact_override
 from dpo_lab.results.summary import print_summary
 
 

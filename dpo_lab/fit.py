@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -38,8 +37,10 @@ from dpo_lab.results.health import print_health
 from dpo_lab.results.identity import config_digest
 from dpo_lab.results.progress import log_handler
 from dpo_lab.results.runs import RunFailed, RunRefused
+from dpo_lab.results.secrets import Redacting
 from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.stop import StopRequest
+from dpo_lab.targets import TargetRefused, made
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.cost import Cost
 from dpo_lab.training.health import conclude
@@ -141,11 +142,11 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
     """Lightning's Trainer from its node, with callbacks; it has no loggers until `add_loggers`."""
     settings = dict(plain["trainer"])
     try:
-        callbacks = [instantiate(node) for node in plain["callbacks"].values()]
+        callbacks = [made(node, Callback) for node in plain["callbacks"].values()]
         callbacks.append(Cost())
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
-        trainer = instantiate(settings, logger=False, callbacks=callbacks, **plan)
-    except HydraException as error:
+        trainer = made(settings, Trainer, logger=False, callbacks=callbacks, **plan)
+    except (HydraException, TargetRefused) as error:
         raise ConfigError(f"the trainer or a callback can't be made: {last_line(error)}") from error
     except MisconfigurationException as error:
         raise ConfigError(f"the trainer can't be made: {last_line(error)}") from error
@@ -254,7 +255,7 @@ def finish(
 def logged(folder: Path) -> Iterator[None]:
     """Our own lines on the terminal and in the run's log file."""
     console, file = log_handler(), logging.FileHandler(folder / "run.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
     for handler in (console, file):
         log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from dpo_lab.config import ConfigError
 from dpo_lab.results import hparams
 from dpo_lab.results.estimates import Estimate
+from dpo_lab.targets import made
 from dpo_lab.training.journal import Journal
 from dpo_lab.training.tensorboard import show_charts, show_figures, show_samples
 
@@ -67,7 +67,7 @@ def add_loggers(
     loggers: list[Logger] = [Journal(folder)]
     for key, node in plain["logger"].items():
         try:
-            logger = instantiate(node, **_of_this_run(node, folder, step, started))
+            logger = made(node, Logger, **_of_this_run(node, folder, step, started))
             if trainer.is_global_zero and not isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(hparams.columns(plain))
         except Exception as error:  # each library has its own

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from dpo_lab import door, report
+from dpo_lab.results import runs as run_folders
+from dpo_lab.results.secrets import redact_command
 from dpo_lab.results.study import StudyError
 from dpo_lab.studies import sweeper
 from dpo_lab.studies.file import read
@@ -92,7 +93,10 @@ def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun]
     except ValueError:
         raise StudyError(f"seeds={own['seeds']}: must be whole numbers; type e.g. seeds=0,1,2") from None
     arms = [word for word in more if word.partition("=")[0] not in VOLATILE and not word.startswith("hydra")]
-    root, command = Path("outputs") / own["name"], shlex.join(["python", "-m", "dpo_lab.study", *typed])
+    root, command = (
+        run_folders.OUTPUTS / run_folders.name_of_folder(own["name"]),
+        redact_command(["python", "-m", "dpo_lab.study", *typed]),
+    )
 
     def run(path: Path) -> StudyRun:
         return StudyRun(read(path, own["budget"], seeds, arms), path, own["budget"], arms, root, command)

@@ -10,7 +10,15 @@ from tests.conftest import REPOSITORY
 
 # Lowest first: a module may import from its own layer and from those before it.
 LAYERS = (
-    ("dpo_lab.core", "dpo_lab.results", "dpo_lab.stop", "dpo_lab.leases", "dpo_lab.supervisor", "dpo_lab.launch"),
+    (
+        "dpo_lab.core",
+        "dpo_lab.results",
+        "dpo_lab.stop",
+        "dpo_lab.leases",
+        "dpo_lab.supervisor",
+        "dpo_lab.launch",
+        "dpo_lab.targets",
+    ),
     ("dpo_lab.data",),
     ("dpo_lab.models",),
     ("dpo_lab.losses", "dpo_lab.references"),

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 from scipy import optimize, stats
 
-from dpo_lab.results import identity, runs
+from dpo_lab.results import identity, runs, secrets
 from dpo_lab.results.cache import once
 from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, rank_correlation, ratio, share, share_at_zero
 from dpo_lab.results.figures.cost_of_gain import by_arm, cost_of_gain, done_records, table
@@ -222,7 +222,7 @@ def test_a_record_is_committed_whole(tmp_path):
 
 def test_secrets_in_overrides_are_redacted():
     overrides = ["beta=0.1", "+logger.wandb.api_key=abc=", "data.path=token", "--x"]
-    assert [identity.redact_override(o) for o in overrides] == [
+    assert [secrets.redact_override(o) for o in overrides] == [
         "beta=0.1",
         "+logger.wandb.api_key=<redacted>",
         "data.path=token",
@@ -237,7 +237,7 @@ def test_secrets_are_redacted_at_any_depth():
         "list": [{"password": "s"}],
         "token": None,
     }
-    assert identity.redact(config) == {
+    assert secrets.redact(config) == {
         "api_key": "<redacted>",
         "logger": {"wandb": {"WANDB_API_KEY": "<redacted>", "project": "p"}},
         "list": [{"password": "<redacted>"}],
@@ -250,7 +250,7 @@ def test_difference_is_by_dotted_key():
     assert identity.difference(was, now) == {"a.c": (2, 3), "a.d": (None, 4)}
 
 
-def test_once_makes_a_file_once_and_anew_when_it_is_not_valid(tmp_path):
+def test_once_makes_a_file_once_and_anew_when_it_is_not_what_was_put_there(tmp_path, caplog):
     made = []
 
     def make(path: Path) -> None:
@@ -260,7 +260,13 @@ def test_once_makes_a_file_once_and_anew_when_it_is_not_valid(tmp_path):
     path = tmp_path / "deep" / "file"
     assert once(path, make).read_text() == "version 1"
     assert once(path, make).read_text() == "version 1"
-    assert once(path, make, is_valid=lambda p: p.read_text() == "version 2").read_text() == "version 2"
+    path.write_text("another")
+    (path.parent / f".{path.name}.4711").mkdir()  # left by a process that was killed
+    assert once(path, make).read_text() == "version 2"
+    assert "does not hold what was put there: making it anew" in caplog.text
+    (path.parent / f".{path.name}.seal").unlink()
+    assert once(path, make).read_text() == "version 3"
+    assert sorted(p.name for p in path.parent.iterdir()) == [".file.seal", "file", "file.lock"]
 
 
 def test_once_leaves_nothing_of_a_failure(tmp_path):

@@ -1,4 +1,4 @@
-"""Chats as text, by the tokenizer's own template, which transformers renders in a sandbox."""
+"""Chats as text, by the tokenizer's own template, which transformers renders in a sandbox, and which has so much time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from dpo_lab.core.pairs import Message
+from dpo_lab.data.time_limit import TimeIsUp, at_most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANSWER = "xyzzy"  # what the probing of a template looks for
+SECONDS = 5.0  # for one chat; templates take a thousandth of one
+LONGEST = 10_000_000  # characters that a template may make of one chat
 
 
 class BadChat(ValueError):
@@ -22,7 +25,7 @@ class BadChat(ValueError):
 
 
 class NoTemplate(Exception):
-    """Chats, and a tokenizer without a chat template; the message says what to type."""
+    """Chats, and a tokenizer without a chat template that can be used; the message says what to type."""
 
 
 @dataclass
@@ -43,13 +46,22 @@ class Chat:
                 " or policy.path= of a model that was trained on chats"
             )
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
+            with at_most(SECONDS):
+                text = self.tokenizer.apply_chat_template(
                     list(messages), tools=tools, add_generation_prompt=answer_next, tokenize=False
                 )
-            )
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             raise BadChat(f"the chat template does not take it ({error})") from None
+        except (TimeIsUp, MemoryError, OverflowError) as error:
+            what = f"works for more than {SECONDS:g} s" if isinstance(error, TimeIsUp) else f"fails ({error!r})"
+            raise NoTemplate(
+                f"the chat template {what} on one chat; type another policy.chat_template=FILE.jinja"
+            ) from None
+        if len(text) > LONGEST:
+            raise NoTemplate(
+                f"the chat template makes {len(text):,} characters of one chat; type another policy.chat_template=FILE.jinja"
+            )
+        return str(text)
 
     def until_turn_end(self, answer: str) -> str:
         """An answer as rendered, up to and including the token that ends its turn."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections import Counter
@@ -13,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dpo_lab.core.pairs import content_hash
 from dpo_lab.core.table import PairTable, starts_of
 from dpo_lab.data.encode import Source, encoded_chunks
 from dpo_lab.data.formats import Shape
-from dpo_lab.data.rows import BadData, add_file
+from dpo_lab.data.rows import BadData
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.results.cache import once
 from dpo_lab.results.progress import track
 
 log = logging.getLogger(__name__)
 
-FORMAT = "1"  # to be raised whenever what a store holds would change
+FORMAT = "2"  # to be raised whenever what a store holds would change
 SAID = 5  # bad rows that are shown
 
 
@@ -68,18 +66,7 @@ def stored(sources: Sequence[Source], encoder: Encoder, bad: BadRows, workers: i
     """
     content = [(rows.digest(), _recipe(shape)) for rows, shape in sources]
     recipe = content_hash([content, encoder.fingerprint, bad.skip, bad.most, FORMAT])
-    opened: list[Store] = []
-
-    def is_valid(folder: Path) -> bool:
-        opened[:] = [store for store in [_open(folder)] if store is not None]
-        return bool(opened)
-
-    folder = once(
-        cache / f"pairs-{recipe[:16]}", lambda folder: _make(folder, sources, encoder, bad, workers), is_valid
-    )
-    store = opened[0] if opened else _open(folder)
-    assert store is not None
-    return store
+    return _open(once(cache / f"pairs-{recipe[:16]}", lambda folder: _make(folder, sources, encoder, bad, workers)))
 
 
 def _make(folder: Path, sources: Sequence[Source], encoder: Encoder, bad: BadRows, workers: int) -> None:
@@ -88,7 +75,6 @@ def _make(folder: Path, sources: Sequence[Source], encoder: Encoder, bad: BadRow
     wrong: list[str] = []
     names: list[str] = []
     parts: list[dict[str, np.ndarray]] = []
-    digest = hashlib.blake2b(digest_size=16)
     with track("Pairs", 100) as advance, (folder / "tokens.bin").open("wb") as file:
         total = sum(rows.total for rows, _ in sources)
         for at, chunk, encoded in encoded_chunks(sources, encoder, workers):
@@ -102,9 +88,7 @@ def _make(folder: Path, sources: Sequence[Source], encoder: Encoder, bad: BadRow
             wrong += [f"{chunk.place}:{number}: {what}" for number, what in encoded.bad[: SAID - len(wrong)]]
             if chunk.place not in names:
                 names.append(chunk.place)
-            block = encoded.tokens.tobytes()
-            file.write(block)
-            digest.update(block)
+            file.write(encoded.tokens.tobytes())
             parts.append(
                 {
                     "lengths": encoded.lengths,
@@ -126,13 +110,7 @@ def _make(folder: Path, sources: Sequence[Source], encoder: Encoder, bad: BadRow
         )
     columns = _each_once(columns, counts)
     save_file({name: _without_text(column) for name, column in columns.items()}, folder / "columns.safetensors")
-    record = {
-        "tokens": digest.hexdigest(),
-        "columns": _digest(folder / "columns.safetensors"),
-        "names": names,
-        "counts": dict(counts),
-    }
-    (folder / "store.json").write_text(json.dumps({"checksum": content_hash(record)} | record, indent=1))
+    (folder / "store.json").write_text(json.dumps({"names": names, "counts": dict(counts)}, indent=1))
 
 
 def _each_once(columns: dict[str, np.ndarray], counts: Counter[str]) -> dict[str, np.ndarray]:
@@ -164,31 +142,20 @@ def _say(wrong: Sequence[str], counts: Counter[str], bad: BadRows) -> None:
         )
 
 
-def _open(folder: Path) -> Store | None:
-    """The store, or None, said loudly, where its files are not what their checksums say."""
-    try:
-        record = json.loads((folder / "store.json").read_text())
-        if record.pop("checksum") != content_hash(record):
-            raise ValueError("store.json has changed")
-        for name, file in (("tokens", "tokens.bin"), ("columns", "columns.safetensors")):
-            if _digest(folder / file) != record[name]:
-                raise ValueError(f"{file} has changed")
-        columns = load_file(folder / "columns.safetensors")
-        counts = Counter(record["counts"])
-        table = PairTable(
-            keys=columns["keys"].view("S32")[:, 0],
-            tokens=np.memmap(folder / "tokens.bin", np.int32, "r"),
-            starts=columns["starts"],
-            lengths=columns["lengths"],
-            gold_margin=np.full(len(columns["keys"]), np.nan, np.float32),
-            score_margin=columns["scores"],
-            flipped=np.zeros(len(columns["keys"]), bool),
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        log.warning("%s can't be used (%s): reading the pairs again", folder, error)
-        return None
+def _open(folder: Path) -> Store:
+    record = json.loads((folder / "store.json").read_text())
+    columns = load_file(folder / "columns.safetensors")
+    table = PairTable(
+        keys=columns["keys"].view("S32")[:, 0],
+        tokens=np.memmap(folder / "tokens.bin", np.int32, "r"),
+        starts=columns["starts"],
+        lengths=columns["lengths"],
+        gold_margin=np.full(len(columns["keys"]), np.nan, np.float32),
+        score_margin=columns["scores"],
+        flipped=np.zeros(len(columns["keys"]), bool),
+    )
     rest = {name: columns[name] for name in ("splits", "sources", "places", "numbers", "opposite")}
-    return Store(table, **rest, names=record["names"], counts=counts)
+    return Store(table, **rest, names=record["names"], counts=Counter(record["counts"]))
 
 
 def _recipe(shape: Shape) -> dict[str, Any]:
@@ -199,12 +166,6 @@ def _recipe(shape: Shape) -> dict[str, Any]:
 def _without_text(column: np.ndarray) -> np.ndarray:
     """Bytes as numbers: safetensors knows no text."""
     return column.view(np.uint8).reshape(len(column), -1) if column.dtype.kind == "S" else column
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    add_file(digest, file)
-    return digest.hexdigest()
 
 
 def _plainly(counts: Counter[str]) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,11 +15,10 @@ from dpo_lab.core.ranks import of_all_ranks, rank_and_world_size
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.models.sampling import respond
+from dpo_lab.results.cache import is_whole, seal
 from dpo_lab.results.files import write_whole
 
-log = logging.getLogger("dpo_lab")
-
-FORMAT = "1"  # to be raised whenever the same key would give other texts
+FORMAT = "2"  # to be raised whenever the same key would give other texts
 
 
 def candidates(
@@ -38,7 +35,7 @@ def candidates(
 ) -> list[list[str]]:
     """`count` sampled responses of the policy, as text, to each encoded prompt: read from `folder`, or sampled and put there.
 
-    The file's name is a hash of all that makes them; one that does not hold what its name and checksum say is made anew. All
+    The file's name is a hash of all that makes them; one that does not hold what was put there is made anew. All
     ranks have to call this, they share the sampling; of several runs one samples while the others wait. folder: none, nothing
     is kept.
     """
@@ -58,7 +55,7 @@ def candidates(
     key = content_hash(recipe)
     path = folder / f"candidates-{key[:16]}.json" if folder is not None else None
     with _held(path):
-        found = of_all_ranks(_read(path, key) if path is not None and rank_and_world_size()[0] == 0 else None)[0]
+        found = of_all_ranks(_read(path) if path is not None and rank_and_world_size()[0] == 0 else None)[0]
         if found is not None:
             return found
         with context():
@@ -75,7 +72,8 @@ def candidates(
         texts = [encoder.text(sample.tokens) for sample in samples]
         made = [texts[start : start + count] for start in range(0, len(texts), count)]
         if path is not None and rank_and_world_size()[0] == 0:
-            write_whole(path, json.dumps({"key": key, "checksum": _checksum(made), "texts": made}))
+            write_whole(path, json.dumps(made))
+            seal(path)
         return made
 
 
@@ -87,20 +85,5 @@ def _held(path: Path | None) -> AbstractContextManager:
     return FileLock(f"{path}.lock")
 
 
-def _read(path: Path, key: str) -> list[list[str]] | None:
-    """The texts, or None, said loudly where a file is there that is not what its key and checksum say."""
-    if not path.exists():
-        return None
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if held["key"] == key and held["checksum"] == _checksum(held["texts"]):
-            return held["texts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("candidates %s can't be read (%s): sampling them again", path, error)
-        return None
-    log.warning("candidates %s does not hold what it should: sampling them again", path)
-    return None
-
-
-def _checksum(texts: list[list[str]]) -> str:
-    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
+def _read(path: Path) -> list[list[str]] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if is_whole(path) else None

@@ -1,9 +1,8 @@
-"""The reference cache: one safetensors file per (weights, numeric path, rows), verified, made once even by two processes."""
+"""The reference cache: one safetensors file per (weights, numeric path, rows), made once and verified whenever it is read."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, cut
@@ -26,8 +24,6 @@ from dpo_lab.results.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 FORMAT = "3"  # to be raised whenever the numbers that a row holds would change
 
@@ -73,11 +69,9 @@ def cached_logps(
 
     def make(path: Path) -> None:
         rows = _compute(initial, table, context, tokens)
-        save_file({"logps": rows}, path, metadata={"key": key, "checksum": _checksum(rows)})
+        save_file({"logps": rows}, path)
 
-    once(path, make, is_valid=lambda path: _read(path, key) is not None)
-    rows = _read(path, key)
-    assert rows is not None
+    rows = load_file(once(path, make))["logps"]
     order = np.argsort(table.keys, kind="stable")
     return CachedLogps(rows, table.keys[order], order, path)
 
@@ -112,21 +106,3 @@ def _compute(
         bad = pairs.key(int((~rows.isfinite()).any(1).nonzero()[0]))
         raise ValueError(f"pair {bad}: its reference log-probability is not finite; the initial policy is broken")
     return rows
-
-
-def _read(path: Path, key: str) -> Tensor | None:
-    """The table, or None, said loudly, where the file is not what its key and checksum say."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            table, metadata = file.get_tensor("logps").clone(), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        log.warning("reference cache %s can't be read (%s): computing it again", path, error)
-        return None
-    if metadata.get("key") != key or metadata.get("checksum") != _checksum(table):
-        log.warning("reference cache %s does not hold what it should: computing it again", path)
-        return None
-    return table
-
-
-def _checksum(table: Tensor) -> str:
-    return hashlib.blake2b(table.numpy().tobytes(), digest_size=16).hexdigest()

@@ -1,33 +1,84 @@
-"""Files made once: whole or not at all, by one process while others wait, made anew when they are not what they should be."""
+"""Files made once: whole or not at all, by one process while others wait, sealed by a checksum, made anew when it is broken."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
+log = logging.getLogger("dpo_lab")
+
 CACHE = Path("outputs/cache")  # what all runs share
+_CHUNK = 1 << 20
 
 
-def once(path: Path, make: Callable[[Path], None], is_valid: Callable[[Path], bool] = lambda path: True) -> Path:
-    """`path`, made by make(beside) if it is absent or not valid. make writes a file or a folder at the place it is given.
+def once(path: Path, make: Callable[[Path], None]) -> Path:
+    """`path`, made by make(beside) if it is absent or holds another byte than was put there; the latter is said.
 
-    A name that holds a hash of all that went into the content is what makes such a path a cache.
+    make writes a file or a folder at the place it is given. A name that holds a hash of all that went into the content is
+    what makes such a path a cache.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if not path.exists() or not is_valid(path):
+        if not is_whole(path):
+            _remove_leftovers(path)
             beside = path.with_name(f".{path.name}.{os.getpid()}")
             try:
                 make(beside)
                 _remove(path)
                 os.replace(beside, path)
+                seal(path)
             finally:
                 _remove(beside)
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether what is at `path` is, byte for byte, what was sealed there. The caller holds it."""
+    if not path.exists():
+        return False
+    try:
+        if _seal_of(path).read_text() == _digest(path):
+            return True
+    except (OSError, ValueError):
+        pass  # it was never sealed, or its seal is damaged as well
+    log.warning("%s does not hold what was put there: making it anew", path)
+    return False
+
+
+def seal(path: Path) -> None:
+    """Let what is at `path` be known as whole from now on."""
+    _seal_of(path).write_text(_digest(path))
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.seal")
+
+
+def _digest(path: Path) -> str:
+    """A hash of a file, or of a folder's files with their names; and of its own name, so that nothing passes for another."""
+    digest = hashlib.blake2b(path.name.encode(), digest_size=16)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(f"\0{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as content:
+                while chunk := content.read(_CHUNK):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What a process that was killed while it made `path` left beside it. The caller holds the lock: nobody makes it now."""
+    ours = re.compile(re.escape(f".{path.name}.") + r"\d+")
+    for left in path.parent.iterdir():
+        if ours.fullmatch(left.name):
+            _remove(left)
 
 
 def _remove(path: Path) -> None:

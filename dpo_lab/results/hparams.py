@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.results.identity import flatten, redact
+from dpo_lab.results.identity import flatten
+from dpo_lab.results.secrets import redact
 
 # What a reader does not compare runs by, with all that lies under it; names of classes neither.
 HIDDEN = (

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dpo_lab.results.secrets import redact
 
 # Settings that change no result, or only how far or on how many processes it is computed; with all that lies under them.
 VOLATILE = (
@@ -25,7 +26,6 @@ VOLATILE = (
     "trainer.strategy",
     "trainer.max_steps",  # looked at apart: it may grow
 )
-SECRET = re.compile(r"(api_?key|token|secret|password|credential)$", re.I)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -73,19 +73,6 @@ def changed_files(recorded: Mapping[str, Mapping[str, Any]], files: Sequence[Pat
     added = [f"{name} was not read then" for name in now if name not in recorded]
     other = [f"{name} holds something else now" for name, file in now.items() if _is_other(recorded.get(name), file)]
     return gone + added + other
-
-
-def redact(config: Any) -> Any:
-    """The config with the values of keys that name a secret left out."""
-    if isinstance(config, Mapping):
-        return {k: "<redacted>" if SECRET.search(str(k)) and v is not None else redact(v) for k, v in config.items()}
-    return [redact(v) for v in config] if isinstance(config, list) else config
-
-
-def redact_override(override: str) -> str:
-    """`key=value` with its value left out where the key names a secret."""
-    key, equals, _ = override.partition("=")
-    return f"{key}{equals}<redacted>" if equals and SECRET.search(key) else override
 
 
 def _is_volatile(key: str) -> bool:

@@ -1,10 +1,15 @@
-"""The run's own journal of logged figures: metrics.jsonl, one row a line, cut back to where a checkpoint was taken."""
+"""The run's own journal of logged figures: metrics.jsonl, one row a line, cut back to where a checkpoint was taken.
+
+A row ends with `crc`, the CRC-32 of the line without it: a damaged byte is found, wherever it is. Rows that earlier versions
+wrote have none and are read as they are.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +17,7 @@ from typing import Any
 from dpo_lab.results.runs import RunFailed
 
 JOURNAL = "metrics.jsonl"
+_CRC = ', "crc": "'
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # strict JSON has no numbers for them
 
 
@@ -22,8 +28,9 @@ class JournalError(RunFailed):
 def append(path: Path, step: int, figures: Mapping[str, float]) -> None:
     """Add a row: the optimizer steps done and what was measured then. A figure that is not finite stands there as a word."""
     row = {"step": step} | {name: _spelled(value) for name, value in figures.items()}
+    bare = json.dumps(row, allow_nan=False)[:-1]
     with path.open("ab") as file:
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        file.write(f'{bare}{_CRC}{_crc(bare.encode())}"}}\n'.encode())
 
 
 def rows(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
@@ -34,16 +41,17 @@ def rows(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
     with path.open("rb") as file:
         file.seek(start)
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return  # only the last one can
-            try:
-                row = json.loads(line)
-                yield {name: _NOT_FINITE[value] if isinstance(value, str) else value for name, value in row.items()}
-            except (ValueError, KeyError, AttributeError):
+            is_torn = not line.endswith(b"\n")  # only the last one can be
+            if is_torn and _row(line[:-1]) is None:
+                return
+            row = None if is_torn else _row(line)  # all of a row but its end of line: not torn, damaged
+            if row is not None:
+                yield row
+            else:
                 raise JournalError(
                     f"{path}:{number}: not a row of this journal; mend or delete the line, or delete the run's folder"
                     " and type the same command again"
-                ) from None
+                )
 
 
 def position(path: Path, durable: bool = False) -> int:
@@ -67,6 +75,22 @@ def rewind(path: Path, to: int) -> None:
         with path.open("rb+") as file:
             file.truncate(to)
             os.fsync(file.fileno())
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line's row, None where it is not what was written."""
+    bare, crc, rest = line.rstrip(b"\n").partition(_CRC.encode())
+    if crc and rest != f'{_crc(bare)}"}}'.encode():
+        return None
+    try:
+        row = json.loads(bare + b"}" if crc else bare)
+        return {name: _NOT_FINITE[value] if isinstance(value, str) else value for name, value in row.items()}
+    except (ValueError, KeyError, AttributeError):
+        return None
+
+
+def _crc(bare: bytes) -> str:
+    return f"{zlib.crc32(bare):08x}"
 
 
 def _spelled(value: float) -> float | str:

@@ -14,6 +14,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from dpo_lab.results.secrets import Redacting
+
 Advance = Callable[..., None]
 
 NARROW = 100  # columns: a terminal with fewer gets a shorter bar
@@ -46,9 +48,11 @@ def is_watched() -> bool:
 def log_handler() -> logging.Handler:
     """Where log lines go on the terminal: above the bar and wrapped there; whole, one a line, in a pipe or a file."""
     if is_watched():
-        return RichHandler(show_path=False, log_time_format="%X")
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)-8s %(message)s", "%X"))
+        handler: logging.Handler = RichHandler(show_path=False, log_time_format="%X")
+        handler.setFormatter(Redacting("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(Redacting("[%(asctime)s] %(levelname)-8s %(message)s", "%X"))
     return handler
 
 

@@ -19,9 +19,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dpo_lab.results.files import write_whole
-from dpo_lab.results.identity import changed_files, config_digest, difference, fingerprint, redact, redact_override
+from dpo_lab.results.identity import changed_files, config_digest, difference, fingerprint
+from dpo_lab.results.secrets import redact, redact_override, redact_text
 from dpo_lab.stop import Stopped
 
+OUTPUTS = Path("outputs")
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
 LOGS = re.compile(r"\.lock|run\.log|output\.log|\.?rank-\d+\.\w+")  # which are in use while a folder changes hands
@@ -45,11 +47,28 @@ class Standing(str, Enum):
 
 def slug(overrides: str, limit: int = 100) -> str:
     """A folder name for a run's overrides (`a=1,b=2`): readable, at most `limit` characters, without collisions."""
+    overrides = ",".join(redact_override(override) for override in overrides.split(","))
     plain = re.sub(r"(^|,)\+", r"\1", overrides)
     clean = re.sub(r"[^\w.=,-]+", "_", plain).strip("_.")
     if clean != plain or len(clean) > limit:
         clean = f"{clean[: limit - 9]}-{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
     return clean or "default"
+
+
+def name_of_folder(name: str) -> str:
+    """The folder in OUTPUTS of all runs of a name, which may have parts (`studies/runs/full`); nothing leads out of there."""
+    return "/".join(slug(part) for part in name.split("/") if part) or "default"
+
+
+def refuse_outside(folder: Path) -> None:
+    """Raises RunRefused where a folder of OUTPUTS is in truth another place, by a link."""
+    if Path(os.path.relpath(folder)).parts[0] == OUTPUTS.name and not folder.resolve().is_relative_to(
+        OUTPUTS.resolve()
+    ):
+        raise RunRefused(
+            f"{folder}: a link in it leads to {folder.resolve()}, outside of {OUTPUTS}; type name=another, or make {OUTPUTS}"
+            " itself the link"
+        )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -155,7 +174,7 @@ def close(folder: Path, status: str, error: str) -> None:
     with _locked(folder):
         record = read_record(folder)
         if record is not None and record["status"] != "done":
-            _commit(folder, record | {"status": status, "error": error, "finished": _now()})
+            _commit(folder, record | {"status": status, "error": redact_text(error), "finished": _now()})
 
 
 @contextmanager
@@ -210,7 +229,7 @@ def _ending(error: BaseException) -> dict[str, Any]:
         return {"status": "preempted", "error": "put back into the queue", "finished": _now()}
     stopped = isinstance(error, KeyboardInterrupt)
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return {"status": "interrupted" if stopped else "failed", "error": what, "finished": _now()}
+    return {"status": "interrupted" if stopped else "failed", "error": redact_text(what), "finished": _now()}
 
 
 def _opening(config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dpo_lab.results.collection import Collection, gather
 from dpo_lab.results.files import write_whole
 from dpo_lab.results.kept import FOLDER, path_of
 from dpo_lab.results.runs import slug
+from dpo_lab.results.secrets import redact_override
 from dpo_lab.results.study import RECORD, Study, StudyError
 from dpo_lab.sweep.plan import Cell
 from dpo_lab.sweep.summary import Outcome, now
@@ -33,7 +34,7 @@ class StudyRun:
             "study": study.as_record(),
             "file": os.path.relpath(file),
             "budget": budget,
-            "overrides": list(overrides),
+            "overrides": [redact_override(override) for override in overrides],
             "command": command,
             "status": "registered",
             "registrations": [],
@@ -82,7 +83,7 @@ class StudyRun:
                 "arm": arm,
                 "seed": seed,
                 "folder": os.path.relpath(cell.folder, self.folder),
-                "overrides": list(cell.overrides),
+                "overrides": [redact_override(override) for override in cell.overrides],
                 "status": outcome.status if outcome else "not started",
                 "error": outcome.error if outcome else None,
                 "log": os.path.relpath(outcome.log, self.folder) if outcome and outcome.log else None,

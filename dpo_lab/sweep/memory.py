@@ -19,7 +19,9 @@ LIMIT = 2000  # cells that are remembered, the latest planned ones
 KEPT = 4  # states of the sources of which plans are kept
 
 # Resolvers whose value the config alone decides; a config that names another one may mean something else tomorrow.
-SETTLED = frozenset({"hydra", "run_slug", "gpus_per_node", "oc.select", "oc.decode", "oc.dict.keys", "oc.dict.values"})
+SETTLED = frozenset(
+    {"hydra", "run_name", "run_slug", "gpus_per_node", "oc.select", "oc.decode", "oc.dict.keys", "oc.dict.values"}
+)
 
 
 class Memory:

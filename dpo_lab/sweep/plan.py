@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from dpo_lab import config
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
+from dpo_lab.results.secrets import redact
 from dpo_lab.sweep.cell import typed
 from dpo_lab.sweep.memory import Memory, digest_of_sources
 
@@ -63,9 +64,10 @@ def plan(
         found = memory.recall([*known, *overrides])
         if found is None:
             found = _compose(overrides, title, master, loader, as_record)
-            if runs.redact(found["record"]) == found["record"]:  # a secret is in no file of ours
+            if redact(found["record"]) == found["record"]:  # a secret is in no file of ours
                 memory.remember([*known, *overrides], found, found["files"])
         sweep, folder, files = Path(found["sweep"]), Path(found["folder"]), tuple(map(Path, found["files"]))
+        runs.refuse_outside(folder)
         cells.append(Cell(tuple(overrides), title, sweep, folder, found["record"], files))
     memory.save()
     _refuse_shared_folders(cells)

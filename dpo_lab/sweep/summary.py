@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from dpo_lab.results.files import write_whole
 from dpo_lab.results.runs import Standing
+from dpo_lab.results.secrets import redact_command, redact_override
 from dpo_lab.sweep.desk import Desk, is_gone
 from dpo_lab.sweep.plan import Cell
 
@@ -71,12 +71,12 @@ def write(folder: Path, found: Sequence[Outcome], started: str, status: str, err
     record: dict[str, Any] = {
         "status": status,
         "error": error,
-        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": redact_command(["python", "-m", _module(), *sys.argv[1:]]),
         "started": started,
         "finished": None if status == "running" else now(),
         "cells": [
             {
-                "overrides": list(outcome.cell.overrides),
+                "overrides": [redact_override(override) for override in outcome.cell.overrides],
                 "folder": os.path.relpath(outcome.cell.folder),
                 "was": outcome.was.value,
                 "status": outcome.status,

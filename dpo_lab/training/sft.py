@@ -60,7 +60,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: World, seed: int, cache: P
             train_on_texts(policy, texts, sft, seed, ends=world.whole)
         policy.save(folder)
 
-    once(folder, make, is_valid=lambda folder: (folder / "model.safetensors").is_file())
+    once(folder, make)
     return load_policy(folder), folder
 
 

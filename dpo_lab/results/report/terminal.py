@@ -80,8 +80,14 @@ def as_csv(collections: Sequence[Collection], metrics: Sequence[str]) -> str:
         for measured in numbers.figures(collection, numbers.metrics_of(collection, metrics)).values():
             for of in measured:
                 figures = [*_ends(of.estimate), *_ends(of.difference), "" if of.p is None else repr(of.p)]
-                writer.writerow([collection.title, of.arm, of.metric, of.n, of.planned, *figures])
+                texts = map(_plain_cell, (collection.title, of.arm, of.metric))
+                writer.writerow([*texts, of.n, of.planned, *figures])
     return out.getvalue()
+
+
+def _plain_cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _ends(estimate: Estimate | None) -> list[str]:

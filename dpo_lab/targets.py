@@ -1,0 +1,169 @@
+"""The classes that a config may name: a list, checked by name before anything is loaded, then as what the name leads to."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.plugins import Plugins
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class TargetRefused(ValueError):
+    """A config names something to be made that it may not; the message names key and value and says what to type."""
+
+
+SHARDED, ZERO = "dpo_lab.training.sharding.Sharded", "dpo_lab.training.zero.Zero"  # they cut a policy over the ranks
+
+# What a run's config may instantiate, by the one name that is taken. All else of ours is built from dataclasses.
+ALLOWED = frozenset(
+    {
+        "dpo_lab.training.callbacks.StepBar",
+        "dpo_lab.training.health.Health",
+        "dpo_lab.training.saving.Checkpoints",
+        SHARDED,
+        ZERO,
+        "lightning.pytorch.Trainer",
+        "lightning.pytorch.callbacks.EarlyStopping",
+        "lightning.pytorch.callbacks.LearningRateMonitor",
+        "lightning.pytorch.callbacks.ModelCheckpoint",
+        "lightning.pytorch.loggers.CSVLogger",
+        "lightning.pytorch.loggers.MLFlowLogger",
+        "lightning.pytorch.loggers.TensorBoardLogger",
+        "lightning.pytorch.loggers.WandbLogger",
+        "lightning.pytorch.strategies.DDPStrategy",
+    }
+)
+OWNERS = ("dpo_lab.", "lightning.")  # of the modules that those classes are defined in
+SAMPLERS = re.compile(r"optuna\.samplers\.\w+Sampler")  # what Optuna's sweeper is told, below hydra.sweeper
+SPECIAL = (
+    "_args_",
+    "_partial_",
+    "_recursive_",
+    "_convert_",
+)  # what else Hydra reads of a node, and no config of ours needs
+# What a config may set of the environment: of what computes and reports, nothing that decides which code is loaded.
+ENVIRONMENT = (
+    "OMP_",
+    "MKL_",
+    "CUDA_",
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "TOKENIZERS_",
+    "HF_",
+    "WANDB_",
+    "MLFLOW_",
+    "SLURM_",
+    "RAY_",
+)
+
+
+def target_of(node: Any) -> Any:
+    return node.get("_target_") if isinstance(node, (dict, DictConfig)) else None
+
+
+def check_targets(node: Any) -> None:
+    """Refuse any `_target_` that is not on the list, at any depth of the resolved config. Raises TargetRefused."""
+    for _, inner in _nodes(node):
+        target = inner.get("_target_")
+        if target is not None and target not in ALLOWED:
+            near = difflib.get_close_matches(str(target), ALLOWED, n=1, cutoff=0)
+            raise TargetRefused(
+                f"_target_={target}: not among the classes that a config may name; the nearest is {near[0]}"
+            )
+        for key in SPECIAL:
+            if target is not None and key in inner:
+                raise TargetRefused(
+                    f"{key}={inner[key]} under _target_={target}: a config may only give settings by name"
+                )
+
+
+def made(node: Mapping[str, Any], kind: type[T], **settings: Any) -> T:
+    """The object that a node of a checked config names, of a class that is what its name on the list says.
+
+    Raises TargetRefused where the name leads to anything else, and what Hydra's instantiate does.
+    """
+    check_targets(node)
+    for path, inner in _nodes(node):
+        if target := inner.get("_target_"):
+            found: Any = get_class(target)
+            if not f"{found.__module__}.".startswith(OWNERS) or not (path or issubclass(found, kind)):
+                what = f"{found.__module__}.{found.__qualname__}"
+                raise TargetRefused(
+                    f"_target_={target}: leads to {what}, which is no {kind.__name__} of ours or Lightning's"
+                )
+    return instantiate(node, **settings)
+
+
+@contextmanager
+def only_plugins() -> Iterator[None]:
+    """Inside it Hydra composes no config whose `hydra` node names more than an installed launcher and sweeper.
+
+    Hydra makes those, and its callbacks and logging, before a run's own config is validated. There is no hook in between; its
+    loader of configs is the one place that all of them pass. Raises TargetRefused.
+    """
+    real: Callable[..., DictConfig] = ConfigLoaderImpl.load_configuration
+
+    def load(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        cfg = real(self, *args, **kwargs)
+        _check_hydra(cfg)
+        return cfg
+
+    ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = real  # type: ignore[method-assign]
+
+
+def _check_hydra(cfg: DictConfig) -> None:
+    hydra = cfg.get("hydra")
+    if hydra is None:
+        return
+    for key in ("callbacks", "job_logging.handlers", "hydra_logging.handlers"):
+        if OmegaConf.select(hydra, key):
+            raise TargetRefused(f"hydra.{key}: Hydra is given nothing to call and no file to log to; leave it out")
+    for name in hydra.job.get("env_set") or {}:
+        if not str(name).startswith(ENVIRONMENT):
+            raise TargetRefused(
+                f"hydra.job.env_set.{name}: a config may set {', '.join(ENVIRONMENT)}...; type it before the command instead"
+            )
+    installed = Plugins.instance().class_name_to_class
+    for key in ("launcher", "sweeper"):
+        for path, node in _nodes(hydra.get(key), f"hydra.{key}"):
+            target = node.get("_target_")
+            is_plugin = path == f"hydra.{key}" and target in installed
+            if target is not None and not is_plugin and not SAMPLERS.fullmatch(str(target)):
+                raise TargetRefused(
+                    f"{path}._target_={target}: no {key} that is installed; leave it out, or type launcher=local"
+                )
+
+
+def _nodes(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every mapping in a config with its dotted path. Raises TargetRefused for a value that can't be known yet."""
+    if isinstance(node, (dict, DictConfig)):
+        yield path, node
+        for key in node:
+            at = f"{path}.{key}" if path else str(key)
+            yield from _nodes(_value(node, key, at), at)
+    elif isinstance(node, (list, tuple, ListConfig)):
+        for key in range(len(node)):
+            yield from _nodes(_value(node, key, f"{path}[{key}]"), f"{path}[{key}]")
+
+
+def _value(node: Any, key: Any, path: str) -> Any:
+    if isinstance(node, (DictConfig, ListConfig)) and OmegaConf.is_missing(node, key):
+        return None
+    try:
+        return node[key]
+    except OmegaConfBaseException as error:
+        raise TargetRefused(f"{path}: can't be resolved ({' '.join(str(error).split())}); type its value") from None
