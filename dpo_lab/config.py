@@ -21,6 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.noise import NOISES, LabelNoise
@@ -35,7 +36,7 @@ from dpo_lab.training.packages import check_packages
 from dpo_lab.training.sft import SFT
 
 OF_PREFERENCES = ("beta", "loss", "reference", "noise", "evals")  # settings without a say in supervised fine-tuning
-ConfigErrors = (HydraException, OmegaConfBaseException)  # what Hydra raises before `main` is entered
+ConfigErrors = (HydraException, OmegaConfBaseException, YAMLError)  # what Hydra raises before `main` is entered
 
 
 class OnChange(str, Enum):
@@ -195,6 +196,8 @@ def input_files(config: RunConfig) -> list[Path]:
 def explain(error: Exception) -> str:
     """What Hydra or OmegaConf says in five lines, in one line that names the key and says what to type."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+    if isinstance(error, YAMLError):
+        return f"a config file can't be read as YAML: {' '.join(text.split())}; mend it"
     if isinstance(error, OverrideParseException):
         return f"can't read '{error.override}': type key=value, quoted where the value holds commas, brackets or spaces"
     if found := re.search(r"To append to your default list use (\S+)", text):

@@ -52,7 +52,8 @@ def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) 
 def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float | None:
     """Validate `cfg`, then body(settings). What the user can mend ends the process with one line and exit code 2.
 
-    It ends by SystemExit, since Hydra reports every other exception a second time. A cell of a sweep gives its objective.
+    It ends by SystemExit, since Hydra reports every other exception a second time, with all that was typed. A cell of a sweep
+    gives its objective.
     """
     is_cell = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     try:
@@ -74,7 +75,10 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float |
         raise
     except Exception as error:
         tell_supervisor(redact_text(f"{type(error).__name__}: {error}"), 1)
-        raise
+        if is_cell:
+            raise
+        _show(type(error), error, error.__traceback__)
+        sys.exit(1)
 
 
 @contextmanager

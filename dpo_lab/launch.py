@@ -15,12 +15,16 @@ from dpo_lab.stop import Stopped
 from dpo_lab.supervisor import ENDS, ERROR_FILE, Asked, Ended, Rank, judge, supervise
 
 PARENT = "DPO_LAB_PARENT"  # the process that a child of ours must not outlive
+STORE = "DPO_LAB_STORE"  # all ranks are of this machine: rank 0 opens what they meet at, to this machine alone
+OPENED = (
+    "TORCHELASTIC_USE_AGENT_STORE"  # torch's word for it: the store is there already, no rank opens it to all networks
+)
 
 # What tells a process that it is a rank; none of it may leak from one run into another's processes.
 DDP_VARIABLES = frozenset(
     "MASTER_ADDR MASTER_PORT NODE_RANK LOCAL_RANK RANK WORLD_SIZE GROUP_RANK LOCAL_WORLD_SIZE PL_GLOBAL_SEED"
     " TORCHELASTIC_RUN_ID".split()
-) | {PARENT, ERROR_FILE}
+) | {PARENT, ERROR_FILE, STORE, OPENED}
 
 MEETING = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what ranks on several machines find each other by
 
@@ -161,7 +165,8 @@ def run_ranks(
 def _meeting(base: Mapping[str, str], nodes: int, held: ExitStack) -> tuple[int, dict[str, str]]:
     """This machine's number, and where the ranks meet: a port leased until `held` closes, or what the user set."""
     if nodes == 1:
-        return 0, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.enter_context(lease_port()))}
+        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.enter_context(lease_port()))}
+        return 0, here | {STORE: "1", OPENED: "True"}
     missing = [name for name in MEETING if not base.get(name)]
     node = base.get("NODE_RANK", "")
     if missing or not node.isdigit() or int(node) >= nodes:

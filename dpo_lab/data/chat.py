@@ -52,8 +52,12 @@ class Chat:
                 )
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             raise BadChat(f"the chat template does not take it ({error})") from None
-        except (TimeIsUp, MemoryError, OverflowError) as error:
-            what = f"works for more than {SECONDS:g} s" if isinstance(error, TimeIsUp) else f"fails ({error!r})"
+        except (TimeIsUp, MemoryError, OverflowError, RecursionError) as error:
+            what = (
+                f"works for more than {SECONDS:g} s"
+                if isinstance(error, TimeIsUp)
+                else f"fails ({type(error).__name__})"
+            )
             raise NoTemplate(
                 f"the chat template {what} on one chat; type another policy.chat_template=FILE.jinja"
             ) from None

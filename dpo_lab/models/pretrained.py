@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def _with_trained_adapters(model: PreTrainedModel, settings: Pretrained) -> PreT
     peft = _peft()
     try:
         adapted = peft.PeftModel.from_pretrained(model, settings.adapter, is_trainable=settings.rank is not None)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PolicyError(
             f"policy.adapter={settings.adapter}: {reason}; type the folder of adapters trained on policy.path={settings.path}"

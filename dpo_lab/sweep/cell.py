@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from dpo_lab.config import RunConfig
 from dpo_lab.launch import DDP_VARIABLES, PARENT, die_with_parent, stop
 from dpo_lab.leases import cpu_share, lease_gpus
 from dpo_lab.results import runs
+from dpo_lab.results.secrets import redact_command
 from dpo_lab.stop import ASKING, Stopped
 from dpo_lab.sweep.desk import Desk, first_line, tail, whereabouts
 
@@ -172,7 +172,7 @@ def _heed(desk: Desk) -> None:
 def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess.Popen:
     hydra = HydraConfig.get()
     line = command(module, hydra)
-    output.write(f"=== {datetime.now().isoformat(' ', 'seconds')} {shlex.join(line)}\n".encode())
+    output.write(f"=== {datetime.now().isoformat(' ', 'seconds')} {redact_command(line)}\n".encode())
     output.flush()
     clean = {k: v for k, v in os.environ.items() if k not in (*DDP_VARIABLES, *COLOURING)}
     environment = {**clean, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1", **variables}

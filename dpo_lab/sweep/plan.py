@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from dpo_lab import config
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
-from dpo_lab.results.secrets import redact
+from dpo_lab.results.secrets import redact, redact_override
 from dpo_lab.sweep.cell import typed
 from dpo_lab.sweep.memory import Memory, digest_of_sources
 
@@ -130,7 +130,8 @@ def _check_job(trainer: Mapping[str, Any], master: DictConfig) -> None:
 def _titles(every: Sequence[Sequence[str]]) -> list[str]:
     """Each cell's overrides that are not all cells'."""
     shared = set.intersection(*map(set, every)) if len(every) > 1 else set()
-    return [" ".join(o for o in overrides if o not in shared) or " ".join(overrides) or "alone" for overrides in every]
+    own = [[o for o in overrides if o not in shared] or list(overrides) for overrides in every]
+    return [" ".join(map(redact_override, overrides)) or "alone" for overrides in own]
 
 
 def _named_by_what_varies(every: Sequence[Sequence[str]], master: DictConfig) -> list[list[str]]:

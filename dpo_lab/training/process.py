@@ -1,12 +1,18 @@
-"""How a process computes: its threads, denormals flushed, memory kept between the steps of a CPU run."""
+"""How a process computes: its threads, denormals flushed, memory kept between the steps of a CPU run, where ranks meet."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import socket
 import sys
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
+from dpo_lab.launch import STORE
+
+_opened: list[TCPStore] = []  # for as long as the process lives
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
@@ -17,6 +23,19 @@ def set_up_process(threads: int | None, on_cpu: bool) -> None:
         torch.set_num_threads(threads)
     if on_cpu:
         keep_memory()
+    if os.environ.get(STORE) and os.environ["RANK"] == "0":
+        open_store(int(os.environ["MASTER_PORT"]))
+
+
+def open_store(port: int) -> None:
+    """Open what the ranks of this machine meet at, to this machine alone: torch itself would open it to all networks."""
+    with socket.socket() as here:
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        here.bind(("127.0.0.1", port))
+        here.listen()
+        _opened.append(
+            TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=here.detach())
+        )
 
 
 def keep_memory() -> bool:
