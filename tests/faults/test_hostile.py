@@ -435,6 +435,28 @@ def test_45_a_model_s_own_code_is_not_run(part, policy, tmp_path):
         Pretrained(path=str(tmp_path)).load()
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"_attn_implementation_internal": "evil/kernel"},
+        {"_attn_implementation": "evil/kernel"},
+        {"attn_implementation": "evil/kernel"},
+        {"trust_remote_code": True, "auto_map": {"AutoModelForCausalLM": "evil.X"}},
+        {"quantization_config": {"quant_method": "evil", "trust_remote_code": True}},
+    ],
+    ids=str,
+)
+def test_45_a_model_s_settings_fetch_no_code(setting, policy, tmp_path, monkeypatch):
+    """What earlier versions of transformers let a config.json decide; nothing may ask the hub either."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it went to the network"))
+    policy.save(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | setting))
+    (tmp_path / "evil.py").write_text(CODE)
+    with suppress(PolicyError):
+        Pretrained(path=str(tmp_path)).load()
+
+
 TAGS = [
     "!!python/object/apply:tests.faults.canaries.fire []",
     "!!python/name:tests.faults.canaries.fire",
