@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ANSWER = "xyzzy"  # what the probing of a template looks for
 SECONDS = 5.0  # for one chat; templates take a thousandth of one
+SHOWN = 200  # characters of what a template complains of
 LONGEST = 10_000_000  # characters that a template may make of one chat
 
 
@@ -50,8 +51,17 @@ class Chat:
                 text = self.tokenizer.apply_chat_template(
                     list(messages), tools=tools, add_generation_prompt=answer_next, tokenize=False
                 )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise BadChat(f"the chat template does not take it ({error})") from None
+        except (
+            TemplateError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ValueError,
+            ZeroDivisionError,
+            RecursionError,
+        ) as error:
+            reason = " ".join(str(error).split())[:SHOWN]
+            raise BadChat(f"the chat template does not take it ({reason})") from None
         except (TimeIsUp, MemoryError, OverflowError) as error:
             what = f"works for more than {SECONDS:g} s" if isinstance(error, TimeIsUp) else f"fails ({error!r})"
             raise NoTemplate(
