@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 ANSWER = "xyzzy"  # what the probing of a template looks for
 SECONDS = 5.0  # for one chat; templates take a thousandth of one
+SHOWN = 200  # characters of what a template complains of
 LONGEST = 10_000_000  # characters that a template may make of one chat
+# What a template does with a chat that it is not made for
+REFUSES = (TemplateError, TypeError, LookupError, AttributeError, ValueError, ZeroDivisionError, RecursionError)
 
 
 class BadChat(ValueError):
@@ -50,14 +53,12 @@ class Chat:
                 text = self.tokenizer.apply_chat_template(
                     list(messages), tools=tools, add_generation_prompt=answer_next, tokenize=False
                 )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise BadChat(f"the chat template does not take it ({error})") from None
-        except (TimeIsUp, MemoryError, OverflowError, RecursionError) as error:
-            what = (
-                f"works for more than {SECONDS:g} s"
-                if isinstance(error, TimeIsUp)
-                else f"fails ({type(error).__name__})"
-            )
+        except REFUSES as error:
+            reason = " ".join(str(error).split())[:SHOWN]
+            raise BadChat(f"the chat template does not take it ({reason})") from None
+        except (TimeIsUp, MemoryError, OverflowError) as error:
+            is_slow = isinstance(error, TimeIsUp)
+            what = f"works for more than {SECONDS:g} s" if is_slow else f"fails ({type(error).__name__})"
             raise NoTemplate(
                 f"the chat template {what} on one chat; type another policy.chat_template=FILE.jinja"
             ) from None

@@ -53,6 +53,8 @@ def encode_chunk(chunk: Chunk, shape: Shape, encoder: Encoder) -> Encoded:
             counts[f"dropped: {reason}"] += 1
         except ValueError as error:
             encoded.bad.append((number, str(error)))
+        except RecursionError:
+            encoded.bad.append((number, "nested too deeply"))
     kept = []
     for (number, pair), (_, ids) in zip(found, _tokenised(found, encoder, encoded), strict=True):
         made = encoder.encode(pair, ids, counts) if ids is not None else None
@@ -85,7 +87,8 @@ def _tokenised(found: list[tuple[int, Pair]], encoder: Encoder, encoded: Encoded
         try:
             each += encoder.tokenised([pair], encoded.counts)
         except ValueError as error:
-            encoded.bad.append((number, str(error)))
+            if not encoded.bad or encoded.bad[-1][0] != number:  # another pair of that row is already there
+                encoded.bad.append((number, str(error)))
             each.append((pair, None))
     encoded.bad.sort()
     return each

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Any
 
 from dpo_lab.core.pairs import Pair, Text
-from dpo_lab.data.messages import bad, holds, joined, message, readable, shared
+from dpo_lab.data.messages import MOST, bad, brief, holds, joined, message, plain, readable, shared
 
 Row = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
@@ -21,6 +21,7 @@ SCORES = {side: (f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_ra
 RESPONSE_TEXT = ("content", "text", "response")
 RESPONSE_RATING = ("rating", "score", "overall_score")
 TURN = re.compile(r"\n\n(Human|Assistant):")
+LARGEST = 1e37  # of a score: differences of such are kept as 32-bit numbers
 REQUIRED: Any = object()
 
 
@@ -128,7 +129,7 @@ class Shape:
         for name, side in zip(SIDES, sides, strict=True):
             speakers = [speaker for speaker, _ in side[len(turns) :]]
             if speakers != ["Assistant"]:
-                what = f"after the turns of both sides: {', '.join(speakers)}"
+                what = f"after the turns of both sides: {', '.join(speakers[:MOST])}"
                 raise bad(self._column(name), f"continues beyond one answer ({what})")
             if not side[-1][1].strip():
                 raise bad(self._column(name), r"is empty after the last '\n\nAssistant:'")
@@ -206,9 +207,9 @@ class Shape:
         if system and all(turn["role"] != "system" for turn in messages):
             messages = [{"role": "system", "content": system}, *messages]
         for name, side in zip(SIDES, sides, strict=True):
-            roles = [turn["role"] for turn in side[common:]]
+            roles = [plain(turn["role"]) for turn in side[common:]]
             if roles != ["assistant"]:
-                what = f"holds {len(roles)} messages after the prompt (roles {', '.join(roles)})"
+                what = f"holds {len(roles)} messages after the prompt (roles {', '.join(roles[:MOST])})"
                 raise bad(self._column(name), f"{what}: only one answer of the assistant can be scored")
             if not (side[-1].get("content", "").strip() or side[-1].get("tool_calls")):
                 raise bad(self._column(name), "is empty")
@@ -281,7 +282,7 @@ class Shape:
             return False
         label = self._get(row, "label")
         if label not in (0, 1):
-            raise bad(self._column("label"), f"is {label!r}, not 0 or 1")
+            raise bad(self._column("label"), f"is {brief(label)}, not 0 or 1")
         return label == (1 if self.label_is is Label.index else 0)
 
 
@@ -304,10 +305,10 @@ def _number(value: Any, where: str) -> float:
     """A number, or one in writing; NaN for None."""
     try:
         number = math.nan if value is None else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.inf
-    if math.isinf(number) or isinstance(value, bool):
-        raise bad(where, f"has {value!r} where a number should be")
+    if abs(number) > LARGEST or isinstance(value, bool):
+        raise bad(where, f"has {brief(value)} where a number should be")
     return number
 
 

@@ -10,6 +10,7 @@ from dpo_lab.core.pairs import Message
 
 ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", system="system", tool="tool")
 UNREADABLE = re.compile("[\0\ud800-\udfff]")
+MOST, LONGEST = 20, 80  # names, and characters of a value, that an error shows
 
 
 def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -36,7 +37,7 @@ def message(value: Any, where: str) -> Message:
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
         if str(speaker) not in ROLES:
-            raise bad(where, f"has a message from {speaker!r}, not from one of {', '.join(ROLES)}")
+            raise bad(where, f"has a message from {brief(speaker)}, not from one of {', '.join(ROLES)}")
         message = {"role": ROLES[speaker], "content": message.pop("value", None), **message}
     if not isinstance(message.get("role"), str):
         raise bad(where, f"has a message without a role (it {holds(message)})")
@@ -51,26 +52,40 @@ def message(value: Any, where: str) -> Message:
 def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise bad(where, f"has a content part of type '{kind}': only text is supported")
+        raise bad(where, f"has a content part of type {brief(kind)}: only text is supported")
     return part["text"]
 
 
 def readable(value: Any, where: str) -> Any:
-    """The value without its None entries (Arrow fills absent keys with them), every string in it checked."""
-    if isinstance(value, str) and (found := UNREADABLE.search(value)):
-        what = "NUL character" if found[0] == "\0" else "lone surrogate"
-        raise bad(where, f"has a {what} at position {found.start()}")
-    if isinstance(value, list):
+    """The value without its None entries (Arrow fills absent keys with them), every string in it checked, keys as well."""
+    if isinstance(value, str):
+        if found := UNREADABLE.search(value):
+            what = "NUL character" if found[0] == "\0" else "lone surrogate"
+            raise bad(where, f"has a {what} at position {found.start()}")
+    elif isinstance(value, list):
         return [readable(item, where) for item in value]
-    if isinstance(value, dict):
-        return {key: readable(item, where) for key, item in value.items() if item is not None}
+    elif isinstance(value, dict):
+        return {readable(key, where): readable(item, where) for key, item in value.items() if item is not None}
+    elif value is not None and not isinstance(value, int | float):  # dates and bytes, which Arrow may hold
+        raise bad(where, f"holds {type(value).__name__} where text, a number or a list should be")
     return value
 
 
 def holds(value: Any) -> str:
     if isinstance(value, Mapping):
-        return f"has {', '.join(map(repr, value)) or 'none'}"
+        names = ", ".join(map(brief, list(value)[:MOST])) or "none"
+        return f"has {names[: 8 * LONGEST]}{', ...' if len(value) > MOST or len(names) > 8 * LONGEST else ''}"
     return f"has {len(value)} items" if isinstance(value, list) else f"is {type(value).__name__}"
+
+
+def brief(value: Any) -> str:
+    """A value as an error shows it, however long it is."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def plain(role: str) -> str:
+    return role if role in ROLES else brief(role)
 
 
 def bad(where: str, what: str) -> ValueError:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import bz2
-import csv
 import glob
-import gzip
 import hashlib
-import io
-import json
-import lzma
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo_lab.data.text import (
+    COMPRESSED,
+    LONGEST,
+    TOO_LONG,
+    Numbered,
+    begins_array,
+    decompressed,
+    from_json,
+    json_array,
+    json_lines,
+    table,
+)
+
 CHUNK = 1024  # rows
-# What a damaged file raises, beside ValueErrors; pyarrow's errors are of these kinds
-UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
+SHOWN = 300  # characters of what a library says of a file
 
 
 class BadData(ValueError):
@@ -78,16 +82,11 @@ def local_files(path: str | Sequence[str]) -> list[Path]:
 def parse(row: Any) -> Mapping[str, Any]:
     """A row as an object. Raises ValueError where it is none."""
     if isinstance(row, bytes):
-        try:
-            row = json.loads(row.rstrip().decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 at byte {error.start} of the line") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-        except RecursionError:
-            raise ValueError("not JSON that can be read (nested too deeply)") from None
+        row = from_json(row)
     if not isinstance(row, Mapping):
         raise ValueError(f"not an object but {type(row).__name__}")
+    if None in row:
+        raise ValueError(f"{len(row[None])} cells more than the first row has names")
     return row
 
 
@@ -107,18 +106,18 @@ class FileRows:
                     number = numbers[-1]
                     yield Chunk(str(file), numbers, chunk, position - held)
                     held = position
-            except (*UNREADABLE, ValueError) as error:
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise BadData(
-                    f"{file}: can't be read after {number} ({reason}); mend the file or fetch it again"
-                ) from None
+            except Exception as error:  # of a dozen kinds, from system, codecs and pyarrow
+                raise _unreadable(file, f" after {number}", error) from error
             yield Chunk(str(file), [], [], size - held)
 
     def digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files:
             digest.update(_suffix(file).encode())
-            add_file(digest, file)
+            try:
+                add_file(digest, file)
+            except OSError as error:
+                raise _unreadable(file, "", error) from error
         return digest.hexdigest()
 
 
@@ -171,52 +170,53 @@ Read = Iterator[tuple[Sequence[int], Sequence[Any], int]]  # numbers, rows, how 
 
 def _json_lines(file: Path) -> Read:
     with file.open("rb") as raw:
-        text = _plain(file, raw)  # held, since one that is let go may close the file under it
-        lines = ((i, line.removeprefix(b"\xef\xbb\xbf") if i == 1 else line) for i, line in enumerate(text, start=1))
-        yield from _chunked(((number, line) for number, line in lines if line.strip()), raw)
+        opened = decompressed(file, raw)
+        yield from _chunked(json_lines(opened), raw)
 
 
 def _json(file: Path) -> Read:
     """One array of objects; what is no array is read as JSON lines."""
     with file.open("rb") as raw:
-        text = _plain(file, raw)
-        first = text.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if first != b"[":
+        opened = decompressed(file, raw)
+        is_array = begins_array(opened)
+    if not is_array:
         yield from _json_lines(file)
         return
     with file.open("rb") as raw:
-        rows = json.loads(_plain(file, raw).read().decode("utf-8-sig"))
-        yield from _cut(rows, raw.tell())
+        opened = decompressed(file, raw)
+        yield from _chunked(json_array(opened), raw)
 
 
 def _csv(file: Path) -> Read:
-    csv.field_size_limit(2**31 - 1)
     with file.open("rb") as raw:
-        # what is not UTF-8 goes on as lone surrogates, which are refused with the row's number
-        text = io.TextIOWrapper(_plain(file, raw), "utf-8-sig", "surrogateescape", newline="")  # type: ignore[arg-type]
-        reader = csv.DictReader(text, delimiter="\t" if _suffix(file) == ".tsv" else ",")
-        yield from _chunked(_with_first_lines(reader), raw)
+        opened = decompressed(file, raw)
+        yield from _chunked(table(opened, "\t" if _suffix(file) == ".tsv" else ","), raw)
 
 
-def _with_first_lines(reader: csv.DictReader) -> Iterator[tuple[int, Any]]:
-    """Each row with the line that it begins on; the first is that of the names."""
-    line = 2
-    for row in reader:
-        yield line, row
-        line = reader.line_num + 1
-
-
-def _chunked(rows: Iterator[tuple[int, Any]], raw: Any) -> Read:
-    while part := list(islice(rows, CHUNK)):
-        numbers, chunk = zip(*part, strict=True)
+def _chunked(rows: Numbered, raw: Any) -> Read:
+    numbers: list[int] = []
+    chunk: list[Any] = []
+    held = 0
+    for number, row, size in rows:
+        numbers.append(number)
+        chunk.append(row)
+        held += size
+        if len(chunk) == CHUNK or held > LONGEST:
+            yield numbers, chunk, raw.tell()
+            numbers, chunk, held = [], [], 0
+    if chunk:
         yield numbers, chunk, raw.tell()
 
 
 def _parquet(file: Path) -> Read:
     import pyarrow.parquet
 
-    table = pyarrow.parquet.ParquetFile(file)
-    yield from _batches(table.iter_batches(CHUNK), file.stat().st_size / max(1, table.metadata.num_rows))
+    opened = pyarrow.parquet.ParquetFile(file)
+    told = opened.metadata
+    groups = [told.row_group(i) for i in range(told.num_row_groups)]
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0)
+    batches = opened.iter_batches(_rows_at_once(largest))
+    yield from _batches(batches, file.stat().st_size / max(1, told.num_rows))
 
 
 def _arrow(file: Path) -> Read:
@@ -235,17 +235,20 @@ def _arrow(file: Path) -> Read:
 def _batches(batches: Iterator[Any], bytes_a_row: float) -> Read:
     done = 0
     for batch in batches:
-        for start in range(0, batch.num_rows, CHUNK):
-            rows = batch.slice(start, CHUNK).to_pylist()
+        batch.validate(full=True)  # what is read is believed otherwise, offsets beyond its end as well
+        step = _rows_at_once(batch.nbytes / max(1, batch.num_rows))
+        for start in range(0, batch.num_rows, step):
+            rows = batch.slice(start, step).to_pylist()
             numbers = range(done + 1, done + 1 + len(rows))
             done += len(rows)
             yield numbers, rows, int(done * bytes_a_row)
 
 
-def _cut(rows: list[Any], size: int) -> Read:
-    for start in range(0, len(rows), CHUNK):
-        part = rows[start : start + CHUNK]
-        yield range(start + 1, start + 1 + len(part)), part, size * (start + len(part)) // len(rows)
+def _rows_at_once(bytes_a_row: float) -> int:
+    """As many rows as are held at a time. Raises ValueError where one alone is too long."""
+    if bytes_a_row > LONGEST:
+        raise ValueError(f"rows are {TOO_LONG}")
+    return max(1, min(CHUNK, int(LONGEST / max(1, bytes_a_row))))
 
 
 READERS = {
@@ -256,35 +259,24 @@ READERS = {
     ".arrow": _arrow,
     ".feather": _arrow,
 }
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-
-
-def _plain(file: Path, raw: Any) -> io.BufferedIOBase:
-    """The content of an open file, decompressed by the file's suffix."""
-    match file.suffix:
-        case ".gz":
-            return gzip.GzipFile(fileobj=raw)
-        case ".bz2":
-            return bz2.BZ2File(raw)
-        case ".xz":
-            return lzma.LZMAFile(raw)
-        case ".zst":
-            import pyarrow as pa
-
-            return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"), 1 << 20)
-    return raw
 
 
 def _suffix(file: Path) -> str:
     """What says how a file is read: its suffix, before that of compression."""
-    return (Path(file.stem) if file.suffix in COMPRESSED else file).suffix.lower()
+    return (Path(file.stem) if file.suffix.lower() in COMPRESSED else file).suffix.lower()
 
 
 def _may_be_on_the_hub(path: str) -> bool:
     """Whether a path that does not exist has the form of a name on the hub: name or owner/name, no suffix of a data file."""
     parts = path.split("/")
-    is_file = _suffix(Path(path)) in (*READERS, ".jsonl", ".ndjson") or Path(path).suffix in COMPRESSED
+    is_file = _suffix(Path(path)) in (*READERS, ".jsonl", ".ndjson") or Path(path).suffix.lower() in COMPRESSED
     return len(parts) <= 2 and all(parts) and not is_file and not path.startswith((".", "~"))
+
+
+def _unreadable(file: Path, after: str, error: Exception) -> BadData:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = "".join(letter if letter.isprintable() else "?" for letter in reason)[:SHOWN]
+    return BadData(f"{file}: can't be read{after} ({reason}); mend the file or fetch it again")
 
 
 def add_file(digest: Any, file: Path) -> None:

@@ -25,7 +25,7 @@ from dpo_lab.results.progress import track
 
 log = logging.getLogger(__name__)
 
-FORMAT = "2"  # to be raised whenever what a store holds would change
+FORMAT = "3"  # to be raised whenever what a store holds would change
 SAID = 5  # bad rows that are shown
 
 
@@ -101,12 +101,13 @@ def _make(folder: Path, sources: Sequence[Source], encoder: Encoder, bad: BadRow
                     "places": np.full(len(encoded.keys), names.index(chunk.place), np.int32),
                 }
             )
-            advance(100 * chunk.amount / max(1, total), f"{counts['rows']:,} rows")
+            advance(100 * chunk.amount / max(1, total), [f"{counts['rows']:,} rows"])
     _say(wrong, counts, bad)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     if not columns or not len(columns["keys"]):
         raise BadData(
-            f"{', '.join(names) or 'data.path'}: no pair is left of {_plainly(counts)}; look at what was dropped"
+            f"{', '.join(names) or 'data.path'}: no pair is left of {_plainly(counts)}; look at what was dropped,"
+            " and mend the file or type another data.path="
         )
     columns = _each_once(columns, counts)
     save_file({name: _without_text(column) for name, column in columns.items()}, folder / "columns.safetensors")

@@ -61,18 +61,18 @@ def figures(collection: Collection, metrics: Sequence[str]) -> dict[str, list[Me
 
 
 def interval_text(estimate: Estimate, spell=spelled) -> str:
-    """0.52 (0.37 .. 0.67)"""
-    if estimate.interval is None:
+    """0.52 (0.37 .. 0.67), and the value alone where it has no error that could be told."""
+    low, high = estimate.interval or (0.0, 0.0)
+    if low == high:
         return spell(estimate.value)
-    low, high = estimate.interval
     return f"{spell(estimate.value)} ({spell(low)} .. {spell(high)})"
 
 
 def with_error(estimate: Estimate, spell=spelled) -> str:
-    """0.52 ±0.15, or the interval where it is not symmetric."""
-    if estimate.interval is None:
+    """0.52 ±0.15, or the interval where it is not symmetric; the value alone where it has no error that could be told."""
+    low, high = estimate.interval or (0.0, 0.0)
+    if low == high:
         return spell(estimate.value)
-    low, high = estimate.interval
     half = (high - low) / 2
     if abs((low + high) / 2 - estimate.value) > 1e-6 * max(half, 1e-12):
         return interval_text(estimate, spell)
