@@ -44,9 +44,9 @@ with loading():
 WORKERS = 2
 KINDS: Mapping[str, tuple[Callable[[Place], None], float]] = {  # and their shares of the time
     "train": (trainings.one_process, 0.40),
-    "fit": (trainings.small, 0.08),
+    "fit": (trainings.small, 0.10),
     "clock-jumps": (trainings.wrong_clock, 0.08),
-    "2-ranks": (trainings.ranks, 0.14),
+    "2-ranks": (trainings.ranks, 0.12),
     "2-ranks-fresh": (trainings.fresh_ranks, 0.04),
     "disk-full": (trainings.full_disk, 0.06),
     "read-only": (trainings.read_only, 0.03),

@@ -80,6 +80,7 @@ class Trial:
     kind: str
     cwd: Path
     random: random.Random
+    quiet: bool = True  # no traceback may be seen, however a start ends
     troubles: list[str] = field(default_factory=list)
 
     def disturb(
@@ -113,11 +114,11 @@ class Trial:
         return ended
 
     def note(self, ended: Ended, may_end: set[int], *, resumes: bool = False, **more: Any) -> None:
-        """A start is over. It may end so; and never with a traceback, nor leave a process behind."""
+        """A start is over. It may end with these exit codes, and may leave no process behind."""
         if ended.code not in may_end:
             last = ended.errors.strip().splitlines()[-1:]
             self.trouble(f"{self.cwd}: a start ended with {ended.code}: {last}")
-        elif "Traceback" in ended.errors + ended.said:
+        elif self.quiet and "Traceback" in ended.errors + ended.said:
             self.trouble(f"{self.cwd}: a start that ended with {ended.code} showed a traceback: see its errors.txt")
         for each in ended.left:
             self.trouble(f"{self.cwd}: {each}")

@@ -85,7 +85,8 @@ def _killed(
     """Start it until it is done. slower: than the twin, which is what the moments are drawn by."""
     twin, duration = twin_of(place, command)
     trial = place.trial(kind)
-    settings["aim"] = _any_rank(trial) if command is TWO_RANKS else _itself
+    trial.quiet = command is not TWO_RANKS  # a rank whose peer is gone says where it noticed
+    settings["aim"] = _itself if trial.quiet else _any_rank(trial)
     settings["resumes"] = _has_begun(trial)
     while not trial.is_hopeless():
         if clock:
