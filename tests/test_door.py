@@ -45,12 +45,12 @@ def test_the_collector_goes_on_where_an_import_fails(unfrozen):
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "outputs/a/run.json"),
-            "error: outputs/a/run.json: No space left on device; checkpoints are intact: make room, then type the same"
-            " command again, which goes on from the newest\n",
+            "error: outputs/a/run.json: No space left on device; what was written before is intact: make room, then"
+            " type the same command again\n",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "outputs/a/.lock"),
-            "error: outputs/a/.lock: Permission denied; see to it that you may read and write there, and type the same"
+            "error: outputs/a/.lock: Permission denied; see to it that you may read and write there, then type the same"
             " command again\n",
         ),
     ],

@@ -251,10 +251,10 @@ def test_a_file_that_the_disk_does_not_take_leaves_the_old_one_and_is_named(numb
 def test_the_trouble_of_a_disk_is_told_by_what_libraries_say_of_it_too():
     said = files.trouble_of_disk(RuntimeError("Error while serializing: I/O error: No space left (os error 28)"))
     assert said == (
-        "a file of the run: No space left on device; checkpoints are intact: make room, then type the same command again,"
-        " which goes on from the newest"
+        "a file: No space left on device; what was written before is intact: make room, then type the same command again"
     )
     assert files.trouble_of_disk(FileNotFoundError(errno.ENOENT, "No such file", "a")) is None
+    assert files.trouble_of_disk(PermissionError(errno.EACCES, "Permission denied")) is None  # of a port, say
     assert files.trouble_of_disk(ValueError("28")) is None
 
 

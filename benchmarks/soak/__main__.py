@@ -58,7 +58,7 @@ KINDS: Mapping[str, tuple[Callable[[Place], None], float]] = {  # and their shar
 
 @dataclass
 class Counts:
-    """What happened to one kind of run, see above. compared: times that what was left was held against the twin's."""
+    """What happened to one kind of run, see above. compared: folders that were held against the twin's; reports: as well."""
 
     starts: int = 0
     SIGKILL: int = 0
@@ -67,6 +67,7 @@ class Counts:
     faults: int = 0
     resumes: int = 0
     compared: int = 0
+    reports: int = 0
     differences: list[str] = field(default_factory=list)
     skipped: str | None = None
 
@@ -82,6 +83,7 @@ class Counts:
         self.faults += told.get("fault", False)
         self.resumes += told.get("resumes", False)
         self.compared += told.get("compared", False)
+        self.reports += told.get("reports", False)
         if "difference" in told:
             self.differences.append(told["difference"])
         self.skipped = told.get("skipped", self.skipped)
@@ -102,7 +104,7 @@ def work(place: Place, kinds: Sequence[str]) -> None:
 def fork_worker(
     number: int, root: Path, seed: int, is_over: Callable[[], bool], kinds: Sequence[str]
 ) -> tuple[int, int]:
-    """A worker's process, and the pipe through which it tells what happens, a line of JSON each time."""
+    """The pipe through which a new worker tells what happens, a line of JSON each time, and its process."""
     reads, writes = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -119,7 +121,7 @@ def fork_worker(
             gone(0)
             os._exit(code)
     os.close(writes)
-    return pid, reads
+    return reads, pid
 
 
 def soak(
@@ -128,7 +130,7 @@ def soak(
     """Let the workers work until the time is over or enough was killed; gives what happened, by kind."""
     enough, end = mmap.mmap(-1, 1), time.monotonic() + seconds
     is_over = lambda: enough[0] != 0 or time.monotonic() > end  # noqa: E731
-    workers = dict(reversed(fork_worker(n, root, seed, is_over, kinds)) for n in range(WORKERS))
+    workers = dict(fork_worker(number, root, seed, is_over, kinds) for number in range(WORKERS))
     counts: dict[str, Counts] = {}
     rests = dict.fromkeys(workers, b"")
     began = shown = time.monotonic()
@@ -163,7 +165,7 @@ def soak(
 def total(counts: Mapping[str, Counts]) -> Counts:
     everything = Counts()
     for one in counts.values():
-        for name in ("starts", "SIGKILL", "SIGTERM", "early", "faults", "resumes", "compared", "differences"):
+        for name in asdict(one).keys() - {"skipped"}:
             setattr(everything, name, getattr(everything, name) + getattr(one, name))
     return everything
 
@@ -177,13 +179,13 @@ def line(counts: Mapping[str, Counts], seconds: float) -> str:
 
 
 def show(console: Console, counts: Mapping[str, Counts], seconds: float, seed: int) -> None:
-    columns = ("starts", "kill -9", "SIGTERM", "early", "faults", "resumes", "compared", "differences")
+    columns = ("starts", "kill -9", "SIGTERM", "early", "faults", "resumes", "compared", "reports", "differences")
     table = Table("what", *columns, box=None, header_style="dim", pad_edge=False)
     for kind, one in (*sorted(counts.items()), ("all", total(counts))):
         if one.skipped:
             table.add_row(f"{kind} (skipped)")
             continue
-        numbers = (one.starts, one.SIGKILL, one.SIGTERM, one.early, one.faults, one.resumes, one.compared)
+        numbers = (one.starts, one.SIGKILL, one.SIGTERM, one.early, one.faults, one.resumes, one.compared, one.reports)
         table.add_row(kind, *map(str, numbers), str(len(one.differences)), style="bold" if kind == "all" else None)
     console.print(table)
     for kind, one in counts.items():

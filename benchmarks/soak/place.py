@@ -128,11 +128,11 @@ class Trial:
         self.troubles.append(what)
         self.place.tell({"kind": self.kind, "difference": what})
 
-    def compared(self, found: Iterable[str]) -> None:
-        """All is done and was compared with the twin."""
+    def compared(self, found: Iterable[str], what: str = "compared") -> None:
+        """All is done, and this was found where it was held against the twin."""
         for difference in found:
             self.trouble(difference)
-        self.place.tell({"kind": self.kind, "compared": True})
+        self.place.tell({"kind": self.kind, what: True})
 
     def is_hopeless(self) -> bool:
         """Whether to go on says no more."""

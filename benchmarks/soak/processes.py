@@ -172,7 +172,8 @@ def start(
         process.kill()
         process.wait()
     left = () if beside else gone(GONE)
-    return Ended(code, *(file.read_text(errors="replace") for file in files), left)
+    words = [file.read_text(errors="replace") for file in files]
+    return Ended(code, words[0], words[1], left)
 
 
 def _wait(process: Any, seconds: float) -> int | None:

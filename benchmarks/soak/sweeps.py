@@ -35,7 +35,7 @@ def real(place: Place) -> None:
         for folder in _cells(twin):
             trial.compared(differences(trial.cwd / folder, twin / folder))
         trial.compared(_check_end(trial.cwd))
-        trial.compared(report_differences(trial.cwd, twin, f"outputs/{NAME}"))
+        trial.compared(report_differences(trial.cwd, twin, f"outputs/{NAME}"), "reports")
 
 
 def _through(trial: Trial, command: Sequence[str], duration: float, **settings: Any) -> bool:

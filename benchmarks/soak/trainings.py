@@ -76,13 +76,13 @@ def ranks(place: Place) -> None:
 
 def fresh_ranks(place: Place) -> None:
     """Two ranks as a user has them, every process a fresh interpreter; the twin is the forks'."""
-    _killed(place, "2-ranks-fresh", TWO_RANKS, slower=4.0, fresh=True)
+    _killed(place, "2-ranks-fresh", TWO_RANKS, later=8.0, fresh=True)
 
 
 def _killed(
-    place: Place, kind: str, command: Sequence[str], *, clock: bool = False, slower: float = 1.0, **settings: Any
+    place: Place, kind: str, command: Sequence[str], *, clock: bool = False, later: float = 0.0, **settings: Any
 ) -> None:
-    """Start it until it is done. slower: than the twin, which is what the moments are drawn by."""
+    """Start it until it is done. later: seconds that it takes to begin and its twin did not."""
     twin, duration = twin_of(place, command)
     trial = place.trial(kind)
     trial.quiet = command is not TWO_RANKS  # a rank whose peer is gone says where it noticed
@@ -91,11 +91,11 @@ def _killed(
     while not trial.is_hopeless():
         if clock:
             settings["before"] = _jumping(trial.random.random())
-        if trial.disturb(command, slower * duration, **settings).code == 0:
+        if trial.disturb(command, later + duration, **settings).code == 0:
             # TensorBoard sorts its files by their names, which say when: no promise of ours, whose record knows better
             trial.compared(differences(run_folder(trial.cwd), run_folder(twin), tensorboard=not clock))
             if trial.random.random() < REPORTED:
-                trial.compared(report_differences(trial.cwd, twin, f"outputs/{NAME}"))
+                trial.compared(report_differences(trial.cwd, twin, f"outputs/{NAME}"), "reports")
             break
 
 

@@ -52,10 +52,17 @@ def trouble_of_disk(error: BaseException) -> str | None:
 
     Libraries in Rust tell the system's number in their words alone.
     """
-    number = getattr(error, "errno", None) or next(map(int, re.findall(r"\(os error (\d+)\)", str(error))), None)
-    if number not in (*FULL, *LOCKED):
-        return None
-    what = f"{getattr(error, 'filename', None) or 'a file of the run'}: {os.strerror(number)}"
-    if number in LOCKED:
-        return f"{what}; see to it that you may read and write there, and type the same command again"
-    return f"{what}; checkpoints are intact: make room, then type the same command again, which goes on from the newest"
+    path = getattr(error, "filename", None)
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    if number in FULL:
+        return (
+            f"{path or 'a file'}: {os.strerror(number)}; what was written before is intact: make room, then type the same"
+            " command again"
+        )
+    if number in LOCKED and (path or said):  # a socket knows such numbers, too
+        return (
+            f"{path or 'a file'}: {os.strerror(number)}; see to it that you may read and write there, then type the same"
+            " command again"
+        )
+    return None
