@@ -44,14 +44,14 @@ with loading():
 WORKERS = 2
 KINDS: Mapping[str, tuple[Callable[[Place], None], float]] = {  # and their shares of the time
     "train": (trainings.one_process, 0.40),
-    "fit": (trainings.small, 0.10),
+    "fit": (trainings.small, 0.12),
     "clock-jumps": (trainings.wrong_clock, 0.08),
     "2-ranks": (trainings.ranks, 0.12),
     "2-ranks-fresh": (trainings.fresh_ranks, 0.04),
     "disk-full": (trainings.full_disk, 0.06),
     "read-only": (trainings.read_only, 0.03),
     "sweep": (sweeps.real, 0.06),
-    "sweep-stand-ins": (sweeps.stand_in, 0.08),
+    "sweep-stand-ins": (sweeps.stand_in, 0.06),
     "two-sweeps": (sweeps.two_at_once, 0.03),
 }
 
@@ -142,7 +142,7 @@ def soak(
                     for told in map(json.loads, lines):
                         counts.setdefault(told["kind"], Counts()).hear(told)
                         if "difference" in told:
-                            console.print(f"[red]difference[/] {told['difference']}", highlight=False, soft_wrap=True)
+                            console.print(f"difference {told['difference']}", style="red", markup=False, soft_wrap=True)
                     if not new:
                         del rests[reads]
                 if kills is not None and total(counts).kills >= kills:
