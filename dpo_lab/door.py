@@ -21,6 +21,7 @@ from dpo_lab import config, launch
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
 from dpo_lab.results import hparams, runs
+from dpo_lab.results.files import trouble_of_disk
 from dpo_lab.results.secrets import redact_text
 from dpo_lab.stop import Stopped, raise_on_signals
 from dpo_lab.supervisor import tell_supervisor
@@ -46,6 +47,10 @@ def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) 
         return _complain(str(error), 1)
     except Stopped as stopped:
         return stopped.exit_code
+    except OSError as error:
+        if (line := trouble_of_disk(error)) is None:
+            raise
+        return _complain(line, 1)
     return 0
 
 
@@ -74,11 +79,16 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float |
         tell_supervisor(f"stopped by {stopped}", stopped.exit_code)
         raise
     except Exception as error:
-        tell_supervisor(redact_text(f"{type(error).__name__}: {error}"), 1)
+        line = trouble_of_disk(error)
+        tell_supervisor(redact_text(line or f"{type(error).__name__}: {error}"), 1)
+        if is_cell and line:
+            raise cell.CellFailed(line) from None
         if is_cell:
             raise
-        _show(type(error), error, error.__traceback__)
-        sys.exit(1)
+        if line is None:
+            _show(type(error), error, error.__traceback__)
+            sys.exit(1)
+        sys.exit(_complain(line, 1))
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from dpo_lab.results import runs
 from dpo_lab.results.card import model_card
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.figures import draw_run
+from dpo_lab.results.files import trouble_of_disk
 from dpo_lab.results.health import print_health
 from dpo_lab.results.identity import config_digest
 from dpo_lab.results.progress import log_handler
@@ -270,8 +271,11 @@ def logged(folder: Path) -> Iterator[None]:
     except RunFailed as failure:
         file.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run failed: {failure}"}))
         raise
-    except Exception:
-        log.exception("the run failed")
+    except Exception as error:
+        if line := trouble_of_disk(error):
+            file.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run failed: {line}"}))
+        else:
+            log.exception("the run failed")
         raise
     finally:
         for handler in (console, file):

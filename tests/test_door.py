@@ -1,13 +1,16 @@
-"""The doors: what a run imports is out of the garbage collector's way."""
+"""The doors: what a run imports is out of the garbage collector's way; what the disk does not take is said in a line."""
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
+from typing import NoReturn
 
 import pytest
+from omegaconf import OmegaConf
 
-from dpo_lab.door import loading
+from dpo_lab.door import loading, open_door, settle
 
 
 @pytest.fixture
@@ -35,3 +38,32 @@ def test_the_collector_goes_on_where_an_import_fails(unfrozen):
     with pytest.raises(ModuleNotFoundError), loading():
         import there_is_no_such_module  # type: ignore[import-not-found]  # noqa: F401
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "outputs/a/run.json"),
+            "error: outputs/a/run.json: No space left on device; what was written before is intact: make room, then"
+            " type the same command again\n",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "outputs/a/.lock"),
+            "error: outputs/a/.lock: Permission denied; see to it that you may read and write there, then type the same"
+            " command again\n",
+        ),
+    ],
+)
+def test_a_disk_that_takes_nothing_ends_a_run_and_a_sweep_with_one_line(error, line, monkeypatch, capsys):
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("dpo_lab.config.validate", fail)
+    with pytest.raises(SystemExit) as ended:
+        settle(OmegaConf.create(), lambda settings: None)
+    assert (ended.value.code, capsys.readouterr().err) == (1, line)
+    monkeypatch.setattr("dpo_lab.door.raise_on_signals", lambda: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # both are put back as they were
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert (open_door(fail), capsys.readouterr().err) == (1, line)

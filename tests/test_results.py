@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 from filelock import FileLock
 from scipy import optimize, stats
 
-from dpo_lab.results import identity, runs, secrets
+from dpo_lab.results import files, identity, runs, secrets
 from dpo_lab.results.cache import once
 from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, rank_correlation, ratio, share, share_at_zero
 from dpo_lab.results.figures.cost_of_gain import by_arm, cost_of_gain, done_records, table
@@ -218,6 +220,52 @@ def test_a_record_is_committed_whole(tmp_path):
         run.update(metrics={"x": math.nan})
     record = json.loads((tmp_path / "run.json").read_text())  # still whole
     assert record["status"] in ("running", "failed")
+
+
+def test_what_a_killed_write_left_of_the_record_goes_and_nothing_else(tmp_path):
+    kept = [".run.json.4711.bak", ".run.json.swp", "run.json.12", ".examples.jsonl.12"]
+    for name in (*kept, ".run.json.4711"):
+        (tmp_path / name).touch()
+    with runs.hold(tmp_path, CONFIG, []):
+        assert not (tmp_path / ".run.json.4711").exists()
+    assert {*kept} < {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EACCES])
+def test_a_file_that_the_disk_does_not_take_leaves_the_old_one_and_is_named(number, tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    files.write_whole(path, "old")
+
+    def fsync(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+        files.write_whole(path, "new")
+    said = files.trouble_of_disk(caught.value)
+    assert said is not None
+    assert said.startswith(f"{path}: {os.strerror(number)}; ")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("run.json", "old")]
+
+
+def test_the_trouble_of_a_disk_is_told_by_what_libraries_say_of_it_too():
+    said = files.trouble_of_disk(RuntimeError("Error while serializing: I/O error: No space left (os error 28)"))
+    assert said == (
+        "a file: No space left on device; what was written before is intact: make room, then type the same command again"
+    )
+    assert files.trouble_of_disk(FileNotFoundError(errno.ENOENT, "No such file", "a")) is None
+    assert files.trouble_of_disk(PermissionError(errno.EACCES, "Permission denied")) is None  # of a port, say
+    assert files.trouble_of_disk(ValueError("28")) is None
+
+
+def test_a_run_that_fails_where_no_record_can_be_written_says_what_it_failed_of(tmp_path, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with pytest.raises(ValueError, match="the true error"), runs.hold(tmp_path, CONFIG, []):
+        monkeypatch.setattr(runs, "write_whole", full)
+        raise ValueError("the true error")
+    assert runs.read_record(tmp_path)["status"] == "running"
 
 
 def test_secrets_in_overrides_are_redacted():

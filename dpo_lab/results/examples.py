@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.results.files import write_whole
+from dpo_lab.results.files import remove_leftovers, write_whole
 
 EXAMPLES = "examples.jsonl"
 
@@ -50,7 +50,8 @@ class Examples:
         return [{"kind": kind, "key": key} | row for kind, rows in self._rows.items() for key, row in rows.items()]
 
     def write(self, path: Path) -> None:
-        """Commit them, whole or not at all."""
+        """Commit them, whole or not at all. The caller holds the folder."""
+        remove_leftovers(path)
         write_whole(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows()))
 
 

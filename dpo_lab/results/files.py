@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # a disk, or what of it a user may have
+LOCKED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Put `text` at `path`, of which nobody ever sees a part, whatever dies meanwhile."""
+    """Put `text` at `path`, of which nobody ever sees a part, whatever dies meanwhile. An OSError names `path`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    sync_folder(path.parent)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what `write_whole` left beside `path` where it was killed. The caller holds the folder: nobody writes it now."""
+    if not path.parent.is_dir():
+        return
+    ours = re.compile(re.escape(f".{path.name}.") + r"\d+")
+    for left in path.parent.iterdir():
+        if ours.fullmatch(left.name):
+            left.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -24,3 +45,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def trouble_of_disk(error: BaseException) -> str | None:
+    """What to say, in one line, of a file that could not be written; None of anything else.
+
+    Libraries in Rust tell the system's number in their words alone.
+    """
+    path = getattr(error, "filename", None)
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    if number in FULL:
+        return (
+            f"{path or 'a file'}: {os.strerror(number)}; what was written before is intact: make room, then type the same"
+            " command again"
+        )
+    if number in LOCKED and (path or said):  # a socket knows such numbers, too
+        return (
+            f"{path or 'a file'}: {os.strerror(number)}; see to it that you may read and write there, then type the same"
+            " command again"
+        )
+    return None

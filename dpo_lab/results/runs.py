@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dpo_lab.results.files import write_whole
+from dpo_lab.results.files import remove_leftovers, write_whole
 from dpo_lab.results.identity import changed_files, config_digest, difference, fingerprint
 from dpo_lab.results.secrets import redact, redact_override, redact_text
 from dpo_lab.stop import Stopped
@@ -126,6 +126,7 @@ def hold(
         if where is Standing.done:
             yield None
             return
+        remove_leftovers(folder / RECORD)
         resumes = where is Standing.unfinished
         earlier = read_record(folder)
         if not resumes and earlier is not None and _is_worth_keeping(folder, earlier):
@@ -141,7 +142,8 @@ def hold(
         try:
             yield run
         except BaseException as error:
-            run.update(**_ending(error))
+            with suppress(OSError):  # where the disk takes no record what the run failed of is what matters
+                run.update(**_ending(error))
             raise
         run.update(status="done", finished=_now())
 

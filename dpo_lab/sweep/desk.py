@@ -13,8 +13,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dpo_lab.results.files import write_whole
+from dpo_lab.results.files import remove_leftovers, write_whole
 from dpo_lab.results.runs import RunRefused
+
+SWEEP = "sweep.json"  # what the sweep itself keeps of its cells
 
 
 class Desk:
@@ -42,6 +44,8 @@ class Desk:
             ) from None
         try:
             self._stop.unlink(missing_ok=True)  # of a sweep that is over
+            for path in (self._stop, self.folder / SWEEP):
+                remove_leftovers(path)
             yield
         finally:
             lock.release()
@@ -69,6 +73,7 @@ class Desk:
             return None
 
     def forget(self, run: Path) -> None:
+        remove_leftovers(self._note(run))
         self._note(run).unlink(missing_ok=True)
 
     def _note(self, run: Path) -> Path:

@@ -18,7 +18,7 @@ from rich.table import Table
 from dpo_lab.results.files import write_whole
 from dpo_lab.results.runs import Standing
 from dpo_lab.results.secrets import redact_command, redact_override
-from dpo_lab.sweep.desk import Desk, is_gone
+from dpo_lab.sweep.desk import SWEEP, Desk, is_gone
 from dpo_lab.sweep.plan import Cell
 
 STYLES = {"done": "green", "resumed": "green", "skipped": "dim", "failed": "red", "not started": "yellow"}
@@ -67,7 +67,7 @@ def exit_code(found: Sequence[Outcome], stopped_by: int | None) -> int:
 
 
 def write(folder: Path, found: Sequence[Outcome], started: str, status: str, error: str | None = None) -> None:
-    """Commit `sweep.json`."""
+    """Commit SWEEP."""
     record: dict[str, Any] = {
         "status": status,
         "error": error,
@@ -87,7 +87,7 @@ def write(folder: Path, found: Sequence[Outcome], started: str, status: str, err
             for outcome in found
         ],
     }
-    write_whole(folder / "sweep.json", json.dumps(record, indent=1))
+    write_whole(folder / SWEEP, json.dumps(record, indent=1))
 
 
 def show(console: Console, folder: Path, found: Sequence[Outcome], error: str | None) -> None:
@@ -108,7 +108,7 @@ def show(console: Console, folder: Path, found: Sequence[Outcome], error: str | 
         console.print(f"the launcher failed: {error}", style="red", markup=False, highlight=False)
     counts = Counter(outcome.word for outcome in found)
     total = ", ".join(f"{count} {word}" for word, count in counts.items())
-    console.print(f"{len(found)} cells: {total}. {folder / 'sweep.json'}", highlight=False, soft_wrap=True)
+    console.print(f"{len(found)} cells: {total}. {folder / SWEEP}", highlight=False, soft_wrap=True)
     if any(outcome.status != "done" for outcome in found):
         console.print("The same command runs what is missing.", highlight=False)
 

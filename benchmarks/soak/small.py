@@ -1,0 +1,27 @@
+"""The cheapest run of a soak: the small fit of the tests, which draws from every random generator, in the folder given."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from dpo_lab.stop import Stopped, raise_on_signals
+from tests import small_fit
+
+
+def main(folder: Path) -> int:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    raise_on_signals()
+    try:
+        small_fit.run(folder)
+    except Stopped as stopped:
+        return stopped.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
