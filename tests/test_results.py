@@ -20,7 +20,6 @@ from scipy import optimize, stats
 from dpo_lab.results import files, identity, runs, secrets
 from dpo_lab.results.cache import once
 from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, rank_correlation, ratio, share, share_at_zero
-from dpo_lab.results.figures.cost_of_gain import by_arm, cost_of_gain, done_records, table
 from dpo_lab.stop import Stopped
 
 CONFIG = {
@@ -416,27 +415,6 @@ def record(reference: str, beta: float, gain: float, status: str = "done", rate:
     metrics |= {"initial/perplexity": 5.0, "true_accuracy": 0.7}
     config = {"reference": {"kind": reference}, "beta": beta, "noise": {"rate": rate}}
     return {"status": status, "config": config, "metrics": {name: {"value": v} for name, v in metrics.items()}}
-
-
-def test_the_table_holds_means_of_finished_clean_runs(tmp_path):
-    written = [record("cached", 0.1, 1.0), record("cached", 0.1, 2.0), record("uniform", 0.1, 0.5)]
-    written += [record("cached", 0.1, 99.0, status="failed"), record("cached", 0.1, 99.0, status="interrupted")]
-    for number, content in enumerate(written):
-        folder = tmp_path / f"seed={number}"
-        folder.mkdir()
-        (folder / "run.json").write_text(json.dumps(content))
-    records = done_records(tmp_path)
-    assert len(records) == 3
-    assert {k: {b: len(r) for b, r in v.items()} for k, v in by_arm(records).items()} == {
-        "cached": {0.1: 2},
-        "uniform": {0.1: 1},
-    }
-    assert "| frozen reference | 0.1 | 2 | 0.700 | 1.50 | 2.00 | 0.75 | 1.20 |" in table(records)
-    with pytest.raises(ValueError, match="noise.rate"):
-        table([*records, record("cached", 0.1, 99.0, rate=0.4)])
-    cost_of_gain(records, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert os.path.getsize(tmp_path / "figure.png") > 10_000
 
 
 def test_ties_narrow_a_share_as_much_as_they_narrow_its_error():
