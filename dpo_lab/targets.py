@@ -43,6 +43,7 @@ ALLOWED = frozenset(
     }
 )
 OWNERS = ("dpo_lab.", "lightning.")  # of the modules that those classes are defined in
+OURS = frozenset(f"hydra_plugins.dpo_lab.{name}" for name in ("CellSweeper", "StudySweeper", "RayLauncher"))
 SAMPLERS = re.compile(r"optuna\.samplers\.\w+Sampler")  # what Optuna's sweeper is told, below hydra.sweeper
 SPECIAL = (
     "_args_",
@@ -141,7 +142,7 @@ def _check_hydra(cfg: DictConfig) -> None:
     for key in ("launcher", "sweeper"):
         for path, node in _nodes(hydra.get(key), f"hydra.{key}"):
             target = node.get("_target_")
-            is_plugin = path == f"hydra.{key}" and target in installed
+            is_plugin = path == f"hydra.{key}" and (target in OURS or target in installed)
             if target is not None and not is_plugin and not SAMPLERS.fullmatch(str(target)):
                 raise TargetRefused(
                     f"{path}._target_={target}: no {key} that is installed; leave it out, or type launcher=local"
