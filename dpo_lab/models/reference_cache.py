@@ -71,7 +71,7 @@ def cached_logps(
         rows = _compute(initial, table, context, tokens)
         save_file({"logps": rows}, path)
 
-    rows = load_file(once(path, make))["logps"]
+    rows = load_file(once(path, make))["logps"].clone()  # not a map of the file, which may change
     order = np.argsort(table.keys, kind="stable")
     return CachedLogps(rows, table.keys[order], order, path)
 
