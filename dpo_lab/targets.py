@@ -45,26 +45,11 @@ ALLOWED = frozenset(
 OWNERS = ("dpo_lab.", "lightning.")  # of the modules that those classes are defined in
 OURS = frozenset(f"hydra_plugins.dpo_lab.{name}" for name in ("CellSweeper", "StudySweeper", "RayLauncher"))
 SAMPLERS = re.compile(r"optuna\.samplers\.\w+Sampler")  # what Optuna's sweeper is told, below hydra.sweeper
-SPECIAL = (
-    "_args_",
-    "_partial_",
-    "_recursive_",
-    "_convert_",
-)  # what else Hydra reads of a node, and no config of ours needs
-# What a config may set of the environment: of what computes and reports, nothing that decides which code is loaded.
-ENVIRONMENT = (
-    "OMP_",
-    "MKL_",
-    "CUDA_",
-    "NCCL_",
-    "GLOO_",
-    "TORCH_",
-    "TOKENIZERS_",
-    "HF_",
-    "WANDB_",
-    "MLFLOW_",
-    "SLURM_",
-    "RAY_",
+SPECIAL = ("_args_", "_partial_", "_recursive_", "_convert_")  # what else Hydra reads of a node; no config of ours does
+# What a config may set of the environment: names that decide how it computes; others decide which code is loaded.
+ENVIRONMENT = frozenset(
+    "CUDA_VISIBLE_DEVICES GLOO_SOCKET_IFNAME HF_HUB_OFFLINE MKL_NUM_THREADS NCCL_DEBUG NCCL_IB_DISABLE NCCL_P2P_DISABLE"
+    " NCCL_SOCKET_IFNAME OMP_NUM_THREADS TOKENIZERS_PARALLELISM TORCH_DISTRIBUTED_DEBUG WANDB_MODE".split()
 )
 
 
@@ -134,9 +119,9 @@ def _check_hydra(cfg: DictConfig) -> None:
         if OmegaConf.select(hydra, key):
             raise TargetRefused(f"hydra.{key}: Hydra is given nothing to call and no file to log to; leave it out")
     for name in hydra.job.get("env_set") or {}:
-        if not str(name).startswith(ENVIRONMENT):
+        if name not in ENVIRONMENT:
             raise TargetRefused(
-                f"hydra.job.env_set.{name}: a config may set {', '.join(ENVIRONMENT)}...; type it before the command instead"
+                f"hydra.job.env_set.{name}: a config may set {', '.join(sorted(ENVIRONMENT))}; type it before the command instead"
             )
     installed = Plugins.instance().class_name_to_class
     for key in ("launcher", "sweeper"):

@@ -104,6 +104,8 @@ TARGETS = {
     "a file of logging": ["+hydra.hydra_logging.handlers.x={class:logging.FileHandler,filename:fired}"],
     "the environment of a cell": ["+hydra.job.env_set.PYTHONPATH=evil"],
     "what a cell preloads": ["+hydra.job.env_set.LD_PRELOAD=evil.so"],
+    "what its network loads": ["+hydra.job.env_set.NCCL_NET_PLUGIN=evil.so"],
+    "what its GPU loads": ["+hydra.job.env_set.CUDA_INJECTION64_PATH=evil.so"],
 }
 REFUSALS = (TargetRefused, config.ConfigError, HydraException, OmegaConfBaseException)
 
