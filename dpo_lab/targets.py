@@ -120,8 +120,9 @@ def _check_hydra(cfg: DictConfig) -> None:
             raise TargetRefused(f"hydra.{key}: Hydra is given nothing to call and no file to log to; leave it out")
     for name in hydra.job.get("env_set") or {}:
         if name not in ENVIRONMENT:
+            known = ", ".join(sorted(ENVIRONMENT))
             raise TargetRefused(
-                f"hydra.job.env_set.{name}: a config may set {', '.join(sorted(ENVIRONMENT))}; type it before the command instead"
+                f"hydra.job.env_set.{name}: a config may set {known}; type it before the command instead"
             )
     installed = Plugins.instance().class_name_to_class
     for key in ("launcher", "sweeper"):
