@@ -16,9 +16,7 @@ from dpo_lab.supervisor import ENDS, ERROR_FILE, Asked, Ended, Rank, judge, supe
 
 PARENT = "DPO_LAB_PARENT"  # the process that a child of ours must not outlive
 STORE = "DPO_LAB_STORE"  # all ranks are of this machine: rank 0 opens what they meet at, to this machine alone
-OPENED = (
-    "TORCHELASTIC_USE_AGENT_STORE"  # torch's word for it: the store is there already, no rank opens it to all networks
-)
+OPENED = "TORCHELASTIC_USE_AGENT_STORE"  # torch's word for it: no rank opens the store, it is there
 
 # What tells a process that it is a rank; none of it may leak from one run into another's processes.
 DDP_VARIABLES = frozenset(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
+
+from dpo_lab.results.files import remove, remove_leftovers
 
 log = logging.getLogger("dpo_lab")
 
@@ -27,15 +27,15 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not is_whole(path):
-            _remove_leftovers(path)
+            remove_leftovers(path)
             beside = path.with_name(f".{path.name}.{os.getpid()}")
             try:
                 make(beside)
-                _remove(path)
+                remove(path)
                 os.replace(beside, path)
                 seal(path)
             finally:
-                _remove(beside)
+                remove(beside)
     return path
 
 
@@ -71,18 +71,3 @@ def _digest(path: Path) -> str:
                 while chunk := content.read(_CHUNK):
                     digest.update(chunk)
     return digest.hexdigest()
-
-
-def _remove_leftovers(path: Path) -> None:
-    """What a process that was killed while it made `path` left beside it. The caller holds the lock: nobody makes it now."""
-    ours = re.compile(re.escape(f".{path.name}.") + r"\d+")
-    for left in path.parent.iterdir():
-        if ours.fullmatch(left.name):
-            _remove(left)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

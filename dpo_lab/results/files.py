@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,13 +30,24 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what `write_whole` left beside `path` where it was killed. The caller holds the folder: nobody writes it now."""
+    """Remove what a process that was killed while it made `path` left beside it, `.NAME.PID`, a file or a folder.
+
+    The caller holds the place: nobody makes it now.
+    """
     if not path.parent.is_dir():
         return
     ours = re.compile(re.escape(f".{path.name}.") + r"\d+")
     for left in path.parent.iterdir():
         if ours.fullmatch(left.name):
-            left.unlink()
+            remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; nothing where neither is."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
