@@ -38,25 +38,30 @@ def processor() -> str:
 
 
 def write_results() -> None:
-    """RESULTS.md from everything that was measured; printed as well."""
-    tables = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("step-*.json"), key=_order)]
-    parts = [
-        "# Speed and memory of DPO",
-        "",
-        "Made by the programs of this folder; edited by nobody. For the timed steps the process keeps the memory that it",
-        "frees, whoever's turn it is; memory is of a round before them, under the C library's own ways. A sweep's processes",
-        "run as their users start them.",
-        "",
-    ]
+    """RESULTS.md with everything that was measured here in its place; printed as well. What was not stays as it stands."""
+    found: dict[str, list[str]] = {}
     sweep = MEASURED / "end-to-end.json"
     if sweep.exists() and "ours" in (measured := json.loads(sweep.read_text()))["rows"]:
-        parts += _end_to_end(measured)
-    ranks = [json.loads(path.read_text()) for path in sorted(MEASURED.glob("ranks-*.json"), key=_order)]
-    parts += _ranks(ranks) if ranks else []
-    parts += [part for table in tables for part in _step(table)]
-    text = "\n".join(parts)
-    print(text)
-    PAGE.write_text(text)
+        found |= _section(_end_to_end(measured))
+    if ranks := _measured("ranks"):
+        found |= _section(_ranks(ranks))
+    if saving := _measured("saving"):
+        found |= _section(_saving(saving))
+    for table in _measured("step"):
+        found |= _section(_step(table))
+    print("\n".join(line for lines in found.values() for line in lines))
+    head, *sections = PAGE.read_text().split("\n## ")
+    kept = dict(_section([*f"## {section}".rstrip("\n").split("\n"), ""]).popitem() for section in sections)
+    lines = [line for section in (kept | found).values() for line in section]
+    PAGE.write_text("\n".join([head.rstrip("\n"), "", *lines]))
+
+
+def _section(lines: list[str]) -> dict[str, list[str]]:
+    return {lines[0]: lines}
+
+
+def _measured(name: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(MEASURED.glob(f"{name}-*.json"), key=_order)]
 
 
 def _end_to_end(sweep: dict[str, Any]) -> list[str]:
@@ -97,13 +102,37 @@ def _ranks(measured: list[dict[str, Any]]) -> list[str]:
     return ["## Two ranks against one process", "", *rows, "", notes, ""]
 
 
+def _saving(measured: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        "| what | steps | saves | in saves, s | fsync, s | checksums, s | of the rest |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for found in measured:
+        seconds = found["seconds"]
+        if "cost" in found:
+            (low, high), share = found["spread"], f"{found['cost']:.2%}"
+            share += f" ({low:.2%} .. {high:.2%}) of {seconds['fit']:.1f} s"
+        else:
+            share = f"5 % of steps of {(seconds['fsync'] + seconds['checksum']) / found['steps'] / 0.05:.2f} s"
+        rows.append(
+            f"| {found['what']} | {found['steps']} | {found['saves']} | {seconds['save']:.2f} | {seconds['fsync']:.2f}"
+            f" | {seconds['checksum']:.2f} | {share} |"
+        )
+    last = measured[-1]
+    notes = (
+        f"{last['date']}, `python -m benchmarks.saving`: a save every 80 steps, the default; wall seconds of `trainer.fit`,"
+        f" medians of {last['repeats']}; fsync and checksums of checkpoints and journal. {last['machine']}; {_versions(last)}."
+    )
+    return ["## What it costs that nothing is lost", "", *rows, "", notes, ""]
+
+
 def _versions(measured: dict[str, Any]) -> str:
     return ", ".join(f"{name} {number}" for name, number in measured["versions"].items())
 
 
 def _order(path: Path) -> tuple[int, int]:
-    _, shape, mix = path.stem.split("-", 2)
-    return ["small", "135M"].index(shape), ["chat", "long", "short"].index(mix)
+    _, shape, *mix = path.stem.split("-")
+    return ["small", "135M"].index(shape), ["", "chat", "long", "short"].index("".join(mix))
 
 
 def _row(table: dict[str, Any], variant: str, dtype: str) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import json
 
 import pytest
 
-from benchmarks import end_to_end, gpu, ranks, results, variants
+from benchmarks import end_to_end, gpu, ranks, results, saving, variants
 from benchmarks.step import relative_error
 from benchmarks.workload import LONGEST, MIXES, SHAPES, make_models, make_pairs, tokens_of, useful_flops
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.sources import Data
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.models.policy import load_policy
+from tests.conftest import SMALL as SMALL_RUN
 
 SMALL = gpu.Shape("small", 256, 6, 128, 768, 8192, tied=True)
 
@@ -117,3 +118,41 @@ def test_ranks_are_told_against_one_process():
 @pytest.mark.parametrize("mix", MIXES)
 def test_ranks_get_about_as_many_tokens(mix):
     assert 1 <= ranks.imbalance("small", mix, steps=4) < 1.1
+
+
+def test_a_table_that_was_measured_takes_its_place_and_the_others_stay(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "RESULTS.md"
+    stood = results.PAGE.read_text()
+    page.write_text(stood)
+    monkeypatch.setattr(results, "PAGE", page)
+    monkeypatch.setattr(results, "MEASURED", tmp_path)
+    results.write_results()
+    assert page.read_text() == stood
+    measured = {
+        "what": "the embedded world",
+        "steps": 160,
+        "saves": 2,
+        "repeats": 3,
+        "cost": 0.0123,
+        "spread": [0.01, 0.02],
+    }
+    results.save("saving-small", measured | {"seconds": {"fit": 20.0, "save": 0.3, "fsync": 0.2, "checksum": 0.04}})
+    results.write_results()
+    row = "| the embedded world | 160 | 2 | 0.30 | 0.20 | 0.04 | 1.23% (1.00% .. 2.00%) of 20.0 s |"
+    assert row in page.read_text()
+    assert row in capsys.readouterr().out
+    sections = [text.split("\n## ")[1:] for text in (stood, page.read_text())]
+    of_saving = lambda section: section.startswith("What it costs")  # noqa: E731
+    assert [s.strip() for s in sections[0] if not of_saving(s)] == [s.strip() for s in sections[1] if not of_saving(s)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_durability_costs_is_counted_in_a_real_fit(tmp_path):
+    """One save and the journal of a run of the real door, in a fresh process."""
+    settings = [*SMALL_RUN, "trainer.max_steps=4", "callbacks.checkpoint.every_n_steps=2"]
+    found = saving.of_runs(settings, repeats=1)
+    assert found["steps"] == 4
+    assert found["saves"] >= 2
+    assert 0 < found["seconds"]["checksum"] < found["seconds"]["save"]
+    assert 0 < found["seconds"]["fsync"] < found["seconds"]["fit"]
+    assert found["cost"] > 0

@@ -23,6 +23,7 @@ from dpo_lab.results.estimates import mean
 from dpo_lab.results.report.drawing import Panel, Point, Series, panel
 from dpo_lab.results.report.marks import harmless
 from dpo_lab.results.report.page import page
+from dpo_lab.results.report.plane import spacing_of
 from dpo_lab.results.report.rows import effect
 from dpo_lab.results.report.scales import Scale, Spacing, around, nice, short, signed, spelled, without_outliers
 from dpo_lab.results.study import Arm
@@ -348,10 +349,19 @@ def test_names_beside_points_touch_neither_each_other_nor_what_is_drawn():
     assert len(boxes) >= 6
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
-            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+            assert a[2] + 4.9 <= b[0] or b[2] + 4.9 <= a[0] or a[3] <= b[1] or b[3] <= a[1]
     marks = [(float(x), float(y)) for x, y in re.findall(r'class="mark" cx="([\d.]+)" cy="([\d.]+)"', drawn)]
     assert len(marks) == 12
     assert not any(a[0] < x < a[2] and a[1] < y < a[3] for a in boxes for x, y in marks)
+
+
+def test_a_far_drift_leaves_the_small_ones_apart():
+    assert spacing_of("kl", 4.9) == (Spacing.linear, "")
+    assert spacing_of("kl", 40.0) == (Spacing.root, ", root scale")
+    assert spacing_of("gold_gain", 40.0) == (Spacing.linear, "")
+    scale = around([-0.01, 0.5, 100.0], Spacing.root)
+    assert scale is not None
+    assert 0 <= scale.place(-0.01) < scale.place(0.5) - 0.05 < scale.place(100.0) < 1
 
 
 def test_what_is_not_finite_is_a_gap_and_far_off_values_do_not_flatten_the_rest():

@@ -43,15 +43,15 @@ with loading():
 
 WORKERS = 2
 KINDS: Mapping[str, tuple[Callable[[Place], None], float]] = {  # and their shares of the time
-    "train": (trainings.one_process, 0.40),
-    "fit": (trainings.small, 0.12),
+    "train": (trainings.one_process, 0.38),
+    "fit": (trainings.small, 0.18),
     "clock-jumps": (trainings.wrong_clock, 0.08),
-    "2-ranks": (trainings.ranks, 0.12),
+    "2-ranks": (trainings.ranks, 0.10),
     "2-ranks-fresh": (trainings.fresh_ranks, 0.04),
     "disk-full": (trainings.full_disk, 0.06),
     "read-only": (trainings.read_only, 0.03),
-    "sweep": (sweeps.real, 0.06),
-    "sweep-stand-ins": (sweeps.stand_in, 0.06),
+    "sweep": (sweeps.real, 0.05),
+    "sweep-stand-ins": (sweeps.stand_in, 0.05),
     "two-sweeps": (sweeps.two_at_once, 0.03),
 }
 

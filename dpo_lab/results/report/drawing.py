@@ -15,6 +15,7 @@ from dpo_lab.results.report.scales import Scale, Spacing, around, without_outlie
 
 WIDTH, HEIGHT = 440, 290  # of a panel; px as long as the page has room
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 30, 44
+APART = 5  # px between names beside each other
 Interval = tuple[float, float]
 
 
@@ -101,7 +102,7 @@ class Frame:
             box = (left, y + down - 10, left + width, y + down + 3)
             inside = box[0] >= 0 and box[2] <= self.width and box[1] >= 0 and box[3] <= self.depth
             if inside and not any(_overlap(box, other) for other in self.taken):
-                self.taken.append(box)
+                self.taken.append((box[0] - APART, box[1], box[2] + APART, box[3]))
                 return x + right, y + down, anchor
         return None
 

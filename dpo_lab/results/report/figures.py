@@ -12,7 +12,7 @@ from dpo_lab.results.figures.curves import thinned
 from dpo_lab.results.report.drawing import Panel, Point, Series, panel
 from dpo_lab.results.report.lines import Drawing, legend_of, lines_of, look_of, there, told
 from dpo_lab.results.report.marks import GREY, LOOKS, swatch
-from dpo_lab.results.report.plane import against, reward_against_kl
+from dpo_lab.results.report.plane import against, reward_against_kl, spacing_of
 from dpo_lab.results.report.rows import Row, rows
 from dpo_lab.results.report.scales import Spacing
 from dpo_lab.results.study import Arm, Figure, Kind
@@ -98,7 +98,9 @@ def _along(collection: Collection, arms: Sequence[Arm], axis: str, metrics: Sequ
                     cloud += [(x, value) for value in values]
             shift = 5.0 * (number - (len(lines) - 1) / 2) if len(lines) <= LOOKS else 0.0
             series.append(Series(name, points, look_of(number), cloud=cloud, shift=shift))
-        panels.append(panel(Panel(metric, axis, series, Spacing.log if is_log else Spacing.linear, marks=shown)))
+        across = Spacing.log if is_log else Spacing.linear
+        up, how = spacing_of(metric, max((value for s in series for _, value in s.cloud), default=0.0))
+        panels.append(panel(Panel(f"{metric}{how}", axis, series, across, up, marks=shown)))
     return Drawing(f"{', '.join(metrics)} along {axis}", there(panels), legend_of(lines), _SEEDS)
 
 

@@ -53,8 +53,7 @@ def reward_against_kl(collection: Collection, arms: Sequence[Arm]) -> Drawing:
     most = max(high for s in series for p in s.points for high in (p.x, *(p.x_interval or ())))
     best, legend = _optimum(collection, max(1.0, most))
     reach = max(1.0, most) * 1.12
-    spacing = Spacing.root if most > WIDE_KL else Spacing.linear
-    how = ", root scale" if spacing is Spacing.root else ""
+    spacing, how = spacing_of(frontier.KL, most)
     x_from = Scale(0.0, reach, spacing)
     shown = panel(
         Panel(
@@ -74,6 +73,12 @@ def reward_against_kl(collection: Collection, arms: Sequence[Arm]) -> Drawing:
         "" if best else " No run kept candidates of the initial policy, so the optimum's line is not known here."
     )
     return Drawing("Reward against KL", [shown], [*legend_of(drawn), *legend], says + no_optimum)
+
+
+def spacing_of(metric: str, most: float) -> tuple[Spacing, str]:
+    """How an axis of a metric that goes up to `most` is laid out, and what its title says of that."""
+    is_root = metric == frontier.KL and most > WIDE_KL
+    return (Spacing.root, ", root scale") if is_root else (Spacing.linear, "")
 
 
 def _optimum(collection: Collection, most: float) -> tuple[list[Series], list[tuple[str, str]]]:
