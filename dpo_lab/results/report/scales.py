@@ -54,7 +54,7 @@ def around(values: Iterable[float], spacing: Spacing = Spacing.linear, room: flo
         return None
     low, high = min(known), max(known)
     if spacing is Spacing.root:
-        return Scale(min(low, 0.0), max(high, 1e-6) * (1 + 2 * room), spacing)
+        return Scale(0.0, max(high, 1e-6) * (1 + 2 * room), spacing)
     if spacing is Spacing.log:
         span = max(high / low, 1.5) ** room
         return Scale(low / span, high * span, spacing)
