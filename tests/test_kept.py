@@ -86,6 +86,21 @@ def test_a_kept_record_gives_the_same_verdicts_and_tables(tmp_path: Path):
     assert kept.text(kept.keep(again)) == path.read_text()  # and it can be kept again
 
 
+def test_arms_that_were_not_measured_alike_are_not_kept(tmp_path: Path):
+    study = example(tmp_path / "runs")
+    of = {"base": 48, "strong": 24}
+    runs = [
+        dataclasses.replace(run, record={**run.record, "config": {"evals": {"max_new_tokens": of.get(run.arm, 48)}}})
+        for run in study.runs
+    ]
+    uneven = dataclasses.replace(study, runs=runs)
+    with pytest.raises(
+        StudyError, match=r"not measured alike, evals.max_new_tokens is 48 in .*base.* and 24 in strong;"
+    ):
+        kept.write(uneven, tmp_path / "records")
+    assert not (tmp_path / "records").exists()
+
+
 def test_a_kept_record_is_small_one_run_a_line_and_names_no_place(tmp_path: Path):
     path = kept.write(example(tmp_path / "runs"), tmp_path)
     lines = path.read_text().splitlines()

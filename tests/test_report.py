@@ -253,6 +253,16 @@ def test_runs_older_than_the_prediction_are_exploratory(again, capsys):
     assert "*exploratory*" in said(capsys, again, "--markdown")
 
 
+def test_arms_that_were_not_measured_alike_are_named_first(again, capsys):
+    for length, run in zip((48, 7), [run for run in gather([again])[0].runs if run.is_done][::20], strict=False):
+        record = {**run.record, "config": {**run.record["config"], "evals": {"max_new_tokens": length}}}
+        (run.folder / "run.json").write_text(json.dumps(record))
+    assert "not measured alike, so not to be compared: evals.max_new_tokens is" in said(capsys, again)
+    text = Parsed((again / "report.html").read_text()).text
+    assert text.index("not measured alike") < text.index("Verdict")
+    assert "**Not measured alike:**" in said(capsys, again, "--markdown")
+
+
 def test_a_kept_record_is_reported_on_as_well(folder, tmp_path, capsys):
     said(capsys, folder, "--keep", tmp_path / "records")
     (record,) = (tmp_path / "records").iterdir()

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from dpo_lab import config
 from dpo_lab.results import verdicts
+from dpo_lab.results.facts import RULERS
 from dpo_lab.results.study import Direction, Study, StudyError
 from dpo_lab.studies.file import read
 from dpo_lab.studies.record import StudyRun
@@ -94,6 +96,19 @@ def test_every_kind_of_arm_in_the_collection_composes():
     with initialize_config_dir(config.conf_dir(), version_base="1.3"):
         for overrides in kinds.values():
             config.validate(compose("train", overrides))
+
+
+def test_arms_of_a_study_are_measured_alike():
+    config.register()
+    with initialize_config_dir(config.conf_dir(), version_base="1.3"):
+        for path, budget in BUDGETS:
+            kinds = {
+                frozenset(o for o in arm.overrides if o.startswith(("data", "evals")))
+                for arm in read(path, budget).arms
+            }
+            composed = [compose("train", sorted(kind)) for kind in kinds]
+            evals = [OmegaConf.to_container(each.evals, resolve=True) for each in composed]
+            assert len({json.dumps([each[name] for name in RULERS]) for each in evals}) == 1, (path.stem, budget)
 
 
 def test_a_sweep_is_short_for_arms(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +16,12 @@ from dpo_lab.results.examples import EXAMPLES, read
 from dpo_lab.results.health import RULES
 from dpo_lab.results.study import EXPRESSION, Arm, Study
 
+RULERS = (
+    "samples",
+    "max_new_tokens",
+    "texts",
+    "judge",
+)  # of `evals`: what figures of two runs can't be compared across
 FINDINGS = tuple(rule.name.replace(" ", "_") for rule in RULES)  # what `health/` may be followed by
 
 
@@ -138,6 +144,21 @@ class Collection:
         """Whether runs of a study were made before what it predicts was registered."""
         return self.study is not None and any(run.is_done and not run.is_own for run in self.runs)
 
+    @property
+    def unlike(self) -> list[str]:
+        """Settings by which the runs that are done were not all measured alike, each in a sentence."""
+        told = []
+        for name in RULERS:
+            arms: dict[str, list[str]] = {}
+            for run in self.runs:
+                measured = run.record.get("config", {}).get("evals", {})
+                if run.is_done and name in measured:
+                    arms.setdefault(json.dumps(measured[name], sort_keys=True), []).append(run.arm)
+            if len(arms) > 1:
+                parts = (f"{value} in {_some(dict.fromkeys(names))}" for value, names in arms.items())
+                told.append(f"evals.{name} is {' and '.join(parts)}")
+        return told
+
     def run(self, arm: str, seed: int) -> RunFacts | None:
         return next((run for run in self.runs if run.arm == arm and run.seed == seed), None)
 
@@ -167,6 +188,12 @@ class Collection:
 
     def _costs(self) -> dict[Path, float]:
         return {run.folder: run.value("seconds") for run in self.runs if run.is_done and run.record.get("seconds")}
+
+
+def _some(names: Iterable[str], at_most: int = 3) -> str:
+    first = list(names)
+    left = len(first) - at_most
+    return ", ".join(first[:at_most]) + (f" and {left} other arms" if left > 0 else "")
 
 
 def assembled(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequence[RunFacts]) -> Collection:

@@ -26,9 +26,11 @@ ORIGIN = ("versions", "git")
 
 
 def keep(collection: Collection) -> dict[str, Any]:
-    """What is kept of a study. Raises StudyError where the collection is of none."""
+    """What is kept of a study. Raises StudyError where the collection is of none, or its arms were not measured alike."""
     if collection.study is None:
         raise StudyError(f"{collection.title}: no study; type the folder of one, outputs/studies/NAME/BUDGET")
+    for text in collection.unlike:
+        raise StudyError(f"{collection.title}: not measured alike, {text}; run the study again with one setting of it")
     names = sorted({name for run in collection.runs for name in run.metrics})
     origins: list[Any] = []
     runs = [_kept(run, names, origins) for run in collection.runs]

@@ -127,6 +127,7 @@ def _part(collection: Collection, folder: Path, asked: Sequence[str]) -> Part:
 def _chips(collection: Collection) -> list[str]:
     record = collection.record
     chips = ["exploratory"] if collection.is_exploratory else []
+    chips += ["not measured alike"] if collection.unlike else []
     if record.get("budget"):
         chips.append(f"budget {record['budget']}")
     if record.get("status") not in (None, "done"):
@@ -138,8 +139,13 @@ def _chips(collection: Collection) -> list[str]:
 def _about(collection: Collection) -> list[tuple[str, str]]:
     """What was asked, and when what was predicted."""
     study = collection.study
+    unlike = [("not measured alike", text) for text in collection.unlike]
     if study is None:
-        return [("runs of", collection.title), ("baseline", collection.baseline or "none; type --baseline ARM")]
+        return [
+            ("runs of", collection.title),
+            ("baseline", collection.baseline or "none; type --baseline ARM"),
+            *unlike,
+        ]
     since, others = numbers.registered(collection.record, study.digest())
     when = since or "never: this is not what was registered"
     if others:
@@ -150,7 +156,7 @@ def _about(collection: Collection) -> list[tuple[str, str]]:
         arms = dict.fromkeys(run.arm for run in early)
         told = f": {'; '.join(arms)}" if len(arms) <= 4 else ""
         about.append(("exploratory", f"{len(early)} runs were begun before this prediction stood{told}"))
-    return [(name, text) for name, text in about if text]
+    return [(name, text) for name, text in [*about, *unlike] if text]
 
 
 def _answer(prediction: Prediction, verdict: Verdict) -> Answer:

@@ -37,6 +37,8 @@ def show(console: Console, collection: Collection, metrics: Sequence[str]) -> No
         for prediction, verdict in judged:
             if verdict.note:
                 _say(console, f"  {prediction.says}: {verdict.note}", "yellow")
+    for text in collection.unlike:
+        _say(console, f"not measured alike, so not to be compared: {text}", "bold red")
     arms = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     _columns(arms, ARMS)
     for metric, measured in numbers.figures(collection, numbers.metrics_of(collection, metrics)).items():
@@ -60,6 +62,7 @@ def markdown(collection: Collection, metrics: Sequence[str]) -> str:
         label = ", *exploratory*" if collection.is_exploratory else ""
         lines += [f"**{effects.overall(judged)}**{label}", ""]
         lines += [*markdown_table(VERDICTS, [_told(_verdict(*each)) for each in judged]), ""]
+    lines += [f"**Not measured alike:** {_inline(text)}\n" for text in collection.unlike]
     for metric, measured in numbers.figures(collection, numbers.metrics_of(collection, metrics)).items():
         rows = [_told(_arm(of, collection.baseline)) for of in measured]
         lines += [f"### {_inline(metric)}", "", *markdown_table(ARMS, rows), ""]
