@@ -146,6 +146,17 @@ def test_the_results_are_derived_from_the_records_and_a_number_typed_by_hand_fai
         verdicts.check_results(tmp_path / "records", results)
 
 
+def test_a_budget_other_than_the_full_one_stands_after_it_under_its_name(tmp_path: Path):
+    study = example(tmp_path / "runs")
+    for budget in ("cheap", "full"):
+        kept.write(dataclasses.replace(study, record={**study.record, "budget": budget}), tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["example-cheap.json", "example.json"]
+    verdicts.write_results(tmp_path, tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.index("\n## An example\n") < text.index("\n## An example (budget cheap)\n")
+    assert text.index("| An example |") < text.index("| An example (budget cheap) |")
+
+
 def test_a_changed_record_changes_the_results(tmp_path: Path):
     path = kept.write(example(tmp_path / "runs"), tmp_path)
     verdicts.write_results(tmp_path, tmp_path / "RESULTS.md")

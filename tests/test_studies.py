@@ -137,6 +137,11 @@ def test_a_budget_leaves_out_predictions_about_arms_that_it_leaves_out(tmp_path)
     assert [len(read(path, budget).predictions) for budget in ("full", "quick")] == [2, 1]
 
 
+def test_what_was_found_is_told_under_the_budget_that_found_it(tmp_path):
+    path = written(tmp_path, found="Much.", budgets={"full": {"seeds": [0]}, "far": {"seeds": [0], "found": "Little."}})
+    assert [read(path, budget).found for budget in ("full", "far")] == ["Much.", "Little."]
+
+
 PREDICTION = SMALL["predictions"][0]  # type: ignore[index]
 
 

@@ -64,7 +64,9 @@ def results(studies: Sequence[Collection]) -> str:
     for study, found in judged:
         done = (run for run in study.runs if run.is_done and run.record.get("seconds"))
         taken |= {run.folder: run.value("seconds") for run in done}
-        rows.append((study.title, _word(study, found), date(study), str(len(study.seeds)), _hours(study.cpu_seconds())))
+        rows.append(
+            (_title(study), _word(study, found), date(study), str(len(study.seeds)), _hours(study.cpu_seconds()))
+        )
     total = f"All studies took {_hours(math.fsum(taken.values()))} of CPU; a run that several share is counted once."
     index = _table(("study", "verdict", "date", "seeds", "CPU"), rows)
     sections = [line for study, found in judged for line in ["", *_section(study, found)]]
@@ -103,7 +105,17 @@ def _read(records: Path) -> list[Collection]:
     found = [kept.read(path) for path in sorted(records.glob("*.json"))]
     if not found:
         raise StudyError(f"{records}: holds no kept record; keep a study's first, with --keep {records}")
-    return found
+    return sorted(found, key=lambda study: (study.study.name if study.study else "", bool(_budget(study))))
+
+
+def _budget(study: Collection) -> str:
+    """Of another budget than the full one its name."""
+    budget = study.record.get("budget") or "full"
+    return "" if budget == "full" else budget
+
+
+def _title(study: Collection) -> str:
+    return f"{study.title} (budget {budget})" if (budget := _budget(study)) else study.title
 
 
 def _section(collection: Collection, judged: Sequence[tuple[Prediction, stats.Verdict]]) -> list[str]:
@@ -116,7 +128,7 @@ def _section(collection: Collection, judged: Sequence[tuple[Prediction, stats.Ve
         *([f"commit {', '.join(commits)}"] if commits else []),
     ]
     parts = [
-        f"## {_plain(study.title)}",
+        f"## {_plain(_title(collection))}",
         "",
         *([f"    {record['command']}", ""] if record.get("command") else []),
         f"{'; '.join(facts)}.",

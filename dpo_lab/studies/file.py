@@ -38,12 +38,13 @@ class ArmSpec:
 @dataclass
 class Budget:
     """How much a study may cost. settings: overrides of every arm; arms: only these arms or groups; predictions that need
-    another are left out.
+    another are left out; found: what came out under this budget, of `full` it stands in the study's own `found`.
     """
 
     seeds: list[int] = MISSING
     settings: list[str] = field(default_factory=list)
     arms: list[str] = field(default_factory=list)
+    found: str = ""
 
 
 @dataclass
@@ -134,7 +135,7 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
         seeds=list(chosen.seeds if seeds is None else seeds),
         metrics=file.metrics,
         figures=file.figures,
-        found=file.found.strip() if budget == "full" else "",
+        found=(file.found if budget == "full" else chosen.found).strip(),
     )
     check(made)
     return made
