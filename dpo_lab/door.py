@@ -23,8 +23,8 @@ from dpo_lab.data.rows import BadData
 from dpo_lab.results import hparams, runs
 from dpo_lab.results.files import trouble_of_disk
 from dpo_lab.results.secrets import redact_text
-from dpo_lab.stop import Stopped, raise_on_signals
-from dpo_lab.supervisor import tell_supervisor
+from dpo_lab.stop import Stopped, end_on_signals, raise_on_signals
+from dpo_lab.supervisor import tell_of_stop, tell_supervisor
 from dpo_lab.sweep import cell, sweeper
 from dpo_lab.sweep.plan import AsRecord
 from dpo_lab.targets import TargetRefused, only_plugins
@@ -34,7 +34,7 @@ def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) 
     """Call a Hydra main. Exit code: 0 done, 1 failed, 2 refused before anything was done, 130 interrupted, 143 preempted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print: we print it, in one line
     sys.excepthook = _show
-    raise_on_signals()
+    raise_on_signals(tell_of_stop)
     sweeper.register(as_record)
     try:
         with only_plugins():
@@ -51,6 +51,8 @@ def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) 
         if (line := trouble_of_disk(error)) is None:
             raise
         return _complain(line, 1)
+    finally:
+        end_on_signals()
     return 0
 
 
@@ -76,7 +78,7 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float |
         tell_supervisor(redact_text(f"{type(error).__name__}: {error}"), 1)
         sys.exit(_complain(str(error), 1))
     except Stopped as stopped:
-        tell_supervisor(f"stopped by {stopped}", stopped.exit_code)
+        tell_of_stop(stopped)  # between two steps no signal handler did
         raise
     except Exception as error:
         line = trouble_of_disk(error)

@@ -28,15 +28,23 @@ class Stopped(BaseException):
         return 128 + self.signum
 
 
-def raise_on_signals() -> None:
-    """From now on SIGTERM and SIGINT raise Stopped in this process's main thread."""
+def raise_on_signals(tell: Callable[[Stopped], None] = lambda stopped: None) -> None:
+    """From now on SIGTERM and SIGINT raise Stopped in this process's main thread, after `tell` was called with it."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is still written is not to be cut short
+        stopped = Stopped(signum)
+        tell(stopped)
+        raise stopped
+
     for signum in ASKING:
-        signal.signal(signum, _raise)
+        signal.signal(signum, stop)
 
 
-def _raise(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is still written is not to be cut short
-    raise Stopped(signum)
+def end_on_signals() -> None:
+    """From now on SIGTERM and SIGINT end this process without a word: its work is done, and all that is left is its exit."""
+    for signum in ASKING:
+        signal.signal(signum, signal.SIG_DFL)
 
 
 class StopRequest:
@@ -80,7 +88,7 @@ class StopRequest:
             if handler is not None:
                 handler(signum, None)
         if signal.SIGTERM in self._before:
-            self._before[signal.SIGTERM] = signal.SIG_IGN  # as in _raise
+            self._before[signal.SIGTERM] = signal.SIG_IGN  # as in raise_on_signals
         raise Stopped(signum)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from dpo_lab.stop import ASKING, REQUEUE, StopRequest
+from dpo_lab.stop import ASKING, REQUEUE, Stopped, StopRequest
 
 ERROR_FILE = "DPO_LAB_ERROR_FILE"  # the variable that says where a rank tells its supervisor what went wrong
 ENDS = {code for signum in ASKING for code in (128 + signum, -signum)}  # exit codes of a process that was asked to stop
@@ -47,12 +47,19 @@ class Ended:
 def tell_supervisor(error: str, code: int) -> None:
     """In a rank that is about to end with exit code `code` other than 0: tell its supervisor why, before any clean-up.
 
-    The first rank to tell is the culprit, however long its clean-up takes. One that was asked to stop tells it too. Of
-    `error` the first line is kept. Where there is no supervisor nothing happens.
+    The first rank to tell is the culprit, however long its clean-up takes. Of `error` the first line is
+    kept. Where there is no supervisor nothing happens, nor on a full disk.
     """
     path = os.environ.get(ERROR_FILE)
-    if path is not None and error.strip() and not os.path.exists(path):
+    if path is None or not error.strip() or os.path.exists(path):
+        return
+    with suppress(OSError):
         Path(path).write_text(f"{time.monotonic()} {code} {error.strip().splitlines()[0]}")
+
+
+def tell_of_stop(stopped: Stopped) -> None:
+    """The same, in a rank that was asked to stop: before its connections close, so that no peer tells of those first."""
+    tell_supervisor(f"stopped by {stopped}", stopped.exit_code)
 
 
 class Asked(StopRequest):

@@ -35,7 +35,7 @@ RANK = """
 import json, os, signal, socket, subprocess, sys, time
 from dpo_lab.launch import PARENT, die_with_parent, rank
 from dpo_lab.stop import StopRequest, Stopped, raise_on_signals
-from dpo_lab.supervisor import tell_supervisor
+from dpo_lab.supervisor import tell_of_stop, tell_supervisor
 
 went = []
 signal.signal(signal.SIGUSR1, lambda *_: went.append(True))  # no mask: one of numpy's threads would take it, and die of it
@@ -127,6 +127,21 @@ def tells():
     tell_supervisor("ValueError: boom\\nsecond line", 1)
     say("told")
     signal.pause()  # a long clean-up
+
+def tells_and_ends():
+    ready()
+    go()
+    tell_supervisor("RuntimeError: connection closed by peer", 1)
+    sys.exit(1)
+
+def takes_long_to_stop():
+    raise_on_signals(tell_of_stop)
+    ready()
+    try:
+        signal.pause()
+    finally:
+        say("stopping")
+        go()
 
 def ends():
     ready()

@@ -63,7 +63,8 @@ def test_a_disk_that_takes_nothing_ends_a_run_and_a_sweep_with_one_line(error, l
     with pytest.raises(SystemExit) as ended:
         settle(OmegaConf.create(), lambda settings: None)
     assert (ended.value.code, capsys.readouterr().err) == (1, line)
-    monkeypatch.setattr("dpo_lab.door.raise_on_signals", lambda: None)
+    monkeypatch.setattr("dpo_lab.door.raise_on_signals", lambda tell: None)
+    monkeypatch.setattr("dpo_lab.door.end_on_signals", lambda: None)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # both are put back as they were
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert (open_door(fail), capsys.readouterr().err) == (1, line)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_lab.stop import Stopped, raise_on_signals
+from dpo_lab.stop import Stopped, end_on_signals, raise_on_signals
 from tests import small_fit
 
 
@@ -20,6 +20,8 @@ def main(folder: Path) -> int:
         small_fit.run(folder)
     except Stopped as stopped:
         return stopped.exit_code
+    finally:
+        end_on_signals()
     return 0
 
 

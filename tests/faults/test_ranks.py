@@ -99,6 +99,17 @@ def test_07_a_rank_that_stops_alone_takes_the_stuck_one_with_it(tmp_path, monkey
         os.close(child)
 
 
+def test_07_of_one_that_stops_alone_the_others_lost_connection_is_not_the_cause(tmp_path):
+    """It takes long over it, and the other one fails and ends before."""
+    with Group(tmp_path / "run", "takes_long_to_stop", "tells_and_ends") as group:
+        os.kill(group.pids[0], signal.SIGTERM)
+        group.post.next("stopping")
+        group.go(1)
+        code, output, _ = group.gone()
+    assert code == 143
+    assert json.loads(output) == {"code": 143, "culprit": 0, "error": "rank 0: stopped by SIGTERM"}
+
+
 def test_07_what_fails_while_it_stops_is_shown(tmp_path):
     with Group(tmp_path / "run", "agrees", "fails_to_save") as group:
         group.supervisor.send_signal(signal.SIGTERM)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +21,7 @@ from dpo_lab.training.checkpoint import CheckpointError, VerifiedCheckpointIO, d
 from dpo_lab.training.finite import NotFinite
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.optim import Optim
+from tests.conftest import REPOSITORY
 from tests.kill_points import told
 from tests.small_fit import IGNORED, PAIRS, STEPS, Leave, LeaveAt, cut, difference, left, run, saved
 
@@ -41,6 +44,14 @@ class Signal(Callback):
         if trainer.global_step == self.step and validating is self.validating:
             for signum in self.signums:
                 os.kill(os.getpid(), signum)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_06_asked_to_stop_when_all_is_done_it_ends_without_a_word(signum):
+    late = f"import atexit, os; atexit.register(os.kill, os.getpid(), {int(signum)})"
+    script = f"import sys; from dpo_lab import door; {late}; sys.exit(door.open_door(lambda: None))"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signum, "", "")
 
 
 @pytest.fixture
