@@ -20,6 +20,7 @@ from dpo_lab import report
 from dpo_lab.results import effects, journal, kept
 from dpo_lab.results.collection import gather
 from dpo_lab.results.estimates import mean
+from dpo_lab.results.report import figures
 from dpo_lab.results.report.drawing import Panel, Point, Series, panel
 from dpo_lab.results.report.marks import harmless
 from dpo_lab.results.report.page import page
@@ -372,6 +373,16 @@ def test_a_far_drift_leaves_the_small_ones_apart():
     scale = around([-30.0, 0.5, 100.0], Spacing.root)  # what reaches below 0, as an interval may, stands on the floor
     assert scale is not None
     assert scale.place(0.0) == 0 < scale.place(0.5) - 0.05 < scale.place(100.0) < 1
+
+
+def test_what_was_logged_once_is_a_point_in_the_learning_curves(folder):
+    (collection,) = gather([folder])
+    column = "val/rewards/accuracies"
+    logged = lambda arm: [(seed, [{"step": 80, column: 0.5 + 0.1 * seed}]) for seed in (0, 1)]  # noqa: E731
+    drawing = figures.learning(collection, logged)
+    assert drawing is not None
+    (drawn,) = drawing.panels
+    assert drawn.count('class="mark"') == len(collection.arms)
 
 
 def test_what_is_not_finite_is_a_gap_and_far_off_values_do_not_flatten_the_rest():

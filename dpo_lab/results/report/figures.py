@@ -148,7 +148,13 @@ def _curves(collection: Collection, arms: Sequence[Arm], columns: Sequence[str],
             _, high, _ = thinned(steps, [max(by_step[s]) for s in steps])
             most = max(most, of_each)
             look = look_of(number)
-            band = list(zip(x, low, high, strict=True)) if look != GREY else []
+            spans = list(zip(low, high, strict=True))
+            if len(x) == 1:  # no line: what was logged once stands there as a point
+                shift = 5.0 * (number - (len(ordered) - 1) / 2) if len(ordered) <= LOOKS else 0.0
+                points = [Point(x[0], y[0], y_interval=spans[0])]
+                series.append(Series(arm.name, points, look, shift=shift))
+                continue
+            band = [(at, *span) for at, span in zip(x, spans, strict=True)] if look != GREY else []
             points = [Point(a, b) for a, b in zip(x, y, strict=True)]
             series.append(Series(arm.name, points, look, has_markers=False, band=band))
         panels.append(panel(Panel(column, "optimizer steps", series[::-1])))
