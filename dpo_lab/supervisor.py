@@ -47,8 +47,8 @@ class Ended:
 def tell_supervisor(error: str, code: int) -> None:
     """In a rank that is about to end with exit code `code` other than 0: tell its supervisor why, before any clean-up.
 
-    The first rank to tell is the culprit, however long its clean-up takes. Of `error` the first line is
-    kept. Where there is no supervisor nothing happens, nor on a full disk.
+    The first rank to tell is the culprit, however long its clean-up takes. Of `error` the first line is kept.
+    Where there is no supervisor nothing happens, nor on a full disk.
     """
     path = os.environ.get(ERROR_FILE)
     if path is None or not error.strip() or os.path.exists(path):

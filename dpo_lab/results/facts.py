@@ -16,12 +16,8 @@ from dpo_lab.results.examples import EXAMPLES, read
 from dpo_lab.results.health import RULES
 from dpo_lab.results.study import EXPRESSION, Arm, Study
 
-RULERS = (
-    "samples",
-    "max_new_tokens",
-    "texts",
-    "judge",
-)  # of `evals`: what figures of two runs can't be compared across
+# of `evals`: what figures of two runs can't be compared across
+RULERS = ("samples", "max_new_tokens", "texts", "judge")
 FINDINGS = tuple(rule.name.replace(" ", "_") for rule in RULES)  # what `health/` may be followed by
 
 

@@ -102,20 +102,16 @@ def chance(p: float | None) -> str:
 
 
 def _read(records: Path) -> list[Collection]:
-    found = [kept.read(path) for path in sorted(records.glob("*.json"))]
+    found = [kept.read(path) for path in sorted(records.glob("*.json"), key=lambda path: path.stem)]
     if not found:
         raise StudyError(f"{records}: holds no kept record; keep a study's first, with --keep {records}")
-    return sorted(found, key=lambda study: (study.study.name if study.study else "", bool(_budget(study))))
-
-
-def _budget(study: Collection) -> str:
-    """Of another budget than the full one its name."""
-    budget = study.record.get("budget") or "full"
-    return "" if budget == "full" else budget
+    return found
 
 
 def _title(study: Collection) -> str:
-    return f"{study.title} (budget {budget})" if (budget := _budget(study)) else study.title
+    """With its budget, if that is not the full one."""
+    budget = study.record.get("budget")
+    return study.title if budget in ("full", None) else f"{study.title} (budget {budget})"
 
 
 def _section(collection: Collection, judged: Sequence[tuple[Prediction, stats.Verdict]]) -> list[str]:

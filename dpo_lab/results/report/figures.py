@@ -96,7 +96,7 @@ def _along(collection: Collection, arms: Sequence[Arm], axis: str, metrics: Sequ
                         Point(x, estimate.value, told(arm.name, metric, estimate), y_interval=estimate.interval)
                     )
                     cloud += [(x, value) for value in values]
-            shift = 5.0 * (number - (len(lines) - 1) / 2) if len(lines) <= LOOKS else 0.0
+            shift = _beside(number, len(lines))
             series.append(Series(name, points, look_of(number), cloud=cloud, shift=shift))
         across = Spacing.log if is_log else Spacing.linear
         up, how = spacing_of(metric, max((value for s in series for _, value in s.cloud), default=0.0))
@@ -129,6 +129,11 @@ def _by_arm(collection: Collection, arms: Sequence[Arm], metrics: Sequence[str])
     return Drawing(f"{', '.join(metrics)} by arm", there(panels), legend, _SEEDS + dashed)
 
 
+def _beside(number: int, of: int) -> float:
+    """px to the right of its place, so that lines of the same x stand apart; where there are too many, they do not."""
+    return 5.0 * (number - (of - 1) / 2) if of <= LOOKS else 0.0
+
+
 def _curves(collection: Collection, arms: Sequence[Arm], columns: Sequence[str], journals: Journals) -> Drawing:
     ordered = sorted(arms, key=lambda arm: arm.name != collection.baseline)
     panels, names, most = [], [arm.name for arm in ordered], 1
@@ -150,9 +155,8 @@ def _curves(collection: Collection, arms: Sequence[Arm], columns: Sequence[str],
             look = look_of(number)
             spans = list(zip(low, high, strict=True))
             if len(x) == 1:  # no line: what was logged once stands there as a point
-                shift = 5.0 * (number - (len(ordered) - 1) / 2) if len(ordered) <= LOOKS else 0.0
                 points = [Point(x[0], y[0], y_interval=spans[0])]
-                series.append(Series(arm.name, points, look, shift=shift))
+                series.append(Series(arm.name, points, look, shift=_beside(number, len(ordered))))
                 continue
             band = [(at, *span) for at, span in zip(x, spans, strict=True)] if look != GREY else []
             points = [Point(a, b) for a, b in zip(x, y, strict=True)]

@@ -103,7 +103,7 @@ def _part(collection: Collection, folder: Path, asked: Sequence[str]) -> Part:
         title=collection.title,
         word=effects.overall(judged) if judged else "",
         chips=_chips(collection),
-        about=_about(collection),
+        about=[*_about(collection), *(("not measured alike", text) for text in collection.unlike)],
         found=[each for each in (study.found if study else "").split("\n\n") if each.strip()],
         answers=[_answer(prediction, verdict) for prediction, verdict in judged],
         asked=figures.asked(collection, metrics, journals),
@@ -139,13 +139,8 @@ def _chips(collection: Collection) -> list[str]:
 def _about(collection: Collection) -> list[tuple[str, str]]:
     """What was asked, and when what was predicted."""
     study = collection.study
-    unlike = [("not measured alike", text) for text in collection.unlike]
     if study is None:
-        return [
-            ("runs of", collection.title),
-            ("baseline", collection.baseline or "none; type --baseline ARM"),
-            *unlike,
-        ]
+        return [("runs of", collection.title), ("baseline", collection.baseline or "none; type --baseline ARM")]
     since, others = numbers.registered(collection.record, study.digest())
     when = since or "never: this is not what was registered"
     if others:
@@ -156,7 +151,7 @@ def _about(collection: Collection) -> list[tuple[str, str]]:
         arms = dict.fromkeys(run.arm for run in early)
         told = f": {'; '.join(arms)}" if len(arms) <= 4 else ""
         about.append(("exploratory", f"{len(early)} runs were begun before this prediction stood{told}"))
-    return [(name, text) for name, text in [*about, *unlike] if text]
+    return [(name, text) for name, text in about if text]
 
 
 def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
