@@ -23,7 +23,7 @@ from dpo_lab.data.rows import BadData
 from dpo_lab.results import hparams, runs
 from dpo_lab.results.files import trouble_of_disk
 from dpo_lab.results.secrets import redact_text
-from dpo_lab.stop import Stopped, end_on_signals, raise_on_signals
+from dpo_lab.stop import Stopped, end_on_signals, raise_on_signals, stop_is_the_cause
 from dpo_lab.supervisor import tell_of_stop, tell_supervisor
 from dpo_lab.sweep import cell, sweeper
 from dpo_lab.sweep.plan import AsRecord
@@ -37,7 +37,7 @@ def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) 
     raise_on_signals(tell_of_stop)
     sweeper.register(as_record)
     try:
-        with only_plugins():
+        with only_plugins(), stop_is_the_cause():
             door()
     except config.ConfigErrors as error:
         return _complain(config.explain(error), 2)
@@ -64,8 +64,9 @@ def settle(cfg: DictConfig, body: Callable[[config.RunConfig], None]) -> float |
     """
     is_cell = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        settings = config.validate(cfg)
-        body(settings)
+        with stop_is_the_cause():
+            settings = config.validate(cfg)
+            body(settings)
         return cell.value(settings.objective) if is_cell else None
     except (config.ConfigError, runs.RunRefused, BadData, NoTemplate) as error:
         if is_cell:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -39,6 +40,23 @@ def raise_on_signals(tell: Callable[[Stopped], None] = lambda stopped: None) -> 
 
     for signum in ASKING:
         signal.signal(signum, stop)
+
+
+@contextmanager
+def stop_is_the_cause() -> Iterator[None]:
+    """Inside it an error that came of a Stopped is that Stopped: a library that tidies up what was cut short may stumble.
+
+    But for errors of the operating system: a disk that is full while work is put in safety is news.
+    """
+    try:
+        yield
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None and not isinstance(link, (OSError, Stopped)):
+            link = link.__context__
+        if isinstance(link, Stopped):
+            raise Stopped(link.signum) from None
+        raise
 
 
 def end_on_signals() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 from dpo_lab import door
 from dpo_lab.core.pairs import EncodedPair
@@ -37,6 +38,15 @@ def pytest_collection():
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def event_files_in_order():
+    """TensorBoard sorts files by name: time in seconds, process, number. Of starts in one process the numbers count.
+
+    They must be of as many digits.
+    """
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(10_000)
 
 
 @pytest.fixture(scope="session")

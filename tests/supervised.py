@@ -42,6 +42,9 @@ signal.signal(signal.SIGUSR1, lambda *_: went.append(True))  # no mask: one of n
 def go():
     while not went:
         time.sleep(0.005)
+def stay():  # not signal.pause: a signal that comes just before it is waited for in vain
+    while True:
+        time.sleep(0.005)
 
 die_with_parent(signal.SIGKILL, int(os.environ[PARENT]))
 raise_on_signals()
@@ -88,8 +91,7 @@ def is_stuck():
     signal.signal(signal.SIGTERM, lambda *_: say("asked"))
     signal.signal(signal.SIGINT, lambda *_: say("asked"))
     ready()
-    while True:
-        signal.pause()
+    stay()
 
 def is_stopped():
     ready()
@@ -98,8 +100,7 @@ def is_stopped():
 
 def waits():
     ready()
-    while True:
-        signal.pause()
+    stay()
 
 def raises():
     ready()
@@ -126,7 +127,7 @@ def tells():
     go()
     tell_supervisor("ValueError: boom\\nsecond line", 1)
     say("told")
-    signal.pause()  # a long clean-up
+    stay()  # a long clean-up
 
 def tells_and_ends():
     ready()
@@ -136,9 +137,9 @@ def tells_and_ends():
 
 def takes_long_to_stop():
     raise_on_signals(tell_of_stop)
-    ready()
     try:
-        signal.pause()
+        ready()
+        stay()
     finally:
         say("stopping")
         go()

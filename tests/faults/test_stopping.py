@@ -54,6 +54,39 @@ def test_06_asked_to_stop_when_all_is_done_it_ends_without_a_word(signum):
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signum, "", "")
 
 
+CUT_SHORT = """
+import errno, os, signal, sys
+from omegaconf import OmegaConf, open_dict
+from dpo_lab import config, door
+def in_a_library():
+    cfg = OmegaConf.create({"run": {}})
+    with open_dict(cfg):
+        assert cfg.get("name") is None
+        cfg.__dict__["_content"]["run"] = None  # as it is for a moment while a key is set; open_dict stumbles over it
+        os.kill(os.getpid(), signal.SIGTERM)
+def in_safety():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        raise OSError(errno.ENOSPC, "No space left on device", "run.json")
+config.validate = lambda cfg: cfg
+work = globals()[sys.argv[1]]
+sys.exit(door.open_door(work if sys.argv[2] == "composing" else lambda: door.settle(OmegaConf.create(), lambda _: work())))
+"""
+
+
+@pytest.mark.parametrize("when", ["composing", "running"])
+@pytest.mark.parametrize(
+    ("where", "code", "said"), [("in_a_library", 143, ""), ("in_safety", 1, "No space left on device")]
+)
+def test_06_what_stumbles_because_it_was_cut_short_is_no_error_but_a_full_disk_is(where, code, said, when):
+    command = [sys.executable, "-c", CUT_SHORT, where, when]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert said in ended.stderr
+    assert len(ended.stderr.splitlines()) == bool(said), ended.stderr
+
+
 @pytest.fixture
 def as_a_run_hears_signals() -> Iterator[None]:
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
