@@ -28,6 +28,7 @@ def drawn(plan: Plan) -> dict[str, bytes]:
     """The figure as a file of each kind, `png` and `svg`; the user's own matplotlib settings play no part."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -45,10 +46,9 @@ def drawn(plan: Plan) -> dict[str, bytes]:
                 "legend.fontsize": 8,
             }
         )
-        figure = Figure(figsize=plan.size, dpi=150, layout="constrained")
+        figure = Figure(figsize=plan.size, dpi=150)
         plan.draw(figure)
-        figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]
-        figure.set_layout_engine("none")  # it is laid out now, once for both kinds
+        ConstrainedLayoutEngine().execute(figure)  # once for both kinds; a figure that has an engine draws all twice
         files = {kind: io.BytesIO() for kind in METADATA}
         for kind, file in files.items():
             figure.savefig(file, format=kind, dpi=figure.dpi, metadata=METADATA[kind])
