@@ -34,10 +34,10 @@ def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) 
     """Call a Hydra main. Exit code: 0 done, 1 failed, 2 refused before anything was done, 130 interrupted, 143 preempted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print: we print it, in one line
     sys.excepthook = _show
-    raise_on_signals(tell_of_stop)
-    sweeper.register(as_record)
     try:
+        raise_on_signals(tell_of_stop)
         with only_plugins(), stop_is_the_cause():
+            sweeper.register(as_record)
             door()
     except config.ConfigErrors as error:
         return _complain(config.explain(error), 2)

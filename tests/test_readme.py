@@ -55,6 +55,8 @@ def test_python_commands_run(command, folder):
         arguments = [re.sub(r"^(seed|beta|\+ablation)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
     if module == "dpo_lab.study":  # many cells: what they would be; tests/test_studies.py runs them
         arguments = [argument for argument in arguments if not argument.startswith(("launcher", "hydra"))] + ["--plan"]
+        if not any(argument.startswith("budget=") for argument in arguments):
+            arguments.append("budget=quick")
     if module in ("dpo_lab.evaluate", "dpo_lab.report") and "--results" not in arguments:
         # the reader's first run, whose folder is named by the settings that make it small
         if not list(folder.glob("outputs/dpo/*/seed=0/policy")):

@@ -58,6 +58,7 @@ CUT_SHORT = """
 import errno, os, signal, sys
 from omegaconf import OmegaConf, open_dict
 from dpo_lab import config, door
+from dpo_lab.sweep import sweeper
 def in_a_library():
     cfg = OmegaConf.create({"run": {}})
     with open_dict(cfg):
@@ -70,12 +71,14 @@ def in_safety():
     finally:
         raise OSError(errno.ENOSPC, "No space left on device", "run.json")
 config.validate = lambda cfg: cfg
-work = globals()[sys.argv[1]]
-sys.exit(door.open_door(work if sys.argv[2] == "composing" else lambda: door.settle(OmegaConf.create(), lambda _: work())))
+work, when = globals()[sys.argv[1]], sys.argv[2]
+if when == "finding plugins":
+    sweeper.register = lambda as_record: work()
+sys.exit(door.open_door(work if when == "composing" else lambda: door.settle(OmegaConf.create(), lambda _: work())))
 """
 
 
-@pytest.mark.parametrize("when", ["composing", "running"])
+@pytest.mark.parametrize("when", ["finding plugins", "composing", "running"])
 @pytest.mark.parametrize(
     ("where", "code", "said"), [("in_a_library", 143, ""), ("in_safety", 1, "No space left on device")]
 )
