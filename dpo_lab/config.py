@@ -59,6 +59,7 @@ class RunConfig:
     seed: int = 0
     threads: int | None = 1  # torch's intra-op threads a process; none: torch's own choice
     on_change: OnChange = OnChange.refuse
+    figures: bool = True
     objective: str | None = None  # the metric that a sweeper which looks for the best run is told
     loss: Loss = MISSING
     reference: Reference = MISSING

@@ -32,7 +32,7 @@ from dpo_lab.reporting import add_loggers, last_line, reported, to_loggers
 from dpo_lab.results import runs
 from dpo_lab.results.card import model_card
 from dpo_lab.results.estimates import Estimate
-from dpo_lab.results.figures import draw_run
+from dpo_lab.results.figures import draw_run, remove_figures
 from dpo_lab.results.files import trouble_of_disk
 from dpo_lab.results.health import print_health
 from dpo_lab.results.identity import config_digest
@@ -40,7 +40,7 @@ from dpo_lab.results.progress import log_handler
 from dpo_lab.results.runs import RunFailed, RunRefused
 from dpo_lab.results.secrets import Redacting
 from dpo_lab.results.summary import cost_rows, print_summary
-from dpo_lab.stop import StopRequest
+from dpo_lab.stop import StopRequest, stop_is_the_cause
 from dpo_lab.targets import TargetRefused, made
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.cost import Cost
@@ -85,7 +85,8 @@ def live(config: RunConfig, plain: dict[str, Any], folder: Path, body: Callable[
         if by_rank_zero(trainer, take):
             run = held[0] if held else runs.Run(folder, {"config": plain}, writes=False)
             run.update(ranks=_same_on_all_ranks(trainer, plain))
-            body(run, trainer)
+            with stop_is_the_cause():
+                body(run, trainer)
         elif trainer.is_global_zero:
             print(f"{folder}: this run is done already", flush=True)
 
@@ -244,7 +245,8 @@ def finish(
         seconds=clock.lap("evaluate"),
         peak_memory_bytes=peak,
     )
-    figures = draw_run(held.folder)
+    remove_figures(held.folder)  # an earlier start's show other numbers
+    figures = draw_run(held.folder) if held.record["config"]["figures"] else []
     to_loggers(trainer, metrics, samples, [path for path in figures if path.suffix == ".png"])
     (held.folder / "policy" / "README.md").write_text(model_card(held.record))
     log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))

@@ -24,6 +24,7 @@ VOLATILE = (
     "trainer.num_nodes",
     "data.num_workers",
     "data.workers",
+    "figures",
 )  # how, not what, is run
 NAMES_NO_RUN = (
     *VOLATILE,

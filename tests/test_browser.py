@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ ANY = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
 
 
 @pytest.fixture(scope="module")
-def logdir(tmp_path_factory) -> Path:
-    """The outputs of a real sweep."""
+def swept(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A real sweep, and its outputs."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "mine" / "ablation").mkdir(parents=True)
     for cell, choice in CELLS.items():
@@ -35,9 +37,12 @@ def logdir(tmp_path_factory) -> Path:
         (folder / "mine" / "ablation" / f"{cell}.yaml").write_text(head + settings)
     cells = f"+ablation={','.join(CELLS)}"
     result = python_m("dpo_lab.train", "--config-dir", "mine", "--multirun", "name=desk", cells, cwd=folder)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "3 cells: 2 done, 1 failed" in result.stdout
-    return folder / "outputs"
+    return result, folder / "outputs"
+
+
+@pytest.fixture(scope="module")
+def logdir(swept) -> Path:
+    return swept[1]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,21 @@ def desk(logdir):
 @pytest.fixture(scope="module")
 def columns(desk) -> dict[str, Any]:
     return asked(f"{desk}/data/plugin/hparams/experiment", {"experimentName": ""})
+
+
+def test_each_cell_is_a_run_and_a_failing_one_fails_the_sweep_and_no_other(swept):
+    result, outputs = swept
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "3 cells: 2 done, 1 failed" in result.stdout
+    assert "is not finite" in result.stdout
+    records = {run: json.loads((outputs / run / "run.json").read_text()) for run in RUNS}
+    crash, noisy, uniform = (records[run] for run in sorted(RUNS))
+    assert [record["status"] for record in (crash, noisy, uniform)] == ["failed", "done", "done"]
+    assert (uniform["config"]["beta"], uniform["config"]["reference"]["kind"]) == (0.2, "uniform")
+    assert (noisy["config"]["beta"], noisy["config"]["noise"]["rate"]) == (0.1, 0.25)
+    assert noisy["initial_policy"] == uniform["initial_policy"]
+    assert noisy["data"]["flipped by label noise"] > 0
+    assert "flipped by label noise" not in uniform["data"]
 
 
 def test_a_sweep_is_its_runs_and_nothing_else(desk):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_lab import fit
 from dpo_lab.results.examples import pair_examples, read
 from dpo_lab.results.figures import draw_run
+from tests import warm
 from tests.conftest import SMALL, python_m
 from tests.warm import door
 
@@ -40,7 +43,7 @@ def record_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def baseline(workshop) -> Path:
-    return folder_of(train(workshop, "name=base", start=python_m), workshop)
+    return folder_of(train(workshop, "name=base", "figures=true", start=python_m), workshop)
 
 
 def test_a_run_leaves_its_record(baseline):
@@ -140,7 +143,7 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(workshop):
 
 
 def test_summary_says_what_where_and_what_next(workshop):
-    again = train(workshop, "name=base", start=python_m)
+    again = train(workshop, "name=base")
     for needle in (
         "KL to initial",
         "accuracy, truth",
@@ -184,31 +187,6 @@ def test_same_seed_same_everything_another_seed_another(baseline, workshop):
     assert record_of(other)["metrics"]["kl"] != record_of(baseline)["metrics"]["kl"]
 
 
-def test_sweep_runs_one_process_a_cell_in_named_folders(workshop, baseline):
-    arguments = ["--multirun", "+ablation=none,uniform_ref", "noise.rate=0.5", "name=sweep"]
-    result = python_m("dpo_lab.train", *arguments, *SMALL, cwd=workshop)
-    assert result.returncode == 0, result.stdout + result.stderr
-    records = [json.loads(p.read_text()) for p in sorted((workshop / "outputs" / "sweep").rglob("run.json"))]
-    assert [r["status"] for r in records] == ["done"] * 2
-    arms = {(r["config"]["reference"].get("over"), r["config"]["noise"]["rate"]) for r in records}
-    assert arms == {(None, 0.5), ("sequences", 0.5)}
-    assert {r["initial_policy"] for r in records} == {record_of(baseline)["initial_policy"]}
-    for record in records:
-        assert (
-            record["data"]["flipped by label noise"] > 0 == record_of(baseline)["data"].get("flipped by label noise", 0)
-        )
-
-
-def test_a_failing_cell_fails_the_sweep(workshop):
-    arguments = ["--multirun", "data.batch_size=8,4096", "name=failing", "trainer.max_steps=1"]
-    small = [s for s in SMALL if not s.startswith(("data.batch_size", "trainer.max_steps"))]
-    result = python_m("dpo_lab.train", *arguments, *small, cwd=workshop)
-    assert result.returncode == 1
-    assert "data.batch_size=4096: only" in result.stdout
-    statuses = [json.loads(p.read_text())["status"] for p in (workshop / "outputs" / "failing").rglob("run.json")]
-    assert sorted(statuses) == ["done", "failed"]
-
-
 def test_two_ddp_ranks_give_the_run_of_one(workshop, baseline):
     """Lightning starts the second rank by repeating our command line."""
     ranks = folder_of(train(workshop, "name=ddp", "trainer=ddp_cpu"), workshop)
@@ -230,7 +208,7 @@ def test_ablations_run(ablation, workshop):
 
 
 def test_sft_makes_the_policy_that_train_finds(tmp_path):
-    made = python_m("dpo_lab.sft", *SMALL, cwd=tmp_path)
+    made = door("dpo_lab.sft", *SMALL, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     folder = tmp_path / made.stdout.splitlines()[-1].split(": ")[-1]
     assert (folder / "model.safetensors").exists()
@@ -290,10 +268,40 @@ def test_an_interrupted_run_goes_on_where_it_was(workshop, baseline):
         assert [(e.step, e.value) for e in cut] == [(e.step, e.value) for e in one]
 
 
+def cut_short_in_a_library(*arguments: str) -> None:
+    """The door in a process whose library fails where it is asked to stop, as an extension module that was being loaded."""
+
+    def draw(folder: Path) -> NoReturn:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as stopped:
+            raise ImportError("initialization failed") from stopped
+        raise AssertionError("not asked")
+
+    fit.draw_run = draw
+    warm.main("dpo_lab.train", *arguments)
+
+
+def test_a_library_that_fails_because_it_was_cut_short_has_not_failed(workshop, baseline):
+    settings = [*SMALL, "name=short"]
+    with warm.Warm(cut_short_in_a_library, *settings, "figures=true", cwd=workshop) as process:
+        code, said, errors = process.wait(240)
+    assert (code, errors) == (143, "")
+    assert "Traceback" not in said
+    (folder,) = (path.parent for path in (workshop / "outputs" / "short").rglob("run.json"))
+    assert (record_of(folder)["status"], record_of(folder)["error"]) == ("preempted", "stopped by SIGTERM")
+    train(workshop, "name=short")
+    assert record_of(folder)["metrics"] == record_of(baseline)["metrics"]
+
+
 def test_more_steps_go_on_from_the_last(workshop, baseline):
     longer = ["name=longer", "trainer.max_steps=12"]
-    record = record_of(folder_of(train(workshop, "name=longer"), workshop))
-    folder = folder_of(train(workshop, *longer), workshop)
+    folder = folder_of(train(workshop, "name=longer", "figures=true"), workshop)
+    record = record_of(folder)
+    assert (folder / "figures" / "curves.png").exists()
+    (folder / "figures" / "mine.png").touch()
+    assert folder_of(train(workshop, *longer), workshop) == folder
+    assert [path.name for path in (folder / "figures").iterdir()] == ["mine.png"]  # those of 6 steps are gone
     assert (record_of(folder)["steps"], record_of(folder)["status"]) == (12, "done")
     assert record_of(folder)["starts"][0]["metrics"] == record["metrics"]
     refused = train(workshop, "name=longer", code=2)  # of 6 steps

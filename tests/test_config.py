@@ -18,6 +18,7 @@ from dpo_lab.results.journal import JournalError
 from dpo_lab.training import packages
 from dpo_lab.training.checkpoint import CheckpointError
 from dpo_lab.training.finite import NotFinite
+from tests import warm
 from tests.conftest import REPOSITORY, python_m
 
 CONF = REPOSITORY / "conf"
@@ -212,6 +213,6 @@ def test_help_and_cfg_job(tmp_path):
     assert shown.returncode == 0
     assert "+ablation=uniform_ref" in shown.stdout
     assert "label_noise" in shown.stdout
-    job = python_m("dpo_lab.train", "--cfg", "job", "beta=0.7", cwd=tmp_path)
+    job = warm.door("dpo_lab.train", "--cfg", "job", "beta=0.7", cwd=tmp_path)
     assert job.returncode == 0
     assert OmegaConf.create(job.stdout).beta == 0.7

@@ -20,13 +20,13 @@ from torchmetrics.classification import BinaryCalibrationError
 
 from dpo_lab.results import journal
 from dpo_lab.results.examples import EXAMPLES, Examples, PairExample
-from dpo_lab.results.figures import draw_run
+from dpo_lab.results.figures import NAMES, draw_run
 from dpo_lab.results.figures.curves import PANELS, POINTS, thinned
 from dpo_lab.results.figures.of_pairs import BINS, CONFIDENCE_BINS, edges_of, reliability
 from tests.conftest import REPOSITORY
 from tests.terminal import environment
 
-ALL = {"curves", "margins", "gold", "calibration", "length"}
+ALL = set(NAMES)
 
 
 def example(i: int, split: str = "held-out", **changes) -> PairExample:

@@ -244,7 +244,7 @@ def test_the_world_can_be_looked_at(tmp_path):
         "policy.hidden_size=64 policy.layers=2 policy.intermediate_size=128 sft.steps=96 sft.optim.lr=1e-2 data.pairs=96"
         " data.validation_pairs=24 data.world.max_new_tokens=40"
     ).split()
-    result = python_m("dpo_lab.inspect", *small, "show=1", "page=world.png", cwd=tmp_path)
+    result = door("dpo_lab.inspect", *small, "show=1", "page=world.png", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "truth: against the label" in result.stdout
     assert "training pair 1 " in result.stdout

@@ -38,7 +38,7 @@ def test_wheel_runs_from_an_empty_folder(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     run = subprocess.run(
-        [environment / "bin" / "python", "-m", "dpo_lab.train", *SMALL, "trainer.max_steps=1"],
+        [environment / "bin" / "python", "-m", "dpo_lab.train", *SMALL, "figures=true", "trainer.max_steps=1"],
         cwd=empty,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         capture_output=True,

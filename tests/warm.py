@@ -70,11 +70,11 @@ def door(
 ) -> subprocess.CompletedProcess[str]:
     """As `tests.conftest.python_m`: `python -m module ...` as a user types it."""
     command = [module, *arguments]
-    with Warm(_main, *command, cwd=cwd, **variables) as process:
+    with Warm(main, *command, cwd=cwd, **variables) as process:
         return subprocess.CompletedProcess(command, *process.wait(timeout))
 
 
-def _main(module: str, *arguments: str) -> None:
+def main(module: str, *arguments: str) -> None:
     sys.path.insert(0, os.getcwd())  # as `python -m` has it
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

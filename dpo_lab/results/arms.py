@@ -11,7 +11,7 @@ from typing import Any
 from dpo_lab.results.identity import settled
 
 SEEDS = ("seed", "noise.seed")  # settings that differ between the runs of one arm
-UNTOLD = ("name", *SEEDS, "on_change", "objective", "launcher")  # overrides that make no arm
+UNTOLD = ("name", *SEEDS, "on_change", "objective", "figures", "launcher")  # overrides that make no arm
 ALONE = "default"  # the arm without an override of its own
 
 

@@ -22,6 +22,7 @@ HIDDEN = (
     "name",
     "on_change",
     "objective",
+    "figures",
     "logger",
     "callbacks.checkpoint",
     "callbacks.progress",

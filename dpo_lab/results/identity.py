@@ -15,6 +15,7 @@ VOLATILE = (
     "name",
     "on_change",
     "objective",
+    "figures",
     "logger",
     "callbacks.checkpoint",
     "callbacks.health",

@@ -12,6 +12,14 @@ from dpo_lab.results.examples import EXAMPLES, PairExample, pair_examples, read
 from dpo_lab.results.runs import read_record
 
 FOLDER = "figures"
+NAMES = ("curves", "margins", "gold", "calibration", "length")
+
+
+def remove_figures(folder: Path) -> None:
+    """Remove what was drawn of the run in `folder`, and nothing else that lies beside it."""
+    for path in (folder / FOLDER).glob("*.*"):
+        if path.stem in NAMES and path.suffix in (".png", ".svg"):
+            path.unlink()
 
 
 def draw_run(folder: Path) -> list[Path]:
@@ -20,7 +28,7 @@ def draw_run(folder: Path) -> list[Path]:
 
     Same data, same bytes. Raises FileNotFoundError where the folder holds no run.
     """
-    from dpo_lab.results.figures.look import METADATA, drawn
+    from dpo_lab.results.figures.look import drawn
 
     record = read_record(folder)
     if record is None:
@@ -30,17 +38,13 @@ def draw_run(folder: Path) -> list[Path]:
     written, examples = folder / journal.JOURNAL, folder / EXAMPLES
     rows = list(journal.rows(written)) if written.exists() else []
     pairs = pair_examples(read(examples)) if examples.exists() else []
+    remove_figures(folder)
     (folder / FOLDER).mkdir(exist_ok=True)
     files = []
     for name, plan in _plans(rows, pairs, record).items():
-        contents = drawn(plan) if plan is not None else {}
-        for kind in METADATA:
-            path = folder / FOLDER / f"{name}.{kind}"
-            if kind in contents:
-                path.write_bytes(contents[kind])
-                files.append(path)
-            else:
-                path.unlink(missing_ok=True)
+        for kind, content in drawn(plan).items() if plan is not None else ():
+            files.append(folder / FOLDER / f"{name}.{kind}")
+            files[-1].write_bytes(content)
     return files
 
 
