@@ -9,12 +9,14 @@ import io
 import json
 import lzma
 import os
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -115,6 +117,17 @@ class Damaged:
     family: str
     skips: bool
     done: str = ""
+    beside: dict[str, bytes] = field(default_factory=dict)  # the other files of its folder, which is then what is read
+
+    @property
+    def place(self) -> str:
+        """What errors name at least: the file, or its folder."""
+        return "rows" if self.beside else self.name
+
+    def row(self, told: str) -> int:
+        """The number of the row that a line names, 0 of none."""
+        found = re.search(rf"({re.escape(self.place)}|{re.escape(self.name)}):(\d+): ", told)
+        return int(found[2]) if found else 0
 
 
 @cache
@@ -142,11 +155,14 @@ def content_of(rows: Sequence[Any], kind: str) -> bytes:
         writer = csv.writer(text, delimiter="\t" if kind == ".tsv" else ",")
         writer.writerows([names, *([row.get(name, "") for name in names] for row in objects)])
         return text.getvalue().encode("utf-8", "surrogatepass")
-    columns = {_storable(name): [row.get(name) for row in objects] for name in names}
     try:
-        return _arrow_content(pa.table({name: _column(values) for name, values in columns.items()}), kind)
+        return _arrow_content(_table(objects, names, _column), kind)
     except pa.ArrowException:  # an object without fields is none of Parquet's types
-        return _arrow_content(pa.table({name: _as_text(values) for name, values in columns.items()}), kind)
+        return _arrow_content(_table(objects, names, _as_text), kind)
+
+
+def _table(rows: Sequence[Any], names: Sequence[str], column: Callable[[list[Any]], pa.Array]) -> pa.Table:
+    return pa.table({_storable(name): column([row.get(name) for row in rows]) for name in names})
 
 
 def _arrow_content(table: pa.Table, kind: str) -> bytes:
@@ -320,6 +336,31 @@ def damaged_rows(draw: st.DrawFn) -> Damaged:
             rows = [rows]
     content = COMPRESS[compression](content_of(rows, kind))
     return _as_file(kind, compression, shape, family, draw, content, ", ".join(done))
+
+
+@st.composite
+def damaged_folders(draw: st.DrawFn) -> Damaged:
+    """A data set of the `datasets` library: one damaged file of what it saved, or a damaged file among others."""
+    if draw(st.booleans()):
+        file = draw(st.one_of(damaged_bytes(), damaged_rows()))
+        return replace(file, name=f"train{file.name.removeprefix('x')}", beside={"README.md": b"# Pairs\n"})
+    name, shape, family = draw(st.sampled_from(SHAPES))
+    files = dict(_saved(name, in_splits=draw(st.booleans())))
+    damaged, done = draw(st.sampled_from(sorted(files))), draw(st.sampled_from(sorted(BYTES)))
+    content = BYTES[done](draw, files.pop(damaged))
+    return Damaged(damaged, content, shape, family, draw(st.booleans()), done, files)
+
+
+@cache
+def _saved(name: str, in_splits: bool) -> dict[str, bytes]:
+    """The files that save_to_disk writes of the rows of a shape."""
+    import datasets
+
+    rows = rows_of(name)
+    found = datasets.Dataset(_table(rows, list(rows[0]), _column))
+    with TemporaryDirectory() as folder:
+        (datasets.DatasetDict(train=found) if in_splits else found).save_to_disk(folder)
+        return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
 CHANGES = (

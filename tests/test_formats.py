@@ -334,6 +334,9 @@ def test_scores_give_a_margin_and_never_swap(fields, margin):
         (Label.first, False, True),
         (Label.index, 0, False),
         (Label.index, 1, True),
+        (Label.index, "0", False),
+        (Label.first, "0", True),
+        (Label.first, "1", False),
     ],
 )
 def test_a_label_says_which_side_is_preferred(label_is, label, is_turned):
@@ -413,6 +416,7 @@ BAD = [
     (ROW | {"score_chosen": True}, {}, "field 'score_chosen' has True where a number should be"),
     (ROW | {"mark": 2}, {"columns": {"label": "mark"}}, "field 'mark' is 2, not 0 or 1"),
     (ROW | {"mark": None}, {"columns": {"label": "mark"}}, "field 'mark' is None, not 0 or 1"),
+    (ROW | {"mark": "yes"}, {"columns": {"label": "mark"}}, "field 'mark' is 'yes', not 0 or 1"),
     (
         ROW,
         {"columns": {"prompt": "question"}},

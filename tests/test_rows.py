@@ -14,7 +14,6 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from dpo_lab.data import rows as rows_module
 from dpo_lab.data.rows import BadData, open_rows, parse
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"good, {i}\nor not", "rejected": 'b"ad é'} for i in range(5)]
@@ -79,7 +78,7 @@ COMPRESSED = ["x.jsonl.gz", "x.jsonl.bz2", "x.jsonl.xz", "x.jsonl.zst"]
 @pytest.mark.parametrize("name", NUMBERED + COMPRESSED)
 @pytest.mark.parametrize("rows", [ROWS, CHATS])
 def test_every_kind_of_file(name, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "CHUNK", 3)  # the rows lie in two chunks
+    monkeypatch.setattr("dpo_lab.data.readers.CHUNK", 3)  # the rows lie in two chunks
     path = write(tmp_path / name, rows)
     assert all_of(path) == [(f"{name}:{i}", row) for i, row in enumerate(rows, start=1)]
 
@@ -172,17 +171,61 @@ def test_a_folder_of_files_with_splits(quiet_datasets, tmp_path):
     write(folder / "test.jsonl", ROWS[:2])
     assert [row for _, row in all_of(folder)] == ROWS  # the train split, unless another is asked for
     found = all_of(folder, split="test")
-    assert found == [(f"mine[test]:{i}", row) for i, row in enumerate(ROWS[:2], start=1)]
+    assert found == [(f"test.jsonl:{i}", row) for i, row in enumerate(ROWS[:2], start=1)]
     with pytest.raises(BadData, match=r"data.split=dev: .* no such split; type data.split= one of .*train"):
         opened(folder, split="dev")
 
 
-def test_what_datasets_saved(quiet_datasets, tmp_path):
+def test_a_folder_that_says_what_its_files_are(quiet_datasets, tmp_path):
+    """Configurations by its card; one of the files is kept elsewhere."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "first.csv").symlink_to(write(tmp_path / "kept.csv", ROWS))
+    write(folder / "second.jsonl", ROWS[:2])
+    write(folder / "third.parquet", ROWS[2:])
+    configs = [("a", "first.csv"), ("b", ["second.jsonl", "second.jsonl"]), ("c", "third.parquet")]
+    entries = [{"config_name": each, "data_files": files} for each, files in configs]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(entries)}\n---\n")
+    assert all_of(folder, name="a") == [(f"first.csv:{2 + 2 * i}", row) for i, row in enumerate(ROWS)]
+    assert {place for place, _ in all_of(folder, name="b")} == {"second.jsonl:1", "second.jsonl:2"}
+    assert [row for _, row in all_of(folder, name="c")] == ROWS[2:]
+    with pytest.raises(BadData, match=f"{folder}: can't be read .*'d'"):
+        opened(folder, name="d")
+
+
+def test_a_folder_of_what_the_library_alone_reads(quiet_datasets, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.txt").write_text("one\ntwo\n")
+    assert all_of(tmp_path / "mine") == [("mine:1", {"text": "one"}), ("mine:2", {"text": "two"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "what"),
+    [
+        ("train/state.json", lambda content: content[:60], r"state.json: can't be read \(Unterminated"),
+        ("train/dataset_info.json", lambda content: b"\xff" + content, "dataset_info.json: can't be read .*utf-8"),
+        ("train/state.json", lambda content: b"{}", r"dict: can't be read \('_data_files'\)"),
+        ("train/data-00000-of-00001.arrow", lambda content: content[:300], "data-00000-of-00001.arrow: can't be read"),
+        ("train/data-00000-of-00001.arrow", lambda content: content.replace(b"good", b"\xffood"), "001.arrow: .*UTF8"),
+    ],
+)
+def test_a_damaged_file_of_what_datasets_saved_is_named(name, damage, what, quiet_datasets, tmp_path):
+    saved = quiet_datasets.DatasetDict({"train": quiet_datasets.Dataset.from_list(ROWS)})
+    saved.save_to_disk(tmp_path / "dict")
+    file = tmp_path / "dict" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(BadData, match=what) as error:
+        list(opened(tmp_path / "dict").chunks())
+    assert str(error.value).endswith("; mend the file or fetch it again")
+
+
+def test_what_datasets_saved(quiet_datasets, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_lab.data.rows.CHUNK", 3)
     quiet_datasets.Dataset.from_list(CHATS).save_to_disk(tmp_path / "one")
     saved = quiet_datasets.DatasetDict({"train": quiet_datasets.Dataset.from_list(ROWS)})
     saved.save_to_disk(tmp_path / "dict")
     assert [row for _, row in all_of(tmp_path / "one")] == CHATS
-    assert [row for _, row in all_of(tmp_path / "dict")] == ROWS
+    assert all_of(tmp_path / "dict") == [(f"dict:{i}", row) for i, row in enumerate(ROWS, start=1)]
     assert opened(tmp_path / "one").digest() != opened(tmp_path / "dict").digest()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_lab.data import encode, rows
+from dpo_lab.data import encode
 from dpo_lab.data import store as module
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.formats import Pick, Shape
@@ -156,7 +156,7 @@ def test_a_damaged_store_is_seen_and_made_anew(name, damage, tmp_path, caplog):
 
 def test_many_hands_make_the_same(tmp_path, monkeypatch):
     """Rows in many small chunks, by two processes and by none."""
-    monkeypatch.setattr(rows, "CHUNK", 7)
+    monkeypatch.setattr("dpo_lab.data.readers.CHUNK", 7)
     lines: list = [row(i % 90, rejected=f" bad{i % 3}") for i in range(200)]
     lines[150] = b"{"
     path = written(tmp_path / "x", *lines)

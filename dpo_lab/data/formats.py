@@ -281,9 +281,9 @@ class Shape:
         if "label" not in self.columns:
             return False
         label = self._get(row, "label")
-        if label not in (0, 1):
+        if label not in (0, 1, "0", "1"):
             raise bad(self._column("label"), f"is {brief(label)}, not 0 or 1")
-        return label == (1 if self.label_is is Label.index else 0)
+        return int(label) == (1 if self.label_is is Label.index else 0)
 
 
 def shared_words(a: str, b: str) -> int:

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpo_lab.data.text import (
-    COMPRESSED,
-    LONGEST,
-    TOO_LONG,
-    Numbered,
-    begins_array,
-    decompressed,
-    from_json,
-    json_array,
-    json_lines,
-    table,
-)
+from dpo_lab.data.readers import CHUNK, READERS, read, rows_at_once, suffix
+from dpo_lab.data.text import COMPRESSED, from_json
 
-CHUNK = 1024  # rows
 SHOWN = 300  # characters of what a library says of a file
 
 
@@ -62,7 +52,7 @@ def open_rows(path: str | Sequence[str], name: str | None, split: str | None, re
         found = [Path(p) for p in sorted(glob.glob(each, recursive=True))] if glob.has_magic(each) else [Path(each)]
         if any(p.is_dir() for p in found) or (not found[0].exists() if found else False):
             if len(paths) == 1 and len(found) == 1 and (found[0].is_dir() or _may_be_on_the_hub(each)):
-                return DatasetRows(each, name, split, revision)
+                return _data_set(each, name, split, revision)
             raise BadData(f"data.path={each}: no such file; type the path of a file, or a data set's name on the hub")
         if not found:
             raise BadData(f"data.path={each}: no file matches; type a path or a pattern that does")
@@ -99,10 +89,9 @@ class FileRows:
 
     def chunks(self) -> Iterator[Chunk]:
         for file in self.files:
-            rows = READERS.get(_suffix(file), _json_lines)(file)
             size, number, held = file.stat().st_size, 0, 0
             try:
-                for numbers, chunk, position in rows:
+                for numbers, chunk, position in read(file):
                     number = numbers[-1]
                     yield Chunk(str(file), numbers, chunk, position - held)
                     held = position
@@ -113,7 +102,7 @@ class FileRows:
     def digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files:
-            digest.update(_suffix(file).encode())
+            digest.update(suffix(file).encode())
             try:
                 add_file(digest, file)
             except OSError as error:
@@ -122,38 +111,26 @@ class FileRows:
 
 
 class DatasetRows:
-    """A data set of the `datasets` library: a name on the hub, a folder of data files, or what save_to_disk wrote."""
+    """A data set as the `datasets` library holds it."""
 
-    def __init__(self, path: str, name: str | None, split: str | None, revision: str | None) -> None:
-        import datasets
-
-        self.place = f"{path}[{split}]" if split else path
-        try:
-            if (Path(path) / "state.json").exists() or (Path(path) / "dataset_dict.json").exists():
-                found = datasets.load_from_disk(path)
-            else:
-                found = datasets.load_dataset(path, name, revision=revision)
-        except Exception as error:  # of a dozen kinds, from hub, network, cache and files
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise BadData(
-                f"data.path={path}: {reason}; type the path of a file, or a data set's name on the hub (data.name= its"
-                " configuration)"
-            ) from error
-        if isinstance(found, datasets.DatasetDict):
-            wanted = split or ("train" if "train" in found else "")
-            if wanted not in found:
-                raise BadData(
-                    f"data.split={split}: {path} has no such split; type data.split= one of {', '.join(map(str, found))}"
-                )
-            found = found[wanted]
-        self.data: datasets.Dataset = found  # type: ignore[assignment]
-        self.total = len(self.data)
+    def __init__(self, path: str, place: str, data: Any) -> None:
+        self.path, self.place, self.data = path, place, data
+        self.total = len(data)
 
     def chunks(self) -> Iterator[Chunk]:
-        for start in range(0, len(self.data), CHUNK):
-            columns = self.data[start : start + CHUNK]
-            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            yield Chunk(self.place, range(start + 1, start + 1 + len(rows)), rows, len(rows))
+        stored, start = self.data.with_format("arrow"), 0
+        try:
+            for first in range(0, len(self.data), CHUNK):
+                table = stored[first : first + CHUNK]
+                table.validate(full=True)  # as in `_batches`; the rows themselves come decoded by their features
+                step = rows_at_once(table.nbytes / table.num_rows)
+                for start in range(first, first + table.num_rows, step):
+                    columns = self.data[start : min(start + step, first + table.num_rows)]
+                    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+                    yield Chunk(self.place, range(start + 1, start + 1 + len(rows)), rows, len(rows))
+                start = first + table.num_rows
+        except Exception as error:
+            raise _fault(self.path, f" after {start}", error) from error
 
     def digest(self) -> str:
         digest = hashlib.blake2b(f"{self.data.features} {len(self.data)}".encode(), digest_size=16)
@@ -165,118 +142,86 @@ class DatasetRows:
         return digest.hexdigest()
 
 
-Read = Iterator[tuple[Sequence[int], Sequence[Any], int]]  # numbers, rows, how many bytes of the file were read so far
+def _data_set(path: str, name: str | None, split: str | None, revision: str | None) -> Rows:
+    """A data set's name on the hub, a folder of that form, or what save_to_disk wrote.
+
+    The library says which files of a folder belong to a split. We read them ourselves where we can, row by row, each with
+    its place; it would make a copy of them, and ends the process with some that are damaged.
+    """
+    import datasets
+
+    folder = Path(path)
+    try:
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            found = datasets.load_from_disk(path)
+        elif folder.is_dir() and (files := _files_of_splits(folder, name)):
+            found = files
+        else:
+            found = datasets.load_dataset(path, name, revision=revision)
+    except Exception as error:  # of a dozen kinds, from hub, network, cache and files
+        if folder.is_dir():
+            raise _fault(path, "", error) from error
+        raise BadData(
+            f"data.path={path}: {_reason(error)}; type the path of a file, or a data set's name on the hub (data.name= its"
+            " configuration)"
+        ) from error
+    if isinstance(found, dict):
+        wanted = split or ("train" if "train" in found else "")
+        if wanted not in found:
+            raise BadData(
+                f"data.split={split}: {path} has no such split; type data.split= one of {', '.join(map(str, found))}"
+            )
+        found = found[wanted]
+    if isinstance(found, list):
+        return FileRows(found)
+    return DatasetRows(path, f"{path}[{split}]" if split else path, found)
 
 
-def _json_lines(file: Path) -> Read:
-    with file.open("rb") as raw:
-        opened = decompressed(file, raw)
-        yield from _chunked(json_lines(opened), raw)
+def _files_of_splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
+    """The files of a folder by their splits, none where we read not all of them."""
+    import datasets
 
-
-def _json(file: Path) -> Read:
-    """One array of objects; what is no array is read as JSON lines."""
-    with file.open("rb") as raw:
-        opened = decompressed(file, raw)
-        is_array = begins_array(opened)
-    if not is_array:
-        yield from _json_lines(file)
-        return
-    with file.open("rb") as raw:
-        opened = decompressed(file, raw)
-        yield from _chunked(json_array(opened), raw)
-
-
-def _csv(file: Path) -> Read:
-    with file.open("rb") as raw:
-        opened = decompressed(file, raw)
-        yield from _chunked(table(opened, "\t" if _suffix(file) == ".tsv" else ","), raw)
-
-
-def _chunked(rows: Numbered, raw: Any) -> Read:
-    numbers: list[int] = []
-    chunk: list[Any] = []
-    held = 0
-    for number, row, size in rows:
-        numbers.append(number)
-        chunk.append(row)
-        held += size
-        if len(chunk) == CHUNK or held > LONGEST:
-            yield numbers, chunk, raw.tell()
-            numbers, chunk, held = [], [], 0
-    if chunk:
-        yield numbers, chunk, raw.tell()
-
-
-def _parquet(file: Path) -> Read:
-    import pyarrow.parquet
-
-    opened = pyarrow.parquet.ParquetFile(file)
-    told = opened.metadata
-    groups = [told.row_group(i) for i in range(told.num_row_groups)]
-    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0)
-    batches = opened.iter_batches(_rows_at_once(largest))
-    yield from _batches(batches, file.stat().st_size / max(1, told.num_rows))
-
-
-def _arrow(file: Path) -> Read:
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as mapped:
-        try:
-            reader = pa.ipc.open_file(mapped)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        except pa.ArrowInvalid:
-            mapped.seek(0)
-            batches = iter(pa.ipc.open_stream(mapped))
-        yield from _batches(batches, 0)
-
-
-def _batches(batches: Iterator[Any], bytes_a_row: float) -> Read:
-    done = 0
-    for batch in batches:
-        batch.validate(full=True)  # what is read is believed otherwise, offsets beyond its end as well
-        step = _rows_at_once(batch.nbytes / max(1, batch.num_rows))
-        for start in range(0, batch.num_rows, step):
-            rows = batch.slice(start, step).to_pylist()
-            numbers = range(done + 1, done + 1 + len(rows))
-            done += len(rows)
-            yield numbers, rows, int(done * bytes_a_row)
-
-
-def _rows_at_once(bytes_a_row: float) -> int:
-    """As many rows as are held at a time. Raises ValueError where one alone is too long."""
-    if bytes_a_row > LONGEST:
-        raise ValueError(f"rows are {TOO_LONG}")
-    return max(1, min(CHUNK, int(LONGEST / max(1, bytes_a_row))))
-
-
-READERS = {
-    ".json": _json,
-    ".parquet": _parquet,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".arrow": _arrow,
-    ".feather": _arrow,
-}
-
-
-def _suffix(file: Path) -> str:
-    """What says how a file is read: its suffix, before that of compression."""
-    return (Path(file.stem) if file.suffix.lower() in COMPRESSED else file).suffix.lower()
+    found = datasets.load_dataset_builder(str(folder), name).config.data_files or {}
+    files = {
+        str(split): [folder / Path(file).relative_to(folder.resolve()) for file in files]
+        for split, files in found.items()
+    }
+    return files if all(suffix(file) in READERS for each in files.values() for file in each) else {}
 
 
 def _may_be_on_the_hub(path: str) -> bool:
     """Whether a path that does not exist has the form of a name on the hub: name or owner/name, no suffix of a data file."""
     parts = path.split("/")
-    is_file = _suffix(Path(path)) in (*READERS, ".jsonl", ".ndjson") or Path(path).suffix.lower() in COMPRESSED
+    is_file = suffix(Path(path)) in READERS or Path(path).suffix.lower() in COMPRESSED
     return len(parts) <= 2 and all(parts) and not is_file and not path.startswith((".", "~"))
 
 
-def _unreadable(file: Path, after: str, error: Exception) -> BadData:
+def _fault(path: str, after: str, error: BaseException) -> BadData:
+    """What is wrong with a data set: the first damaged file of what save_to_disk wrote, or what the library says."""
+    for file in local_files(path):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".arrow":
+                for _ in FileRows([file]).chunks():
+                    pass
+        except BadData as ours:
+            return ours
+        except (OSError, ValueError, RecursionError) as wrong:
+            return _unreadable(file, "", wrong)
+    while error.__cause__:
+        error = error.__cause__
+    return _unreadable(path, after, error)
+
+
+def _unreadable(place: Path | str, after: str, error: BaseException) -> BadData:
+    return BadData(f"{place}: can't be read{after} ({_reason(error)}); mend the file or fetch it again")
+
+
+def _reason(error: BaseException) -> str:
+    """What a library said first, as one line of a readable length."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    reason = "".join(letter if letter.isprintable() else "?" for letter in reason)[:SHOWN]
-    return BadData(f"{file}: can't be read{after} ({reason}); mend the file or fetch it again")
+    return "".join(letter if letter.isprintable() else "?" for letter in reason)[:SHOWN]
 
 
 def add_file(digest: Any, file: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import resource
 import shutil
 import signal
@@ -27,7 +26,7 @@ from dpo_lab.data.rows import BadData
 from dpo_lab.data.sources import Contradictions, Data, OnBadRow
 from dpo_lab.data.store import Store
 from dpo_lab.data.tokenize import Encoder
-from tests.mutations import COMPRESS, Damaged, damaged_bytes, damaged_rows, damaged_text
+from tests.mutations import COMPRESS, Damaged, damaged_bytes, damaged_folders, damaged_rows, damaged_text
 from tests.templates import FAMILIES, tokenizer_of
 from tests.warm import CONTEXT
 
@@ -47,6 +46,10 @@ def test_19_of_damaged_rows_pairs_are_made_or_an_error_of_ours_says_why_not(read
 
 def test_24_of_damaged_text_pairs_are_made_or_an_error_of_ours_says_why_not(reader, capsys):
     _fuzz("text", damaged_text(), FILES // 3, reader, capsys)
+
+
+def test_18_of_damaged_data_sets_pairs_are_made_or_an_error_of_ours_says_why_not(reader, capsys):
+    _fuzz("data sets", damaged_folders(), FILES // 6, reader, capsys)
 
 
 BOMB = 1 << 27  # bytes, or nearly so, that a file of some kilobytes becomes
@@ -158,12 +161,16 @@ class Said(logging.Handler):
             assert line.isprintable(), repr(line)
             assert len(line) < 1000, line
             if line.startswith("bad row: "):
-                assert re.search(rf"{re.escape(file.name)}:\d+: ", line), line
+                assert file.row(line), line
 
 
 def _serve(connection: Connection, folder: Path) -> None:
+    import datasets
     import pyarrow as pa
 
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    datasets.config.HF_DATASETS_CACHE = folder / "one" / "datasets"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pa.set_cpu_count(1)
     warnings.simplefilter("error")
@@ -188,13 +195,14 @@ def _serve(connection: Connection, folder: Path) -> None:
 
 def _outcome(file: Damaged, encoder: Encoder, folder: Path) -> tuple[str, str]:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    path = folder / file.name
-    path.write_bytes(file.content)
+    rows = folder / "rows"
+    for name, content in {**file.beside, file.name: file.content}.items():
+        (rows / name).parent.mkdir(parents=True, exist_ok=True)
+        (rows / name).write_bytes(content)
     shape = {name: ENUMS[name][value] if name in ENUMS else value for name, value in file.shape.items()}
     on_bad_row = OnBadRow.skip if file.skips else OnBadRow.error
     data = Data(
-        path=str(path),
+        path=str(rows if file.beside else rows / file.name),
         workers=1,
         on_bad_row=on_bad_row,
         max_bad_share=1.0,
@@ -237,7 +245,7 @@ def _is_sound(store: Store, data: Data, encoder: Encoder, file: Damaged) -> None
         assert len(prompt) <= 32
         assert max(len(chosen), len(rejected)) + len(prompt) <= 64
         assert set(prompt + chosen + rejected) <= set(range(len(encoder.tokenizer)))
-        assert file.name in store.where(i)
+        assert file.place in store.where(i)
     assert (np.isnan(table.score_margin) | (np.abs(table.score_margin) < 1e38)).all()
 
 
@@ -247,10 +255,10 @@ def _tells(error: str, file: Damaged, is_of_a_file: bool) -> None:
     assert len(error) < 1000, error
     assert "mend " in error or "type " in error, error
     if is_of_a_file:
-        assert file.name in error, error
+        assert file.place in error, error
         if "data.on_bad_row=skip" in error:
             assert not file.skips
-            row = re.search(rf"{re.escape(file.name)}:(\d+): ", error)
+            row = file.row(error)
             assert row, error
             if file.name in ("x", "x.jsonl", "x.ndjson"):
-                assert file.content.split(b"\n")[int(row[1]) - 1].strip(), error
+                assert file.content.split(b"\n")[row - 1].strip(), error

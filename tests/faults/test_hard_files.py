@@ -65,6 +65,15 @@ def test_18_a_json_array_ends_at_its_line(value, what, tmp_path):
     assert message.endswith("; mend the file or fetch it again")
 
 
+def test_18_a_row_of_null_in_a_folder_is_a_bad_row(tmp_path):
+    """The library's own reader of JSON ends the process with it."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_bytes(lines(ROW, None, ROW))
+    assert refused(tmp_path / "rows").startswith(
+        "rows/train.jsonl:2: not an object but NoneType; mend the row, or type"
+    )
+
+
 def test_18_a_json_array_is_read_piece_by_piece(tmp_path):
     """Rows that lie across what is read at a time, with letters of several bytes."""
     rows = [ROW | {"prompt": f"ä🙂{i} " * i} for i in range(0, 3000, 61)]
