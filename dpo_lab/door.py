@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
 from dpo_lab.results import hparams, runs
 from dpo_lab.results.files import trouble_of_disk
-from dpo_lab.results.secrets import redact_text
+from dpo_lab.results.secrets import redact_text, redact_yaml
 from dpo_lab.stop import Stopped, end_on_signals, raise_on_signals, stop_is_the_cause
 from dpo_lab.supervisor import tell_of_stop, tell_supervisor
 from dpo_lab.sweep import cell, sweeper
@@ -36,7 +37,7 @@ def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) 
     sys.excepthook = _show
     try:
         raise_on_signals(tell_of_stop)
-        with only_plugins(), stop_is_the_cause():
+        with only_plugins(), stop_is_the_cause(), _redacted() if _shows_config(sys.argv[1:]) else nullcontext():
             sweeper.register(as_record)
             door()
     except config.ConfigErrors as error:
@@ -190,6 +191,28 @@ def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:
         if (runs.read_record(folder) or {}).get("status") == "failed":
             hparams.end(folder, succeeded=False)
     sys.exit(ended.code)
+
+
+def _shows_config(words: Sequence[str]) -> bool:
+    """Whether Hydra is asked to print what it composed: --cfg, --info, -c, -i, and as argparse lets them be shortened."""
+    names = [word.partition("=")[0] for word in words]
+    return any(
+        name in ("-c", "-cjob", "-chydra", "-call")
+        or name.startswith("-i")
+        or (len(name) > 2 and ("--cfg".startswith(name) or "--info".startswith(name)))
+        for name in names
+    )
+
+
+@contextmanager
+def _redacted() -> Iterator[None]:
+    """What is printed inside it, a config in YAML, comes out without secrets."""
+    held = io.StringIO()
+    try:
+        with redirect_stdout(held):
+            yield
+    finally:
+        print(redact_yaml(held.getvalue()), end="")
 
 
 def _complain(message: str, code: int) -> int:

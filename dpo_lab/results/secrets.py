@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 REDACTED = "<redacted>"
-_NAMES = re.compile(r"(api_?key|access_?key|private_?key|token|secret|passw(or)?d|credentials?)$", re.I)
+_NAME = r"(?:api_?key|access_?key|private_?key|token|secret|passw(?:or)?d|credentials?)"
+_NAMES = re.compile(f"{_NAME}$", re.I)
+_ENTRY = re.compile(
+    rf"""(?P<key>^[\s-]*['"]?[^\s:'"]*{_NAME}['"]?: |{_NAME}=)(?!null$)('([^']|'')*'|"([^"\\]|\\.)*"|\S.*)""",
+    re.I | re.M,
+)
 _LOOKS = re.compile(
     r"\b(hf_\w{16,}|sk-[\w-]{20,}|gh[opsur]_\w{30,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16})"
 )
@@ -44,6 +49,11 @@ def redact_text(text: str) -> str:
         if len(value) >= _SHORTEST and _NAMES.search(name) and value in text:
             text = text.replace(value, REDACTED)
     return _IN_URL.sub(REDACTED, _LOOKS.sub(REDACTED, text))
+
+
+def redact_yaml(text: str) -> str:
+    """A config in YAML without secrets, overrides as they were typed among it (the rest of such a line goes with them)."""
+    return redact_text(_ENTRY.sub(rf"\g<key>{REDACTED}", text))
 
 
 class Redacting(logging.Formatter):

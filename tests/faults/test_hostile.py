@@ -19,6 +19,7 @@ import yaml
 from hydra.errors import HydraException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab import config, report
@@ -29,6 +30,7 @@ from dpo_lab.models.policy import PolicyError, Pretrained, load_policy
 from dpo_lab.models.reference import Cached
 from dpo_lab.results import cache, runs
 from dpo_lab.results.report import terminal
+from dpo_lab.results.secrets import redact_yaml
 from dpo_lab.results.study import StudyError
 from dpo_lab.studies.file import read
 from dpo_lab.targets import TargetRefused, made, only_plugins
@@ -408,6 +410,10 @@ def test_44_secrets_are_in_no_file_and_on_no_terminal(tmp_path):
     ):
         said.append(door("dpo_lab.train", wrong, "trainer.max_steps=0", cwd=tmp_path, **secrets))
         assert said[-1].returncode == 2
+    for dump in (["-call"], ["--cfg", "job", "--resolve"], ["--info=all"]):
+        said.append(door("dpo_lab.train", *dump, *typed, cwd=tmp_path, **secrets))
+        assert said[-1].returncode == 0
+        assert "api_token: <redacted>" in said[-1].stdout
     for each in said:
         for secret in (TOKEN, OF_ENVIRONMENT, PASSWORD):
             assert secret not in each.stdout + each.stderr
@@ -419,6 +425,23 @@ def test_44_secrets_are_in_no_file_and_on_no_terminal(tmp_path):
         assert not [secret for secret in (TOKEN, OF_ENVIRONMENT, PASSWORD) if secret.encode() in held], path
     record = json.loads(next(path for path in files if path.name == "run.json").read_text())
     assert record["config"]["logger"]["tensorboard"]["api_token"] == "<redacted>"
+
+
+def test_44_a_printed_config_loses_its_secrets_and_nothing_else():
+    key = f'-----BEGIN\n\n  it\'s "{PASSWORD}"\n'
+    hidden = {"api_token": PASSWORD, "Private_Key": key, "password": f"'{PASSWORD}'", "secret": [], "token": None}
+    plain = {"tokens": 3, "tokenizer": "secret: no", "text": "two\n\nlines", "beta": 0.1}
+    config = {**hidden, "nested": {**plain, **hidden}, **plain}
+    typed = ["beta=0.1", f"a.token={PASSWORD},b.x=1"]
+    shown = redact_yaml(OmegaConf.to_yaml(OmegaConf.create({**config, "overrides": typed})))
+    assert PASSWORD not in shown
+    without = dict.fromkeys(["api_token", "Private_Key", "password", "secret"], "<redacted>")
+    expected = {
+        **config,
+        "nested": config["nested"] | without,
+        "overrides": ["beta=0.1", "a.token=<redacted>"],
+    } | without
+    assert yaml.safe_load(shown) == expected
 
 
 # --- 45: code of a model's own, tags of YAML, servers
