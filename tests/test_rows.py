@@ -163,8 +163,8 @@ def quiet_datasets(monkeypatch):
     datasets.enable_progress_bars()
 
 
-def test_a_folder_of_files_with_splits(quiet_datasets, tmp_path):
-    """What `datasets` takes from the hub it takes from a folder of the same form."""
+def test_a_folder_of_files_with_splits(quiet_datasets, tmp_path, monkeypatch):
+    """What `datasets` takes from the hub is taken from a folder of the same form, also by one who stands in it."""
     folder = tmp_path / "mine"
     folder.mkdir()
     write(folder / "train.jsonl", ROWS)
@@ -174,6 +174,8 @@ def test_a_folder_of_files_with_splits(quiet_datasets, tmp_path):
     assert found == [(f"test.jsonl:{i}", row) for i, row in enumerate(ROWS[:2], start=1)]
     with pytest.raises(BadData, match=r"data.split=dev: .* no such split; type data.split= one of .*train"):
         opened(folder, split="dev")
+    monkeypatch.chdir(folder)
+    assert all_of(".", split="test") == found
 
 
 def test_a_folder_that_says_what_its_files_are(quiet_datasets, tmp_path):

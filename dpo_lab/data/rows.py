@@ -151,15 +151,16 @@ def _data_set(path: str, name: str | None, split: str | None, revision: str | No
     import datasets
 
     folder = Path(path)
+    is_folder = folder.is_dir()
     try:
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             found = datasets.load_from_disk(path)
-        elif folder.is_dir() and (files := _files_of_splits(folder, name)):
+        elif is_folder and (files := _files_of_splits(folder, name)):
             found = files
         else:
-            found = datasets.load_dataset(path, name, revision=revision)
+            found = datasets.load_dataset(str(folder.resolve()) if is_folder else path, name, revision=revision)
     except Exception as error:  # of a dozen kinds, from hub, network, cache and files
-        if folder.is_dir():
+        if is_folder:
             raise _fault(path, "", error) from error
         raise BadData(
             f"data.path={path}: {_reason(error)}; type the path of a file, or a data set's name on the hub (data.name= its"
@@ -181,11 +182,9 @@ def _files_of_splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
     """The files of a folder by their splits, none where we read not all of them."""
     import datasets
 
-    found = datasets.load_dataset_builder(str(folder), name).config.data_files or {}
-    files = {
-        str(split): [folder / Path(file).relative_to(folder.resolve()) for file in files]
-        for split, files in found.items()
-    }
+    whole = folder.resolve()  # of "." the library makes no name
+    found = datasets.load_dataset_builder(str(whole), name).config.data_files or {}
+    files = {str(split): [folder / Path(file).relative_to(whole) for file in each] for split, each in found.items()}
     return files if all(suffix(file) in READERS for each in files.values() for file in each) else {}
 
 
