@@ -22,6 +22,7 @@ from dpo_lab.prepare import Material, prepare
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
 from dpo_lab.results.examples import EXAMPLES
+from dpo_lab.results.files import made_whole
 from dpo_lab.results.health import of_folder
 from dpo_lab.training.checks import check_step_zero, first_batch
 from dpo_lab.training.cost import throughput
@@ -55,7 +56,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     held.update(steps=trainer.global_step, seconds=clock.lap("dpo"), **throughput(trainer))
     trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
     if held.writes:
-        config.policy.to_save(trained).save(held.folder / "policy")
+        with made_whole(held.folder / "policy") as folder:
+            config.policy.to_save(trained).save(folder)
     subject = subject_of(config, material, trained, trainer.precision_plugin.forward_context, judge)
     metrics, samples = evaluate(subject, config.evals.evaluators()), subject.side_by_side
     peak = peak_memory(trained.model.device)

@@ -19,6 +19,7 @@ from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import Material, prepare_responses
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
+from dpo_lab.results.files import made_whole
 from dpo_lab.training.cost import throughput
 from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.sft import initial_policy
@@ -62,7 +63,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     held.update(steps=trainer.global_step, tokens=module.tokens, seconds=clock.lap("sft"), **throughput(trainer))
     trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
     if held.writes:
-        config.policy.to_save(trained).save(held.folder / "policy")
+        with made_whole(held.folder / "policy") as folder:
+            config.policy.to_save(trained).save(folder)
     context, tokens = forward_of(trainer).context, config.data.tokens_per_microbatch
     material.initial.model.to(trained.model.device)  # type: ignore[arg-type]
     metrics = held_out_loss(trained.model, material.initial.model, material.held_out, tokens, context)

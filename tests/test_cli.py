@@ -315,7 +315,13 @@ def test_a_run_that_was_killed_while_it_was_evaluated_is_not_trained_again(works
     assert before["steps"] == 12  # no better after the first of four validations
     left = {name: value for name, value in before.items() if name not in ("metrics", "samples", "trained_policy")}
     (folder / "run.json").write_text(json.dumps(left | {"status": "running"}))
+    policy = {path.name: path.read_bytes() for path in (folder / "policy").iterdir()}
+    (folder / "policy" / "model.safetensors").write_bytes(b"half")
+    (folder / "policy" / ".tmp1no8TE").touch()  # as safetensors leaves them
+    (folder / ".policy.4711").mkdir()
     train(workshop, *settings)
+    assert {path.name: path.read_bytes() for path in (folder / "policy").iterdir()} == policy
+    assert not (folder / ".policy.4711").exists()
     after = record_of(folder)
     for what in ("status", "steps", "metrics", "samples", "trained_policy"):
         assert after[what] == before[what]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
-from dpo_lab.results.files import remove, remove_leftovers
+from dpo_lab.results.files import made_whole
 
 log = logging.getLogger("dpo_lab")
 
@@ -27,15 +26,9 @@ def once(path: Path, make: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not is_whole(path):
-            remove_leftovers(path)
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
+            with made_whole(path) as beside:
                 make(beside)
-                remove(path)
-                os.replace(beside, path)
-                seal(path)
-            finally:
-                remove(beside)
+            seal(path)
     return path
 
 

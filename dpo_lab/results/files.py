@@ -6,7 +6,8 @@ import errno
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # a disk, or what of it a user may have
@@ -22,11 +23,30 @@ def write_whole(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         with suppress(OSError):
             beside.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def made_whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file or a folder at, which then takes the place of what is there, durable.
+
+    The caller holds the place: what a process that was killed meanwhile left beside it is removed.
+    """
+    remove_leftovers(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        for each in (beside, *beside.rglob("*")):
+            sync(each)
+        remove(path)
+        os.replace(beside, path)
+        sync(path.parent)
+    finally:
+        remove(beside)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -50,9 +70,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Let the names in a folder, too, be on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Let a file's bytes, or a folder's names, be on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

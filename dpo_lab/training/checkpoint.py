@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from dpo_lab.results.files import sync_folder
+from dpo_lab.results.files import sync
 from dpo_lab.results.runs import RunFailed
 
 log = logging.getLogger("dpo_lab")
@@ -46,13 +46,13 @@ class VerifiedCheckpointIO(CheckpointIO):
         try:
             if not path.parent.exists():
                 path.parent.mkdir(parents=True)
-                sync_folder(path.parent.parent)
+                sync(path.parent.parent)
             with beside.open("w+b") as file:
                 _write(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
-            sync_folder(path.parent)
+            sync(path.parent)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: could not be written ({error.strerror}); checkpoints before it are intact: make room, then type"

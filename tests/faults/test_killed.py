@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch import Callback
 
 from dpo_lab.results import journal
+from dpo_lab.results.files import made_whole
 from dpo_lab.results.runs import CHECKPOINTS
 from dpo_lab.training.checkpoint import CheckpointError, VerifiedCheckpointIO, damage, remove_leftovers
 from tests.kill_points import fork, told
@@ -113,6 +115,33 @@ def test_03_leftovers_of_a_crash_go_and_nothing_else(whole, tmp_path):
     run(tmp_path)
     assert sorted(os.listdir(folder)) == sorted([*others, "step=6.ckpt", "step=7.ckpt"])
     assert difference(left(tmp_path), left(whole)) is None
+
+
+def test_03_a_folder_is_there_whole_and_what_was_begun_before_it_is_not(tmp_path):
+    """Of a policy that is saved: whole, by a process that dies meanwhile, by one that is interrupted, and again."""
+    path = tmp_path / "policy"
+
+    def save(text: str, then: Callable[[], object] = lambda: None) -> None:
+        with made_whole(path) as beside:
+            beside.mkdir()
+            (beside / text).write_text(text)
+            then()
+
+    for name in (".policy.swp", ".policy.4711.tmp", ".other.4711"):
+        (tmp_path / name).touch()
+    others = sorted([*os.listdir(tmp_path), "policy"])
+    save("first")
+    assert fork(lambda: save("second", lambda: os.kill(os.getpid(), signal.SIGKILL))) == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == len(others) + 1
+    with pytest.raises(KeyboardInterrupt):
+        save("third", lambda: signal.raise_signal(signal.SIGINT))
+    assert sorted(os.listdir(tmp_path)) == others
+    assert os.listdir(path) == ["first"]
+    points: list[str] = []
+    with told(points.append):
+        save("fourth")
+    assert points == [f"fsync .policy.{os.getpid()}", "fsync fourth", "replace policy", f"fsync {tmp_path.name}"]
+    assert os.listdir(path) == ["fourth"]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 4000, 30_000])
