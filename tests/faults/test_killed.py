@@ -134,7 +134,7 @@ def test_03_a_folder_is_there_whole_and_what_was_begun_before_it_is_not(tmp_path
     assert fork(lambda: save("second", lambda: os.kill(os.getpid(), signal.SIGKILL))) == -signal.SIGKILL
     assert len(os.listdir(tmp_path)) == len(others) + 1
     with pytest.raises(KeyboardInterrupt):
-        save("third", lambda: signal.raise_signal(signal.SIGINT))
+        save("third", lambda: signal.default_int_handler(signal.SIGINT, None))
     assert sorted(os.listdir(tmp_path)) == others
     assert os.listdir(path) == ["first"]
     points: list[str] = []
