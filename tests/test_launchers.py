@@ -77,10 +77,11 @@ def test_joblib_runs_two_cells_at_once_and_stops_them_together(tmp_path):
     behaves(tmp_path, beta_0="waits")
     with started(tmp_path, "beta=0.1,0.2,0.3", "launcher=joblib") as parent:
         until(lambda: all("waiting" in said(tmp_path, f"beta=0.{n}/seed=0") for n in (1, 2)))
-        parent.send_signal(signal.SIGTERM)
+        os.killpg(parent.pid, signal.SIGTERM)  # to all its processes, as a terminal and a scheduler do it
         assert parent.wait(60) == 143
     assert statuses(tmp_path) == ["preempted", "preempted", "not started"]
     assert [record(tmp_path, f"beta=0.{n}/seed=0")["error"][-7:] for n in (1, 2)] == ["SIGTERM"] * 2
+    assert "the launcher failed" not in (tmp_path / "terminal.log").read_text()
     (tmp_path / "go").touch()
     again = sweep(tmp_path, "beta=0.1,0.2,0.3", "launcher=joblib")
     assert again.returncode == 0, again.stdout

@@ -53,9 +53,10 @@ def run_cell(module: str, settings: RunConfig, is_done: Callable[[], bool] | Non
     if is_done is not None and is_done():
         return
     _heed(desk)
-    if multiprocessing.parent_process() is not None:  # a worker: the sweep tells it to stop, not the keyboard
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        die_with_parent(signal.SIGTERM)
+    if multiprocessing.parent_process() is not None:  # a worker: the sweep tells it to stop, no signal to all its processes
+        for signum in ASKING:
+            signal.signal(signum, lambda *_: None)  # not SIG_IGN, which the cell's process would inherit
+        die_with_parent(signal.SIGKILL)
     before, began, log = runs.read_record(folder), time.monotonic(), folder / LOG
     note = {"log": str(log), **whereabouts()}
     desk.note(folder, status="running", **note)
