@@ -21,7 +21,8 @@ from rich.console import Console
 
 from dpo_lab.results.runs import Standing
 from dpo_lab.stop import StopRequest
-from dpo_lab.sweep.cell import CellFailed, at_once, value
+from dpo_lab.sweep import cell as cell_module
+from dpo_lab.sweep.cell import LOG, CellFailed, at_once, value
 from dpo_lab.sweep.desk import Desk
 from dpo_lab.sweep.memory import KEPT, LIMIT, Memory, digest_of_sources
 from dpo_lab.sweep.plan import Cell
@@ -366,3 +367,19 @@ def test_plans_of_two_sweeps_are_merged_and_old_ones_forgotten(tmp_path):
         newer.remember(["a"], {}, [])
         newer.save()
     assert len(list(tmp_path.glob("*.json"))) == KEPT
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [
+        (143, ("preempted", "stopped by SIGTERM")),
+        (-15, ("preempted", "stopped by SIGTERM")),
+        (130, ("interrupted", "stopped by SIGINT")),
+        (-9, ("failed", "killed by SIGKILL")),
+        (1, ("failed", "ended with exit code 1")),
+        (0, ("failed", "ended without a result")),
+    ],
+)
+def test_a_cell_that_leaves_no_record_is_judged_by_its_exit_code(code, ending, tmp_path):
+    (tmp_path / LOG).write_text("=== the command\n")
+    assert cell_module._ending(tmp_path, None, code, lambda: False) == ending

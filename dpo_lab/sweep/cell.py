@@ -53,7 +53,7 @@ def run_cell(module: str, settings: RunConfig, is_done: Callable[[], bool] | Non
     if is_done is not None and is_done():
         return
     _heed(desk)
-    if multiprocessing.parent_process() is not None:  # a worker: the sweep tells it to stop, no signal to all its processes
+    if multiprocessing.parent_process() is not None:  # a worker: the sweep tells it to stop, not a signal to all of it
         for signum in ASKING:
             signal.signal(signum, lambda *_: None)  # not SIG_IGN, which the cell's process would inherit
         die_with_parent(signal.SIGKILL)
@@ -217,8 +217,8 @@ def _ending(
     record = runs.read_record(folder)
     if record is not None and record != before and record["status"] not in ("running", "done"):
         return record["status"], first_line(record.get("error"))
-    if -code in ASKING:  # before it could take the signal itself
-        stopped = Stopped(-code)
+    if (signum := -code if code < 0 else code - 128) in ASKING:  # before it had anything to record
+        stopped = Stopped(signum)
         return stopped.status, f"stopped by {stopped}"
     if code < 0:
         return "failed", f"killed by {signal.Signals(-code).name}"
