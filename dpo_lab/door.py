@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -24,7 +25,7 @@ from dpo_lab.data.rows import BadData
 from dpo_lab.results import hparams, runs
 from dpo_lab.results.files import trouble_of_disk
 from dpo_lab.results.secrets import redact_text, redact_yaml
-from dpo_lab.stop import Stopped, end_on_signals, raise_on_signals, stop_is_the_cause
+from dpo_lab.stop import Stopped, end_on_signals, raise_on_signals, stop_is_the_cause, stopped_by
 from dpo_lab.supervisor import tell_of_stop, tell_supervisor
 from dpo_lab.sweep import cell, sweeper
 from dpo_lab.sweep.plan import AsRecord
@@ -37,7 +38,7 @@ def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) 
     sys.excepthook = _show
     try:
         raise_on_signals(tell_of_stop)
-        with only_plugins(), stop_is_the_cause(), _redacted() if _shows_config(sys.argv[1:]) else nullcontext():
+        with only_plugins(), stop_is_the_cause(), _redacted() if _shows_config() else nullcontext():
             sweeper.register(as_record)
             door()
     except config.ConfigErrors as error:
@@ -186,22 +187,17 @@ def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:
     if ended.code == 0:
         return
     if ended.code != 2:  # refused: nothing was begun
-        stopped = ended.code in (130, 143)
-        runs.close(folder, Stopped(ended.code - 128).status if stopped else "failed", str(ended.error))
+        stopped = stopped_by(ended.code)
+        runs.close(folder, stopped.status if stopped else "failed", str(ended.error))
         if (runs.read_record(folder) or {}).get("status") == "failed":
             hparams.end(folder, succeeded=False)
     sys.exit(ended.code)
 
 
-def _shows_config(words: Sequence[str]) -> bool:
-    """Whether Hydra is asked to print what it composed: --cfg, --info, -c, -i, and as argparse lets them be shortened."""
-    names = [word.partition("=")[0] for word in words]
-    return any(
-        name in ("-c", "-cjob", "-chydra", "-call")
-        or name.startswith("-i")
-        or (len(name) > 2 and ("--cfg".startswith(name) or "--info".startswith(name)))
-        for name in names
-    )
+def _shows_config() -> bool:
+    """Whether Hydra is asked to print what it composed."""
+    asked, _ = get_args_parser().parse_known_args()
+    return bool(asked.cfg or asked.info)
 
 
 @contextmanager

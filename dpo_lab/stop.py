@@ -29,6 +29,12 @@ class Stopped(BaseException):
         return 128 + self.signum
 
 
+def stopped_by(code: int) -> Stopped | None:
+    """What a process was stopped by that ended with this exit code, 128 + n or, where it took no notice, -n; else None."""
+    signum = -code if code < 0 else code - 128
+    return Stopped(signum) if signum in ASKING else None
+
+
 def raise_on_signals(tell: Callable[[Stopped], None] = lambda stopped: None) -> None:
     """From now on SIGTERM and SIGINT raise Stopped in this process's main thread, after `tell` was called with it."""
 

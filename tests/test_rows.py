@@ -185,6 +185,7 @@ def test_a_folder_that_says_what_its_files_are(quiet_datasets, tmp_path):
     (folder / "first.csv").symlink_to(write(tmp_path / "kept.csv", ROWS))
     write(folder / "second.jsonl", ROWS[:2])
     write(folder / "third.parquet", ROWS[2:])
+    (folder / "lines.json").write_bytes(lines(ROWS))  # nothing is wrong with it
     configs = [("a", "first.csv"), ("b", ["second.jsonl", "second.jsonl"]), ("c", "third.parquet")]
     entries = [{"config_name": each, "data_files": files} for each, files in configs]
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(entries)}\n---\n")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,7 @@ def read(file: Path) -> Read:
 
 
 def _json_lines(file: Path) -> Read:
-    with file.open("rb") as raw:
-        opened = decompressed(file, raw)
-        yield from _chunked(json_lines(opened), raw)
+    yield from _text(file, json_lines)
 
 
 def _json(file: Path) -> Read:
@@ -42,33 +42,28 @@ def _json(file: Path) -> Read:
     with file.open("rb") as raw:
         opened = decompressed(file, raw)
         is_array = begins_array(opened)
-    if not is_array:
-        yield from _json_lines(file)
-        return
-    with file.open("rb") as raw:
-        opened = decompressed(file, raw)
-        yield from _chunked(json_array(opened), raw)
+    yield from _text(file, json_array if is_array else json_lines)
 
 
 def _csv(file: Path) -> Read:
-    with file.open("rb") as raw:
-        opened = decompressed(file, raw)
-        yield from _chunked(table(opened, "\t" if suffix(file) == ".tsv" else ","), raw)
+    yield from _text(file, partial(table, delimiter="\t" if suffix(file) == ".tsv" else ","))
 
 
-def _chunked(rows: Numbered, raw: Any) -> Read:
+def _text(file: Path, rows: Callable[[io.BufferedIOBase], Numbered]) -> Read:
     numbers: list[int] = []
     chunk: list[Any] = []
     held = 0
-    for number, row, size in rows:
-        numbers.append(number)
-        chunk.append(row)
-        held += size
-        if len(chunk) == CHUNK or held > LONGEST:
+    with file.open("rb") as raw:
+        opened = decompressed(file, raw)
+        for number, row, size in rows(opened):
+            numbers.append(number)
+            chunk.append(row)
+            held += size
+            if len(chunk) == CHUNK or held > LONGEST:
+                yield numbers, chunk, raw.tell()
+                numbers, chunk, held = [], [], 0
+        if chunk:
             yield numbers, chunk, raw.tell()
-            numbers, chunk, held = [], [], 0
-    if chunk:
-        yield numbers, chunk, raw.tell()
 
 
 def _parquet(file: Path) -> Read:

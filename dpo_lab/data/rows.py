@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from dpo_lab.data.readers import CHUNK, READERS, read, rows_at_once, suffix
 from dpo_lab.data.text import COMPRESSED, from_json
 
+SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # what save_to_disk writes beside the rows
 SHOWN = 300  # characters of what a library says of a file
 
 
@@ -153,7 +154,7 @@ def _data_set(path: str, name: str | None, split: str | None, revision: str | No
     folder = Path(path)
     is_folder = folder.is_dir()
     try:
-        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        if any((folder / name).exists() for name in SAVED[:2]):
             found = datasets.load_from_disk(path)
         elif is_folder and (files := _files_of_splits(folder, name)):
             found = files
@@ -199,7 +200,7 @@ def _fault(path: str, after: str, error: BaseException) -> BadData:
     """What is wrong with a data set: the first damaged file of what save_to_disk wrote, or what the library says."""
     for file in local_files(path):
         try:
-            if file.suffix == ".json":
+            if file.name in SAVED:
                 json.loads(file.read_bytes())
             elif file.suffix == ".arrow":
                 for _ in FileRows([file]).chunks():

@@ -29,7 +29,7 @@ from dpo_lab.launch import DDP_VARIABLES, PARENT, die_with_parent, stop
 from dpo_lab.leases import cpu_share, lease_gpus
 from dpo_lab.results import runs
 from dpo_lab.results.secrets import redact_command
-from dpo_lab.stop import ASKING, Stopped
+from dpo_lab.stop import ASKING, Stopped, stopped_by
 from dpo_lab.sweep.desk import Desk, first_line, tail, whereabouts
 
 LOG = "output.log"  # in a cell's folder: what it said on the terminal
@@ -53,7 +53,7 @@ def run_cell(module: str, settings: RunConfig, is_done: Callable[[], bool] | Non
     if is_done is not None and is_done():
         return
     _heed(desk)
-    if multiprocessing.parent_process() is not None:  # a worker: the sweep tells it to stop, not a signal to all of it
+    if multiprocessing.parent_process() is not None:  # a worker: its sweep tells it to stop, no signal does
         for signum in ASKING:
             signal.signal(signum, lambda *_: None)  # not SIG_IGN, which the cell's process would inherit
         die_with_parent(signal.SIGKILL)
@@ -217,8 +217,7 @@ def _ending(
     record = runs.read_record(folder)
     if record is not None and record != before and record["status"] not in ("running", "done"):
         return record["status"], first_line(record.get("error"))
-    if (signum := -code if code < 0 else code - 128) in ASKING:  # before it had anything to record
-        stopped = Stopped(signum)
+    if stopped := stopped_by(code):  # before it had anything to record
         return stopped.status, f"stopped by {stopped}"
     if code < 0:
         return "failed", f"killed by {signal.Signals(-code).name}"
