@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dpo_lab.data.faults import SAID
 from dpo_lab.data.quality import Quality
 
 LENGTH_TELLS = 0.65  # of training labels
 TRUNCATED = 0.20  # of prompts, of chosen or of rejected
 DROPPED = 0.20  # of rows
 FEWEST_HELD_OUT = 100  # pairs
+FEWEST_TRAIN = 30  # pairs; a share of fewer is known to 18 points and more either way
 ONE_PROMPT = 0.50  # of a split's pairs
 AGAINST_SCORES = 0.05  # of training pairs with scores
 
@@ -23,16 +25,29 @@ def advice(quality: Quality) -> list[str]:
         *_on_truncation(quality),
         *_on_splits(quality),
         *_on_rows(quality),
+        *(said.format(n=_count_of(quality, what)) for what, said in SAID.items() if quality.counts.get(what)),
     ]
+
+
+def _count_of(quality: Quality, what: str) -> str:
+    return f"{quality.counts[what]:,} {what}"
 
 
 def _on_labels(quality: Quality) -> Iterator[str]:
     longer = quality.train.chosen_longer
     low, high = longer.interval or (0.0, 1.0)
-    if abs(longer.value - 0.5) > LENGTH_TELLS - 0.5 and not low <= 0.5 <= high:
-        word, told = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
+    if (pairs := quality.train.pairs) < FEWEST_TRAIN:
         yield (
-            f"length alone tells {_percent(told)} of the training labels (over {_percent(LENGTH_TELLS)}): the chosen response"
+            f"only {_count(pairs, 'training pair')} (under {FEWEST_TRAIN}), which say next to nothing of the source they are"
+            f" from: that chosen is the longer one may be so in anything from {100 * low:.0f} to {100 * high:.0f} % of it; look"
+            " at more pairs"
+        )
+    elif abs(longer.value - 0.5) > LENGTH_TELLS - 0.5 and not low <= 0.5 <= high:
+        word, told = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
+        least, most = sorted((low, high) if longer.value > 0.5 else (1 - high, 1 - low))
+        yield (
+            f"length alone tells {_percent(told)} of the training labels (over {_percent(LENGTH_TELLS)}), {100 * least:.0f} to"
+            f" {100 * most:.0f} % with 95 % confidence: the chosen response"
             f" is the {word} one, and a policy may learn that and no more; compare with a loss that weighs by length (type"
             " loss=ipo_mean, or +ablation=simpo), and watch `length` in the results"
         )

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from dpo_lab.core.pairs import Message
+from dpo_lab.data.content import TAGS, BadChat
 from dpo_lab.data.time_limit import TimeIsUp, at_most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANSWER = "xyzzy"  # what the probing of a template looks for
+VALUE = "plugh"  # the argument of a tool call that it looks for
+# Given to templates that ask for the current date, so that a run has the same tokens on every day: what Llama's fall back to
+DATE = datetime(2024, 7, 26)
+MARK = re.compile(
+    r"<\|[^|<>]{1,40}\|>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>"
+)  # how marks of turns are written
 SECONDS = 5.0  # for one chat; templates take a thousandth of one
 SHOWN = 200  # characters of what a template complains of
 LONGEST = 10_000_000  # characters that a template may make of one chat
 # What a template does with a chat that it is not made for
 REFUSES = (TemplateError, TypeError, LookupError, AttributeError, ValueError, ZeroDivisionError, RecursionError)
-
-
-class BadChat(ValueError):
-    """A chat that the template does not take; the message says why."""
 
 
 class NoTemplate(Exception):
@@ -48,10 +55,19 @@ class Chat:
                 "the pairs are chats, and the policy's tokenizer has no chat template; type policy.chat_template=FILE.jinja,"
                 " or policy.path= of a model that was trained on chats"
             )
+        if any(message.get("tool_calls") for message in messages):
+            messages = [_with_calls(message, *self._form_of_calls) for message in messages]
+        return self._rendered(messages, tools, answer_next)
+
+    def _rendered(self, messages: Sequence[Message], tools: Any = None, answer_next: bool = False) -> str:
         try:
             with at_most(SECONDS):
                 text = self.tokenizer.apply_chat_template(
-                    list(messages), tools=tools, add_generation_prompt=answer_next, tokenize=False
+                    list(messages),
+                    tools=tools,
+                    add_generation_prompt=answer_next,
+                    tokenize=False,
+                    strftime_now=DATE.strftime,
                 )
         except REFUSES as error:
             reason = " ".join(str(error).split())[:SHOWN]
@@ -82,10 +98,64 @@ class Chat:
         return self._after_answer[: min(ends)] if ends else ""
 
     @cached_property
+    def marks(self) -> tuple[list[str], list[str]]:
+        """What the template writes around messages: marks of a turn, and tokens that begin or end a whole text."""
+        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(self.tokenizer.all_special_tokens)
+        written = {token for token in special if token in self._probe} | set(MARK.findall(self._probe))
+        ends = {str(self.tokenizer.bos_token), str(self.tokenizer.eos_token)}
+        return sorted(mark for mark in written - ends if not TAGS.fullmatch(mark)), sorted(written & ends)
+
+    @property
+    def writes_date(self) -> bool:
+        return "strftime_now" in str(self.tokenizer.chat_template)  # type: ignore[attr-defined]
+
+    @property
     def _after_answer(self) -> str:
         """The template's text after an answer that is the last message."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
-        try:
-            return self.render(probe).rpartition(ANSWER)[2]
-        except BadChat:
-            return ""
+        return self._probe.rpartition(ANSWER)[2]
+
+    @cached_property
+    def _probe(self) -> str:
+        """A chat of a user and the assistant as rendered, with a system message where the template wants one; else empty."""
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
+        for probe in (chat, [{"role": "system", "content": "b"}, *chat]):
+            try:
+                return self._rendered(probe)
+            except BadChat:
+                continue
+        return ""
+
+    @cached_property
+    def _form_of_calls(self) -> tuple[bool, bool]:
+        """How the template takes a tool call: arguments as JSON text; a content of null in place of none.
+
+        The first form under which an argument is written once as JSON would, not twice and not as Python prints it.
+        """
+        function = {"name": "find", "arguments": {"place": VALUE}}
+        call = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": function}]}
+        for form in product((False, True), (False, True)):
+            try:
+                text = self._rendered([{"role": "user", "content": "a"}, _with_calls(call, *form)])
+            except BadChat:
+                continue
+            if VALUE in text and f"'{VALUE}'" not in text and f'\\"{VALUE}' not in text and "None" not in text:
+                return form
+        return False, False
+
+
+def _with_calls(message: Message, as_text: bool, with_null: bool) -> Message:
+    """The message in one of the forms of a tool call, see `_form_of_calls`."""
+    if not message.get("tool_calls"):
+        return message
+    made = {"content": None, **message} if with_null else dict(message)
+    if as_text:
+        made["tool_calls"] = [_as_text(call) for call in message["tool_calls"]]
+    return made
+
+
+def _as_text(call: dict[str, Any]) -> dict[str, Any]:
+    call = {key: _as_text(value) if key == "function" else value for key, value in call.items()}
+    if isinstance(call.get("arguments"), dict):
+        call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+    return call

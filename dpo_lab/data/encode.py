@@ -15,11 +15,14 @@ import numpy as np
 
 from dpo_lab.core.pairs import Pair, content_hash
 from dpo_lab.core.table import flat
+from dpo_lab.data.faults import REPEATED
 from dpo_lab.data.formats import NoPair, Shape
+from dpo_lab.data.messages import content_of
 from dpo_lab.data.rows import Chunk, Rows, parse
 from dpo_lab.data.splits import split_hash
 from dpo_lab.data.tokenize import Encoder
 
+FEWEST_REPEATED = 8  # characters of a prompt; an answer may well begin with a shorter one
 IN_PROCESS = 8  # chunks at most; more are worth the start of other processes
 
 Source = tuple[Rows, Shape]
@@ -27,7 +30,10 @@ Source = tuple[Rows, Shape]
 
 @dataclass
 class Encoded:
-    """What became of a chunk: its pairs as columns, counts, and its bad rows as (number, what is wrong)."""
+    """What became of a chunk: its pairs as columns, counts, and its bad rows as (number, what is wrong).
+
+    repeats: the number of the first row whose sides both begin with the prompt; 0 where there is none.
+    """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     lengths: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))
@@ -37,6 +43,7 @@ class Encoded:
     scores: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     counts: Counter[str] = field(default_factory=Counter)
+    repeats: int = 0
     bad: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -48,13 +55,19 @@ def encode_chunk(chunk: Chunk, shape: Shape, encoder: Encoder) -> Encoded:
     for number, row in zip(chunk.numbers, chunk.rows, strict=True):
         counts["rows"] += 1
         try:
-            found += [(number, pair) for pair in shape.read(parse(row))]
+            pairs = shape.read(parse(row), counts)
         except NoPair as reason:
             counts[f"dropped: {reason}"] += 1
         except ValueError as error:
             encoded.bad.append((number, str(error)))
         except RecursionError:
             encoded.bad.append((number, "nested too deeply"))
+        else:
+            found += [(number, pair) for pair in pairs]
+            repeats = sum(repeats_prompt(pair) for pair in pairs)
+            if repeats:
+                counts[REPEATED] += repeats
+                encoded.repeats = encoded.repeats or number
     kept = []
     for (number, pair), (_, ids) in zip(found, _tokenised(found, encoder, encoded), strict=True):
         made = encoder.encode(pair, ids, counts) if ids is not None else None
@@ -129,6 +142,12 @@ def _start_worker(shapes: list[Shape], encoder: Encoder) -> None:
 
 def _work(at: int, chunk: Chunk) -> Encoded:
     return encode_chunk(chunk, _SHAPES[at], _ENCODER)
+
+
+def repeats_prompt(pair: Pair) -> bool:
+    """Whether both sides begin with the prompt, of a chat with its last message."""
+    prompt, *sides = (content_of(text).strip() for text in (pair.prompt, pair.chosen, pair.rejected))
+    return len(prompt) >= FEWEST_REPEATED and all(side.startswith(prompt) for side in sides)
 
 
 def _unordered(pair: Pair) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -12,7 +13,10 @@ from itertools import combinations
 from typing import Any
 
 from dpo_lab.core.pairs import Pair, Text
-from dpo_lab.data.messages import MOST, bad, brief, holds, joined, message, plain, readable, shared
+from dpo_lab.data.faults import MEDIA
+from dpo_lab.data.json_text import read_json_text
+from dpo_lab.data.media import media_of, refers_to_media
+from dpo_lab.data.messages import MOST, bad, brief, holds, joined, message, plain, readable, shared, shared_words
 
 Row = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
@@ -77,16 +81,25 @@ class Shape:
             if name not in COLUMNS:
                 raise ValueError(f"data.columns.{name}: no such column; type one of {', '.join(COLUMNS)}")
 
-    def read(self, row: Row) -> list[Pair]:
-        """All pairs of a row.
+    def read(self, row: Row, counts: Counter[str] | None = None) -> list[Pair]:
+        """All pairs of a row. counts: gains what is noteworthy of the row, see `faults`.
 
         Raises ValueError, naming the field, for a bad row; NoPair where it is good but holds no preference.
         """
+        counts = Counter() if counts is None else counts
+        if self.format is Format.text:
+            return [self._whole(row)]
+        pairs = self._pairs(self._parsed(row, counts))
+        if name := media_of(row, set(map(self._column, COLUMNS))):
+            counts[MEDIA] += 1
+            if mark := next((mark for pair in pairs if (mark := refers_to_media(pair))), None):
+                raise bad(name, f"is not read, and the row's text refers to it ({mark}): only text can train")
+        return pairs
+
+    def _pairs(self, row: Row) -> list[Pair]:
         kind = self._recognise(row) if self.format is Format.auto else self.format
         if kind is Format.ratings:
             return self._rated(row)
-        if kind is Format.text:
-            return [self._whole(row)]
         pair = self._transcript(row) if kind is Format.transcript else self._preference(row)
         pair = replace(pair, score_margin=self._score(row, "chosen") - self._score(row, "rejected"))
         if self._second_is_better(row):
@@ -94,6 +107,14 @@ class Shape:
         if pair.chosen == pair.rejected:
             raise NoPair("identical sides")
         return [pair]
+
+    def _parsed(self, row: Row, counts: Counter[str]) -> Row:
+        """The row with messages, and the tools beside them, in place of their JSON text."""
+        found = {name: self._get(row, name, None) for name in ("prompt", *SIDES)}
+        parsed = read_json_text(found, counts)
+        if "tools" in parsed and self._tools(row):
+            del parsed["tools"]
+        return {**row, **{self._column(name): value for name, value in parsed.items()}} if parsed else row
 
     def _recognise(self, row: Row) -> Format:
         if self._has(row, "responses") and not self._has(row, "chosen"):
@@ -284,21 +305,6 @@ class Shape:
         if label not in (0, 1, "0", "1"):
             raise bad(self._column("label"), f"is {brief(label)}, not 0 or 1")
         return int(label) == (1 if self.label_is is Label.index else 0)
-
-
-def shared_words(a: str, b: str) -> int:
-    """How many first characters of both are the prompt that the row leaves unsaid: the longest common run of whole words.
-
-    The cut lies where both go on with whitespace, which stays with the responses, and leaves both something to say. It is
-    made in characters: a common run of tokens would depend on the tokenizer, and may end inside a word, where prompt and
-    response encoded apart are other tokens than the whole.
-
-    >>> shared_words("The sky is blue.", "The sky is blurred.")
-    10
-    """
-    longest = min(shared(a, b), len(a.rstrip()) - 1, len(b.rstrip()) - 1)
-    cuts = (i for i in range(longest, 0, -1) if a[i].isspace() and b[i].isspace() and not a[i - 1].isspace())
-    return next(cuts, 0)
 
 
 def _number(value: Any, where: str) -> float:

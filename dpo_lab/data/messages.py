@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_lab.core.pairs import Message
+from dpo_lab.core.pairs import Message, Text
 
 ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", system="system", tool="tool")
 UNREADABLE = re.compile("[\0\ud800-\udfff]")
@@ -17,6 +18,21 @@ def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many first items both share; the last one of each is never among them."""
     most = min(len(a), len(b)) - 1
     return next((i for i in range(most) if a[i] != b[i]), max(most, 0))
+
+
+def shared_words(a: str, b: str) -> int:
+    """How many first characters of both are the prompt that the row leaves unsaid: the longest common run of whole words.
+
+    The cut lies where both go on with whitespace, which stays with the responses, and leaves both something to say. It is
+    made in characters: a common run of tokens would depend on the tokenizer, and may end inside a word, where prompt and
+    response encoded apart are other tokens than the whole.
+
+    >>> shared_words("The sky is blue.", "The sky is blurred.")
+    10
+    """
+    longest = min(shared(a, b), len(a.rstrip()) - 1, len(b.rstrip()) - 1)
+    cuts = (i for i in range(longest, 0, -1) if a[i].isspace() and b[i].isspace() and not a[i - 1].isspace())
+    return next(cuts, 0)
 
 
 def joined(given: list[Message], shared: list[Message]) -> list[Message]:
@@ -30,10 +46,14 @@ def joined(given: list[Message], shared: list[Message]) -> list[Message]:
 
 
 def message(value: Any, where: str) -> Message:
-    """One message: a role, and a string as its content unless it calls tools. ShareGPT's names are translated."""
+    """One message: a role, and a string as its content unless it calls tools. ShareGPT's names are translated.
+
+    A null in a field of a message, of a tool call or of its function says that the field is absent, as in OpenAI's API. A
+    null inside the arguments of a call is a value and is kept.
+    """
     if not isinstance(value, dict):
         raise bad(where, f"holds {type(value).__name__} where a message should be")
-    message = readable(value, where)
+    message = _without_nulls(readable(value, where))
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
         if str(speaker) not in ROLES:
@@ -46,7 +66,45 @@ def message(value: Any, where: str) -> Message:
         message["content"] = content = "".join(_part(part, where) for part in content)
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise bad(where, f"has a message whose content is {type(content).__name__}, not a string")
+    if message.get("tool_calls"):
+        message["tool_calls"] = _calls(message["tool_calls"], where)
     return message
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects. Calls, and arguments, may come as JSON text."""
+    calls = _from_json(calls, where, "tool_calls")
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise bad(where, "has tool_calls that are no list of objects")
+    found = []
+    for call in map(_without_nulls, calls):
+        if isinstance(call.get("function"), dict):
+            call["function"] = _with_arguments(_without_nulls(call["function"]), where)
+        found.append(_with_arguments(call, where))
+    return found
+
+
+def _with_arguments(function: dict[str, Any], where: str) -> dict[str, Any]:
+    if isinstance(text := function.get("arguments"), str):
+        arguments = _from_json(text.strip() or "{}", where, "arguments of a tool call")
+        if not isinstance(arguments, dict):
+            raise bad(where, f"has arguments of a tool call that are {brief(text)}, not the JSON of an object")
+        function["arguments"] = arguments
+    return function
+
+
+def _from_json(value: Any, where: str, what: str) -> Any:
+    """The value, parsed where it is JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return readable(json.loads(value), where)
+    except (json.JSONDecodeError, RecursionError):
+        raise bad(where, f"has {what} that are not JSON: {brief(value)}") from None
+
+
+def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def _part(part: Any, where: str) -> str:
@@ -57,7 +115,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def readable(value: Any, where: str) -> Any:
-    """The value without its None entries (Arrow fills absent keys with them), every string in it checked, keys as well."""
+    """The value, every string in it checked, keys as well."""
     if isinstance(value, str):
         if found := UNREADABLE.search(value):
             what = "NUL character" if found[0] == "\0" else "lone surrogate"
@@ -65,10 +123,15 @@ def readable(value: Any, where: str) -> Any:
     elif isinstance(value, list):
         return [readable(item, where) for item in value]
     elif isinstance(value, dict):
-        return {readable(key, where): readable(item, where) for key, item in value.items() if item is not None}
+        return {readable(key, where): readable(item, where) for key, item in value.items()}
     elif value is not None and not isinstance(value, int | float):  # dates and bytes, which Arrow may hold
         raise bad(where, f"holds {type(value).__name__} where text, a number or a list should be")
     return value
+
+
+def content_of(text: Text) -> str:
+    """Plain text, or the content of a chat's last message."""
+    return text if isinstance(text, str) else str((text[-1].get("content") if text else "") or "")
 
 
 def holds(value: Any) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpo_lab.data.media import UNREAD, is_media
 from dpo_lab.data.text import (
     COMPRESSED,
     LONGEST,
@@ -71,10 +72,18 @@ def _parquet(file: Path) -> Read:
 
     opened = pyarrow.parquet.ParquetFile(file)
     told = opened.metadata
-    groups = [told.row_group(i) for i in range(told.num_row_groups)]
-    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0)
-    batches = opened.iter_batches(rows_at_once(largest))
-    yield from _batches(batches, file.stat().st_size / max(1, told.num_rows))
+    media = [field.name for field in opened.schema_arrow if is_media(field.type)]
+    columns = [name for name in opened.schema_arrow.names if name not in media]
+    largest = max((_bytes_a_row(told.row_group(i), media) for i in range(told.num_row_groups)), default=0)
+    batches = opened.iter_batches(rows_at_once(largest), columns=columns)
+    for numbers, rows, position in _batches(batches, file.stat().st_size / max(1, told.num_rows)):
+        yield numbers, [row | dict.fromkeys(media, UNREAD) for row in rows], position
+
+
+def _bytes_a_row(group: Any, media: Sequence[str]) -> float:
+    columns = [group.column(i) for i in range(group.num_columns)]
+    read = [column for column in columns if column.path_in_schema.split(".")[0] not in media]
+    return sum(column.total_uncompressed_size for column in read) / max(1, group.num_rows)
 
 
 def _arrow(file: Path) -> Read:
@@ -93,13 +102,44 @@ def _arrow(file: Path) -> Read:
 def _batches(batches: Iterator[Any], bytes_a_row: float) -> Read:
     done = 0
     for batch in batches:
-        batch.validate(full=True)  # what is read is believed otherwise, offsets beyond its end as well
-        step = rows_at_once(batch.nbytes / max(1, batch.num_rows))
-        for start in range(0, batch.num_rows, step):
-            rows = batch.slice(start, step).to_pylist()
+        for rows in rows_of(batch):
             numbers = range(done + 1, done + 1 + len(rows))
             done += len(rows)
             yield numbers, rows, int(done * bytes_a_row)
+
+
+def rows_of(batch: Any) -> Iterator[list[dict[str, Any]]]:
+    """The rows of an Arrow table or batch, so many at once. Bytes stay where they are, UNREAD in their place.
+
+    Nulls inside a value are left out: Arrow puts them where one row lacks what another has.
+    """
+    batch.validate(full=True)  # what is read is believed otherwise, offsets beyond its end as well
+    media = [field.name for field in batch.schema if is_media(field.type)]
+    there = [_is_there(batch.column(name)) for name in media]
+    text = batch.select([name for name in batch.schema.names if name not in media])
+    step = rows_at_once(text.nbytes / max(1, batch.num_rows))
+    for start in range(0, batch.num_rows, step):
+        rows = [{name: _unpadded(value) for name, value in row.items()} for row in text.slice(start, step).to_pylist()]
+        for name, valid in zip(media, there, strict=True):
+            for row, is_there in zip(rows, valid[start : start + step], strict=True):
+                row[name] = UNREAD if is_there else None
+        yield rows
+
+
+def _is_there(column: Any) -> list[bool]:
+    """Whether each row of a column has a value; an empty list is none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    found = pc.list_value_length(column) if is_list else column.is_valid()
+    return [bool(value) for value in found.to_pylist()]
+
+
+def _unpadded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unpadded(item) for key, item in value.items() if item is not None}
+    return [_unpadded(item) for item in value] if isinstance(value, list) else value
 
 
 def rows_at_once(bytes_a_row: float) -> int:

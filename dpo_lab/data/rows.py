@@ -5,12 +5,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpo_lab.data.readers import CHUNK, READERS, read, rows_at_once, suffix
+from dpo_lab.data.readers import CHUNK, READERS, read, rows_of, suffix
 from dpo_lab.data.text import COMPRESSED, from_json
 
 SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # what save_to_disk writes beside the rows
@@ -50,7 +51,7 @@ def open_rows(path: str | Sequence[str], name: str | None, split: str | None, re
     paths = [path] if isinstance(path, str) else list(path)
     files: list[Path] = []
     for each in paths:
-        found = [Path(p) for p in sorted(glob.glob(each, recursive=True))] if glob.has_magic(each) else [Path(each)]
+        found = _matching(each)
         if any(p.is_dir() for p in found) or (not found[0].exists() if found else False):
             if len(paths) == 1 and len(found) == 1 and (found[0].is_dir() or _may_be_on_the_hub(each)):
                 return _data_set(each, name, split, revision)
@@ -64,10 +65,15 @@ def open_rows(path: str | Sequence[str], name: str | None, split: str | None, re
 def local_files(path: str | Sequence[str]) -> list[Path]:
     """The files behind a path, a pattern, a folder or several of them; a name on the hub has none."""
     paths = [path] if isinstance(path, str) else list(path)
-    found = [
-        Path(p) for each in paths for p in (sorted(glob.glob(each, recursive=True)) if glob.has_magic(each) else [each])
-    ]
+    found = [file for each in paths for file in _matching(each)]
     return [file for each in found for file in (sorted(each.rglob("*")) if each.is_dir() else [each]) if file.is_file()]
+
+
+def _matching(path: str) -> list[Path]:
+    """The file or folder of that very name; where there is none and the path is a pattern, what matches it."""
+    if glob.has_magic(path) and not os.path.exists(path):
+        return [Path(found) for found in sorted(glob.glob(path, recursive=True))]
+    return [Path(path)]
 
 
 def parse(row: Any) -> Mapping[str, Any]:
@@ -119,19 +125,19 @@ class DatasetRows:
         self.total = len(data)
 
     def chunks(self) -> Iterator[Chunk]:
-        stored, start = self.data.with_format("arrow"), 0
+        """As Arrow holds them: the library's decoding would open every image and sound."""
+        stored, done = self.data.with_format("arrow"), 0
+        json_columns = {name: feature for name, feature in self.data.features.items() if _holds_json(feature)}
         try:
             for first in range(0, len(self.data), CHUNK):
-                table = stored[first : first + CHUNK]
-                table.validate(full=True)  # as in `_batches`; the rows themselves come decoded by their features
-                step = rows_at_once(table.nbytes / table.num_rows)
-                for start in range(first, first + table.num_rows, step):
-                    columns = self.data[start : min(start + step, first + table.num_rows)]
-                    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-                    yield Chunk(self.place, range(start + 1, start + 1 + len(rows)), rows, len(rows))
-                start = first + table.num_rows
+                for rows in rows_of(stored[first : first + CHUNK]):
+                    for name, feature in json_columns.items():
+                        for row in rows:
+                            row[name] = _from_json(feature, row[name])
+                    yield Chunk(self.place, range(done + 1, done + 1 + len(rows)), rows, len(rows))
+                    done += len(rows)
         except Exception as error:
-            raise _fault(self.path, f" after {start}", error) from error
+            raise _fault(self.path, f" after {done}", error) from error
 
     def digest(self) -> str:
         digest = hashlib.blake2b(f"{self.data.features} {len(self.data)}".encode(), digest_size=16)
@@ -141,6 +147,22 @@ class DatasetRows:
         if not files:  # held in memory
             digest.update(self.data._fingerprint.encode())
         return digest.hexdigest()
+
+
+def _holds_json(feature: Any) -> bool:
+    """Whether a feature of `datasets` stores JSON text for values that Arrow has no type for."""
+    inside = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return type(feature).__name__ == "Json" or any(each is not None and _holds_json(each) for each in inside)
+
+
+def _from_json(feature: Any, value: Any) -> Any:
+    """A value as Arrow holds it, with what was stored as JSON parsed."""
+    if type(feature).__name__ == "Json":
+        return json.loads(value) if isinstance(value, str) else value
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {name: _from_json(feature[name], item) for name, item in value.items()}
+    inside = getattr(feature, "feature", None)
+    return [_from_json(inside, item) for item in value] if inside is not None and isinstance(value, list) else value
 
 
 def _data_set(path: str, name: str | None, split: str | None, revision: str | None) -> Rows:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_lab.core.pairs import content_hash
 from dpo_lab.core.table import PairTable, starts_of
 from dpo_lab.data.encode import Source, encoded_chunks
+from dpo_lab.data.faults import REPEATED
 from dpo_lab.data.formats import Shape
 from dpo_lab.data.rows import BadData
 from dpo_lab.data.tokenize import Encoder
@@ -25,8 +26,9 @@ from dpo_lab.results.progress import track
 
 log = logging.getLogger(__name__)
 
-FORMAT = "3"  # to be raised whenever what a store holds would change
+FORMAT = "4"  # to be raised whenever what a store holds would change
 SAID = 5  # bad rows that are shown
+MOST_REPEATED = 0.5  # of the pairs; that many can't all begin their answers with the prompt by chance
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def _make(folder: Path, sources: Sequence[Source], encoder: Encoder, bad: BadRow
     folder.mkdir(parents=True)
     counts: Counter[str] = Counter()
     wrong: list[str] = []
+    repeats = ""  # where a row stands whose sides both begin with the prompt
     names: list[str] = []
     parts: list[dict[str, np.ndarray]] = []
     with track("Pairs", 100) as advance, (folder / "tokens.bin").open("wb") as file:
@@ -84,6 +87,8 @@ def _make(folder: Path, sources: Sequence[Source], encoder: Encoder, bad: BadRow
                     f"{chunk.place}:{number}: {what}; mend the row, or type data.on_bad_row=skip to leave such rows out"
                 )
             counts += encoded.counts
+            if encoded.repeats and not repeats:
+                repeats = f"{chunk.place}:{encoded.repeats}"
             counts["dropped: bad row"] += len(encoded.bad)
             wrong += [f"{chunk.place}:{number}: {what}" for number, what in encoded.bad[: SAID - len(wrong)]]
             if chunk.place not in names:
@@ -108,6 +113,11 @@ def _make(folder: Path, sources: Sequence[Source], encoder: Encoder, bad: BadRow
         raise BadData(
             f"{', '.join(names) or 'data.path'}: no pair is left of {_plainly(counts)}; look at what was dropped,"
             " and mend the file or type another data.path="
+        )
+    if counts[REPEATED] > MOST_REPEATED * (pairs := len(columns["keys"])):
+        raise BadData(
+            f"{repeats}: both sides begin with the prompt, as in {counts[REPEATED]:,} of {pairs:,} pairs: it would be there"
+            " twice; leave it out of both sides, or leave out the prompt's column (what both sides share is the prompt then)"
         )
     columns = _each_once(columns, counts)
     save_file({name: _without_text(column) for name, column in columns.items()}, folder / "columns.safetensors")

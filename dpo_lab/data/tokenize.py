@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_lab.core.pairs import EncodedPair, Pair, Text, content_hash
-from dpo_lab.data.chat import BadChat, Chat
+from dpo_lab.data.chat import DATE, BadChat, Chat
+from dpo_lab.data.content import check_content, check_marks
+from dpo_lab.data.faults import BEGUN, DATED, SPECIAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
+BEFORE = ("\n", "a", "0", ".", "|")  # what a text is put behind, to be tokenised as one that goes on
+SHOWN = 20  # characters of a text that an error shows
 
 
 @dataclass
@@ -30,8 +34,9 @@ class Encoder:
     begins, a response is the answer and the token that ends its turn; what a template writes after that is left out. Without
     `ends` no response of plain text has an end token: all were cut before they came here.
 
-    Prompt and response are tokenised apart, so that none of their tokens lies across the border; where a tokenizer treats the
-    first word of a text specially, a response is what follows the prompt's tokens in the whole.
+    No token lies across the border of prompt and response, and both together decode to what the two strings make together.
+    So both sides of a pair have the same prompt tokens, those that sampling begins with. A response is tokenised as it stands
+    in the middle of a text, not as a text of its own, before which SentencePiece would put a space.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -78,6 +83,8 @@ class Encoder:
         special = sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items())
         kind = type(self.tokenizer).__name__
         template = self.tokenizer.chat_template  # type: ignore[attr-defined]
+        if template and self._chat.writes_date:
+            template = [template, DATE.isoformat()]
         return content_hash(
             [kind, words, special, template, self.max_length, self.max_prompt_length, self.ends, "format 1"]
         )
@@ -85,7 +92,10 @@ class Encoder:
     def text(self, tokens: Sequence[int]) -> str:
         """A response's token ids as text, without its closing end token; any other special token in it is shown."""
         ended = len(tokens) > 0 and tokens[-1] in self.end_ids
-        return str(self.tokenizer.decode(list(tokens[:-1] if ended else tokens), skip_special_tokens=False))
+        ids = list(tokens[:-1] if ended else tokens)
+        if self._starts_plainly:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return self._decoded([*self.anchor, *ids]).removeprefix(self._decoded(self.anchor))
 
     def prompt_text(self, tokens: Sequence[int]) -> str:
         """A prompt's token ids as text, without what the tokenizer begins every text with."""
@@ -94,7 +104,8 @@ class Encoder:
 
     def prompt(self, text: str) -> Ids:
         """Token ids of a prompt of plain text."""
-        return self._fit_prompt(self._begin, self._ids(text))
+        ids = self._ids(text)
+        return self._fit_prompt(self._begin, ids[len(self._begin) :] if self._is_begun(ids) else ids)
 
     def response(self, text: str, prompt: Sequence[int]) -> Ids:
         """Token ids of a response of plain text to an encoded prompt."""
@@ -118,17 +129,28 @@ class Encoder:
             for i, (prompt, (_, *both)) in enumerate(zip(prompts, texts, strict=True)):
                 for j, side in enumerate(both, start=2 * i):
                     is_prefix = sides[j][: len(prompt)] == prompt
-                    sides[j] = sides[j][len(prompt) :] if is_prefix else self._ids(side)
+                    sides[j] = sides[j][len(prompt) :] if is_prefix else self._inside(side)
         return list(zip(pairs, zip(prompts, sides[::2], sides[1::2], strict=True), strict=True))
 
     def encode(self, pair: Pair, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> EncodedPair | None:
         """Begin, truncate and end a tokenised pair; None, and counted, where its sides are the same then."""
-        begin = self._begin if not pair.is_chat else self._bos if ids[0][:1] == self._bos else []
-        room = self.max_prompt_length - (0 if pair.is_chat else len(begin))
-        prompt = self._fit_prompt(begin, ids[0][1:] if pair.is_chat and begin else ids[0])
+        if pair.is_chat:
+            begin, text = (self._bos, ids[0][1:]) if self._bos and ids[0][:1] == self._bos else ([], ids[0])
+            room = self.max_prompt_length - len(begin)
+        else:
+            begin, text, room = self._begin, ids[0], self.max_prompt_length - len(self._begin)
+            if self._is_begun(text):
+                text = text[len(begin) :]
+                counts[BEGUN] += 1
+            if not self.special_ids.isdisjoint(text):
+                counts[SPECIAL] += 1
+        prompt = self._fit_prompt(begin, text)
         ended = [self._ended(side) for side in ids[1:]]
+        if ended[0] == ended[1]:
+            counts["dropped: identical as tokens"] += 1
+            return None
         chosen, rejected = (side[: self.max_length - len(prompt)] for side in ended)
-        counts["prompts truncated"] += len(ids[0]) > room
+        counts["prompts truncated"] += len(text) > room
         counts["responses truncated"] += (len(chosen) < len(ended[0])) + (len(rejected) < len(ended[1]))
         if chosen == rejected:
             counts["dropped: identical after truncation"] += 1
@@ -143,20 +165,27 @@ class Encoder:
             self._chat.render(_messages(pair.prompt) + _messages(side), pair.tools)
             for side in (pair.chosen, pair.rejected)
         ]
+        start = len(prompt)  # of the answers
         if not all(whole.startswith(prompt) for whole in wholes):
-            prompt = self._without_opening(pair, prompt, wholes)
+            prompt, start = self._without_opening(pair, prompt, wholes)
             counts["prompts without the opening of an answer that the chat template takes back"] += 1
+        check_content(pair, prompt, wholes, start, counts)
+        check_marks(pair, *self._chat.marks, counts)
+        if self._chat.writes_date:
+            counts[DATED] += 1
         chosen, rejected = (self._chat.until_turn_end(whole[len(prompt) :]) for whole in wholes)
         return prompt, chosen, rejected
 
-    def _without_opening(self, pair: Pair, prompt: str, wholes: list[str]) -> str:
-        """The prompt up to where answers and the opening of an answer part: a '<think>' that no answer has, say."""
+    def _without_opening(self, pair: Pair, prompt: str, wholes: list[str]) -> tuple[str, int]:
+        """The prompt up to where answers and the opening of an answer part: a '<think>' that no answer has, say; and where
+        the question ends.
+        """
         closed = self._chat.render(_messages(pair.prompt), pair.tools)
         if not all(whole.startswith(closed) for whole in wholes):
             raise BadChat(
                 "the chat template writes the prompt otherwise once it is answered; type another policy.chat_template="
             )
-        return _common(prompt, *wholes)
+        return _common(prompt, *wholes), len(closed)
 
     @cached_property
     def _chat(self) -> Chat:
@@ -176,8 +205,34 @@ class Encoder:
 
     @cached_property
     def _starts_plainly(self) -> bool:
-        """Whether a text's first word is tokenised as it is after a line break."""
-        return all(self._ids("a\n" + text)[-len(self._ids(text)) :] == self._ids(text) for text in ("a", " a"))
+        """Whether a text's first word is tokenised as it is after a line break, and joins what comes before it as text does."""
+        alone = {text: self._ids(text) for text in ("a", " a")}
+        return all(
+            self._ids("a\n" + text)[-len(ids) :] == ids and self._decoded(alone["a"] + ids).endswith("a" + text)
+            for text, ids in alone.items()
+        )
+
+    def _inside(self, text: str) -> Ids:
+        """Token ids of a text as they are inside a longer one, where the tokenizer begins a text otherwise.
+
+        Raises ValueError where the tokenizer has none: one of whole words, and a text that begins inside a word.
+        """
+        for before in BEFORE:
+            first, both = self._batch([before, before + text])
+            is_apart = both[: len(first)] == first
+            if is_apart and self._decoded(both) == self._decoded(first) + text:
+                return both[len(first) :]
+        raise ValueError(
+            f"the tokenizer has no tokens for {text[:SHOWN]!r} right after its prompt; let the prompt end where a word ends"
+        )
+
+    def _decoded(self, ids: Ids) -> str:
+        decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(decoded)
+
+    def _is_begun(self, ids: Ids) -> bool:
+        """Whether a text holds what the tokenizer begins every text with."""
+        return bool(self._begin) and ids[: len(self._begin)] == self._begin
 
     def _ids(self, text: str) -> Ids:
         return self._batch([text])[0]

@@ -1,0 +1,55 @@
+"""Images, sound and video beside the text of a row: none of it is read, and a row that can't do without is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dpo_lab.core.pairs import Pair
+
+UNREAD = b"not read"  # stands in a row for bytes that were left where they are
+COLUMN = re.compile(
+    r"(?:\w*_)?(?:image|img|picture|photo|audio|sound|speech|video)s?(?:_(?:path|url|file|bytes)s?)?", re.I
+)
+# Where a text says that an image, a sound or a video belongs: <image>, <|audio|>, <image_1>, <|vision_start|>, [IMG], ...
+PLACE = re.compile(r"<\|?(?:start_of_)?(?:image|img|audio|video|vision)[\w-]*\|?>|\[IMG\]", re.I)
+
+
+def media_of(row: Mapping[str, Any], read: Collection[str]) -> str | None:
+    """The name of the first column of a row that holds media; read: columns that are known to hold text."""
+    names = (name for name, value in row.items() if isinstance(name, str) and name not in read and _holds(name, value))
+    return next(names, None)
+
+
+def refers_to_media(pair: Pair) -> str | None:
+    """The mark in the pair's text at which an image, a sound or a video would stand."""
+    for text in (pair.prompt, pair.chosen, pair.rejected):
+        words = text if isinstance(text, str) else "\n".join(str(message.get("content", "")) for message in text)
+        if found := PLACE.search(words):
+            return found[0]
+    return None
+
+
+def is_media(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds bytes: alone, with their path as `datasets` stores them, or lists of such."""
+    import pyarrow.types as types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return is_media(kind.value_type)
+    if types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        return fields.keys() <= {"bytes", "path"} and any(map(is_media, fields.values()))
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
+
+
+def _holds(name: str, value: Any) -> bool:
+    return value == UNREAD or (bool(COLUMN.fullmatch(name)) and _is_there(value))
+
+
+def _is_there(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_is_there, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_there, value))
+    return value not in (None, "", False)
