@@ -111,10 +111,13 @@ class PairTable(Sequence[EncodedPair]):
         return alone.select(np.sort(first))
 
     def digest(self) -> str:
-        """A hash of which pairs these are, in order, how long their token ids and which of them label noise flipped."""
+        """A hash of which pairs these are, in order, of their token ids and of which of them label noise flipped."""
         columns = hashlib.blake2b(digest_size=16)
         for column in (self.keys, self.lengths, self.flipped):
             columns.update(np.ascontiguousarray(column).tobytes())
+        tokens = np.asarray(self.tokens)  # a mapped file, too: slices of a memmap are slow to make
+        for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True):
+            columns.update(tokens[start : start + size].tobytes())
         return columns.hexdigest()
 
     @property

@@ -38,9 +38,9 @@ def _on_labels(quality: Quality) -> Iterator[str]:
     low, high = longer.interval or (0.0, 1.0)
     if (pairs := quality.train.pairs) < FEWEST_TRAIN:
         yield (
-            f"only {_count(pairs, 'training pair')} (under {FEWEST_TRAIN}), which say next to nothing of the source they are"
-            f" from: that chosen is the longer one may be so in anything from {100 * low:.0f} to {100 * high:.0f} % of it; look"
-            " at more pairs"
+            f"only {_count(pairs, 'training pair')} (under {FEWEST_TRAIN}): too few to show anything of the source they are"
+            f" from, in which chosen may be the longer one in anything from {100 * low:.0f} to {100 * high:.0f} % of the pairs;"
+            " look at more of it"
         )
     elif abs(longer.value - 0.5) > LENGTH_TELLS - 0.5 and not low <= 0.5 <= high:
         word, told = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)

@@ -6,8 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from jinja2 import TemplateError
 
 from dpo_lab.core.pairs import Message
 from dpo_lab.data.content import TAGS, BadChat
+from dpo_lab.data.faults import DATE
 from dpo_lab.data.time_limit import TimeIsUp, at_most
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 ANSWER = "xyzzy"  # what the probing of a template looks for
 VALUE = "plugh"  # the argument of a tool call that it looks for
-# Given to templates that ask for the current date, so that a run has the same tokens on every day: what Llama's fall back to
-DATE = datetime(2024, 7, 26)
+NOW = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
 MARK = re.compile(
     r"<\|[^|<>]{1,40}\|>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>"
 )  # how marks of turns are written
@@ -60,14 +59,15 @@ class Chat:
         return self._rendered(messages, tools, answer_next)
 
     def _rendered(self, messages: Sequence[Message], tools: Any = None, answer_next: bool = False) -> str:
+        template = _dated(self.tokenizer.get_chat_template(None, tools)) if self.writes_date else None
         try:
             with at_most(SECONDS):
                 text = self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=tools,
+                    chat_template=template,
                     add_generation_prompt=answer_next,
                     tokenize=False,
-                    strftime_now=DATE.strftime,
                 )
         except REFUSES as error:
             reason = " ".join(str(error).split())[:SHOWN]
@@ -142,6 +142,18 @@ class Chat:
             if VALUE in text and f"'{VALUE}'" not in text and f'\\"{VALUE}' not in text and "None" not in text:
                 return form
         return False, False
+
+
+@cache
+def _dated(template: str) -> str:
+    """The template with DATE in place of the current date."""
+    dated = NOW.sub(lambda call: json.dumps(DATE.strftime(call[2])), template)
+    if "strftime_now(" in dated.replace(" ", ""):
+        raise NoTemplate(
+            "the chat template asks for the current date in a format that it computes, and the tokens would be others on"
+            " every day; write a date into a copy of it and type policy.chat_template=FILE.jinja"
+        )
+    return dated
 
 
 def _with_calls(message: Message, as_text: bool, with_null: bool) -> Message:

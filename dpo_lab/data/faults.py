@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
+# Given to templates that ask for the current date, so that a run has the same tokens on every day: what Llama's fall back to
+DATE = datetime(2024, 7, 26)
+
 BEGUN = "prompts that hold the begin token already"
 SPECIAL = "prompts with special tokens in their text"
 REASONING = "prompts without the reasoning of earlier turns"
@@ -28,8 +33,8 @@ SAID = {
         " policy.chat_template=FILE.jinja"
     ),
     DATED: (
-        "{n}: the chat template writes the current date, and is given 26 July 2024 in its place, so that a run has the same"
-        " tokens on every day; for another date, write it into a copy of the template and type"
+        f"{{n}}: the chat template writes the current date, and is given {DATE:%d %B %Y} in its place, so that a run has the"
+        " same tokens on every day; for another date, write it into a copy of the template and type"
         " policy.chat_template=FILE.jinja"
     ),
     REPEATED: "{n}: the prompt would be there twice; leave it out of the two sides",

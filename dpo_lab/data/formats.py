@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import combinations
 from typing import Any
 
 from dpo_lab.core.pairs import Pair, Text
-from dpo_lab.data.faults import MEDIA
 from dpo_lab.data.json_text import read_json_text
-from dpo_lab.data.media import media_of, refers_to_media
-from dpo_lab.data.messages import MOST, bad, brief, holds, joined, message, plain, readable, shared, shared_words
+from dpo_lab.data.media import check_media
+from dpo_lab.data.messages import (
+    MOST,
+    bad,
+    brief,
+    first,
+    holds,
+    joined,
+    message,
+    number,
+    plain,
+    readable,
+    shared,
+    shared_words,
+)
+from dpo_lab.data.transcript import parted
 
 Row = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
@@ -24,8 +36,6 @@ COLUMNS = ("prompt", *SIDES, *"system tools responses ratings score_chosen score
 SCORES = {side: (f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating") for side in SIDES}
 RESPONSE_TEXT = ("content", "text", "response")
 RESPONSE_RATING = ("rating", "score", "overall_score")
-TURN = re.compile(r"\n\n(Human|Assistant):")
-LARGEST = 1e37  # of a score: differences of such are kept as 32-bit numbers
 REQUIRED: Any = object()
 
 
@@ -33,9 +43,7 @@ class Format(str, Enum):
     """The shape of a row; auto finds it from the row's fields."""
 
     auto = "auto"
-    preference = (
-        "preference"  # prompt, chosen, rejected: strings or chat messages; without prompt, what both sides share
-    )
+    preference = "preference"  # prompt, chosen, rejected: text or chat; without prompt, what both sides share
     transcript = "transcript"  # chosen, rejected: a whole dialogue each, "\n\nHuman: ...\n\nAssistant: ..."
     ratings = "ratings"  # prompt, responses, ratings
     text = "text"  # text: a whole one, for supervised fine-tuning alone
@@ -90,10 +98,7 @@ class Shape:
         if self.format is Format.text:
             return [self._whole(row)]
         pairs = self._pairs(self._parsed(row, counts))
-        if name := media_of(row, set(map(self._column, COLUMNS))):
-            counts[MEDIA] += 1
-            if mark := next((mark for pair in pairs if (mark := refers_to_media(pair))), None):
-                raise bad(name, f"is not read, and the row's text refers to it ({mark}): only text can train")
+        check_media(row, {self._column(name) for name in COLUMNS}, pairs, counts)
         return pairs
 
     def _pairs(self, row: Row) -> list[Pair]:
@@ -139,22 +144,8 @@ class Shape:
         return self._pair(row, chosen[:cut], *sides)
 
     def _transcript(self, row: Row) -> Pair:
-        sides: list[list[tuple[str, str]]] = []
-        for name in SIDES:
-            text = self._text(row, name)
-            if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
-                raise bad(self._column(name), r"is no transcript: it must begin with '\n\nHuman:'")
-            _, *parts = TURN.split(text)
-            sides.append(list(zip(parts[::2], parts[1::2], strict=True)))
-        turns = sides[0][: shared(*sides)]
-        for name, side in zip(SIDES, sides, strict=True):
-            speakers = [speaker for speaker, _ in side[len(turns) :]]
-            if speakers != ["Assistant"]:
-                what = f"after the turns of both sides: {', '.join(speakers[:MOST])}"
-                raise bad(self._column(name), f"continues beyond one answer ({what})")
-            if not side[-1][1].strip():
-                raise bad(self._column(name), r"is empty after the last '\n\nAssistant:'")
-        answers = [side[-1][1] for side in sides]
+        texts = {self._column(name): self._text(row, name) for name in SIDES}
+        turns, answers = parted(texts)
         if self.as_chat:
             names = {"Human": "user", "Assistant": "assistant"}
             prompt = [{"role": names[speaker], "content": text.strip()} for speaker, text in turns]
@@ -193,15 +184,15 @@ class Shape:
         if not isinstance(responses, list):
             raise bad(where, f"is {type(responses).__name__}, not a list")
         if not self._has(row, "ratings") and all(isinstance(response, dict) for response in responses):
-            source, ratings = where, [_first(response, RESPONSE_RATING, where) for response in responses]
+            source, ratings = where, [first(response, RESPONSE_RATING, where) for response in responses]
         else:
             source, ratings = self._column("ratings"), self._get(row, "ratings")
         if not isinstance(ratings, list) or len(ratings) != len(responses):
             amount = len(ratings) if isinstance(ratings, list) else type(ratings).__name__
             raise bad(source, f"holds {amount} for {len(responses)} responses")
         rated = []
-        for response, rating in zip(responses, [_number(rating, source) for rating in ratings], strict=True):
-            text = _first(response, RESPONSE_TEXT, where) if isinstance(response, dict) else response
+        for response, rating in zip(responses, [number(rating, source) for rating in ratings], strict=True):
+            text = first(response, RESPONSE_TEXT, where) if isinstance(response, dict) else response
             if math.isnan(rating):
                 continue
             if not isinstance(text, str):
@@ -294,8 +285,8 @@ class Shape:
     def _score(self, row: Row, side: str) -> float:
         name = f"score_{side}"
         if name in self.columns:
-            return _number(self._get(row, name), self._column(name))
-        return next((_number(row[key], key) for key in SCORES[side] if key in row), math.nan)
+            return number(self._get(row, name), self._column(name))
+        return next((number(row[key], key) for key in SCORES[side] if key in row), math.nan)
 
     def _second_is_better(self, row: Row) -> bool:
         """Whether a label says that the response under `rejected` is the preferred one."""
@@ -305,21 +296,3 @@ class Shape:
         if label not in (0, 1, "0", "1"):
             raise bad(self._column("label"), f"is {brief(label)}, not 0 or 1")
         return int(label) == (1 if self.label_is is Label.index else 0)
-
-
-def _number(value: Any, where: str) -> float:
-    """A number, or one in writing; NaN for None."""
-    try:
-        number = math.nan if value is None else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.inf
-    if abs(number) > LARGEST or isinstance(value, bool):
-        raise bad(where, f"has {brief(value)} where a number should be")
-    return number
-
-
-def _first(item: Row, names: Sequence[str], where: str) -> Any:
-    for name in names:
-        if name in item:
-            return item[name]
-    raise bad(where, f"holds a response without any of {', '.join(names)} (it {holds(item)})")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dpo_lab.core.pairs import Pair
+from dpo_lab.data.faults import MEDIA
+from dpo_lab.data.messages import bad
 
 UNREAD = b"not read"  # stands in a row for bytes that were left where they are
 COLUMN = re.compile(
@@ -16,19 +19,13 @@ COLUMN = re.compile(
 PLACE = re.compile(r"<\|?(?:start_of_)?(?:image|img|audio|video|vision)[\w-]*\|?>|\[IMG\]", re.I)
 
 
-def media_of(row: Mapping[str, Any], read: Collection[str]) -> str | None:
-    """The name of the first column of a row that holds media; read: columns that are known to hold text."""
+def check_media(row: Mapping[str, Any], read: Collection[str], pairs: Iterable[Pair], counts: Counter[str]) -> None:
+    """Count a row with columns of media; read: columns that hold text. Raises ValueError where its text refers to them."""
     names = (name for name, value in row.items() if isinstance(name, str) and name not in read and _holds(name, value))
-    return next(names, None)
-
-
-def refers_to_media(pair: Pair) -> str | None:
-    """The mark in the pair's text at which an image, a sound or a video would stand."""
-    for text in (pair.prompt, pair.chosen, pair.rejected):
-        words = text if isinstance(text, str) else "\n".join(str(message.get("content", "")) for message in text)
-        if found := PLACE.search(words):
-            return found[0]
-    return None
+    if name := next(names, None):
+        counts[MEDIA] += 1
+        if mark := next(filter(None, map(_place_in, pairs)), None):
+            raise bad(name, f"is not read, and the row's text refers to it ({mark}): only text can train")
 
 
 def is_media(kind: Any) -> bool:
@@ -53,3 +50,12 @@ def _is_there(value: Any) -> bool:
     if isinstance(value, list):
         return any(map(_is_there, value))
     return value not in (None, "", False)
+
+
+def _place_in(pair: Pair) -> str | None:
+    """The mark in the pair's text at which an image, a sound or a video would stand."""
+    for text in (pair.prompt, pair.chosen, pair.rejected):
+        for words in [text] if isinstance(text, str) else [str(message.get("content", "")) for message in text]:
+            if found := PLACE.search(words):
+                return found[0]
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from dpo_lab.core.pairs import Message, Text
 
 ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", system="system", tool="tool")
 UNREADABLE = re.compile("[\0\ud800-\udfff]")
+LARGEST = 1e37  # of a number: differences of such are kept in 32 bits
 MOST, LONGEST = 20, 80  # names, and characters of a value, that an error shows
 
 
@@ -153,3 +155,21 @@ def plain(role: str) -> str:
 
 def bad(where: str, what: str) -> ValueError:
     return ValueError(f"field '{where}' {what}")
+
+
+def number(value: Any, where: str) -> float:
+    """A number, or one in writing; NaN for None."""
+    try:
+        number = math.nan if value is None else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.inf
+    if abs(number) > LARGEST or isinstance(value, bool):
+        raise bad(where, f"has {brief(value)} where a number should be")
+    return number
+
+
+def first(item: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
+    for name in names:
+        if name in item:
+            return item[name]
+    raise bad(where, f"holds a response without any of {', '.join(names)} (it {holds(item)})")

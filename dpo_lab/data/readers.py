@@ -132,7 +132,7 @@ def _is_there(column: Any) -> list[bool]:
     import pyarrow.compute as pc
 
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    found = pc.list_value_length(column) if is_list else column.is_valid()
+    found = pc.call_function("list_value_length", [column]) if is_list else column.is_valid()
     return [bool(value) for value in found.to_pylist()]
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_lab.core.pairs import EncodedPair, Pair, Text, content_hash
-from dpo_lab.data.chat import DATE, BadChat, Chat
+from dpo_lab.data.chat import BadChat, Chat
 from dpo_lab.data.content import check_content, check_marks
-from dpo_lab.data.faults import BEGUN, DATED, SPECIAL
+from dpo_lab.data.faults import BEGUN, DATE, DATED, SPECIAL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,8 @@ class Encoder:
         ids = list(tokens[:-1] if ended else tokens)
         if self._starts_plainly:
             return str(self.tokenizer.decode(ids, skip_special_tokens=False))
-        return self._decoded([*self.anchor, *ids]).removeprefix(self._decoded(self.anchor))
+        before, both = self._decoded(self.anchor), self._decoded([*self.anchor, *ids])
+        return both.removeprefix(before) if both.startswith(before) else self._decoded(ids)
 
     def prompt_text(self, tokens: Sequence[int]) -> str:
         """A prompt's token ids as text, without what the tokenizer begins every text with."""
@@ -109,7 +110,8 @@ class Encoder:
 
     def response(self, text: str, prompt: Sequence[int]) -> Ids:
         """Token ids of a response of plain text to an encoded prompt."""
-        return self._ended(self._ids(text))[: self.max_length - len(prompt)]
+        begins = self._starts_plainly or self.special_ids.issuperset(prompt)
+        return self._ended(self._ids(text) if begins else self._inside(text))[: self.max_length - len(prompt)]
 
     def pairs(self, pairs: Iterable[Pair], counts: Counter[str]) -> list[EncodedPair]:
         """Encode all pairs; counts gains how many were truncated or dropped, by reason.
