@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -21,8 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANSWER = "xyzzy"  # what the probing of a template looks for
-VALUE = "plugh"  # the argument of a tool call that it looks for
-NOW = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
+VALUE = "plugh"  # the argument of the tool call that it looks for
+CALL = {"id": "a", "type": "function", "function": {"name": "find", "arguments": {"place": VALUE}}}
+NOW = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(['"])([^'"]*)\1\s*\)""")
 MARK = re.compile(
     r"<\|[^|<>]{1,40}\|>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>"
 )  # how marks of turns are written
@@ -54,8 +54,8 @@ class Chat:
                 "the pairs are chats, and the policy's tokenizer has no chat template; type policy.chat_template=FILE.jinja,"
                 " or policy.path= of a model that was trained on chats"
             )
-        if any(message.get("tool_calls") for message in messages):
-            messages = [_with_calls(message, *self._form_of_calls) for message in messages]
+        if any(message.get("tool_calls") for message in messages) and self._takes_text:
+            messages = [_with_text(message) for message in messages]
         return self._rendered(messages, tools, answer_next)
 
     def _rendered(self, messages: Sequence[Message], tools: Any = None, answer_next: bool = False) -> str:
@@ -127,21 +127,17 @@ class Chat:
         return ""
 
     @cached_property
-    def _form_of_calls(self) -> tuple[bool, bool]:
-        """How the template takes a tool call: arguments as JSON text; a content of null in place of none.
-
-        The first form under which an argument is written once as JSON would, not twice and not as Python prints it.
-        """
-        function = {"name": "find", "arguments": {"place": VALUE}}
-        call = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": function}]}
-        for form in product((False, True), (False, True)):
+    def _takes_text(self) -> bool:
+        """Whether the template takes the arguments of a tool call as JSON text: an object it refuses, or prints as Python."""
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}]
+        for is_text in (False, True):
             try:
-                text = self._rendered([{"role": "user", "content": "a"}, _with_calls(call, *form)])
+                text = self._rendered([_with_text(message) for message in chat] if is_text else chat)
             except BadChat:
                 continue
-            if VALUE in text and f"'{VALUE}'" not in text and f'\\"{VALUE}' not in text and "None" not in text:
-                return form
-        return False, False
+            if VALUE in text and f"'{VALUE}'" not in text and f'\\"{VALUE}' not in text:
+                return is_text
+        return False
 
 
 @cache
@@ -156,14 +152,10 @@ def _dated(template: str) -> str:
     return dated
 
 
-def _with_calls(message: Message, as_text: bool, with_null: bool) -> Message:
-    """The message in one of the forms of a tool call, see `_form_of_calls`."""
-    if not message.get("tool_calls"):
-        return message
-    made = {"content": None, **message} if with_null else dict(message)
-    if as_text:
-        made["tool_calls"] = [_as_text(call) for call in message["tool_calls"]]
-    return made
+def _with_text(message: Message) -> Message:
+    """The message with the arguments of its tool calls as JSON text."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_as_text(call) for call in calls]} if calls else message
 
 
 def _as_text(call: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ LISTS = ("messages", "conversations", "conversation")  # what an object keeps it
 BEGINS = re.compile(
     r"""\s*(?:\[\s*)?\{\s*['"](?:role|content|from|value|tools|messages|conversations?|tool_calls)['"]\s*:"""
 )
+SPEAKER = re.compile(r"""['"](?:role|from)['"]\s*:""")
 SPEAKERS = {*ROLES, "developer", "function", "ipython"}
 
 
@@ -42,7 +43,7 @@ def read_json_text(found: Mapping[str, Any], counts: Counter[str]) -> dict[str, 
     tools = [chats[name].tools for name in chats if name in read and chats[name].tools]
     if read:
         counts[JSON_READ] += 1
-    if any(isinstance(value, str) and name not in read and BEGINS.match(value) for name, value in found.items()):
+    if any(isinstance(value, str) and name not in read and _looks_like(value) for name, value in found.items()):
         counts[JSON_LEFT] += 1
     return read | ({"tools": tools[0]} if tools else {})
 
@@ -64,6 +65,10 @@ def chat_of(text: Any) -> TextChat | None:
     if not isinstance(value, list) or not value or not all(map(_is_message, value)):
         return None
     return TextChat(value, tools)
+
+
+def _looks_like(text: str) -> bool:
+    return bool(BEGINS.match(text)) and SPEAKER.search(text) is not None
 
 
 def _parsed(text: str) -> Any:
