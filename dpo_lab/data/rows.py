@@ -175,8 +175,14 @@ def _data_set(path: str, name: str | None, split: str | None, revision: str | No
 
     folder = Path(path)
     is_folder = folder.is_dir()
+    is_saved = any((folder / name).exists() for name in SAVED[:2])
+    if is_folder and not is_saved and glob.has_magic(str(folder.resolve())):
+        raise BadData(
+            f"data.path={path}: the datasets library takes the brackets or stars in a folder's path for a pattern; rename the"
+            " folder, or type the paths of its files (data.path=[FILE, ...])"
+        )
     try:
-        if any((folder / name).exists() for name in SAVED[:2]):
+        if is_saved:
             found = datasets.load_from_disk(path)
         elif is_folder and (files := _files_of_splits(folder, name)):
             found = files
