@@ -14,6 +14,7 @@ import pytest
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.core.table import PairTable
 from dpo_lab.data.advice import advice
+from dpo_lab.data.faults import SAID
 from dpo_lab.data.quality import BINS, Margins, Quality, _edges, _edges_around_zero, quality_of
 from dpo_lab.data.sources import Contradictions, Data, Splits
 from dpo_lab.data.tokenize import Encoder
@@ -300,9 +301,27 @@ def test_labels_against_scores_are_told_unless_noise_made_them(encoder):
     assert advice_on(encoder, train.flip(np.arange(200) < 1), held_out) == []
 
 
-def test_length_bias_of_few_pairs_is_no_news(encoder):
-    few = [([0, 3, i], [5, 6, END], [7, END]) for i in range(4)] + honest(2, 10)
+@pytest.mark.parametrize("count", [3, 29])
+def test_so_few_pairs_show_nothing(count, encoder):
+    """Chosen is longer in all of them: no more is said than how little they show."""
+    few = [([0, 3, i], [5, 6, END], [7, END]) for i in range(count)]
     found = quality_of(table(*few), table(*honest(100, 200)), {}, encoder)
-    assert found.train.chosen_longer.value > 0.8
+    assert found.train.chosen_longer.value == 1
     assert isinstance(found, Quality)
-    assert advice(found) == []
+    low = 100 * (found.train.chosen_longer.interval or (0, 1))[0]
+    (line,) = advice(found)
+    assert f"only {count} training pairs (under 30): too few to show anything" in line
+    assert f"the longer one in anything from {low:.0f} to 100 % of the pairs" in line
+
+
+def test_a_claim_about_length_comes_with_its_interval(encoder):
+    longer = [([0, 3, i], [5, 6, END], [7, END]) for i in range(30)]
+    (line,) = advice_on(encoder, table(*longer), table(*honest(100, 200)))
+    assert "length alone tells 100 % of the training labels (over 65 %), 89 to 100 % with 95 % confidence" in line
+
+
+def test_faults_of_prompts_are_told_where_they_are_counted(encoder):
+    train, held_out = table(*honest(200)), table(*honest(100, 200))
+    for what, said in SAID.items():
+        assert advice_on(encoder, train, held_out, {"rows": 200, what: 7}) == [said.format(n=f"7 {what}")]
+        assert advice_on(encoder, train, held_out, {"rows": 200, what: 0}) == []

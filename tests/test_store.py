@@ -14,6 +14,7 @@ import pytest
 from dpo_lab.data import encode
 from dpo_lab.data import store as module
 from dpo_lab.data.chat import NoTemplate
+from dpo_lab.data.faults import REPEATED
 from dpo_lab.data.formats import Pick, Shape
 from dpo_lab.data.rows import BadData, open_rows
 from dpo_lab.data.store import BadRows, Store, stored
@@ -117,6 +118,47 @@ def test_a_chat_that_the_template_refuses_is_a_bad_row_of_its_line(tmp_path):
     assert store.counts["responses truncated"] == 2  # beside a row that is bad, too
     with pytest.raises(NoTemplate, match="no chat template"):
         store_of(tmp_path / "cache", path, bad=LENIENT)
+
+
+QUESTIONS = [f"What is it, {i}?" for i in range(9)]
+ASKED = [{"prompt": asked, "chosen": f"{asked} A cat.", "rejected": f" {asked} Who?"} for asked in QUESTIONS]
+
+
+@pytest.mark.parametrize("as_chat", [False, True])
+def test_sides_that_repeat_the_prompt_are_refused_unless_they_are_few(as_chat, tmp_path):
+    others = [{"prompt": "Hello.", "chosen": f"Hello. {i}", "rejected": "Hello. Who?"} for i in range(12)]  # by chance
+    path, settings = tmp_path / "x.jsonl", dict(shape=Shape(as_chat=as_chat), family="chatml")
+    with pytest.raises(
+        BadData, match=r"x.jsonl:3: both sides begin with the prompt, as in 9 of 11 pairs: .*; leave it out"
+    ):
+        store_of(tmp_path / "cache", written(path, *others[:2], *ASKED), **settings)
+    store = store_of(tmp_path / "cache", written(path, *others, *ASKED), **settings)
+    assert (len(store.table), store.counts[REPEATED]) == (21, 9)
+    without = [{name: row[name].strip() for name in ("chosen", "rejected")} for row in ASKED]
+    store = store_of(tmp_path / "cache", written(path, *without), **settings)
+    assert store.counts[REPEATED] == 0
+
+
+def test_a_chat_that_the_template_cuts_short_is_a_bad_row_of_its_line(tmp_path):
+    """Its reasoning is not in the text, and it is not called identical after truncation."""
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    )
+    path = written(
+        tmp_path / "x.jsonl",
+        {"prompt": [{"role": "user", "content": "a"}], "chosen": "yes", "rejected": "no"},
+        {
+            "prompt": [{"role": "user", "content": "b"}],
+            "chosen": "<think>so</think>yes",
+            "rejected": "<think>or</think>yes",
+        },
+    )
+    source = (open_rows(str(path), None, None, None), Shape())
+    with pytest.raises(BadData, match=r"x.jsonl:2: the chat template leaves out the reasoning of 'chosen' \('so'\)"):
+        stored([source], Encoder(tokenizer, 64, 32), STRICT, 1, tmp_path / "cache")
+    store = stored([source], Encoder(tokenizer, 64, 32), LENIENT, 1, tmp_path / "cache")
+    assert store.counts == Counter({"rows": 2, "dropped: bad row": 1})
 
 
 def test_it_is_made_once_for_one_content(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,3 +92,15 @@ def test_no_pairs():
     assert list(empty) == []
     assert empty.sizes.tolist() == []
     assert empty.sides.shape == (0, 2)
+
+
+def test_a_digest_is_of_the_token_ids_of_these_pairs(table):
+    """Other tokens under the same keys and lengths are other pairs; where they lie does not matter."""
+    token = table.tokens.copy()
+    token[int(table.starts[3])] += 1
+    other = replace(table, tokens=token)
+    assert other.digest() != table.digest()
+    assert other[:3].digest() == table[:3].digest()
+    assert PairTable.of(list(table[4:])).digest() == table[4:].digest()
+    digests = {table.digest(), table[::-1].digest(), table[1:].digest(), table.flip(np.arange(10) < 1).digest()}
+    assert len(digests) == 4
