@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from dpo_lab.core.pairs import Pair
-from dpo_lab.data.faults import BEGUN
+from dpo_lab.data.faults import BEGUN, SPECIAL, UNKNOWN
 from dpo_lab.data.tokenize import Encoder
 from tests.templates import tokenizer_of
 
@@ -118,14 +118,18 @@ def test_a_tokenizer_of_whole_words_can_not_go_on_inside_one():
     words = {word: i for i, word in enumerate(["<unk>", "</s>", "the", "quick", "bro", "brown", "fox", "ther"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
-    encoder = Encoder(tokenizer, 64, 32)
-    (pair,) = encoder.pairs([Pair("the quick", " brown fox", " fox")], Counter())
+    special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    encoder, counts = Encoder(tokenizer, 64, 32), Counter()
+    (pair,) = encoder.pairs([Pair("the quick", " brown fox", " fox")], counts)
     assert tokenizer.convert_ids_to_tokens(pair.chosen) == ["brown", "fox", "</s>"]
+    assert counts[UNKNOWN] == 0
+    encoder.pairs([Pair("the cat", " brown fox", " fox"), Pair("the", " brown cat", " fox")], counts)
+    assert (counts[UNKNOWN], counts[SPECIAL]) == (2, 0)
     with pytest.raises(
-        ValueError, match=r"no tokens for 'wn fox' right after its prompt; let the prompt end where a word"
+        ValueError, match="no tokens for 'wn fox' right after its prompt; let the prompt end where a word"
     ):
-        encoder.pairs([Pair("the quick bro", "wn fox", " fox")], Counter())
+        encoder.pairs([Pair("the quick bro", "wn fox", " fox")], counts)
 
 
 def test_a_begin_token_in_the_text_is_not_put_there_twice():

@@ -9,6 +9,7 @@ DATE = datetime(2024, 7, 26)
 
 BEGUN = "prompts that hold the begin token already"
 SPECIAL = "prompts with special tokens in their text"
+UNKNOWN = "pairs with characters that the tokenizer does not know"
 REASONING = "prompts without the reasoning of earlier turns"
 TOOLS = "prompts without the tools of their rows"
 DATED = "prompts with a fixed date"
@@ -27,6 +28,7 @@ SAID = {
         "{n}: was a chat template written into the text? If the policy has one, give messages or the bare text"
         " (data.as_chat=true); else see that it is the policy's own (show=3)"
     ),
+    UNKNOWN: "{n}: they become its unknown token, and what they said is lost; is it the policy's own tokenizer?",
     REASONING: "{n}: the chat template leaves it out, as it would when the policy is asked; answers keep theirs",
     TOOLS: (
         "{n}: the chat template does not write them, so that answers call what was not offered; type another"

@@ -13,7 +13,7 @@ import numpy as np
 from dpo_lab.core.pairs import EncodedPair, Pair, Text, content_hash
 from dpo_lab.data.chat import BadChat, Chat
 from dpo_lab.data.content import check_content, check_marks
-from dpo_lab.data.faults import BEGUN, DATE, DATED, SPECIAL
+from dpo_lab.data.faults import BEGUN, DATE, DATED, SPECIAL, UNKNOWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,8 +144,10 @@ class Encoder:
             if self._is_begun(text):
                 text = text[len(begin) :]
                 counts[BEGUN] += 1
-            if not self.special_ids.isdisjoint(text):
+            if not (self.special_ids - self._unknown).isdisjoint(text):
                 counts[SPECIAL] += 1
+        if self._unknown and not all(map(self._unknown.isdisjoint, ids)):
+            counts[UNKNOWN] += 1
         prompt = self._fit_prompt(begin, text)
         ended = [self._ended(side) for side in ids[1:]]
         if ended[0] == ended[1]:
@@ -204,6 +206,13 @@ class Encoder:
     def _bos(self) -> Ids:
         bos = self.tokenizer.bos_token_id
         return [] if bos is None else [int(bos)]  # type: ignore[arg-type]
+
+    @cached_property
+    def _unknown(self) -> frozenset[int]:
+        """The token of what the vocabulary can't say, where that is no other special token as well."""
+        tokenizer = self.tokenizer
+        others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, None)
+        return frozenset() if tokenizer.unk_token_id in others else frozenset([int(tokenizer.unk_token_id)])  # type: ignore[arg-type]
 
     @cached_property
     def _starts_plainly(self) -> bool:
