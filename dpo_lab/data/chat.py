@@ -23,9 +23,8 @@ ANSWER = "xyzzy"  # what the probing of a template looks for
 VALUE = "plugh"  # the argument of the tool call that it looks for
 CALL = {"id": "a", "type": "function", "function": {"name": "find", "arguments": {"place": VALUE}}}
 NOW = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(['"])([^'"]*)\1\s*\)""")
-MARK = re.compile(
-    r"<\|[^|<>]{1,40}\|>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>"
-)  # how marks of turns are written
+# How marks of turns are written: <|user|>, <start_of_turn>, [INST], <<SYS>>
+MARK = re.compile(r"<\|[^|<>]{1,40}\|>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
 SECONDS = 5.0  # for one chat; templates take a thousandth of one
 SHOWN = 200  # characters of what a template complains of
 LONGEST = 10_000_000  # characters that a template may make of one chat

@@ -144,7 +144,7 @@ class Encoder:
             if self._is_begun(text):
                 text = text[len(begin) :]
                 counts[BEGUN] += 1
-            if not (self.special_ids - self._unknown).isdisjoint(text):
+            if not self._unmeant.isdisjoint(text):
                 counts[SPECIAL] += 1
         if self._unknown and not all(map(self._unknown.isdisjoint, ids)):
             counts[UNKNOWN] += 1
@@ -215,6 +215,11 @@ class Encoder:
         return frozenset() if tokenizer.unk_token_id in others else frozenset([int(tokenizer.unk_token_id)])  # type: ignore[arg-type]
 
     @cached_property
+    def _unmeant(self) -> frozenset[int]:
+        """Special tokens that a text becomes only where it spells them."""
+        return self.special_ids - self._unknown
+
+    @cached_property
     def _starts_plainly(self) -> bool:
         """Whether a text's first word is tokenised as it is after a line break, and joins what comes before it as text does."""
         alone = {text: self._ids(text) for text in ("a", " a")}
@@ -230,8 +235,8 @@ class Encoder:
         """
         for before in BEFORE:
             first, both = self._batch([before, before + text])
-            is_apart = both[: len(first)] == first
-            if is_apart and self._decoded(both) == self._decoded(first) + text:
+            joined = self._decoded(first) + text[:1]  # what comes later the tokenizer may spell otherwise, as anywhere
+            if both[: len(first)] == first and self._decoded(both).casefold().startswith(joined.casefold()):
                 return both[len(first) :]
         raise ValueError(
             f"the tokenizer has no tokens for {text[:SHOWN]!r} right after its prompt; let the prompt end where a word ends"
