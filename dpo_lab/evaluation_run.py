@@ -47,9 +47,8 @@ def evaluate_again(
         identity = material.identity() | {"trained_policy": weights_digest(trained.model)}
         if record is not None:
             _check_identity(record, identity, config.policy)
-        trained.model.to(forward.device)  # type: ignore[arg-type]
         clock.lap("prepare")
-        subject = subject_of(config, material, trained, forward.context, judge)
+        subject = subject_of(config, material, trained, forward, judge)
         metrics = evaluate(subject, config.evals.evaluators())
     result = {
         "run": str(into.parent) if record is not None else None,

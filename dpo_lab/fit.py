@@ -45,8 +45,9 @@ from dpo_lab.targets import TargetRefused, made
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.cost import Cost
 from dpo_lab.training.health import conclude
-from dpo_lab.training.process import set_up_process
+from dpo_lab.training.process import set_up_device, set_up_process
 from dpo_lab.training.saving import Checkpoints
+from dpo_lab.training.sharding import whole
 from dpo_lab.training.step import StepModule
 
 log = logging.getLogger("dpo_lab")
@@ -141,7 +142,7 @@ def set_up(config: RunConfig) -> None:
 
 
 def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trainer:
-    """Lightning's Trainer from its node, with callbacks; it has no loggers until `add_loggers`."""
+    """Lightning's Trainer from its node, with callbacks, its device set up; it has no loggers until `add_loggers`."""
     settings = dict(plain["trainer"])
     try:
         callbacks = [made(node, Callback) for node in plain["callbacks"].values()]
@@ -157,6 +158,7 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
             f"data.batch_size={config.data.batch_size}: {trainer.world_size} devices need a pair each in every step;"
             f" type data.batch_size={trainer.world_size} or more"
         )
+    set_up_device(trainer.strategy)
     return trainer
 
 
@@ -220,6 +222,14 @@ def fit(
             trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
     if module.request.signum is not None:  # it came when no step was left to finish
         signal.raise_signal(module.request.signum)
+
+
+def trained_policy(module: StepModule, material: Material, forward: Forward) -> Policy:
+    """Return the policy that the module trained, whole, in evaluation mode, on the device that it trained on.
+
+    Lightning leaves a module on the CPU after a fit. All ranks have to call it.
+    """
+    return Policy(whole(module.model, material.initial.model, forward.device).eval(), material.initial.tokenizer)
 
 
 def finish(

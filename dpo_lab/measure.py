@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import numpy as np
 import torch
 
@@ -14,7 +11,7 @@ from dpo_lab.data.splits import HELD_OUT, lots
 from dpo_lab.evals.judge import JudgeError, Score
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy
-from dpo_lab.prepare import Material
+from dpo_lab.prepare import Forward, Material
 from dpo_lab.results.cache import CACHE
 
 
@@ -30,12 +27,12 @@ def subject_of(
     config: RunConfig,
     material: Material,
     trained: Policy,
-    context: Callable[[], AbstractContextManager],
+    forward: Forward,
     judge: Score | None,
 ) -> Subject:
-    """Prompts and texts are of the world, or of the user's held-out rows. context: what forwards run under."""
-    device = trained.model.device
-    material.initial.model.to(device)  # type: ignore[arg-type]
+    """Prompts and texts are of the world, or of the user's held-out rows. Both policies are moved to the forward's device."""
+    for policy in (trained, material.initial):
+        policy.model.to(forward.device)  # type: ignore[arg-type]
     encoder, evals = material.encoder, config.evals
     if config.data.is_world:
         world = config.data.world
@@ -63,7 +60,7 @@ def subject_of(
         max_new_tokens=evals.max_new_tokens,
         tokens=config.data.tokens_per_microbatch,
         batch_size=evals.batch_size,
-        context=context,
+        context=forward.context,
         loss=config.loss,
         judge=judge,
         cache=CACHE,

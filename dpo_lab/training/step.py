@@ -82,7 +82,7 @@ class StepModule(LightningModule):
         """Passes that a rank of `parts` micro-batches idles through: where the model is cut over the ranks all of them
         have to take part in each one's passes.
         """
-        return range(most(parts, self.device) - parts if self._is_cut else 0)
+        return range(most(parts) - parts if self._is_cut else 0)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -140,6 +140,7 @@ class StepModule(LightningModule):
     def on_train_end(self) -> None:
         self._agree_to_stop()
         self._stop_if_asked()
+        self._drop_optimizer_state()
 
     def configure_optimizers(self):
         optimizer, schedule = self.optim.build(self.model.parameters(), self.total_steps)
@@ -170,7 +171,13 @@ class StepModule(LightningModule):
 
     def _stop_if_asked(self) -> None:
         if self.stopping and self.request is not None:
+            self._drop_optimizer_state()
             self.request.obey(self.stopping)
+
+    def _drop_optimizer_state(self) -> None:
+        """Free what is in the last checkpoint already: Lightning's teardown would copy it to the host's memory."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     def _is_so_in_any_rank(self, so: Tensor) -> bool:
         asked = (self.request and self.request.signum) or 0
