@@ -13,6 +13,8 @@ from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy
 from dpo_lab.prepare import Forward, Material
 from dpo_lab.results.cache import CACHE
+from dpo_lab.training.sharding import whole
+from dpo_lab.training.step import StepModule
 
 
 def judge_of(config: RunConfig, device: torch.device) -> Score | None:
@@ -21,6 +23,14 @@ def judge_of(config: RunConfig, device: torch.device) -> Score | None:
         return config.evals.judge.load(device)
     except JudgeError as error:
         raise ConfigError(str(error)) from None
+
+
+def trained_policy(module: StepModule, material: Material, forward: Forward) -> Policy:
+    """Return the policy that the module trained, whole, in evaluation mode, on the device that it trained on.
+
+    Lightning leaves a module on the CPU after a fit. All ranks have to call it.
+    """
+    return Policy(whole(module.model, material.initial.model, forward.device).eval(), material.initial.tokenizer)
 
 
 def subject_of(

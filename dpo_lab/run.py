@@ -13,8 +13,8 @@ from dpo_lab.config import ConfigError, RunConfig, as_record
 from dpo_lab.data.advice import advice
 from dpo_lab.data.collate import collate
 from dpo_lab.evals.evaluation import evaluate
-from dpo_lab.fit import Clock, begin, finish, forward_of, live, train, trained_policy
-from dpo_lab.measure import judge_of, subject_of
+from dpo_lab.fit import begin, finish, forward_of, live, train
+from dpo_lab.measure import judge_of, subject_of, trained_policy
 from dpo_lab.models.policy import to_train
 from dpo_lab.models.reference import model_behind
 from dpo_lab.next_commands import after_training
@@ -25,7 +25,7 @@ from dpo_lab.results.examples import EXAMPLES
 from dpo_lab.results.files import made_whole
 from dpo_lab.results.health import of_folder
 from dpo_lab.training.checks import check_step_zero, first_batch
-from dpo_lab.training.cost import throughput
+from dpo_lab.training.cost import Clock, throughput
 from dpo_lab.training.memory import Memory, peak_memory
 from dpo_lab.training.module import DPOModule
 

@@ -13,14 +13,15 @@ from omegaconf import DictConfig
 from dpo_lab.config import ConfigError, RunConfig, sft_record
 from dpo_lab.core.noise import Symmetric
 from dpo_lab.evals.held_out import held_out_loss
-from dpo_lab.fit import Clock, begin, finish, forward_of, live, set_up, train, trained_policy
+from dpo_lab.fit import begin, finish, forward_of, live, set_up, train
+from dpo_lab.measure import trained_policy
 from dpo_lab.models.policy import TinyPolicy, to_train
 from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import Material, prepare_responses
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
 from dpo_lab.results.files import made_whole
-from dpo_lab.training.cost import throughput
+from dpo_lab.training.cost import Clock, throughput
 from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.sft import initial_policy
 from dpo_lab.training.sft_module import SFTModule
