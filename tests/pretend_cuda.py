@@ -8,6 +8,7 @@ can't tell: anything about CUDA's kernels, streams, or memory. To be used in a p
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,11 +17,15 @@ from unittest.mock import patch
 
 import torch
 import torch._dynamo  # every optimizer imports it, and it takes stock of torch: before any of it is replaced
+from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed
+from torch._C._distributed_c10d import FakeWork
+from torch.distributed import distributed_c10d
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-DEVICE, CPU = torch.device("cuda:0"), torch.device("cpu")
+DEVICE, CPU = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.device("cpu")
 aten = torch.ops.aten
 TAKES_BOTH = {aten._to_copy.default, aten.copy_.default}  # these carry numbers from one device to the other
 INDEXES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
@@ -125,6 +130,7 @@ class PretendCuda(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.cpu_products = 0
+        self.autocast = False  # whether CUDA's is on
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_composite(func):  # inference mode hands these on as they are
@@ -133,7 +139,7 @@ class PretendCuda(TorchDispatchMode):
         on_cpu = not any(isinstance(value, CudaTensor) for value in tree_flatten((args, kwargs))[0])
         if func in PRODUCTS and on_cpu:
             self.cpu_products += 1
-            if torch.is_autocast_enabled("cuda"):
+            if self.autocast:
                 raise DevicesDiffer(f"{func}: under CUDA's autocast a product of CPU tensors is computed in full precision")
         return compute(func, args, kwargs or {})
 
@@ -145,6 +151,8 @@ def _is_composite(func: Any) -> bool:
 
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """func(*args, **kwargs) on the CPU, its results on the device that CUDA would leave them on."""
+    if func.namespace == "c10d":
+        return collective(func, args)
     check_devices(func, args, kwargs)
     tensors = tree_flatten((args, kwargs))[0]
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
@@ -159,6 +167,23 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
         return kwargs["out"] if "out" in kwargs else first
     return tree_map_only(torch.Tensor, CudaTensor, result) if on_cuda else result
+
+
+def collective(func: Any, args: Any) -> Any:
+    """A collective over a group that, like NCCL's, serves GPUs alone."""
+    tensors = [value for value in tree_flatten(args)[0] if isinstance(value, torch.Tensor)]
+    if func.name() != "c10d::barrier" and not all(isinstance(value, CudaTensor) for value in tensors):
+        raise DevicesDiffer(f"{func}: No backend type associated with device type cpu")
+    inner = tree_map_only(CudaTensor, lambda value: value.inner, args)
+    if distributed.get_backend() == "gloo":
+        return func(*inner)
+    assert distributed.get_backend_config() == "cuda:fake"  # as torch's own: every rank says what this one says
+    if "allgather_" in func.name():
+        outputs, inputs = inner[0], inner[1]
+        for output in outputs[0]:
+            output.copy_(inputs[0])
+        return outputs, FakeWork().boxed()
+    return (inner[0], FakeWork().boxed())
 
 
 def check_devices(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -180,7 +205,7 @@ def check_devices(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
 @contextmanager
 def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
     """Inside it one GPU (or more) is there, not initialised yet; its memory can't be asked for before it is."""
-    state = {"initialised": False}
+    state, mode = {"initialised": False}, PretendCuda()
 
     def initialise(*_: Any) -> None:
         state["initialised"] = True
@@ -193,7 +218,7 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
     of_cuda = dict(
         is_available=lambda: True,
         device_count=lambda: devices,
-        current_device=lambda: 0,
+        current_device=lambda: DEVICE.index,
         is_initialized=lambda: state["initialised"],
         _lazy_init=initialise,
         set_device=initialise,
@@ -213,7 +238,12 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
     real = {name: getattr(torch, name) for name in names}
 
     def of_either(name: str) -> Any:  # C++ takes a CudaTensor for one of the CPU, so its autocast is the CPU's
-        return lambda device="cuda", *values: real[name]("cpu" if device == "cuda" else device, *values)
+        def call(device: str = "cuda", *values: Any) -> Any:
+            if name == "set_autocast_enabled" and device == "cuda":
+                mode.autocast = values[0]
+            return real[name]("cpu" if device == "cuda" else device, *values)
+
+        return call
 
     made = {name: getattr(torch, name) for name in ("tensor", "as_tensor")}
 
@@ -226,5 +256,18 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
 
     _device_constructors()  # `with torch.device(...)` knows torch.tensor by its identity, from its first use on
     of_torch = {name: of_either(name) for name in names} | {name: then_moved(name) for name in made}
-    with patch.multiple(torch.cuda, **of_cuda), patch.multiple(torch, **of_torch), PretendCuda() as mode:
-        yield mode
+    join = distributed.init_process_group
+
+    def join_by_gloo(backend: str = "nccl", device_id: Any = None, **kwargs: Any) -> None:
+        join("gloo" if backend == "nccl" else backend, **kwargs)
+
+    of_ranks = patch.object(distributed_c10d, "_get_object_coll_device", lambda group=None: DEVICE)  # as for NCCL
+    joined = patch.object(distributed, "init_process_group", join_by_gloo)
+    unwrapped = patch.object(DDPStrategy, "configure_ddp", lambda self: None)  # torch's C++ would look for CUDA
+    with of_ranks, joined, unwrapped, patch.multiple(torch.cuda, **of_cuda), patch.multiple(torch, **of_torch), mode:
+        swapped = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter that moves stays the object it is
+        try:
+            yield mode
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(swapped)
