@@ -28,9 +28,10 @@ def judge_of(config: RunConfig, device: torch.device) -> Score | None:
 def trained_policy(module: StepModule, material: Material, forward: Forward) -> Policy:
     """Return the policy that the module trained, whole, in evaluation mode, on the device that it trained on.
 
-    Lightning leaves a module on the CPU after a fit. All ranks have to call it.
+    The initial policy is moved there, too. Lightning leaves a module on the CPU after a fit. All ranks have to call it.
     """
-    return Policy(whole(module.model, material.initial.model, forward.device).eval(), material.initial.tokenizer)
+    initial = material.initial.model.to(forward.device)  # type: ignore[arg-type]
+    return Policy(whole(module.model, initial, forward.device).eval(), material.initial.tokenizer)
 
 
 def subject_of(

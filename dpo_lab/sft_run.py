@@ -66,7 +66,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     if held.writes:
         with made_whole(held.folder / "policy") as folder:
             config.policy.to_save(trained).save(folder)
-    tokens, initial = config.data.tokens_per_microbatch, material.initial.model.to(forward.device)  # type: ignore[arg-type]
+    tokens, initial = config.data.tokens_per_microbatch, material.initial.model
     metrics = held_out_loss(trained.model, initial, material.held_out, tokens, forward.context)
     peak = peak_memory(forward.device)
     if held.writes:

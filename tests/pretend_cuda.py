@@ -1,13 +1,12 @@
 """A GPU that is not there: tensors that say they are on cuda:0 and compute on the CPU, and errors where devices would clash.
 
 FakeTensorMode holds no numbers, so it stops at the first `.item()`, and torch's CPU build can't go backward through its cuda
-tensors. A `CudaTensor` has numbers: whatever a run does can be done with it, and comes out as on the CPU, bit for bit. What it
-can't tell: anything about CUDA's kernels, streams, or memory. To be used in a process of its own, for it replaces parts of torch.
+tensors. A `CudaTensor` has numbers: whatever a run does can be done with it, and comes out as on the CPU. It tells nothing of
+CUDA's kernels, streams and memory. Use it in a process of its own, for it replaces parts of torch.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,7 +139,9 @@ class PretendCuda(TorchDispatchMode):
         if func in PRODUCTS and on_cpu:
             self.cpu_products += 1
             if self.autocast:
-                raise DevicesDiffer(f"{func}: under CUDA's autocast a product of CPU tensors is computed in full precision")
+                raise DevicesDiffer(
+                    f"{func}: under CUDA's autocast a product of CPU tensors is computed in full precision"
+                )
         return compute(func, args, kwargs or {})
 
 
@@ -165,7 +166,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     inner_args, inner_kwargs = tree_map_only(CudaTensor, lambda value: value.inner, (args, kwargs))
     result = func(*inner_args, **inner_kwargs)
     if any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
-        return kwargs["out"] if "out" in kwargs else first
+        return kwargs.get("out", first)
     return tree_map_only(torch.Tensor, CudaTensor, result) if on_cuda else result
 
 

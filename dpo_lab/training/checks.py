@@ -32,12 +32,10 @@ def check_step_zero(model, loss: Loss, reference: ReferenceLogps, batch: PairBat
     off = torch.maximum((losses - expected).abs(), margins.abs()) / (tolerance * expected.abs().clamp(min=1))
     worst = int(off.argmax())
     if not off[worst] <= 1:
-        cached = getattr(reference, "path", None)
         raise StepZeroError(
             f"before the first step policy and reference differ: pair {batch.keys[worst]} has loss {losses[worst]:.6f}"
             f" (should be {expected[worst]:.6f}) and reward margin {margins[worst]:.6f} (should be 0);"
             " the reference is not the initial policy, or the two are computed differently"
-            + (f"; remove {cached}, and the same command computes it anew" if cached else "")
         )
     return losses.mean().item()
 

@@ -140,7 +140,6 @@ class StepModule(LightningModule):
     def on_train_end(self) -> None:
         self._agree_to_stop()
         self._stop_if_asked()
-        self._drop_optimizer_state()
 
     def configure_optimizers(self):
         optimizer, schedule = self.optim.build(self.model.parameters(), self.total_steps)
@@ -171,13 +170,7 @@ class StepModule(LightningModule):
 
     def _stop_if_asked(self) -> None:
         if self.stopping and self.request is not None:
-            self._drop_optimizer_state()
             self.request.obey(self.stopping)
-
-    def _drop_optimizer_state(self) -> None:
-        """Free what is in the last checkpoint already: Lightning's teardown would copy it to the host's memory."""
-        for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
 
     def _is_so_in_any_rank(self, so: Tensor) -> bool:
         asked = (self.request and self.request.signum) or 0
