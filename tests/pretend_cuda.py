@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch.distributed import distributed_c10d
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 DEVICE, CPU = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.device("cpu")
 aten = torch.ops.aten
@@ -135,8 +135,7 @@ class PretendCuda(TorchDispatchMode):
         if _is_composite(func):  # inference mode hands these on as they are
             with self:
                 return func.decompose(*args, **(kwargs or {}))
-        on_cpu = not any(isinstance(value, CudaTensor) for value in tree_flatten((args, kwargs))[0])
-        if func in PRODUCTS and on_cpu:
+        if func in PRODUCTS and not any(isinstance(value, CudaTensor) for value in tensors_of(args)):
             self.cpu_products += 1
             if self.autocast:
                 raise DevicesDiffer(
@@ -154,8 +153,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """func(*args, **kwargs) on the CPU, its results on the device that CUDA would leave them on."""
     if func.namespace == "c10d":
         return collective(func, args)
-    check_devices(func, args, kwargs)
-    tensors = tree_flatten((args, kwargs))[0]
+    tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
+    check_devices(func, args, tensors)
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     first = args[0] if args else None
     on_cuda = any(isinstance(value, CudaTensor) for value in tensors)  # C++ gives new_zeros and the like the CPU's name
@@ -163,19 +162,20 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         on_cuda = device.type == "cuda"
     if device is not None and device.type == "cuda":
         kwargs = kwargs | {"device": CPU}
-    inner_args, inner_kwargs = tree_map_only(CudaTensor, lambda value: value.inner, (args, kwargs))
-    result = func(*inner_args, **inner_kwargs)
+    result = func(*inner_of(args), **{name: inner_of(value) for name, value in kwargs.items()})
     if any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
         return kwargs.get("out", first)
+    if isinstance(result, torch.Tensor):
+        return CudaTensor(result) if on_cuda else result
     return tree_map_only(torch.Tensor, CudaTensor, result) if on_cuda else result
 
 
 def collective(func: Any, args: Any) -> Any:
     """A collective over a group that, like NCCL's, serves GPUs alone."""
-    tensors = [value for value in tree_flatten(args)[0] if isinstance(value, torch.Tensor)]
+    tensors = [*tensors_of(args)]
     if func.name() != "c10d::barrier" and not all(isinstance(value, CudaTensor) for value in tensors):
         raise DevicesDiffer(f"{func}: No backend type associated with device type cpu")
-    inner = tree_map_only(CudaTensor, lambda value: value.inner, args)
+    inner = inner_of(args)
     if distributed.get_backend() == "gloo":
         return func(*inner)
     assert distributed.get_backend_config() == "cuda:fake"  # as torch's own: every rank says what this one says
@@ -187,11 +187,24 @@ def collective(func: Any, args: Any) -> Any:
     return (inner[0], FakeWork().boxed())
 
 
-def check_devices(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def tensors_of(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_of(value)
+
+
+def inner_of(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(inner_of(each) for each in value)
+    return value.inner if isinstance(value, CudaTensor) else value
+
+
+def check_devices(func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
     """Raise DevicesDiffer where CUDA would: a scalar of the CPU may meet tensors of the GPU, element by element."""
     if func in TAKES_BOTH:
         return
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
     plain = [value for value in tensors if not isinstance(value, CudaTensor)]
     if not plain or len(plain) == len(tensors):
         return

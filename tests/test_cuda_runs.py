@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lab.models.policy import load_policy
+from dpo_lab.models.policy import Policy, load_policy
 from tests import warm
 
 WORDS = "the plot was good and its music too slow ending felt odd villain".split()
 QUIET = (
-    "data=jsonl data.path=pairs.jsonl data.batch_size=8 data.tokens_per_microbatch=100 policy=pretrained policy.path=mine"
+    "data=jsonl data.path=pairs.jsonl data.batch_size=8 data.tokens_per_microbatch=300 policy=pretrained policy.path=mine"
     " optim=default trainer.max_steps=3 trainer.val_check_interval=2 trainer.log_every_n_steps=1 evals.samples=4"
-    " evals.texts=4 evals.max_new_tokens=6 figures=false logger=csv"
+    " evals.texts=4 evals.train_pairs=8 evals.max_new_tokens=6 figures=false logger=csv"
 ).split()
 
 
@@ -33,10 +33,8 @@ def pretended(*command: str) -> None:
             print("on the CPU:", cuda.cpu_products)
 
 
-@pytest.fixture(scope="module")
-def shop(policy, tmp_path_factory) -> Path:
-    """A folder with a model of random weights, in mine/, and pairs for it."""
-    folder = tmp_path_factory.mktemp("shop")
+def make_shop(folder: Path, policy: Policy) -> Path:
+    """Put a model of random weights in `folder`/mine, and pairs for it beside it."""
     policy.save(folder / "mine")
     draw = random.Random(0)
     with (folder / "pairs.jsonl").open("w") as file:
@@ -44,6 +42,11 @@ def shop(policy, tmp_path_factory) -> Path:
             prompt, chosen, rejected = (" ".join(draw.choices(WORDS, k=draw.randint(2, 9))) for _ in range(3))
             file.write(json.dumps({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}) + "\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def shop(policy, tmp_path_factory) -> Path:
+    return make_shop(tmp_path_factory.mktemp("shop"), policy)
 
 
 def record_of(shop: Path, name: str) -> dict:
