@@ -1,15 +1,18 @@
-# make train [ARGS="+ablation=uniform_ref"]   make test   make check   (all in one venv)
+# make train [ARGS="+ablation=uniform_ref"]   make test   make test-gpu   make check   (all in one venv)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test check clean
+.PHONY: train test test-gpu check clean
 train: $(STAMP)
 	$(BIN)/python -m dpo_lab.train $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dpo_lab.config import ConfigError, RunConfig
 from dpo_lab.evals.evaluation import evaluate
-from dpo_lab.fit import Clock, forward_of, logged, make_trainer, set_up
+from dpo_lab.fit import forward_of, logged, make_trainer, set_up
 from dpo_lab.measure import judge_of, subject_of
 from dpo_lab.models.policy import Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
 from dpo_lab.prepare import prepare
@@ -19,6 +19,7 @@ from dpo_lab.results import evaluations, runs
 from dpo_lab.results.cache import CACHE
 from dpo_lab.results.secrets import redact_override
 from dpo_lab.results.summary import print_summary
+from dpo_lab.training.cost import Clock
 
 
 def evaluate_again(
@@ -47,9 +48,8 @@ def evaluate_again(
         identity = material.identity() | {"trained_policy": weights_digest(trained.model)}
         if record is not None:
             _check_identity(record, identity, config.policy)
-        trained.model.to(forward.device)  # type: ignore[arg-type]
         clock.lap("prepare")
-        subject = subject_of(config, material, trained, forward.context, judge)
+        subject = subject_of(config, material, trained, forward, judge)
         metrics = evaluate(subject, config.evals.evaluators())
     result = {
         "run": str(into.parent) if record is not None else None,

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,9 +42,9 @@ from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.stop import StopRequest, stop_is_the_cause
 from dpo_lab.targets import TargetRefused, made
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
-from dpo_lab.training.cost import Cost
+from dpo_lab.training.cost import Clock, Cost
 from dpo_lab.training.health import conclude
-from dpo_lab.training.process import set_up_process
+from dpo_lab.training.process import set_up_device, set_up_process
 from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
 
@@ -141,7 +140,7 @@ def set_up(config: RunConfig) -> None:
 
 
 def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trainer:
-    """Lightning's Trainer from its node, with callbacks; it has no loggers until `add_loggers`."""
+    """Lightning's Trainer from its node, with callbacks, its device set up; it has no loggers until `add_loggers`."""
     settings = dict(plain["trainer"])
     try:
         callbacks = [made(node, Callback) for node in plain["callbacks"].values()]
@@ -157,6 +156,7 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
             f"data.batch_size={config.data.batch_size}: {trainer.world_size} devices need a pair each in every step;"
             f" type data.batch_size={trainer.world_size} or more"
         )
+    set_up_device(trainer.strategy)
     return trainer
 
 
@@ -296,20 +296,3 @@ def _joined(trainer: Trainer) -> Iterator[None]:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-class Clock:
-    """Wall and CPU seconds of each stage, of this process and its threads, over all starts of the run."""
-
-    def __init__(self, before: Mapping[str, Mapping[str, float]] | None = None) -> None:
-        self.stages: dict[str, dict[str, float]] = {stage: dict(spent) for stage, spent in (before or {}).items()}
-        self.last = (time.perf_counter(), time.process_time())
-
-    def lap(self, stage: str) -> dict[str, dict[str, float]]:
-        """End a stage; gives all stages so far."""
-        now = (time.perf_counter(), time.process_time())
-        before = self.stages.get(stage, {"wall": 0.0, "cpu": 0.0})
-        spent = zip(("wall", "cpu"), now, self.last, strict=True)
-        self.stages[stage] = {kind: round(before[kind] + end - start, 2) for kind, end, start in spent}
-        self.last = now
-        return dict(self.stages)

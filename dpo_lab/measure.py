@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import numpy as np
 import torch
 
@@ -14,8 +11,10 @@ from dpo_lab.data.splits import HELD_OUT, lots
 from dpo_lab.evals.judge import JudgeError, Score
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy
-from dpo_lab.prepare import Material
+from dpo_lab.prepare import Forward, Material
 from dpo_lab.results.cache import CACHE
+from dpo_lab.training.sharding import whole
+from dpo_lab.training.step import StepModule
 
 
 def judge_of(config: RunConfig, device: torch.device) -> Score | None:
@@ -26,16 +25,25 @@ def judge_of(config: RunConfig, device: torch.device) -> Score | None:
         raise ConfigError(str(error)) from None
 
 
+def trained_policy(module: StepModule, material: Material, forward: Forward) -> Policy:
+    """Return the policy that the module trained, whole, in evaluation mode, on the device that it trained on.
+
+    The initial policy is moved there, too. Lightning leaves a module on the CPU after a fit. All ranks have to call it.
+    """
+    initial = material.initial.model.to(forward.device)  # type: ignore[arg-type]
+    return Policy(whole(module.model, initial, forward.device).eval(), material.initial.tokenizer)
+
+
 def subject_of(
     config: RunConfig,
     material: Material,
     trained: Policy,
-    context: Callable[[], AbstractContextManager],
+    forward: Forward,
     judge: Score | None,
 ) -> Subject:
-    """Prompts and texts are of the world, or of the user's held-out rows. context: what forwards run under."""
-    device = trained.model.device
-    material.initial.model.to(device)  # type: ignore[arg-type]
+    """Prompts and texts are of the world, or of the user's held-out rows. Both policies are moved to the forward's device."""
+    for policy in (trained, material.initial):
+        policy.model.to(forward.device)  # type: ignore[arg-type]
     encoder, evals = material.encoder, config.evals
     if config.data.is_world:
         world = config.data.world
@@ -63,7 +71,7 @@ def subject_of(
         max_new_tokens=evals.max_new_tokens,
         tokens=config.data.tokens_per_microbatch,
         batch_size=evals.batch_size,
-        context=context,
+        context=forward.context,
         loss=config.loss,
         judge=judge,
         cache=CACHE,

@@ -13,9 +13,9 @@ from dpo_lab.config import ConfigError, RunConfig, as_record
 from dpo_lab.data.advice import advice
 from dpo_lab.data.collate import collate
 from dpo_lab.evals.evaluation import evaluate
-from dpo_lab.fit import Clock, begin, finish, forward_of, live, train
-from dpo_lab.measure import judge_of, subject_of
-from dpo_lab.models.policy import Policy, to_train
+from dpo_lab.fit import begin, finish, forward_of, live, train
+from dpo_lab.measure import judge_of, subject_of, trained_policy
+from dpo_lab.models.policy import to_train
 from dpo_lab.models.reference import model_behind
 from dpo_lab.next_commands import after_training
 from dpo_lab.prepare import Material, prepare
@@ -25,10 +25,9 @@ from dpo_lab.results.examples import EXAMPLES
 from dpo_lab.results.files import made_whole
 from dpo_lab.results.health import of_folder
 from dpo_lab.training.checks import check_step_zero, first_batch
-from dpo_lab.training.cost import throughput
+from dpo_lab.training.cost import Clock, throughput
 from dpo_lab.training.memory import Memory, peak_memory
 from dpo_lab.training.module import DPOModule
-from dpo_lab.training.sharding import whole
 
 log = logging.getLogger("dpo_lab")
 
@@ -45,8 +44,9 @@ def run(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
 
 def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer: Trainer) -> None:
     clock = Clock(held.record.get("seconds"))
-    judge = judge_of(config, forward_of(trainer).device)  # before the training: one that can't be had is said now
-    material = prepare(config, CACHE, forward_of(trainer))
+    forward = forward_of(trainer)
+    judge = judge_of(config, forward.device)  # before the training: one that can't be had is said now
+    material = prepare(config, CACHE, forward)
     quality = material.quality()
     for line in advice(quality):
         log.warning("data: %s", line)
@@ -54,13 +54,13 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     held.update(data_quality=quality.as_record(), seconds=clock.lap("prepare"))
     module = _fit(config, plain, held, trainer, material, clock)
     held.update(steps=trainer.global_step, seconds=clock.lap("dpo"), **throughput(trainer))
-    trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
+    trained = trained_policy(module, material, forward)
     if held.writes:
         with made_whole(held.folder / "policy") as folder:
             config.policy.to_save(trained).save(folder)
-    subject = subject_of(config, material, trained, trainer.precision_plugin.forward_context, judge)
+    subject = subject_of(config, material, trained, forward, judge)
     metrics, samples = evaluate(subject, config.evals.evaluators()), subject.side_by_side
-    peak = peak_memory(trained.model.device)
+    peak = peak_memory(forward.device)
     if held.writes:
         subject.examples.write(held.folder / EXAMPLES)
         finish(held, trainer, metrics, trained, clock, peak, after_training(config), samples)

@@ -13,18 +13,18 @@ from omegaconf import DictConfig
 from dpo_lab.config import ConfigError, RunConfig, sft_record
 from dpo_lab.core.noise import Symmetric
 from dpo_lab.evals.held_out import held_out_loss
-from dpo_lab.fit import Clock, begin, finish, forward_of, live, set_up, train
-from dpo_lab.models.policy import Policy, TinyPolicy, to_train
+from dpo_lab.fit import begin, finish, forward_of, live, set_up, train
+from dpo_lab.measure import trained_policy
+from dpo_lab.models.policy import TinyPolicy, to_train
 from dpo_lab.next_commands import after_sft
 from dpo_lab.prepare import Material, prepare_responses
 from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
 from dpo_lab.results.files import made_whole
-from dpo_lab.training.cost import throughput
+from dpo_lab.training.cost import Clock, throughput
 from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.sft import initial_policy
 from dpo_lab.training.sft_module import SFTModule
-from dpo_lab.training.sharding import whole
 
 
 def run_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
@@ -61,14 +61,14 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     held.update(seconds=clock.lap("prepare"))
     module = _fit(config, plain, held, trainer, material)
     held.update(steps=trainer.global_step, tokens=module.tokens, seconds=clock.lap("sft"), **throughput(trainer))
-    trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
+    forward = forward_of(trainer)
+    trained = trained_policy(module, material, forward)
     if held.writes:
         with made_whole(held.folder / "policy") as folder:
             config.policy.to_save(trained).save(folder)
-    context, tokens = forward_of(trainer).context, config.data.tokens_per_microbatch
-    material.initial.model.to(trained.model.device)  # type: ignore[arg-type]
-    metrics = held_out_loss(trained.model, material.initial.model, material.held_out, tokens, context)
-    peak = peak_memory(trained.model.device)
+    tokens, initial = config.data.tokens_per_microbatch, material.initial.model
+    metrics = held_out_loss(trained.model, initial, material.held_out, tokens, forward.context)
+    peak = peak_memory(forward.device)
     if held.writes:
         commands = after_sft(config, held.record["overrides"], held.folder)
         finish(held, trainer, metrics, trained, clock, peak, commands)

@@ -45,7 +45,7 @@ def test_a_process_alone_computes_everything_in_order():
     seen: list[str] = []
     assert across(["b", "a", "c"], [1, 9, 5], lambda part: seen.append(part) or part.upper()) == ["B", "A", "C"]
     assert seen == ["b", "a", "c"]
-    assert most(3, torch.device("cpu")) == 3
+    assert most(3) == 3
 
 
 def measured(folder: Path, cache: Path, pairs: int, prompts: int, texts: int) -> dict:
@@ -85,7 +85,7 @@ def evaluating_rank(number: int, world_size: int, folder: str) -> None:
     computed: list[int] = []
     whole = across(range(5), [5, 1, 1, 1, 1], lambda part: computed.append(part) or part * part)
     results = [measured(Path(folder), Path(folder) / "of ranks", *sizes) for sizes in SIZES]
-    largest = most(10 * number, torch.device("cpu"))
+    largest = most(10 * number)
     print("RESULT", json.dumps({"results": results, "computed": computed, "whole": whole, "most": largest}))
     distributed.destroy_process_group()
 

@@ -36,6 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # peft asks by the old name
 ]
 
+CPU = torch.device("cpu")
 STEPS, STOP, WORLD = 5, 3, 2
 TOKENS = 60  # a micro-batch: ranks differ in how many they have, in training and in validation
 
@@ -93,7 +94,7 @@ def sharded_rank(number: int, world_size: int, folder: str) -> None:
             states = trainer.optimizers[0].state_dict()["state"].values()
             result["optimizer's share"] = sum(s["exp_avg"].to_local().numel() for s in states) / len(weights[kind])
         start = initial(changes.get("adapters", False))
-        trained = whole(module.model, start.model)
+        trained = whole(module.model, start.model, CPU)
         assert torch.equal(flat(trained.parameters()), weights[kind])
         if kind == "plain":
             if trainer.is_global_zero:
@@ -177,7 +178,7 @@ def test_the_policy_is_saved_whole_and_evaluated(sharded):
 
 def test_a_policy_that_nothing_cut_is_left_alone():
     policy = initial()
-    assert whole(policy.model, initial().model) is policy.model
+    assert whole(policy.model, initial().model, CPU) is policy.model
 
 
 def zero_rank(number: int, world_size: int, folder: str) -> None:
@@ -189,7 +190,7 @@ def zero_rank(number: int, world_size: int, folder: str) -> None:
         module, trainer = train(place, world_size, strategy=Zero(stage, persistence=0))
         result[stage] = figures_of(trainer)
         held = sum(p.numel() for p in module.parameters())
-        trained = whole(module.model, initial().model)
+        trained = whole(module.model, initial().model, CPU)
         assert held == (0 if stage == 3 else sum(p.numel() for p in trained.parameters()))
         weights[f"{stage}"] = flat(trained.parameters())
         trainer.save_checkpoint(place / f"zero{stage}.ckpt")

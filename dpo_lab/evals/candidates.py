@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 from dpo_lab.core.pairs import Tokens, content_hash
 from dpo_lab.core.ranks import of_all_ranks, rank_and_world_size
 from dpo_lab.data.tokenize import Encoder
+from dpo_lab.models.numerics import numerics_of
 from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.models.sampling import respond
 from dpo_lab.results.cache import is_whole, seal
@@ -39,13 +39,11 @@ def candidates(
     ranks have to call this, they share the sampling; of several runs one samples while the others wait. folder: none, nothing
     is kept.
     """
-    with context():
-        numerics = f"{policy.model.dtype} {(torch.empty(1, 1) @ torch.empty(1, 1)).dtype}"
     of_prompts = content_hash([[int(token) for token in prompt] for prompt in prompts])
     recipe = [
         weights_digest(policy.model),
         encoder.fingerprint,
-        numerics,
+        numerics_of(policy.model, context),
         of_prompts,
         count,
         max_new_tokens,

@@ -17,7 +17,8 @@ from torch import Tensor
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, cut
 from dpo_lab.core.table import PairTable
 from dpo_lab.data.collate import collate
-from dpo_lab.models.forward import pair_logps, path_of
+from dpo_lab.models.forward import pair_logps
+from dpo_lab.models.numerics import numerics_of
 from dpo_lab.models.policy import weights_digest
 from dpo_lab.results.cache import once
 from dpo_lab.results.progress import track
@@ -62,9 +63,7 @@ def cached_logps(
     """The cache for these pairs under this model, read from `folder` or computed, `tokens` at a time, and put there."""
     table = pairs if isinstance(pairs, PairTable) else PairTable.of(pairs)
     table = table.flip(table.flipped)
-    with context():
-        probe = torch.empty(1, 1) @ torch.empty(1, 1)  # its dtype tells what matrix products run in here
-    key = _cache_key(weights_digest(initial), f"{FORMAT} {path_of(initial)} {initial.dtype} {probe.dtype}", table)
+    key = _cache_key(weights_digest(initial), f"{FORMAT} {numerics_of(initial, context)}", table)
     path = folder / f"reference-{key[:16]}.safetensors"
 
     def make(path: Path) -> None:

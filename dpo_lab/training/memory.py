@@ -43,7 +43,7 @@ class Memory:
         the optimizer's state and activations too; it is None where the system does not let a peak count anew.
         """
         growth = _peak(self.device) - self.before if self.before is not None else -1
-        largest = most(growth, self.device)
+        largest = most(growth)
         return {
             "weights": round(self.weight_bytes / self.policy_bytes, 4),
             "peak_growth": round(largest / self.policy_bytes, 2) if largest >= 0 else None,
@@ -59,7 +59,7 @@ def bytes_of_weights(models: Iterable[nn.Module]) -> int:
 
 def peak_memory(device: torch.device) -> int:
     """The most memory, bytes, that any rank has used so far: on its GPU, without one of the process. All have to call it."""
-    return most(max(_peak(device), _earlier.get(device.type, 0)), device)
+    return most(max(_peak(device), _earlier.get(device.type, 0)))
 
 
 def resident_peak() -> int:

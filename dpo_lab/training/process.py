@@ -8,6 +8,7 @@ import socket
 import sys
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
 from dpo_lab.launch import STORE
@@ -25,6 +26,16 @@ def set_up_process(threads: int | None, on_cpu: bool) -> None:
         keep_memory()
     if os.environ.get(STORE) and os.environ["RANK"] == "0":
         open_store(int(os.environ["MASTER_PORT"]))
+
+
+def set_up_device(strategy: Strategy) -> None:
+    """Make the strategy's device this process's own and initialise it. Call before anything else asks for it.
+
+    Lightning does so when a fit starts, too late here: the reference is computed, and memory counted, before. On the CPU
+    nothing happens.
+    """
+    assert strategy.accelerator is not None
+    strategy.accelerator.setup_device(strategy.root_device)
 
 
 def open_store(port: int) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from dpo_lab.core.ranks import of_all_ranks
 from dpo_lab.results import journal
 from dpo_lab.results.runs import CHECKPOINTS
+from dpo_lab.stop import Stopped
 from dpo_lab.training import rank_state
 from dpo_lab.training.checkpoint import CheckpointError, by_step
 from dpo_lab.training.finite import NotFinite, all_finite
@@ -78,6 +79,11 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: StepModule) -> None:
         self._save(trainer)
+        _free_optimizers(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: StepModule, exception: BaseException) -> None:
+        if isinstance(exception, Stopped):  # after a step that was saved
+            _free_optimizers(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: StepModule, checkpoint: dict[str, Any]) -> None:
         now = self.owed or _now(trainer)
@@ -137,6 +143,12 @@ class Checkpoints(Checkpoint):
             kept = [at for at in found if at <= step][-self.keep :]  # later ones were damaged and passed over
             for at in found.keys() - set(kept):
                 trainer.strategy.remove_checkpoint(found[at])
+
+
+def _free_optimizers(trainer: Trainer) -> None:
+    """Free the optimizers' state once it is saved: Lightning's teardown would copy it from the GPU to the host's memory."""
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
 
 
 def _now(trainer: Trainer) -> dict[str, Any]:

@@ -106,14 +106,14 @@ def shard(module: StepModule) -> None:
         register_fsdp_forward_method(module, method)
 
 
-def whole(model: PreTrainedModel, initial: PreTrainedModel) -> PreTrainedModel:
-    """A trained model as any other: itself where nothing has cut it, else a copy of `initial` with its weights.
+def whole(model: PreTrainedModel, initial: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A trained model as any other, on `device`: itself where nothing has cut it, else a copy of `initial` with its weights.
 
     All ranks have to call it, while they can still reach each other; all get the same.
     """
     if not any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
-        return model
-    copy = to_train(initial)
+        return model.to(device)  # type: ignore[arg-type]
+    copy = to_train(initial).to(device)  # type: ignore[arg-type]
     with torch.no_grad():
         for (name, trained), (same, parameter) in zip(model.named_parameters(), copy.named_parameters(), strict=True):
             assert name == same

@@ -82,7 +82,7 @@ class StepModule(LightningModule):
         """Passes that a rank of `parts` micro-batches idles through: where the model is cut over the ranks all of them
         have to take part in each one's passes.
         """
-        return range(most(parts, self.device) - parts if self._is_cut else 0)
+        return range(most(parts) - parts if self._is_cut else 0)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
