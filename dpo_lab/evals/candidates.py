@@ -13,6 +13,7 @@ from filelock import FileLock
 from dpo_lab.core.pairs import Tokens, content_hash
 from dpo_lab.core.ranks import of_all_ranks, rank_and_world_size
 from dpo_lab.data.tokenize import Encoder
+from dpo_lab.models.decoding import uses_cache
 from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.models.sampling import respond
 from dpo_lab.results.cache import is_whole, seal
@@ -41,6 +42,7 @@ def candidates(
     """
     with context():
         numerics = f"{policy.model.dtype} {(torch.empty(1, 1) @ torch.empty(1, 1)).dtype}"
+    numerics += "" if uses_cache(policy.model) else " without a KV cache"
     of_prompts = content_hash([[int(token) for token in prompt] for prompt in prompts])
     recipe = [
         weights_digest(policy.model),

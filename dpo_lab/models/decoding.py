@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-
 class Rows(Protocol):
     """Rows of tokens that grow by one token a step."""
 
@@ -106,7 +105,7 @@ class CachedRows:
         ).logits[:, -1]
 
     def keep(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows)  # what layers with keys and layers with recurrent states both know
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # what layers with keys and layers with recurrent states both know
         self.position = self.position[rows]
         self.mask = self.mask[rows] if self.mask is not None else None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -21,7 +21,7 @@ from dpo_lab.results.cache import once
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPTS = (4, 2, 1)  # lengths of the rows of made-up tokens
+PROMPTS = (4, 1)  # lengths of the rows of made-up tokens
 STEPS = 3  # tokens that each is continued by
 FORMAT = "1"  # to be raised whenever the same model could be found to behave otherwise
 # The largest difference, as a share of the logits' standard deviation, that rounding makes: by the weights' dtype.
@@ -31,13 +31,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How a model behaves. refused: why nothing that it says can be trusted; uncached: why samples take no cache;
-    hard_positions: whether positions from config.max_position_embeddings on raise an error.
-    """
+    """refused: why nothing that a model says can be trusted; uncached: why its samples take no cache; None where they can."""
 
     refused: str | None = None
     uncached: str | None = None
-    hard_positions: bool = False
 
 
 def behaviour_of(model: PreTrainedModel, cache: Path | None = None) -> Behaviour:
@@ -52,12 +49,42 @@ def behaviour_of(model: PreTrainedModel, cache: Path | None = None) -> Behaviour
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """The number of positions that the model was made for, None where its config names none."""
+    """The length of the longest row that the model was made for, None where its config names none."""
+    declared = _declared_positions(model)
+    for module in model.modules():  # positions that are counted from behind the pad token's, as in RoBERTa
+        if declared is not None and hasattr(module, "create_position_ids_from_input_ids"):
+            return declared - int(module.padding_idx) - 1  # type: ignore[arg-type]
+    return declared
+
+
+def _declared_positions(model: PreTrainedModel) -> int | None:
     config = causal_lm(model).config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-        if isinstance(found := getattr(config, name, None), int):
-            return found
-    return None
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+@torch.inference_mode()
+def hard_positions(model: PreTrainedModel) -> bool:
+    """Whether a row longer than positions_of(model) can't be computed, as with learned positions; one token shows it."""
+    positions = _declared_positions(model)
+    if positions is None or ropes_of(model):
+        return False  # an angle can be computed for any position
+    one = torch.full((1, 1), 3, device=model.device)
+    try:
+        model(input_ids=one, position_ids=one.new_full((1, 1), positions), use_cache=False)
+    except (IndexError, RuntimeError):
+        return True
+    except TypeError:  # it takes no positions
+        return False
+    return False
+
+
+def ropes_of(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The settings of its rotary position embeddings: one, or one for each type of layer."""
+    found = getattr(causal_lm(model).config.get_text_config(), "rope_parameters", None) or {}
+    nested = [value for value in found.values() if isinstance(value, dict) and "rope_type" in value]
+    return nested or ([found] if found else [])
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
@@ -77,7 +104,7 @@ def _probe(model: PreTrainedModel) -> Behaviour:
     rows = _made_up_rows(model)
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
     half = len(rows[0]) // 2
-    changed = torch.cat((rows[0][:half], rows[1], rows[2]))[: len(rows[0])]
+    changed = torch.cat((rows[0][:half], rows[1]))
     with _evaluated(model):
         try:
             logits = _padded(model, [*rows, changed])
@@ -97,7 +124,7 @@ def _probe(model: PreTrainedModel) -> Behaviour:
                     refused="padding after a row changes what it says of the row"
                     f" (by {moved:.1g} of the spread of its logits)"
                 )
-        return Behaviour(uncached=uncached, hard_positions=_hard_positions(model))
+        return Behaviour(uncached=uncached)
 
 
 def _why_uncached(model: PreTrainedModel, rows: list[Tensor], logits: list[Tensor], tolerance: float) -> str | None:
@@ -110,7 +137,7 @@ def _why_uncached(model: PreTrainedModel, rows: list[Tensor], logits: list[Tenso
             for found, i in zip(cached.logits(), going, strict=True):
                 worst = max(worst, _apart(found[None], logits[i][len(rows[i]) - STEPS + step - 1][None]))
             if step == 0:
-                going = going[:1] + going[2:]
+                going = [1]
                 cached.keep(torch.tensor(going, device=logits[0].device))
             cached.append(torch.stack([rows[i][len(rows[i]) - STEPS + step] for i in going]))
     except Exception as error:  # whatever a library raises
@@ -118,20 +145,6 @@ def _why_uncached(model: PreTrainedModel, rows: list[Tensor], logits: list[Tenso
     if not worst <= tolerance:
         return f"it gives other logits than a full forward (by {worst:.2g} of their spread)"
     return None
-
-
-def _hard_positions(model: PreTrainedModel) -> bool:
-    positions = positions_of(model)
-    if positions is None or getattr(causal_lm(model).config.get_text_config(), "rope_parameters", None):
-        return False  # any angle can be computed
-    try:
-        one = torch.full((1, 1), 3, device=model.device)
-        model(input_ids=one, position_ids=one.new_full((1, 1), positions), use_cache=False)
-    except (IndexError, RuntimeError):
-        return True
-    except TypeError:  # it takes no positions
-        return False
-    return False
 
 
 def _made_up_rows(model: PreTrainedModel) -> list[Tensor]:
