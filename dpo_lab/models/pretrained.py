@@ -78,7 +78,7 @@ def read_policy(settings: Pretrained, seed: int) -> Policy:
             )
         log.info("policy: pad token %d is beyond the %d rows of the embedding; the end token pads", token, rows)
         tokenizer.pad_token = tokenizer.eos_token
-    return Policy(model, tokenizer)
+    return Policy(model.eval(), tokenizer)  # peft leaves adapters with their dropout on
 
 
 def check_behaviour(policy: Policy, settings: Pretrained, cache: Path | None) -> None:
