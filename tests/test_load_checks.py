@@ -182,14 +182,15 @@ def test_more_tokens_than_it_was_made_for_are_said_where_they_can_be_computed(na
                 "rope_theta": 1e4,
                 "short_factor": [1.0] * 4,
                 "long_factor": [2.0] * 4,
-                "original_max_position_embeddings": 32,
             },
             32,
         ),
     ],
 )
 def test_positions_that_depend_on_the_longest_row_of_a_batch_are_refused(kind, rope, positions):
-    limits = Limits.of(made(kind, CACHED["Llama"][1] | {"rope_parameters": rope}))
+    limits = Limits.of(
+        made(kind, CACHED["Llama"][1] | {"rope_parameters": rope, "original_max_position_embeddings": 32})
+    )
     limits.check_rows(table((positions - 8, 3, 8)), max_length=512)
     with pytest.raises(PolicyError, match=f"a longer row changes the others; type data.max_length={positions}$"):
         limits.check_rows(table((positions - 7, 3, 8)), max_length=512)

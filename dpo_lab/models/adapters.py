@@ -90,26 +90,29 @@ def _resize(model: PreTrainedModel, weights: Mapping[str, Tensor], config: Any, 
 
     Raises PolicyError where it does not hold them: at training they were drawn at random, or averaged.
     """
-    own = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
-    rows = own["input"].weight.shape[0]  # type: ignore[index,union-attr]
-    new = {token for token in _trained_tokens(config) if token >= rows}
-    held = [weight.shape[0] for name, weight in weights.items() if _is_embedding(name)]
-    wanted = max(rows, *held, *(token + 1 for token in new), 0)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows: int = embedding.weight.shape[0]  # type: ignore[assignment,index]
+    names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
+    of_embedding = names[id(embedding)]
+    trained = _trained_tokens(config, of_embedding)
+    whole = {name: weight.shape[0] for name, weight in weights.items() if _is_embedding(name)}
+    wanted = max(rows, *whole.values(), *(token + 1 for tokens in trained.values() for token in tokens), 0)
     if wanted == rows:
         return
-    names = {id(module): name for name, module in model.named_modules()}
-    tied = own["output"] is not None and own["output"].weight is own["input"].weight  # type: ignore[union-attr]
-    for module in own.values():
-        if module is None or (tied and module is own["output"]):
-            continue
-        name = names[id(module)].split(".")[-1]
-        whole = any(
-            _is_embedding(key) and f".{name}." in key and weight.shape[0] == wanted for key, weight in weights.items()
-        )
-        if not whole and not set(range(rows, wanted)) <= new:
+    sources = {of_embedding: ([f".{of_embedding}."], trained.get(of_embedding, []))}
+    if head is not None and head.weight is embedding.weight:
+        # a tied head has the embedding's rows, but not those of a copy of it
+        copied = of_embedding in (config.modules_to_save or [])
+        of_it = f".{of_embedding}.original_module." if copied else f".{of_embedding}."
+        sources[names[id(head)]] = ([of_it, f".{names[id(head)]}."], trained.get(of_embedding, []))
+    elif head is not None:
+        sources[names[id(head)]] = ([f".{names[id(head)]}."], trained.get(names[id(head)], []))
+    for module, (parts, tokens) in sources.items():
+        held = any(part in name for name, size in whole.items() if size == wanted for part in parts)
+        if not held and not set(range(rows, wanted)) <= set(tokens):
             raise PolicyError(
                 f"policy.adapter={folder}: it was trained with {wanted - rows} tokens more than the {rows:,} of its base,"
-                f" and holds no rows of {name} for them: the model that it was trained on can't be made again; save it"
+                f" and holds no rows of {module} for them: the model that it was trained on can't be made again; save it"
                 " merged where it was trained, and type policy.path= of that folder"
             )
     with torch.random.fork_rng(devices=[]):
@@ -122,14 +125,18 @@ def _is_embedding(name: str) -> bool:
     return name.endswith(".weight") and "lora_" not in name and any(f".{part}." in name for part in EMBEDDINGS)
 
 
-def _trained_tokens(config: Any) -> list[int]:
-    found = getattr(config, "trainable_token_indices", None) or []
-    return [token for of in found.values() for token in of] if isinstance(found, dict) else list(found)
+def _trained_tokens(config: Any, embedding: str) -> dict[str, list[int]]:
+    """The tokens whose rows alone were trained, by the name of the module; of a bare list: the embedding's."""
+    found = getattr(config, "trainable_token_indices", None) or {}
+    if not isinstance(found, dict):
+        return {embedding: list(found)}
+    return {name.split(".")[-1]: list(tokens) for name, tokens in found.items()}
 
 
 def _check_names(missing: Sequence[str], unexpected: Sequence[str], settings: Pretrained) -> None:
     """Raise PolicyError where the file and the adapters that its config describes are not of the same weights."""
-    unexpected = [name for name in unexpected if not _is_embedding(name)]  # the base's own, which peft saves too
+    # peft also saves the base's own embeddings, and rows of a tied head twice
+    unexpected = [name for name in unexpected if not _is_embedding(name) and ".token_adapter." not in name]
     for names, what in ((missing, "missing from its file"), (unexpected, "not of those that its config describes")):
         if names:
             raise PolicyError(

@@ -73,7 +73,7 @@ def _why_not_there(settings: Pretrained) -> tuple[str, str] | None:
     if HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE"):
         return (
             "no such folder, and as a name on the hub it is not among the downloaded ones, while HF_HUB_OFFLINE is set",
-            f"type unset HF_HUB_OFFLINE, or the path of a Hugging Face folder; hf download {path} gets it beforehand",
+            f"type the path of a Hugging Face folder, or unset HF_HUB_OFFLINE, or hf download {path} where there is a network",
         )
     return None
 
