@@ -145,7 +145,9 @@ def table(*lengths: tuple[int, int, int], token: int = 3) -> PairTable:
     )
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "OPT", "GPT-J", "XGLM", "GPT-Neo", "CTRL", "BioGPT", "RoBERTa, decoder"])
+@pytest.mark.parametrize(
+    "name", ["GPT-2", "OPT", "GPT-J", "XGLM", "GPT-Neo", "CTRL", "BioGPT", "MPT", "RoBERTa, decoder"]
+)
 def test_more_tokens_than_positions_are_refused(name):
     model = made(*(CACHED | UNCACHED)[name])
     limits = Limits.of(model)
@@ -206,6 +208,10 @@ def test_ids_that_occur_are_held_against_the_embedding_and_no_others(policy, tmp
         PolicyError, match=rf"pair pair-0: token {V - 1} \('.*'\) is beyond the {V - 1} rows.*type policy.path="
     ):
         limits.check_ids(table((2, 3, 3), token=V - 2), loaded)
+    with pytest.raises(
+        PolicyError, match=f"a prompt has token {V - 1}, the model's embedding {V - 1} rows.*type policy.path="
+    ):
+        limits.check_samples([[3], [3, V - 1]], 4, "evals.max_new_tokens")
 
 
 def test_a_pad_token_beyond_the_embedding_is_replaced_and_an_end_token_refused(policy, tmp_path):

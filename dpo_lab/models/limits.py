@@ -69,6 +69,11 @@ class Limits:
         remedy = f"type {key}={room}" if room > 0 else f"type a data.max_prompt_length below {self.positions}"
         what = f"{key}={new_tokens}: with the longest prompt, of {longest:,} tokens, a sample"
         self.check_length(longest + new_tokens, what, remedy)
+        if (token := max((max(prompt) for prompt in prompts if len(prompt)), default=0)) >= self.rows:
+            raise PolicyError(
+                f"a prompt has token {token}, the model's embedding {self.rows:,} rows: they do not belong together; type"
+                " policy.path= of a model with its own tokenizer"
+            )
 
     def check_ids(self, pairs: PairTable, policy: Policy) -> None:
         """Raise PolicyError where a token of a pair has no row in the embedding."""

@@ -70,6 +70,8 @@ def hard_positions(model: PreTrainedModel) -> bool:
     positions = _declared_positions(model)
     if positions is None or ropes_of(model):
         return False  # an angle can be computed for any position
+    if causal_lm(model).config.model_type == "mpt":  # it takes no positions: its ALiBi is a table of so many
+        return True
     one = torch.full((1, 1), 3, device=model.device)
     try:
         model(input_ids=one, position_ids=one.new_full((1, 1), positions), use_cache=False)
