@@ -146,6 +146,8 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        if not self.is_initialized:
+            raise RuntimeError("the model does not fill the cache that it is given")
         rows = len(beam_idx)
         for room in (self.room_keys, self.room_values):  # they rise, so rows move towards the front: in place
             room[:rows, :, : self.filled] = room[beam_idx, :, : self.filled]
