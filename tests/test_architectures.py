@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 from typing import Any
@@ -87,9 +88,15 @@ def test_attention_to_later_tokens_is_refused(name):
     assert "bidirectional" in refused
 
 
-def test_a_copy_samples_as_the_model_does():
-    import copy
+@pytest.mark.parametrize("name", ["Llama", "Qwen3 MoE", "Mamba", "RoBERTa, decoder", "BERT", "XLNet"])
+def test_rounding_of_bfloat16_is_no_fault_and_hides_none(name):
+    model = made(*(CACHED | UNCACHED | BIDIRECTIONAL)[name], scale=3.0).to(torch.bfloat16)
+    behaviour = behaviour_of(model)
+    assert (behaviour.refused is not None) == (name in BIDIRECTIONAL)
+    assert (behaviour.uncached is not None) == (name in UNCACHED)
 
+
+def test_a_copy_samples_as_the_model_does():
     model = made(*UNCACHED["Mamba"])
     assert uses_cache(model)
     sample_without_cache(model)
