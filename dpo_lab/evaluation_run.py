@@ -77,9 +77,10 @@ def _trained(policy: PolicyConfig, folder: Path) -> Policy:
     if is_adapter(folder) and not is_adapter(Path(settings.path)):
         settings = replace(settings, adapter=str(folder))
     else:
-        settings = replace(settings, path=str(folder), adapter=None, package=None, gguf_file=None, revision=None)
+        elsewhere = {"adapter": None, "package": None, "gguf_file": None, "revision": None, "key_prefix": None}
+        settings = replace(settings, path=str(folder), **elsewhere)
     try:
-        loaded = settings.load()
+        loaded = settings.load(cache=CACHE)
     except PolicyError as error:
         raise ConfigError(f"{folder}: {error}") from error
     loaded.model.eval()

@@ -11,7 +11,7 @@ from dpo_lab.data.splits import HELD_OUT, lots
 from dpo_lab.evals.judge import JudgeError, Score
 from dpo_lab.evals.subject import Subject
 from dpo_lab.models.policy import Policy
-from dpo_lab.prepare import Forward, Material
+from dpo_lab.prepare import Forward, Material, distinct_prompts
 from dpo_lab.results.cache import CACHE
 from dpo_lab.training.sharding import whole
 from dpo_lab.training.step import StepModule
@@ -53,9 +53,7 @@ def subject_of(
         texts = [(begin, encoder.response(text, begin)) for text in world.reviews(HELD_OUT, evals.texts, config.seed)]
     else:
         world = None
-        prompt_ids = list({tuple(pair.prompt): list(pair.prompt) for pair in material.held_out}.values())[
-            : evals.samples
-        ]
+        prompt_ids = distinct_prompts(material.held_out)[: evals.samples]
         prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
         texts = [(pair.prompt, pair.chosen) for pair in material.held_out[: evals.texts]]
     return Subject(

@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from dpo_lab.core.table import PairTable
 from dpo_lab.data.quality import Quality, quality_of
 from dpo_lab.data.sources import Splits
 from dpo_lab.data.tokenize import Encoder
+from dpo_lab.models.decoding import uses_cache
+from dpo_lab.models.limits import Limits
 from dpo_lab.models.policy import Policy, PolicyError, Pretrained, Start, TinyPolicy, weights_digest
 from dpo_lab.models.reference_cache import cached_logps
 from dpo_lab.models.sampling import respond
@@ -68,7 +70,7 @@ def prepare(config: RunConfig, cache: Path, forward: Forward) -> Material:
     encoder = encoder_of(config, policy.tokenizer)
     splits = with_noise(config, policy, load_pairs(config, encoder, respondent, cache), cache, forward)
     material = Material(policy, encoder, splits.train, splits.held_out, splits.counts)
-    return _checked(material, "pairs", config.data.batch_size)
+    return _checked(material, "pairs", config)
 
 
 def prepare_responses(config: RunConfig, cache: Path) -> Material:
@@ -83,12 +85,21 @@ def prepare_responses(config: RunConfig, cache: Path) -> Material:
     splits = load_pairs(config, encoder, respondent, cache)
     train, held_out, counts = splits.train.chosen_alone(), splits.held_out.chosen_alone(), splits.counts
     counts["train responses"], counts["held-out responses"] = len(train), len(held_out)
-    return _checked(Material(policy, encoder, train, held_out, counts), "responses", config.data.batch_size)
+    return _checked(Material(policy, encoder, train, held_out, counts), "responses", config)
 
 
-def _checked(material: Material, what: str, batch_size: int) -> Material:
-    """The material, said in the log."""
+def _checked(material: Material, what: str, config: RunConfig) -> Material:
+    """The material, said in the log, whose pairs fit the model."""
     log.info("data: %s", ", ".join(f"{what} {count:,}" for what, count in material.counts.items() if count))
+    with policy_errors():
+        limits = Limits.of(material.initial.model)
+        for pairs in (material.train, material.held_out):
+            limits.check_ids(pairs, material.initial)
+            limits.check_rows(pairs, config.data.max_length)
+        if what == "pairs" and config.evals.samples_responses:
+            prompts = distinct_prompts(material.held_out)[: config.evals.samples]
+            limits.check_samples(prompts, config.evals.max_new_tokens, "evals.max_new_tokens")
+    batch_size = config.data.batch_size
     if (count := len(material.train)) < batch_size:
         raise ConfigError(
             f"data.batch_size={batch_size}: only {count} training {what} are there; type data.batch_size={max(1, count)}"
@@ -110,6 +121,9 @@ def load_pairs(config: RunConfig, encoder: Encoder, respondent: Policy | None, c
     def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
         assert respondent is not None
         seed = derive_seed(config.seed, stream)
+        with policy_errors():
+            limits, ids = Limits.of(respondent.model), [encoder.prompt(prompt) for prompt in prompts]
+            limits.check_samples(ids, world.max_new_tokens, "data.world.max_new_tokens")
         return responses(respondent, encoder, prompts, world.max_new_tokens, seed, cache)
 
     return config.data.from_world(config.seed, annotated, encoder)
@@ -131,16 +145,28 @@ def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: 
     return replace(splits, train=train)
 
 
+@contextmanager
+def policy_errors() -> Iterator[None]:
+    """What a model can't do is a setting that can't be."""
+    try:
+        yield
+    except PolicyError as error:
+        raise ConfigError(str(error)) from error
+
+
+def distinct_prompts(pairs: PairTable) -> list[list[int]]:
+    """The prompts of pairs, as token ids, each once, in their order."""
+    return list({tuple(pair.prompt): list(pair.prompt) for pair in pairs}.values())
+
+
 def policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
     """Where training starts, and who writes the responses that the world's annotator is shown.
 
     The embedded policy's responses are always its SFT'd self's, so that a run from random weights has the same pairs.
     """
     if isinstance(config.policy, Pretrained):
-        try:
-            policy = respondent = config.policy.load(derive_seed(config.seed, "init"))
-        except PolicyError as error:
-            raise ConfigError(str(error)) from error
+        with policy_errors():
+            policy = respondent = config.policy.load(derive_seed(config.seed, "init"), cache)
         source = config.policy.path
     else:
         assert isinstance(config.policy, TinyPolicy)
@@ -156,10 +182,8 @@ def policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
 def tokenizer_of(config: RunConfig, cache: Path) -> PreTrainedTokenizerBase:
     """The initial policy's tokenizer, without its weights."""
     if isinstance(config.policy, Pretrained):
-        try:
+        with policy_errors():
             return config.policy.tokenizer()
-        except PolicyError as error:
-            raise ConfigError(str(error)) from error
     assert isinstance(config.policy, TinyPolicy)
     untrained = replace(config.policy, start=Start.random)  # its tokenizer is the same
     return initial_policy(untrained, config.sft, config.data.world, config.seed, cache)[0].tokenizer
@@ -173,6 +197,7 @@ def responses(
     None where one did not stop by itself; where no response `ends` (see Encoder), None where one did.
     """
     recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, encoder.ends, "format 4"])
+    recipe += "" if uses_cache(policy.model) else "without a KV cache"
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
     def make(path: Path) -> None:

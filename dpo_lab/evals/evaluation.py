@@ -66,6 +66,11 @@ class Evals:
                 near = difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0)[0]
                 raise ValueError(f"evals.run: no evaluator is called '{name}'; type evals.run=[{near}]")
 
+    @property
+    def samples_responses(self) -> bool:
+        """Whether any that run may look at samples of the policy."""
+        return not {"preference", "calibration", "displacement"}.issuperset(self.run)
+
     def evaluators(self) -> list[Evaluator]:
         """Those that run, with their settings."""
         return [getattr(self, name, None) or EVALUATORS[name]() for name in self.run]

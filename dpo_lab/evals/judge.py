@@ -49,11 +49,22 @@ class Judge:
             raise JudgeError(f"evals.judge.path={self.path}: no such folder; type the folder of a classifier")
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from dpo_lab.models.checkpoint_keys import check_keys
+        from dpo_lab.models.policy import PolicyError
+        from dpo_lab.models.probes import hard_positions, positions_of
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                self.path, local_files_only=True, use_safetensors=True
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                self.path,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
+            check_keys(model, info, f"evals.judge.path={self.path}")
+        except PolicyError as error:
+            raise JudgeError(str(error)) from error
         except Exception as error:  # of a dozen kinds, from files and formats
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise JudgeError(
@@ -63,7 +74,13 @@ class Judge:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
         label = self._label(model.config)
-        model.eval().to(device)
+        positions = positions_of(model.eval())
+        if positions is not None and self.max_length > positions and hard_positions(model):
+            raise JudgeError(
+                f"evals.judge.max_length={self.max_length}: the judge has {positions} positions;"
+                f" type evals.judge.max_length={positions}"
+            )
+        model.to(device)
         return lambda texts: self._scores(model, tokenizer, label, texts)
 
     def _label(self, config: Any) -> int:

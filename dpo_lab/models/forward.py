@@ -79,6 +79,13 @@ def causal_lm(model) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def pad_id_of(model: PreTrainedModel) -> int:
+    """The token that padded rows end with; any would do, since none is scored."""
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
+    pad_id = getattr(causal_lm(model).config.get_text_config(), "pad_token_id", None) or 0
+    return pad_id if 0 <= pad_id < rows else 0
+
+
 def without_dropout(model: nn.Module) -> None:
     """Evaluation mode, in which gradient checkpointing, if it was switched on, still works."""
     model.eval()
@@ -98,7 +105,7 @@ def response_logps(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> T
     if _shares_prompts(model):
         hidden, weight, stream = _response_rows(model, tokens, lengths)
         return sum_responses(token_logps(hidden, weight, stream.targets), lengths)
-    input_ids, labels = pad_rows(tokens, lengths, pad_id=model.config.pad_token_id or 0)
+    input_ids, labels = pad_rows(tokens, lengths, pad_id=pad_id_of(model))
     sums, _ = sequence_logps(model(input_ids=input_ids, use_cache=False).logits, labels)
     return sums.view(-1, len(lengths)).T
 

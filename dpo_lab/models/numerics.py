@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dpo_lab.models.decoding import uses_cache
 from dpo_lab.models.forward import causal_lm
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def numerics_of(model: PreTrainedModel, context: Callable[[], AbstractContextMan
         product = torch.empty(1, 1, device=device) @ torch.empty(1, 1, device=device)
     parts = [device.type, model.dtype, product.dtype, torch.get_float32_matmul_precision()]
     parts.append(causal_lm(model).config._attn_implementation)
+    parts += [] if uses_cache(model) else ["without a KV cache"]
     if device.type == "cuda":  # scaled_dot_product_attention takes one of those that are switched on
         kernels = torch.backends.cuda
         on = (kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled())

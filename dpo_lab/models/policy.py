@@ -133,7 +133,8 @@ class Pretrained(PolicyConfig):
     revision: a branch, tag or commit on the hub; gguf_file: a GGUF file in it, whose weights are dequantised; package: a
     Python package that carries the model as a GGUF file, taken instead of `path` where it is installed; dtype: what weights
     are kept and trained in; attention: transformers' name of one (none: its own choice), for models that take padded rows;
-    chat_template: a Jinja file in place of the tokenizer's own template.
+    chat_template: a Jinja file in place of the tokenizer's own template; key_prefix: what is taken off the front of the
+    weights' names, as torch.compile and wrappers put it there ('_orig_mod.').
 
     rank: none trains the whole model; a number trains low-rank adapters alone, W + alpha / rank B A with B = 0 at the start
     (Hu et al. 2021, arXiv:2106.09685, equation 3). targets: names of the matrices that get one, or all-linear: all but the
@@ -150,6 +151,7 @@ class Pretrained(PolicyConfig):
     dtype: Dtype = Dtype.float32
     attention: str | None = None
     chat_template: str | None = None
+    key_prefix: str | None = None
     rank: int | None = None
     alpha: int = 32
     targets: Any = "all-linear"  # a name or a list of names
@@ -189,16 +191,19 @@ class Pretrained(PolicyConfig):
 
         return read_tokenizer(self)
 
-    def load(self, seed: int = 0) -> Policy:
-        """The model, on the fastest forward path that is proven for it, and its tokenizer; seed: of what is drawn anew.
+    def load(self, seed: int = 0, cache: Path | None = None, known: bool = False) -> Policy:
+        """The model, on the fastest forward path that is proven for it, and its tokenizer.
 
-        Raises PolicyError where they can't be had or can't be trained.
+        seed: of what is drawn anew; cache: a folder to keep in how the model behaves, which is looked at once, unless it is
+        known to be as it should. Raises PolicyError where they can't be had or can't be trained.
         """
         from dpo_lab.models.forward import choose_path
-        from dpo_lab.models.pretrained import read_policy
+        from dpo_lab.models.pretrained import check_behaviour, read_policy
 
         policy = read_policy(self, seed)
         choose_path(policy.model)
+        if not known:
+            check_behaviour(policy, self, cache)
         return policy
 
     def to_save(self, trained: Policy) -> Policy:
@@ -221,8 +226,8 @@ def to_train(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_policy(folder: Path) -> Policy:
-    """Read a Hugging Face folder, see Pretrained."""
-    return Pretrained(path=str(folder)).load()
+    """Read a folder that was written here, see Pretrained; how its model behaves is known."""
+    return Pretrained(path=str(folder)).load(known=True)
 
 
 def weights_digest(model: PreTrainedModel) -> str:

