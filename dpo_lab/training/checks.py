@@ -10,6 +10,8 @@ from dpo_lab.core.pairs import PairBatch
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.reference import ReferenceLogps
 
+# How far two valid computations of a response's log-probability lie apart at most, in nats: this much for a response of one
+# token, and for n tokens sqrt(n) times as much. Measured by benchmarks/step_zero.py, with its margin.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
@@ -18,26 +20,21 @@ class StepZeroError(RuntimeError):
 
 
 @torch.no_grad()
-def check_step_zero(model, loss: Loss, reference: ReferenceLogps, batch: PairBatch) -> float:
-    """The mean loss of a batch before the first step; with DPO it is ln 2, with a term that does not compare (see RPO) more.
+def check_step_zero(model, loss: Loss, reference: ReferenceLogps, batch: PairBatch, tokens: int = TOKENS) -> float:
+    """Return the mean loss of a batch before the first step; with DPO it is ln 2, with a term that does not compare (see RPO)
+    more. The batch is forwarded `tokens` at a time, as a step's micro-batches and the reference cache are.
 
-    Raises StepZeroError, naming the worst pair, where the loss is not what it is of the reference itself, or a margin is not 0.
+    Raises StepZeroError, naming the worst pair, where the policy's log-probability of a response is not the reference's.
     """
-    computing = (torch.empty(1, 1, device=batch.tokens.device) @ torch.empty(1, 1, device=batch.tokens.device)).dtype
-    tolerance = TOLERANCE[computing]
-    policy, of_reference = pair_logps(model, batch), reference(batch)
-    losses = loss(policy, of_reference)
-    expected = loss(of_reference, of_reference)
-    margins = loss.beta * loss.log_ratios(policy, of_reference).margin
-    off = torch.maximum((losses - expected).abs(), margins.abs()) / (tolerance * expected.abs().clamp(min=1))
-    worst = int(off.argmax())
-    if not off[worst] <= 1:
-        raise StepZeroError(
-            f"before the first step policy and reference differ: pair {batch.keys[worst]} has loss {losses[worst]:.6f}"
-            f" (should be {expected[worst]:.6f}) and reward margin {margins[worst]:.6f} (should be 0);"
-            " the reference is not the initial policy, or the two are computed differently"
-        )
-    return losses.mean().item()
+    parts = batch.split(tokens)
+    scored = [(pair_logps(model, part), reference(part)) for part in parts]
+    computing = _computing(batch.tokens.device)
+    off = torch.cat([_off(policy, of_reference, computing) for policy, of_reference in scored])
+    if not (off <= 1).all():
+        raise StepZeroError(_worst(off, batch, scored, computing) + _remedy(reference))
+    if computing != torch.float32 and (wrong := _reference_in_float32(model, parts[0], *scored[0])):
+        raise StepZeroError(wrong + _remedy(reference))
+    return torch.cat([loss(policy, of_reference) for policy, of_reference in scored]).mean().item()
 
 
 @torch.no_grad()
