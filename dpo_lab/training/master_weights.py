@@ -93,4 +93,9 @@ def moved_weights(trained: nn.Module, initial: nn.Module) -> dict[str, Any] | No
         return None
     moved = sum(int((weight != start.to(weight.device)).sum()) for weight, start in short)
     total = sum(weight.numel() for weight, _ in short)
-    return {"moved": moved, "trained": total, "share": moved / total, "dtype": str(short[0][0].dtype).removeprefix("torch.")}
+    return {
+        "moved": moved,
+        "trained": total,
+        "share": moved / total,
+        "dtype": str(short[0][0].dtype).removeprefix("torch."),
+    }
