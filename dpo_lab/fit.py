@@ -45,7 +45,7 @@ from dpo_lab.targets import TargetRefused, made
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.cost import Cost
 from dpo_lab.training.health import conclude
-from dpo_lab.training.precision import canonical, slow_bf16
+from dpo_lab.training.precision import check_device_precision, warn_of_slow_bf16
 from dpo_lab.training.process import set_up_process
 from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
@@ -86,8 +86,8 @@ def live(config: RunConfig, plain: dict[str, Any], folder: Path, body: Callable[
         if by_rank_zero(trainer, take):
             run = held[0] if held else runs.Run(folder, {"config": plain}, writes=False)
             run.update(ranks=_same_on_all_ranks(trainer, plain))
-            if held and (slow := slow_bf16(forward_of(trainer).device, precision_of(trainer), config.policy)):
-                log.warning(slow)
+            if held:
+                warn_of_slow_bf16(trainer, config.policy)
             with stop_is_the_cause():
                 body(run, trainer)
         elif trainer.is_global_zero:
@@ -151,26 +151,17 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
         callbacks.append(Cost())
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = made(settings, Trainer, logger=False, callbacks=callbacks, **plan)
+        check_device_precision(settings, trainer)
     except (HydraException, TargetRefused) as error:
         raise ConfigError(f"the trainer or a callback can't be made: {last_line(error)}") from error
     except MisconfigurationException as error:
         raise ConfigError(f"the trainer can't be made: {last_line(error)}") from error
-    if (asked := canonical(settings.get("precision"))) != precision_of(trainer):
-        raise ConfigError(
-            f"trainer.precision={asked}: on this device Lightning computes in {precision_of(trainer)};"
-            f" type trainer.precision={precision_of(trainer)}"
-        )
     if config.data.batch_size < trainer.world_size:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size}: {trainer.world_size} devices need a pair each in every step;"
             f" type data.batch_size={trainer.world_size} or more"
         )
     return trainer
-
-
-def precision_of(trainer: Trainer) -> str:
-    """What the trainer computes in, by Lightning's full name."""
-    return str(trainer.precision_plugin.precision)
 
 
 def forward_of(trainer: Trainer) -> Forward:

@@ -1,9 +1,10 @@
-"""Precision: what is refused, loss scaling before clipping, float32 masters of 16-bit weights, metric state that stays exact."""
+"""Precision: what is refused, unscaling before clipping, float32 masters of 16-bit weights, metric state that is exact."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_bf16_weights_go_on_bit_by_bit(tmp_path):
 def test_the_share_of_weights_that_moved_is_counted():
     initial = initial_policy().model
     assert moved_weights(copy.deepcopy(initial), initial) is None  # float32 keeps every update
-    initial.to(torch.bfloat16)
+    initial.to(torch.bfloat16)  # type: ignore[arg-type]
     trained = copy.deepcopy(initial)
     still = moved_weights(trained, initial)
     assert still is not None
@@ -192,25 +193,29 @@ def test_metric_state_is_exact_whatever_the_module_is_cast_to(cast):
     assert figures(cast) == figures(lambda module: None)
 
 
+def trainer_on(device: str, computes: str):
+    plugin, strategy = SimpleNamespace(precision=computes), SimpleNamespace(root_device=torch.device(device))
+    return SimpleNamespace(precision_plugin=plugin, strategy=strategy)
+
+
 @pytest.mark.parametrize(
-    ("computes", "policy", "factor", "says"),
+    ("computes", "policy", "factor", "warned"),
     [
-        ("bf16-mixed", TinyPolicy(), 17.3, "takes 17.3 times as long as in float32"),
-        ("32-true", Pretrained(path="x", dtype=Dtype.bfloat16), 4.0, "takes 4.0 times as long as in float32"),
-        ("bf16-mixed", TinyPolicy(), 0.6, ""),
+        ("bf16-mixed", TinyPolicy(), 17.3, True),
+        ("32-true", Pretrained(path="x", dtype=Dtype.bfloat16), 4.0, True),
+        ("bf16-mixed", TinyPolicy(), 0.6, False),
     ],
 )
-def test_a_cpu_that_is_slow_at_bf16_says_so(computes, policy, factor, says, monkeypatch):
+def test_a_cpu_that_is_slow_at_bf16_says_so(computes, policy, factor, warned, monkeypatch, caplog):
     monkeypatch.setattr(precision, "bf16_slowdown", lambda: factor)
-    said = precision.slow_bf16(torch.device("cpu"), computes, policy)
-    assert bool(said) == bool(says)
-    assert says in said
+    precision.warn_of_slow_bf16(trainer_on("cpu", computes), policy)
+    assert (f"takes {factor} times as long as in float32" in caplog.text) == bool(caplog.text) == warned
 
 
 def test_no_trial_is_made_where_nothing_computes_in_bf16_on_a_cpu(monkeypatch):
     monkeypatch.setattr(precision, "bf16_slowdown", None)  # any trial would fail
-    assert precision.slow_bf16(torch.device("cpu"), "32-true", TinyPolicy()) == ""
-    assert precision.slow_bf16(torch.device("cuda"), "bf16-mixed", TinyPolicy()) == ""
+    precision.warn_of_slow_bf16(trainer_on("cpu", "32-true"), TinyPolicy())
+    precision.warn_of_slow_bf16(trainer_on("cuda", "bf16-mixed"), TinyPolicy())
 
 
 def test_a_trial_gives_a_factor():

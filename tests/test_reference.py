@@ -188,8 +188,11 @@ def sharp(policy):
 @pytest.fixture(scope="module")
 def long_pairs() -> list[EncodedPair]:
     random = torch.Generator().manual_seed(3)
-    tokens = [[torch.randint(3, 300, (n,), generator=random).tolist() for n in (7, n, n)] for n in (1, 2, 9, 60, 280)]
-    return [EncodedPair(f"long-{i}", *parts) for i, parts in enumerate(tokens)]
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, 300, (count,), generator=random).tolist()
+
+    return [EncodedPair(f"long-{n}", tokens(7), tokens(n), tokens(n)) for n in (1, 2, 9, 60, 280)]
 
 
 @pytest.mark.parametrize("beta", [0.01, 1.0, 50.0])
@@ -221,7 +224,7 @@ def test_another_reference_is_refused_at_step_zero(wrong, context, sharp, long_p
     with context(), pytest.raises(StepZeroError) as refused:
         check_step_zero(sharp, DPO(0.01), reference, collate(long_pairs))
     dtype = "float32" if context is nullcontext else "bfloat16"
-    said = rf"of pair long-\d the (chosen|rejected) response \(\d+ tokens\) by \S+ nats a token, where {dtype} explains \S+;"
+    said = rf"of pair long-\d+ the (chosen|rejected) response \(\d+ tokens\) by \S+ nats a token, where {dtype} explains \S+;"
     assert re.search(said, str(refused.value))
     assert str(refused.value).endswith(f"; remove {reference.path}, which will be computed anew")
 

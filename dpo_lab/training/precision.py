@@ -5,6 +5,7 @@ Nothing here imports torch before it computes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from dpo_lab.targets import SHARDED, target_of
 
 if TYPE_CHECKING:
     import torch
+    from lightning.pytorch import Trainer
+
+log = logging.getLogger("dpo_lab")
 
 ALIASES = {"None": "32-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 CONVERTED = ("bf16-true", "16-true", "64-true", "transformer-engine", "transformer-engine-float16")
@@ -43,6 +47,17 @@ def check_precision(trainer: Mapping[str, Any]) -> None:
         )
 
 
+def check_device_precision(settings: Mapping[str, Any], trainer: Trainer) -> None:
+    """Raise MisconfigurationException where Lightning chose another precision than asked for, for the device it found."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    asked, chosen = canonical(settings.get("precision")), trainer.precision_plugin.precision
+    if asked != chosen:
+        raise MisconfigurationException(
+            f"trainer.precision={asked}: on this device Lightning computes in {chosen}; type trainer.precision={chosen}"
+        )
+
+
 def canonical(precision: Any) -> str:
     """Lightning's full name of a precision: 16-mixed for 16."""
     return ALIASES.get(str(precision), str(precision))
@@ -60,16 +75,15 @@ def bf16_slowdown() -> float:
     return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
-def slow_bf16(device: torch.device, precision: str, policy: PolicyConfig) -> str:
-    """Return a warning for a run that computes in bfloat16 on a CPU that is slower at it than at float32, else nothing."""
-    if device.type != "cpu" or (precision != "bf16-mixed" and getattr(policy, "dtype", None) != Dtype.bfloat16):
-        return ""
-    factor = bf16_slowdown()
-    if factor < 1.5:
-        return ""
-    return (
-        f"bfloat16 is slow on this CPU: a matrix product takes {factor:.1f} times as long as in float32,"
-        " and most of a run is such products; type trainer.precision=32-true policy.dtype=float32 to compute in float32"
+def warn_of_slow_bf16(trainer: Trainer, policy: PolicyConfig) -> None:
+    """Log a warning where a run computes in bfloat16 on a CPU that is slower at it than at float32."""
+    in_bf16 = trainer.precision_plugin.precision == "bf16-mixed" or getattr(policy, "dtype", None) == Dtype.bfloat16
+    if trainer.strategy.root_device.type != "cpu" or not in_bf16 or (factor := bf16_slowdown()) < 1.5:
+        return
+    log.warning(
+        "bfloat16 is slow on this CPU: a matrix product takes %.1f times as long as in float32, and most of a run is such"
+        " products; type trainer.precision=32-true policy.dtype=float32 to compute in float32",
+        factor,
     )
 
 
