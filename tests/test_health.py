@@ -409,7 +409,7 @@ def test_step_zero_is_held_against_what_the_loss_is_at_no_margin(kind, loss, say
     assert [f.name for f in findings(record, [])] == says * ["step zero"]
 
 
-@pytest.mark.parametrize(("moved", "warns"), [(0, True), (2530, True), (25_400, False), (None, False)])
+@pytest.mark.parametrize(("moved", "warns"), [(0, True), (2530, True), (15_119, True), (25_400, False), (None, False)])
 def test_16_bit_weights_that_hardly_moved_are_warned_of(moved, warns):
     counted = {"moved": moved, "trained": 44_192, "share": (moved or 0) / 44_192, "dtype": "bfloat16"}
     found = findings(a_record() if moved is None else a_record(moved_weights=counted), [])

@@ -32,7 +32,7 @@ RULES: tuple[Rule, ...] = (
     Displacement(share=0.1, nats=2.0),
     LengthHacking(longer=1.2, shorter=0.8),
     Degenerated(perplexity=1.5, well_formed=0.2, stopped=0.1, distinct=0.5),
-    RoundedAway(moved=0.25),
+    RoundedAway(moved=0.5),
 )
 
 

@@ -142,7 +142,7 @@ class RoundedAway(Rule):
     Updates add up in float32 master copies, but the policy that is measured and saved has them rounded.
     """
 
-    moved: float = 0.25
+    moved: float = 0.5
     name = "weights rounded"
 
     def __call__(self, run: Evidence) -> Finding | None:

@@ -12,14 +12,15 @@ from dpo_lab.core.metrics import half_ties
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.reference import TOKENS, ReferenceLogps
+from dpo_lab.results.runs import RunFailed
 
 # By how many nats a token two valid computations of a response's log-probability may differ, if it has one token; if it has
 # n tokens, by 1 / sqrt(n) of it, as their rounding errors average out. By the dtype that matrix products are computed in.
-# At least twice the largest difference that benchmarks/STEP_ZERO.md shows; of float64 by its rounding alone.
+# At least twice the largest difference that benchmarks/STEP_ZERO.md shows; of float64 and float16 by their rounding alone.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.8, torch.float16: 0.1}
 
 
-class StepZeroError(RuntimeError):
+class StepZeroError(RunFailed):
     """Policy and reference differ before the first step: the run would measure something else."""
 
 
@@ -68,9 +69,9 @@ def _over_tolerance(policy: PairLogps, reference: PairLogps, keys: Sequence[str]
     if off[worst] <= limits[worst]:
         return None
     return (
-        f"of pair {keys[worst // 2]} the {('chosen', 'rejected')[worst % 2]} response ({lengths[worst]:.0f} tokens) by"
-        f" {off[worst]:.2g} nats a token, where {str(dtype).removeprefix('torch.')} explains {limits[worst]:.2g};"
-        " the reference is not the initial policy, or the two are computed differently"
+        f"pair {keys[worst // 2]}, {('chosen', 'rejected')[worst % 2]} response of {lengths[worst]:.0f} tokens: its"
+        f" log-probability differs by {off[worst]:.2g} nats a token (tolerance of {str(dtype).removeprefix('torch.')}:"
+        f" {limits[worst]:.2g}); the reference is not the initial policy, or the two are computed differently"
     )
 
 
