@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_metric_state_is_exact_whatever_the_module_is_cast_to(cast):
     assert figures(cast) == figures(lambda module: None)
 
 
-def trainer_on(device: str, computes: str):
+def trainer_on(device: str, computes: str) -> Any:
     plugin, strategy = SimpleNamespace(precision=computes), SimpleNamespace(root_device=torch.device(device))
     return SimpleNamespace(precision_plugin=plugin, strategy=strategy)
 
