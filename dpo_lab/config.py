@@ -33,6 +33,7 @@ from dpo_lab.results import runs
 from dpo_lab.targets import SHARDED, ZERO, check_targets, target_of
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.packages import check_packages
+from dpo_lab.training.precision import check_precision
 from dpo_lab.training.sft import SFT
 
 OF_PREFERENCES = ("beta", "loss", "reference", "noise", "evals")  # settings without a say in supervised fine-tuning
@@ -93,6 +94,7 @@ class RunConfig:
                     "reference=adapter_off: a policy that is cut over the ranks makes one pass a micro-batch, not a"
                     " second one without adapters; type reference=cached, or trainer=ddp"
                 )
+        check_precision(self.trainer)
         precision = self.trainer.get("precision")
         if target_of(self.trainer.get("strategy")) == ZERO and precision != "32-true":
             raise ValueError(

@@ -44,6 +44,7 @@ from dpo_lab.targets import TargetRefused, made
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.cost import Clock, Cost
 from dpo_lab.training.health import conclude
+from dpo_lab.training.precision import check_device_precision, warn_of_slow_bf16
 from dpo_lab.training.process import set_up_device, set_up_process
 from dpo_lab.training.saving import Checkpoints
 from dpo_lab.training.step import StepModule
@@ -84,6 +85,8 @@ def live(config: RunConfig, plain: dict[str, Any], folder: Path, body: Callable[
         if by_rank_zero(trainer, take):
             run = held[0] if held else runs.Run(folder, {"config": plain}, writes=False)
             run.update(ranks=_same_on_all_ranks(trainer, plain))
+            if held:
+                warn_of_slow_bf16(trainer, config.policy)
             with stop_is_the_cause():
                 body(run, trainer)
         elif trainer.is_global_zero:
@@ -147,6 +150,7 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
         callbacks.append(Cost())
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = made(settings, Trainer, logger=False, callbacks=callbacks, **plan)
+        check_device_precision(settings, trainer)
     except (HydraException, TargetRefused) as error:
         raise ConfigError(f"the trainer or a callback can't be made: {last_line(error)}") from error
     except MisconfigurationException as error:

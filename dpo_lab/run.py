@@ -26,6 +26,7 @@ from dpo_lab.results.files import made_whole
 from dpo_lab.results.health import of_folder
 from dpo_lab.training.checks import check_step_zero, first_batch
 from dpo_lab.training.cost import Clock, throughput
+from dpo_lab.training.master_weights import moved_weights
 from dpo_lab.training.memory import Memory, peak_memory
 from dpo_lab.training.module import DPOModule
 
@@ -55,6 +56,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     module = _fit(config, plain, held, trainer, material, clock)
     held.update(steps=trainer.global_step, seconds=clock.lap("dpo"), **throughput(trainer))
     trained = trained_policy(module, material, forward)
+    if moved := moved_weights(trained.model, material.initial.model):
+        held.update(moved_weights=moved)
     if held.writes:
         with made_whole(held.folder / "policy") as folder:
             config.policy.to_save(trained).save(folder)
@@ -74,17 +77,17 @@ def _fit(
     forward = forward_of(trainer)
     memory = Memory(forward.device)
     model = to_train(material.initial.model).to(forward.device)  # type: ignore[arg-type]
-    pairs = material.train.joined(material.held_out)
-    reference = config.reference.prepare(model, pairs, CACHE, forward.context, config.data.tokens_per_microbatch)
+    pairs, tokens = material.train.joined(material.held_out), config.data.tokens_per_microbatch
+    reference = config.reference.prepare(model, pairs, CACHE, forward.context, tokens)
     memory.holds(model, model_behind(reference))
     step_zero_loss = None
     batch = collate(material.train[: config.data.batch_size]).to(forward.device)
     with forward.context():
         if config.reference.starts_at_policy:
-            step_zero_loss = check_step_zero(model, config.loss, reference, batch)
+            step_zero_loss = check_step_zero(model, config.loss, reference, batch, tokens)
             log.info("step 0: loss %.6f, policy and reference agree", step_zero_loss)
         else:
-            held.update(first_batch=first_batch(model, config.loss, reference, batch))
+            held.update(first_batch=first_batch(model, config.loss, reference, batch, tokens))
     held.update(step_zero_loss=step_zero_loss, seconds=clock.lap("reference"))
     module = DPOModule(
         model,
@@ -93,7 +96,7 @@ def _fit(
         config.optim,
         total_steps=trainer.max_steps,
         batch_size=config.data.batch_size,
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
+        tokens_per_microbatch=tokens,
     )
     try:
         train(config, plain, held, trainer, module, material)

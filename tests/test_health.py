@@ -261,7 +261,7 @@ def test_findings_go_into_a_record_and_back():
 
 
 def test_every_rule_has_its_own_name():
-    assert len({rule.name for rule in RULES}) == len(RULES) == 10
+    assert len({rule.name for rule in RULES}) == len(RULES) == 11
 
 
 # What is unsure stays silent: made-up figures at the edge of every rule.
@@ -407,6 +407,14 @@ def test_step_zero_is_held_against_what_the_loss_is_at_no_margin(kind, loss, say
     record = a_record(step_zero_loss=None, first_batch={"loss": loss, "accuracy": 0.5, "pairs": 32})
     record["config"]["loss"]["kind"] = kind
     assert [f.name for f in findings(record, [])] == says * ["step zero"]
+
+
+@pytest.mark.parametrize(("moved", "warns"), [(0, True), (2530, True), (15_119, True), (25_400, False), (None, False)])
+def test_16_bit_weights_that_hardly_moved_are_warned_of(moved, warns):
+    counted = {"moved": moved, "trained": 44_192, "share": (moved or 0) / 44_192, "dtype": "bfloat16"}
+    found = findings(a_record() if moved is None else a_record(moved_weights=counted), [])
+    assert [f.name for f in found] == warns * ["weights rounded"]
+    assert all(f.is_warning and f"{moved:,} of 44,192 trained weights" in f.says for f in found)
 
 
 def test_supervised_fine_tuning_is_looked_at_by_its_losses():

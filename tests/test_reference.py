@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -16,8 +17,9 @@ from dpo_lab.core.losses import DPO, DPOKL, DPOP, RPO
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
 from dpo_lab.models import reference_cache
-from dpo_lab.models.forward import pair_logps
+from dpo_lab.models.forward import choose_path, pair_logps
 from dpo_lab.models.reference import Cached, Frozen, Over, Uniform
+from dpo_lab.training import checks
 from dpo_lab.training.checks import StepZeroError, check_step_zero
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.optim import Optim
@@ -165,6 +167,93 @@ def test_step_zero_check_names_the_pair(policy, pairs, tmp_path):
     reference.rows[4, 0] += 0.5
     with pytest.raises(StepZeroError, match="pair-4"):
         check_step_zero(policy.model, DPO(0.1), reference, collate(pairs))
+
+
+def in_bf16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def sharp(policy):
+    """A policy with large weights, whose log-probabilities bf16 changes visibly."""
+    model = copy.deepcopy(policy.model)
+    with torch.no_grad():
+        model.lm_head.weight *= 12
+        for layer in model.model.layers:
+            for part, factor in (("q_proj", 10), ("k_proj", 10), ("v_proj", 5)):
+                getattr(layer.self_attn, part).weight *= factor
+    return model
+
+
+@pytest.fixture(scope="module")
+def long_pairs() -> list[EncodedPair]:
+    random = torch.Generator().manual_seed(3)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, 300, (count,), generator=random).tolist()
+
+    return [EncodedPair(f"long-{n}", tokens(7), tokens(n), tokens(n)) for n in (1, 2, 9, 60, 280)]
+
+
+@pytest.mark.parametrize("beta", [0.01, 1.0, 50.0])
+def test_two_ways_to_compute_in_bf16_agree_at_step_zero(beta, sharp, long_pairs, tmp_path):
+    """Padded rows in small batches, by another kernel, made the cache; shared prompts pass at any beta and length."""
+    padded, shared = copy.deepcopy(sharp), copy.deepcopy(sharp)
+    padded.set_attn_implementation("eager")
+    reference = Cached().prepare(padded, long_pairs, tmp_path, in_bf16, tokens=100)
+    choose_path(shared)
+    with in_bf16(), torch.no_grad():
+        loss = check_step_zero(shared, DPO(beta), reference, collate(long_pairs), 700)
+        off = pair_logps(shared, collate(long_pairs)).margin - reference(collate(long_pairs)).margin
+    assert off.abs().max() > 0.05  # they are not the same
+    assert loss == pytest.approx(math.log(2), abs=beta * off.abs().max().item())
+
+
+@pytest.mark.parametrize("wrong", ["policy", "row", "side"])
+@pytest.mark.parametrize("context", [nullcontext, in_bf16])
+def test_another_reference_is_refused_at_step_zero(wrong, context, sharp, long_pairs, tmp_path):
+    other = copy.deepcopy(sharp)
+    if wrong == "policy":
+        with torch.no_grad():
+            other.model.norm.weight[:8] = 0.5
+    reference = Cached().prepare(other, long_pairs, tmp_path, context)
+    if wrong == "row":
+        reference.rows[[0, 2]] = reference.rows[[2, 0]]
+    if wrong == "side":
+        reference.rows = reference.rows.flip(1)
+    with context(), pytest.raises(StepZeroError) as refused:
+        check_step_zero(sharp, DPO(0.01), reference, collate(long_pairs))
+    dtype = "float32" if context is nullcontext else "bfloat16"
+    said = r"pair long-\d+, (chosen|rejected) response of \d+ tokens: its log-probability differs by \S+ nats a token"
+    said += rf" \(tolerance of {dtype}: \S+\);"
+    assert re.search(said, str(refused.value))
+    assert str(refused.value).endswith(f"; remove {reference.path}, which will be computed anew")
+
+
+def test_a_float32_cache_is_refused_where_the_policy_computes_in_bf16(sharp, long_pairs, tmp_path):
+    """It is nearer than another way in bf16 may be, and still every row is off by the same in all steps."""
+    reference = Cached().prepare(sharp, long_pairs, tmp_path)
+    with in_bf16(), pytest.raises(StepZeroError, match="computed in float32, the policy computes in bfloat16.*remove"):
+        check_step_zero(sharp, DPO(0.01), reference, collate(long_pairs))
+    with pytest.raises(StepZeroError, match="tolerance of float32"):  # and the other way around
+        rounded = Cached().prepare(sharp, long_pairs, tmp_path, in_bf16)
+        check_step_zero(sharp, DPO(0.01), rounded, collate(long_pairs))
+
+
+def test_bf16_weights_are_checked_as_what_they_compute_in(sharp, long_pairs, tmp_path):
+    short = copy.deepcopy(sharp).to(torch.bfloat16)
+    reference = Cached().prepare(short, long_pairs, tmp_path, tokens=100)
+    choose_path(short)
+    check_step_zero(short, DPO(1.0), reference, collate(long_pairs))
+
+
+def test_step_zero_is_forwarded_in_micro_batches(policy, pairs, tmp_path, monkeypatch):
+    reference, batch = Cached().prepare(policy.model, pairs, tmp_path), collate(pairs)
+    whole, seen = check_step_zero(policy.model, DPO(0.5), reference, batch), []
+    monkeypatch.setattr(checks, "pair_logps", lambda model, part: seen.append(part) or pair_logps(model, part))
+    assert check_step_zero(policy.model, DPO(0.5), reference, batch, 40) == pytest.approx(whole, abs=1e-6)
+    assert [key for part in seen for key in part.keys] == batch.keys
+    assert max(len(part.tokens) for part in seen) <= 40 < len(batch.tokens)
 
 
 def test_reference_stays_out_of_state_and_train_mode(policy, pairs, tmp_path):

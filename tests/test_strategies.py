@@ -55,9 +55,10 @@ def initial(adapters: bool = False) -> Policy:
 
 
 def train(
-    folder: Path, world_size: int, steps: int = STEPS, adapters=False, checkpointing=False, resume=None, **settings
+    folder: Path, world_size: int, steps=STEPS, adapters=False, checkpointing=False, resume=None, dtype=None, **settings
 ) -> tuple[DPOModule, Trainer]:
-    module = make_module(initial(adapters).model, folder, STEPS, TOKENS)
+    model = initial(adapters).model
+    module = make_module(model if dtype is None else model.to(dtype), folder, STEPS, TOKENS)
     if checkpointing:
         module.model.activation_checkpointing_enable({"use_reentrant": False})
     settings.setdefault("strategy", Sharded() if world_size > 1 else "auto")
@@ -106,6 +107,13 @@ def sharded_rank(number: int, world_size: int, folder: str) -> None:
     weights["resumed"] = flat(module.model.parameters())
     module, _ = train(place, world_size, resume=place / "alone.ckpt")
     weights["from one process"] = flat(module.model.parameters())
+    module, trainer = train(place, world_size, dtype=torch.bfloat16)
+    weights["bf16"] = flat(module.model.parameters())
+    weights["bf16 masters"] = flat(trainer.optimizers[0].state[p]["master"] for p in module.model.parameters())
+    _, trainer = train(place, world_size, STOP, dtype=torch.bfloat16)
+    trainer.save_checkpoint(place / "half-bf16.ckpt")
+    module, _ = train(place, world_size, resume=place / "half-bf16.ckpt", dtype=torch.bfloat16)
+    weights["bf16 resumed"] = flat(module.model.parameters())
     torch.save(weights, place / f"weights-{number}.pt")
     print("RESULT", json.dumps(result))
 
@@ -133,6 +141,16 @@ def test_a_policy_cut_over_ranks_trains_as_in_one_process(kind, sharded, tmp_pat
     assert torch.equal(weights[0][kind], weights[1][kind])
     start = flat(initial(KINDS[kind].get("adapters", False)).model.parameters())
     assert (expected - start).abs().max().item() > 1e-3  # it did learn
+
+
+def test_bf16_weights_cut_over_ranks_keep_float32_masters(sharded):
+    """Each weight is its master copy, rounded, after training and after going on from a checkpoint."""
+    _, _, weights = sharded
+    for of_rank in weights:
+        assert of_rank["bf16 masters"].dtype == torch.float32
+        assert torch.equal(of_rank["bf16 masters"].bfloat16(), of_rank["bf16"])
+        assert torch.equal(of_rank["bf16 resumed"], of_rank["bf16"])
+        assert not torch.equal(of_rank["bf16 masters"], of_rank["bf16"].float())
 
 
 def test_a_rank_keeps_its_part_of_weights_and_optimizer(sharded):
@@ -194,6 +212,13 @@ def zero_rank(number: int, world_size: int, folder: str) -> None:
         assert held == (0 if stage == 3 else sum(p.numel() for p in trained.parameters()))
         weights[f"{stage}"] = flat(trained.parameters())
         trainer.save_checkpoint(place / f"zero{stage}.ckpt")
+    module, trainer = train(place, world_size, dtype=torch.bfloat16)
+    weights["bf16"] = flat(module.model.parameters())
+    weights["bf16 masters"] = flat(trainer.optimizers[0].state[p]["master"] for p in module.model.parameters())
+    _, trainer = train(place, world_size, STOP, dtype=torch.bfloat16)
+    trainer.save_checkpoint(place / "half-bf16.ckpt")
+    module, _ = train(place, world_size, resume=place / "half-bf16.ckpt", dtype=torch.bfloat16)
+    weights["bf16 resumed"] = flat(module.model.parameters())
     torch.save(weights, place / f"weights-{number}.pt")
     print("RESULT", json.dumps(result))
 

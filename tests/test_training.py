@@ -27,9 +27,18 @@ from tests.ranks import become_rank, run_in_ranks
 STEPS = 5
 
 
-def fit(folder: Path, tokens: int = 2048, devices: int = 1, num_workers: int = 0, seed: int = 0, **trainer_settings):
+def fit(
+    folder: Path,
+    tokens: int = 2048,
+    devices: int = 1,
+    num_workers: int = 0,
+    seed: int = 0,
+    dtype=None,
+    **trainer_settings,
+):
     """Train a small model for STEPS steps of 8 pairs; gives its weights and the logged figures."""
-    module = make_module(initial_policy().model, folder, STEPS, tokens)
+    model = initial_policy().model
+    module = make_module(model if dtype is None else model.to(dtype), folder, STEPS, tokens)
     strategy = "ddp" if devices > 1 else "auto"
     trainer = make_trainer(STEPS, devices, **(dict(strategy=strategy, log_every_n_steps=STEPS) | trainer_settings))
     module.train()
@@ -65,6 +74,9 @@ def rank(number: int, world_size: int, folder: str) -> None:
     become_rank(number, world_size)
     weights, figures, _ = fit(Path(folder), tokens=100, devices=world_size)
     torch.save(weights, Path(folder) / f"rank-{number}.pt")
+    short, _, trainer = fit(Path(folder), tokens=100, devices=world_size, dtype=torch.bfloat16)
+    masters = flat(state["master"] for state in trainer.optimizers[0].state.values())
+    torch.save([short, masters], Path(folder) / f"bf16-{number}.pt")
     print("RESULT", json.dumps(figures))
     sys.stdout.flush()
 
@@ -77,6 +89,9 @@ def test_two_ranks_are_one(tmp_path):
         assert (of_rank - weights).abs().max().item() < 1e-6
         # 7 held-out pairs over 2 ranks: each counted once
         assert json.loads(output.split("RESULT", 1)[1]) == pytest.approx(figures, abs=1e-5)
+    (short, masters), (other, others) = (torch.load(tmp_path / f"bf16-{n}.pt", weights_only=True) for n in (0, 1))
+    assert torch.equal(short, other)
+    assert torch.equal(masters, others)
 
 
 def test_gradient_is_the_mean_over_pairs(policy, pairs, tmp_path):

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from dpo_lab.core.metrics import FixedDtypeMetric
 
 # Upper ends of buckets, each 1.1 times the one before, on both sides of one bucket around 0; the last takes the rest.
 _POSITIVE = [1e-3 * 1.1**i for i in range(170)]  # to 1e4
@@ -24,13 +25,12 @@ class Counted(NamedTuple):
     squares: float
 
 
-class Histogram(Metric):
+class Histogram(FixedDtypeMetric):
     """Counts values; of any number of ranks, each having seen its part, all get the same.
 
     compute returns Counted. Values that are not finite are left out.
     """
 
-    full_state_update = False
     counts: Tensor
     moments: Tensor
     least: Tensor

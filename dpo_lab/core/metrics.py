@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from dpo_lab.core.losses import Loss
@@ -27,7 +29,19 @@ ROUNDING = 1e-6  # relative error of a float32 sum of log-probabilities
 GROUPS = ("", "clean/", "flipped/")
 
 
-class PreferenceMetrics(Metric):
+class FixedDtypeMetric(Metric):
+    """Keeps its state in the dtype it was declared in: casting the module around it (`module.to(bfloat16)`) moves it only.
+
+    torchmetrics guards against `half()` and `float()`, but not against `to(dtype)`, which is what Lightning calls.
+    """
+
+    full_state_update = False
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+
+class PreferenceMetrics(FixedDtypeMetric):
     """Means over pairs of every LABELLED quantity in every group, and of every TRUE quantity where the truth is known.
 
     Sums and counts are added up over batches and ranks, so any number of ranks gives the same means. compute returns
@@ -35,7 +49,6 @@ class PreferenceMetrics(Metric):
     side's and leaves such pairs out of TRUE.
     """
 
-    full_state_update = False
     sums: Tensor
     counts: Tensor
     true_sums: Tensor

@@ -14,7 +14,7 @@ from dpo_lab.results import journal, runs
 from dpo_lab.results.evidence import Evidence
 from dpo_lab.results.finding import Finding, Rule
 from dpo_lab.results.learning import Diverging, Memorised, NotLearning, OverFitting, StepZero, TooEasy
-from dpo_lab.results.outcome import Degenerated, Displacement, LengthHacking, NothingHeldOut
+from dpo_lab.results.outcome import Degenerated, Displacement, LengthHacking, NothingHeldOut, RoundedAway
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,7 @@ RULES: tuple[Rule, ...] = (
     Displacement(share=0.1, nats=2.0),
     LengthHacking(longer=1.2, shorter=0.8),
     Degenerated(perplexity=1.5, well_formed=0.2, stopped=0.1, distinct=0.5),
+    RoundedAway(moved=0.5),
 )
 
 

@@ -133,3 +133,29 @@ class Degenerated(Rule):
         )
         tries = "a higher beta, a lower optim.lr, or fewer trainer.max_steps"
         return Finding(self.name, Severity.warning, "; ".join(parts), threshold, tries)
+
+
+@dataclass(frozen=True)
+class RoundedAway(Rule):
+    """Less than `moved` of the trained weights have changed, of a policy that keeps them in 16 bits.
+
+    Updates add up in float32 master copies, but the policy that is measured and saved has them rounded.
+    """
+
+    moved: float = 0.5
+    name = "weights rounded"
+
+    def __call__(self, run: Evidence) -> Finding | None:
+        counted = run.record.get("moved_weights")  # only there for weights in 16 bits
+        if counted is None or not counted["share"] < self.moved:
+            return None
+        says = (
+            f"{counted['moved']:,} of {counted['trained']:,} trained weights ({percent(counted['share'])}) differ from the"
+            f" initial policy's: the other updates are below the spacing of {counted['dtype']}, and the policy that was"
+            " measured and saved does not have them"
+        )
+        tries = (
+            "policy.dtype=float32, with trainer.precision=bf16-mixed to compute in bf16; or a higher optim.lr, or more"
+            " trainer.max_steps"
+        )
+        return Finding(self.name, Severity.warning, says, f"under {percent(self.moved)}", tries)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from transformers import PreTrainedModel
 
+from dpo_lab.core.metrics import FixedDtypeMetric
 from dpo_lab.core.pairs import PairBatch
 from dpo_lab.models.forward import response_logps, response_nll
 from dpo_lab.training.optim import Optim
@@ -50,10 +50,9 @@ class SFTModule(StepModule):
         self.val_metrics.update(-response_logps(self.model, part.tokens, part.lengths[:, :2]).sum(), part)
 
 
-class TokenLoss(Metric):
+class TokenLoss(FixedDtypeMetric):
     """Negative log-likelihood, nats, of a response token: a mean over all that were seen, added up over batches and ranks."""
 
-    full_state_update = False
     nats: Tensor
     tokens: Tensor
 

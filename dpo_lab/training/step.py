@@ -100,8 +100,10 @@ class StepModule(LightningModule):
                 loss = self.part_loss(part)
                 self.manual_backward(loss * share)
             losses.append(loss.detach())
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer.optimizer)  # before the gradients are clipped, or looked at
         total, norm = torch.stack(losses).sum(), entire(self.optim.clip(self.model.parameters()))
-        if not self._scales_loss:
+        if self._scaler is None:
             total = total + norm
         if self._is_so_in_any_rank(~torch.isfinite(total)):
             self._end(parts, losses)
@@ -193,6 +195,6 @@ class StepModule(LightningModule):
         return getattr(self.trainer.strategy, "passes_together", False)
 
     @property
-    def _scales_loss(self) -> bool:
-        """Whether gradients may be infinite for a step or two until the loss's scale is found, which then skips them."""
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss in float16, and skips steps whose gradients are infinite until the scale is found."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)

@@ -1,0 +1,101 @@
+"""AdamW for weights kept in 16 bits: it updates a float32 copy of each, and says how many of them have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.adamw import adamw
+
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+
+
+class MasterAdamW(AdamW):
+    """AdamW whose state holds a float32 master copy of every weight that is kept in fewer bits.
+
+    bfloat16 has 8 significant bits, so an update of less than 1/512 of a weight would be lost each time. Here updates add
+    up in the master copy; after each step the weight is the master copy, rounded. Moments are float32, too: a weight takes
+    12 bytes of state. Weights that are float32 already are updated in place.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            states = [self._state_of(p) for p in weights]
+            masters = [state.get(MASTER, p) for p, state in zip(weights, states, strict=True)]
+            beta1, beta2 = group["betas"]
+            adamw(
+                masters,
+                [p.grad.float() for p in weights],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=group["fused"],
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for weight, master in zip(weights, masters, strict=True):
+                if master is not weight:
+                    weight.copy_(master)
+        return loss
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the state as it was saved: torch would cast it to the dtype of the weight."""
+        super().load_state_dict(dict(state_dict))
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        weights = [p for group in self.param_groups for p in group["params"]]
+        for number, weight in zip(saved, weights, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if name in (MASTER, *MOMENTS):
+                    self.state[weight][name] = value.to(weight.device, torch.float32, copy=True)
+
+    def _state_of(self, weight: Tensor) -> dict[str, Any]:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), device=weight.device)
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(weight, dtype=torch.float32)
+        if is_short(weight) and MASTER not in state:
+            state[MASTER] = weight.detach().float()
+        return state
+
+
+def is_short(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are kept in 16 bits or fewer."""
+    return tensor.is_floating_point() and tensor.element_size() < 4
+
+
+def moved_weights(trained: nn.Module, initial: nn.Module) -> dict[str, Any] | None:
+    """How many of the trained weights differ from the initial ones, of a model that trains weights kept in 16 bits.
+
+    None of any other model: float32 keeps the updates that training makes. Both models are whole, of the same names.
+    """
+    before = dict(initial.named_parameters())
+    weights = [(weight, before[name]) for name, weight in trained.named_parameters() if before[name].requires_grad]
+    short = [(weight, start) for weight, start in weights if is_short(weight)]
+    if not short:
+        return None
+    moved = sum(int((weight != start.to(weight.device)).sum()) for weight, start in short)
+    total = sum(weight.numel() for weight, _ in short)
+    return {
+        "moved": moved,
+        "trained": total,
+        "share": moved / total,
+        "dtype": str(short[0][0].dtype).removeprefix("torch."),
+    }
