@@ -18,7 +18,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lab.config import ConfigError, RunConfig, input_files
@@ -36,7 +35,7 @@ from dpo_lab.results.figures import draw_run, remove_figures
 from dpo_lab.results.files import trouble_of_disk
 from dpo_lab.results.health import print_health
 from dpo_lab.results.identity import config_digest
-from dpo_lab.results.progress import log_handler
+from dpo_lab.results.progress import log_handler, plain_console
 from dpo_lab.results.runs import RunFailed, RunRefused
 from dpo_lab.results.secrets import Redacting
 from dpo_lab.results.summary import cost_rows, print_summary
@@ -250,8 +249,8 @@ def finish(
     to_loggers(trainer, metrics, samples, [path for path in figures if path.suffix == ".png"])
     (held.folder / "policy" / "README.md").write_text(model_card(held.record))
     log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
-    print_health(Console(), found)
-    print_summary(Console(), metrics, samples, held.folder, next_commands, cost_rows(held.record))
+    print_health(plain_console(), found)
+    print_summary(plain_console(), metrics, samples, held.folder, next_commands, cost_rows(held.record))
 
 
 @contextmanager

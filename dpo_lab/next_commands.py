@@ -20,18 +20,17 @@ OF_BASE = ("package", "gguf_file", "revision", "chat_template")  # the same of a
 
 def say_again(record: Mapping[str, Any], folder: Path, commands: Sequence[str]) -> None:
     """The summary of a run that is done already, from its record."""
-    from rich.console import Console
-
     from dpo_lab.results.estimates import Estimate
     from dpo_lab.results.finding import Finding
     from dpo_lab.results.health import print_health
+    from dpo_lab.results.progress import plain_console
     from dpo_lab.results.summary import print_summary
 
     print(f"{folder}: this run is done already. Type name=another for a second one; its figures:")
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
     if "health" in record:
-        print_health(Console(), [Finding.from_record(finding) for finding in record["health"]])
-    print_summary(Console(), metrics, record.get("samples", []), folder, commands)
+        print_health(plain_console(), [Finding.from_record(finding) for finding in record["health"]])
+    print_summary(plain_console(), metrics, record.get("samples", []), folder, commands)
 
 
 def after_training(config: RunConfig) -> list[str]:

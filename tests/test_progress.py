@@ -8,7 +8,6 @@ import re
 
 import pytest
 import torch
-from rich.console import Console
 
 from dpo_lab.results import progress
 from dpo_lab.results.estimates import Estimate
@@ -199,7 +198,7 @@ def test_the_closing_table_fits_80_columns(tmp_path):
     }
     samples = [{"prompt": "a " * 90, "initial": "b" * 200, "trained": "[red]c[/red]"}]
     out = io.StringIO()
-    print_summary(Console(file=out, width=80), metrics, samples, tmp_path, [], cost_rows(record))
+    print_summary(progress.plain_console(file=out, width=80), metrics, samples, tmp_path, [], cost_rows(record))
     table, rest = out.getvalue().split("The same prompts")
     assert max(map(len, table.splitlines())) <= 80
     rows = [line for line in table.splitlines() if line.strip()]

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from rich.console import Console
 
+from dpo_lab.results.progress import plain_console
 from dpo_lab.results.runs import Standing
 from dpo_lab.stop import StopRequest
 from dpo_lab.sweep import cell as cell_module
@@ -253,7 +253,7 @@ def test_the_view_shows_the_step_of_a_running_cell_by_its_journal(tmp_path):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1}\n{"step": 20, "train/loss": 1}\n{"step": 3')
     running = Outcome(Cell((), "beta=1", tmp_path, folder, {}, ()), Standing.new, "running")
-    console = Console(file=io.StringIO(), width=80)
+    console = plain_console(file=io.StringIO(), width=80)
     with StopRequest() as request:
         watch = Watch(console, Desk(tmp_path), lambda: [running], lambda found: None, request)
         console.print(watch._view([running, outcome("failed", 3)]))
