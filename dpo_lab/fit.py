@@ -41,6 +41,7 @@ from dpo_lab.results.secrets import Redacting
 from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.stop import StopRequest, stop_is_the_cause
 from dpo_lab.targets import TargetRefused, made
+from dpo_lab.training.callbacks import TimeLimit
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.cost import Cost
 from dpo_lab.training.health import conclude
@@ -145,10 +146,14 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
     try:
         callbacks = [made(node, Callback) for node in plain["callbacks"].values()]
         callbacks.append(Cost())
+        if (max_time := settings.pop("max_time", None)) is not None:
+            callbacks.append(TimeLimit(max_time))
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = made(settings, Trainer, logger=False, callbacks=callbacks, **plan)
     except (HydraException, TargetRefused) as error:
         raise ConfigError(f"the trainer or a callback can't be made: {last_line(error)}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     except MisconfigurationException as error:
         raise ConfigError(f"the trainer can't be made: {last_line(error)}") from error
     if config.data.batch_size < trainer.world_size:

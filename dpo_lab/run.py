@@ -26,6 +26,7 @@ from dpo_lab.results.files import made_whole
 from dpo_lab.results.health import of_folder
 from dpo_lab.training.checks import check_step_zero, first_batch
 from dpo_lab.training.cost import throughput
+from dpo_lab.training.early_stopping import keep_policy
 from dpo_lab.training.memory import Memory, peak_memory
 from dpo_lab.training.module import DPOModule
 from dpo_lab.training.sharding import whole
@@ -55,6 +56,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     module = _fit(config, plain, held, trainer, material, clock)
     held.update(steps=trainer.global_step, seconds=clock.lap("dpo"), **throughput(trainer))
     trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
+    held.update(**keep_policy(trainer, trained.model))
     if held.writes:
         with made_whole(held.folder / "policy") as folder:
             config.policy.to_save(trained).save(folder)

@@ -21,6 +21,7 @@ from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
 from dpo_lab.results.files import made_whole
 from dpo_lab.training.cost import throughput
+from dpo_lab.training.early_stopping import keep_policy
 from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.sft import initial_policy
 from dpo_lab.training.sft_module import SFTModule
@@ -62,6 +63,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     module = _fit(config, plain, held, trainer, material)
     held.update(steps=trainer.global_step, tokens=module.tokens, seconds=clock.lap("sft"), **throughput(trainer))
     trained = Policy(whole(module.model, material.initial.model).eval(), material.initial.tokenizer)
+    held.update(**keep_policy(trainer, trained.model))
     if held.writes:
         with made_whole(held.folder / "policy") as folder:
             config.policy.to_save(trained).save(folder)

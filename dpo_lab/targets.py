@@ -27,12 +27,12 @@ SHARDED, ZERO = "dpo_lab.training.sharding.Sharded", "dpo_lab.training.zero.Zero
 ALLOWED = frozenset(
     {
         "dpo_lab.training.callbacks.StepBar",
+        "dpo_lab.training.early_stopping.EarlyStopping",
         "dpo_lab.training.health.Health",
         "dpo_lab.training.saving.Checkpoints",
         SHARDED,
         ZERO,
         "lightning.pytorch.Trainer",
-        "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",
         "lightning.pytorch.callbacks.ModelCheckpoint",
         "lightning.pytorch.loggers.CSVLogger",

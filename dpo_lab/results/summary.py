@@ -69,8 +69,12 @@ def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
 
 
 def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the run's record says of its cost, as a reader calls it."""
+    """What the run's record says of the policy that was kept and of its cost, as a reader calls it."""
     rows = []
+    if kept := record.get("early_stopping"):
+        rows.append((f"policy kept: the {kept['policy']} of {kept['last_step']} steps", f"step {kept['step']}"))
+        if kept["best_value"] is not None:
+            rows.append((f"best {kept['monitor']}, at step {kept['best_step']}", _figure(kept["best_value"])))
     if speed := record.get("throughput"):
         rows.append(("trained on, tokens a second", f"{speed['tokens_per_second']:,.0f}"))
         rows.append(("trained on, pairs a second", f"{speed['pairs_per_second']:,.1f}"))
