@@ -28,7 +28,7 @@ class TimeLimit(Callback):
         self.max_time = max_time
         try:
             self.timer = Timer(max_time)
-        except (MisconfigurationException, TypeError) as error:
+        except (MisconfigurationException, TypeError, AttributeError) as error:
             raise ValueError(
                 f"trainer.max_time={max_time}: must be days:hours:minutes:seconds; type e.g. +trainer.max_time=00:12:00:00"
             ) from error
