@@ -65,7 +65,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     peak = peak_memory(trained.model.device)
     if held.writes:
         subject.examples.write(held.folder / EXAMPLES)
-        finish(held, trainer, metrics, trained, clock, peak, after_training(config), samples)
+        commands = after_training(config, held.record["overrides"], held.folder)
+        finish(held, trainer, metrics, trained, clock, peak, commands, samples)
 
 
 def _fit(
