@@ -28,6 +28,7 @@ from dpo_lab.sweep.memory import KEPT, LIMIT, Memory, digest_of_sources
 from dpo_lab.sweep.plan import Cell
 from dpo_lab.sweep.summary import Outcome, duration, exit_code
 from dpo_lab.sweep.watch import Watch, time_left
+from tests.processes import patience
 from tests.sweeping import (
     ENVIRONMENT,
     behaves,
@@ -202,7 +203,7 @@ def test_a_sweep_that_is_stopped_lets_its_cell_save_starts_no_other_and_goes_on_
     with started(tmp_path, "beta=0.1,0.2") as parent:
         until(lambda: "waiting" in said(tmp_path, "beta=0.1/seed=0"))
         parent.send_signal(signum)
-        assert parent.wait(60) == code
+        assert parent.wait(patience(60)) == code
     assert not is_alive(starts(tmp_path)[0]["pid"])
     assert record(tmp_path, "beta=0.1/seed=0")["status"] == status
     assert told(tmp_path)["status"] == "stopped"
@@ -231,7 +232,7 @@ def test_at_a_terminal_a_bar_shows_the_cells_that_run(tmp_path):
         if "cells 1/2" in shown and re.search(r"about \d+ s left", shown):
             (tmp_path / "go").touch()
     os.close(ours)
-    assert process.wait(60) == 0
+    assert process.wait(patience(60)) == 0
     assert re.search(r"cells 1/2.*about \d+ s left", shown, re.S)
     assert "[2/2] done  beta=0.2" in shown
 

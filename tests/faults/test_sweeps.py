@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.processes import patience
 from tests.sweeping import behaves, contents, is_alive, record, said, started, starts, statuses, sweep, told, until
 
 
@@ -17,7 +18,7 @@ def test_33_a_second_sweep_in_the_folder_is_refused_and_changes_no_byte(tmp_path
         ]
         assert contents(tmp_path / "outputs" / "dpo") == before
         (tmp_path / "go").touch()
-        assert first.wait(60) == 0
+        assert first.wait(patience(60)) == 0
     assert statuses(tmp_path) == ["done", "done"]
 
 
