@@ -216,7 +216,7 @@ def test_nothing_measured_no_cost_rows():
 def test_a_run_on_a_terminal_of_80_columns(workshop):
     said = on_terminal("-m", "dpo_lab.train", *SMALL, "figures=true", "name=terminal", columns=80, cwd=workshop)
     assert said.code == 0, said.raw
-    loose = ("dpo_lab: ", "Run folder: ")  # paths, to be copied
+    loose = ("dpo_lab: ", "Run folder: ", "Next: ")  # paths and commands, to be copied
     assert [line for line in said.lines if len(line) > 80 and not line.startswith(loose)] == []
     bar = next(line for line in reversed(said.lines) if line.startswith("DPO"))
     assert re.fullmatch(r"DPO ━+ 6/6 0:00:\d\d loss 0\.\d{3}  acc [01]\.\d{3}  [\d,]+ tok/s  margin -?\d\.\d{3}", bar)

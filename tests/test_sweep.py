@@ -130,7 +130,7 @@ def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process
         (["reference=cached,nope"], "cell reference=nope: reference=nope: no such choice; type reference= one of"),
         (["beta=1,2", "launcher=joblib", "trainer=ddp"], "cell beta=1: trainer.devices=-1: with launcher=joblib each"),
         (["trainer.devices=1,2", "launcher=slurm"], "cell trainer.devices=2: trainer.devices: the cells of one sweep"),
-        (["beta=1,2", "hydra.sweep.subdir=${hydra.job.num}"], "cell beta=1: MissingMandatoryValue while resolving"),
+        (["beta=1,2", "hydra.sweep.subdir=${hydra.job.num}"], "hydra.sweep.subdir: a job's number or id is not known"),
     ],
 )
 def test_a_sweep_with_one_cell_that_cannot_be_is_refused_whole(arguments, message, tmp_path):

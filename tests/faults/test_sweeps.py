@@ -55,7 +55,7 @@ def test_35_after_the_driver_was_killed_what_is_done_is_kept_and_the_rest_resume
     with started(tmp_path, "beta=0.1,0.2,0.3") as driver:
         until(lambda: "waiting" in said(tmp_path, "beta=0.2/seed=0"))
         driver.kill()
-    until(lambda: not is_alive(starts(tmp_path)[1]["pid"]), 10)
+        until(lambda: not is_alive(starts(tmp_path)[1]["pid"]), 10)
     assert record(tmp_path, "beta=0.2/seed=0")["status"] == "preempted"
     assert (tmp_path / "outputs/dpo/.sweep/lock").exists()  # stale
     done = contents(tmp_path / "outputs/dpo/beta=0.1")
