@@ -219,8 +219,9 @@ def explain(error: Exception) -> str:
     if found := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", text):
         return f"{_full_key(text)}={found[1]}: must be one of {found[2]}"
     if found := re.search(r"Could not override '([^']+)'", text):
+        group, _, leaf = found[1].partition(".")
         typed = re.search(rf"{re.escape(found[1])}=(\S+)", text)
-        if instead := advice(found[1].removeprefix("trainer."), typed[1] if typed else ""):
+        if group == "trainer" and (instead := advice(leaf, typed[1] if typed else "")):
             return f"{found[1]}: {instead}"
         if f"{found[1]}={{" in text and found[1] in _known_keys():
             return f"{found[1]}: its entries are added to those that are there; type +{found[1]}=..."

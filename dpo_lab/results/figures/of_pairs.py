@@ -91,7 +91,7 @@ def calibration(pairs: Sequence[PairExample], bins: int) -> Plan | None:
             curve = reliability(probability, bins)
             drawn = (
                 curve.edge + 1e-9 >= 0.5
-            )  # an odd number of bins has one around 1/2, where each pair is right and wrong
+            )  # an odd number of bins has one around 1/2: each pair is right and wrong there
             x, y = curve.probability[drawn], curve.frequency[drawn]
             intervals = [
                 wilson(right, 2 * len(probability) * part) for right, part in zip(y, curve.share[drawn], strict=True)
