@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, Trainer
 from dpo_lab.models.policy import TinyPolicy
 from dpo_lab.results.runs import CHECKPOINTS, RunFailed
 from dpo_lab.results.summary import cost_rows
-from dpo_lab.stop import Stopped
+from dpo_lab.stop import Stopped, stopped_by
+from dpo_lab.supervisor import ENDS
 from dpo_lab.training.callbacks import TimeLimit
 from dpo_lab.training.checkpoint import CheckpointError
 from dpo_lab.training.early_stopping import EarlyStopping, keep_policy
@@ -175,6 +176,12 @@ def test_a_time_limit_stops_a_start_and_the_next_one_has_all_of_it_again(whole, 
     run(tmp_path, callbacks=[TimeLimit("00:00:00:02")])
     assert "trainer.max_time=00:00:00:02 is over: stopping at step 2 of 7; type the same command again" in caplog.text
     assert difference(left(tmp_path), left(whole)) is None
+
+
+def test_a_supervisor_and_a_sweep_know_the_exit_code_of_a_time_limit():
+    stopped = stopped_by(142)
+    assert stopped is not None
+    assert (stopped.status, 142 in ENDS) == ("stopped", True)
 
 
 @pytest.mark.parametrize("limit", ["2", "12:00:00", 7, {"fortnights": 1}])
