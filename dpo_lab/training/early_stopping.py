@@ -86,7 +86,9 @@ def keep_policy(trainer: Trainer, model: PreTrainedModel) -> dict[str, Any]:
                 " callbacks.early_stopping.policy_to_keep=last name=another"
             )
         saved = VerifiedCheckpointIO().load_checkpoint(path)["state_dict"]
-        model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in saved.items()})
+        weights = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
+        assert {name for name, _ in model.named_parameters()} <= weights.keys()
+        model.load_state_dict(weights, strict=False)  # DeepSpeed's hold a tied weight once
     kept = {
         "policy": BEST if is_best else LAST,
         "step": best if is_best else last,
