@@ -145,15 +145,11 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
     settings = dict(plain["trainer"])
     try:
         callbacks = [made(node, Callback) for node in plain["callbacks"].values()]
-        callbacks.append(Cost())
-        if (max_time := settings.pop("max_time", None)) is not None:
-            callbacks.append(TimeLimit(max_time))
+        callbacks += [Cost(), TimeLimit(settings.pop("max_time", None))]
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = made(settings, Trainer, logger=False, callbacks=callbacks, **plan)
     except (HydraException, TargetRefused) as error:
         raise ConfigError(f"the trainer or a callback can't be made: {last_line(error)}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     except MisconfigurationException as error:
         raise ConfigError(f"the trainer can't be made: {last_line(error)}") from error
     if config.data.batch_size < trainer.world_size:

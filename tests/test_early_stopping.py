@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 
 from dpo_lab.models.policy import TinyPolicy
@@ -186,5 +187,7 @@ def test_a_supervisor_and_a_sweep_know_the_exit_code_of_a_time_limit():
 
 @pytest.mark.parametrize("limit", ["2", "12:00:00", 7, {"fortnights": 1}])
 def test_a_time_limit_that_can_t_be_read_is_refused(limit):
-    with pytest.raises(ValueError, match=r"trainer.max_time=.*must be days:hours:minutes:seconds; type e.g."):
+    with pytest.raises(
+        MisconfigurationException, match=r"trainer.max_time=.*must be days:hours:minutes:seconds; type e.g."
+    ):
         TimeLimit(limit)

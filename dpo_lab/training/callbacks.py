@@ -29,7 +29,7 @@ class TimeLimit(Callback):
         try:
             self.timer = Timer(max_time)
         except (MisconfigurationException, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise MisconfigurationException(
                 f"trainer.max_time={max_time}: must be days:hours:minutes:seconds; type e.g. +trainer.max_time=00:12:00:00"
             ) from error
 
