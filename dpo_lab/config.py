@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import reduce
@@ -35,6 +35,7 @@ from dpo_lab.training.optim import Optim
 from dpo_lab.training.packages import check_packages
 from dpo_lab.training.precision import check_precision
 from dpo_lab.training.sft import SFT
+from dpo_lab.training.trainer_arguments import advice, check_trainer
 
 OF_PREFERENCES = ("beta", "loss", "reference", "noise", "evals")  # settings without a say in supervised fine-tuning
 ConfigErrors = (HydraException, OmegaConfBaseException, YAMLError)  # what Hydra raises before `main` is entered
@@ -101,12 +102,15 @@ class RunConfig:
                 f"trainer.precision={precision}: DeepSpeed would compute otherwise than the reference was computed;"
                 " type trainer.precision=32-true, or trainer=fsdp"
             )
+        for key, seed in (("seed", self.seed), ("noise.seed", self.noise.seed)):
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"{key}={seed}: must lie in 0 to {2**32 - 1}; type e.g. {key}=0")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
         for node in (self.trainer, self.logger, self.callbacks):
             check_targets(node)
         check_packages(self.logger)
-        _check_length(self.trainer)
+        check_trainer(self.trainer)
 
     @property
     def is_embedded(self) -> bool:
@@ -217,6 +221,10 @@ def explain(error: Exception) -> str:
     if found := re.search(r"Invalid value '(.*?)', expected one of \[(.*?)\]", text):
         return f"{_full_key(text)}={found[1]}: must be one of {found[2]}"
     if found := re.search(r"Could not override '([^']+)'", text):
+        group, _, leaf = found[1].partition(".")
+        typed = re.search(rf"{re.escape(found[1])}=(\S+)", text)
+        if group == "trainer" and (instead := advice(leaf, typed[1] if typed else "")):
+            return f"{found[1]}: {instead}"
         if f"{found[1]}={{" in text and found[1] in _known_keys():
             return f"{found[1]}: its entries are added to those that are there; type +{found[1]}=..."
         return f"unknown key '{found[1]}'{_did_you_mean(found[1], _known_keys())}"
@@ -267,19 +275,3 @@ def _unknown_keys(node: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
                 yield path + str(key), known
         for key in node:
             yield from _unknown_keys(node._get_node(key), f"{path}{key}.")
-
-
-def _check_length(trainer: Mapping[str, Any]) -> None:
-    """Runs are counted in optimizer steps, and by nothing else."""
-    for name, example in (("max_steps", 160), ("val_check_interval", 80), ("log_every_n_steps", 10)):
-        if not isinstance(trainer.get(name), int) or trainer[name] < 1:
-            raise ValueError(
-                f"trainer.{name}={trainer.get(name)}: must be a whole number of optimizer steps, 1 or more;"
-                f" type e.g. trainer.{name}={example}"
-            )
-    for name, only in (("max_epochs", -1), ("check_val_every_n_epoch", None), ("accumulate_grad_batches", 1)):
-        if trainer.get(name, only) != only:
-            raise ValueError(
-                f"trainer.{name}={trainer[name]}: a run has no epochs, and a step is data.batch_size pairs; its length is"
-                " trainer.max_steps (epochs x training pairs / data.batch_size), its validations trainer.val_check_interval"
-            )

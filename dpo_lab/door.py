@@ -33,7 +33,9 @@ from dpo_lab.targets import TargetRefused, only_plugins
 
 
 def open_door(door: Callable[[], None], as_record: AsRecord = config.as_record) -> int:
-    """Call a Hydra main. Exit code: 0 done, 1 failed, 2 refused before anything was done, 130 interrupted, 143 preempted."""
+    """Call a Hydra main. Exit code: 0 done, 1 failed, 2 refused before anything was done, 130 interrupted, 142 stopped by
+    trainer.max_time, 143 preempted.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print: we print it, in one line
     sys.excepthook = _show
     try:

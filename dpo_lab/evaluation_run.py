@@ -7,8 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from dpo_lab.config import ConfigError, RunConfig
 from dpo_lab.evals.evaluation import evaluate
 from dpo_lab.fit import forward_of, logged, make_trainer, set_up
@@ -17,6 +15,7 @@ from dpo_lab.models.policy import Policy, PolicyConfig, PolicyError, Pretrained,
 from dpo_lab.prepare import prepare
 from dpo_lab.results import evaluations, runs
 from dpo_lab.results.cache import CACHE
+from dpo_lab.results.progress import plain_console
 from dpo_lab.results.secrets import redact_override
 from dpo_lab.results.summary import print_summary
 from dpo_lab.training.cost import Clock
@@ -63,7 +62,7 @@ def evaluate_again(
         **runs.provenance(),
     }
     path = evaluations.commit(into, name, result, subject.examples)
-    print_summary(Console(), metrics, subject.side_by_side, path, ())
+    print_summary(plain_console(), metrics, subject.side_by_side, path, ())
 
 
 def _trained(policy: PolicyConfig, folder: Path) -> Policy:

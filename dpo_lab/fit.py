@@ -17,7 +17,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lab.config import ConfigError, RunConfig, input_files
@@ -35,12 +34,13 @@ from dpo_lab.results.figures import draw_run, remove_figures
 from dpo_lab.results.files import trouble_of_disk
 from dpo_lab.results.health import print_health
 from dpo_lab.results.identity import config_digest
-from dpo_lab.results.progress import log_handler
+from dpo_lab.results.progress import log_handler, plain_console
 from dpo_lab.results.runs import RunFailed, RunRefused
 from dpo_lab.results.secrets import Redacting
 from dpo_lab.results.summary import cost_rows, print_summary
 from dpo_lab.stop import StopRequest, stop_is_the_cause
 from dpo_lab.targets import TargetRefused, made
+from dpo_lab.training.callbacks import TimeLimit
 from dpo_lab.training.checkpoint import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.cost import Clock, Cost
 from dpo_lab.training.health import conclude
@@ -147,7 +147,7 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
     settings = dict(plain["trainer"])
     try:
         callbacks = [made(node, Callback) for node in plain["callbacks"].values()]
-        callbacks.append(Cost())
+        callbacks += [Cost(), TimeLimit(settings.pop("max_time", None))]
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = made(settings, Trainer, logger=False, callbacks=callbacks, **plan)
         check_device_precision(settings, trainer)
@@ -254,8 +254,8 @@ def finish(
     to_loggers(trainer, metrics, samples, [path for path in figures if path.suffix == ".png"])
     (held.folder / "policy" / "README.md").write_text(model_card(held.record))
     log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
-    print_health(Console(), found)
-    print_summary(Console(), metrics, samples, held.folder, next_commands, cost_rows(held.record))
+    print_health(plain_console(), found)
+    print_summary(plain_console(), metrics, samples, held.folder, next_commands, cost_rows(held.record))
 
 
 @contextmanager

@@ -21,15 +21,14 @@ def _inspect(settings: config.RunConfig) -> None:
     assert isinstance(settings, config.InspectConfig)
     print("dpo_lab: pairs", flush=True)  # before the seconds that torch takes to load
     with door.loading():
-        from rich.console import Console
-
         from dpo_lab.inspection import report, terminal
         from dpo_lab.inspection.look import look
         from dpo_lab.results.cache import CACHE
+        from dpo_lab.results.progress import plain_console
 
     target = report.target(settings.page)
     found = look(settings, CACHE)
-    terminal.show(Console(), found)
+    terminal.show(plain_console(), found)
     if target:
         report.write(found, target)
         print(f"Written: {target}")

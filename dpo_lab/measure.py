@@ -71,6 +71,9 @@ def subject_of(
         batch_size=evals.batch_size,
         context=forward.context,
         loss=config.loss,
+        reference=None
+        if config.reference.starts_at_policy
+        else config.reference.prepare(material.initial.model, (), CACHE),
         judge=judge,
         cache=CACHE,
         seed=config.seed,

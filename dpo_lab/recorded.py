@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -52,9 +53,10 @@ def finished(folder: Path) -> dict[str, Any]:
             f"run={folder}: holds no {runs.RECORD}; type the folder that a run printed, run=outputs/..."
         )
     if record["status"] != "done":
+        door = "train" if "loss" in record["config"] else "sft"
         raise runs.RunRefused(
             f"run={folder}: its status is {record['status']}; finish it first: type"
-            f" python -m dpo_lab.train {' '.join(record['overrides'])}".rstrip()
+            f" {shlex.join(['python', '-m', f'dpo_lab.{door}', *record['overrides']])}"
         )
     if "loss" not in record["config"]:
         raise runs.RunRefused(

@@ -158,8 +158,7 @@ def _write(page: Path, collections: Sequence[Collection], metrics: Sequence[str]
 
 
 def _print(options: argparse.Namespace, collections: Sequence[Collection], metrics: Sequence[str]) -> None:
-    from rich.console import Console
-
+    from dpo_lab.results.progress import plain_console
     from dpo_lab.results.report import terminal
 
     if options.csv:
@@ -167,7 +166,7 @@ def _print(options: argparse.Namespace, collections: Sequence[Collection], metri
     elif options.markdown:
         print("\n".join(terminal.markdown(collection, metrics) for collection in collections))
     else:
-        console = Console()
+        console = plain_console()
         for collection in collections:
             terminal.show(console, collection, metrics)
 

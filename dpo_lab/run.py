@@ -26,6 +26,7 @@ from dpo_lab.results.files import made_whole
 from dpo_lab.results.health import of_folder
 from dpo_lab.training.checks import check_step_zero, first_batch
 from dpo_lab.training.cost import Clock, throughput
+from dpo_lab.training.early_stopping import keep_policy
 from dpo_lab.training.master_weights import moved_weights
 from dpo_lab.training.memory import Memory, peak_memory
 from dpo_lab.training.module import DPOModule
@@ -56,6 +57,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     module = _fit(config, plain, held, trainer, material, clock)
     held.update(steps=trainer.global_step, seconds=clock.lap("dpo"), **throughput(trainer))
     trained = trained_policy(module, material, forward)
+    held.update(**keep_policy(trainer, trained.model))
     if moved := moved_weights(trained.model, material.initial.model):
         held.update(moved_weights=moved)
     if held.writes:
@@ -66,7 +68,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     peak = peak_memory(forward.device)
     if held.writes:
         subject.examples.write(held.folder / EXAMPLES)
-        finish(held, trainer, metrics, trained, clock, peak, after_training(config), samples)
+        commands = after_training(config, held.record["overrides"], held.folder)
+        finish(held, trainer, metrics, trained, clock, peak, commands, samples)
 
 
 def _fit(

@@ -22,6 +22,7 @@ from dpo_lab.results import runs
 from dpo_lab.results.cache import CACHE
 from dpo_lab.results.files import made_whole
 from dpo_lab.training.cost import Clock, throughput
+from dpo_lab.training.early_stopping import keep_policy
 from dpo_lab.training.master_weights import moved_weights
 from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.sft import initial_policy
@@ -63,6 +64,7 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     module = _fit(config, plain, held, trainer, material)
     held.update(steps=trainer.global_step, tokens=module.tokens, seconds=clock.lap("sft"), **throughput(trainer))
     forward = forward_of(trainer)
+    held.update(**keep_policy(trainer, trained.model))
     trained = trained_policy(module, material, forward)
     if moved := moved_weights(trained.model, material.initial.model):
         held.update(moved_weights=moved)

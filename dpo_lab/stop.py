@@ -11,18 +11,22 @@ from typing import Any
 
 ASKING = (signal.SIGTERM, signal.SIGINT)  # what asks a process to stop
 REQUEUE = signal.SIGUSR2  # what a scheduler announces the end of a job with; heeded where it has a handler of its own
+TIME_IS_UP = signal.SIGALRM  # a run's own time limit: lends it its number and exit code, and is never sent
+STATUS = {signal.SIGTERM: "preempted", signal.SIGINT: "interrupted", TIME_IS_UP: "stopped"}
 
 
 class Stopped(BaseException):
-    """The process was asked to stop: by a scheduler (SIGTERM, `preempted`) or at the keyboard (SIGINT, `interrupted`)."""
+    """The process was asked to stop: by a scheduler (SIGTERM, `preempted`), at the keyboard (SIGINT, `interrupted`), or by the
+    run's own time limit (TIME_IS_UP, `stopped`).
+    """
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
+        super().__init__("trainer.max_time" if signum == TIME_IS_UP else signal.Signals(signum).name)
         self.signum = signum
 
     @property
     def status(self) -> str:
-        return "interrupted" if self.signum == signal.SIGINT else "preempted"
+        return STATUS.get(signal.Signals(self.signum), "preempted")
 
     @property
     def exit_code(self) -> int:
@@ -32,7 +36,7 @@ class Stopped(BaseException):
 def stopped_by(code: int) -> Stopped | None:
     """What a process was stopped by that ended with this exit code, 128 + n or, where it took no notice, -n; else None."""
     signum = -code if code < 0 else code - 128
-    return Stopped(signum) if signum in ASKING else None
+    return Stopped(signum) if signum in STATUS else None
 
 
 def raise_on_signals(tell: Callable[[Stopped], None] = lambda stopped: None) -> None:
@@ -102,6 +106,11 @@ class StopRequest:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
+    def ask(self, signum: int) -> None:
+        """Note a request of this process's own, unless one came already."""
+        if self.signum is None:
+            self.signum = signum
+
     def obey(self, signum: int) -> None:
         """Stop for `signum`, which this process or another one of the same run was sent.
 
@@ -120,5 +129,4 @@ class StopRequest:
             raise Stopped(signum)
         if signum == signal.SIGTERM and REQUEUE in self._before:
             signum = REQUEUE  # a scheduler that pre-empts says both: what counts is that the job comes back
-        if self.signum is None:
-            self.signum = signum
+        self.ask(signum)

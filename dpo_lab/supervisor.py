@@ -17,10 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from dpo_lab.stop import ASKING, REQUEUE, Stopped, StopRequest
+from dpo_lab.stop import ASKING, REQUEUE, TIME_IS_UP, Stopped, StopRequest
 
 ERROR_FILE = "DPO_LAB_ERROR_FILE"  # the variable that says where a rank tells its supervisor what went wrong
-ENDS = {code for signum in ASKING for code in (128 + signum, -signum)}  # exit codes of a process that was asked to stop
+ENDS = {
+    code for signum in (*ASKING, TIME_IS_UP) for code in (128 + signum, -signum)
+}  # exit codes of a process that was asked to stop
 
 # Seconds. Once one rank has failed or was asked to stop, none is there 10 seconds later.
 AGREE = 4.0  # for the others to end by themselves, after one that was asked to stop

@@ -27,12 +27,12 @@ SHARDED, ZERO = "dpo_lab.training.sharding.Sharded", "dpo_lab.training.zero.Zero
 ALLOWED = frozenset(
     {
         "dpo_lab.training.callbacks.StepBar",
+        "dpo_lab.training.early_stopping.EarlyStopping",
         "dpo_lab.training.health.Health",
         "dpo_lab.training.saving.Checkpoints",
         SHARDED,
         ZERO,
         "lightning.pytorch.Trainer",
-        "lightning.pytorch.callbacks.EarlyStopping",
         "lightning.pytorch.callbacks.LearningRateMonitor",
         "lightning.pytorch.callbacks.ModelCheckpoint",
         "lightning.pytorch.loggers.CSVLogger",
@@ -46,6 +46,7 @@ OWNERS = ("dpo_lab.", "lightning.")  # of the modules that those classes are def
 OURS = frozenset(f"hydra_plugins.dpo_lab.{name}" for name in ("CellSweeper", "StudySweeper", "RayLauncher"))
 SAMPLERS = re.compile(r"optuna\.samplers\.\w+Sampler")  # what Optuna's sweeper is told, below hydra.sweeper
 SPECIAL = ("_args_", "_partial_", "_recursive_", "_convert_")  # what else Hydra reads of a node; no config of ours does
+NUMBERED = re.compile(r"\$\{\s*\.*(hydra\s*[.:]\s*)?job\.(num|id)\b")  # an interpolation of a job's number or id
 # What a config may set of the environment: names that decide how it computes; others decide which code is loaded.
 ENVIRONMENT = frozenset(
     "CUDA_VISIBLE_DEVICES GLOO_SOCKET_IFNAME HF_HUB_OFFLINE MKL_NUM_THREADS NCCL_DEBUG NCCL_IB_DISABLE NCCL_P2P_DISABLE"
@@ -115,6 +116,19 @@ def _check_hydra(cfg: DictConfig) -> None:
     hydra = cfg.get("hydra")
     if hydra is None:
         return
+    if hydra.job.get("chdir"):
+        raise TargetRefused(
+            "hydra.job.chdir=true: paths are those of the folder where the command is typed, and a run's results go to its"
+            " own folder without it; type hydra.job.chdir=false, or leave it out"
+        )
+    of_sweeps = ("sweep.dir", "sweep.subdir") if target_of(hydra.get("sweeper")) in OURS else ()
+    for key in ("run.dir", *of_sweeps):
+        group, leaf = key.split(".")
+        if NUMBERED.search(str(hydra[group]._get_node(leaf))):
+            raise TargetRefused(
+                f"hydra.{key}: a job's number or id is not known before it starts and changes with the sweep, so the same"
+                " command would not find its runs again; leave it out, and a folder is named by its overrides"
+            )
     for key in ("callbacks", "job_logging.handlers", "hydra_logging.handlers"):
         if OmegaConf.select(hydra, key):
             raise TargetRefused(f"hydra.{key}: Hydra is given nothing to call and no file to log to; leave it out")

@@ -29,7 +29,7 @@ def _train(cfg: DictConfig, settings: config.RunConfig) -> None:
         run(cfg, settings, folder)
 
     def again(record: Mapping[str, Any], folder: Path) -> None:
-        say_again(record, folder, after_training(settings))
+        say_again(record, folder, after_training(settings, record["overrides"], folder))
 
     door.enter("dpo_lab.train", settings, config.as_record(cfg, settings), run=run, again=again)
 

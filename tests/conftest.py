@@ -15,6 +15,7 @@ from dpo_lab import door
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.models.tokenizer import train_tokenizer
+from tests import processes
 
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -33,6 +34,14 @@ def pytest_collection():
     """Every module of tests is imported here."""
     with door.loading():
         return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left():
+    """Of all that tests of this process start, whatever helper they use."""
+    os.environ[processes.MARK] = processes.session_mark()
+    yield
+    processes.kill_all(processes.session_mark())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -104,4 +113,4 @@ def python_m(
     """`python -m module ...` as a user types it, offline, with one thread."""
     environment = os.environ | OFFLINE | variables
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return processes.run(command, cwd=cwd, env=environment, timeout=timeout)

@@ -78,7 +78,7 @@ def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks:
     return Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=settings.pop("strategy", "ddp" if devices > 1 else "auto"),
         max_steps=steps,
         max_epochs=-1,
         check_val_every_n_epoch=None,

@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
+from tests.processes import contained, patience
 from tests.ranks import REPOSITORY
 
 DEADLINE = 30.0  # seconds in which what must happen has happened, on a busy machine
@@ -162,7 +164,7 @@ class Post:
         self.name = f"dpo_lab-test-{os.getpid()}-{name}"
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind("\0" + self.name)
-        self.socket.settimeout(DEADLINE)
+        self.socket.settimeout(patience(DEADLINE))
 
     def next(self, what: str | None = None) -> dict:
         report = json.loads(self.socket.recv(65536))
@@ -177,9 +179,10 @@ class Group:
         self.folder, self.post = folder, Post(folder.name)
         folder.mkdir(exist_ok=True)
         rank = [sys.executable, "-c", RANK, self.post.name, *scripts]
+        self.stack = ExitStack()
         self.supervisor = subprocess.Popen(
             [sys.executable, "-c", SUPERVISOR, str(folder), str(grace), *rank],
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            env=self.stack.enter_context(contained(os.environ | {"PYTHONPATH": str(REPOSITORY)})),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -199,10 +202,8 @@ class Group:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.supervisor.kill()
+        self.stack.close()
         for watched in self.watched:
-            if not has_ended(watched):
-                signal.pidfd_send_signal(watched, signal.SIGKILL)
             os.close(watched)
         self.errors = self.supervisor.communicate()[1]  # once nobody is left to write
         self.post.socket.close()
@@ -212,6 +213,7 @@ class Group:
 
     def gone(self, seconds: float = 10.0) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) of the supervisor, once it, its ranks and their children are gone, within `seconds`."""
+        seconds = patience(seconds)
         end = time.monotonic() + seconds
         output, errors = self.supervisor.communicate(timeout=seconds)
         for watched, pid in self.watched.items():

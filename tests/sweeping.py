@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import REPOSITORY, python_m
+from tests.processes import contained, patience
 
 ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS": "160", "RAY_AUTH_MODE": "disabled"}
 
@@ -30,17 +30,13 @@ def run(door: str, folder: Path, *arguments: str, **variables: str) -> subproces
 def started(folder: Path, *arguments: str, door: str = "tests.standin", **variables: str) -> Iterator[subprocess.Popen]:
     """The same, not waited for; it leads a session of its own, writes to terminal.log, and is gone in the end."""
     command = [sys.executable, "-m", door, "--multirun", *arguments]
-    environment = os.environ | ENVIRONMENT | variables
-    with (folder / "terminal.log").open("w") as terminal:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, start_new_session=True, stdout=terminal, stderr=subprocess.STDOUT
-        )
-    try:
+    with contained(os.environ | ENVIRONMENT | variables) as environment:
+        with (folder / "terminal.log").open("w") as terminal:
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, start_new_session=True, stdout=terminal, stderr=subprocess.STDOUT
+            )
         yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def behaves(folder: Path, **parts: str) -> None:
@@ -73,7 +69,7 @@ def record(folder: Path, cell: str) -> dict[str, Any]:
 
 def until(what: Callable[[], Any], seconds: float = 60) -> Any:
     """Wait for `what` to be true; gives what it gave."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while time.monotonic() < deadline:
         with suppress(FileNotFoundError, ValueError):
             if found := what():

@@ -6,15 +6,20 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
 import termios
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import processes
 from tests.conftest import REPOSITORY
+from tests.processes import contained, patience, run
 
+LIMIT = 120.0  # seconds
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[(?:[0-9]+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9]+)*m")
 LOUD = ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
@@ -44,27 +49,31 @@ def on_terminal(*arguments: str, columns: int, cwd: Path, **variables: str) -> S
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = environment(**({"TERM": "xterm-256color"} | variables))
-    command = [sys.executable, *arguments]
-    with subprocess.Popen(
-        command, cwd=cwd, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True
-    ) as process:
+    command, written = [sys.executable, *arguments], b""
+    deadline = time.monotonic() + patience(LIMIT)
+    with contained(env) as marked:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=marked, stdin=its, stdout=its, stderr=its, start_new_session=True
+        )
         os.close(its)
-        written = b""
         try:
-            while part := os.read(ours, 65536):
-                written += part
+            while select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                written += os.read(ours, 65536)
         except OSError:
             pass  # how Linux says that the other side has closed
         finally:
             os.close(ours)
-        code = process.wait(timeout=60)
+        try:
+            code = process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            processes.kill_all(marked[processes.MARK])
+            process.wait()
+            raise
     return Said(written.decode(), code)
 
 
 def in_pipe(*arguments: str, cwd: Path, **variables: str) -> Said:
     """The same with a pipe instead."""
     command = [sys.executable, *arguments]
-    result = subprocess.run(
-        command, cwd=cwd, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
-    )
-    return Said(result.stdout.decode(), result.returncode)
+    result = run(command, cwd=cwd, env=environment(**variables), stderr=subprocess.STDOUT, timeout=LIMIT)
+    return Said(result.stdout, result.returncode)

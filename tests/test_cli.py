@@ -22,6 +22,7 @@ from dpo_lab.results.examples import pair_examples, read
 from dpo_lab.results.figures import draw_run
 from tests import warm
 from tests.conftest import SMALL, python_m
+from tests.processes import contained, patience
 from tests.warm import door
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process makes the initial policy, once
@@ -247,11 +248,12 @@ def test_an_interrupted_run_goes_on_where_it_was(workshop, baseline):
     whole = folder_of(train(workshop, *longer, "name=whole"), workshop)
     command = [sys.executable, "-u", "-m", "dpo_lab.train", *SMALL, *longer, "name=cut"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, cwd=workshop, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert any("step 0" in line for line in process.stdout)  # then it trains
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    with contained(environment) as marked:
+        process = subprocess.Popen(command, cwd=workshop, env=marked, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert any("step 0" in line for line in process.stdout)  # then it trains
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=patience(60))
     assert process.returncode == 143
     (folder,) = (p.parent for p in (workshop / "outputs" / "cut").rglob("run.json"))
     record = record_of(folder)

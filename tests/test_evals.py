@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from itertools import product
 
@@ -12,12 +13,12 @@ import torch
 import yaml
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from dpo_lab.core.losses import DPO, SFTChosen
+from dpo_lab.core.losses import DPO, LOSSES, SFTChosen
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tokenize import Encoder
 from dpo_lab.data.world.embedded import Embedded
 from dpo_lab.evals import subject as subject_module
-from dpo_lab.evals.calibration import Calibration, reliability
+from dpo_lab.evals.calibration import Calibration
 from dpo_lab.evals.displacement import Displacement
 from dpo_lab.evals.evaluation import EVALUATORS, ON_REQUEST, Evals, evaluate
 from dpo_lab.evals.judge import Judge, JudgeError
@@ -28,8 +29,12 @@ from dpo_lab.evals.reward import Reward
 from dpo_lab.evals.subject import Subject
 from dpo_lab.evals.win_rate import WinRate, in_both_orders
 from dpo_lab.models.policy import Policy
+from dpo_lab.models.reference import Uniform
 from dpo_lab.models.sampling import Sample
+from dpo_lab.results.calibration import reliability
 from dpo_lab.results.examples import EXAMPLES, numbered, read
+from dpo_lab.results.figures import draw_run
+from dpo_lab.results.summary import metric_rows
 from tests.conftest import REPOSITORY, make_pairs
 
 
@@ -247,6 +252,32 @@ def test_calibration_error_is_that_of_its_curve(subject, bins):
     assert (metrics["calibration_error"].value > 0.05) == (bins > 1)  # in one bin both sides are one half
 
 
+@pytest.mark.parametrize("name", ["dpo", "simpo", "ipo_mean"])
+def test_record_table_and_figure_of_a_run_say_one_calibration_error(name, subject, tmp_path):
+    subject.loss = LOSSES[name](beta=2.0)
+    subject.reference = Uniform().prepare(subject.initial.model, (), tmp_path) if name == "simpo" else None
+    metrics = evaluate(subject, [Calibration(), Preference()])
+    subject.examples.write(tmp_path / EXAMPLES)
+    record = {
+        "config": {"beta": 2.0, "loss": {"kind": name}},
+        "metrics": {k: m.as_record() for k, m in metrics.items()},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    draw_run(tmp_path)
+    drawn = (tmp_path / "figures" / "calibration.svg").read_text()
+    (row,) = (row for row in metric_rows(metrics) if row[0] == "calibration error")
+    # by hand: the probability that each loss gives the label of a pair, and the error over it
+    trained, reference = subject.pair_logps
+    if name == "simpo":
+        reference = reference - reference
+    ratios = (trained - reference) if name == "dpo" else (trained - reference).per_token()
+    expected = reliability((2.0 * ratios.margin.double()).sigmoid().numpy(), 15).error
+    recorded = record["metrics"]["calibration_error"]["value"]
+    assert recorded == pytest.approx(expected, abs=1e-9)
+    assert row[2] == f"{recorded:.3f}"
+    assert f"by labels: calibration error {recorded:.3f}, n = 9" in drawn
+
+
 def test_a_loss_without_beta_gives_no_probability_to_calibrate(subject):
     subject.loss = SFTChosen()
     assert list(Calibration().run(subject)) == []
@@ -256,10 +287,10 @@ def test_a_loss_without_beta_gives_no_probability_to_calibrate(subject):
 def test_calibration_by_hand():
     """Four pairs said at 0.7, of which three came true, and two ties: off by 0.05 in the outer bins, right in the middle."""
     p = np.array([0.7, 0.7, 0.7, 0.3, 0.5, 0.5])
-    curve = reliability(np.concatenate((p, 1 - p)), np.repeat([1, 0], 6), 5)
-    assert curve["probability"].tolist() == pytest.approx([0.3, 0.5, 0.7])
-    assert curve["frequency"].tolist() == pytest.approx([0.25, 0.5, 0.75])
-    assert curve["share"].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+    curve = reliability(p, 5)
+    assert curve.probability.tolist() == pytest.approx([0.3, 0.5, 0.7])
+    assert curve.frequency.tolist() == pytest.approx([0.25, 0.5, 0.75])
+    assert curve.share.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])
 
 
 def test_forward_kl_of_texts_is_the_rise_of_their_log_perplexity(subject):

@@ -16,13 +16,14 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from torchmetrics.classification import BinaryCalibrationError
+from torchmetrics.functional.classification import binary_calibration_error
 
 from dpo_lab.results import journal
+from dpo_lab.results.calibration import reliability
 from dpo_lab.results.examples import EXAMPLES, Examples, PairExample
 from dpo_lab.results.figures import NAMES, draw_run
 from dpo_lab.results.figures.curves import PANELS, POINTS, thinned
-from dpo_lab.results.figures.of_pairs import BINS, CONFIDENCE_BINS, edges_of, reliability
+from dpo_lab.results.figures.of_pairs import BINS, edges_of
 from tests.conftest import REPOSITORY
 from tests.terminal import environment
 
@@ -35,7 +36,9 @@ def example(i: int, split: str = "held-out", **changes) -> PairExample:
     values = dict(key=f"{i:032x}", split=split, flipped=flipped, gold_margin=gold, margin=margin)
     values |= dict(logratio_chosen=margin - 3.0, logratio_rejected=-3.0, logp_chosen=-40.0, logp_rejected=-41.0)
     values |= dict(length_chosen=rng.randint(5, 40), length_rejected=rng.randint(5, 40))
-    return PairExample(**(values | changes))
+    values |= changes
+    probability = torch.tensor(0.1 * values["margin"]).sigmoid().item()  # as DPO gives it at beta 0.1
+    return PairExample(**({"probability": probability} | values))
 
 
 def write_pairs(path: Path, pairs: Sequence[PairExample]) -> None:
@@ -48,6 +51,8 @@ def write_pairs(path: Path, pairs: Sequence[PairExample]) -> None:
         columns |= dict(initial_rejected=pair.logp_rejected - pair.logratio_rejected)
         columns |= dict(chosen_length=pair.length_chosen, rejected_length=pair.length_rejected)
         kind = "train" if pair.split == "train" else "held_out"
+        if kind == "held_out" and pair.probability is not None:
+            columns["probability"] = pair.probability
         examples.keep(kind, [pair.key], **{name: [value] for name, value in columns.items()})
     examples.write(path)
 
@@ -132,8 +137,8 @@ ODD = {
     ),
     "gold ties alone": (pairs_of(gold_margin=0.0), NO_CURVES, OF_PAIRS),
     "a loss without beta": (
-        pairs_of(),
-        NO_CURVES | {"config": {"beta": 0.1, "loss": {"kind": "sft"}}},
+        pairs_of(probability=None),
+        NO_CURVES,
         OF_PAIRS - {"calibration"},
     ),
     "one logged step": (None, {"rows": [step(2)]}, {"curves"}),
@@ -170,15 +175,17 @@ def test_figures_say_their_numbers(tmp_path):
     assert "held-out: mean 19.50, n = 10" in text_of(folder, "margins")
     assert "loss: 1 not finite" in text_of(folder, "curves")
     assert {"train, flipped pairs", "validation, by gold", "chosen, train"} <= set(text_of(folder, "curves"))
-    # at beta 0.1 the rewards are (i^2 - 9) / 10: 3 wrong (-.9, -.8, -.5), one tie, 6 right
-    rewards = [(i**2 - 9) / 10 for i in range(10)]
-    sure = [1 / (1 + math.exp(-abs(r))) for r in rewards]
-    right = [0.5 if r == 0 else float(r > 0) for r in rewards]
+    # at beta 0.1 the rewards are (i^2 - 9) / 10: 3 wrong (-.9, -.8, -.5), one tie, 6 right; both sides, in 15 bins
+    said = [1 / (1 + math.exp(-side * (i**2 - 9) / 10)) for side in (1, -1) for i in range(10)]
+    came_true = [1] * 10 + [0] * 10
     bins: dict[int, list[int]] = {}
-    for i, p in enumerate(sure):
-        bins.setdefault(min(int((p - 0.5) * 2 * CONFIDENCE_BINS), CONFIDENCE_BINS - 1), []).append(i)
-    error = sum(abs(sum(right[i] - sure[i] for i in held)) for held in bins.values()) / 10
-    assert f"by labels: ECE {error:.3f}, n = 10" in text_of(folder, "calibration")
+    for i, p in enumerate(said):
+        bins.setdefault(int(15 * p), []).append(i)
+    error = sum(abs(sum(came_true[i] - said[i] for i in held)) for held in bins.values()) / 20
+    assert f"by labels: calibration error {error:.3f}, n = 10" in text_of(folder, "calibration")
+    assert f"by gold: calibration error {error:.3f}, n = 10" in text_of(
+        folder, "calibration"
+    )  # gold agrees with all labels
 
 
 def test_a_run_without_flips_shows_none(tmp_path):
@@ -187,15 +194,13 @@ def test_a_run_without_flips_shows_none(tmp_path):
     assert [text for text in text_of(folder, "margins") if "flipped" in text] == []
 
 
-def test_calibration_error_is_torchmetrics_over_both_orders():
-    """Of a pair (p, right) both orders are there: (p, 1) and (1 - p, 0), in twice as many bins over 0 to 1."""
-    rewards = np.random.default_rng(0).normal(1, 2, 500)
-    both = torch.tensor(np.concatenate([rewards, -rewards])).sigmoid()
-    target = torch.cat([torch.ones(500, dtype=torch.int), torch.zeros(500, dtype=torch.int)])
-    expected = BinaryCalibrationError(n_bins=2 * CONFIDENCE_BINS, norm="l1")(both, target).item()
-    bins, error = reliability(rewards)
-    assert error == pytest.approx(expected, abs=1e-6)
-    assert sum(estimate.n or 0 for _, estimate in bins) == 500
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_error_is_torchmetrics_over_both_orders(bins):
+    """Of a pair (p, right) both orders are there: (p, 1) and (1 - p, 0)."""
+    label = torch.tensor(np.random.default_rng(0).normal(1, 2, 500)).sigmoid()
+    both, target = torch.cat((label, 1 - label)), torch.repeat_interleave(torch.tensor([1, 0]), 500)
+    expected = binary_calibration_error(both, target, bins).item()
+    assert reliability(label.numpy(), bins).error == pytest.approx(expected, abs=1e-12)
 
 
 def test_edges_hold_all_but_what_lies_far_off():

@@ -16,6 +16,7 @@ from dpo_lab import config
 from dpo_lab.sweep import sweeper
 from tests import warm
 from tests.conftest import SMALL
+from tests.processes import patience
 from tests.sweeping import (
     ENVIRONMENT,
     behaves,
@@ -78,7 +79,7 @@ def test_joblib_runs_two_cells_at_once_and_stops_them_together(tmp_path):
     with started(tmp_path, "beta=0.1,0.2,0.3", "launcher=joblib") as parent:
         until(lambda: all("waiting" in said(tmp_path, f"beta=0.{n}/seed=0") for n in (1, 2)))
         os.killpg(parent.pid, signal.SIGTERM)  # to all its processes, as a terminal and a scheduler do it
-        assert parent.wait(60) == 143
+        assert parent.wait(patience(60)) == 143
     assert statuses(tmp_path) == ["preempted", "preempted", "not started"]
     assert [record(tmp_path, f"beta=0.{n}/seed=0")["error"][-7:] for n in (1, 2)] == ["SIGTERM"] * 2
     assert "the launcher failed" not in (tmp_path / "terminal.log").read_text()
@@ -105,7 +106,7 @@ def test_joblib_gives_a_cell_gpus_of_its_own_and_its_share_of_the_threads(tmp_pa
     with started(tmp_path, "beta=0.1,0.2", *gpus, CUDA_VISIBLE_DEVICES="0,1,2,3") as parent:
         until(lambda: {s["gpus"] for s in starts(tmp_path)} == {"0,1", "2,3"})
         (tmp_path / "go").touch()
-        assert parent.wait(60) == 0
+        assert parent.wait(patience(60)) == 0
     assert {s["threads"] for s in starts(tmp_path)} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
@@ -118,7 +119,7 @@ def test_a_requeued_job_starts_again_and_goes_on(tmp_path):
         os.kill(starts(tmp_path)[0]["pid"], signal.SIGUSR2)
         until(lambda: len(starts(tmp_path)) == 2)
         (tmp_path / "go").touch()
-        assert parent.wait(60) == 0
+        assert parent.wait(patience(60)) == 0
     assert statuses(tmp_path) == ["done"]
     assert len({s["pid"] for s in starts(tmp_path)}) == 2
 
@@ -133,7 +134,7 @@ def test_jobs_are_stopped_with_the_sweep(tmp_path):
     with started(tmp_path, "beta=0.1,0.2", "launcher=slurm_local") as parent:
         until(lambda: said_by_job(tmp_path) == 2)
         parent.send_signal(signal.SIGTERM)
-        assert parent.wait(60) == 143
+        assert parent.wait(patience(60)) == 143
     assert statuses(tmp_path) == ["interrupted", "interrupted"]
     assert not any(is_alive(start["pid"]) for start in starts(tmp_path))
 
@@ -193,7 +194,7 @@ def test_a_requeued_training_ends_as_if_it_had_not_been_interrupted(tmp_path):
         until(lambda: (folder / "metrics.jsonl").read_text().count("\n") > 2)
         (note,) = (tmp_path / "outputs/dpo/.sweep/cells").glob("*.json")
         os.kill(json.loads(note.read_text())["pid"], signal.SIGUSR2)
-        assert parent.wait(240) == 0
+        assert parent.wait(patience(240)) == 0
     (other,) = tmp_path.glob("outputs/whole/*/seed=0")
     assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
@@ -204,7 +205,7 @@ def test_ray_runs_cells_names_those_that_fail_and_stops_them(tmp_path):
     with started(tmp_path, "beta=0.1,0.2", "launcher=ray", "hydra.launcher.init.num_cpus=2") as parent:
         until(lambda: "waiting" in said(tmp_path, "beta=0.2/seed=0") and "failed" in statuses(tmp_path))
         parent.send_signal(signal.SIGTERM)
-        assert parent.wait(60) == 143, (tmp_path / "terminal.log").read_text()
+        assert parent.wait(patience(60)) == 143, (tmp_path / "terminal.log").read_text()
     assert statuses(tmp_path) == ["failed", "preempted"]
     assert told(tmp_path)["cells"][0]["error"] == "ValueError: the loss is not finite"
     assert not any(is_alive(start["pid"]) for start in starts(tmp_path))

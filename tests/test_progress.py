@@ -8,7 +8,6 @@ import re
 
 import pytest
 import torch
-from rich.console import Console
 
 from dpo_lab.results import progress
 from dpo_lab.results.estimates import Estimate
@@ -199,7 +198,7 @@ def test_the_closing_table_fits_80_columns(tmp_path):
     }
     samples = [{"prompt": "a " * 90, "initial": "b" * 200, "trained": "[red]c[/red]"}]
     out = io.StringIO()
-    print_summary(Console(file=out, width=80), metrics, samples, tmp_path, [], cost_rows(record))
+    print_summary(progress.plain_console(file=out, width=80), metrics, samples, tmp_path, [], cost_rows(record))
     table, rest = out.getvalue().split("The same prompts")
     assert max(map(len, table.splitlines())) <= 80
     rows = [line for line in table.splitlines() if line.strip()]
@@ -217,7 +216,7 @@ def test_nothing_measured_no_cost_rows():
 def test_a_run_on_a_terminal_of_80_columns(workshop):
     said = on_terminal("-m", "dpo_lab.train", *SMALL, "figures=true", "name=terminal", columns=80, cwd=workshop)
     assert said.code == 0, said.raw
-    loose = ("dpo_lab: ", "Run folder: ")  # paths, to be copied
+    loose = ("dpo_lab: ", "Run folder: ", "Next: ")  # paths and commands, to be copied
     assert [line for line in said.lines if len(line) > 80 and not line.startswith(loose)] == []
     bar = next(line for line in reversed(said.lines) if line.startswith("DPO"))
     assert re.fullmatch(r"DPO ━+ 6/6 0:00:\d\d loss 0\.\d{3}  acc [01]\.\d{3}  [\d,]+ tok/s  margin -?\d\.\d{3}", bar)

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from rich.console import Console
 
+from dpo_lab.results.progress import plain_console
 from dpo_lab.results.runs import Standing
 from dpo_lab.stop import StopRequest
 from dpo_lab.sweep import cell as cell_module
@@ -28,6 +28,7 @@ from dpo_lab.sweep.memory import KEPT, LIMIT, Memory, digest_of_sources
 from dpo_lab.sweep.plan import Cell
 from dpo_lab.sweep.summary import Outcome, duration, exit_code
 from dpo_lab.sweep.watch import Watch, time_left
+from tests.processes import patience
 from tests.sweeping import (
     ENVIRONMENT,
     behaves,
@@ -129,7 +130,7 @@ def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process
         (["reference=cached,nope"], "cell reference=nope: reference=nope: no such choice; type reference= one of"),
         (["beta=1,2", "launcher=joblib", "trainer=ddp"], "cell beta=1: trainer.devices=-1: with launcher=joblib each"),
         (["trainer.devices=1,2", "launcher=slurm"], "cell trainer.devices=2: trainer.devices: the cells of one sweep"),
-        (["beta=1,2", "hydra.sweep.subdir=${hydra.job.num}"], "cell beta=1: MissingMandatoryValue while resolving"),
+        (["beta=1,2", "hydra.sweep.subdir=${hydra.job.num}"], "hydra.sweep.subdir: a job's number or id is not known"),
     ],
 )
 def test_a_sweep_with_one_cell_that_cannot_be_is_refused_whole(arguments, message, tmp_path):
@@ -202,7 +203,7 @@ def test_a_sweep_that_is_stopped_lets_its_cell_save_starts_no_other_and_goes_on_
     with started(tmp_path, "beta=0.1,0.2") as parent:
         until(lambda: "waiting" in said(tmp_path, "beta=0.1/seed=0"))
         parent.send_signal(signum)
-        assert parent.wait(60) == code
+        assert parent.wait(patience(60)) == code
     assert not is_alive(starts(tmp_path)[0]["pid"])
     assert record(tmp_path, "beta=0.1/seed=0")["status"] == status
     assert told(tmp_path)["status"] == "stopped"
@@ -231,7 +232,7 @@ def test_at_a_terminal_a_bar_shows_the_cells_that_run(tmp_path):
         if "cells 1/2" in shown and re.search(r"about \d+ s left", shown):
             (tmp_path / "go").touch()
     os.close(ours)
-    assert process.wait(60) == 0
+    assert process.wait(patience(60)) == 0
     assert re.search(r"cells 1/2.*about \d+ s left", shown, re.S)
     assert "[2/2] done  beta=0.2" in shown
 
@@ -253,7 +254,7 @@ def test_the_view_shows_the_step_of_a_running_cell_by_its_journal(tmp_path):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1}\n{"step": 20, "train/loss": 1}\n{"step": 3')
     running = Outcome(Cell((), "beta=1", tmp_path, folder, {}, ()), Standing.new, "running")
-    console = Console(file=io.StringIO(), width=80)
+    console = plain_console(file=io.StringIO(), width=80)
     with StopRequest() as request:
         watch = Watch(console, Desk(tmp_path), lambda: [running], lambda found: None, request)
         console.print(watch._view([running, outcome("failed", 3)]))

@@ -9,16 +9,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from dpo_lab.launch import die_with_parent
 from tests.conftest import OFFLINE, REPOSITORY
+from tests.processes import MARK, contained, patience
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.loaded"])
@@ -32,7 +36,10 @@ class Warm:
         names = [file.name for file in self.files]
         with patch.dict(os.environ, OFFLINE | {"PYTHONPATH": str(REPOSITORY)}):  # this test may stand elsewhere by now
             forkserver.ensure_running()
-        everything = (function, arguments, str(cwd), os.environ | OFFLINE | variables, names)
+        self.stack = ExitStack()
+        environment = self.stack.enter_context(contained(os.environ | OFFLINE | variables))
+        self.mark = environment[MARK]
+        everything = (function, arguments, str(cwd), environment, names)
         self.process = CONTEXT.Process(target=_live, args=everything)
         self.process.start()
 
@@ -43,12 +50,13 @@ class Warm:
         self.process.kill()
         self.process.join()
         self.process.close()
+        self.stack.close()
         for file in self.files:
             file.close()
 
     def wait(self, timeout: float) -> tuple[int, str, str]:
         """(exit code, as subprocess has it; stdout; stderr) once it is over."""
-        self.process.join(timeout)
+        self.process.join(patience(timeout))
         output, errors = (Path(file.name).read_text() for file in self.files)
         if self.process.exitcode is None:
             raise subprocess.TimeoutExpired(str(self.process), timeout, output, errors)
@@ -57,6 +65,7 @@ class Warm:
 
 def _live(function, arguments, cwd: str, environment: dict[str, str], files: Sequence[str]) -> None:
     assert "dpo_lab.run" in sys.modules, "tests.loaded was not loaded before the fork"
+    die_with_parent(signal.SIGKILL)  # a fork server ends with the tests, and so do its forks
     for stream, name in enumerate(files, 1):
         os.dup2(os.open(name, os.O_WRONLY), stream)
     os.environ.clear()

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from dpo_lab.results.calibration import BINS, reliability
 from dpo_lab.results.estimates import Estimate
 
 if TYPE_CHECKING:
@@ -16,15 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Calibration:
-    """Expected calibration error of sigma(margin of the implicit reward) on held-out pairs, over `bins` of equal width.
+    """Expected calibration error of the probabilities that the loss gives to labels of held-out pairs, over `bins` bins.
 
-    The implicit reward is beta times the log-ratio to the initial policy, as the loss forms it. Each pair is seen from both
-    sides, p that the label's side is preferred and 1 - p that the other is: else every label would be a yes, and a policy
-    that says 1 of everything would be perfect. An error over few pairs a bin is too large by chance; no interval is known.
-    A loss that beta has no say in gives no probability, and nothing is measured.
+    The probability of a label is sigma(beta h), where h is the log-ratio margin that the loss compares: to its own reference,
+    summed or a token, without a target margin (SimPO's gamma). An error over few pairs a bin is too large by chance; no
+    interval is known. A loss that beta has no say in gives no probability, and nothing is measured.
     """
 
-    bins: int = 15
+    bins: int = BINS
 
     def __post_init__(self) -> None:
         if self.bins < 1:
@@ -36,30 +34,11 @@ class Calibration:
         if not subject.loss.rates_pairs:
             return
         import torch
-        from torchmetrics.functional.classification import binary_calibration_error
 
         held_out = subject.held_out
-        p = torch.from_numpy(held_out.rewards(subject.loss)).sigmoid()
-        subject.examples.keep("held_out", held_out.keys, probability=p)
-        said, came_true = torch.cat((p, 1 - p)), torch.cat((torch.ones_like(p), torch.zeros_like(p))).long()
-        curve = reliability(said.numpy(), came_true.numpy(), self.bins)
-        subject.examples.keep("bin", [f"{edge:.4f}" for edge in curve.pop("edge")], **curve)
-        yield "calibration_error", Estimate(binary_calibration_error(said, came_true, self.bins).item(), n=len(p))
-
-
-def reliability(said: np.ndarray, came_true: np.ndarray, bins: int) -> dict[str, np.ndarray]:
-    """The curve: of each bin that holds something its lower edge, the mean probability said [N], the share of it that came
-    true [N], and its share of all.
-    """
-    edges = np.linspace(0, 1, bins + 1)
-    bin_of = np.clip(np.searchsorted(edges, said, side="right") - 1, 0, bins - 1)
-    count = np.bincount(bin_of, minlength=bins)
-    there = count > 0
-    sums = (np.bincount(bin_of, weights, bins)[there] for weights in (said, came_true))
-    probability, frequency = (total / count[there] for total in sums)
-    return {
-        "edge": edges[:-1][there],
-        "probability": probability,
-        "frequency": frequency,
-        "share": count[there] / count.sum(),
-    }
+        label = torch.from_numpy(held_out.rewards(subject.loss)).sigmoid().numpy()
+        subject.examples.keep("held_out", held_out.keys, probability=label)
+        curve = reliability(label, self.bins)
+        columns = {"probability": curve.probability, "frequency": curve.frequency, "share": curve.share}
+        subject.examples.keep("bin", [f"{edge:.4f}" for edge in curve.edge], **columns)
+        yield "calibration_error", Estimate(curve.error, n=len(label))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import settle
@@ -21,6 +20,7 @@ class ScoredPairs:
     pairs: Sequence[EncodedPair]
     trained: PairLogps
     initial: PairLogps
+    reference: PairLogps | None = None  # the loss's own; None: the initial policy
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -51,9 +51,11 @@ class ScoredPairs:
         return ratios.chosen.double().numpy(), ratios.rejected.double().numpy()
 
     def rewards(self, loss: Loss) -> np.ndarray:
-        """Margins of the implicit reward as `loss` forms it: beta times the log-ratios that it compares."""
-        ratios = loss.log_ratios(self.trained, self.initial)
-        return (loss.beta * ratios.margin.double()).masked_fill(torch.from_numpy(self.margins == 0), 0.0).numpy()
+        """Return margins of the implicit reward: beta times the log-ratios to its own reference that `loss` compares."""
+        reference = self.initial if self.reference is None else self.reference
+        summed = settle((self.trained - reference).margin, self.trained, reference)
+        margins = loss.log_ratios(self.trained, reference).margin.double()
+        return (loss.beta * margins).masked_fill(summed == 0, 0.0).numpy()
 
     def columns(self) -> dict[str, np.ndarray]:
         """For the record of each example, see results/examples.py."""

@@ -26,6 +26,7 @@ from dpo_lab.evals.scored_pairs import ScoredPairs
 from dpo_lab.evals.win_rate import PairwiseJudge
 from dpo_lab.models.forward import pair_logps, response_logps
 from dpo_lab.models.policy import Policy
+from dpo_lab.models.reference import ReferenceLogps
 from dpo_lab.models.sampling import Sample, respond
 from dpo_lab.results.estimates import Estimate
 from dpo_lab.results.examples import Examples, numbered
@@ -48,8 +49,9 @@ class Subject:
     samples answer, as text and as token ids; texts: held-out (prompt, response) of the real distribution, as token ids;
     world: where the truth is known, else None; tokens: about how many a forward takes; batch_size: samples made side by side;
     context: what forwards run under (autocast): a policy is sampled and scored in one and the same precision; loss: what
-    forms the implicit reward; judge: scores texts, prompt and response; pairwise: compares two responses; cache: a folder to
-    keep the initial policy's candidates in, which many runs share.
+    forms the implicit reward; reference: what it compares the policy with, None for the initial policy; judge: scores texts,
+    prompt and response; pairwise: compares two responses; cache: a folder to keep the initial policy's candidates in, which
+    many runs share.
 
     Where several ranks compute together all of them have to evaluate, equal subjects: each makes its share of the samples
     and of the forwards, and all come to the same figures, to the last bit those of one process.
@@ -70,6 +72,7 @@ class Subject:
     context: Callable[[], AbstractContextManager] = nullcontext
     train_pairs: Sequence[EncodedPair] = ()
     loss: Loss = field(default_factory=DPO)
+    reference: ReferenceLogps | None = None
     judge: Score | None = None
     pairwise: PairwiseJudge | None = None
     cache: Path | None = None
@@ -178,7 +181,8 @@ class Subject:
     @cached_property
     def held_out(self) -> ScoredPairs:
         """The held-out pairs under both policies."""
-        return ScoredPairs(self.pairs, *self.pair_logps)
+        reference = None if self.reference is None else self.reference(collate(self.pairs))
+        return ScoredPairs(self.pairs, *self.pair_logps, reference)
 
     @cached_property
     def train(self) -> ScoredPairs:

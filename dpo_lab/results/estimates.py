@@ -80,7 +80,7 @@ def share(values: Iterable[float]) -> Estimate:
         raise ValueError(f"a share of {p}: not between 0 and 1")
     spread = math.fsum((v - p) ** 2 for v in values)
     effective = n * n * p * (1 - p) / spread if spread > 0 and any(0 < v < 1 for v in values) else n
-    return replace(estimate, interval=_wilson(p, effective))
+    return replace(estimate, interval=wilson(p, effective))
 
 
 def share_at_zero(values: np.ndarray, at: np.ndarray) -> Estimate | None:
@@ -146,10 +146,10 @@ def share_in_groups(values: np.ndarray, groups: np.ndarray) -> Estimate:
     count = len(left)
     variance = float(left @ left) * count / (count - 1) / n**2 if count > 1 else 0.0
     effective = min(n, p * (1 - p) / variance) if variance > 1e-18 else count
-    return Estimate(p, math.sqrt(variance) if variance > 1e-18 else None, n, _wilson(p, effective))
+    return Estimate(p, math.sqrt(variance) if variance > 1e-18 else None, n, wilson(p, effective))
 
 
-def _wilson(p: float, n: float) -> tuple[float, float]:
+def wilson(p: float, n: float) -> tuple[float, float]:
     """Wilson 1927, "Probable inference, the law of succession, and statistical inference"."""
     z = statistics.NormalDist().inv_cdf(0.975)
     centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))

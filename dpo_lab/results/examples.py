@@ -6,8 +6,8 @@ evaluated on the same examples have the same keys in the same order, so that the
     held_out, train   a pair; key: the pair's. margin: its log-ratio margin in nats, of the trained to the initial policy,
                       towards chosen; trained_chosen, trained_rejected, initial_chosen, initial_rejected: log-probabilities
                       in nats; gold_margin: the true reward of chosen less that of rejected; flipped: whether label noise
-                      swapped the sides; probability: of the label, sigma(beta margin), of
-                      losses that give one
+                      swapped the sides; probability: of the label, as the loss gives it (held-out pairs, see
+                      evals/calibration.py)
     prompt            a prompt and its samples; key: of its token ids, `#2` behind it where it comes a second time.
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
                       tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win, judge_win,
@@ -89,6 +89,7 @@ class PairExample:
     logp_rejected: float
     length_chosen: int
     length_rejected: int
+    probability: float | None = None  # of the label, under the loss; None: not measured
 
 
 def pair_examples(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[PairExample]:
@@ -106,6 +107,7 @@ def pair_examples(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[
             logp_rejected=row["trained_rejected"],
             length_chosen=row["chosen_length"],
             length_rejected=row["rejected_length"],
+            probability=row.get("probability"),
         )
         for kind, split in (("held_out", "held-out"), ("train", "train"))
         for key, row in found.get(kind, {}).items()

@@ -60,7 +60,7 @@ def lines(found: Sequence[Finding]) -> Iterator[str]:
 def print_health(console: Console, found: Sequence[Finding]) -> None:
     """The end of a run's closing summary."""
     for line in lines(found):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def main(folders: Sequence[str]) -> int:

@@ -25,6 +25,7 @@ VOLATILE = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
+    "trainer.max_time",
     "trainer.max_steps",  # looked at apart: it may grow
 )
 

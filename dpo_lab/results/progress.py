@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich import get_console
+from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
@@ -38,6 +40,14 @@ def track(what: str, total: int, shown: bool = True, done: int = 0, least: float
     else:
         with _line(what, total, done, least) as advance:
             yield advance
+
+
+def plain_console(**settings: Any) -> Console:
+    """Create a console that prints a string as it is: brackets and colons in an override, a path or a sample are no markup.
+
+    Styles are given as `style=` or in a Text.
+    """
+    return Console(markup=False, emoji=False, highlight=False, **settings)
 
 
 def is_watched() -> bool:

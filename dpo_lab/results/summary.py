@@ -69,8 +69,12 @@ def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
 
 
 def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the run's record says of its cost, as a reader calls it."""
+    """What the run's record says of the policy that was kept and of its cost, as a reader calls it."""
     rows = []
+    if kept := record.get("early_stopping"):
+        rows.append((f"policy kept: the {kept['policy']} of {kept['last_step']} steps", f"step {kept['step']}"))
+        if kept["best_value"] is not None:
+            rows.append((f"best {kept['monitor']}, at step {kept['best_step']}", _figure(kept["best_value"])))
     if speed := record.get("throughput"):
         rows.append(("trained on, tokens a second", f"{speed['tokens_per_second']:,.0f}"))
         rows.append(("trained on, pairs a second", f"{speed['pairs_per_second']:,.1f}"))
@@ -87,7 +91,7 @@ def print_summary(
     next_commands: Sequence[str],
     cost: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Print the closing table; it fits 80 columns. cost: see cost_rows."""
+    """Print the closing table; it fits 80 columns. console: a plain_console; cost: see cost_rows."""
     table = Table(title="What it learned", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
@@ -99,9 +103,9 @@ def print_summary(
     console.print(table)
     if samples:
         _print_samples(console, samples)
-    console.print(f"Run folder: {folder}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Run folder: {folder}", soft_wrap=True)
     for command in next_commands:
-        console.print(f"Next: {command}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"Next: {command}", soft_wrap=True)
 
 
 def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> None:
@@ -109,15 +113,10 @@ def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> No
     for column in ("prompt", "initial policy", "trained policy"):
         side_by_side.add_column(column, ratio=1 if column == "prompt" else 2, overflow="fold")
     for row in samples[:3]:
-        side_by_side.add_row(*(_plain(row[key]) for key in ("prompt", "initial", "trained")))
+        side_by_side.add_row(*(row[key] for key in ("prompt", "initial", "trained")))
     console.print(side_by_side)
 
 
 def _figure(value: float) -> str:
     """Three decimals, of large ones one: a row has to fit 80 columns."""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
-
-
-def _plain(text: str) -> str:
-    """Text from a model as text: no console markup in it is obeyed."""
-    return text.replace("[", r"\[")

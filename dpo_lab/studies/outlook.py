@@ -89,4 +89,4 @@ def _cpu_seconds(cell: plan.Cell) -> float | None:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)

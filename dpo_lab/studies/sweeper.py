@@ -8,9 +8,9 @@ from typing import ClassVar, NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from rich.console import Console
 
 from dpo_lab.config import ConfigError
+from dpo_lab.results.progress import plain_console
 from dpo_lab.results.study import StudyError
 from dpo_lab.studies.outlook import show_outlook
 from dpo_lab.studies.record import StudyRun
@@ -33,7 +33,8 @@ class StudySweeper(CellSweeper):
 
     def sweep(self, arguments: list[str]) -> NoReturn:
         """Ends the process, with the exit code of the sweep. arguments: what holds for all cells, none of it swept."""
-        console = Console(soft_wrap=not sys.stdout.isatty())
+        arguments = self.with_params(arguments)
+        console = plain_console(soft_wrap=not sys.stdout.isatty())
         parsed = OverridesParser.create(config_loader=self._context.config_loader).parse_overrides(arguments)
         if swept := [override.input_line for override in parsed if override.is_sweep_override()]:
             raise ConfigError(

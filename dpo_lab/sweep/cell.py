@@ -107,7 +107,7 @@ def in_place(is_done: Callable[[], bool]) -> Iterator[None]:
         status = stopped.status if isinstance(stopped, Stopped) else "interrupted"
         error = f"stopped by {first_line(stopped) or 'SIGINT'}"
     except SystemExit as end:
-        if end.code not in (1, 2, 130, 143):
+        if end.code not in (1, 2, 130, 142, 143):
             raise  # back into the queue
         status, error = _ending(folder, before, end.code, is_done)
     except Exception as failure:

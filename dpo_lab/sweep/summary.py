@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dpo_lab.results.files import write_whole
 from dpo_lab.results.runs import Standing
@@ -96,21 +97,21 @@ def show(console: Console, folder: Path, found: Sequence[Outcome], error: str | 
     shown = [outcome for outcome in found if len(found) <= MANY or outcome.status not in ("done", "not started")]
     for outcome in shown:
         style = STYLES.get(outcome.word, "yellow")
-        table.add_row(outcome.cell.title, f"[{style}]{outcome.word}[/]", duration(outcome.seconds))
+        table.add_row(outcome.cell.title, Text(outcome.word, style), duration(outcome.seconds))
     if shown:
         console.print(table)
     for outcome in found:
         if outcome.error and outcome.status != "done":
-            console.print(f"{outcome.cell.title}: {outcome.error}", style="red", markup=False, highlight=False)
+            console.print(f"{outcome.cell.title}: {outcome.error}", style="red")
             if outcome.log:
-                console.print(f"  {os.path.relpath(outcome.log)}", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"  {os.path.relpath(outcome.log)}", soft_wrap=True)
     if error:
-        console.print(f"the launcher failed: {error}", style="red", markup=False, highlight=False)
+        console.print(f"the launcher failed: {error}", style="red")
     counts = Counter(outcome.word for outcome in found)
     total = ", ".join(f"{count} {word}" for word, count in counts.items())
-    console.print(f"{len(found)} cells: {total}. {folder / SWEEP}", highlight=False, soft_wrap=True)
+    console.print(f"{len(found)} cells: {total}. {folder / SWEEP}", soft_wrap=True)
     if any(outcome.status != "done" for outcome in found):
-        console.print("The same command runs what is missing.", highlight=False)
+        console.print("The same command runs what is missing.")
 
 
 def duration(seconds: float | None) -> str:

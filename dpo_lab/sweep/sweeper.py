@@ -17,6 +17,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from dpo_lab.config import ConfigError
+from dpo_lab.results.progress import plain_console
 from dpo_lab.results.runs import Standing
 from dpo_lab.stop import Stopped, StopRequest
 from dpo_lab.sweep import plan, summary
@@ -45,7 +47,16 @@ class CellSweeper(Sweeper):
 
     as_record: plan.AsRecord
 
+    def __init__(self, params: Mapping[str, Any] | None = None, **unknown: Any) -> None:
+        """params: swept values by key, as Hydra's own sweeper takes them from a YAML file; the command line comes first."""
+        self.params, self._unknown = params or {}, unknown
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        for key, value in self._unknown.items():
+            raise ConfigError(
+                f"hydra.sweeper.{key}={value}: this sweeper has the setting hydra.sweeper.params alone; leave it out, or"
+                " type hydra/sweeper=basic"
+            )
         self._context, self._task, self._config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> NoReturn:
@@ -53,9 +64,14 @@ class CellSweeper(Sweeper):
 
         Raises ConfigError and RunRefused before anything was done.
         """
-        console = Console(soft_wrap=not sys.stdout.isatty())
-        code, _ = self.run(self.plan(plan.combinations(arguments, self._context.config_loader), console), console)
+        console = plain_console(soft_wrap=not sys.stdout.isatty())
+        wanted = plan.combinations(self.with_params(arguments), self._context.config_loader)
+        code, _ = self.run(self.plan(wanted, console), console)
         sys.exit(code)
+
+    def with_params(self, arguments: Sequence[str]) -> list[str]:
+        """Return the overrides of `params`, then those of the command line, which replace them key by key."""
+        return [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
 
     def plan(self, wanted: Sequence[tuple[str, Sequence[str]]], console: Console) -> list[plan.Cell]:
         """The cells of `wanted`, (title, overrides) each."""
@@ -74,7 +90,7 @@ class CellSweeper(Sweeper):
         todo = [cell for cell, was in zip(cells, were, strict=True) if was is not Standing.done]
         launcher = self._launcher(len(todo)) if todo else None
         folder, started, error = desk.folder, summary.now(), None
-        console.print(f"{folder}: {_count(were)}", highlight=False)
+        console.print(f"{folder}: {_count(were)}")
         for cell in todo:
             desk.forget(cell.folder)
         look = lambda is_over=False: summary.outcomes(cells, were, desk, is_over)  # noqa: E731

@@ -77,7 +77,7 @@ class Watch:
             self._told.add(id(outcome.cell))
             why = f": {outcome.error}" if outcome.error else ""
             line = f"[{len(self._told)}/{len(found)}] {outcome.word}  {outcome.cell.title}  {duration(outcome.seconds)}{why}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
         if ended:
             self._changed(found)
 

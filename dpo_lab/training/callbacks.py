@@ -1,15 +1,60 @@
-"""Callbacks of our own: the bar on the terminal."""
+"""Callbacks of our own: the bar on the terminal, and the time limit of a start."""
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 
 from dpo_lab.results.progress import Advance, track
+from dpo_lab.stop import TIME_IS_UP
 from dpo_lab.training.cost import cost_of
 from dpo_lab.training.step import StepModule
+
+log = logging.getLogger("dpo_lab")
+
+
+class TimeLimit(Callback):
+    """Ends a start after `max_time` of training as SIGTERM would: the step is finished and saved, and the run can go on.
+
+    Every start has all of the time, and does one step at least. The time is not looked at before the last step.
+    """
+
+    def __init__(self, max_time: Any) -> None:
+        self.max_time = max_time
+        try:
+            self.timer = Timer(max_time)
+        except (MisconfigurationException, TypeError, AttributeError) as error:
+            raise MisconfigurationException(
+                f"trainer.max_time={max_time}: must be days:hours:minutes:seconds; type e.g. +trainer.max_time=00:12:00:00"
+            ) from error
+
+    def on_train_start(self, trainer: Trainer, pl_module: StepModule) -> None:
+        self.timer.on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: StepModule, *args: Any) -> None:
+        step, left = trainer.global_step + 1, self.timer.time_remaining()
+        request = pl_module.request
+        if (
+            left is not None
+            and left <= 0
+            and step < trainer.max_steps
+            and request is not None
+            and request.signum is None
+        ):
+            request.ask(TIME_IS_UP)
+            if trainer.is_global_zero:
+                log.warning(
+                    "trainer.max_time=%s is over: stopping at step %d of %d; type the same command again, which goes on"
+                    " from there",
+                    self.max_time,
+                    step,
+                    trainer.max_steps,
+                )
 
 
 class StepBar(Callback):

@@ -17,6 +17,7 @@ from dpo_lab.results.runs import CHECKPOINTS
 from dpo_lab.stop import Stopped
 from dpo_lab.training import rank_state
 from dpo_lab.training.checkpoint import CheckpointError, by_step
+from dpo_lab.training.early_stopping import early_stopping_of
 from dpo_lab.training.finite import NotFinite, all_finite
 from dpo_lab.training.journal import Journal
 from dpo_lab.training.step import StepModule
@@ -27,9 +28,9 @@ OURS = "dpo_lab"  # our part of a checkpoint
 class Checkpoints(Checkpoint):
     """Saves checkpoints/step=N.ckpt every so many optimizer steps, after the last one, and when the run is asked to stop.
 
-    The last `keep` stay: the one before is there until the new one is whole. A checkpoint is taken when a step's own figures
-    are logged and before its validation, which it then notes as owed; going on from it starts with what is owed. The
-    reference is never in it.
+    The last `keep` stay, and that of the best policy where early stopping keeps it: there every validation has one. A
+    checkpoint is taken when a step's own figures are logged and before its validation, which it then notes as owed; going on
+    from it starts with what is owed. The reference is never in it.
     """
 
     def __init__(self, every_n_steps: int = 80, keep: int = 2) -> None:
@@ -65,7 +66,9 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: StepModule, *args: Any) -> None:
         step = trainer.global_step
         self.owed = _now(trainer) if _validation_is_due(trainer) else None
-        if pl_module.stopping or step % self.every_n_steps == 0 or step == trainer.max_steps:
+        stopping = early_stopping_of(trainer)
+        may_be_best = self.owes_validation and stopping is not None and stopping.keeps_best
+        if pl_module.stopping or may_be_best or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._save(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: StepModule, *args: Any) -> None:
@@ -140,8 +143,11 @@ class Checkpoints(Checkpoint):
         self.saved = step
         if trainer.is_global_zero:
             found = by_step(folder)
-            kept = [at for at in found if at <= step][-self.keep :]  # later ones were damaged and passed over
-            for at in found.keys() - set(kept):
+            kept = {*[at for at in found if at <= step][-self.keep :]}  # later ones were damaged and passed over
+            stopping = early_stopping_of(trainer)
+            if stopping is not None and stopping.keeps_best and stopping.best_step is not None:
+                kept.add(stopping.best_step)
+            for at in found.keys() - kept:
                 trainer.strategy.remove_checkpoint(found[at])
 
 

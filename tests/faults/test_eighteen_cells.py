@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SMALL, python_m
+from tests.processes import patience
 from tests.sweeping import until
 
 TINY = [s for s in SMALL if not s.startswith(("evals.", "data.validation_pairs"))]
@@ -106,7 +107,7 @@ def swept(tmp_path_factory) -> tuple[Sweep, list[dict[Path, bytes]]]:
         until(lambda: not sweep.processes(), 20)  # none is left
         were_done.append(sweep.done())
     last = sweep.start()
-    assert last.wait(400) == 0, (sweep.folder / "sweep.log").read_text()
+    assert last.wait(patience(400)) == 0, (sweep.folder / "sweep.log").read_text()
     return sweep, were_done
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.processes import patience
 from tests.sweeping import behaves, contents, is_alive, record, said, started, starts, statuses, sweep, told, until
 
 
@@ -17,7 +18,7 @@ def test_33_a_second_sweep_in_the_folder_is_refused_and_changes_no_byte(tmp_path
         ]
         assert contents(tmp_path / "outputs" / "dpo") == before
         (tmp_path / "go").touch()
-        assert first.wait(60) == 0
+        assert first.wait(patience(60)) == 0
     assert statuses(tmp_path) == ["done", "done"]
 
 
@@ -54,7 +55,7 @@ def test_35_after_the_driver_was_killed_what_is_done_is_kept_and_the_rest_resume
     with started(tmp_path, "beta=0.1,0.2,0.3") as driver:
         until(lambda: "waiting" in said(tmp_path, "beta=0.2/seed=0"))
         driver.kill()
-    until(lambda: not is_alive(starts(tmp_path)[1]["pid"]), 10)
+        until(lambda: not is_alive(starts(tmp_path)[1]["pid"]), 10)
     assert record(tmp_path, "beta=0.2/seed=0")["status"] == "preempted"
     assert (tmp_path / "outputs/dpo/.sweep/lock").exists()  # stale
     done = contents(tmp_path / "outputs/dpo/beta=0.1")

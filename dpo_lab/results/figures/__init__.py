@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lab.results import journal
-from dpo_lab.results.evidence import WITHOUT_BETA
+from dpo_lab.results.calibration import BINS
 from dpo_lab.results.examples import EXAMPLES, PairExample, pair_examples, read
 from dpo_lab.results.runs import read_record
 
@@ -54,13 +54,13 @@ def _plans(
     """What is to be drawn by name, None where there is nothing to draw."""
     from dpo_lab.results.figures import curves, of_pairs
 
-    rates_pairs = record["config"].get("loss", {}).get("kind") not in WITHOUT_BETA
     beta = float(record["config"].get("beta", 1.0))
+    bins = record["config"].get("evals", {}).get("calibration", {}).get("bins", BINS)
     held_out = [pair for pair in pairs if pair.split == "held-out"]
     return {
         "curves": curves.plan(rows),
         "margins": of_pairs.margins(pairs),
         "gold": of_pairs.gold(held_out, beta),
-        "calibration": of_pairs.calibration(held_out, beta) if rates_pairs else None,
+        "calibration": of_pairs.calibration(held_out, bins),
         "length": of_pairs.length(held_out, beta),
     }

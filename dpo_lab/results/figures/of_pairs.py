@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from dpo_lab.results.estimates import Estimate, rank_correlation, share
+from dpo_lab.results.calibration import reliability
+from dpo_lab.results.estimates import Estimate, rank_correlation, wilson
 from dpo_lab.results.examples import PairExample
 from dpo_lab.results.figures.look import BLUE, GREY, ORANGE, VERMILLION, Plan
 
 BINS = 40  # of a distribution
-CONFIDENCE_BINS = 10  # of a reliability curve, from 1/2 to 1
+CONFIDENCE_BINS = 10  # of the histogram of probabilities, from 1/2 to 1
 POINTS = 2000  # most that a cloud shows
 REWARD = "implicit reward margin (beta x log-ratio margin)"
 
@@ -67,56 +68,47 @@ def length(pairs: Sequence[PairExample], beta: float) -> Plan | None:
     return _cloud(points, "Implicit reward against length", "tokens of chosen less rejected")
 
 
-def calibration(pairs: Sequence[PairExample], beta: float) -> Plan | None:
-    """How often the policy is right, against how sure sigmoid(implicit reward margin) is; by labels and by gold."""
-    if not pairs:
+def calibration(pairs: Sequence[PairExample], bins: int) -> Plan | None:
+    """Draw how often labels, and gold preferences, come true that were given a probability; None where none was given.
+
+    The errors are those of the whole reliability curve, which is its own mirror image: the half from 1/2 to 1 is drawn.
+    """
+    given = [pair for pair in pairs if pair.probability is not None]
+    if not given:
         return None
-    rewards = beta * np.array([p.margin for p in pairs])
-    truth = np.array([p.gold_margin or 0.0 for p in pairs])
-    labels, gold = np.ones(len(pairs)), np.sign(truth)
-    judges = {"gold": (gold, "s--", VERMILLION, 7), "labels": (labels, "o-", BLUE, 4)}  # the larger markers below
+    label = np.array([pair.probability for pair in given])
+    truth = np.array([pair.gold_margin or 0.0 for pair in given])
+    gold = np.where(truth > 0, label, 1 - label)[truth != 0]
+    judges = {"gold": (gold, "s--", VERMILLION, 7), "labels": (label, "o-", BLUE, 4)}  # the larger markers below
 
     def draw(figure: Any) -> None:
-        curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        curve.plot([0.5, 1], [0.5, 1], color=GREY, lw=0.8)
-        curve.annotate("calibrated", (0.9, 0.88), va="top", color=GREY, fontsize=8)
-        for name, (side, look, colour, size) in judges.items():
-            known = side != 0
-            if not known.any():
+        axis, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        axis.plot([0.5, 1], [0.5, 1], color=GREY, lw=0.8)
+        axis.annotate("calibrated", (0.9, 0.88), va="top", color=GREY, fontsize=8)
+        for name, (probability, look, colour, size) in judges.items():
+            if not len(probability):
                 continue
-            bins, error = reliability(rewards[known] * side[known])
-            x, y = [sure for sure, _ in bins], [right.value for _, right in bins]
-            intervals = [right.interval or (right.value, right.value) for _, right in bins]
+            curve = reliability(probability, bins)
+            drawn = (
+                curve.edge + 1e-9 >= 0.5
+            )  # an odd number of bins has one around 1/2: each pair is right and wrong there
+            x, y = curve.probability[drawn], curve.frequency[drawn]
+            intervals = [
+                wilson(right, 2 * len(probability) * part) for right, part in zip(y, curve.share[drawn], strict=True)
+            ]
             reach = [[max(0.0, at - low), max(0.0, high - at)] for at, (low, high) in zip(y, intervals, strict=True)]
-            label = f"by {name}: ECE {error:.3f}, n = {int(known.sum()):,}"
+            told = f"by {name}: calibration error {curve.error:.3f}, n = {len(probability):,}"
             how = dict(
                 color=colour, ms=size, mfc="none" if size > 4 else colour, lw=1.3, elinewidth=0.8, capsize=size / 2
             )
-            curve.errorbar(x, y, np.array(reach).T, fmt=look, label=label, **how)
+            axis.errorbar(x, y, np.array(reach).reshape(-1, 2).T, fmt=look, label=told, **how)
         edges = np.linspace(0.5, 1, CONFIDENCE_BINS + 1)
-        counts.stairs(np.histogram(_confidence(rewards), edges)[0], edges, fill=True, color=GREY)
-        curve.set(title="Calibration on held-out pairs", ylabel="share that is right", ylim=(-0.03, 1.06))
-        counts.set(xlabel="confidence: sigmoid of |implicit reward margin|", ylabel="pairs", xlim=(0.49, 1.01))
-        curve.legend(loc="lower right")
+        counts.stairs(np.histogram(np.maximum(label, 1 - label), edges)[0], edges, fill=True, color=GREY)
+        axis.set(title="Calibration on held-out pairs", ylabel="share that is right", ylim=(-0.03, 1.06))
+        counts.set(xlabel="probability of the side that is preferred", ylabel="pairs", xlim=(0.49, 1.01))
+        axis.legend(loc="lower right")
 
     return Plan(draw, (6.0, 4.8))
-
-
-def reliability(towards: np.ndarray) -> tuple[list[tuple[float, Estimate]], float]:
-    """The bins of a reliability curve that hold pairs, (mean confidence, share that is right), and the expected calibration
-    error over them. towards [N]: implicit reward margins towards the side that is right; 0 is half right, at confidence 1/2.
-
-    Which side of a pair comes first carries no information, so confidence is in the side that is preferred, 1/2 to 1.
-    """
-    sure, right = _confidence(towards), (np.sign(towards) + 1) / 2
-    places = np.minimum((2 * CONFIDENCE_BINS * (sure - 0.5)).astype(int), CONFIDENCE_BINS - 1)
-    bins = [(float(sure[places == b].mean()), share(right[places == b])) for b in np.unique(places)]
-    error = sum((estimate.n or 0) * abs(estimate.value - at) for at, estimate in bins) / len(towards)
-    return bins, error
-
-
-def _confidence(rewards: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.abs(rewards)))
 
 
 def edges_of(values: Sequence[float]) -> tuple[np.ndarray, bool]:
