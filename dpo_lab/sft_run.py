@@ -64,8 +64,8 @@ def _whole_run(config: RunConfig, plain: dict[str, Any], held: runs.Run, trainer
     module = _fit(config, plain, held, trainer, material)
     held.update(steps=trainer.global_step, tokens=module.tokens, seconds=clock.lap("sft"), **throughput(trainer))
     forward = forward_of(trainer)
-    held.update(**keep_policy(trainer, trained.model))
     trained = trained_policy(module, material, forward)
+    held.update(**keep_policy(trainer, trained.model))
     if moved := moved_weights(trained.model, material.initial.model):
         held.update(moved_weights=moved)
     if held.writes:
