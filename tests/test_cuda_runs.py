@@ -8,6 +8,7 @@ import random
 import socket
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -23,10 +24,14 @@ QUIET = (
 
 
 def pretended(*command: str) -> None:
-    """A door in this process, which has a GPU; says how many products of matrices it computed on the CPU."""
+    """A command in this process, which has a GPU; prints how many products of matrices it computed on the CPU.
+
+    A model is probed where it is loaded, on the CPU, before the run has a device: that is left out.
+    """
+    from dpo_lab.models import pretrained
     from tests.pretend_cuda import pretend_cuda
 
-    with pretend_cuda(int(os.environ.get("WORLD_SIZE", "1"))) as cuda:
+    with patch.object(pretrained, "check_behaviour"), pretend_cuda(int(os.environ.get("WORLD_SIZE", "1"))) as cuda:
         try:
             warm.main(*command)
         finally:

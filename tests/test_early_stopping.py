@@ -142,7 +142,7 @@ def rank(number: int, world_size: int, folder: str) -> None:
         place = Path(folder) / name
         settings = dict(devices=world_size, strategy=strategy, kind=DPOModule)
         trainer = run(place, steps=20, callbacks=callbacks(), **settings)
-        model = whole(trainer.lightning_module.model, fresh())
+        model = whole(trainer.lightning_module.model, fresh(), torch.device("cpu"))
         record = keep_policy(trainer, model)["early_stopping"]
         torch.save({"record": record, "weights": model.state_dict()}, place / f"rank-{number}.pt")
 

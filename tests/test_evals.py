@@ -128,9 +128,13 @@ def test_kl_against_enumeration():
         eos_token_id, pad_token_id, bos_token_id = 1, 2, None
 
         chat_template = None
+        added_tokens_decoder, all_special_ids = {}, [1, 2, 3, 4]  # a response after them begins a text
 
         def __call__(self, texts, add_special_tokens=True):
             return {"input_ids": [[3, 4] for _ in texts] if isinstance(texts, list) else [3, 4]}
+
+        def decode(self, ids, **settings):
+            return "any"
 
     subject = subject_of(
         Policy(trained, Tokenizer()),

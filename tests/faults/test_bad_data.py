@@ -213,10 +213,17 @@ def test_28_a_tokenizer_of_another_model_is_refused_before_step_0(policy, tmp_pa
     torch.manual_seed(0)
     smaller = type(policy.model)(policy.model.config.__class__(**(policy.model.config.to_dict() | {"vocab_size": 300})))
     Policy(smaller, policy.tokenizer).save(tmp_path / "mixed")
-    with pytest.raises(
-        PolicyError, match=f"has {len(policy.tokenizer)} tokens, its model 300: they do not belong together"
-    ):
-        load_policy(tmp_path / "mixed")
+    beyond = policy.tokenizer.decode([len(policy.tokenizer) - 1])
+    written(tmp_path / "pairs.jsonl", *({**row, "prompt": f"{i}{beyond}"} for i, row in enumerate(ROWS)))
+    result = train(tmp_path, tmp_path / "mixed", "data.path=pairs.jsonl")
+    assert result.returncode == 2
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert (
+        f"is beyond the 300 rows of the model's embedding, and its tokenizer has {len(policy.tokenizer)} tokens"
+        in error
+    )
+    assert "they do not belong together" in error
+    assert not list(tmp_path.glob("outputs/cache/reference-*"))
 
 
 def test_29_prompt_and_response_are_joined_as_tokens(policy):
