@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_lab.core.head import LOGITS
+from dpo_lab.core.fused_lm_head import LOGITS
 
 PAGE = Path(__file__).with_name("GPU.md")
 

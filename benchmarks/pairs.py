@@ -21,13 +21,13 @@ from itertools import islice
 from pathlib import Path
 
 from dpo_lab.data.splits import TRAIN
-from dpo_lab.data.world.embedded import Embedded
+from dpo_lab.data.tasks.reviews import SyntheticReviews
 
 
 def write_pairs(path: Path, count: int, chat: bool) -> None:
     """Pairs of about 60 tokens a prompt and 90 a response, no two alike."""
     rng = random.Random(0)
-    reviews = Embedded().reviews(TRAIN, 2000, seed=0)
+    reviews = SyntheticReviews().reviews(TRAIN, 2000, seed=0)
 
     def text(sentences: int) -> str:
         return " ".join(rng.choice(reviews) for _ in range(sentences))
@@ -45,19 +45,19 @@ def write_pairs(path: Path, count: int, chat: bool) -> None:
 def prepare(path: Path, cache: Path, batches: int) -> dict[str, float]:
     """Seconds and memory of what a run does with its pairs before it trains."""
     from dpo_lab.data.collate import collate
-    from dpo_lab.data.module import StepSampler
+    from dpo_lab.data.datamodule import StepSampler
     from dpo_lab.data.sources import Data
-    from dpo_lab.data.tokenize import Encoder
+    from dpo_lab.data.tokenize import PairTokenizer
     from dpo_lab.models.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(Embedded().reviews(TRAIN, 2000, seed=0), 1024)
+    tokenizer = train_tokenizer(SyntheticReviews().reviews(TRAIN, 2000, seed=0), 1024)
     tokenizer.chat_template = (
         "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"
     )
     data = Data(path=str(path))
     start, cpu = time.perf_counter(), time.process_time()
-    splits = data.choose(data.store(Encoder(tokenizer, data.max_length, data.max_prompt_length), cache))
+    splits = data.choose(data.store(PairTokenizer(tokenizer, data.max_length, data.max_prompt_length), cache))
     ready = time.perf_counter()
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for step in islice(StepSampler(splits.train.sizes.tolist(), 32, seed=0), batches):

@@ -31,14 +31,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.results import save, write_results
 from benchmarks.workload import MIXES, PAIRS, SHAPES, make_models, make_pairs, tokens_of
-from dpo_lab.config import conf_dir, register
+from dpo_lab.config.schema import conf_dir, register
 from dpo_lab.core.losses import DPO
-from dpo_lab.data.module import PreferenceDataModule, StepSampler
-from dpo_lab.models.forward import choose_path
+from dpo_lab.data.datamodule import PreferenceDataModule, StepSampler
+from dpo_lab.models.forward import select_forward
 from dpo_lab.models.reference import Uniform
-from dpo_lab.training.module import DPOModule
+from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.optim import Optim
-from dpo_lab.training.process import set_up_process
+from dpo_lab.training.torch_setup import setup_torch
 
 WARM_UP = 2  # steps: DDP lays its buckets out in the first one
 PRESETS = {1: "cpu", 2: "ddp_cpu"}
@@ -56,9 +56,9 @@ class Rate(Callback):
 
 def fit(shape: str, mix: str, world_size: int, steps: int, tokens: int) -> dict[str, float]:
     """One rank's seconds a step; pairs differ from step to step."""
-    set_up_process(threads=1, on_cpu=True)
+    setup_torch(threads=1, on_cpu=True)
     model, _ = make_models(shape)
-    choose_path(model)
+    select_forward(model)
     count, batch = WARM_UP + steps, PAIRS[shape, mix]
     pairs = make_pairs(mix, count * batch, SHAPES[shape].vocab_size)
     reference = Uniform().prepare(model, pairs, None)  # as cheap in a step as one that is looked up

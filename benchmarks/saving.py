@@ -32,8 +32,8 @@ from lightning.pytorch import Trainer
 from benchmarks.results import save, write_results
 from benchmarks.workload import make_models
 from dpo_lab import train
-from dpo_lab.results import journal
-from dpo_lab.training import checkpoint
+from dpo_lab.runs import metrics_log
+from dpo_lab.training import checkpoint_io
 
 CADENCE = 80  # steps between saves: callbacks.checkpoint.every_n_steps
 P, T = ParamSpec("P"), TypeVar("T")
@@ -74,9 +74,9 @@ class _Zlib:
 def watch() -> None:
     """From now on in this process what durability costs is timed."""
     os.fsync = timed("fsync", os.fsync)
-    checkpoint.hashlib = _Hashlib  # type: ignore[assignment, misc]
-    journal.zlib = _Zlib  # type: ignore[assignment, misc]
-    io = checkpoint.VerifiedCheckpointIO
+    checkpoint_io.hashlib = _Hashlib  # type: ignore[assignment, misc]
+    metrics_log.zlib = _Zlib  # type: ignore[assignment, misc]
+    io = checkpoint_io.VerifiedCheckpointIO
     io.save_checkpoint = timed("save", io.save_checkpoint)  # type: ignore[method-assign]
 
 
@@ -150,7 +150,7 @@ def of_a_large_one(repeats: int) -> dict[str, Any]:
         for repeat in range(repeats + 1):
             seconds.clear()
             path = Path(folder, f"step={repeat}.ckpt")
-            checkpoint.VerifiedCheckpointIO().save_checkpoint(state, path)
+            checkpoint_io.VerifiedCheckpointIO().save_checkpoint(state, path)
             size = path.stat().st_size
             path.unlink()
             rows.append(dict(seconds))

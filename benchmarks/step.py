@@ -31,7 +31,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from benchmarks.results import save, write_results
 from benchmarks.variants import Variant, all_variants, gradient
 from benchmarks.workload import MIXES, PAIRS, SHAPES, make_models, make_pairs, tokens_of, useful_flops
-from dpo_lab.training.process import keep_memory
+from dpo_lab.training.torch_setup import keep_memory
 
 SQUARE = [(1536, 1536, 1536, 1)]
 

@@ -41,7 +41,7 @@ INTRO = """# What the check before the first step has to allow
 Written by `python -m benchmarks.step_zero`. SmolLM2-135M-Instruct scores the same responses by three attention kernels.
 The table holds by how much their log-probabilities of a response differ, in nats: the root mean square (rms) by the
 response's length; then the rms and the maximum over all responses of the difference divided by the square root of the
-length, which hardly depends on the length. `TOLERANCE` in `dpo_lab/training/checks.py` is at least twice that maximum,
+length, which hardly depends on the length. `TOLERANCE` in `dpo_lab/training/step_zero.py` is at least twice that maximum,
 for each dtype; for float16, which few CPUs compute, it is that of bfloat16 over 8, as float16 has 3 bits more.
 """
 

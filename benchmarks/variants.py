@@ -17,7 +17,7 @@ from benchmarks.workload import make_tokenizer
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.pairs import EncodedPair, PairLogps
 from dpo_lab.data.collate import collate
-from dpo_lab.models.forward import choose_path, pair_logps, pair_loss, without_dropout
+from dpo_lab.models.forward import disable_dropout, pair_logps, pair_loss, select_forward
 
 BETA = 0.1
 
@@ -89,10 +89,10 @@ def ours(
 ) -> Variant:
     """DPOModule's step without Lightning: reference from the cache, micro-batches of `tokens`."""
     policy = twin(policy)
-    choose_path(policy)
+    select_forward(policy)
     if checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
-    without_dropout(policy)
+    disable_dropout(policy)
     context = bf16 if dtype == "bf16" else nullcontext
     parts = collate(sorted(pairs, key=lambda pair: -pair.size)).split(tokens)
     with torch.no_grad(), context():

@@ -1,7 +1,8 @@
 """DPO Lab: controlled experiments on Direct Preference Optimization."""
 
-from dpo_lab import losses, references
-from dpo_lab.losses import dpo_loss
+from dpo_lab.core import functional as losses
+from dpo_lab.core.functional import dpo_loss
+from dpo_lab.models import reference as references
 
 __version__ = "0.1.0"
 __all__ = ["dpo_loss", "losses", "references"]

@@ -1,4 +1,4 @@
-"""The door of evaluation: python -m dpo_lab.evaluate run=DIR [evals.key=value ...] measures what is trained already."""
+"""The command `python -m dpo_lab.evaluate run=FOLDER [evals.key=value ...]`: measure a policy that is already trained."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dpo_lab import config, door, recorded
+from dpo_lab.cli import entry_point
+from dpo_lab.config import from_run, schema
 
-config.register()
-recorded.register()
+schema.register()
+from_run.register()
 
 
-@hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="evaluate")
+@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="evaluate")
 def evaluate(cfg: DictConfig) -> None:
-    door.settle(cfg, lambda settings: _evaluate(cfg, settings))
+    entry_point.validate_and_run(cfg, lambda settings: _evaluate(cfg, settings))
 
 
-def _evaluate(cfg: DictConfig, settings: config.RunConfig) -> None:
-    assert isinstance(settings, recorded.EvaluateConfig)
+def _evaluate(cfg: DictConfig, settings: schema.RunConfig) -> None:
+    assert isinstance(settings, from_run.EvaluateConfig)
     overrides = list(HydraConfig.get().overrides.task)
     record = None
     if settings.run is not None:
         folder = Path(settings.run)
-        record = recorded.finished(folder)
-        chosen, trained = recorded.settings_of(record, cfg, overrides), folder / "policy"
+        record = from_run.load_finished_run(folder)
+        chosen, trained = from_run.config_from_run(record, cfg, overrides), folder / "policy"
     else:
         folder, chosen, trained = Path("outputs"), settings, Path(str(settings.trained))
     print(f"dpo_lab: {trained}", flush=True)  # before the seconds that torch takes to load
-    with door.loading():
-        from dpo_lab.evaluation_run import evaluate_again
+    with entry_point.fast_imports():
+        from dpo_lab.pipelines.evaluate_run import evaluate_run
 
-    evaluate_again(chosen, trained, folder / "evaluations", settings.name, overrides, record)
+    evaluate_run(chosen, trained, folder / "evaluations", settings.name, overrides, record)
 
 
 def as_path(argument: str) -> str:
@@ -47,7 +48,7 @@ def as_path(argument: str) -> str:
 
 def main() -> int:
     sys.argv[1:] = map(as_path, sys.argv[1:])
-    return door.open_door(evaluate)
+    return entry_point.run_command(evaluate)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The door of inspection: python -m dpo_lab.inspect [key=value ...] looks at the pairs before a run trains on them."""
+"""The command `python -m dpo_lab.inspect [key=value ...]`: show the preference pairs that a run would train on."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from dpo_lab import config, door
+from dpo_lab.cli import entry_point
+from dpo_lab.config import schema
 
-config.register()
+schema.register()
 
 
-@hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="inspect")
+@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="inspect")
 def inspect(cfg: DictConfig) -> None:
-    door.settle(cfg, _inspect)
+    entry_point.validate_and_run(cfg, _inspect)
 
 
-def _inspect(settings: config.RunConfig) -> None:
-    assert isinstance(settings, config.InspectConfig)
+def _inspect(settings: schema.RunConfig) -> None:
+    assert isinstance(settings, schema.InspectConfig)
     print("dpo_lab: pairs", flush=True)  # before the seconds that torch takes to load
-    with door.loading():
+    with entry_point.fast_imports():
         from dpo_lab.inspection import report, terminal
-        from dpo_lab.inspection.look import look
-        from dpo_lab.results.cache import CACHE
-        from dpo_lab.results.progress import plain_console
+        from dpo_lab.inspection.look import inspect_pairs
+        from dpo_lab.runs.cache import CACHE
+        from dpo_lab.terminal.progress import plain_console
 
     target = report.target(settings.page)
-    found = look(settings, CACHE)
+    found = inspect_pairs(settings, CACHE)
     terminal.show(plain_console(), found)
     if target:
         report.write(found, target)
@@ -35,7 +36,7 @@ def _inspect(settings: config.RunConfig) -> None:
 
 
 def main() -> int:
-    return door.open_door(inspect)
+    return entry_point.run_command(inspect)
 
 
 if __name__ == "__main__":

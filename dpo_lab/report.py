@@ -1,4 +1,4 @@
-"""The door of reports: python -m dpo_lab.report FOLDER... compares runs, sweeps and studies from what lies in their folders."""
+"""The command `python -m dpo_lab.report FOLDER...`: compare runs, sweeps and studies from what lies in their folders."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_lab.results.facts import Collection
-from dpo_lab.results.study import StudyError
+from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.spec import StudyError
 
 DESCRIPTION = """\
 Compare runs, sweeps and studies from their folders alone: nothing is trained, no model is loaded.
@@ -91,7 +91,7 @@ def _report(options: argparse.Namespace) -> int:
         raise StudyError(
             "type the folder of a run, a sweep or a study, e.g. python -m dpo_lab.report outputs/dpo; see --help"
         )
-    from dpo_lab.results.collection import gather
+    from dpo_lab.studies.load import gather
 
     collections = gather(options.paths)
     if options.baseline:
@@ -104,9 +104,9 @@ def _report(options: argparse.Namespace) -> int:
     if page:  # before anything is printed: whoever reads that may stop before its end
         _write(page, collections, metrics)
     if options.keep:
-        from dpo_lab.results import kept
+        from dpo_lab.studies import archive
 
-        paths = [kept.write(collection, options.keep) for collection in collections]
+        paths = [archive.write(collection, options.keep) for collection in collections]
         print(*(f"Kept: {path}" for path in paths), sep="\n", file=sys.stderr)
     _print(options, collections, metrics)
     if page:
@@ -114,14 +114,14 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _against(collection: Collection, baseline: str) -> Collection:
+def _against(collection: RunSet, baseline: str) -> RunSet:
     names = [arm.name for arm in collection.arms]
     if baseline not in names:
         raise StudyError(f"--baseline {baseline}: no such arm in {collection.title}; type one of: {'; '.join(names)}")
     return replace(collection, baseline=baseline)
 
 
-def _check_metrics(collections: Sequence[Collection], metrics: Sequence[str]) -> None:
+def _check_metrics(collections: Sequence[RunSet], metrics: Sequence[str]) -> None:
     """Raises StudyError for a metric that no run has."""
     for metric in metrics:
         if not any(collection.values(arm.name, metric) for collection in collections for arm in collection.arms):
@@ -131,10 +131,10 @@ def _check_metrics(collections: Sequence[Collection], metrics: Sequence[str]) ->
             )
 
 
-def _page_place(asked: Path | None, collections: Sequence[Collection]) -> Path:
+def _page_place(asked: Path | None, collections: Sequence[RunSet]) -> Path:
     """Where the page goes. Raises StudyError where something else lies there."""
-    from dpo_lab.results.report.page import MADE_BY
-    from dpo_lab.results.webpage import may_be_written
+    from dpo_lab.reporting.comparison_page import MADE_BY
+    from dpo_lab.reporting.html_page import may_be_written
 
     page = asked or collections[0].folder / "report.html"
     try:
@@ -145,36 +145,36 @@ def _page_place(asked: Path | None, collections: Sequence[Collection]) -> Path:
     raise StudyError(f"{page}: a file that is no report of ours lies there; type another --page FILE")
 
 
-def _write(page: Path, collections: Sequence[Collection], metrics: Sequence[str]) -> None:
-    from dpo_lab.results.files import write_whole
-    from dpo_lab.results.report.page import page as drawn
+def _write(page: Path, collections: Sequence[RunSet], metrics: Sequence[str]) -> None:
+    from dpo_lab.reporting.comparison_page import page as drawn
+    from dpo_lab.runs.atomic_write import write_atomic
 
     content = drawn(collections, page.parent, metrics)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(page, content)
+        write_atomic(page, content)
     except OSError as error:
         raise StudyError(f"{page}: {error.strerror}; type another --page FILE") from None
 
 
-def _print(options: argparse.Namespace, collections: Sequence[Collection], metrics: Sequence[str]) -> None:
-    from dpo_lab.results.progress import plain_console
-    from dpo_lab.results.report import terminal
+def _print(options: argparse.Namespace, collections: Sequence[RunSet], metrics: Sequence[str]) -> None:
+    from dpo_lab.reporting import comparison_text
+    from dpo_lab.terminal.progress import plain_console
 
     if options.csv:
-        print(terminal.as_csv(collections, metrics), end="")
+        print(comparison_text.as_csv(collections, metrics), end="")
     elif options.markdown:
-        print("\n".join(terminal.markdown(collection, metrics) for collection in collections))
+        print("\n".join(comparison_text.markdown(collection, metrics) for collection in collections))
     else:
         console = plain_console()
         for collection in collections:
-            terminal.show(console, collection, metrics)
+            comparison_text.show(console, collection, metrics)
 
 
 def _results(file: Path, check: bool) -> int:
     """Write the results of the kept records beside the file, or say where it differs from what they say."""
-    from dpo_lab.results.kept import FOLDER
-    from dpo_lab.results.verdicts import check_results, write_results
+    from dpo_lab.reporting.results_md import check_results, write_results
+    from dpo_lab.studies.archive import FOLDER
 
     records = file.parent / FOLDER
     if not check:

@@ -1,4 +1,6 @@
-"""The door of supervised fine-tuning: python -m dpo_lab.sft [key=value ...] makes a policy that train starts from."""
+"""The command `python -m dpo_lab.sft [key=value ...]`: supervised fine-tuning, which makes a policy that DPO starts
+from.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +12,34 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from dpo_lab import config, door
-from dpo_lab.next_commands import after_sft, say_again
+from dpo_lab.cli import entry_point
+from dpo_lab.cli.next_steps import after_sft, print_finished_run
+from dpo_lab.config import schema
 
-config.register()
+schema.register()
 
 
-@hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="sft")
+@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="sft")
 def sft(cfg: DictConfig) -> float | None:
-    return door.settle(cfg, lambda settings: _sft(cfg, settings))
+    return entry_point.validate_and_run(cfg, lambda settings: _sft(cfg, settings))
 
 
-def _sft(cfg: DictConfig, settings: config.RunConfig) -> None:
+def _sft(cfg: DictConfig, settings: schema.RunConfig) -> None:
     def run(folder: Path) -> None:
-        with door.loading():
-            from dpo_lab.sft_run import run_sft
+        with entry_point.fast_imports():
+            from dpo_lab.pipelines.train_sft import train_sft
 
-        run_sft(cfg, settings, folder)
+        train_sft(cfg, settings, folder)
 
     def again(record: Mapping[str, Any], folder: Path) -> None:
-        say_again(record, folder, after_sft(settings, record["overrides"], folder))
+        print_finished_run(record, folder, after_sft(settings, record["overrides"], folder))
 
-    record = config.sft_record(cfg, settings)
-    door.enter("dpo_lab.sft", settings, record, run=run, again=again, alone=settings.is_embedded)
+    record = schema.sft_record(cfg, settings)
+    entry_point.run_or_spawn_ranks("dpo_lab.sft", settings, record, run=run, again=again, alone=settings.is_embedded)
 
 
 def main() -> int:
-    return door.open_door(sft, config.sft_record)
+    return entry_point.run_command(sft, schema.sft_record)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The door of studies: python -m dpo_lab.study FILE... [budget=quick] [seeds=0,1,2] [key=value ...] [--plan]"""
+"""The command `python -m dpo_lab.study FILE... [budget=quick] [seeds=0,1,2] [key=value ...] [--plan]`: run a study and
+report its verdict.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from dpo_lab import door, report
-from dpo_lab.results import runs as run_folders
-from dpo_lab.results.secrets import redact_command
-from dpo_lab.results.study import StudyError
-from dpo_lab.studies import sweeper
-from dpo_lab.studies.file import read
-from dpo_lab.studies.record import StudyRun
+from dpo_lab import report
+from dpo_lab.cli import entry_point
+from dpo_lab.runs import run_record as run_folders
+from dpo_lab.runs.redact import redact_command
+from dpo_lab.studies.spec import StudyError
+from dpo_lab.sweeps import study_sweeper
+from dpo_lab.sweeps.study_file import read
+from dpo_lab.sweeps.study_run import StudyRun
 from dpo_lab.train import train
 
 COLLECTION = Path("ablations")
@@ -60,11 +63,11 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    sweeper.register(runs, beside, given.plan)
+    study_sweeper.register(runs, beside, given.plan)
     named = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(NAMES_NO_RUN)}]"
     sys.argv = [sys.argv[0], "--multirun", "hydra/sweeper=study", named, *arguments]
     try:
-        return door.open_door(task)
+        return entry_point.run_command(task)
     except SystemExit as end:  # the sweep is over
         code = end.code if isinstance(end.code, int) else 1
     if not given.plan and code in (0, 1):

@@ -1,4 +1,4 @@
-"""The door of training: python -m dpo_lab.train [key=value ...] [--multirun] [--help]"""
+"""The command `python -m dpo_lab.train [key=value ...] [--multirun] [--help]`: train a policy by DPO and evaluate it."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from dpo_lab import config, door
-from dpo_lab.next_commands import after_training, say_again
+from dpo_lab.cli import entry_point
+from dpo_lab.cli.next_steps import after_training, print_finished_run
+from dpo_lab.config import schema
 
-config.register()
+schema.register()
 
 
-@hydra.main(version_base="1.3", config_path=config.conf_dir(), config_name="train")
+@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="train")
 def train(cfg: DictConfig) -> float | None:
-    return door.settle(cfg, lambda settings: _train(cfg, settings))
+    return entry_point.validate_and_run(cfg, lambda settings: _train(cfg, settings))
 
 
-def _train(cfg: DictConfig, settings: config.RunConfig) -> None:
+def _train(cfg: DictConfig, settings: schema.RunConfig) -> None:
     def run(folder: Path) -> None:
-        with door.loading():
-            from dpo_lab.run import run
+        with entry_point.fast_imports():
+            from dpo_lab.pipelines.train_dpo import train_dpo
 
-        run(cfg, settings, folder)
+        train_dpo(cfg, settings, folder)
 
     def again(record: Mapping[str, Any], folder: Path) -> None:
-        say_again(record, folder, after_training(settings, record["overrides"], folder))
+        print_finished_run(record, folder, after_training(settings, record["overrides"], folder))
 
-    door.enter("dpo_lab.train", settings, config.as_record(cfg, settings), run=run, again=again)
+    entry_point.run_or_spawn_ranks("dpo_lab.train", settings, schema.as_record(cfg, settings), run=run, again=again)
 
 
 def main() -> int:
-    return door.open_door(train)
+    return entry_point.run_command(train)
 
 
 if __name__ == "__main__":

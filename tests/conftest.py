@@ -11,11 +11,11 @@ import pytest
 import torch
 from tensorboard.summary.writer import event_file_writer
 
-from dpo_lab import door
+from dpo_lab.cli import entry_point
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.models.tokenizer import train_tokenizer
-from tests import processes
+from tests.support import processes
 
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ OWN_MODEL = [s for s in SMALL if not s.startswith(("policy.", "sft."))]  # what 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """Every module of tests is imported here."""
-    with door.loading():
+    with entry_point.fast_imports():
         return (yield)
 
 
@@ -62,9 +62,9 @@ def event_files_in_order():
 def policy() -> Policy:
     """Random weights, a vocabulary of the world's words."""
     from dpo_lab.data.splits import TRAIN
-    from dpo_lab.data.world.embedded import Embedded
+    from dpo_lab.data.tasks.reviews import SyntheticReviews
 
-    tokenizer = train_tokenizer(Embedded().reviews(TRAIN, 300, seed=0), vocab_size=400)
+    tokenizer = train_tokenizer(SyntheticReviews().reviews(TRAIN, 300, seed=0), vocab_size=400)
     tiny = TinyPolicy(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=256)
     return Policy(tiny.build(tokenizer, seed=0).eval(), tokenizer)
 
@@ -94,7 +94,7 @@ def pairs() -> list[EncodedPair]:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory) -> Path:
     """The folder of a small fit that nothing interrupted."""
-    from tests.small_fit import run
+    from tests.support.small_fit import run
 
     folder = tmp_path_factory.mktemp("whole")
     run(folder)

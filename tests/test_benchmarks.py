@@ -11,7 +11,7 @@ from benchmarks.step import relative_error
 from benchmarks.workload import LONGEST, MIXES, SHAPES, make_models, make_pairs, tokens_of, useful_flops
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.sources import Data
-from dpo_lab.data.tokenize import Encoder
+from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.models.policy import load_policy
 from tests.conftest import SMALL as SMALL_RUN
 
@@ -82,7 +82,7 @@ def test_a_sweep_is_measured_on_the_pairs_of_the_mix(tmp_path, monkeypatch):
     held_out = end_to_end.make_material("small", "short", 16)
     data = Data(path=str(tmp_path / "material" / "all.jsonl"), validation_fraction=end_to_end.VALIDATION)
     tokenizer = load_policy(tmp_path / "material" / "policy").tokenizer
-    splits = data.choose(data.store(Encoder(tokenizer, LONGEST, LONGEST - 256), tmp_path / "cache"))
+    splits = data.choose(data.store(PairTokenizer(tokenizer, LONGEST, LONGEST - 256), tmp_path / "cache"))
     for name, pairs, count in (("train", splits.train, 16), ("held-out", splits.held_out, held_out)):
         rows = (tmp_path / "material" / f"{name}.jsonl").read_text().splitlines()
         prompts = [tokenizer(json.loads(row)["prompt"], add_special_tokens=False)["input_ids"] for row in rows]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests import processes
-from tests.processes import MARK, MOST, carrying, contained, patience, session_mark
-from tests.sweeping import until
-from tests.terminal import on_terminal
-from tests.warm import Warm
+from tests.support import processes
+from tests.support.processes import MARK, MOST, carrying, contained, patience, session_mark
+from tests.support.sweeping import until
+from tests.support.terminal import on_terminal
+from tests.support.warm import Warm
 
 # hangs, as does a child that took a session of its own, and a child of that one, which ignores SIGTERM
 HANGS = "trap '' TERM; sleep 600 & setsid sh -c 'sleep 600 & wait' & wait"
@@ -49,7 +49,7 @@ def test_a_command_that_hangs_is_killed_with_all_that_it_started(killed, monkeyp
 
 
 def test_so_is_one_on_a_terminal(killed, monkeypatch):
-    monkeypatch.setattr("tests.terminal.LIMIT", 1.0)
+    monkeypatch.setattr("tests.support.terminal.LIMIT", 1.0)
     with pytest.raises(subprocess.TimeoutExpired):
         on_terminal("-c", f"import subprocess; subprocess.run(['sh', '-c', {HANGS!r}])", columns=80, cwd=Path.cwd())
     assert max(killed) >= 1

@@ -1,4 +1,4 @@
-"""The README: every command in it runs, every file on its map is there."""
+"""The README and the documents beside it: every command runs, every link and every file on the map is there."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OWN_MODEL, REPOSITORY, SMALL, python_m
-from tests.warm import door
+from tests.support.warm import door
 
 README = (REPOSITORY / "README.md").read_text()
-COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
+DOCUMENTS = ["README.md", "docs/models.md", "docs/runs.md", "docs/architecture.md"]
+TEXT = "\n".join((REPOSITORY / name).read_text() for name in DOCUMENTS)
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("#")[0].strip()
+        for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+        for line in block.splitlines()
+        if line.strip() and not line.startswith("#")
+    )
+)
 PYTHON_COMMANDS = [c for c in COMMANDS if c.startswith("python -m ")]
 MAKE_COMMANDS = [c for c in COMMANDS if c.startswith("make ")]
 OTHERS = [c for c in COMMANDS if c not in PYTHON_COMMANDS + MAKE_COMMANDS]
@@ -53,7 +57,7 @@ def test_python_commands_run(command, folder):
     _, _, module, *arguments = shlex.split(command)
     if "seed=0,1,2" in arguments:  # 18 and 30 cells: one of each
         arguments = [re.sub(r"^(seed|beta|\+ablation)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
-    if module == "dpo_lab.study":  # many cells: what they would be; tests/test_studies.py runs them
+    if module == "dpo_lab.study":  # many cells: what they would be; tests/studies/test_studies.py runs them
         arguments = [argument for argument in arguments if not argument.startswith(("launcher", "hydra"))] + ["--plan"]
         if not any(argument.startswith("budget=") for argument in arguments):
             arguments.append("budget=quick")
@@ -118,20 +122,29 @@ def test_tensorboard_is_installed():
     )
 
 
-def test_the_map_is_true():
-    """Every path on the map is there, and every file of the package is on it with the sentence that opens it."""
+def test_the_readme_is_short_and_its_folders_exist():
+    assert README.count("\n") <= 150
     (block,) = re.findall(r"```text\n(.*?)```", README, re.S)
-    on_map = {}
-    for line in block.splitlines():
-        path, _, sentence = line.strip().partition("  ")
-        on_map[path] = sentence.strip()
-        assert (REPOSITORY / path).exists(), path
-    for path in sorted((REPOSITORY / "dpo_lab").rglob("*.py")):
-        if path.name != "__init__.py":
-            opening = str(ast.get_docstring(ast.parse(path.read_text()))).split("\n\n")[0].replace("\n", " ")
-            assert on_map[str(path.relative_to(REPOSITORY))] == opening
+    listed = [line.split()[0] for line in block.splitlines()]
+    assert all((REPOSITORY / name).is_dir() for name in listed)
+    packages = [path.parent for path in (REPOSITORY / "dpo_lab").glob("*/__init__.py")]
+    assert {f"{path.relative_to(REPOSITORY)}/" for path in packages} <= set(listed)
+
+
+def test_the_file_map_is_true():
+    """Every file of the package is on the map with the sentence that opens it, and nothing else is."""
+    (block,) = re.findall(r"```text\n(.*?)```", (REPOSITORY / "docs/architecture.md").read_text(), re.S)
+    on_map = {path: sentence.strip() for path, _, sentence in (line.partition("  ") for line in block.splitlines())}
+    openings = {
+        str(path.relative_to(REPOSITORY)): str(ast.get_docstring(ast.parse(path.read_text()))).split("\n\n")[0]
+        for path in (REPOSITORY / "dpo_lab").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert on_map == {path: opening.replace("\n", " ") for path, opening in openings.items()}
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://arxiv.org/") or (REPOSITORY / target).exists(), target
+    for name in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / name).read_text()):
+            here = (REPOSITORY / name).parent / target
+            assert target.startswith("https://arxiv.org/") or here.exists(), f"{name}: {target}"

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.soak import processes
 from benchmarks.soak.place import Place
-from tests.warm import Warm, door
+from tests.support.warm import Warm, door
 
 
 def soak(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

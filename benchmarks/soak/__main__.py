@@ -31,15 +31,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dpo_lab.door import loading
+from dpo_lab.cli.entry_point import fast_imports
 
-with loading():
+with fast_imports():
     from benchmarks.results import context
     from benchmarks.soak import sweeps, trainings
     from benchmarks.soak.place import Place
     from benchmarks.soak.processes import adopt_orphans, gone
 
-    import tests.loaded  # noqa: F401  isort: skip
+    import tests.support.loaded  # noqa: F401  isort: skip
 
 WORKERS = 2
 KINDS: Mapping[str, tuple[Callable[[Place], None], float]] = {  # and their shares of the time

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dpo_lab.stop import Stopped, end_on_signals, raise_on_signals
-from tests import small_fit
+from dpo_lab.distributed.signals import StopSignal, end_on_signals, raise_on_signals
+from tests.support import small_fit
 
 
 def main(folder: Path) -> int:
@@ -18,7 +18,7 @@ def main(folder: Path) -> int:
     raise_on_signals()
     try:
         small_fit.run(folder)
-    except Stopped as stopped:
+    except StopSignal as stopped:
         return stopped.exit_code
     finally:
         end_on_signals()

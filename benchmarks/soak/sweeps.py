@@ -12,9 +12,9 @@ from benchmarks.soak.place import BY, ENDS, Place, Trial
 from benchmarks.soak.processes import fork_what_it_starts, start
 from benchmarks.soak.traces import LEFTOVER, differences, report_differences
 from benchmarks.soak.trainings import NAME, SETTINGS
-from tests.sweeping import behaves, contents, starts, until
+from tests.support.sweeping import behaves, contents, starts, until
 
-STAND_IN = ["tests.standin", "--multirun", "beta=0.1,0.2,0.3", f"name={NAME}"]
+STAND_IN = ["tests.support.standin", "--multirun", "beta=0.1,0.2,0.3", f"name={NAME}"]
 REFUSED = f"error: outputs/{NAME}: another sweep is at work here; wait for it, or type name=another\n"
 REAL = ["dpo_lab.train", "--multirun", "beta=0.1,0.3", *SETTINGS, "trainer.max_steps=8"]
 

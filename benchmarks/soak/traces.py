@@ -15,9 +15,9 @@ from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.soak.processes import start
-from dpo_lab.results.runs import CHECKPOINTS, RECORD
-from dpo_lab.training.checkpoint import newest
-from tests.small_fit import difference, left
+from dpo_lab.runs.run_record import CHECKPOINTS, RECORD
+from dpo_lab.training.checkpoint_io import newest
+from tests.support.small_fit import difference, left
 
 # All of a record that may differ: when and by which processes the run was made, how fast, in how many starts.
 OF_THE_CLOCK = ("started", "finished", "starts", "seconds", "throughput", "memory", "peak_memory_bytes", "ranks", "git")

@@ -18,10 +18,10 @@ from typing import Any
 from benchmarks.soak.place import Place, Trial
 from benchmarks.soak.processes import Ended, children, fork_what_it_starts, start
 from benchmarks.soak.traces import differences, report_differences
-from dpo_lab.results import runs
-from dpo_lab.training.checkpoint import by_step, damage
+from dpo_lab.runs import run_record
+from dpo_lab.training.checkpoint_io import by_step, damage
 from tests.conftest import SMALL
-from tests.sweeping import contents
+from tests.support.sweeping import contents
 
 NAME = "soak"
 SETTINGS = [
@@ -44,7 +44,7 @@ def run_folder(cwd: Path) -> Path:
 
 
 def _has_begun(trial: Trial) -> Callable[[], bool]:
-    return lambda: bool(by_step(run_folder(trial.cwd) / runs.CHECKPOINTS))
+    return lambda: bool(by_step(run_folder(trial.cwd) / run_record.CHECKPOINTS))
 
 
 def small(place: Place) -> None:
@@ -53,7 +53,7 @@ def small(place: Place) -> None:
     trial = place.trial("fit")
     folder = trial.cwd / FIT[-1]
     while not trial.is_hopeless():
-        ended = trial.disturb(FIT, duration, resumes=lambda: bool(by_step(folder / runs.CHECKPOINTS)))
+        ended = trial.disturb(FIT, duration, resumes=lambda: bool(by_step(folder / run_record.CHECKPOINTS)))
         if ended.code == 0:
             trial.compared(differences(folder, twin / FIT[-1]))
             break
@@ -137,7 +137,7 @@ def _jumping(seed: float) -> Callable[[], None]:
                 return datetime.fromtimestamp(now(), tz)
 
         time.time = now
-        runs.datetime = Jumping  # type: ignore[misc]
+        run_record.datetime = Jumping  # type: ignore[misc]
 
     return jump
 
@@ -150,16 +150,16 @@ def full_disk(place: Place) -> None:
     trial.disturb(TRAIN, duration, resumes=_has_begun(trial))
     for _ in range(3):
         limit = int(8192 * (1.2 * largest / 8192) ** trial.random.random())  # of all sizes alike
-        folder = run_folder(trial.cwd) / runs.CHECKPOINTS
+        folder = run_folder(trial.cwd) / run_record.CHECKPOINTS
         whole = {step: path.read_bytes() for step, path in by_step(folder).items() if damage(path) is None}
         ended = start(TRAIN, trial.cwd, before=lambda limit=limit: _starve(limit))
         trial.note(ended, {0, 1}, resumes=bool(whole), fault=ended.code == 1)
         if ended.code == 1:
             _check_one_line(trial, ended, FULL, f"with files of at most {limit} bytes")
-        for path in by_step(run_folder(trial.cwd) / runs.CHECKPOINTS).values():
+        for path in by_step(run_folder(trial.cwd) / run_record.CHECKPOINTS).values():
             if damage(path) is not None:
                 trial.trouble(f"{path}: damaged by a disk that was full at {limit} bytes")
-        still = by_step(run_folder(trial.cwd) / runs.CHECKPOINTS)
+        still = by_step(run_folder(trial.cwd) / run_record.CHECKPOINTS)
         if whole and not any(step >= max(whole) for step in still):
             trial.trouble(f"{folder}: step={max(whole)}.ckpt was lost to a disk that was full at {limit} bytes")
         if trial.is_hopeless():
@@ -177,7 +177,7 @@ def read_only(place: Place) -> None:
     twin, duration = twin_of(place, TRAIN)
     trial = place.trial("read-only")
     trial.disturb(TRAIN, duration)
-    is_done = (runs.read_record(run_folder(trial.cwd)) or {}).get("status") == "done"
+    is_done = (run_record.read_record(run_folder(trial.cwd)) or {}).get("status") == "done"
     outputs = trial.cwd / "outputs"
     before = contents(outputs)
     try:

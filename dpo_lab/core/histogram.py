@@ -1,4 +1,4 @@
-"""How values are spread: counts in fixed buckets, which add up over batches and ranks, fine near 0 and wide far from it."""
+"""Histograms of values: counts in fixed buckets, fine near 0 and wide far from it, which add up over batches and ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _POSITIVE = [1e-3 * 1.1**i for i in range(170)]  # to 1e4
 EDGES = [*(-edge for edge in reversed(_POSITIVE)), *_POSITIVE, float("inf")]
 
 
-class Counted(NamedTuple):
+class HistogramCounts(NamedTuple):
     """Values that were counted: how many in each bucket of EDGES, their number, range, sum and sum of squares."""
 
     counts: list[int]
@@ -55,7 +55,7 @@ class Histogram(FixedDtypeMetric):
         self.least = torch.minimum(self.least, values.min())
         self.greatest = torch.maximum(self.greatest, values.max())
 
-    def compute(self) -> Counted:
+    def compute(self) -> HistogramCounts:
         counts = self.counts.tolist()
         total, squares = self.moments.tolist()
-        return Counted(counts, sum(counts), self.least.item(), self.greatest.item(), total, squares)
+        return HistogramCounts(counts, sum(counts), self.least.item(), self.greatest.item(), total, squares)

@@ -1,4 +1,4 @@
-"""Log-probabilities of responses: the only shift and the only mask, for padded rows and for flat streams."""
+"""Log-probabilities of responses: the only shift and the only mask, for padded rows and for packed streams."""
 
 from __future__ import annotations
 

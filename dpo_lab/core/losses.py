@@ -1,4 +1,4 @@
-"""The losses: one small dataclass each, both its config schema and its formula, all in one table.
+"""The losses: one small dataclass each, which is both its config schema and its formula, all in one table.
 
 A loss takes the policy's and the reference's `PairLogps` and returns one loss per pair, [B]. h stands for the log-ratio
 margin (log pi - log ref)(chosen) - (log pi - log ref)(rejected), w for chosen, l for rejected, sigma for the logistic function.

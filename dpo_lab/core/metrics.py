@@ -1,4 +1,6 @@
-"""What is measured on pairs: rewards, margins, accuracy; over all, clean and flipped pairs, and against the truth."""
+"""Metrics of preference pairs: rewards, margins, accuracy; over all pairs, clean and flipped ones, and against the true
+preference.
+"""
 
 from __future__ import annotations
 
@@ -111,10 +113,10 @@ def pair_values(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLo
 
 def reward_margins(loss: Loss, policy: PairLogps, reference: PairLogps) -> Tensor:
     """The reward of chosen less that of rejected, of every pair, [B]; 0 for ties."""
-    return loss.beta * settle(loss.log_ratios(policy, reference).margin, policy, reference)
+    return loss.beta * zero_out_rounding(loss.log_ratios(policy, reference).margin, policy, reference)
 
 
-def settle(margins: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
+def zero_out_rounding(margins: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
     """Log-ratio margins, with those set to 0 that float32 rounding of the four log-probabilities alone can explain.
 
     Without this a policy equal to its reference would prefer sides at random instead of tying.

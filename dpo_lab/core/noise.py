@@ -1,4 +1,4 @@
-"""Label noise in the world: which pairs an annotator labelled the wrong way round."""
+"""Label noise: which training pairs get chosen and rejected swapped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import Enum
 
 import numpy as np
 
-from dpo_lab.core.table import PairTable
+from dpo_lab.core.pair_table import PairTable
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Uncertainty(LabelNoise):
         return 1 / (1 + np.exp(np.minimum(gaps / self.temperature, 700)))
 
 
-class Only(str, Enum):
+class Side(str, Enum):
     """Which pairs one-sided noise may flip."""
 
     chosen_shorter = "chosen_shorter"
@@ -114,14 +114,14 @@ class OneSided(LabelNoise):
     """An annotator with a bias: of the pairs whose chosen response has fewer tokens (or more) each is flipped at `rate`."""
 
     rate: float = 0.2
-    only: Only = Only.chosen_shorter
+    only: Side = Side.chosen_shorter
 
     def __post_init__(self) -> None:
         _check_rate(self.rate)
 
     def rates(self, pairs, reference_margins=None) -> np.ndarray:
         _, chosen, rejected = pairs.lengths.T
-        return np.where(chosen < rejected if self.only is Only.chosen_shorter else chosen > rejected, self.rate, 0.0)
+        return np.where(chosen < rejected if self.only is Side.chosen_shorter else chosen > rejected, self.rate, 0.0)
 
 
 NOISES: dict[str, type[LabelNoise]] = {"symmetric": Symmetric, "uncertainty": Uncertainty, "one_sided": OneSided}

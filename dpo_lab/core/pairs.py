@@ -1,4 +1,6 @@
-"""All that flows: Pair (text), EncodedPair (token ids), PairBatch (one step's pairs), PairLogps (what a model says of them)."""
+"""The data types of a step: Pair (text), EncodedPair (token ids), PairBatch (the pairs of one step), PairLogps (log-
+probabilities).
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,7 @@ class PairBatch:
     def split(self, tokens: int) -> list[PairBatch]:
         """Micro-batches of neighbouring pairs, see `cut`."""
         sizes = self.lengths.sum(1).tolist()
-        parts = cut(sizes, tokens)
+        parts = chunk_by_size(sizes, tokens)
         streams = self.tokens.split([sum(sizes[part]) for part in parts])
         return [
             PairBatch(self.keys[part], stream, self.lengths[part], self.flipped[part], self.gold_margin[part])
@@ -128,7 +130,7 @@ class PairBatch:
         )
 
 
-def cut(sizes: Sequence[int], limit: int) -> list[slice]:
+def chunk_by_size(sizes: Sequence[int], limit: int) -> list[slice]:
     """Neighbours together as long as their sizes add up to at most `limit`; one that is larger stands alone.
 
     >>> cut([3, 4, 2, 9, 1], 7)

@@ -1,4 +1,4 @@
-"""Seeds by name: every random thing draws from its own stream, derived from the run's one seed."""
+"""Seeds by name: every random draw has a stream of its own, derived from the run's seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats as text, by the tokenizer's own template, which transformers renders in a sandbox, and which has so much time."""
+"""Render chat messages with the tokenizer's own template, in transformers' sandbox and under a time limit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from dpo_lab.core.pairs import Message
-from dpo_lab.data.content import TAGS, BadChat
-from dpo_lab.data.faults import DATE
-from dpo_lab.data.time_limit import TimeIsUp, at_most
+from dpo_lab.data.content_checks import TAGS, BadChat
+from dpo_lab.data.row_faults import DATE
+from dpo_lab.data.time_limit import TimeLimitExceeded, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ SECONDS = 5.0  # for one chat; templates take a thousandth of one
 SHOWN = 200  # characters of what a template complains of
 LONGEST = 10_000_000  # characters that a template may make of one chat
 # What a template does with a chat that it is not made for
-REFUSES = (TemplateError, TypeError, LookupError, AttributeError, ValueError, ZeroDivisionError, RecursionError)
+TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError, ValueError, ZeroDivisionError, RecursionError)
 
 
 class NoTemplate(Exception):
@@ -60,7 +60,7 @@ class Chat:
     def _rendered(self, messages: Sequence[Message], tools: Any = None, answer_next: bool = False) -> str:
         template = _dated(self.tokenizer.get_chat_template(None, tools)) if self.writes_date else None
         try:
-            with at_most(SECONDS):
+            with time_limit(SECONDS):
                 text = self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=tools,
@@ -68,11 +68,11 @@ class Chat:
                     add_generation_prompt=answer_next,
                     tokenize=False,
                 )
-        except REFUSES as error:
+        except TEMPLATE_ERRORS as error:
             reason = " ".join(str(error).split())[:SHOWN]
             raise BadChat(f"the chat template does not take it ({reason})") from None
-        except (TimeIsUp, MemoryError, OverflowError) as error:
-            is_slow = isinstance(error, TimeIsUp)
+        except (TimeLimitExceeded, MemoryError, OverflowError) as error:
+            is_slow = isinstance(error, TimeLimitExceeded)
             what = f"works for more than {SECONDS:g} s" if is_slow else f"fails ({type(error).__name__})"
             raise NoTemplate(
                 f"the chat template {what} on one chat; type another policy.chat_template=FILE.jinja"

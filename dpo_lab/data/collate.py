@@ -1,4 +1,4 @@
-"""Token ids to flat streams: encoded pairs to one PairBatch, single responses to tokens and lengths."""
+"""Collate token ids to packed streams: encoded pairs to one PairBatch, single responses to tokens and lengths."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpo_lab.core.pair_table import flat
 from dpo_lab.core.pairs import EncodedPair, PairBatch, Tokens
-from dpo_lab.core.table import flat
 
 
 def collate(pairs: Sequence[EncodedPair]) -> PairBatch:

@@ -1,4 +1,4 @@
-"""Rows of preference data in any of the usual shapes, as pairs; for supervised fine-tuning also rows of whole texts."""
+"""Recognise the format of a preference row and read it as a pair; for supervised fine-tuning also rows of plain text."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dpo_lab.data.json_text import read_json_text
 from dpo_lab.data.media import check_media
 from dpo_lab.data.messages import (
     MOST,
-    bad,
-    brief,
+    describe,
+    field_error,
     first,
-    holds,
-    joined,
+    merge_messages,
     message,
     number,
     plain,
     readable,
     shared,
     shared_words,
+    shorten,
 )
 from dpo_lab.data.transcript import parted
 
@@ -139,7 +139,7 @@ class Shape:
             raise NoPair("identical sides")
         cut = shared_words(chosen, rejected)
         if not cut:
-            raise ValueError(f"field 'prompt' is missing and both sides share no first word (the row {holds(row)})")
+            raise ValueError(f"field 'prompt' is missing and both sides share no first word (the row {describe(row)})")
         sides = [side[cut:].lstrip() if self.as_chat else side[cut:] for side in (chosen, rejected)]
         return self._pair(row, chosen[:cut], *sides)
 
@@ -173,32 +173,32 @@ class Shape:
     def _whole(self, row: Row) -> Pair:
         text, where = self._get(row, "text"), self._column("text")
         if not isinstance(text, str):
-            raise bad(where, f"is {type(text).__name__}, not a string")
+            raise field_error(where, f"is {type(text).__name__}, not a string")
         if not text.strip():
-            raise bad(where, "is empty")
+            raise field_error(where, "is empty")
         return Pair("", readable(text, where), "")
 
     def _responses(self, row: Row) -> list[tuple[str, float]]:
         """The responses that have a rating, with it."""
         responses, where = self._get(row, "responses"), self._column("responses")
         if not isinstance(responses, list):
-            raise bad(where, f"is {type(responses).__name__}, not a list")
+            raise field_error(where, f"is {type(responses).__name__}, not a list")
         if not self._has(row, "ratings") and all(isinstance(response, dict) for response in responses):
             source, ratings = where, [first(response, RESPONSE_RATING, where) for response in responses]
         else:
             source, ratings = self._column("ratings"), self._get(row, "ratings")
         if not isinstance(ratings, list) or len(ratings) != len(responses):
             amount = len(ratings) if isinstance(ratings, list) else type(ratings).__name__
-            raise bad(source, f"holds {amount} for {len(responses)} responses")
+            raise field_error(source, f"holds {amount} for {len(responses)} responses")
         rated = []
         for response, rating in zip(responses, [number(rating, source) for rating in ratings], strict=True):
             text = first(response, RESPONSE_TEXT, where) if isinstance(response, dict) else response
             if math.isnan(rating):
                 continue
             if not isinstance(text, str):
-                raise bad(where, f"holds a response that is {type(text).__name__}, not a string")
+                raise field_error(where, f"holds a response that is {type(text).__name__}, not a string")
             if not text.strip():
-                raise bad(where, "holds an empty response")
+                raise field_error(where, "holds an empty response")
             rated.append((readable(text, where), rating))
         return rated
 
@@ -208,23 +208,27 @@ class Shape:
         if not self.as_chat and all(isinstance(text, str) for text in (prompt, chosen, rejected)):
             for name, value in (("system", system), ("tools", tools)):
                 if value:
-                    raise bad(self._column(name), "has no place in plain text; type data.as_chat=true for messages")
+                    raise field_error(
+                        self._column(name), "has no place in plain text; type data.as_chat=true for messages"
+                    )
             return Pair(prompt, chosen, rejected)
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in (chosen, rejected)]
         common = shared(*sides)
-        messages = joined(given, sides[0][:common])
+        messages = merge_messages(given, sides[0][:common])
         if not messages:
-            raise bad("prompt", f"is missing, or empty, and both sides share no first message (the row {holds(row)})")
+            raise field_error(
+                "prompt", f"is missing, or empty, and both sides share no first message (the row {describe(row)})"
+            )
         if system and all(turn["role"] != "system" for turn in messages):
             messages = [{"role": "system", "content": system}, *messages]
         for name, side in zip(SIDES, sides, strict=True):
             roles = [plain(turn["role"]) for turn in side[common:]]
             if roles != ["assistant"]:
                 what = f"holds {len(roles)} messages after the prompt (roles {', '.join(roles[:MOST])})"
-                raise bad(self._column(name), f"{what}: only one answer of the assistant can be scored")
+                raise field_error(self._column(name), f"{what}: only one answer of the assistant can be scored")
             if not (side[-1].get("content", "").strip() or side[-1].get("tool_calls")):
-                raise bad(self._column(name), "is empty")
+                raise field_error(self._column(name), "is empty")
         return Pair(messages, sides[0][common:], sides[1][common:], tools=tools)
 
     def _column(self, name: str) -> str:
@@ -249,26 +253,26 @@ class Shape:
                 value = value[int(step)]
             else:
                 owner = f"'{'.'.join(steps[:i])}'" if i else "the row"
-                raise bad(".".join(steps[: i + 1]), f"is missing ({owner} {holds(value)})")
+                raise field_error(".".join(steps[: i + 1]), f"is missing ({owner} {describe(value)})")
         return value
 
     def _text(self, row: Row, name: str) -> Text:
         """A prompt or a side as the row has it, checked; a side is not empty."""
         value, where = self._get(row, name), self._column(name)
         if not isinstance(value, str | list | dict):
-            raise bad(where, f"is {type(value).__name__}, not a string or a list of messages")
+            raise field_error(where, f"is {type(value).__name__}, not a string or a list of messages")
         if isinstance(value, str):
             text: Text = readable(value, where)
         else:
             text = [message(item, where) for item in (value if isinstance(value, list) else [value])]
         if name in SIDES and not (text.strip() if isinstance(text, str) else text):
-            raise bad(where, "is empty")
+            raise field_error(where, "is empty")
         return text
 
     def _system(self, row: Row) -> str:
         system, where = self._get(row, "system", None) or "", self._column("system")
         if not isinstance(system, str):
-            raise bad(where, f"is {type(system).__name__}, not a string")
+            raise field_error(where, f"is {type(system).__name__}, not a string")
         return readable(system, where) if system.strip() else ""
 
     def _tools(self, row: Row) -> list[dict[str, Any]] | None:
@@ -277,9 +281,9 @@ class Shape:
             try:
                 tools = json.loads(tools) or []
             except json.JSONDecodeError as error:
-                raise bad(where, f"is not JSON ({error.msg} at column {error.colno})") from None
+                raise field_error(where, f"is not JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise bad(where, "is not a list of objects, or the JSON of one")
+            raise field_error(where, "is not a list of objects, or the JSON of one")
         return readable(tools, where) or None
 
     def _score(self, row: Row, side: str) -> float:
@@ -294,5 +298,5 @@ class Shape:
             return False
         label = self._get(row, "label")
         if label not in (0, 1, "0", "1"):
-            raise bad(self._column("label"), f"is {brief(label)}, not 0 or 1")
+            raise field_error(self._column("label"), f"is {shorten(label)}, not 0 or 1")
         return int(label) == (1 if self.label_is is Label.index else 0)

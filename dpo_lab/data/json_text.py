@@ -1,4 +1,4 @@
-"""Chat messages that a row stores as JSON text: which text counts as such, and what it says."""
+"""Parse chat messages that a row stores as JSON text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dpo_lab.data.faults import JSON_LEFT, JSON_READ
 from dpo_lab.data.messages import ROLES
+from dpo_lab.data.row_faults import JSON_LEFT, JSON_READ
 
 LISTS = ("messages", "conversations", "conversation")  # what an object keeps its messages under
 BEGINS = re.compile(

@@ -1,4 +1,4 @@
-"""Images, sound and video beside the text of a row: none of it is read, and a row that can't do without is told."""
+"""Detect images, sound and video beside the text of a row; none of them is read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dpo_lab.core.pairs import Pair
-from dpo_lab.data.faults import MEDIA
-from dpo_lab.data.messages import bad
+from dpo_lab.data.messages import field_error
+from dpo_lab.data.row_faults import MEDIA
 
 UNREAD = b"not read"  # stands in a row for bytes that were left where they are
 COLUMN = re.compile(
@@ -25,7 +25,7 @@ def check_media(row: Mapping[str, Any], read: Collection[str], pairs: Iterable[P
     if name := next(names, None):
         counts[MEDIA] += 1
         if mark := next(filter(None, map(_place_in, pairs)), None):
-            raise bad(name, f"is not read, and the row's text refers to it ({mark}): only text can train")
+            raise field_error(name, f"is not read, and the row's text refers to it ({mark}): only text can train")
 
 
 def is_media(kind: Any) -> bool:

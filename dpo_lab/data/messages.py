@@ -1,4 +1,4 @@
-"""Chat messages as rows hold them: read and checked, ShareGPT's names translated, a prompt not said twice."""
+"""Read and check chat messages as rows hold them, translate ShareGPT's names, and remove a repeated prompt."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shared_words(a: str, b: str) -> int:
     return next(cuts, 0)
 
 
-def joined(given: list[Message], shared: list[Message]) -> list[Message]:
+def merge_messages(given: list[Message], shared: list[Message]) -> list[Message]:
     """The prompt's messages and then those that both sides begin with, without saying the prompt twice."""
     said, again = ([{**m, "content": m.get("content", "").strip()} for m in messages] for messages in (given, shared))
     is_whole = bool(again) and again[0]["role"] != "assistant"  # a dialogue from its start may hold the prompt
@@ -54,20 +54,20 @@ def message(value: Any, where: str) -> Message:
     null inside the arguments of a call is a value and is kept.
     """
     if not isinstance(value, dict):
-        raise bad(where, f"holds {type(value).__name__} where a message should be")
+        raise field_error(where, f"holds {type(value).__name__} where a message should be")
     message = _without_nulls(readable(value, where))
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
         if str(speaker) not in ROLES:
-            raise bad(where, f"has a message from {brief(speaker)}, not from one of {', '.join(ROLES)}")
+            raise field_error(where, f"has a message from {shorten(speaker)}, not from one of {', '.join(ROLES)}")
         message = {"role": ROLES[speaker], "content": message.pop("value", None), **message}
     if not isinstance(message.get("role"), str):
-        raise bad(where, f"has a message without a role (it {holds(message)})")
+        raise field_error(where, f"has a message without a role (it {describe(message)})")
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = content = "".join(_part(part, where) for part in content)
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise bad(where, f"has a message whose content is {type(content).__name__}, not a string")
+        raise field_error(where, f"has a message whose content is {type(content).__name__}, not a string")
     if message.get("tool_calls"):
         message["tool_calls"] = _calls(message["tool_calls"], where)
     return message
@@ -77,7 +77,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls with their arguments as objects. Calls, and arguments, may come as JSON text."""
     calls = _from_json(calls, where, "tool_calls")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise bad(where, "has tool_calls that are no list of objects")
+        raise field_error(where, "has tool_calls that are no list of objects")
     found = []
     for call in map(_without_nulls, calls):
         if isinstance(call.get("function"), dict):
@@ -90,7 +90,9 @@ def _with_arguments(function: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(text := function.get("arguments"), str):
         arguments = _from_json(text.strip() or "{}", where, "arguments of a tool call")
         if not isinstance(arguments, dict):
-            raise bad(where, f"has arguments of a tool call that are {brief(text)}, not the JSON of an object")
+            raise field_error(
+                where, f"has arguments of a tool call that are {shorten(text)}, not the JSON of an object"
+            )
         function["arguments"] = arguments
     return function
 
@@ -102,7 +104,7 @@ def _from_json(value: Any, where: str, what: str) -> Any:
     try:
         return readable(json.loads(value), where)
     except (json.JSONDecodeError, RecursionError):
-        raise bad(where, f"has {what} that are not JSON: {brief(value)}") from None
+        raise field_error(where, f"has {what} that are not JSON: {shorten(value)}") from None
 
 
 def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
 def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise bad(where, f"has a content part of type {brief(kind)}: only text is supported")
+        raise field_error(where, f"has a content part of type {shorten(kind)}: only text is supported")
     return part["text"]
 
 
@@ -121,13 +123,13 @@ def readable(value: Any, where: str) -> Any:
     if isinstance(value, str):
         if found := UNREADABLE.search(value):
             what = "NUL character" if found[0] == "\0" else "lone surrogate"
-            raise bad(where, f"has a {what} at position {found.start()}")
+            raise field_error(where, f"has a {what} at position {found.start()}")
     elif isinstance(value, list):
         return [readable(item, where) for item in value]
     elif isinstance(value, dict):
         return {readable(key, where): readable(item, where) for key, item in value.items()}
     elif value is not None and not isinstance(value, int | float):  # dates and bytes, which Arrow may hold
-        raise bad(where, f"holds {type(value).__name__} where text, a number or a list should be")
+        raise field_error(where, f"holds {type(value).__name__} where text, a number or a list should be")
     return value
 
 
@@ -136,24 +138,24 @@ def content_of(text: Text) -> str:
     return text if isinstance(text, str) else str((text[-1].get("content") if text else "") or "")
 
 
-def holds(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, Mapping):
-        names = ", ".join(map(brief, list(value)[:MOST])) or "none"
+        names = ", ".join(map(shorten, list(value)[:MOST])) or "none"
         return f"has {names[: 8 * LONGEST]}{', ...' if len(value) > MOST or len(names) > 8 * LONGEST else ''}"
     return f"has {len(value)} items" if isinstance(value, list) else f"is {type(value).__name__}"
 
 
-def brief(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value as an error shows it, however long it is."""
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def plain(role: str) -> str:
-    return role if role in ROLES else brief(role)
+    return role if role in ROLES else shorten(role)
 
 
-def bad(where: str, what: str) -> ValueError:
+def field_error(where: str, what: str) -> ValueError:
     return ValueError(f"field '{where}' {what}")
 
 
@@ -164,7 +166,7 @@ def number(value: Any, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.inf
     if abs(number) > LARGEST or isinstance(value, bool):
-        raise bad(where, f"has {brief(value)} where a number should be")
+        raise field_error(where, f"has {shorten(value)} where a number should be")
     return number
 
 
@@ -172,4 +174,4 @@ def first(item: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
     for name in names:
         if name in item:
             return item[name]
-    raise bad(where, f"holds a response without any of {', '.join(names)} (it {holds(item)})")
+    raise field_error(where, f"holds a response without any of {', '.join(names)} (it {describe(item)})")

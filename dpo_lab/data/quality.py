@@ -1,4 +1,6 @@
-"""The quality of preference pairs in numbers: lengths, repeats, contradictions, leaks, and how far length tells the label."""
+"""Data quality in numbers: lengths, repeats, contradictions, leaks between splits, and how well length predicts the
+label.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_lab.core.table import PairTable
-from dpo_lab.results.estimates import Estimate, share_in_groups
+from dpo_lab.core.pair_table import PairTable
+from dpo_lab.stats.estimates import Estimate, share_in_groups
 
 if TYPE_CHECKING:
-    from dpo_lab.data.tokenize import Encoder
+    from dpo_lab.data.tokenize import PairTokenizer
 
 PARTS = ("prompt", "chosen", "rejected")
 BINS = 24
@@ -121,7 +123,7 @@ class Quality:
         return asdict(self)
 
 
-def quality_of(train: PairTable, held_out: PairTable, counts: Mapping[str, int], encoder: Encoder) -> Quality:
+def quality_of(train: PairTable, held_out: PairTable, counts: Mapping[str, int], encoder: PairTokenizer) -> Quality:
     """The quality of pairs under the encoder that made them. counts: see Splits."""
     both = [table for table in (train, held_out) if len(table)]
     bins = {
@@ -129,7 +131,7 @@ def quality_of(train: PairTable, held_out: PairTable, counts: Mapping[str, int],
         "response": _edges(max(int(t.lengths[:, 1:].max()) for t in both)),
         "difference": _edges_around_zero(max(int(np.abs(_differences(t)).max()) for t in both)),
     }
-    looks = [_Look(table, encoder) for table in both]
+    looks = [_QualityPass(table, encoder) for table in both]
     leaks = np.isin(looks[0].hashes[:, 0], looks[1].hashes[:, 0]) if len(looks) > 1 else np.zeros(0, bool)
     return Quality(
         counts={what: int(count) for what, count in counts.items()},
@@ -144,14 +146,14 @@ def quality_of(train: PairTable, held_out: PairTable, counts: Mapping[str, int],
     )
 
 
-class _Look:
+class _QualityPass:
     """A table, and what one pass over its tokens found.
 
     hashes [N, 3]: of the token ids of prompt, chosen and rejected as annotated; special [N, 3]: special tokens in each;
     groups [N]: the number of each pair's prompt.
     """
 
-    def __init__(self, table: PairTable, encoder: Encoder) -> None:
+    def __init__(self, table: PairTable, encoder: PairTokenizer) -> None:
         self.table, self.encoder = table, encoder
         special = np.fromiter(encoder.special_ids, np.int64)
         self.hashes, self.special = _pass_over(table, special)

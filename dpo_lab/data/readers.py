@@ -1,4 +1,4 @@
-"""The rows of one file as it lies there: JSON lines, JSON, CSV, Parquet, Arrow, as they are or compressed."""
+"""Read the rows of one file: JSON lines, JSON, CSV, Parquet or Arrow, plain or compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of the user's files or of a Hugging Face data set, in chunks, each row with its place."""
+"""Read rows from files or from a Hugging Face data set, in chunks, each row with its location."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where pairs come from, which of them train, and how they are fed: a world, the user's files, data sets of the hub."""
+"""Data sources: which rows are read, which of them train, and how they are mixed: a task, files, or data sets of the
+hub.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import Pair
-from dpo_lab.core.table import PairTable
 from dpo_lab.data.formats import Format, Shape
 from dpo_lab.data.rows import BadData, Rows, local_files, open_rows
-from dpo_lab.data.splits import HELD_OUT, TRAIN, lots, share
-from dpo_lab.data.store import BadRows, Store, stored
-from dpo_lab.data.tokenize import Encoder
-from dpo_lab.data.world.embedded import Embedded
-from dpo_lab.data.world.imdb import Imdb
-from dpo_lab.data.world.world import World
+from dpo_lab.data.splits import HELD_OUT, TRAIN, below_fraction, hash_draws
+from dpo_lab.data.tasks.base import Task
+from dpo_lab.data.tasks.imdb import IMDbSentiment
+from dpo_lab.data.tasks.reviews import SyntheticReviews
+from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.data.tokenized_cache import BadRows, TokenizedPairs, load_or_build
 
 log = logging.getLogger(__name__)
 
-WORLDS: dict[str, type[World]] = {"embedded": Embedded, "imdb": Imdb}
+TASKS: dict[str, type[Task]] = {"embedded": SyntheticReviews, "imdb": IMDbSentiment}
 
 Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
 
@@ -106,7 +108,7 @@ class Data(Source):
     tokens_per_microbatch: int = 2048
     num_workers: int = 0
     workers: int | None = None
-    world: World = field(default_factory=Embedded)
+    world: Task = field(default_factory=SyntheticReviews)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,7 +169,7 @@ class Data(Source):
         sources = {name: replace(source, **shape) for name, source in self.sources.items()}
         return replace(self, sources=sources, **shape)
 
-    def from_world(self, seed: int, sample: Sampler, encoder: Encoder) -> Splits:
+    def from_world(self, seed: int, sample: Sampler, encoder: PairTokenizer) -> Splits:
         """Pairs of the world, whose prompts are of one split or of the other. sample: its source of responses, see
         World.pairs.
         """
@@ -189,13 +191,15 @@ class Data(Source):
             train = train.select(self._fraction(train, counts))
         return self._checked(Splits(train, tables[HELD_OUT], counts), "the world")
 
-    def store(self, encoder: Encoder, cache: Path) -> Store:
+    def store(self, encoder: PairTokenizer, cache: Path) -> TokenizedPairs:
         """All pairs of the user's rows, before any is chosen."""
         sources = [(source.rows(), source) for source in [*self._held_out_sources(), *self._sources()]]
         workers = self.workers or len(os.sched_getaffinity(0))
-        return stored(sources, encoder, BadRows(self.on_bad_row is OnBadRow.skip, self.max_bad_share), workers, cache)
+        return load_or_build(
+            sources, encoder, BadRows(self.on_bad_row is OnBadRow.skip, self.max_bad_share), workers, cache
+        )
 
-    def choose(self, store: Store) -> Splits:
+    def choose(self, store: TokenizedPairs) -> Splits:
         """Train and held-out pairs of the store, no prompt on both sides. Raises BadData where pairs contradict each other,
         unless that is allowed, and where a split is empty.
         """
@@ -208,7 +212,7 @@ class Data(Source):
             counts["dropped: prompt is held out"] = int(leaking.sum())
             train = kept & ~held_out & ~leaking
         else:
-            held_out = kept & share(store.splits, self.validation_fraction)
+            held_out = kept & below_fraction(store.splits, self.validation_fraction)
             if (held_out == kept).all():  # so few rows that the hash leaves none to train on
                 held_out[:] = False
             train = kept & ~held_out
@@ -216,7 +220,7 @@ class Data(Source):
         chosen = np.flatnonzero(held_out)
         if len(chosen) > self.validation_pairs:
             counts["left out: more held-out pairs than data.validation_pairs"] = len(chosen) - self.validation_pairs
-            first = np.argsort(lots(store.table.keys[chosen], "held-out"), kind="stable")[: self.validation_pairs]
+            first = np.argsort(hash_draws(store.table.keys[chosen], "held-out"), kind="stable")[: self.validation_pairs]
             chosen = np.sort(chosen[first])
         splits = Splits(store.table.select(train), store.table.select(chosen), counts)
         if not given and not len(chosen):
@@ -234,7 +238,7 @@ class Data(Source):
         path = self.path if self.validation_path is None else self.validation_path
         return [Source(**shape, path=path, name=self.name, split=self.validation_split, revision=self.revision)]
 
-    def _without_contradictions(self, store: Store, counts: Counter[str]) -> np.ndarray:
+    def _without_contradictions(self, store: TokenizedPairs, counts: Counter[str]) -> np.ndarray:
         against = store.opposite >= 0
         counts["contradictions"] = int(against.sum()) // 2
         if counts["contradictions"] and self.contradictions is Contradictions.error:
@@ -249,7 +253,7 @@ class Data(Source):
             return ~against
         return np.ones(len(against), bool)
 
-    def _mixed(self, store: Store, counts: Counter[str]) -> np.ndarray:
+    def _mixed(self, store: TokenizedPairs, counts: Counter[str]) -> np.ndarray:
         """Of each source as much as its weight asks for, and of one of them all."""
         if len(self.sources) < 2:
             return np.ones(len(store.table), bool)
@@ -257,17 +261,17 @@ class Data(Source):
         there = np.bincount(store.sources, minlength=given + len(self.sources))[given:]
         wanted = np.array([source.weight for source in self.sources.values()]) / np.maximum(1, there)
         parts = np.concatenate([np.ones(given), wanted / wanted[there > 0].max(initial=1e-300)])
-        drawn = lots(store.table.keys, "mixture")
+        drawn = hash_draws(store.table.keys, "mixture")
         kept = np.zeros(len(drawn), bool)
         for at, part in enumerate(parts):
-            kept |= (store.sources == at) & share(drawn, part)
+            kept |= (store.sources == at) & below_fraction(drawn, part)
         counts["left out: by the sources' weights"] = int((~kept).sum())
         return kept
 
     def _fraction(self, table: PairTable, counts: Counter[str]) -> np.ndarray:
         if self.fraction >= 1:
             return np.ones(len(table), bool)
-        kept = share(lots(table.keys, "fraction"), self.fraction)
+        kept = below_fraction(hash_draws(table.keys, "fraction"), self.fraction)
         counts["left out: by data.fraction"] = int((~kept).sum())
         return kept
 

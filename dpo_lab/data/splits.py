@@ -1,4 +1,4 @@
-"""Which pairs train and which are held out: by a hash of the prompt, so that no prompt stands on both sides."""
+"""Split pairs into training and held-out by a hash of the prompt, so that no prompt is in both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def split_of(text: str, held_out_share: float = 0.2) -> str:
     return HELD_OUT if split_hash(text) < held_out_share * 2.0**64 else TRAIN
 
 
-def lots(keys: np.ndarray, name: str) -> np.ndarray:
+def hash_draws(keys: np.ndarray, name: str) -> np.ndarray:
     """A number of 64 bits for each pair key, drawn anew for each name: pairs under a threshold are a share of all, and
     those under a lower one lie inside.
     """
@@ -33,6 +33,6 @@ def lots(keys: np.ndarray, name: str) -> np.ndarray:
     return np.fromiter(drawn, np.uint64, len(keys))
 
 
-def share(hashes: np.ndarray, part: float) -> np.ndarray:
+def below_fraction(hashes: np.ndarray, part: float) -> np.ndarray:
     """Which of these 64-bit hashes lie in the first `part` of all, [N] bool."""
     return np.ones(len(hashes), bool) if part >= 1 else hashes < np.uint64(part * 2.0**64)

@@ -1,4 +1,4 @@
-"""Rows of JSON lines, of a JSON array and of CSV, one at a time, so that no file, however it unpacks, fills the memory."""
+"""Stream rows of JSON lines, of a JSON array and of CSV, one at a time, in bounded memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def begins_array(opened: io.BufferedIOBase) -> bool:
 
 def json_array(opened: io.BufferedIOBase) -> Numbered:
     """The items of the one array that a file holds. Raises ValueError, naming the line, where it is none."""
-    ahead = Ahead(opened)
+    ahead = JsonArrayReader(opened)
     ahead.at += ahead.next() == "["
     for number in count(1):
         if number == 1 and ahead.next() == "]":
@@ -94,7 +94,7 @@ def json_array(opened: io.BufferedIOBase) -> Numbered:
         raise ValueError(f"{ahead.line}: not JSON (something follows the array)")
 
 
-class Ahead:
+class JsonArrayReader:
     """The text of a file, of which no more is held than is being read. at: where in it the reader is."""
 
     def __init__(self, opened: io.BufferedIOBase) -> None:

@@ -1,4 +1,4 @@
-"""A time limit on code that others wrote and we run: a chat template."""
+"""A time limit on code written by others that we run: a chat template."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import NoReturn
 STUCK = 4  # times the limit, in CPU time: where Python gets no turn meanwhile, the system ends the process
 
 
-class TimeIsUp(Exception):
+class TimeLimitExceeded(Exception):
     """It took longer than it may."""
 
 
 @contextmanager
-def at_most(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeIsUp inside, once so much time has passed. Costs microseconds; only a process's main thread can be told.
 
     A single operation of Python's own that does not end (a power of huge numbers) can't be interrupted: the process is ended
@@ -38,4 +38,4 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def _raise(signum: int, frame: FrameType | None) -> NoReturn:
-    raise TimeIsUp
+    raise TimeLimitExceeded

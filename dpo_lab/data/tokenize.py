@@ -1,4 +1,6 @@
-"""Pairs of text or chat messages to pairs of token ids: joined at token level, truncated, every drop counted."""
+"""Tokenize pairs of text or chat messages: join prompt and response as token ids, truncate, and count every dropped
+pair.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import numpy as np
 
 from dpo_lab.core.pairs import EncodedPair, Pair, Text, content_hash
 from dpo_lab.data.chat import BadChat, Chat
-from dpo_lab.data.content import check_content, check_marks
-from dpo_lab.data.faults import BEGUN, DATE, DATED, SPECIAL, UNKNOWN
+from dpo_lab.data.content_checks import check_content, check_marks
+from dpo_lab.data.row_faults import BEGUN, DATE, DATED, SPECIAL, UNKNOWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +26,7 @@ SHOWN = 20  # characters of a text that an error shows
 
 
 @dataclass
-class Encoder:
+class PairTokenizer:
     """Token ids of prompts and responses.
 
     A prompt of plain text is what the tokenizer begins every text with (a begin token, or nothing) and the prompt's last
@@ -189,7 +191,7 @@ class Encoder:
             raise BadChat(
                 "the chat template writes the prompt otherwise once it is answered; type another policy.chat_template="
             )
-        return _common(prompt, *wholes), len(closed)
+        return _common_prefix(prompt, *wholes), len(closed)
 
     @cached_property
     def _chat(self) -> Chat:
@@ -265,7 +267,7 @@ class Encoder:
         return ids if not self.ends or (ids and ids[-1] in self.end_ids) else [*ids, self.eos_id]
 
 
-def _common(*texts: str) -> str:
+def _common_prefix(*texts: str) -> str:
     """What all texts begin with."""
     letters = enumerate(zip(*texts, strict=False))
     return texts[0][: next((i for i, column in letters if len(set(column)) > 1), min(map(len, texts)))]

@@ -1,4 +1,4 @@
-"""Dialogues written as one text, "\\n\\nHuman: ...\\n\\nAssistant: ...", parted into turns."""
+"""Parse dialogues written as one text, "\\n\\nHuman: ...\\n\\nAssistant: ...", into turns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from dpo_lab.core.pairs import Text
-from dpo_lab.data.messages import MOST, bad, shared
+from dpo_lab.data.messages import MOST, field_error, shared
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -21,7 +21,7 @@ def parted(texts: Mapping[str, Text]) -> tuple[list[Turn], list[str]]:
     sides: list[list[Turn]] = []
     for where, text in texts.items():
         if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
-            raise bad(where, r"is no transcript: it must begin with '\n\nHuman:'")
+            raise field_error(where, r"is no transcript: it must begin with '\n\nHuman:'")
         _, *parts = TURN.split(text)
         sides.append(list(zip(parts[::2], parts[1::2], strict=True)))
     turns = sides[0][: shared(*sides)]
@@ -29,7 +29,7 @@ def parted(texts: Mapping[str, Text]) -> tuple[list[Turn], list[str]]:
         speakers = [speaker for speaker, _ in side[len(turns) :]]
         if speakers != ["Assistant"]:
             what = f"after the turns of both sides: {', '.join(speakers[:MOST])}"
-            raise bad(where, f"continues beyond one answer ({what})")
+            raise field_error(where, f"continues beyond one answer ({what})")
         if not side[-1][1].strip():
-            raise bad(where, r"is empty after the last '\n\nAssistant:'")
+            raise field_error(where, r"is empty after the last '\n\nAssistant:'")
     return turns, [side[-1][1] for side in sides]

@@ -1,4 +1,4 @@
-"""Calibration: of the pairs whose label the policy gives a probability p, does the label come true in p?"""
+"""Calibration: of the pairs whose label the policy gives probability p, is the label right in a share p?"""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_lab.results.calibration import BINS, reliability
-from dpo_lab.results.estimates import Estimate
+from dpo_lab.stats.calibration import BINS, reliability
+from dpo_lab.stats.estimates import Estimate
 
 if TYPE_CHECKING:
-    from dpo_lab.evals.subject import Subject
+    from dpo_lab.evals.context import EvalContext
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Calibration:
                 f"evals.calibration.bins={self.bins}: must be 1 or more; type e.g. evals.calibration.bins=15"
             )
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
+    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
         if not subject.loss.rates_pairs:
             return
         import torch

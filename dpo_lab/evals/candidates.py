@@ -1,4 +1,4 @@
-"""Candidates: many responses of the initial policy to each of some prompts, sampled once for all runs that start from it."""
+"""Candidates: many responses of the initial policy to each prompt, sampled once for all runs that start from it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from filelock import FileLock
 
 from dpo_lab.core.pairs import Tokens, content_hash
-from dpo_lab.core.ranks import of_all_ranks, rank_and_world_size
-from dpo_lab.data.tokenize import Encoder
+from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.distributed.collectives import all_gather_object, rank_and_world_size
 from dpo_lab.models.numerics import numerics_of
 from dpo_lab.models.policy import Policy, weights_digest
-from dpo_lab.models.sampling import respond
-from dpo_lab.results.cache import is_whole, seal
-from dpo_lab.results.files import write_whole
+from dpo_lab.models.sampling import generate_responses
+from dpo_lab.runs.atomic_write import write_atomic
+from dpo_lab.runs.cache import is_intact, write_checksum
 
 FORMAT = "2"  # to be raised whenever the same key would give other texts
 
 
 def candidates(
     policy: Policy,
-    encoder: Encoder,
+    encoder: PairTokenizer,
     prompts: Sequence[Tokens],
     count: int,
     *,
@@ -53,11 +53,11 @@ def candidates(
     key = content_hash(recipe)
     path = folder / f"candidates-{key[:16]}.json" if folder is not None else None
     with _held(path):
-        found = of_all_ranks(_read(path) if path is not None and rank_and_world_size()[0] == 0 else None)[0]
+        found = all_gather_object(_read(path) if path is not None and rank_and_world_size()[0] == 0 else None)[0]
         if found is not None:
             return found
         with context():
-            samples = respond(
+            samples = generate_responses(
                 policy.model,
                 encoder,
                 [prompt for prompt in prompts for _ in range(count)],
@@ -70,8 +70,8 @@ def candidates(
         texts = [encoder.text(sample.tokens) for sample in samples]
         made = [texts[start : start + count] for start in range(0, len(texts), count)]
         if path is not None and rank_and_world_size()[0] == 0:
-            write_whole(path, json.dumps(made))
-            seal(path)
+            write_atomic(path, json.dumps(made))
+            write_checksum(path)
         return made
 
 
@@ -84,4 +84,4 @@ def _held(path: Path | None) -> AbstractContextManager:
 
 
 def _read(path: Path) -> list[list[str]] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if is_whole(path) else None
+    return json.loads(path.read_text(encoding="utf-8")) if is_intact(path) else None

@@ -1,4 +1,4 @@
-"""Likelihood displacement: did the log-probability of the chosen responses fall while the margin grew, and by how much?"""
+"""Likelihood displacement: whether the log-probability of chosen responses fell while the margin grew, and by how much."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_lab.results.estimates import Estimate, mean, share
+from dpo_lab.stats.estimates import Estimate, mean, share
 
 if TYPE_CHECKING:
-    from dpo_lab.evals.subject import Subject
+    from dpo_lab.evals.context import EvalContext
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Displacement:
     nats both sides' log-probabilities rose on average. Razin et al. 2024 (arXiv:2410.08847).
     """
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
+    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
         chosen, rejected = subject.held_out.change
         yield "chosen_fell", share(chosen < 0)
         yield "chosen_change", mean(chosen)

@@ -1,4 +1,4 @@
-"""Held-out loss: what supervised fine-tuning lowers, before and after it, on responses that it has not seen."""
+"""Held-out loss of supervised fine-tuning, before and after it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import EncodedPair
-from dpo_lab.evals.subject import scored
-from dpo_lab.results.estimates import Estimate, exp_of_ratio, ratio
+from dpo_lab.evals.context import score_pairs
+from dpo_lab.stats.estimates import Estimate, exp_of_ratio, ratio
 
 
-def held_out_loss(
+def heldout_loss(
     trained: PreTrainedModel,
     initial: PreTrainedModel,
     pairs: Sequence[EncodedPair],
@@ -28,7 +28,7 @@ def held_out_loss(
     prompts, responses = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
     found: dict[str, Estimate] = {}
     for prefix, model in (("", trained), ("initial/", initial)):
-        sums, lengths = scored(model, prompts, responses, tokens, context)
+        sums, lengths = score_pairs(model, prompts, responses, tokens, context)
         nats, counts = (-sums.double()).tolist(), lengths.tolist()
         found |= {prefix + "loss": ratio(nats, counts), prefix + "perplexity": exp_of_ratio(nats, counts)}
     return found

@@ -1,4 +1,4 @@
-"""A judge: a local sequence-classification model that says what a response is worth."""
+"""The judge: a local sequence-classification model that scores responses."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Judge:
     def _scores(self, model: Any, tokenizer: Any, label: int, texts: Sequence[str]) -> np.ndarray:
         import torch
 
-        from dpo_lab.core.ranks import across
+        from dpo_lab.distributed.collectives import map_across_ranks
 
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         parts = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
@@ -115,6 +115,6 @@ class Judge:
 
         scores = np.empty(len(texts))
         sizes = [sum(len(texts[i]) for i in part) for part in parts]
-        for part, found in zip(parts, across(parts, sizes, compute), strict=True):
+        for part, found in zip(parts, map_across_ranks(parts, sizes, compute), strict=True):
             scores[part] = found.numpy()
         return scores

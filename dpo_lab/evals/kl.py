@@ -1,4 +1,4 @@
-"""KL divergence to the initial policy, by sampling, and what training cost on texts of the real distribution."""
+"""KL divergence to the initial policy, estimated from samples and on reference texts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_lab.results.estimates import Estimate, mean, ratio
+from dpo_lab.stats.estimates import Estimate, mean, ratio
 
 if TYPE_CHECKING:
-    from dpo_lab.evals.subject import Subject
+    from dpo_lab.evals.context import EvalContext
 
 
 @dataclass
@@ -24,7 +24,7 @@ class KL:
     forward KL(initial || trained) itself as far as the initial policy writes as those texts are written. May be negative.
     """
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
+    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
         trained, initial = subject.sample_logps
         lengths = [len(s.tokens) for s in subject.samples]
         subject.examples.keep("prompt", subject.prompt_keys, kl=trained - initial)

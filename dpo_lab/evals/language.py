@@ -1,4 +1,4 @@
-"""Language quality: is the trained policy still a language model of the texts that it came from?"""
+"""Language quality: whether the trained policy is still a language model of the texts that it came from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_lab.results.estimates import Estimate, exp_of_ratio, mean, ratio, share
+from dpo_lab.stats.estimates import Estimate, exp_of_ratio, mean, ratio, share
 
 if TYPE_CHECKING:
-    from dpo_lab.evals.subject import Subject
+    from dpo_lab.evals.context import EvalContext
     from dpo_lab.models.sampling import Sample
 
 
@@ -24,7 +24,7 @@ class Language:
     under `initial/`.
     """
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
+    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
         lengths = [len(response) for _, response in subject.texts]
         trained, initial = subject.text_logps
         subject.examples.keep("text", subject.text_keys, trained=trained, initial=initial, tokens=lengths)
@@ -48,7 +48,7 @@ class Language:
                 yield prefix + "well_formed", well_formed(subject, samples)
 
 
-def well_formed(subject: Subject, samples: Sequence[Sample]) -> Estimate:
+def well_formed(subject: EvalContext, samples: Sequence[Sample]) -> Estimate:
     """Share of samples that are reviews of the world and stopped by themselves."""
     assert subject.world is not None
     reviews = subject.reviews(samples)

@@ -1,4 +1,4 @@
-"""Optimum: what many samples of the initial policy are worth, prompt by prompt: how far a policy could come from there."""
+"""The KL-regularised optimum, estimated from many samples of the initial policy per prompt."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_lab.results.estimates import Estimate, mean
+from dpo_lab.stats.estimates import Estimate, mean
 
 if TYPE_CHECKING:
-    from dpo_lab.evals.subject import Subject
+    from dpo_lab.evals.context import EvalContext
 
 BEST_OF = (4, 16, 64)
 
@@ -37,7 +37,7 @@ class Optimum:
                     f"evals.optimum.{name}={getattr(self, name)}: must be {least} or more; type e.g. evals.optimum.{name}=128"
                 )
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
+    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
         keys, rewards = subject.candidate_rewards(self.prompts, self.candidates)
         for name, values in rewards.items():
             subject.examples.keep("candidates", keys, **{name: values.round(4).tolist()})

@@ -1,4 +1,6 @@
-"""Preference: does the trained policy, against the initial one, rank pairs as their labels and as the truth do?"""
+"""Preference accuracy: whether the trained policy, against the initial one, ranks pairs as their labels and the truth
+do.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_lab.results.estimates import Estimate, mean, rank_correlation, share
+from dpo_lab.stats.estimates import Estimate, mean, rank_correlation, share
 
 if TYPE_CHECKING:
+    from dpo_lab.evals.context import EvalContext
     from dpo_lab.evals.scored_pairs import ScoredPairs
-    from dpo_lab.evals.subject import Subject
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Preference:
     so that a high `train/flipped/accuracy` says that label noise was memorised.
     """
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
+    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
         held_out = subject.held_out
         subject.examples.keep("held_out", held_out.keys, **held_out.columns())
         yield "accuracy", share(half_ties(held_out.margins))

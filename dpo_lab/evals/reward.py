@@ -1,4 +1,4 @@
-"""Reward of samples: the gold reward, where the world knows it, and what a judge makes of them, where there is one."""
+"""Rewards of samples: the gold reward where the task has one, and the judge's scores where there is a judge."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_lab.results.estimates import Estimate, mean
+from dpo_lab.stats.estimates import Estimate, mean
 
 if TYPE_CHECKING:
-    from dpo_lab.evals.subject import Subject
+    from dpo_lab.evals.context import EvalContext
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Reward:
     gold_gain, judge_gain: their difference in standard deviations of the initial policy's samples, prompt by prompt.
     """
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
+    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
         for name, (trained, initial) in subject.rewards.items():
             subject.examples.keep("prompt", subject.prompt_keys, **{name: trained, f"initial_{name}": initial})
             yield name, mean(trained)

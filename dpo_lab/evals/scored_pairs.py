@@ -1,4 +1,4 @@
-"""What both policies say of pairs, column by column: what the evaluators of pairs compute on, without a model or a tensor."""
+"""Log-probabilities of pairs under both policies, as columns: what the evaluators of pairs compute from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from dpo_lab.core.losses import Loss
-from dpo_lab.core.metrics import settle
+from dpo_lab.core.metrics import zero_out_rounding
 from dpo_lab.core.pairs import EncodedPair, PairLogps
 
 
@@ -42,7 +42,7 @@ class ScoredPairs:
     def margins(self) -> np.ndarray:
         """Log-ratio margins towards chosen; 0 where rounding alone could explain them."""
         ratios = self.trained - self.initial
-        return settle(ratios.margin, self.trained, self.initial).double().numpy()
+        return zero_out_rounding(ratios.margin, self.trained, self.initial).double().numpy()
 
     @cached_property
     def change(self) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +53,7 @@ class ScoredPairs:
     def rewards(self, loss: Loss) -> np.ndarray:
         """Return margins of the implicit reward: beta times the log-ratios to its own reference that `loss` compares."""
         reference = self.initial if self.reference is None else self.reference
-        summed = settle((self.trained - reference).margin, self.trained, reference)
+        summed = zero_out_rounding((self.trained - reference).margin, self.trained, reference)
         margins = loss.log_ratios(self.trained, reference).margin.double()
         return (loss.beta * margins).masked_fill(summed == 0, 0.0).numpy()
 

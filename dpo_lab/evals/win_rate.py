@@ -1,4 +1,4 @@
-"""Win rate: how often a judge prefers the trained policy's response to the initial policy's response to the same prompt."""
+"""Win rate: how often a judge prefers the trained policy's response to the initial policy's for the same prompt."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_lab.results.estimates import Estimate, share, share_at_zero
+from dpo_lab.stats.estimates import Estimate, share, share_at_zero
 
 if TYPE_CHECKING:
-    from dpo_lab.evals.subject import Subject
+    from dpo_lab.evals.context import EvalContext
 
 PairwiseJudge = Callable[[str, str, str], float]  # (prompt, first, second): 1 first is better, 0 second is, 1/2 a tie
 
@@ -26,7 +26,7 @@ class WinRate:
     determine it.
     """
 
-    def run(self, subject: Subject) -> Iterator[tuple[str, Estimate]]:
+    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
         wins = {
             "win" if name == "gold" else f"{name}_win": (np.sign(trained - initial) + 1) / 2
             for name, (trained, initial) in subject.rewards.items()

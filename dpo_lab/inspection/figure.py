@@ -1,4 +1,4 @@
-"""The figure of an inspection: lengths of chosen against rejected, their difference, prompts, and what became of the rows."""
+"""The figure of an inspection: lengths of chosen and rejected responses, prompts, and what became of the rows."""
 
 from __future__ import annotations
 

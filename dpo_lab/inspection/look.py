@@ -1,4 +1,4 @@
-"""A look at a run's pairs without the run: their quality, advice, where contradictions stand, a few pairs token by token."""
+"""Inspect a run's pairs without the run: their quality, warnings, contradictions, a few pairs token by token."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from dpo_lab.config import InspectConfig
-from dpo_lab.data.advice import advice
+from dpo_lab.config.schema import InspectConfig
 from dpo_lab.data.quality import Quality, quality_of
-from dpo_lab.data.shown import ShownPair, shown, visible
 from dpo_lab.data.sources import Contradictions, Splits
-from dpo_lab.data.store import Store
-from dpo_lab.data.tokenize import Encoder
+from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.data.tokenized_cache import TokenizedPairs
+from dpo_lab.data.warnings import data_warnings
+from dpo_lab.inspection.token_view import PairView, view_pair, visible
 from dpo_lab.models.policy import Pretrained
-from dpo_lab.prepare import Forward, encoder_of, load_pairs, policies, tokenizer_of, with_noise
-from dpo_lab.training.process import set_up_process
+from dpo_lab.pipelines.inputs import Forward, encoder_of, load_pairs, policies, tokenizer_of, with_noise
+from dpo_lab.training.torch_setup import setup_torch
 
 SAID = 5  # contradictions whose places are shown
 
 
 @dataclass(frozen=True)
-class Look:
+class Inspection:
     """What there is to see. source, tokenizer: what was looked at; contrary: places of pairs that contradict each other."""
 
     source: str
@@ -33,17 +33,17 @@ class Look:
     quality: Quality
     advice: list[str]
     contrary: list[tuple[str, str]]
-    pairs: list[ShownPair]
+    pairs: list[PairView]
 
 
-def look(config: InspectConfig, cache: Path) -> Look:
+def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
     """Read, split and tokenise the pairs as training would, but go on where they contradict each other.
 
     Weights are loaded only where the pairs are the policy's own samples or the noise looks at its log-probabilities, which
     are computed on the CPU here. Raises ConfigError, BadData and NoTemplate as training would.
     """
     disable_progress_bar()
-    set_up_process(config.threads, on_cpu=True)
+    setup_torch(config.threads, on_cpu=True)
     if config.data.contradictions is Contradictions.error:
         config = replace(config, data=replace(config.data, contradictions=Contradictions.keep))
     if config.data.is_world:
@@ -60,28 +60,28 @@ def look(config: InspectConfig, cache: Path) -> Look:
         splits, source = config.data.choose(store), ", ".join(store.names)
     splits = with_noise(config, policy, splits, cache, Forward(torch.device("cpu"), nullcontext))
     quality = quality_of(splits.train, splits.held_out, splits.counts, encoder)
-    return Look(
+    return Inspection(
         source=visible(source, blanks=False),
         tokenizer=visible(config.policy.path if isinstance(config.policy, Pretrained) else "embedded", blanks=False),
         quality=quality,
-        advice=advice(quality),
+        advice=data_warnings(quality),
         contrary=_contrary(store) if store else [],
         pairs=_pairs(config.show, splits, encoder, store),
     )
 
 
-def _contrary(store: Store) -> list[tuple[str, str]]:
+def _contrary(store: TokenizedPairs) -> list[tuple[str, str]]:
     """The places of the first contradictions, each named once."""
     first = [i for i in np.flatnonzero(store.opposite >= 0).tolist() if i < store.opposite[i]][:SAID]
     places = [(store.where(i), store.where(int(store.opposite[i]))) for i in first]
     return [(visible(a, blanks=False), visible(b, blanks=False)) for a, b in places]
 
 
-def _pairs(count: int, splits: Splits, encoder: Encoder, store: Store | None) -> list[ShownPair]:
+def _pairs(count: int, splits: Splits, encoder: PairTokenizer, store: TokenizedPairs | None) -> list[PairView]:
     """So many training pairs, from the first to the last at equal steps."""
     train = splits.train
     rows = np.unique(np.linspace(0, len(train) - 1, min(count, len(train))).round().astype(int)).tolist()
     if store is None:
-        return [shown(train, i, encoder, f"training pair {i + 1:,}") for i in rows]
+        return [view_pair(train, i, encoder, f"training pair {i + 1:,}") for i in rows]
     places = [int(np.flatnonzero(store.table.keys == train.keys[i])[0]) for i in rows]
-    return [shown(train, i, encoder, store.where(at)) for i, at in zip(rows, places, strict=True)]
+    return [view_pair(train, i, encoder, store.where(at)) for i, at in zip(rows, places, strict=True)]

@@ -1,15 +1,15 @@
-"""The page of an inspection: one HTML file that loads nothing, runs nothing and prints well; all text in it is escaped."""
+"""The HTML page of an inspection: one offline file; all text in it is escaped."""
 
 from __future__ import annotations
 
 from html import escape
 
-from dpo_lab.data.shown import CUT, LEGEND, Part, ShownPair
 from dpo_lab.inspection.figure import MADE_BY, svg
-from dpo_lab.inspection.look import Look
+from dpo_lab.inspection.look import Inspection
 from dpo_lab.inspection.tables import Table, tables
 from dpo_lab.inspection.terminal import MARKS
-from dpo_lab.results.webpage import document
+from dpo_lab.inspection.token_view import CUT, LEGEND, PairView, Part
+from dpo_lab.reporting.html_page import document
 
 STYLE = """
 .bars { width: 10rem; height: 1.6rem; fill: currentColor; display: block; }
@@ -25,7 +25,7 @@ STYLE = """
 """
 
 
-def page(look: Look) -> str:
+def page(look: Inspection) -> str:
     """The whole page."""
     title = f"Preference pairs of {look.source}"
     lines = [
@@ -39,7 +39,7 @@ def page(look: Look) -> str:
     return document(f"Pairs of {look.source}", MADE_BY, "\n".join(lines), STYLE)
 
 
-def _advice(look: Look) -> list[str]:
+def _advice(look: Inspection) -> list[str]:
     lines = look.advice or ["Nothing here that an expert would stop at."]
     boxes = [f'<p class="look">{escape(line)}</p>' for line in lines]
     return [*boxes, *(f"<p>{escape(f'Contradiction: {a} and {b}')}</p>" for a, b in look.contrary)]
@@ -67,14 +67,14 @@ def _bars(histogram: list[int]) -> str:
     return f'<td><svg class="bars" role="img" aria-label="{label}" {box}>{bars}</svg></td>'
 
 
-def _pairs(look: Look) -> list[str]:
+def _pairs(look: Inspection) -> list[str]:
     if not look.pairs:
         return []
     legend = f"Each box is a token: {LEGEND}. Underlined (+): scored as chosen; dashed (-): scored as rejected; grey (.): not."
     return [f"<h2>Pairs, token by token</h2><p>{escape(legend)}</p>", *(_pair(pair) for pair in look.pairs)]
 
 
-def _pair(pair: ShownPair) -> str:
+def _pair(pair: PairView) -> str:
     flipped = ", sides swapped by label noise" if pair.flipped else ""
     head = f"<h3>{escape(pair.place)} <span class='dim'>{escape(pair.key)}{flipped}</span></h3>"
     return f"<section>{head}{''.join(_part(part) for part in pair.parts)}</section>"

@@ -1,15 +1,15 @@
-"""Reports of an inspection as files: a page or a figure, written whole or not at all, over nothing but earlier ones."""
+"""Write an inspection to a file, a page or a figure, never over a file that is not an earlier report."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from dpo_lab.config import ConfigError
+from dpo_lab.config.schema import ConfigError
 from dpo_lab.inspection.figure import MADE_BY, png
-from dpo_lab.inspection.look import Look
+from dpo_lab.inspection.look import Inspection
 from dpo_lab.inspection.page import page
-from dpo_lab.results.webpage import may_be_written
+from dpo_lab.reporting.html_page import may_be_written
 
 
 def target(path: str | None) -> Path | None:
@@ -25,7 +25,7 @@ def target(path: str | None) -> Path | None:
     raise ConfigError(f"page={path}: a file that is no report of {MADE_BY} lies there; type another page=")
 
 
-def write(look: Look, file: Path) -> None:
+def write(look: Inspection, file: Path) -> None:
     """Write the report that the file's suffix asks for; the same bytes for the same look."""
     content = page(look).encode() if file.suffix == ".html" else png(look.quality, look.source)
     beside = file.with_name(f".{file.name}.{os.getpid()}")

@@ -1,12 +1,12 @@
-"""The tables of an inspection as plain cells, alike for the terminal and the page."""
+"""The tables of an inspection as plain cells, for the terminal and the page."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from dpo_lab.data.quality import PARTS, Margins, Quality, Side
-from dpo_lab.inspection.look import Look
-from dpo_lab.results.estimates import Estimate
+from dpo_lab.inspection.look import Inspection
+from dpo_lab.stats.estimates import Estimate
 
 USUAL = (
     "bad row",
@@ -27,7 +27,7 @@ class Table:
     bars: list[list[int]] | None = None
 
 
-def tables(look: Look) -> list[Table]:
+def tables(look: Inspection) -> list[Table]:
     quality = look.quality
     given = [_counts(quality), _findings(quality), _lengths(quality)]
     return [*given, *([_noise(quality)] if quality.noise.total else [])]

@@ -1,4 +1,4 @@
-"""An inspection on the terminal: tables, advice, and pairs token by token, told apart by colour and by mark."""
+"""Print an inspection to the terminal: tables, warnings, and pairs token by token."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from dpo_lab.data.shown import CUT, LEGEND, Part, ShownPair
-from dpo_lab.inspection.look import Look
+from dpo_lab.inspection.look import Inspection
 from dpo_lab.inspection.tables import Table, tables
+from dpo_lab.inspection.token_view import CUT, LEGEND, PairView, Part
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 MARKS = {"prompt": ".", "chosen": "+", "rejected": "-"}
@@ -21,7 +21,7 @@ SPECIAL = " bold reverse"
 MARGIN = 4
 
 
-def show(console: Console, look: Look) -> None:
+def show(console: Console, look: Inspection) -> None:
     """Print everything. All text of the data's own goes as Text, so that no markup in it is obeyed."""
     _say(console, f"{look.source}, tokens of {look.tokenizer}")
     for table in tables(look):
@@ -59,7 +59,7 @@ def _table(table: Table) -> RichTable:
     return made
 
 
-def _pair(console: Console, pair: ShownPair) -> None:
+def _pair(console: Console, pair: PairView) -> None:
     flipped = ", sides swapped by label noise" if pair.flipped else ""
     _say(console, f"\n{pair.place}  {pair.key}{flipped}", "bold")
     for part in pair.parts:

@@ -1,4 +1,4 @@
-"""Low-rank adapters of peft: put on a model, or read from a folder, with the tokens that were added for them."""
+"""Low-rank adapters (peft): add new ones to a model, or load trained ones with the tokens added for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared-prompt attention: in a flat stream every response of an item attends to the item's prompt, which stands there once."""
+"""Shared-prompt attention: in a packed stream every response attends to its item's prompt, which is stored once."""
 
 from __future__ import annotations
 

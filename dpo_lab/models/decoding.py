@@ -1,4 +1,4 @@
-"""Logits of the next token of growing rows: with a KV cache where it gives the right ones, else by a full forward a step."""
+"""Next-token logits of growing rows: with a KV cache where it is right, else by a full forward per step."""
 
 from __future__ import annotations
 

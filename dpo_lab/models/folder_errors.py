@@ -1,4 +1,4 @@
-"""Why a model can't be read from where its settings point, and which key to type: found by looking at the folder."""
+"""Explain why a model cannot be loaded and which key to type, by looking at its folder."""
 
 from __future__ import annotations
 

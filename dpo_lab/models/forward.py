@@ -1,4 +1,4 @@
-"""The forward pass: what a model says of responses, by the shared-prompt path where it is proven, else by padded rows."""
+"""The forward pass: log-probabilities of responses, on the shared-prompt path where it is proven, else on padded rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.core.head import fused_loss, token_logps
+from dpo_lab.core.fused_lm_head import fused_loss, token_logps
 from dpo_lab.core.logps import StreamRows, pad_rows, sequence_logps, stream_rows, sum_responses
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Proven by tests/test_shared_prompt.py against the padded path; the class itself, no subclass of it.
+# Proven by tests/models/test_shared_prompt.py against the padded path; the class itself, no subclass of it.
 PROVEN = {
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
@@ -34,22 +34,22 @@ PROVEN = {
 ROPES = {"default", "linear", "llama3", "yarn"}  # angles depend on a token's position alone
 
 
-def choose_path(model: PreTrainedModel) -> None:
+def select_forward(model: PreTrainedModel) -> None:
     """Let the model take the shared-prompt path if it can; one line in the log says which path and why."""
     kind = type(causal_lm(model)).__name__
-    if reason := why_padded(model):
+    if reason := why_not_shared(model):
         log.info("forward: padded rows for %s, because %s", kind, reason)
     else:
         causal_lm(model).set_attn_implementation(SHARED_PROMPT)
         log.info("forward: shared prompts for %s, without padding", kind)
 
 
-def path_of(model: PreTrainedModel) -> str:
+def forward_name(model: PreTrainedModel) -> str:
     """The path that the model takes, a part of what its numbers depend on."""
     return "shared prompt" if _shares_prompts(model) else "padded"
 
 
-def why_padded(model: PreTrainedModel) -> str | None:
+def why_not_shared(model: PreTrainedModel) -> str | None:
     """Why the model can't share prompts, read from its class, modules and config; None where it can."""
     bare = causal_lm(model)
     config, kind = bare.config, type(bare)
@@ -86,7 +86,7 @@ def pad_id_of(model: PreTrainedModel) -> int:
     return pad_id if 0 <= pad_id < rows else 0
 
 
-def without_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     """Evaluation mode, in which gradient checkpointing, if it was switched on, still works."""
     model.eval()
     for layer in model.modules():
@@ -145,8 +145,8 @@ def _shares_prompts(model: PreTrainedModel) -> bool:
 
 def _response_rows(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, StreamRows]:
     """Hidden states [R, H] of the rows that predict response tokens, the LM head [V, H], and which rows they are."""
-    if reason := why_padded(model):
-        raise RuntimeError(f"the model was changed after it chose its path: {reason}; call choose_path(model) last")
+    if reason := why_not_shared(model):
+        raise RuntimeError(f"the model was changed after it chose its path: {reason}; call select_forward(model) last")
     bare = causal_lm(model)
     stream = stream_rows(tokens, lengths)
     output = bare.base_model(

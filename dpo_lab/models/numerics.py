@@ -1,4 +1,4 @@
-"""What a model's numbers depend on beside its weights and its input: the device, the dtypes and the attention kernel."""
+"""What a model's outputs depend on besides weights and input: device, dtypes, attention kernel."""
 
 from __future__ import annotations
 

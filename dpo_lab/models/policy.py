@@ -1,4 +1,4 @@
-"""A policy: a causal language model with its tokenizer, made, saved and loaded."""
+"""A policy: a causal language model with its tokenizer; its config classes, and how it is saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Start(str, Enum):
+class Init(str, Enum):
     """Where a policy starts from."""
 
     sft = "sft"  # supervised fine-tuning on the world's reviews
@@ -56,7 +56,7 @@ class TinyPolicy(PolicyConfig):
     intermediate_size: int = 384
     vocab_size: int = 1024
     context: int = 1024
-    start: Start = Start.sft
+    start: Init = Init.sft
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
@@ -191,7 +191,7 @@ class Pretrained(PolicyConfig):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer alone, with the chat template asked for. Raises PolicyError where it can't be had."""
-        from dpo_lab.models.pretrained import read_tokenizer
+        from dpo_lab.models.load import read_tokenizer
 
         return read_tokenizer(self)
 
@@ -201,11 +201,11 @@ class Pretrained(PolicyConfig):
         seed: of what is drawn anew; cache: a folder to keep in how the model behaves, which is looked at once, unless it is
         known to be as it should. Raises PolicyError where they can't be had or can't be trained.
         """
-        from dpo_lab.models.forward import choose_path
-        from dpo_lab.models.pretrained import check_behaviour, read_policy
+        from dpo_lab.models.forward import select_forward
+        from dpo_lab.models.load import check_behaviour, read_policy
 
         policy = read_policy(self, seed)
-        choose_path(policy.model)
+        select_forward(policy.model)
         if not known:
             check_behaviour(policy, self, cache)
         return policy
@@ -224,7 +224,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def to_train(model: PreTrainedModel) -> PreTrainedModel:
+def trainable_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy whose training leaves `model` as it is. What is frozen is shared: under LoRA the base stands in memory once."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 

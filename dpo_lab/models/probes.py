@@ -1,4 +1,4 @@
-"""Forwards of a loaded model on made-up tokens: is it causal, does padding change it, does its cache give the right logits."""
+"""Probe a loaded model on made-up tokens: whether it is causal, whether padding changes it, whether its cache is right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpo_lab.models.decoding import CachedRows
 from dpo_lab.models.forward import causal_lm, pad_id_of
-from dpo_lab.results.cache import once
+from dpo_lab.runs.cache import cached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ def behaviour_of(model: PreTrainedModel, cache: Path | None = None) -> Behaviour
     def make(path: Path) -> None:
         path.write_text(json.dumps(asdict(_probe(model))))
 
-    return Behaviour(**json.loads(once(cache / f"behaviour-{_fingerprint(model)}.json", make).read_text()))
+    return Behaviour(**json.loads(cached(cache / f"behaviour-{_fingerprint(model)}.json", make).read_text()))
 
 
 def positions_of(model: PreTrainedModel) -> int | None:

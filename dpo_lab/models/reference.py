@@ -1,4 +1,4 @@
-"""The reference, an axis of its own: what the policy's log-probabilities are compared with while it trains.
+"""References: what the policy's log-probabilities are compared with while it trains.
 
 Each kind is a dataclass that `prepare`s a `ReferenceLogps`: a batch of pairs in, their reference log-probabilities out.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
-from dpo_lab.models.policy import to_train
+from dpo_lab.models.policy import trainable_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ class Frozen(Reference):
     """
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
-        return FrozenModel(to_train(initial))
+        return FrozenModel(trainable_copy(initial))
 
 
 @dataclass
@@ -74,7 +74,7 @@ class AdapterOff(Reference):
         return WithoutAdapters(initial)
 
 
-class Over(str, Enum):
+class UniformOver(str, Enum):
     """What a uniform reference is uniform over."""
 
     sequences = "sequences"
@@ -89,11 +89,11 @@ class Uniform(Reference):
     over=tokens: -|y| ln V, every token as likely as any other; does not cancel where lengths differ.
     """
 
-    over: Over = Over.sequences
+    over: UniformOver = UniformOver.sequences
     starts_at_policy: ClassVar[bool] = False
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
-        return UniformLogps(0.0 if self.over is Over.sequences else math.log(initial.config.vocab_size))
+        return UniformLogps(0.0 if self.over is UniformOver.sequences else math.log(initial.config.vocab_size))
 
 
 @dataclass
@@ -138,7 +138,7 @@ class WithoutAdapters:
             return pair_logps(self.model, batch)
 
 
-def model_behind(reference: ReferenceLogps) -> PreTrainedModel | None:
+def reference_model(reference: ReferenceLogps) -> PreTrainedModel | None:
     """The model that a reference runs in every step, which may share weights with the policy; None where it runs none."""
     return getattr(reference, "model", None)
 

@@ -1,4 +1,6 @@
-"""The reference cache: one safetensors file per (weights, numeric path, rows), made once and verified whenever it is read."""
+"""The cache of reference log-probabilities: one safetensors file per (weights, numerics, pairs), verified on every
+read.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, cut
-from dpo_lab.core.table import PairTable
+from dpo_lab.core.pair_table import PairTable
+from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, chunk_by_size
 from dpo_lab.data.collate import collate
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.numerics import numerics_of
 from dpo_lab.models.policy import weights_digest
-from dpo_lab.results.cache import once
-from dpo_lab.results.progress import track
+from dpo_lab.runs.cache import cached
+from dpo_lab.terminal.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +72,7 @@ def cached_logps(
         rows = _compute(initial, table, context, tokens)
         save_file({"logps": rows}, path)
 
-    rows = load_file(once(path, make))["logps"].clone()  # not a map of the file, which may change
+    rows = load_file(cached(path, make))["logps"].clone()  # not a map of the file, which may change
     order = np.argsort(table.keys, kind="stable")
     return CachedLogps(rows, table.keys[order], order, path)
 
@@ -94,7 +96,7 @@ def _compute(
     model.eval()
     device = next(model.parameters()).device
     with track("Reference log-probs", len(order)) as advance:
-        for part in cut(pairs.sizes[order].tolist(), tokens):
+        for part in chunk_by_size(pairs.sizes[order].tolist(), tokens):
             chosen = order[part]
             with context():
                 logps = pair_logps(model, collate([pairs[int(i)] for i in chosen]).to(device))

@@ -1,4 +1,4 @@
-"""Samples from a model: batched, each prompt with random numbers of its own."""
+"""Sample responses from a model: batched, with random numbers of its own for each prompt."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import Tokens
-from dpo_lab.core.ranks import across, alone, rank_and_world_size
-from dpo_lab.data.tokenize import Encoder
+from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.distributed.collectives import map_across_ranks, map_local, rank_and_world_size
 from dpo_lab.models.decoding import rows_of
-from dpo_lab.results.progress import track
+from dpo_lab.terminal.progress import track
 
 
-def respond(
+def generate_responses(
     model: PreTrainedModel,
-    encoder: Encoder,
+    encoder: PairTokenizer,
     prompts: Sequence[Tokens],
     *,
     max_new_tokens: int,
@@ -92,7 +92,7 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        sampled = (across if by_ranks else alone)(batches, work, respond_to)
+        sampled = (map_across_ranks if by_ranks else map_local)(batches, work, respond_to)
     finally:
         model.train(was_training)
     if left:
@@ -123,7 +123,7 @@ def _sample_batch(
             rows.keep(going)
             alive, drawn, finished = alive[going], drawn[going], finished[going]
         rows.append(drawn)
-    return [_cut(row, end_ids) for row in tokens.tolist()]
+    return [_until_end(row, end_ids) for row in tokens.tolist()]
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -133,6 +133,6 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def _cut(row: list[int], end_ids: Sequence[int]) -> Sample:
+def _until_end(row: list[int], end_ids: Sequence[int]) -> Sample:
     end = next((place for place, token in enumerate(row) if token in end_ids), None)
     return Sample(tuple(row), stopped=False) if end is None else Sample(tuple(row[: end + 1]), stopped=True)

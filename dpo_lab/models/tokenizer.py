@@ -1,4 +1,4 @@
-"""The embedded world's tokenizer: a byte-level BPE, trained on the world's own reviews."""
+"""The tokenizer of the synthetic review task: a byte-level BPE, trained on its reviews."""
 
 from __future__ import annotations
 

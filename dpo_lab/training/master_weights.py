@@ -1,4 +1,4 @@
-"""AdamW for weights kept in 16 bits: it updates a float32 copy of each, and says how many of them have changed."""
+"""AdamW with float32 master copies of weights kept in 16 bits, and the share of weights that changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What memory a run takes: the weights that its training holds, and the most that was in use, of the process or of its GPU."""
+"""Measure memory: the weights held in training, and the peak in use, of the process or of its GPU."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_lab.core.ranks import most
-from dpo_lab.training.process import give_back_memory
+from dpo_lab.distributed.collectives import all_reduce_max
+from dpo_lab.training.torch_setup import release_free_memory
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 _earlier: dict[str, int] = {}  # by kind of device: the highest peak before the peak was last set back, bytes
 
 
-class Memory:
+class MemoryTracker:
     """The memory of one training, from before its policy is made until its last step. All ranks have to use it together.
 
     What stood in memory when it was made is not the training's: what SFT and the sampling of pairs left in the same process is
@@ -43,7 +43,7 @@ class Memory:
         the optimizer's state and activations too; it is None where the system does not let a peak count anew.
         """
         growth = _peak(self.device) - self.before if self.before is not None else -1
-        largest = most(growth)
+        largest = all_reduce_max(growth)
         return {
             "weights": round(self.weight_bytes / self.policy_bytes, 4),
             "peak_growth": round(largest / self.policy_bytes, 2) if largest >= 0 else None,
@@ -59,7 +59,7 @@ def bytes_of_weights(models: Iterable[nn.Module]) -> int:
 
 def peak_memory(device: torch.device) -> int:
     """The most memory, bytes, that any rank has used so far: on its GPU, without one of the process. All have to call it."""
-    return most(max(_peak(device), _earlier.get(device.type, 0)))
+    return all_reduce_max(max(_peak(device), _earlier.get(device.type, 0)))
 
 
 def resident_peak() -> int:
@@ -80,7 +80,7 @@ def restart_peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    give_back_memory()
+    release_free_memory()
     try:
         CLEAR.write_text("5")  # of proc(5): VmHWM becomes VmRSS
     except OSError:

@@ -1,4 +1,4 @@
-"""The optimiser and its schedule: AdamW, linear warm-up, then cosine or linear decay to zero."""
+"""The optimizer and its schedule: AdamW, linear warm-up, then cosine or linear decay to zero."""
 
 from __future__ import annotations
 

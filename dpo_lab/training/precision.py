@@ -1,4 +1,4 @@
-"""Which of Lightning's precisions a run may compute in, and how slow bfloat16 is on a CPU that has no products of it.
+"""Which of Lightning's precisions a run may compute in, and how slow bfloat16 is on a CPU without products of it.
 
 Nothing here imports torch before it computes.
 """
@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dpo_lab.config.allowed_targets import FSDP2, target_of
 from dpo_lab.models.policy import Dtype, PolicyConfig
-from dpo_lab.targets import SHARDED, target_of
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def check_precision(trainer: Mapping[str, Any]) -> None:
         raise ValueError(
             "trainer.precision=16-mixed: Lightning computes in bf16 instead on a CPU; type trainer.precision=bf16-mixed"
         )
-    if asked == "16-mixed" and target_of(trainer.get("strategy")) == SHARDED:
+    if asked == "16-mixed" and target_of(trainer.get("strategy")) == FSDP2:
         raise ValueError(
             "trainer.precision=16-mixed: gradients that are cut over the ranks are not scaled;"
             " type trainer.precision=bf16-mixed, or trainer=ddp"

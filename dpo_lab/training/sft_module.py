@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as a LightningModule: the chosen responses of a batch, their negative log-likelihood, log."""
+"""The LightningModule of supervised fine-tuning: the negative log-likelihood of the chosen responses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from dpo_lab.core.metrics import FixedDtypeMetric
 from dpo_lab.core.pairs import PairBatch
 from dpo_lab.models.forward import response_logps, response_nll
+from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.optim import Optim
-from dpo_lab.training.step import StepModule
 
 
-class SFTModule(StepModule):
+class SFTModule(BaseModule):
     """Trains `model` to say chosen responses: by the mean over all response tokens of a step, all ranks' together.
 
     A long response weighs as much as its tokens. Batches are of pairs whose rejected side is empty, see PairTable.chosen_alone.

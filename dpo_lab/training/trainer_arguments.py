@@ -1,4 +1,4 @@
-"""Arguments of Lightning's Trainer that a config can't set, with what to type instead."""
+"""Arguments of Lightning's Trainer that a config cannot set, with what to type instead."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ from dpo_lab.data.chat import BadChat
 from dpo_lab.data.collate import collate
 from dpo_lab.data.rows import BadData
 from dpo_lab.data.sources import Contradictions, Data, OnBadRow, Splits
-from dpo_lab.data.tokenize import Encoder
+from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.models.policy import Policy, PolicyError, load_policy
 from dpo_lab.models.reference import Cached
 from tests.conftest import OWN_MODEL, make_pairs
-from tests.ranks import become_rank, run_in_ranks
-from tests.templates import ids_of, tokenizer_of
-from tests.warm import door
+from tests.support.ranks import become_rank, run_in_ranks
+from tests.support.templates import ids_of, tokenizer_of
+from tests.support.warm import door
 
 ROWS = [{"prompt": f"p{i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(60)]
 
@@ -36,7 +36,7 @@ def written(path: Path, *lines: dict | bytes) -> Path:
 
 def load(path: Path, **settings) -> Splits:
     data = Data(**({"path": str(path), "workers": 1, "max_length": 64, "max_prompt_length": 32} | settings))
-    encoder = Encoder(tokenizer_of("plain"), data.max_length, data.max_prompt_length)
+    encoder = PairTokenizer(tokenizer_of("plain"), data.max_length, data.max_prompt_length)
     return data.choose(data.store(encoder, path.parent / "cache"))
 
 
@@ -146,7 +146,7 @@ def test_23_no_end_token_is_refused_and_no_pad_token_is_set_with_the_end_still_l
     Policy(model, tokenizer).save(tmp_path / "padless")
     loaded = load_policy(tmp_path / "padless").tokenizer
     assert loaded.pad_token_id == loaded.eos_token_id
-    (pair,) = Encoder(loaded, 64, 32).pairs([Pair("a", "b", "c")], Counter())
+    (pair,) = PairTokenizer(loaded, 64, 32).pairs([Pair("a", "b", "c")], Counter())
     assert list(pair.chosen) == ids_of("plain", "b<|end|>")
 
 
@@ -228,7 +228,7 @@ def test_28_a_tokenizer_of_another_model_is_refused_before_step_0(policy, tmp_pa
 
 def test_29_prompt_and_response_are_joined_as_tokens(policy):
     tokenizer = policy.tokenizer
-    (pair,) = Encoder(tokenizer, 64, 32).pairs([Pair("The plot ", "was good.", "x")], Counter())
+    (pair,) = PairTokenizer(tokenizer, 64, 32).pairs([Pair("The plot ", "was good.", "x")], Counter())
     apart = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("The plot ", "was good.")]
     assert [*pair.prompt[1:], *pair.chosen[:-1]] == [token for part in apart for token in part]
     assert tokenizer("The plot was good.", add_special_tokens=False)["input_ids"] != [t for part in apart for t in part]
@@ -281,18 +281,18 @@ def figures(held_out, devices: int) -> dict[str, float]:
     """What validation says of these pairs."""
     from lightning.pytorch import Trainer
 
-    from dpo_lab.data.module import PreferenceDataModule
-    from dpo_lab.models.forward import choose_path
+    from dpo_lab.data.datamodule import PreferenceDataModule
+    from dpo_lab.models.forward import select_forward
     from dpo_lab.models.policy import TinyPolicy
     from dpo_lab.models.reference import Uniform
     from dpo_lab.models.tokenizer import train_tokenizer
-    from dpo_lab.training.module import DPOModule
+    from dpo_lab.training.dpo_module import DPOModule
     from dpo_lab.training.optim import Optim
 
     model = TinyPolicy(hidden_size=32, layers=1, heads=4, intermediate_size=32).build(
         train_tokenizer(["the plot was good and its music too"], 300), seed=0
     )
-    choose_path(model)
+    select_forward(model)
     reference = Uniform().prepare(model, held_out, Path("unused"))
     module = DPOModule(model, DPO(0.5), reference, Optim(), total_steps=1, batch_size=8, tokens_per_microbatch=64)
     data = PreferenceDataModule(held_out, held_out, batch_size=8, num_workers=0, seed=0)
@@ -325,4 +325,6 @@ def test_a_chat_under_a_tokenizer_that_can_not_take_it_is_a_bad_row_too():
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     answer = [{"role": "assistant", "content": "a"}]
     with pytest.raises(BadChat):
-        Encoder(tokenizer_of("gemma"), 64, 32).pairs([Pair(turns, answer, [{**answer[0], "content": "b"}])], Counter())
+        PairTokenizer(tokenizer_of("gemma"), 64, 32).pairs(
+            [Pair(turns, answer, [{**answer[0], "content": "b"}])], Counter()
+        )

@@ -12,13 +12,13 @@ import pytest
 
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference import Cached
-from dpo_lab.results import cache, journal
-from dpo_lab.results.journal import JournalError
-from dpo_lab.results.runs import CHECKPOINTS
-from dpo_lab.training.checkpoint import damage, newest
+from dpo_lab.runs import cache, metrics_log
+from dpo_lab.runs.metrics_log import MetricsLogError
+from dpo_lab.runs.run_record import CHECKPOINTS
+from dpo_lab.training.checkpoint_io import damage, newest
 from tests.conftest import make_pairs
-from tests.small_fit import IGNORED
-from tests.test_store import row, store_of, written
+from tests.data.test_tokenized_cache import row, store_of, written
+from tests.support.small_fit import IGNORED
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
@@ -55,7 +55,7 @@ def reference(folder: Path, policy: Policy) -> Path:
 
 
 def initial_policy(folder: Path, policy: Policy) -> Path:
-    return cache.once(folder / "policy-1", policy.save)
+    return cache.cached(folder / "policy-1", policy.save)
 
 
 def pairs(folder: Path, policy: Policy) -> Path:
@@ -64,7 +64,7 @@ def pairs(folder: Path, policy: Policy) -> Path:
 
 
 def responses(folder: Path, policy: Policy) -> Path:
-    return cache.once(folder / "responses-1.json", lambda path: path.write_text(json.dumps(["a", None, "b"])))
+    return cache.cached(folder / "responses-1.json", lambda path: path.write_text(json.dumps(["a", None, "b"])))
 
 
 @pytest.mark.parametrize("made", [reference, initial_policy, pairs, responses])
@@ -74,17 +74,17 @@ def test_30_no_changed_byte_of_a_cache_or_of_its_seal_stays_unseen(made, policy,
     files.append(path.with_name(f".{path.name}.seal"))
     for file in files:
         for at in corrupted(file, file.name, -(-TRIES // len(files))):
-            assert not cache.is_whole(path), f"{file}: byte {at}"
-    assert cache.is_whole(path)
+            assert not cache.is_intact(path), f"{file}: byte {at}"
+    assert cache.is_intact(path)
 
 
 def test_36_no_changed_byte_of_a_journal_stays_unseen(tmp_path):
     """Nor does one pass for a torn last line, which is dropped: a row that is missing only its end of line is damaged."""
-    path = tmp_path / journal.JOURNAL
+    path = tmp_path / metrics_log.METRICS_LOG
     for step in range(6):
-        journal.append(path, step, {"train/loss": 0.1 + step, "train/rewards/margins": -1e-9 * step})
-    rows = list(journal.rows(path))
+        metrics_log.append(path, step, {"train/loss": 0.1 + step, "train/rewards/margins": -1e-9 * step})
+    rows = list(metrics_log.rows(path))
     for at in corrupted(path, "journal"):
-        with pytest.raises(JournalError):
-            raise AssertionError(f"byte {at} changed unseen: {list(journal.rows(path))}")
-    assert list(journal.rows(path)) == rows
+        with pytest.raises(MetricsLogError):
+            raise AssertionError(f"byte {at} changed unseen: {list(metrics_log.rows(path))}")
+    assert list(metrics_log.rows(path)) == rows

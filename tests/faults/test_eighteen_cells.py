@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SMALL, python_m
-from tests.processes import patience
-from tests.sweeping import until
+from tests.support.processes import patience
+from tests.support.sweeping import until
 
 TINY = [s for s in SMALL if not s.startswith(("evals.", "data.validation_pairs"))]
 TINY += "evals.samples=4 evals.texts=2 data.validation_pairs=12 callbacks.checkpoint.every_n_steps=1".split()

@@ -24,11 +24,11 @@ from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.formats import Format, Label, Pick
 from dpo_lab.data.rows import BadData
 from dpo_lab.data.sources import Contradictions, Data, OnBadRow
-from dpo_lab.data.store import Store
-from dpo_lab.data.tokenize import Encoder
-from tests.mutations import COMPRESS, Damaged, damaged_bytes, damaged_folders, damaged_rows, damaged_text
-from tests.templates import FAMILIES, tokenizer_of
-from tests.warm import CONTEXT
+from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.data.tokenized_cache import TokenizedPairs
+from tests.support.mutations import COMPRESS, Damaged, damaged_bytes, damaged_folders, damaged_rows, damaged_text
+from tests.support.templates import FAMILIES, tokenizer_of
+from tests.support.warm import CONTEXT
 
 FILES = int(os.environ.get("FUZZ", 300))  # type FUZZ=10000 before the command
 SECONDS = 10.0  # of CPU for a file
@@ -177,7 +177,7 @@ def _serve(connection: Connection, folder: Path) -> None:
     log, said = logging.getLogger("dpo_lab"), Said()
     log.addHandler(said)
     log.propagate = False
-    encoders = {name: Encoder(tokenizer_of(name), 64, 32) for name in FAMILIES}
+    encoders = {name: PairTokenizer(tokenizer_of(name), 64, 32) for name in FAMILIES}
     first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while True:
         file = connection.recv()
@@ -193,7 +193,7 @@ def _serve(connection: Connection, folder: Path) -> None:
         connection.send((became, told, 1024 * (peak - first)))
 
 
-def _outcome(file: Damaged, encoder: Encoder, folder: Path) -> tuple[str, str]:
+def _outcome(file: Damaged, encoder: PairTokenizer, folder: Path) -> tuple[str, str]:
     shutil.rmtree(folder, ignore_errors=True)
     rows = folder / "rows"
     for name, content in {**file.beside, file.name: file.content}.items():
@@ -221,7 +221,7 @@ def _outcome(file: Damaged, encoder: Encoder, folder: Path) -> tuple[str, str]:
     return "read", ""
 
 
-def _is_sound(store: Store, data: Data, encoder: Encoder, file: Damaged) -> None:
+def _is_sound(store: TokenizedPairs, data: Data, encoder: PairTokenizer, file: Damaged) -> None:
     """Counts add up, and each pair is one that a model can be trained on."""
     table, counts = store.table, store.counts
     dropped = sum(count for what, count in counts.items() if what.startswith("dropped: "))

@@ -19,8 +19,8 @@ from dpo_lab.data.chat import BadChat, Chat
 from dpo_lab.data.formats import Pick, Shape
 from dpo_lab.data.rows import BadData, open_rows
 from dpo_lab.data.text import LONGEST
-from tests.templates import tokenizer_of
-from tests.test_store import LENIENT, store_of
+from tests.data.test_tokenized_cache import LENIENT, store_of
+from tests.support.templates import tokenizer_of
 
 ROW = {"prompt": "p", "chosen": " good", "rejected": " bad"}
 GOOD = json.dumps(ROW).encode()

@@ -22,27 +22,28 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_lab import config, report
+from dpo_lab import report
+from dpo_lab.config import schema
+from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked, only_plugins
 from dpo_lab.data import chat as chat_module
 from dpo_lab.data.chat import BadChat, Chat, NoTemplate
 from dpo_lab.data.rows import BadData
 from dpo_lab.models.policy import PolicyError, Pretrained, load_policy
 from dpo_lab.models.reference import Cached
-from dpo_lab.results import cache, runs
-from dpo_lab.results.report import terminal
-from dpo_lab.results.secrets import redact_yaml
-from dpo_lab.results.study import StudyError
-from dpo_lab.studies.file import read
-from dpo_lab.targets import TargetRefused, made, only_plugins
-from dpo_lab.training.checkpoint import CheckpointError, VerifiedCheckpointIO, newest
-from tests import a_study
+from dpo_lab.reporting import comparison_text
+from dpo_lab.runs import cache, run_record
+from dpo_lab.runs.redact import redact_yaml
+from dpo_lab.studies.spec import StudyError
+from dpo_lab.sweeps.study_file import read
+from dpo_lab.training.checkpoint_io import CheckpointError, VerifiedCheckpointIO, newest
+from tests.config.test_config import composed
 from tests.conftest import OFFLINE, REPOSITORY, make_pairs
+from tests.data.test_tokenized_cache import store_of
 from tests.faults.canaries import CODE, MARK, SHELL, Payload
-from tests.study_runs import HOSTILE, write_study
-from tests.templates import tokenizer_of
-from tests.test_config import composed
-from tests.test_store import store_of
-from tests.warm import door
+from tests.support import a_study
+from tests.support.study_runs import HOSTILE, write_study
+from tests.support.templates import tokenizer_of
+from tests.support.warm import door
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def canary(tmp_path, monkeypatch):
 # --- 39: what a config may make
 
 FIRE = "tests.faults.canaries.fire"
-ALIAS = "dpo_lab.training.saving.os.system"  # the way to a function that a module of ours happens to have loaded
+ALIAS = "dpo_lab.training.callbacks.checkpointing.os.system"  # a function that a module of ours imports
 TARGETS = {
     "the trainer": [f"trainer._target_={FIRE}"],
     "in the trainer": [f"+trainer.x._target_={FIRE}"],
@@ -83,7 +84,7 @@ TARGETS = {
     "by an alias": [f"+callbacks.x={{_target_:{ALIAS},command:'{SHELL}'}}"],
     "by an alias of Lightning's": ["+callbacks.x._target_=lightning.pytorch.trainer.trainer.os.system"],
     "a method": ["+callbacks.x._target_=lightning.pytorch.Trainer.save_checkpoint"],
-    "a class of ours that is not listed": ["+callbacks.x._target_=dpo_lab.training.journal.Journal"],
+    "a class of ours that is not listed": ["+callbacks.x._target_=dpo_lab.training.loggers.jsonl.JSONLLogger"],
     "os.system": [f"+callbacks.x={{_target_:os.system,command:'{SHELL}'}}"],
     "posix.system": [f"+callbacks.x={{_target_:posix.system,command:'{SHELL}'}}"],
     "subprocess": [f"+callbacks.x={{_target_:subprocess.run,args:'{SHELL}',shell:true}}"],
@@ -109,7 +110,7 @@ TARGETS = {
     "what its network loads": ["+hydra.job.env_set.NCCL_NET_PLUGIN=evil.so"],
     "what its GPU loads": ["+hydra.job.env_set.CUDA_INJECTION64_PATH=evil.so"],
 }
-REFUSALS = (TargetRefused, config.ConfigError, HydraException, OmegaConfBaseException)
+REFUSALS = (TargetRefused, schema.ConfigError, HydraException, OmegaConfBaseException)
 
 
 @pytest.mark.parametrize("overrides", TARGETS.values(), ids=TARGETS)
@@ -117,16 +118,16 @@ def test_39_a_config_makes_nothing_that_is_not_on_the_list(overrides, monkeypatc
     monkeypatch.setenv("HOSTILE", FIRE)
     with pytest.raises(REFUSALS) as refused, only_plugins():
         cfg = composed(*overrides)
-        settings = config.validate(cfg)
-        plain = config.as_record(cfg, settings)
+        settings = schema.validate(cfg)
+        plain = schema.as_record(cfg, settings)
         for kind, nodes in (
             (Callback, plain["callbacks"]),
             (Logger, plain["logger"]),
             (Trainer, {"": plain["trainer"]}),
         ):
             for node in nodes.values():
-                made(node, kind)
-    said = config.explain(refused.value) if isinstance(refused.value, config.ConfigErrors) else str(refused.value)
+                instantiate_checked(node, kind)
+    said = schema.explain(refused.value) if isinstance(refused.value, schema.ConfigErrors) else str(refused.value)
     assert "\n" not in said
 
 
@@ -134,9 +135,9 @@ def test_39_a_name_of_the_list_that_leads_elsewhere_makes_nothing(monkeypatch):
     """The object decides: were the name of a logger bound to something else by now, it would not be called."""
     monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger", Payload)
     with pytest.raises(TargetRefused, match=r"CSVLogger: leads to tests.faults.canaries.Payload, which is no Logger"):
-        made({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, Logger)
+        instantiate_checked({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, Logger)
     with pytest.raises(TargetRefused, match="which is no Callback"):  # one of the list, where another kind is wanted
-        made({"_target_": "lightning.pytorch.Trainer"}, Callback)
+        instantiate_checked({"_target_": "lightning.pytorch.Trainer"}, Callback)
 
 
 def test_39_what_stands_in_a_shared_file_is_refused_as_what_is_typed(tmp_path):
@@ -191,7 +192,7 @@ def test_40_a_checkpoint_runs_nothing(write, tmp_path):
 def test_40_a_reference_cache_runs_nothing_though_its_seal_is_right(write, policy, tmp_path):
     path = Cached().prepare(policy.model, make_pairs(6), tmp_path).path
     write(path)
-    cache.seal(path)
+    cache.write_checksum(path)
     with pytest.raises(Exception, match="[Hh]eader"):  # of safetensors: whoever writes seals can break a cache, no more
         Cached().prepare(policy.model, make_pairs(6), tmp_path)
 
@@ -320,7 +321,7 @@ NAMES += ["x" * 400, "a\nb", "con/../..", "a/./../../b"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_42_a_run_s_name_leads_nowhere(name, tmp_path):
-    folder = tmp_path / "outputs" / runs.name_of_folder(name) / runs.slug(name) / "seed=0"
+    folder = tmp_path / "outputs" / run_record.name_of_folder(name) / run_record.slug(name) / "seed=0"
     assert folder.resolve().is_relative_to((tmp_path / "outputs").resolve())
     assert all(len(part) <= 255 and part not in ("", ".", "..") and part.isprintable() for part in folder.parts[1:])
     folder.mkdir(parents=True)
@@ -328,8 +329,8 @@ def test_42_a_run_s_name_leads_nowhere(name, tmp_path):
 
 def test_42_no_two_names_share_a_folder():
     names = {*NAMES, "x", "a/b", "a b", "a_b"} - {"/abs/x", "a//..//..//x"}  # empty parts count for nothing
-    assert len({runs.name_of_folder(name) for name in names}) == len(names)
-    assert runs.name_of_folder("studies/runs/full") == "studies/runs/full"
+    assert len({run_record.name_of_folder(name) for name in names}) == len(names)
+    assert run_record.name_of_folder("studies/runs/full") == "studies/runs/full"
 
 
 def test_42_by_the_command_a_user_types(tmp_path):
@@ -383,7 +384,7 @@ def test_43_a_report_of_hostile_samples_runs_and_loads_nothing(tmp_path, capsys)
 def test_43_no_cell_of_a_csv_is_a_formula():
     arms = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "fine"]
     of = a_study.measured(a_study.study(arms, seeds=2), lambda arm, seed: {"kl": 1.0 + seed})
-    rows = list(csv.reader(terminal.as_csv([of], ["kl"]).splitlines()))
+    rows = list(csv.reader(comparison_text.as_csv([of], ["kl"]).splitlines()))
     assert [row[1] for row in rows[1:]] == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "'\t=1", "fine"]
     assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "@", "\t"))]
 
@@ -400,7 +401,7 @@ def test_44_secrets_are_in_no_file_and_on_no_terminal(tmp_path):
     typed += [f"+logger.tensorboard.note=https://me:{PASSWORD}@example.org/x", f"+trainer.x=of {TOKEN}"]
     secrets = {"SOME_API_KEY": OF_ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
     said = []
-    sweep = door("tests.standin", "--multirun", "beta=0.1,0.2", *typed, cwd=tmp_path, **secrets)
+    sweep = door("tests.support.standin", "--multirun", "beta=0.1,0.2", *typed, cwd=tmp_path, **secrets)
     assert sweep.returncode == 1
     said.append(sweep)
     for wrong in (
@@ -503,7 +504,7 @@ def test_45_tags_of_yaml_make_nothing(tag, tmp_path):
 LISTENS = """
 import os, sys
 from pathlib import Path
-from dpo_lab.launch import run_ranks
+from dpo_lab.distributed.launcher import run_ranks
 code = "from tests.faults.test_hostile import meet; meet()"
 ended = run_ranks([sys.executable, "-c", code], 2, folder=Path("ranks"), cwd=Path.cwd())
 sys.exit(ended.code)
@@ -512,9 +513,9 @@ sys.exit(ended.code)
 
 def meet() -> None:
     """What a rank does: get ready, meet the other, say where this process can be reached from."""
-    from dpo_lab.training.process import set_up_process
+    from dpo_lab.training.torch_setup import setup_torch
 
-    set_up_process(1, on_cpu=True)
+    setup_torch(1, on_cpu=True)
     torch.distributed.init_process_group("gloo")
     sum_of_ones = torch.ones(1)
     torch.distributed.all_reduce(sum_of_ones)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dpo_lab.results import journal
-from dpo_lab.results.files import made_whole
-from dpo_lab.results.runs import CHECKPOINTS
-from dpo_lab.training.checkpoint import CheckpointError, VerifiedCheckpointIO, damage, remove_leftovers
-from tests.kill_points import fork, told
-from tests.small_fit import IGNORED, STEPS, cut, difference, left, run, saved, step_of
+from dpo_lab.runs import metrics_log
+from dpo_lab.runs.atomic_write import atomic_path
+from dpo_lab.runs.run_record import CHECKPOINTS
+from dpo_lab.training.checkpoint_io import CheckpointError, VerifiedCheckpointIO, damage, remove_leftovers
+from tests.support.kill_points import fork, told
+from tests.support.small_fit import IGNORED, STEPS, cut, difference, left, run, saved, step_of
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
@@ -42,7 +42,7 @@ def test_01_killed_at_any_point_of_a_fit_it_goes_on_bit_identically(whole, tmp_p
         def tick(what: str, counted=counted, kill_at=kill_at, folder=folder) -> None:
             if next(counted) == kill_at:
                 if what == "append":
-                    with (folder / journal.JOURNAL).open("ab") as file:
+                    with (folder / metrics_log.METRICS_LOG).open("ab") as file:
                         file.write(b'{"step": 2, "train/lo')
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -56,7 +56,9 @@ def test_01_killed_at_any_point_of_a_fit_it_goes_on_bit_identically(whole, tmp_p
         there = saved(folder)
         assert there[-2:] == committed[-2:]
         assert all(damage(folder / CHECKPOINTS / f"step={step}.ckpt") is None for step in there)
-        journal_now = (folder / journal.JOURNAL).read_bytes() if (folder / journal.JOURNAL).exists() else b""
+        journal_now = (
+            (folder / metrics_log.METRICS_LOG).read_bytes() if (folder / metrics_log.METRICS_LOG).exists() else b""
+        )
         if (state := (*there, journal_now)) not in seen:  # what goes on from the same files goes on the same way
             seen.add(state)
             run(folder)
@@ -122,7 +124,7 @@ def test_03_a_folder_is_there_whole_and_what_was_begun_before_it_is_not(tmp_path
     path = tmp_path / "policy"
 
     def save(text: str, then: Callable[[], object] = lambda: None) -> None:
-        with made_whole(path) as beside:
+        with atomic_path(path) as beside:
             beside.mkdir()
             (beside / text).write_text(text)
             then()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lab import supervisor
-from dpo_lab.launch import Ended, run_ranks
-from tests.ranks import REPOSITORY
-from tests.supervised import RANK, Group, Post, has_ended
+from dpo_lab.distributed import supervisor
+from dpo_lab.distributed.launcher import ExitStatus, run_ranks
+from tests.support.ranks import REPOSITORY
+from tests.support.supervised import RANK, Group, Post, has_ended
 
 
 @pytest.mark.parametrize("asked", ["supervisor", "0", "1", "0 1", "supervisor 0 1"])
@@ -71,13 +71,13 @@ def test_07_ranks_that_are_stuck_are_killed_after_the_grace(tmp_path):
 
 def test_07_a_rank_that_stops_alone_takes_the_stuck_one_with_it(tmp_path, monkeypatch):
     """As one that is asked to stop while the other waits for it at the start."""
-    assert supervisor.AGREE + supervisor.LAST_WORDS < 10
-    monkeypatch.setattr(supervisor, "AGREE", 0.3)
-    monkeypatch.setattr(supervisor, "LAST_WORDS", 0.3)
+    assert supervisor.PEER_EXIT_S + supervisor.TERM_TO_KILL_S < 10
+    monkeypatch.setattr(supervisor, "PEER_EXIT_S", 0.3)
+    monkeypatch.setattr(supervisor, "TERM_TO_KILL_S", 0.3)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     post, stuck = Post("alone"), []
 
-    def begin(self: supervisor.Asked) -> None:
+    def begin(self: supervisor.RepeatableStopRequest) -> None:
         """In the supervisor, before it looks at its ranks for the first time: both are there."""
         for _ in range(2):
             report = post.next("ready")
@@ -87,11 +87,12 @@ def test_07_a_rank_that_stops_alone_takes_the_stuck_one_with_it(tmp_path, monkey
 
     supervise = supervisor.supervise
     monkeypatch.setattr(
-        "dpo_lab.launch.supervise", lambda ranks, asked, grace: (begin(asked), supervise(ranks, asked, grace))
+        "dpo_lab.distributed.launcher.supervise",
+        lambda ranks, asked, grace: (begin(asked), supervise(ranks, asked, grace)),
     )
     command = [sys.executable, "-c", RANK, post.name, "is_stuck", "is_stopped"]
     ended = run_ranks(command, 2, folder=tmp_path, cwd=tmp_path)
-    assert ended == Ended(143, 1, "rank 1 was asked to stop by SIGTERM")
+    assert ended == ExitStatus(143, 1, "rank 1 was asked to stop by SIGTERM")
     assert post.next("asked")["rank"] == 0
     post.socket.close()
     for child in stuck:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_lab.results import runs
-from dpo_lab.results.identity import changed_files, fingerprint
+from dpo_lab.runs import run_record
+from dpo_lab.runs.fingerprint import changed_files, fingerprint
 
 CONFIG = {"beta": 0.1, "data": {"path": "pairs.jsonl"}, "trainer": {"max_steps": 160}, "on_change": "refuse"}
 
@@ -19,7 +19,7 @@ def left(folder: Path) -> dict[Path, bytes]:
 
 def begin(folder: Path, config: dict, files: tuple[Path, ...] = (), ends: bool = True) -> None:
     """A run that reached a checkpoint, and its end, or did not."""
-    with runs.hold(folder, config, [], files) as run:
+    with run_record.acquire_run(folder, config, [], files) as run:
         assert run is not None
         (folder / "checkpoints").mkdir(exist_ok=True)
         (folder / "checkpoints" / "step=80.ckpt").write_bytes(b"weights")
@@ -35,8 +35,8 @@ def test_11_a_changed_config_is_refused_with_the_difference(ends, tmp_path):
         assert not ends
     before = left(tmp_path)
     with (
-        pytest.raises(runs.RunRefused, match=r"beta: was 0.1, now 0.5.*name=another.*on_change=restart"),
-        runs.hold(tmp_path, CONFIG | {"beta": 0.5}, []),
+        pytest.raises(run_record.RunRefused, match=r"beta: was 0.1, now 0.5.*name=another.*on_change=restart"),
+        run_record.acquire_run(tmp_path, CONFIG | {"beta": 0.5}, []),
     ):
         pytest.fail("entered")
     assert left(tmp_path) == before
@@ -51,14 +51,14 @@ def test_11_on_request_the_other_run_is_set_aside_whole(tmp_path):
         path.relative_to(tmp_path / "earlier-1"): content for path, content in left(tmp_path / "earlier-1").items()
     }
     assert aside == {path: content for path, content in before.items() if path.name != "run.log"}
-    record = runs.read_record(tmp_path)
+    record = run_record.read_record(tmp_path)
     assert record is not None
     assert record["config"]["beta"] == 0.5
 
 
 def test_11_more_steps_may_come(tmp_path):
     begin(tmp_path, CONFIG)
-    assert runs.standing(tmp_path, CONFIG | {"trainer": {"max_steps": 161}}) is runs.Standing.unfinished
+    assert run_record.run_status(tmp_path, CONFIG | {"trainer": {"max_steps": 161}}) is run_record.RunStatus.unfinished
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -81,7 +81,10 @@ def test_12_changed_files_are_refused(change, ends, tmp_path):
     else:
         data[1].write_text("[]" if change == "other content" else "[1]")
         os.utime(data[1], ns=(1, 1))
-    with pytest.raises(runs.RunRefused, match=r"[bc].jsonl .*on_change=restart"), runs.hold(folder, CONFIG, [], data):
+    with (
+        pytest.raises(run_record.RunRefused, match=r"[bc].jsonl .*on_change=restart"),
+        run_record.acquire_run(folder, CONFIG, [], data),
+    ):
         pytest.fail("entered")
     assert left(folder) == before
 
@@ -97,6 +100,6 @@ def test_12_a_file_that_was_only_touched_is_the_same(tmp_path):
 def test_15_a_finished_run_is_not_touched(tmp_path):
     begin(tmp_path, CONFIG)
     before = left(tmp_path)
-    with runs.hold(tmp_path, CONFIG, []) as run:
+    with run_record.acquire_run(tmp_path, CONFIG, []) as run:
         assert run is None
     assert left(tmp_path) == before

@@ -17,14 +17,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpo_lab import report
-from dpo_lab.reporting import reported
-from dpo_lab.results import runs
-from dpo_lab.results.estimates import Estimate
-from dpo_lab.results.study import Arm, Direction, Measure
-from tests import a_study, small_fit
-from tests.small_fit import IGNORED
-from tests.test_collection import cell, write_run, write_study
-from tests.test_tensorboard import PLAIN
+from dpo_lab.pipelines.loggers import track_run_status
+from dpo_lab.runs import run_record
+from dpo_lab.stats.estimates import Estimate
+from dpo_lab.studies.spec import Arm, Direction, Measure
+from tests.studies.test_load import cell, write_run, write_study
+from tests.support import a_study, small_fit
+from tests.support.small_fit import IGNORED
+from tests.training.test_tensorboard import PLAIN
 
 BASE = (1.0, 1.25, 1.5)  # gold_gain by seed
 HALFWAY = 987.0  # what a run that did not end had measured by then
@@ -175,11 +175,11 @@ def run_folder(tmp_path_factory) -> Path:
     """A run's, with its record, its journal and what TensorBoard was told of it."""
     folder = tmp_path_factory.mktemp("real") / "outputs" / "sweep" / "beta=0.1" / "seed=3"
     trainer: Any = SimpleNamespace(loggers=[])
-    with runs.hold(folder, PLAIN, ["beta=0.1"]) as run, reported(trainer, PLAIN, folder):
+    with run_record.acquire_run(folder, PLAIN, ["beta=0.1"]) as run, track_run_status(trainer, PLAIN, folder):
         assert run is not None
         small_fit.run(folder, loggers=lambda step: [tensorboard(folder, step)])
         run.update(metrics={"kl": Estimate(0.5, 0.1, 9).as_record()}, steps=small_fit.STEPS)
-    shutil.rmtree(folder / runs.CHECKPOINTS)
+    shutil.rmtree(folder / run_record.CHECKPOINTS)
     return folder
 
 
@@ -239,7 +239,7 @@ def test_38_a_report_is_the_same_whatever_became_of_event_files(run_folder, caps
 @pytest.mark.parametrize("how", ["cut", "flipped", "empty", "gone"])
 def test_38_a_run_whose_event_files_are_damaged_goes_on_and_ends_as_if_they_were_not(how, whole, tmp_path):
     trainer: Any = SimpleNamespace(loggers=[])
-    with pytest.raises(small_fit.Leave), reported(trainer, PLAIN, tmp_path):
+    with pytest.raises(small_fit.Leave), track_run_status(trainer, PLAIN, tmp_path):
         small_fit.run(tmp_path, loggers=lambda step: [tensorboard(tmp_path, step)], callbacks=[small_fit.LeaveAt(5)])
     for path in event_files(tmp_path):
         content = path.read_bytes()
@@ -248,7 +248,7 @@ def test_38_a_run_whose_event_files_are_damaged_goes_on_and_ends_as_if_they_were
         new = damage.get(how, flipped)
         path.unlink() if new is None else path.write_bytes(new)
     earlier = event_files(tmp_path)
-    with reported(trainer, PLAIN, tmp_path):
+    with track_run_status(trainer, PLAIN, tmp_path):
         small_fit.run(tmp_path, loggers=lambda step: [tensorboard(tmp_path, step)])
     assert small_fit.difference(small_fit.left(tmp_path), small_fit.left(whole)) is None
     (added,) = [

@@ -14,16 +14,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpo_lab.results import journal
-from dpo_lab.results.runs import CHECKPOINTS
-from dpo_lab.stop import Stopped, raise_on_signals
-from dpo_lab.training.checkpoint import CheckpointError, VerifiedCheckpointIO, damage, newest
-from dpo_lab.training.finite import NotFinite
-from dpo_lab.training.module import DPOModule
+from dpo_lab.distributed.signals import StopSignal, raise_on_signals
+from dpo_lab.runs import metrics_log
+from dpo_lab.runs.run_record import CHECKPOINTS
+from dpo_lab.training.checkpoint_io import CheckpointError, VerifiedCheckpointIO, damage, newest
+from dpo_lab.training.dpo_module import DPOModule
+from dpo_lab.training.nonfinite import NotFinite
 from dpo_lab.training.optim import Optim
 from tests.conftest import REPOSITORY
-from tests.kill_points import told
-from tests.small_fit import IGNORED, PAIRS, STEPS, Leave, LeaveAt, cut, difference, left, run, saved
+from tests.support.kill_points import told
+from tests.support.small_fit import IGNORED, PAIRS, STEPS, Leave, LeaveAt, cut, difference, left, run, saved
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
@@ -58,7 +58,7 @@ CUT_SHORT = """
 import errno, os, signal, sys
 from omegaconf import OmegaConf, open_dict
 from dpo_lab import config, door
-from dpo_lab.sweep import sweeper
+from dpo_lab.sweeps import sweeper
 def in_a_library():
     cfg = OmegaConf.create({"run": {}})
     with open_dict(cfg):
@@ -108,7 +108,7 @@ def test_06_asked_to_stop_it_finishes_the_step_saves_and_goes_on_bit_identically
     at, signum, status, code, whole, tmp_path
 ):
     before = signal.getsignal(signum)
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(StopSignal) as stopped:
         run(tmp_path, callbacks=[Signal(at, signum)])
     assert (stopped.value.status, stopped.value.exit_code) == (status, code)
     assert saved(tmp_path)[-1] == at + 1
@@ -124,7 +124,7 @@ def test_06_asked_to_stop_it_finishes_the_step_saves_and_goes_on_bit_identically
 def test_06_asked_to_stop_in_a_validation_it_owes_it(at, times, whole, tmp_path):
     """The second time it is asked in the validation that it owes from the first."""
     for _ in range(times):
-        with pytest.raises(Stopped):
+        with pytest.raises(StopSignal):
             run(tmp_path, callbacks=[Signal(at, signal.SIGTERM, validating=True)])
         assert saved(tmp_path)[-1] == at
     run(tmp_path)
@@ -133,12 +133,12 @@ def test_06_asked_to_stop_in_a_validation_it_owes_it(at, times, whole, tmp_path)
 
 @pytest.mark.usefixtures("as_a_run_hears_signals")
 def test_06_a_fit_that_saves_nothing_stops_all_the_same(tmp_path):
-    rows = tmp_path / journal.JOURNAL
+    rows = tmp_path / metrics_log.METRICS_LOG
     for callback, steps in ((Signal(2, signal.SIGTERM), [2]), (Signal(3, signal.SIGINT, validating=True), [2])):
         rows.unlink(missing_ok=True)
-        with pytest.raises(Stopped):
+        with pytest.raises(StopSignal):
             run(tmp_path, every_n_steps=0, callbacks=[callback])
-        assert [row["step"] for row in journal.rows(rows)] == steps
+        assert [row["step"] for row in metrics_log.rows(rows)] == steps
         assert saved(tmp_path) == []
 
 
@@ -148,7 +148,7 @@ def test_06_a_stop_that_comes_when_all_is_trained_is_not_lost(whole, tmp_path):
         def on_fit_end(self, trainer, module) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StopSignal):
         run(tmp_path, callbacks=[InTheEnd()])
     assert difference(left(tmp_path), left(whole)) is None
 
@@ -168,7 +168,7 @@ def test_08_a_second_signal_during_the_save_leaves_the_old_or_the_new_checkpoint
         points.clear()
         folder = tmp_path / str(number)
         cut(folder, 2)
-        with told(tick), pytest.raises(Stopped):
+        with told(tick), pytest.raises(StopSignal):
             run(folder, callbacks=[Signal(2, second)])
         expected = [2, 3] if second == signal.SIGTERM or number >= points.count("write") else [2]
         assert saved(folder) == expected
@@ -249,10 +249,10 @@ def test_16_each_step_stands_once_in_the_journal_and_in_tensorboard(whole, tmp_p
         with pytest.raises(Leave):
             run(tmp_path, loggers=loggers, callbacks=[at])
     run(tmp_path, loggers=loggers)
-    assert (tmp_path / journal.JOURNAL).read_bytes() == (whole / journal.JOURNAL).read_bytes()
+    assert (tmp_path / metrics_log.METRICS_LOG).read_bytes() == (whole / metrics_log.METRICS_LOG).read_bytes()
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
     events.Reload()
-    rows = list(journal.rows(tmp_path / journal.JOURNAL))
+    rows = list(metrics_log.rows(tmp_path / metrics_log.METRICS_LOG))
     for name in ("train/loss", "val/loss"):
         expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
@@ -274,15 +274,15 @@ def test_17_a_checkpoint_without_the_state_of_the_generators_is_refused(missing,
 
 
 def test_36_a_torn_last_line_of_the_journal_is_dropped_and_nothing_else(whole, tmp_path):
-    path = tmp_path / journal.JOURNAL
-    content = (whole / journal.JOURNAL).read_bytes()
-    rows = list(journal.rows(whole / journal.JOURNAL))
+    path = tmp_path / metrics_log.METRICS_LOG
+    content = (whole / metrics_log.METRICS_LOG).read_bytes()
+    rows = list(metrics_log.rows(whole / metrics_log.METRICS_LOG))
     last = content.rstrip(b"\n").rindex(b"\n") + 1
     for end in range(last, len(content), 7):
         path.write_bytes(content[:end])
-        assert list(journal.rows(path)) == rows[:-1]
+        assert list(metrics_log.rows(path)) == rows[:-1]
     cut(tmp_path / "run", 5)
-    with (tmp_path / "run" / journal.JOURNAL).open("ab") as file:
+    with (tmp_path / "run" / metrics_log.METRICS_LOG).open("ab") as file:
         file.write(content[last : last + 30])
     run(tmp_path / "run")
-    assert (tmp_path / "run" / journal.JOURNAL).read_bytes() == content
+    assert (tmp_path / "run" / metrics_log.METRICS_LOG).read_bytes() == content

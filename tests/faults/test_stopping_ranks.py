@@ -10,13 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dpo_lab.data.module import StepSampler
-from dpo_lab.results import journal
-from dpo_lab.stop import Stopped
-from dpo_lab.training.finite import NotFinite
-from dpo_lab.training.module import DPOModule
-from tests.ranks import become_rank, run_in_ranks
-from tests.small_fit import IGNORED, PAIRS, cut, difference, left, run, saved
+from dpo_lab.data.datamodule import StepSampler
+from dpo_lab.distributed.signals import StopSignal
+from dpo_lab.runs import metrics_log
+from dpo_lab.training.dpo_module import DPOModule
+from dpo_lab.training.nonfinite import NotFinite
+from tests.support.ranks import become_rank, run_in_ranks
+from tests.support.small_fit import IGNORED, PAIRS, cut, difference, left, run, saved
 
 pytestmark = pytest.mark.filterwarnings(*IGNORED)
 
@@ -67,12 +67,12 @@ def rank(number: int, world_size: int, folder: str) -> None:
     for at in (Raise(2), Raise(5), Raise(6, validating=True)):
         try:
             run(here / "cut", devices=world_size, callbacks=[at], workers=2)
-        except Stopped as stopped:
+        except StopSignal as stopped:
             statuses.append((stopped.status, saved(here / "cut")))
     run(here / "cut", devices=world_size)
     try:
         run(here / "two and one", devices=world_size, kind=DPOModule, callbacks=[Raise(3)])
-    except Stopped:
+    except StopSignal:
         statuses.append(("stopped", saved(here / "two and one")))
     run(here / "one and two", devices=world_size, kind=DPOModule)
     message = ""
@@ -120,7 +120,7 @@ def test_14_another_number_of_ranks_takes_the_same_steps(changed, ranks, tmp_pat
     run(tmp_path, kind=DPOModule)
     run(folder / changed, kind=DPOModule)  # of "one and two" the ranks have finished
     assert (weights(folder / changed) - weights(tmp_path)).abs().max() < 1e-6
-    rows, of_one = (list(journal.rows(f / "metrics.jsonl")) for f in (folder / changed, tmp_path))
+    rows, of_one = (list(metrics_log.rows(f / "metrics.jsonl")) for f in (folder / changed, tmp_path))
     assert len(rows) == len(of_one) == 5
     for row, expected in zip(rows, of_one, strict=True):
         assert row == pytest.approx(expected, abs=1e-5)

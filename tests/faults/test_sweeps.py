@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from tests.processes import patience
-from tests.sweeping import behaves, contents, is_alive, record, said, started, starts, statuses, sweep, told, until
+from tests.support.processes import patience
+from tests.support.sweeping import (
+    behaves,
+    contents,
+    is_alive,
+    record,
+    said,
+    started,
+    starts,
+    statuses,
+    sweep,
+    told,
+    until,
+)
 
 
 def test_33_a_second_sweep_in_the_folder_is_refused_and_changes_no_byte(tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import warm
-from tests.test_cuda_runs import QUIET, make_shop, record_of
+from tests.pipelines.test_cuda_runs import QUIET, make_shop, record_of
+from tests.support import warm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,9 +24,9 @@ def shop(policy, tmp_path_factory) -> Path:
 
 def looked_at(*command: str) -> None:
     """A door in this process; says on which device it evaluates, and in which dtype products are computed there."""
-    import dpo_lab.run as of_run
+    import dpo_lab.pipelines.train_dpo as of_run
 
-    make = of_run.subject_of
+    make = of_run.build_eval_context
 
     def subject_of(*args, **kwargs):
         subject = make(*args, **kwargs)
@@ -36,7 +36,7 @@ def looked_at(*command: str) -> None:
         print("evaluates on", *devices, "in", products.dtype)
         return subject
 
-    of_run.subject_of = subject_of
+    of_run.build_eval_context = subject_of
     warm.main(*command)
 
 

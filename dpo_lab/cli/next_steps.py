@@ -1,0 +1,111 @@
+"""The `Next:` lines of a finished run: its figures once more, and the commands to type next."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from dpo_lab.config.allowed_targets import target_of
+from dpo_lab.config.schema import RunConfig
+from dpo_lab.models.policy import Pretrained
+from dpo_lab.runs.run_record import OUTPUTS
+
+KEPT = ("dtype", "attention", "trust_remote_code", "gradient_checkpointing")  # that loading the result needs again
+OF_BASE = ("package", "gguf_file", "revision", "chat_template")  # the same of adapters, whose base is read as before
+OF_MACHINE = ("trainer", "logger", "threads")  # of another run's overrides: how this machine computes and logs
+OF_LENGTH = tuple(f"trainer.{name}" for name in ("max_steps", "max_time", "val_check_interval", "log_every_n_steps"))
+
+
+def print_finished_run(record: Mapping[str, Any], folder: Path, commands: Sequence[str]) -> None:
+    """The summary of a run that is done already, from its record."""
+    from dpo_lab.health.diagnose import print_health
+    from dpo_lab.health.finding import Finding
+    from dpo_lab.reporting.run_summary import print_summary
+    from dpo_lab.stats.estimates import Estimate
+    from dpo_lab.terminal.progress import plain_console
+
+    print(f"{folder}: this run is done already. Type name=another for a second one; its figures:")
+    metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
+    if "health" in record:
+        print_health(plain_console(), [Finding.from_record(finding) for finding in record["health"]])
+    print_summary(plain_console(), metrics, record.get("samples", []), folder, commands)
+
+
+def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) -> list[str]:
+    """Return what to type after a run of dpo_lab.train: its curves, and the same run with one thing changed.
+
+    overrides: what the run was typed with; all that the change does not replace is carried on.
+    """
+    commands = []
+    if any("TensorBoard" in str(target_of(node)) for node in config.logger.values()):
+        inside = folder.is_relative_to(OUTPUTS)
+        commands.append(shlex.join(["tensorboard", "--logdir", str(OUTPUTS if inside else folder)]))
+    if config.reference.starts_at_policy and config.loss.wants_reference is None:
+        others = _without(overrides, "reference", "ablation", "on_change")
+        ablations = [
+            name for o in overrides if _key(o) == "ablation" for name in o.partition("=")[2].strip("[]").split(",")
+        ]
+        chosen = f"[{','.join([*ablations, 'uniform_ref'])}]" if ablations else "uniform_ref"
+        commands.append(command("train", *others, f"+ablation={chosen}"))
+    if config.loss.rates_pairs:
+        betas = ",".join(str(float(f"{config.beta * factor:.4g}")) for factor in (0.1, 1, 10))
+        commands.append(command("train", "--multirun", *_without(overrides, "beta", "on_change"), f"beta={betas}"))
+    return commands
+
+
+def after_sft(config: RunConfig, overrides: Sequence[str], folder: Path) -> list[str]:
+    """What trains the policy that a run left in `folder` by preferences, on the same pairs."""
+    policy, settings = config.policy, {"policy": "pretrained", "policy.path": folder / "policy"}
+    kept = KEPT
+    if isinstance(policy, Pretrained) and policy.has_adapters and not policy.merge:
+        settings |= {"policy": "lora", "policy.rank": policy.rank, "reference": "frozen"}
+        kept += OF_BASE
+        if policy.package is not None:  # it comes before any path
+            settings |= {"policy.path": policy.path, "policy.adapter": folder / "policy"}
+    if isinstance(policy, Pretrained):
+        settings |= _changed(policy, kept)
+    data = [override for override in overrides if _key(override).partition(".")[0] == "data"]
+    if config.sft.text_column is not None or config.data.has_texts:
+        data = ["data.path=PAIRS.jsonl"]
+    said = [f"{key}={_quoted(str(value))}" for key, value in settings.items()]
+    machine = [o for o in overrides if _key(o).partition(".")[0] in OF_MACHINE and _key(o) not in OF_LENGTH]
+    return [command("train", *said, *data, *machine)]
+
+
+def command(door: str, *arguments: str) -> str:
+    """Return the line of a shell that starts dpo_lab.`door`; folders of configs that were searched here are searched there."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else ()
+    searched = [part for s in sources if s.provider == "command-line" for part in ("--config-dir", s.path)]
+    return shlex.join(["python", "-m", f"dpo_lab.{door}", *searched, *arguments])
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
+def _without(overrides: Sequence[str], *keys: str) -> list[str]:
+    """The overrides of other keys than these and what is under them."""
+    return [o for o in overrides if _key(o) not in keys and _key(o).partition(".")[0] not in keys]
+
+
+def _changed(policy: Pretrained, names: Sequence[str]) -> dict[str, Any]:
+    """Those of these settings that are not their defaults."""
+    values = {spec.name: (getattr(policy, spec.name), spec.default) for spec in fields(policy) if spec.name in names}
+    return {
+        f"policy.{name}": value.value if isinstance(value, Enum) else value
+        for name, (value, default) in values.items()
+        if value != default
+    }
+
+
+def _quoted(value: str) -> str:
+    """A value as Hydra reads it back whole: folders of runs hold commas."""
+    return value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,18 @@
+"""Loggers that need an extra package: which one, and what to type where it is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+# Lightning's class: the module that it needs, which is the name of our extra, too.
+NEEDED = {"lightning.pytorch.loggers.WandbLogger": "wandb", "lightning.pytorch.loggers.MLFlowLogger": "mlflow"}
+
+
+def check_packages(loggers: Mapping[str, Any]) -> None:
+    """Raises ValueError where the config names a logger whose package is missing."""
+    for key, node in loggers.items():
+        needed = NEEDED.get(node.get("_target_", ""))
+        if needed is not None and find_spec(needed) is None:
+            raise ValueError(f"logger={key}: its package is not installed; type pip install 'dpo_lab[{needed}]'")

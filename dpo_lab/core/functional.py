@@ -1,0 +1,79 @@
+"""The losses for a notebook: the textbook function on four tensors, and every loss class; needs neither Hydra nor
+Lightning.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dpo_lab.core.losses import (
+    CDPO,
+    DPO,
+    DPOKL,
+    DPOP,
+    LOSSES,
+    RDPO,
+    RPO,
+    Hinge,
+    IPOMean,
+    IPOSum,
+    Loss,
+    SFTChosen,
+    SimPO,
+    Unlikelihood,
+)
+from dpo_lab.core.pairs import PairLogps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "CDPO",
+    "DPO",
+    "DPOKL",
+    "DPOP",
+    "LOSSES",
+    "RDPO",
+    "RPO",
+    "Hinge",
+    "IPOMean",
+    "IPOSum",
+    "Loss",
+    "PairLogps",
+    "SFTChosen",
+    "SimPO",
+    "Unlikelihood",
+    "dpo_loss",
+]
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.1,
+) -> tuple[Tensor, dict[str, float]]:
+    """The DPO loss, a mean over pairs, and what it says of them.
+
+    All four [B]: log-probabilities of whole responses, in nats. metrics: `loss`; `chosen_rewards` and `rejected_rewards`,
+    mean log-ratios to the reference without beta; `reward_margin`, their difference times beta; `accuracy`, the share of
+    pairs with a positive margin, ties half.
+    """
+    from dpo_lab.core.metrics import LABELLED, pair_values
+
+    lengths = policy_chosen_logps.new_ones(policy_chosen_logps.shape)
+    policy = PairLogps(policy_chosen_logps, policy_rejected_logps, lengths, lengths)
+    reference = PairLogps(ref_chosen_logps, ref_rejected_logps, lengths, lengths)
+    loss = DPO(beta)
+    losses = loss(policy, reference)
+    means = pair_values(loss, losses.detach(), policy.detach(), reference.detach()).mean(0).tolist()
+    value = dict(zip(LABELLED, means, strict=True))
+    metrics = {
+        "loss": value["loss"],
+        "chosen_rewards": value["logratio/chosen"],
+        "rejected_rewards": value["logratio/rejected"],
+        "reward_margin": value["rewards/margins"],
+        "accuracy": value["rewards/accuracies"],
+    }
+    return losses.mean(), metrics

@@ -1,0 +1,150 @@
+"""A table of encoded pairs as columns, in memory or memory-mapped, so that a million pairs cost their columns and no
+more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from dpo_lab.core.pairs import EncodedPair
+
+
+@dataclass(frozen=True)
+class PairTable(Sequence[EncodedPair]):
+    """N pairs, each an EncodedPair when it is looked at.
+
+    keys [N] (ASCII bytes); tokens [T] int32: of all pairs, maybe of others too; starts [N]: where in `tokens` a pair begins;
+    lengths [N, 3]: tokens of prompt, chosen and rejected as annotated, which stand there one after the other; gold_margin,
+    score_margin [N]: see Pair, as annotated; flipped [N]: sides swapped by label noise.
+    """
+
+    keys: np.ndarray
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    gold_margin: np.ndarray
+    score_margin: np.ndarray
+    flipped: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: Iterable[EncodedPair], score_margins: Iterable[float] = ()) -> PairTable:
+        """The same pairs as columns; score_margins: one a pair, or none known."""
+        pairs = list(pairs)
+        as_annotated = [p.flip() if p.flipped else p for p in pairs]
+        lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in as_annotated], np.int32)
+        lengths = lengths.reshape(-1, 3)
+        return cls(
+            keys=np.array([p.key.encode() for p in pairs], "S32"),
+            tokens=flat([part for p in as_annotated for part in (p.prompt, p.chosen, p.rejected)]),
+            starts=starts_of(lengths),
+            lengths=lengths,
+            gold_margin=np.array([p.gold_margin for p in as_annotated], np.float32),
+            score_margin=np.array(list(score_margins) or [math.nan] * len(pairs), np.float32),
+            flipped=np.array([p.flipped for p in pairs], bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, at: int) -> EncodedPair: ...
+    @overload
+    def __getitem__(self, at: slice) -> PairTable: ...
+    def __getitem__(self, at: int | slice) -> EncodedPair | PairTable:
+        if isinstance(at, slice):
+            return self.select(at)
+        start, (prompt, chosen, rejected) = int(self.starts[at]), self.lengths[at].tolist()
+        first, second = start + prompt, start + prompt + chosen
+        pair = EncodedPair(
+            self.key(at),
+            self.tokens[start:first],
+            self.tokens[first:second],
+            self.tokens[second : second + rejected],
+            float(self.gold_margin[at]),
+        )
+        return pair.flip() if self.flipped[at] else pair
+
+    def key(self, at: int) -> str:
+        return self.keys[at].decode()
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each pair, the prompt's counted once, [N]."""
+        return self.lengths.sum(1)
+
+    @property
+    def sides(self) -> np.ndarray:
+        """Tokens of chosen and rejected as they are labelled now, [N, 2]."""
+        return np.where(self.flipped[:, None], self.lengths[:, :0:-1], self.lengths[:, 1:])
+
+    def select(self, rows: slice | np.ndarray) -> PairTable:
+        """Some of the pairs, by place or by a mask; the tokens are not copied."""
+        return PairTable(self.keys[rows], self.tokens, *(column[rows] for column in self._columns))
+
+    def flip(self, mask: np.ndarray) -> PairTable:
+        """The same pairs with the sides of those under the mask swapped."""
+        return replace(self, flipped=self.flipped ^ mask)
+
+    def joined(self, other: PairTable) -> PairTable:
+        """These pairs and the others."""
+        shared = self.tokens is other.tokens
+        tokens = self.tokens if shared else np.concatenate([self.tokens, other.tokens])
+        moved = other if shared else replace(other, starts=other.starts + len(self.tokens))
+        both = zip(self._columns, moved._columns, strict=True)
+        return PairTable(np.concatenate([self.keys, other.keys]), tokens, *(np.concatenate(pair) for pair in both))
+
+    def chosen_alone(self) -> PairTable:
+        """The responses that were chosen, before label noise, each prompt and response once; rejected sides are empty."""
+        lengths = self.lengths * np.array([1, 1, 0], np.int32)
+        ends = self.starts + lengths.sum(1)
+        content = [
+            hashlib.blake2b(b"%d " % prompt + self.tokens[start:end].tobytes(), digest_size=16).hexdigest()
+            for prompt, start, end in zip(lengths[:, 0].tolist(), self.starts.tolist(), ends.tolist(), strict=True)
+        ]
+        _, first = np.unique(np.array(content, "S32"), return_index=True)
+        alone = replace(self, lengths=lengths, flipped=np.zeros(len(self), bool))
+        return alone.select(np.sort(first))
+
+    def digest(self) -> str:
+        """A hash of which pairs these are, in order, of their token ids and of which of them label noise flipped."""
+        columns = hashlib.blake2b(digest_size=16)
+        for column in (self.keys, self.lengths, self.flipped):
+            columns.update(np.ascontiguousarray(column).tobytes())
+        tokens = np.asarray(self.tokens)  # a mapped file, too: slices of a memmap are slow to make
+        for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True):
+            columns.update(tokens[start : start + size].tobytes())
+        return columns.hexdigest()
+
+    @property
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        return self.starts, self.lengths, self.gold_margin, self.score_margin, self.flipped
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To another process a mapped file goes by name."""
+        state = dict(self.__dict__)
+        if isinstance(self.tokens, np.memmap):
+            state["tokens"] = Path(str(self.tokens.filename))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["tokens"], Path):
+            state["tokens"] = np.memmap(state["tokens"], np.int32, "r")
+        self.__dict__.update(state)
+
+
+def flat(parts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
+    """Token ids of all parts in one row, int32."""
+    return np.concatenate([np.empty(0, np.int32), *parts], dtype=np.int32, casting="unsafe")
+
+
+def starts_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each pair begins, when pairs of these lengths [N, 3] stand one after the other, [N] int64."""
+    sizes = lengths.sum(1, dtype=np.int64)
+    return np.cumsum(sizes) - sizes

@@ -1,0 +1,157 @@
+"""Encode chunks of rows to token ids, in order: in this process for few rows, else in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from dpo_lab.core.pair_table import flat
+from dpo_lab.core.pairs import Pair, content_hash
+from dpo_lab.data.formats import NoPair, Shape
+from dpo_lab.data.messages import content_of
+from dpo_lab.data.row_faults import REPEATED
+from dpo_lab.data.rows import Chunk, Rows, parse
+from dpo_lab.data.splits import split_hash
+from dpo_lab.data.tokenize import PairTokenizer
+
+FEWEST_REPEATED = 8  # characters of a prompt; an answer may well begin with a shorter one
+MIN_ROWS_FOR_WORKERS = 8  # chunks at most; more are worth the start of other processes
+
+Source = tuple[Rows, Shape]
+
+
+@dataclass
+class Encoded:
+    """What became of a chunk: its pairs as columns, counts, and its bad rows as (number, what is wrong).
+
+    repeats: the number of the first row whose sides both begin with the prompt; 0 where there is none.
+    """
+
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    lengths: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, "S32"))
+    sides: np.ndarray = field(default_factory=lambda: np.empty(0, "S32"))
+    splits: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    scores: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    counts: Counter[str] = field(default_factory=Counter)
+    repeats: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)
+
+
+def encode_chunk(chunk: Chunk, shape: Shape, encoder: PairTokenizer) -> Encoded:
+    """Rows to pairs to token ids."""
+    encoded = Encoded()
+    counts = encoded.counts
+    found: list[tuple[int, Pair]] = []
+    for number, row in zip(chunk.numbers, chunk.rows, strict=True):
+        counts["rows"] += 1
+        try:
+            pairs = shape.read(parse(row), counts)
+        except NoPair as reason:
+            counts[f"dropped: {reason}"] += 1
+        except ValueError as error:
+            encoded.bad.append((number, str(error)))
+        except RecursionError:
+            encoded.bad.append((number, "nested too deeply"))
+        else:
+            found += [(number, pair) for pair in pairs]
+            repeats = sum(repeats_prompt(pair) for pair in pairs)
+            if repeats:
+                counts[REPEATED] += repeats
+                encoded.repeats = encoded.repeats or number
+    kept = []
+    for (number, pair), (_, ids) in zip(found, _tokenize(found, encoder, encoded), strict=True):
+        made = encoder.encode(pair, ids, counts) if ids is not None else None
+        if made is not None:
+            kept.append((number, pair, made))
+    if kept:
+        parts = [part for *_, made in kept for part in (made.prompt, made.chosen, made.rejected)]
+        encoded.tokens = flat(parts)
+        encoded.lengths = np.array([len(part) for part in parts], np.int32).reshape(-1, 3)
+        encoded.keys = np.array([pair.key.encode() for _, pair, _ in kept], "S32")
+        encoded.sides = np.array([_unordered(pair) for _, pair, _ in kept], "S32")
+        encoded.splits = np.array([split_hash(pair.decides_split) for _, pair, _ in kept], np.uint64)
+        encoded.scores = np.array([pair.score_margin for _, pair, _ in kept], np.float32)
+        encoded.numbers = np.array([number for number, *_ in kept], np.int64)
+    return encoded
+
+
+def _tokenize(found: list[tuple[int, Pair]], encoder: PairTokenizer, encoded: Encoded) -> Iterable[tuple[Pair, Any]]:
+    """Ids of all pairs; of a pair whose chat can't be rendered None, and its row is bad."""
+    counts: Counter[str] = Counter()
+    try:
+        all_of_them = encoder.tokenised([pair for _, pair in found], counts)
+    except ValueError:
+        pass  # one of them: find out which
+    else:
+        encoded.counts.update(counts)
+        return all_of_them
+    each: list[tuple[Pair, Any]] = []
+    for number, pair in found:
+        try:
+            each += encoder.tokenised([pair], encoded.counts)
+        except ValueError as error:
+            if not encoded.bad or encoded.bad[-1][0] != number:  # another pair of that row is already there
+                encoded.bad.append((number, str(error)))
+            each.append((pair, None))
+    encoded.bad.sort()
+    return each
+
+
+def encoded_chunks(
+    sources: Sequence[Source], encoder: PairTokenizer, workers: int
+) -> Iterator[tuple[int, Chunk, Encoded]]:
+    """Every chunk of every source, encoded, in order: by this process where they are few, else by several."""
+    shapes = [shape for _, shape in sources]
+    chunks = ((at, chunk) for at, (rows, _) in enumerate(sources) for chunk in rows.chunks())
+    first = list(islice(chunks, MIN_ROWS_FOR_WORKERS))
+    if workers <= 1 or len(first) < MIN_ROWS_FOR_WORKERS:
+        for part in (first, chunks):
+            for at, chunk in part:
+                yield at, chunk, encode_chunk(chunk, shapes[at], encoder)
+        return
+    # a fork would inherit the locks of torch's and the tokenizer's threads
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _start_worker, (shapes, encoder)) as pool:
+        ahead: deque = deque()
+        try:
+            for part in (first, chunks):
+                for at, chunk in part:
+                    ahead.append((at, chunk, pool.submit(_work, at, chunk)))
+                    if len(ahead) > 3 * workers:
+                        at, chunk, future = ahead.popleft()
+                        yield at, chunk, future.result()
+            for at, chunk, future in ahead:
+                yield at, chunk, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(shapes: list[Shape], encoder: PairTokenizer) -> None:
+    global _SHAPES, _ENCODER
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _SHAPES, _ENCODER = shapes, encoder
+
+
+def _work(at: int, chunk: Chunk) -> Encoded:
+    return encode_chunk(chunk, _SHAPES[at], _ENCODER)
+
+
+def repeats_prompt(pair: Pair) -> bool:
+    """Whether both sides begin with the prompt, of a chat with its last message."""
+    prompt, *sides = (content_of(text).strip() for text in (pair.prompt, pair.chosen, pair.rejected))
+    return len(prompt) >= FEWEST_REPEATED and all(side.startswith(prompt) for side in sides)
+
+
+def _unordered(pair: Pair) -> bytes:
+    """A hash of the prompt and the two responses, whichever of them is chosen."""
+    return content_hash([pair.prompt, sorted([content_hash(pair.chosen), content_hash(pair.rejected)])]).encode()

@@ -1,0 +1,129 @@
+"""Warnings about preference data before training, each with its threshold and what to type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dpo_lab.data.quality import Quality
+from dpo_lab.data.row_faults import SAID
+
+LENGTH_BIAS = 0.65  # of training labels
+TRUNCATED = 0.20  # of prompts, of chosen or of rejected
+DROPPED_SHARE = 0.20  # of rows
+FEWEST_HELD_OUT = 100  # pairs
+FEWEST_TRAIN = 30  # pairs; a share of fewer is known to 18 points and more either way
+ONE_PROMPT = 0.50  # of a split's pairs
+AGAINST_SCORES = 0.05  # of training pairs with scores
+
+NAMES = {"train": "training", "held-out": "held-out"}
+
+
+def data_warnings(quality: Quality) -> list[str]:
+    """One line for each thing to look at."""
+    return [
+        *_on_labels(quality),
+        *_on_truncation(quality),
+        *_on_splits(quality),
+        *_on_rows(quality),
+        *(said.format(n=_count_of(quality, what)) for what, said in SAID.items() if quality.counts.get(what)),
+    ]
+
+
+def _count_of(quality: Quality, what: str) -> str:
+    return f"{quality.counts[what]:,} {what}"
+
+
+def _on_labels(quality: Quality) -> Iterator[str]:
+    longer = quality.train.chosen_longer
+    low, high = longer.interval or (0.0, 1.0)
+    if (pairs := quality.train.pairs) < FEWEST_TRAIN:
+        yield (
+            f"only {_count(pairs, 'training pair')} (under {FEWEST_TRAIN}): too few to show anything of the source they are"
+            f" from, in which chosen may be the longer one in anything from {100 * low:.0f} to {100 * high:.0f} % of the pairs;"
+            " look at more of it"
+        )
+    elif abs(longer.value - 0.5) > LENGTH_BIAS - 0.5 and not low <= 0.5 <= high:
+        word, told = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
+        least, most = sorted((low, high) if longer.value > 0.5 else (1 - high, 1 - low))
+        yield (
+            f"length alone tells {_percent(told)} of the training labels (over {_percent(LENGTH_BIAS)}), {100 * least:.0f} to"
+            f" {100 * most:.0f} % with 95 % confidence: the chosen response"
+            f" is the {word} one, and a policy may learn that and no more; compare with a loss that weighs by length (type"
+            " loss=ipo_mean, or +ablation=simpo), and watch `length` in the results"
+        )
+    if found := _contradictions(quality):
+        yield (
+            f"{_count(found, 'contradiction')} (A over B beside B over A): training stops at those of your rows; type"
+            " data.contradictions=drop to leave both out, or data.contradictions=keep"
+        )
+    scores = quality.train.scores
+    if scores and scores.negative > AGAINST_SCORES and not quality.noise.total:
+        yield (
+            f"{_percent(scores.negative)} of the training pairs with scores (over {_percent(AGAINST_SCORES)}) have the higher"
+            " one on the rejected side: are the sides the right way round? Look at data.label_is and data.columns"
+        )
+
+
+def _contradictions(quality: Quality) -> int:
+    """Those of the rows that are not left out, or those that came of truncation."""
+    of_rows = quality.counts.get("contradictions", 0) if not quality.counts.get("dropped: contradiction") else 0
+    return max(of_rows, sum(side.contradictions for side in quality.sides.values()))
+
+
+def _on_truncation(quality: Quality) -> Iterator[str]:
+    lengths, limit, room = quality.train.lengths, quality.max_prompt_length, quality.max_length
+    for part in ("chosen", "rejected"):
+        if (cut := lengths[part].truncated) > TRUNCATED:
+            yield (
+                f"{_percent(cut)} of the {part} responses (over {_percent(TRUNCATED)}) are cut at their end, so that they are"
+                f" not seen to stop; type data.max_length={2 * room}"
+            )
+    if (cut := lengths["prompt"].truncated) > TRUNCATED:
+        yield (
+            f"{_percent(cut)} of the prompts (over {_percent(TRUNCATED)}) fill data.max_prompt_length={limit}: they are cut"
+            f" at their start; type data.max_prompt_length={2 * limit} data.max_length={room + limit}"
+        )
+
+
+def _on_splits(quality: Quality) -> Iterator[str]:
+    if quality.leaks:
+        yield (
+            f"{_count(quality.leaks, 'training pair')} with a prompt that is held out too, as the tokens that the model sees:"
+            " such prompts differ only where they are cut; type a larger data.max_prompt_length="
+        )
+    if quality.held_out is not None and (pairs := quality.held_out.pairs) < FEWEST_HELD_OUT:
+        points = 196 * (0.75 * 0.25 / pairs) ** 0.5
+        yield (
+            f"only {_count(pairs, 'held-out pair')} (under {FEWEST_HELD_OUT}): an accuracy of 75 % is known to {points:.0f}"
+            " points either way; type a larger data.validation_fraction= or data.validation_pairs="
+        )
+    for name, side in quality.sides.items():
+        if side.pairs > 1 and side.most_of_a_prompt > ONE_PROMPT * side.pairs:
+            yield (
+                f"one prompt has {_percent(side.most_of_a_prompt / side.pairs)} of the {NAMES[name]} pairs (over"
+                f" {_percent(ONE_PROMPT)}), and pairs of one prompt are alike: give rows of more prompts, or count on less"
+            )
+
+
+def _on_rows(quality: Quality) -> Iterator[str]:
+    dropped = {what: count for what, count in quality.counts.items() if what.startswith("dropped: ") and count}
+    rows, total = quality.counts.get("rows", 0), sum(dropped.values())
+    if total > DROPPED_SHARE * rows > 0:
+        most = max(dropped, key=dropped.__getitem__)
+        yield (
+            f"{_percent(total / rows)} of the rows are dropped (over {_percent(DROPPED_SHARE)}), most of them as"
+            f" '{most.removeprefix('dropped: ')}'; look at the rows"
+        )
+    if inside := sum(side.special_inside for side in quality.sides.values()):
+        yield (
+            f"{_count(inside, 'response')} with special tokens before the end: was a chat template, or an end token, written"
+            " into the text? Give the bare text; a response that ends twice teaches to go on after an end"
+        )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,193 @@
+"""Load a model from a folder, the hub, a GGUF file or a package, whole or with low-rank adapters."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dpo_lab.models.adapters import base_of, with_fresh_adapters, with_trained_adapters
+from dpo_lab.models.checkpoint_keys import check_keys
+from dpo_lab.models.decoding import sample_without_cache
+from dpo_lab.models.folder_errors import unreadable
+from dpo_lab.models.policy import Policy, PolicyError, Pretrained, is_adapter
+from dpo_lab.models.probes import behaviour_of
+
+log = logging.getLogger(__name__)
+
+
+def read_tokenizer(settings: Pretrained) -> PreTrainedTokenizerBase:
+    """The tokenizer with an end token, a pad token (the end token where there is none) and the chat template asked for."""
+    settings = _locate(settings)
+    if settings.adapter is not None and (Path(settings.adapter) / "tokenizer_config.json").exists():
+        # what they were trained with
+        settings = replace(settings, path=settings.adapter, revision=None, gguf_file=None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.path, **_source(settings))
+    except Exception as error:  # of a dozen kinds, from hub, files and formats
+        raise unreadable(settings, error, "tokenizer") from error
+    if tokenizer.eos_token_id is None:
+        raise PolicyError(
+            f"policy.path={settings.path}: its tokenizer has no end-of-sequence token; set eos_token in"
+            " tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # pads are masked by place, never by value
+    if settings.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolicyError(
+                f"policy.chat_template={settings.chat_template}: {error}; type the path of a Jinja file"
+            ) from None
+    return tokenizer
+
+
+def read_policy(settings: Pretrained, seed: int) -> Policy:
+    """Model and tokenizer, with adapters where they are asked for."""
+    settings = _locate(settings)
+    _check_config(settings)
+    model, tokenizer = _read_model(settings), read_tokenizer(settings)
+    if settings.adapter is not None:
+        model = with_trained_adapters(model, settings)
+    elif settings.rank is not None:
+        model = with_fresh_adapters(model, settings, seed)
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
+    for name in ("eos", "pad"):
+        token: int = getattr(tokenizer, f"{name}_token_id")
+        if token < rows:
+            continue
+        if name == "eos":
+            raise PolicyError(
+                f"policy.path={settings.path}: the end token of its tokenizer is token {token}, its model's embedding has"
+                f" {rows} rows: they do not belong together; type the path of a model with its own tokenizer"
+            )
+        log.info("policy: pad token %d is beyond the %d rows of the embedding; the end token pads", token, rows)
+        tokenizer.pad_token = tokenizer.eos_token
+    return Policy(model.eval(), tokenizer)  # peft leaves adapters with their dropout on
+
+
+def check_behaviour(policy: Policy, settings: Pretrained, cache: Path | None) -> None:
+    """Look at what the model says of made-up tokens: raise PolicyError where it can't be trusted, and sample without a KV
+    cache where the cache can't be. cache: a folder to keep what was seen in.
+    """
+    behaviour = behaviour_of(policy.model, cache)
+    if behaviour.refused is not None:
+        raise PolicyError(
+            f"policy.path={settings.path}: {behaviour.refused}; type the path of a causal language model (a decoder)"
+        )
+    if behaviour.uncached is not None:
+        log.info("sampling: a full forward a token, without a KV cache: %s", behaviour.uncached)
+        sample_without_cache(policy.model)
+
+
+def _locate(settings: Pretrained) -> Pretrained:
+    """The same with `path`, `gguf_file` and `adapter` naming what is read: of a package, of a folder of adapters."""
+    package = find_spec(settings.package) if settings.package else None  # found, not imported: it may want others
+    if package is not None and package.origin is not None:
+        files = sorted(Path(package.origin).parent.glob("*.gguf"))
+        if len(files) != 1:
+            raise PolicyError(
+                f"policy.package={settings.package}: holds {len(files)} GGUF files; type policy.package=null"
+            )
+        log.info("policy: %s, from the installed package %s", settings.path, settings.package)
+        return replace(settings, path=str(files[0].parent), gguf_file=files[0].name, package=None)
+    folder = Path(settings.path)
+    if settings.adapter is None and is_adapter(folder):
+        base = base_of(folder)
+        if not Path(base).is_dir() and not _may_be_on_the_hub(base):
+            raise PolicyError(
+                f"policy.path={folder}: the base of these adapters, {base}, is not there;"
+                f" type policy.path=BASE policy.adapter={folder}"
+            )
+        return _locate(replace(settings, path=base, adapter=str(folder)))
+    files = sorted(folder.glob("*.gguf"))
+    if settings.gguf_file is None and len(files) == 1 and not (folder / "config.json").exists():
+        return replace(settings, gguf_file=files[0].name)
+    return settings
+
+
+def _source(settings: Pretrained) -> dict[str, Any]:
+    return {
+        "revision": settings.revision,
+        "gguf_file": settings.gguf_file,
+        "trust_remote_code": settings.trust_remote_code,
+        "local_files_only": Path(settings.path).is_dir(),  # a folder is read without asking the hub about it
+    }
+
+
+def _no_report(record: logging.LogRecord) -> bool:
+    """Leave out transformers' table of missing and unexpected keys: they are told in one line."""
+    message = record.getMessage()
+    return "LOAD REPORT" not in message or "CONVERSION" in message
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+
+
+def _check_config(settings: Pretrained) -> None:
+    """Raise PolicyError where config.json is not that of a causal language model; a GGUF file holds nothing else."""
+    if settings.gguf_file is not None:
+        return
+    try:
+        config = AutoConfig.from_pretrained(settings.path, **_source(settings))
+    except Exception as error:  # of a dozen kinds, from hub, files and formats
+        raise unreadable(settings, error) from error
+    key = f"policy.path={settings.path}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise PolicyError(
+            f"{key}: a {config.model_type} has an encoder and a decoder, and its decoder alone is no policy; type the path"
+            " of a causal language model (a decoder)"
+        )
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise PolicyError(
+            f"{key}: a {config.model_type} is no causal language model; type the path of one (a ...ForCausalLM)"
+        )
+    text = config.get_text_config()
+    if getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0):
+        log.warning(
+            "policy: its config.json asks for a mixture-of-experts auxiliary loss (output_router_logits,"
+            " router_aux_loss_coef=%s), which is not a part of any loss here: nothing keeps its experts balanced",
+            text.router_aux_loss_coef,
+        )
+
+
+def _read_model(settings: Pretrained) -> PreTrainedModel:
+    how: dict[str, Any] = {"dtype": getattr(torch, settings.dtype.value), "attn_implementation": settings.attention}
+    if settings.gguf_file is not None:
+        for needed in ("gguf", "accelerate"):
+            if find_spec(needed) is None:
+                raise PolicyError(
+                    f"policy.gguf_file={settings.gguf_file}: needs {needed}; type pip install gguf accelerate"
+                )
+        how["quantization_config"] = GgufConfig(dequantize=True)
+    elif not settings.pickled_weights:
+        how["use_safetensors"] = True
+    if settings.key_prefix:
+        how["key_mapping"] = {f"^{re.escape(settings.key_prefix)}": ""}
+    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are checked here, by name
+    logging.getLogger("transformers.modeling_utils").addFilter(_no_report)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(settings.path, **_source(settings), **how)  # type: ignore[misc]
+    except Exception as error:  # of a dozen kinds, from hub, files and formats
+        raise unreadable(settings, error) from error
+    finally:
+        logging.getLogger("transformers.modeling_utils").removeFilter(_no_report)
+    check_keys(model, info, f"policy.path={settings.path}", "policy.key_prefix")
+    return model

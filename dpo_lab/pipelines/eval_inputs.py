@@ -1,0 +1,88 @@
+"""The inputs of an evaluation: both policies, held-out prompts and texts, a sample of training pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dpo_lab.config.schema import ConfigError, RunConfig
+from dpo_lab.core.pair_table import PairTable
+from dpo_lab.data.splits import HELD_OUT, hash_draws
+from dpo_lab.evals.context import EvalContext
+from dpo_lab.evals.judge import JudgeError, Score
+from dpo_lab.models.policy import Policy
+from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts
+from dpo_lab.runs.cache import CACHE
+from dpo_lab.training.base_module import BaseModule
+from dpo_lab.training.strategies.fsdp import gather_model
+
+
+def load_judge(config: RunConfig, device: torch.device) -> Score | None:
+    """The judge that is asked for, None where none is. Raises ConfigError where it can't be had."""
+    try:
+        return config.evals.judge.load(device)
+    except JudgeError as error:
+        raise ConfigError(str(error)) from None
+
+
+def trained_policy(module: BaseModule, material: TrainingInputs, forward: Forward) -> Policy:
+    """Return the policy that the module trained, whole, in evaluation mode, on the device that it trained on.
+
+    The initial policy is moved there, too. Lightning leaves a module on the CPU after a fit. All ranks have to call it.
+    """
+    initial = material.initial.model.to(forward.device)  # type: ignore[arg-type]
+    return Policy(gather_model(module.model, initial, forward.device).eval(), material.initial.tokenizer)
+
+
+def build_eval_context(
+    config: RunConfig,
+    material: TrainingInputs,
+    trained: Policy,
+    forward: Forward,
+    judge: Score | None,
+) -> EvalContext:
+    """Prompts and texts are of the world, or of the user's held-out rows. Both policies are moved to the forward's device."""
+    for policy in (trained, material.initial):
+        policy.model.to(forward.device)  # type: ignore[arg-type]
+    encoder, evals = material.encoder, config.evals
+    if config.data.is_world:
+        world = config.data.world
+        prompts = world.prompts(HELD_OUT, evals.samples, config.seed)
+        prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
+        begin = encoder.prompt("")
+        texts = [(begin, encoder.response(text, begin)) for text in world.reviews(HELD_OUT, evals.texts, config.seed)]
+    else:
+        world = None
+        prompt_ids = distinct_prompts(material.held_out)[: evals.samples]
+        prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
+        texts = [(pair.prompt, pair.chosen) for pair in material.held_out[: evals.texts]]
+    return EvalContext(
+        trained=trained,
+        initial=material.initial,
+        encoder=encoder,
+        pairs=material.held_out,
+        train_pairs=sample_pairs(material.train, evals.train_pairs),
+        prompts=prompts,
+        prompt_ids=prompt_ids,
+        texts=texts,
+        world=world,
+        max_new_tokens=evals.max_new_tokens,
+        tokens=config.data.tokens_per_microbatch,
+        batch_size=evals.batch_size,
+        context=forward.context,
+        loss=config.loss,
+        reference=None
+        if config.reference.starts_at_policy
+        else config.reference.prepare(material.initial.model, (), CACHE),
+        judge=judge,
+        cache=CACHE,
+        seed=config.seed,
+    )
+
+
+def sample_pairs(pairs: PairTable, count: int) -> PairTable:
+    """`count` of the pairs, or all, drawn by their keys alone: of the same pairs always the same ones, more of them holding
+    the fewer.
+    """
+    drawn = np.argsort(hash_draws(pairs.keys, "evaluation"), kind="stable")[:count]
+    return pairs.select(np.sort(drawn))

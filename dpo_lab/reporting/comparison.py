@@ -1,0 +1,128 @@
+"""The numbers of a comparison: per arm each metric, its interval and its difference to the baseline; and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_lab.reporting.figures.axes import format_value, signed
+from dpo_lab.reporting.run_summary import ROWS
+from dpo_lab.stats.estimates import Estimate
+from dpo_lab.stats.paired_tests import Verdict
+from dpo_lab.studies import verdicts
+from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.spec import Direction, Measure, Prediction
+
+# What runs of no study are compared by, in this order, as far as it was measured.
+USUAL = ("true_accuracy", "accuracy", "gold_gain", "judge_gain", "kl", "well_formed", "perplexity", "loss")
+MOST = 6  # metrics that are shown unasked
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one arm. estimate: over seeds, None where no run has it; difference: to the baseline, paired by seed;
+    p: of that difference, paid for all arms (Holm); planned: runs that the arm should have.
+    """
+
+    arm: str
+    metric: str
+    estimate: Estimate | None
+    difference: Estimate | None
+    p: float | None
+    planned: int
+
+    @property
+    def n(self) -> int:
+        return (self.estimate.n or 0) if self.estimate else 0
+
+
+def metrics_of(collection: RunSet, asked: Sequence[str] = ()) -> list[str]:
+    """Those that were asked for, else the study's, else the usual ones that some run has."""
+    if asked:
+        return list(asked)
+    if collection.study:
+        return list(collection.study.metrics)
+    measured = [name for name in dict.fromkeys((*USUAL, *ROWS)) if any(name in run.metrics for run in collection.runs)]
+    return measured[:MOST]
+
+
+def figures(collection: RunSet, metrics: Sequence[str]) -> dict[str, list[Measured]]:
+    """By metric, of every arm in order."""
+    planned = {arm.name: sum(run.arm == arm.name for run in collection.runs) for arm in collection.arms}
+    found = {}
+    for metric in metrics:
+        versus = verdicts.versus_baseline(collection, metric)
+        found[metric] = [
+            Measured(arm.name, metric, *versus.get(arm.name, (None, None, None)), planned[arm.name])
+            for arm in collection.arms
+        ]
+    return found
+
+
+def interval_text(estimate: Estimate, spell=format_value) -> str:
+    """0.52 (0.37 .. 0.67), and the value alone where it has no error that could be told."""
+    low, high = estimate.interval or (0.0, 0.0)
+    if low == high:
+        return spell(estimate.value)
+    return f"{spell(estimate.value)} ({spell(low)} .. {spell(high)})"
+
+
+def with_error(estimate: Estimate, spell=format_value) -> str:
+    """0.52 ±0.15, or the interval where it is not symmetric; the value alone where it has no error that could be told."""
+    low, high = estimate.interval or (0.0, 0.0)
+    if low == high:
+        return spell(estimate.value)
+    half = (high - low) / 2
+    if abs((low + high) / 2 - estimate.value) > 1e-6 * max(half, 1e-12):
+        return interval_text(estimate, spell)
+    return f"{spell(estimate.value)} ±{format_value(half)}"
+
+
+def p_text(p: float | None) -> str:
+    return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def effect_name(prediction: Prediction) -> str:
+    """What was computed: `kl: uniform less dpo`."""
+    about = {
+        Measure.level: f"{prediction.metric} of {prediction.of}"
+        + (f" less {prediction.value:g}" if prediction.value else ""),
+        Measure.difference: f"{prediction.metric}: {prediction.of} less {prediction.to}",
+        Measure.slope: f"slope of {prediction.metric} along {prediction.over}, {prediction.of}",
+        Measure.area: f"share of the optimum's area: {prediction.of} less {prediction.to or f'{prediction.value:g}'}",
+    }[prediction.measure]
+    held = ", ".join(f"{name} = {value:g}" for name, value in prediction.at.items())
+    return f"{about}, where {held}" if held else about
+
+
+def predicted(prediction: Prediction) -> str:
+    """What was predicted of it: `above 0; 0.2 would matter`."""
+    if prediction.direction is Direction.same:
+        return f"within {prediction.at_least:g} of 0"
+    where = "above 0" if prediction.direction is Direction.more else "below 0"
+    return f"{where}; {prediction.at_least:g} would matter" if prediction.at_least else where
+
+
+def verdict_notes(verdict: Verdict) -> list[str]:
+    """What limits a verdict."""
+    missing = [f"seed {seed}: {why}" for seed, why in sorted(verdict.missing.items())]
+    if len(missing) > 3:
+        missing[2:] = [f"and {len(missing) - 2} seeds more"]
+    return [*([verdict.note] if verdict.note else []), *missing]
+
+
+def registered(record: Mapping[str, Any], digest: str) -> tuple[str | None, int]:
+    """When the prediction that stands was registered last, and how many others were registered before."""
+    entries = record.get("registrations", ())
+    own = [str(entry["at"]) for entry in entries if entry["digest"] == digest]
+    return (max(own) if own else None), len({entry["digest"] for entry in entries} - {digest})
+
+
+def difference_text(figure: Measured) -> str:
+    return interval_text(figure.difference, signed) if figure.difference else ""
+
+
+def count_text(figure: Measured) -> str:
+    """3, or `2/3` where runs are missing."""
+    return str(figure.n) if figure.n == figure.planned else f"{figure.n}/{figure.planned}"

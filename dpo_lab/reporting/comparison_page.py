@@ -1,0 +1,197 @@
+"""The HTML page of a comparison: one offline file, verdict first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_lab.reporting import comparison, comparison_tables
+from dpo_lab.reporting.comparison_tables import Table
+from dpo_lab.reporting.figures import comparison_figures
+from dpo_lab.reporting.figures.arm_lines import Drawing
+from dpo_lab.reporting.figures.interval_rows import effect
+from dpo_lab.reporting.figures.markers import strip_control
+from dpo_lab.reporting.html_page import document
+from dpo_lab.reporting.samples import Prompt, side_by_side
+from dpo_lab.runs.metrics_log import MetricsLogError
+from dpo_lab.stats.paired_tests import Verdict
+from dpo_lab.studies import verdicts
+from dpo_lab.studies.run_data import RunData, RunSet
+from dpo_lab.studies.spec import Direction, Prediction
+
+MADE_BY = "dpo_lab.report"
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction and what came of it, in words and as a picture."""
+
+    says: str
+    word: str
+    is_primary: bool
+    facts: Sequence[tuple[str, str]]
+    notes: Sequence[str]
+    picture: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """All that a page shows of one collection. word: the verdict, if it is a study's; chips: short labels beside it."""
+
+    title: str
+    word: str
+    chips: Sequence[str]
+    about: Sequence[tuple[str, str]]
+    found: Sequence[str]
+    answers: Sequence[Answer]
+    asked: Sequence[Drawing]
+    frontier: Drawing | None
+    curves: Drawing | None
+    curves_note: str
+    arms: Table
+    seed: int | None
+    prompts: Sequence[Prompt]
+    counts: Table | None
+    noise: Table | None
+    health: Table
+    absent: Table
+    command: str
+    overrides: Sequence[str]
+    commands: Table
+    provenance: Table
+
+
+def page(collections: Sequence[RunSet], folder: Path, metrics: Sequence[str] = ()) -> str:
+    """The whole page. folder: where it will lie, paths in it are from there. The same for the same run folders."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def plain(value: Any) -> Any:
+        return strip_control(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=plain,
+    )
+
+    def breakable(text: str) -> Markup:
+        """A name that may go on in the next line where its words meet."""
+        return Markup(str(escape(plain(text))).replace("_", "_<wbr>").replace("/", "/<wbr>"))
+
+    environment.filters["breakable"] = breakable
+    environment.filters["svg"] = Markup  # of our own drawings alone, whose text is escaped
+    parts = [_part(collection, folder, metrics) for collection in collections]
+    body = environment.get_template("page.html").render(parts=parts)
+    title = strip_control(", ".join(part.title for part in parts))
+    return document(title, MADE_BY, body, (TEMPLATES / "style.css").read_text(), (TEMPLATES / "script.js").read_text())
+
+
+def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
+    study, record = collection.study, collection.record
+    metrics = comparison.metrics_of(collection, asked)
+    judged = verdicts.decide(collection) if study else []
+    journals = _Journals(collection.runs)
+    curves = comparison_figures.learning(collection, journals)
+    shown = side_by_side(collection)
+    return Part(
+        title=collection.title,
+        word=verdicts.study_verdict(judged) if judged else "",
+        chips=_chips(collection),
+        about=[*_about(collection), *(("not measured alike", text) for text in collection.unlike)],
+        found=[each for each in (study.found if study else "").split("\n\n") if each.strip()],
+        answers=[_answer(prediction, verdict) for prediction, verdict in judged],
+        asked=comparison_figures.study_figures(collection, metrics, journals),
+        frontier=comparison_figures.reward_kl_figure(collection),
+        curves=curves,
+        curves_note=journals.note or ("" if curves else "No journal lies beside these runs."),
+        arms=comparison_tables.arms_table(collection, comparison.figures(collection, metrics)),
+        seed=shown[0] if shown else None,
+        prompts=shown[1] if shown else [],
+        counts=comparison_tables.counts_table(collection),
+        noise=comparison_tables.noise_table(collection),
+        health=comparison_tables.health_table(collection),
+        absent=comparison_tables.absent_table(collection, folder),
+        command=str(record.get("command", "")),
+        overrides=[str(each) for each in record.get("overrides", ())],
+        commands=comparison_tables.commands_table(collection),
+        provenance=comparison_tables.provenance_table(collection),
+    )
+
+
+def _chips(collection: RunSet) -> list[str]:
+    record = collection.record
+    chips = ["exploratory"] if collection.is_exploratory else []
+    chips += ["not measured alike"] if collection.unlike else []
+    if record.get("budget"):
+        chips.append(f"budget {record['budget']}")
+    if record.get("status") not in (None, "done"):
+        chips.append(f"study {record['status']}")
+    done = sum(run.is_done for run in collection.runs)
+    return [*chips, f"{done} of {len(collection.runs)} runs done"]
+
+
+def _about(collection: RunSet) -> list[tuple[str, str]]:
+    """What was asked, and when what was predicted."""
+    study = collection.study
+    if study is None:
+        return [("runs of", collection.title), ("baseline", collection.baseline or "none; type --baseline ARM")]
+    since, others = comparison.registered(collection.record, study.digest())
+    when = since or "never: this is not what was registered"
+    if others:
+        when += f"; {others} other version{'s' if others > 1 else ''} before"
+    about = [("question", study.question), ("claim", study.claim), ("source", study.source), ("registered", when)]
+    if collection.is_exploratory:
+        early = [run for run in collection.runs if run.is_done and not run.is_own]
+        arms = dict.fromkeys(run.arm for run in early)
+        told = f": {'; '.join(arms)}" if len(arms) <= 4 else ""
+        about.append(("exploratory", f"{len(early)} runs were begun before this prediction stood{told}"))
+    return [(name, text) for name, text in about if text]
+
+
+def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
+    """Effects are told as they were measured: a `less` that holds lies below 0."""
+    measured = verdict.effect
+    facts = [
+        ("effect", comparison.interval_text(measured, comparison.signed) if measured else "not known"),
+        ("of", comparison.effect_name(prediction)),
+        ("predicted", comparison.predicted(prediction)),
+        ("n", f"{len(verdict.seeds)} seeds"),
+        ("p", comparison.p_text(verdict.p)),
+        ("p, Holm", comparison.p_text(verdict.p_holm)),
+        ("detectable", comparison.format_value(verdict.detectable) if verdict.detectable is not None else ""),
+    ]
+    picture = ""
+    if measured:
+        sign = -1 if prediction.direction is Direction.less else 1
+        says = f"effect {comparison.interval_text(measured, comparison.signed)}; predicted {comparison.predicted(prediction)}"
+        is_same = prediction.direction is Direction.same
+        picture = effect(measured.value, measured.interval, sign * prediction.at_least, says, both=is_same)
+    notes = comparison.verdict_notes(verdict)
+    return Answer(prediction.says, verdict.word, prediction.primary, [f for f in facts if f[1]], notes, picture)
+
+
+class _Journals:
+    """The journals of an arm's runs, read once: of those that are done, or of all where none is."""
+
+    def __init__(self, runs: Sequence[RunData]) -> None:
+        self._runs, self._read, self.note = runs, {}, ""
+
+    def __call__(self, arm: str) -> Sequence[tuple[int, Sequence[Mapping[str, Any]]]]:
+        if arm not in self._read:
+            runs = [run for run in self._runs if run.arm == arm]
+            self._read[arm] = [(run.seed, self._rows(run)) for run in [r for r in runs if r.is_done] or runs]
+        return self._read[arm]
+
+    def _rows(self, run: RunData) -> list[dict[str, Any]]:
+        try:
+            return run.journal()
+        except MetricsLogError as error:
+            self.note = f"A journal can't be read: {error}"
+            return []

@@ -1,0 +1,66 @@
+"""The figures of a run, from its folder alone: learning curves and what its pairs came to, as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_lab.runs import metrics_log
+from dpo_lab.runs.examples import EXAMPLES, PairExample, pair_examples, read
+from dpo_lab.runs.run_record import read_record
+from dpo_lab.stats.calibration import BINS
+
+FOLDER = "figures"
+NAMES = ("curves", "margins", "gold", "calibration", "length")
+
+
+def remove_figures(folder: Path) -> None:
+    """Remove what was drawn of the run in `folder`, and nothing else that lies beside it."""
+    for path in (folder / FOLDER).glob("*.*"):
+        if path.stem in NAMES and path.suffix in (".png", ".svg"):
+            path.unlink()
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """Draw all that the run folder has data for, in its `figures`; gives the files. What it has no data for is not there
+    afterwards either.
+
+    Same data, same bytes. Raises FileNotFoundError where the folder holds no run.
+    """
+    from dpo_lab.reporting.figures.style import drawn
+
+    record = read_record(folder)
+    if record is None:
+        raise FileNotFoundError(
+            f"{folder}: holds no run.json; type the folder of a run, e.g. outputs/dpo/default/seed=0"
+        )
+    written, examples = folder / metrics_log.METRICS_LOG, folder / EXAMPLES
+    rows = list(metrics_log.rows(written)) if written.exists() else []
+    pairs = pair_examples(read(examples)) if examples.exists() else []
+    remove_figures(folder)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    files = []
+    for name, plan in _plans(rows, pairs, record).items():
+        for kind, content in drawn(plan).items() if plan is not None else ():
+            files.append(folder / FOLDER / f"{name}.{kind}")
+            files[-1].write_bytes(content)
+    return files
+
+
+def _plans(
+    rows: Sequence[Mapping[str, Any]], pairs: Sequence[PairExample], record: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is to be drawn by name, None where there is nothing to draw."""
+    from dpo_lab.reporting.figures import learning_curves, pair_plots
+
+    beta = float(record["config"].get("beta", 1.0))
+    bins = record["config"].get("evals", {}).get("calibration", {}).get("bins", BINS)
+    held_out = [pair for pair in pairs if pair.split == "held-out"]
+    return {
+        "curves": learning_curves.plan(rows),
+        "margins": pair_plots.margins(pairs),
+        "gold": pair_plots.gold(held_out, beta),
+        "calibration": pair_plots.calibration(held_out, bins),
+        "length": pair_plots.length(held_out, beta),
+    }

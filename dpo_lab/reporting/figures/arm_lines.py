@@ -1,0 +1,81 @@
+"""What the figures of a comparison share: the line of an arm, its style, its tooltip, the legend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dpo_lab.reporting.comparison import interval_text
+from dpo_lab.reporting.figures.axes import format_short
+from dpo_lab.reporting.figures.markers import GREY, STYLES, swatch
+from dpo_lab.reporting.figures.svg import Point
+from dpo_lab.stats.estimates import Estimate, mean
+from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.spec import Arm
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: panels of SVG side by side, one legend of (swatch, label), and a sentence on how to read it."""
+
+    title: str
+    panels: Sequence[str]
+    legend: Sequence[tuple[str, str]] = ()
+    says: str = ""
+
+
+def line_of(arm: Arm, axis: str) -> str:
+    """What an arm shares with those that differ from it along an axis alone: its group, or the rest of its name."""
+    rest = [part for part in arm.name.split(", ") if not part.startswith(f"{axis}=")]
+    return arm.group or ", ".join(rest) or "all runs"
+
+
+def lines_of(arms: Iterable[Arm], axis: str) -> dict[str, list[Arm]]:
+    lines: dict[str, list[Arm]] = {}
+    for arm in arms:
+        lines.setdefault(line_of(arm, axis), []).append(arm)
+    return {name: sorted(members, key=lambda arm: arm.at.get(axis, math.inf)) for name, members in lines.items()}
+
+
+def style_of(number: int) -> int | str:
+    return number if number < STYLES else GREY
+
+
+def tooltip(of: str, what: str, estimate: Estimate) -> str:
+    return f"{of}: {what} {interval_text(estimate)}, n = {estimate.n}"
+
+
+def shared_axis(arms: Sequence[Arm]) -> str:
+    """The axis along which most arms of a line differ; empty where there is none."""
+    counts = {
+        axis: sum(
+            len({arm.at[axis] for arm in members if axis in arm.at}) - 1 for members in lines_of(arms, axis).values()
+        )
+        for axis in sorted({name for arm in arms for name in arm.at})
+    }
+    best = max(counts, key=counts.__getitem__, default="")
+    return best if counts.get(best, 0) > 0 else ""
+
+
+def of_two(collection: RunSet, arm: Arm, x: str, y: str, axis: str) -> Point | None:
+    """An arm's place by two metrics, over the seeds that have both; named by its place on the axis, or by itself."""
+    across, up = (collection.values(arm.name, metric) for metric in (x, y))
+    if not (both := sorted(across.keys() & up.keys())):
+        return None
+    right, high = mean(across[seed] for seed in both), mean(up[seed] for seed in both)
+    says = f"{tooltip(arm.name, y, high)}; {x} {interval_text(right)}"
+    name = format_short(arm.at[axis]) if axis in arm.at else arm.name
+    return Point(right.value, high.value, says, name, x_interval=right.interval, y_interval=high.interval)
+
+
+def legend_of(lines: Mapping[str, Sequence[Arm]]) -> list[tuple[str, str]]:
+    if len(lines) < 2:
+        return []
+    first = [(swatch(i, is_line=len(arms) > 1), name) for i, (name, arms) in enumerate(lines.items()) if i < STYLES]
+    more = [(swatch(GREY), f"{len(lines) - STYLES} others")] if len(lines) > STYLES else []
+    return first + more
+
+
+def non_empty(panels: Iterable[str]) -> list[str]:
+    return [each for each in panels if each]

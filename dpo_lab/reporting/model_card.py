@@ -1,0 +1,111 @@
+"""The model card of a trained policy, written from its run's record."""
+
+from __future__ import annotations
+
+import html
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_lab.reporting.run_summary import COLUMNS, metric_rows
+from dpo_lab.stats.estimates import Estimate
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a card names what a run did: its door, the hub's tag, how it trained, from what, in which units."""
+
+    door: str
+    tag: str
+    how: str
+    source: str
+    unit: str
+
+
+BY_PAIRS = Work("train", "dpo", "preference optimization", "preference pairs", "pairs")
+BY_RESPONSES = Work("sft", "sft", "supervised fine-tuning", "the chosen responses of preference pairs", "responses")
+BY_TEXTS = replace(BY_RESPONSES, source="whole texts", unit="texts")
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads. record: of a run that has its metrics; one without a
+    `loss` among its settings was supervised fine-tuning.
+    """
+    config, versions = record["config"], record["versions"]
+    policy, data = config["policy"], config["data"]
+    metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
+    rank = policy.get("rank")
+    with_adapters = rank is not None and not policy["merge"]
+    matter = {"library_name": "peft" if with_adapters else "transformers", "pipeline_tag": "text-generation"}
+    if with_adapters:
+        matter["base_model"] = policy["path"]
+    work = _work(config)
+    paths = [str(each["path"]) for each in data.get("sources", {}).values()]
+    facts = {
+        "data": data["path"] or ", ".join(paths) or f"the {data['world']['kind']} world",
+        "pairs": ", ".join(f"{what} {count:,}" for what, count in record["data"].items() if count),
+        "loss": _settings(config.get("loss")),
+        "reference": _settings(config.get("reference")),
+        "label noise": _settings(config.get("noise")),
+        "seed": config["seed"],
+        "initial policy": f"{policy.get('path') or policy['kind']}, weights {record['initial_policy']}",
+        "adapters": f"rank {rank}, alpha {policy['alpha']}" if rank is not None else None,
+        "steps": f"{record['steps']} of {data['batch_size']} {work.unit}, learning rate {config['optim']['lr']}",
+        "commit": (record["git"] or {}).get("commit"),
+    }
+    return "\n".join(
+        [
+            "---",
+            *(f"{key}: {json.dumps(value)}" for key, value in matter.items()),  # a JSON string is a YAML one
+            f"tags: [{work.tag}, dpo-lab]",
+            "---",
+            f"# {cell(str(config['name']))}",
+            "",
+            f"Trained by {work.how} with DPO Lab {versions['dpo_lab']} (torch {versions['torch']}, transformers"
+            f" {versions['transformers']}), from {work.source}. Its figures are those of one run with one seed.",
+            "",
+            *markdown_table(("", ""), ((what, str(fact)) for what, fact in facts.items() if fact is not None)),
+            "",
+            "## Measured on held-out pairs and prompts",
+            "",
+            *markdown_table(COLUMNS, metric_rows(metrics)),
+            "",
+            "## Made by",
+            "",
+            "    "
+            + " ".join(
+                f"python -m dpo_lab.{work.door} {shlex.join(record['overrides'])}".split()
+            ),  # one line, come what may
+            "",
+        ]
+    )
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; cells are text, whatever they hold."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell(text) for text in line) + " |" for line in lines]
+
+
+def cell(text: str) -> str:
+    """Text for a Markdown table cell: no markup in it is obeyed."""
+    escaped = html.escape(text)
+    for mark in "|[]`*_":
+        escaped = escaped.replace(mark, f"&#{ord(mark)};")
+    return " ".join(escaped.split())
+
+
+def _work(config: Mapping[str, Any]) -> Work:
+    if "loss" in config:
+        return BY_PAIRS
+    of_texts = config["sft"]["text_column"] is not None or config["data"]["format"] == "text"
+    return BY_TEXTS if of_texts else BY_RESPONSES
+
+
+def _settings(node: Mapping[str, Any] | None) -> str | None:
+    """`dpo, beta 0.1`"""
+    if node is None:
+        return None
+    return ", ".join(str(value) if key == "kind" else f"{key} {value}" for key, value in node.items())

@@ -1,0 +1,122 @@
+"""The closing table of a run: what was learned, where it lies, what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dpo_lab.stats.estimates import Estimate
+
+# name -> what a reader calls it; an `initial/` twin, where there is one, stands beside it
+ROWS = {
+    "true_accuracy": "accuracy, truth (held-out)",
+    "accuracy": "accuracy, labels (held-out)",
+    "margin": "log-ratio margin (nats)",
+    "calibration_error": "calibration error",
+    "train/clean/accuracy": "fit of clean pairs (train)",
+    "train/flipped/accuracy": "fit of flipped pairs (train)",
+    "chosen_fell": "chosen that lost log-prob",
+    "chosen_change": "  change of chosen (nats)",
+    "rejected_change": "  change of rejected (nats)",
+    "gold_correlation": "rank correlation with gold",
+    "gold": "gold reward",
+    "gold_gain": "  gain, in initial sd",
+    "win_rate": "  win rate over initial",
+    "win_rate_equal_length": "  win rate at equal length",
+    "best_of_16/gold_gain": "  gain, initial's best of 16",
+    "judge": "judge's score",
+    "judge_gain": "  gain, in initial sd",
+    "judge_win_rate": "  win rate over initial",
+    "judge_win_rate_equal_length": "  win rate at equal length",
+    "pairwise_win_rate": "win rate, pairwise judge",
+    "kl": "KL to initial (nats)",
+    "kl_forward_text": "real text: nats lost a text",
+    "loss": "loss (nats a token, held-out)",
+    "perplexity": "perplexity of real text",
+    "well_formed": "well-formed samples",
+    "distinct_2": "distinct bigrams",
+    "repeated_3": "repeated trigrams",
+    "entropy": "entropy (nats a token)",
+    "length": "sample length (tokens)",
+    "stopped": "samples that stop",
+}
+
+COLUMNS = ("", "initial", "trained", "95 % interval", "n")
+
+
+def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
+    """COLUMNS of every metric that was measured."""
+    rows = []
+    for name, label in ROWS.items():
+        if name in metrics:
+            estimate, before = metrics[name], metrics.get(f"initial/{name}")
+            interval = estimate.interval
+            rows.append(
+                (
+                    label,
+                    _figure(before.value) if before else "",
+                    _figure(estimate.value),
+                    f"{_figure(interval[0])} .. {_figure(interval[1])}" if interval else "",
+                    str(estimate.n or ""),
+                )
+            )
+    return rows
+
+
+def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run's record says of the policy that was kept and of its cost, as a reader calls it."""
+    rows = []
+    if kept := record.get("early_stopping"):
+        rows.append((f"policy kept: the {kept['policy']} of {kept['last_step']} steps", f"step {kept['step']}"))
+        if kept["best_value"] is not None:
+            rows.append((f"best {kept['monitor']}, at step {kept['best_step']}", _figure(kept["best_value"])))
+    if speed := record.get("throughput"):
+        rows.append(("trained on, tokens a second", f"{speed['tokens_per_second']:,.0f}"))
+        rows.append(("trained on, pairs a second", f"{speed['pairs_per_second']:,.1f}"))
+    if peak := record.get("peak_memory_bytes"):
+        rows.append(("peak memory (GiB)", f"{peak / 2**30:.2f}"))
+    return rows
+
+
+def print_summary(
+    console: Console,
+    metrics: Mapping[str, Estimate],
+    samples: Sequence[Mapping[str, str]],
+    folder: Path,
+    next_commands: Sequence[str],
+    cost: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Print the closing table; it fits 80 columns. console: a plain_console; cost: see cost_rows."""
+    table = Table(title="What it learned", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if not column else "right", overflow="fold")
+    for row in metric_rows(metrics):
+        table.add_row(*row)
+    table.add_section()
+    for label, value in cost:
+        table.add_row(label, "", value)
+    console.print(table)
+    if samples:
+        _print_samples(console, samples)
+    console.print(f"Run folder: {folder}", soft_wrap=True)
+    for command in next_commands:
+        console.print(f"Next: {command}", soft_wrap=True)
+
+
+def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> None:
+    side_by_side = Table(title="The same prompts, before and after", title_justify="left", show_lines=True)
+    for column in ("prompt", "initial policy", "trained policy"):
+        side_by_side.add_column(column, ratio=1 if column == "prompt" else 2, overflow="fold")
+    for row in samples[:3]:
+        side_by_side.add_row(*(row[key] for key in ("prompt", "initial", "trained")))
+    console.print(side_by_side)
+
+
+def _figure(value: float) -> str:
+    """Three decimals, of large ones one: a row has to fit 80 columns."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

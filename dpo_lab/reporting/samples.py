@@ -1,0 +1,88 @@
+"""Samples of the arms for the same prompts, side by side, from the records of one seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_lab.reporting.figures.axes import format_value
+from dpo_lab.runs.examples import EXAMPLES
+from dpo_lab.studies.run_data import RunData, RunSet
+
+PROMPTS = 8
+START = b'{"kind": "prompt"'
+
+
+@dataclass(frozen=True)
+class Response:
+    """By whom, what, and what it is worth."""
+
+    by: str
+    text: str
+    worth: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    responses: Sequence[Response]
+
+
+def side_by_side(collection: RunSet) -> tuple[int, list[Prompt]] | None:
+    """The seed that most arms have samples of, and its first prompts; None where no run kept any."""
+    counts = {seed: sum(_has_samples(run) for run in collection.runs if run.seed == seed) for seed in collection.seeds}
+    seed = max(counts, key=counts.__getitem__, default=None)
+    if seed is None or not counts[seed]:
+        return None
+    by_prompt: dict[str, list[Response]] = {}
+    for arm in collection.arms:
+        run = collection.run(arm.name, seed)
+        if run is None or not _has_samples(run):
+            continue
+        worth = _worth(run)
+        told: set[str] = set()
+        for sample in run.record["samples"]:
+            prompt = str(sample["prompt"])
+            if prompt in told or (prompt not in by_prompt and len(by_prompt) == PROMPTS):
+                continue
+            told.add(prompt)
+            initial = Response("initial policy", str(sample["initial"]), worth.get((prompt, "initial"), ""))
+            responses = by_prompt.setdefault(prompt, [])
+            if initial.text not in [r.text for r in responses if r.by == initial.by]:
+                responses.append(initial)
+            responses.append(Response(arm.name, str(sample["trained"]), worth.get((prompt, "trained"), "")))
+    return seed, [Prompt(text, responses) for text, responses in by_prompt.items()]
+
+
+def _has_samples(run: RunData) -> bool:
+    return run.is_done and bool(run.record.get("samples"))
+
+
+def _worth(run: RunData) -> dict[tuple[str, str], str]:
+    """Gold or judge's score of the run's samples, as far as its examples tell: (prompt, initial or trained) -> figure."""
+    path = Path(run.folder) / EXAMPLES
+    wanted = {str(s["prompt"]): (str(s["initial"]), str(s["trained"])) for s in run.record["samples"]}
+    found: dict[tuple[str, str], str] = {}
+    if not path.is_file():
+        return found
+    with path.open("rb") as lines:
+        for line in lines:
+            if line.startswith(START):
+                row = json.loads(line)
+                texts = wanted.get(row.get("prompt"))
+                if texts == (row.get("initial_response"), row.get("response")):
+                    for who, prefix in (("initial", "initial_"), ("trained", "")):
+                        if told := _figure(row, prefix):
+                            found.setdefault((row["prompt"], who), told)
+    return found
+
+
+def _figure(row: Mapping[str, Any], prefix: str) -> str:
+    for name in ("gold", "judge"):
+        value = row.get(f"{prefix}{name}")
+        if value is not None:
+            return f"{name} {format_value(value)}"
+    return ""

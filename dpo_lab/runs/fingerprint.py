@@ -1,0 +1,100 @@
+"""The fingerprint of a run: its settings without those that do not change results, and the files it reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_lab.runs.redact import redact
+
+# Settings that change no result, or only how far or on how many processes it is computed; with all that lies under them.
+KEYS_WITHOUT_EFFECT = (
+    "name",
+    "on_change",
+    "objective",
+    "figures",
+    "logger",
+    "callbacks.checkpoint",
+    "callbacks.health",
+    "callbacks.progress",
+    "data.num_workers",
+    "data.workers",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.max_time",
+    "trainer.max_steps",  # looked at apart: it may grow
+)
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """A hash of all settings that are not VOLATILE."""
+    text = json.dumps(effective_config(redact(config)), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, VOLATILE ones left out."""
+    was, now = effective_config(was), effective_config(now)
+    return {
+        key: (was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
+    }
+
+
+def effective_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by dotted key, without the VOLATILE ones."""
+    return {key: value for key, value in flatten(config).items() if not _is_volatile(key)}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def fingerprint(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Of each file its size, its time and a hash of what it holds."""
+    return {str(file): {**_stat(file), "blake2b": _digest(file)} for file in files}
+
+
+def changed_files(recorded: Mapping[str, Mapping[str, Any]], files: Sequence[Path]) -> list[str]:
+    """What became of files since their fingerprint, in words; nothing where all hold what they did.
+
+    A file of the same size and time is not read again.
+    """
+    now = {str(file): file for file in files}
+    gone = [f"{name} is no longer read" for name in recorded if name not in now]
+    added = [f"{name} was not read then" for name in now if name not in recorded]
+    other = [f"{name} holds something else now" for name, file in now.items() if _is_other(recorded.get(name), file)]
+    return gone + added + other
+
+
+def _is_volatile(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in KEYS_WITHOUT_EFFECT)
+
+
+def _is_other(recorded: Mapping[str, Any] | None, file: Path) -> bool:
+    if recorded is None:
+        return False
+    stat = _stat(file)
+    if all(recorded[name] == stat[name] for name in stat):
+        return False
+    return recorded["bytes"] != stat["bytes"] or recorded["blake2b"] != _digest(file)
+
+
+def _stat(file: Path) -> dict[str, int]:
+    stat = file.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,0 +1,99 @@
+"""The metrics log of a run, `metrics.jsonl`: one row per line with a checksum, truncated to a checkpoint on resume.
+
+A row ends with `crc`, the CRC-32 of the line without it: a damaged byte is found, wherever it is. Rows that earlier versions
+wrote have none and are read as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_lab.runs.run_record import RunFailed
+
+METRICS_LOG = "metrics.jsonl"
+_CRC = ', "crc": "'
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # strict JSON has no numbers for them
+
+
+class MetricsLogError(RunFailed):
+    """The journal is damaged; the message names file and line and says what to type."""
+
+
+def append(path: Path, step: int, figures: Mapping[str, float]) -> None:
+    """Add a row: the optimizer steps done and what was measured then. A figure that is not finite stands there as a word."""
+    row = {"step": step} | {name: _spelled(value) for name, value in figures.items()}
+    bare = json.dumps(row, allow_nan=False)[:-1]
+    with path.open("ab") as file:
+        file.write(f'{bare}{_CRC}{_crc(bare.encode())}"}}\n'.encode())
+
+
+def rows(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Every whole row, in order; a last line that a crash tore is left out. Raises JournalError for any other damage.
+
+    start: a position, to read only what was written after it; a damaged row's number is then counted from there.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        for number, line in enumerate(file, 1):
+            is_torn = not line.endswith(b"\n")  # only the last one can be
+            if is_torn and _row(line[:-1]) is None:
+                return
+            row = None if is_torn else _row(line)  # all of a row but its end of line: not torn, damaged
+            if row is not None:
+                yield row
+            else:
+                raise MetricsLogError(
+                    f"{path}:{number}: not a row of this journal; mend or delete the line, or delete the run's folder"
+                    " and type the same command again"
+                )
+
+
+def position(path: Path, durable: bool = False) -> int:
+    """Bytes written so far, 0 without a file. durable: they are on the disk, too."""
+    if not path.exists():
+        return 0
+    with path.open("rb+") as file:
+        if durable:
+            os.fsync(file.fileno())
+        return file.seek(0, os.SEEK_END)
+
+
+def truncate(path: Path, to: int) -> None:
+    """Forget all rows after `to`, a position. Raises JournalError where the file is shorter than that."""
+    if (written := position(path)) < to:
+        raise MetricsLogError(
+            f"{path}: {written} bytes, but the checkpoint was taken at {to}; rows are lost: put the file back, or delete"
+            " the run's folder and type the same command again"
+        )
+    if written > to:
+        with path.open("rb+") as file:
+            file.truncate(to)
+            os.fsync(file.fileno())
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line's row, None where it is not what was written."""
+    bare, crc, rest = line.rstrip(b"\n").partition(_CRC.encode())
+    if crc and rest != f'{_crc(bare)}"}}'.encode():
+        return None
+    try:
+        row = json.loads(bare + b"}" if crc else bare)
+        return {name: _NOT_FINITE[value] if isinstance(value, str) else value for name, value in row.items()}
+    except (ValueError, KeyError, AttributeError):
+        return None
+
+
+def _crc(bare: bytes) -> str:
+    return f"{zlib.crc32(bare):08x}"
+
+
+def _spelled(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

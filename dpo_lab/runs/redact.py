@@ -1,0 +1,63 @@
+"""Redact secrets: values of keys that name a secret, tokens by their shape, passwords in URLs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REDACTED = "<redacted>"
+_NAME = r"(?:api_?key|access_?key|private_?key|token|secret|passw(?:or)?d|credentials?)"
+_NAMES = re.compile(f"{_NAME}$", re.I)
+_ENTRY = re.compile(
+    rf"""(?P<key>^[\s-]*['"]?[^\s:'"]*{_NAME}['"]?: |{_NAME}=)(?!null$)('([^']|'')*'|"([^"\\]|\\.)*"|\S.*)""",
+    re.I | re.M,
+)
+_LOOKS = re.compile(
+    r"\b(hf_\w{16,}|sk-[\w-]{20,}|gh[opsur]_\w{30,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16})"
+)
+_IN_URL = re.compile(r"(?<=://)[^\s/@]+:[^\s/@]+(?=@)")
+_SHORTEST = 8  # characters of an environment variable's value: a shorter one would be found where it is not meant
+
+
+def redact(value: Any) -> Any:
+    """A config, or part of one, without secrets: by the names of its keys, and in every text."""
+    if isinstance(value, Mapping):
+        return {k: REDACTED if _NAMES.search(str(k)) and v is not None else redact(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(v) for v in value]
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def redact_override(override: str) -> str:
+    """`key=value` with its value left out where the key names a secret, else without the secrets in it."""
+    key, equals, _ = override.partition("=")
+    return f"{key}{equals}{REDACTED}" if equals and _NAMES.search(key) else redact_text(override)
+
+
+def redact_command(words: Sequence[str]) -> str:
+    """A command line, quoted, to be typed again, without secrets."""
+    return shlex.join(redact_override(word) for word in words)
+
+
+def redact_text(text: str) -> str:
+    """A text without what looks like a token, passwords in URLs, and values of the environment's secrets."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and _NAMES.search(name) and value in text:
+            text = text.replace(value, REDACTED)
+    return _IN_URL.sub(REDACTED, _LOOKS.sub(REDACTED, text))
+
+
+def redact_yaml(text: str) -> str:
+    """A config in YAML without secrets, overrides as they were typed among it (the rest of such a line goes with them)."""
+    return redact_text(_ENTRY.sub(rf"\g<key>{REDACTED}", text))
+
+
+class Redacting(logging.Formatter):
+    """A formatter whose lines, tracebacks among them, hold no secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact_text(super().format(record))

@@ -1,0 +1,286 @@
+"""Run folders and their record `run.json`: names, locks, status, resume. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dpo_lab.distributed.signals import StopSignal
+from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
+from dpo_lab.runs.fingerprint import changed_files, config_digest, difference, fingerprint
+from dpo_lab.runs.redact import redact, redact_override, redact_text
+
+OUTPUTS = Path("outputs")
+RECORD = "run.json"
+CHECKPOINTS = "checkpoints"
+LOGS = re.compile(r"\.lock|run\.log|output\.log|\.?rank-\d+\.\w+")  # which are in use while a folder changes hands
+
+
+class RunRefused(Exception):
+    """The folder can't take this run; the message says why and what to type."""
+
+
+class RunFailed(Exception):
+    """The run can't go on; the message says it all in one line: the file or the pair, and what to type."""
+
+
+class RunStatus(str, Enum):
+    """What a folder means to a run: nothing yet, some of its way, all of it."""
+
+    new = "new"
+    unfinished = "unfinished"
+    done = "done"
+
+
+def slug(overrides: str, limit: int = 100) -> str:
+    """A folder name for a run's overrides (`a=1,b=2`): readable, at most `limit` characters, without collisions."""
+    overrides = ",".join(redact_override(override) for override in overrides.split(","))
+    plain = re.sub(r"(^|,)\+", r"\1", overrides)
+    clean = re.sub(r"[^\w.=,-]+", "_", plain).strip("_.")
+    if clean != plain or len(clean) > limit:
+        clean = f"{clean[: limit - 9]}-{hashlib.blake2b(overrides.encode(), digest_size=4).hexdigest()}"
+    return clean or "default"
+
+
+def name_of_folder(name: str) -> str:
+    """The folder in OUTPUTS of all runs of a name, which may have parts (`studies/runs/full`); nothing leads out of there."""
+    return "/".join(slug(part) for part in name.split("/") if part) or "default"
+
+
+def refuse_outside(folder: Path) -> None:
+    """Raises RunRefused where a folder of OUTPUTS is in truth another place, by a link."""
+    if Path(os.path.relpath(folder)).parts[0] == OUTPUTS.name and not folder.resolve().is_relative_to(
+        OUTPUTS.resolve()
+    ):
+        raise RunRefused(
+            f"{folder}: a link in it leads to {folder.resolve()}, outside of {OUTPUTS}; type name=another, or make {OUTPUTS}"
+            " itself the link"
+        )
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The folder's record, None where there is none. Raises RunRefused where it can't be read."""
+    try:
+        return json.loads((folder / RECORD).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunRefused(f"{folder / RECORD}: can't be read ({error}); type name=another, or delete {folder}") from None
+
+
+class Run:
+    """A run while it goes on. The record is committed whole at every `update`, by rank 0 alone, who holds the folder.
+
+    resumes: whether an earlier start went some of the way.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any], resumes: bool = False, writes: bool = True) -> None:
+        self.folder, self.record, self.resumes, self.writes = folder, record, resumes, writes
+
+    def update(self, **entries: Any) -> None:
+        self.record |= entries
+        if self.writes:
+            _commit(self.folder, self.record)
+
+    def settle(self, **identity: str) -> None:
+        """Note what this run works on, by hashes: the run that it resumes must have worked on the very same.
+
+        Raises RunRefused where it did not; with on_change=restart the earlier start is set aside instead.
+        """
+        was = self.record.get("identity") or {}
+        changed = [f"{name} was {was[name]}, is {now}" for name, now in identity.items() if was.get(name, now) != now]
+        if self.resumes and changed:
+            if self.record["config"]["on_change"] != "restart":
+                raise RunRefused(_changed(self.folder, changed))
+            _archive_previous(self.folder)
+            self.resumes = False
+        self.update(identity=was | identity)
+
+
+@contextmanager
+def acquire_run(
+    folder: Path, config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path] = ()
+) -> Iterator[Run | None]:
+    """Take a folder for a run of `config` that reads `files`; None where that run is done already.
+
+    The record says `running` until the body ends: then `done`, `preempted`, `interrupted`, or `failed` with the error. What
+    an earlier start of the same run left is gone on from, that of another run is never overwritten. Raises RunRefused when
+    another process holds the folder, or another run lies in it, see `standing`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        where = run_status(folder, config, files)
+        if where is RunStatus.done:
+            yield None
+            return
+        remove_leftovers(folder / RECORD)
+        resumes = where is RunStatus.unfinished
+        earlier = read_record(folder)
+        if not resumes and earlier is not None and _is_worth_keeping(folder, earlier):
+            _archive_previous(folder)
+            earlier = None
+        record = _opening(config, overrides, files)
+        if earlier is not None:
+            record |= (
+                _gone_on(earlier, record) if resumes else {"starts": [*earlier.get("starts", ()), _start(earlier)]}
+            )
+        run = Run(folder, record, resumes)
+        run.update(status="running")
+        try:
+            yield run
+        except BaseException as error:
+            with suppress(OSError):  # where the disk takes no record what the run failed of is what matters
+                run.update(**_ending(error))
+            raise
+        run.update(status="done", finished=_now())
+
+
+def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) -> RunStatus:
+    """Whether a run of `config` that reads `files` is new to the folder, has begun there, or is done.
+
+    More trainer.max_steps than before are more of the same run. Raises RunRefused where another run lies there, unless
+    on_change=restart.
+    """
+    record = read_record(folder)
+    if record is None or not _is_worth_keeping(folder, record):
+        return RunStatus.new
+    changed = [
+        f"{key}: was {was!r}, now {now!r}" for key, (was, now) in difference(record["config"], redact(config)).items()
+    ]
+    changed += changed_files(record.get("files", {}), files)
+    were, wanted = (int(each["trainer"]["max_steps"]) for each in (record["config"], config))
+    if wanted < were:
+        changed.append(f"trainer.max_steps: was {were}, now {wanted}")
+    if changed:
+        if config["on_change"] == "restart":
+            return RunStatus.new
+        raise RunRefused(_changed(folder, changed))
+    return RunStatus.done if record["status"] == "done" and wanted == were else RunStatus.unfinished
+
+
+def mark_ended(folder: Path, status: str, error: str) -> None:
+    """Say how a run ended whose rank 0 could not say so itself, or did not know: another rank's error came first."""
+    with _locked(folder):
+        record = read_record(folder)
+        if record is not None and record["status"] != "done":
+            _commit(folder, record | {"status": status, "error": redact_text(error), "finished": _now()})
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunRefused(f"{folder} is being written by another process; wait for it, or type name=another") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_worth_keeping(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a run went so far that another one may not take its place."""
+    return record["status"] == "done" or any((folder / CHECKPOINTS).glob("*.ckpt"))
+
+
+def _changed(folder: Path, changed: Sequence[str]) -> str:
+    return (
+        f"{folder} holds another run ({'; '.join(changed)}); type name=another, or on_change=restart to set it aside and"
+        " start anew"
+    )
+
+
+def _gone_on(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a run that goes on takes over from its earlier starts."""
+    kept = {
+        name: earlier[name]
+        for name in ("identity", "seconds", "step_zero_loss", "throughput", "started")
+        if name in earlier
+    }
+    were, wanted = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
+    if "steps" in earlier and were == wanted:
+        kept["steps"] = earlier["steps"]  # it was trained to its end
+    return kept | {"starts": [*earlier.get("starts", ()), _start(earlier)]}
+
+
+def _start(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of an earlier start: how it ended and, where the run is lengthened, what it had come to."""
+    names = ("status", "error", "started", "finished", "steps", "metrics", "versions", "git")
+    kept = {name: earlier[name] for name in names if name in earlier}
+    return kept | {"max_steps": earlier["config"]["trainer"]["max_steps"]}
+
+
+def _ending(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, StopSignal):
+        return {"status": error.status, "error": f"stopped by {error}", "finished": _now()}
+    if isinstance(error, SystemExit):  # how a scheduler's handler leaves that has put the job back into the queue
+        return {"status": "preempted", "error": "put back into the queue", "finished": _now()}
+    stopped = isinstance(error, KeyboardInterrupt)
+    what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return {"status": "interrupted" if stopped else "failed", "error": redact_text(what), "finished": _now()}
+
+
+def _opening(config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
+    return {
+        "status": "running",
+        "started": _now(),
+        "config": redact(config),
+        "config_digest": config_digest(config),
+        "overrides": [redact_override(override) for override in overrides],
+        "files": fingerprint(files),
+        **provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """What a result came from: versions of the packages, and the commit of this one."""
+    return {"versions": _versions(), "git": _git_state()}
+
+
+def _commit(folder: Path, record: Mapping[str, Any]) -> None:
+    write_atomic(folder / RECORD, json.dumps(record, indent=1, allow_nan=False))
+
+
+def _archive_previous(folder: Path) -> None:
+    """Keep what an earlier run left, in `earlier-N` inside the folder."""
+    left = [p for p in folder.iterdir() if not (LOGS.fullmatch(p.name) or p.name.startswith("earlier-"))]
+    aside = folder / f"earlier-{1 + sum(p.name.startswith('earlier-') for p in folder.iterdir())}"
+    aside.mkdir()
+    for path in left:
+        os.replace(path, aside / path.name)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    names = ("dpo_lab", "torch", "lightning", "transformers", "tokenizers", "hydra-core", "torchmetrics")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the package's checkout and whether it was changed; None outside a checkout."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", ".", "../conf"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

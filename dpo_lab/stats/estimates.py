@@ -1,0 +1,168 @@
+"""Estimates: a measured value with its standard error and interval."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over n examples; se is its standard error, interval its 95 % confidence interval, None where not known."""
+
+    value: float
+    se: float | None = None
+    n: int | None = None
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError(f"a metric came out as {self.value}: something before it is broken")
+
+    def as_record(self) -> dict[str, Any]:
+        """For a run's record; `from_record` is the way back."""
+        return {**asdict(self), "interval": list(self.interval) if self.interval else None}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Estimate:
+        return cls(**{**record, "interval": tuple(record["interval"]) if record["interval"] else None})
+
+
+def mean(values: Iterable[float]) -> Estimate:
+    """Mean of independent examples, its standard error and Student's t interval; neither for one example or no spread."""
+    values = [float(v) for v in values]
+    if not values:
+        raise ValueError("a mean over no examples")
+    average = math.fsum(values) / len(values)
+    spread = math.fsum((v - average) ** 2 for v in values)
+    se = math.sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 and spread > 0 else None
+    half = _t(len(values) - 1) * se if se else None
+    return Estimate(average, se, len(values), (average - half, average + half) if half else None)
+
+
+def ratio(totals: Sequence[float] | np.ndarray, counts: Sequence[float]) -> Estimate:
+    """All totals / all counts over independent examples, such as nats a token from nats and tokens of each text.
+
+    The standard error is the linearised one (Cochran 1977, "Sampling techniques", section 6.4).
+    """
+    n, count = len(totals), math.fsum(counts)
+    value = math.fsum(totals) / count
+    left = math.fsum((total - value * part) ** 2 for total, part in zip(totals, counts, strict=True))
+    if n < 2 or left == 0:
+        return Estimate(value, n=n)
+    se = math.sqrt(left * n / (n - 1)) / count
+    half = _t(n - 1) * se
+    return Estimate(value, se, n, (value - half, value + half))
+
+
+def exp_of_ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
+    """exp of a ratio, such as perplexity; the ratio's interval is exponentiated."""
+    of = ratio(totals, counts)
+    value = math.exp(of.value)
+    interval = (math.exp(of.interval[0]), math.exp(of.interval[1])) if of.interval else None
+    return Estimate(value, value * of.se if of.se else None, of.n, interval)
+
+
+def share(values: Iterable[float]) -> Estimate:
+    """Mean of examples that lie in [0, 1] (yes, no, or half for a tie), with Wilson's interval, which stays in there too.
+
+    Ties spread less than yes and no: the interval is that of as many yes and no as would have the same standard error.
+    """
+    values = [float(v) for v in values]
+    estimate = mean(values)
+    p, n = estimate.value, len(values)
+    if not 0 <= p <= 1:
+        raise ValueError(f"a share of {p}: not between 0 and 1")
+    spread = math.fsum((v - p) ** 2 for v in values)
+    effective = n * n * p * (1 - p) / spread if spread > 0 and any(0 < v < 1 for v in values) else n
+    return replace(estimate, interval=wilson(p, effective))
+
+
+def share_at_zero(values: np.ndarray, at: np.ndarray) -> Estimate | None:
+    """The share that a logistic regression of values [N] in [0, 1] on `at` [N] puts where `at` is 0.
+
+    Standard error by the sandwich (White 1982), which ties and a wrong curve leave valid; the interval is symmetric on the
+    logit scale. None where the data do not determine it: no spread in `at`, fewer than ten examples, or values that `at`
+    separates (Albert and Anderson 1984).
+    """
+    n, scale = len(values), float(np.std(at))
+    if n < 10 or scale == 0 or np.ptp(values) == 0:
+        return None
+    x = np.stack((np.ones(n), at / scale), 1)
+    weights = np.zeros(2)
+    for _ in range(50):
+        p = _logistic(x @ weights)
+        information = (x * (p * (1 - p))[:, None]).T @ x
+        if np.linalg.cond(information) > 1e10:
+            return None
+        step = np.linalg.solve(information, x.T @ (values - p))
+        weights = weights + step
+        if np.abs(weights).max() > 30:
+            return None
+        if np.abs(step).max() < 1e-10:
+            break
+    else:
+        return None
+    p = _logistic(x @ weights)
+    bread = np.linalg.inv((x * (p * (1 - p))[:, None]).T @ x)
+    scores = x * (values - p)[:, None]
+    se = math.sqrt((bread @ (scores.T @ scores) @ bread)[0, 0] * n / (n - 2))
+    centre, half = float(weights[0]), _t(n - 2) * se
+    low, value, high = (float(_logistic(np.float64(logit))) for logit in (centre - half, centre, centre + half))
+    return Estimate(value, value * (1 - value) * se, n, (low, high))
+
+
+def rank_correlation(left: Sequence[float], right: Sequence[float]) -> Estimate | None:
+    """Spearman's, ties sharing their mean rank; None where one side is all alike. Interval: Fisher's z with the variance
+    (1 + r^2 / 2) / (n - 3) of Bonett and Wright 2000, "Sample size requirements for estimating correlations".
+    """
+    from scipy import stats
+
+    n = len(left)
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return None
+    r = float(np.corrcoef(stats.rankdata(left), stats.rankdata(right))[0, 1])
+    if abs(r) > 1 - 1e-12:  # a perfect order, but for rounding
+        return Estimate(math.copysign(1.0, r), n=n)
+    if n < 4:
+        return Estimate(r, n=n)
+    z, half = math.atanh(r), float(stats.norm.ppf(0.975)) * math.sqrt((1 + r**2 / 2) / (n - 3))
+    return Estimate(r, n=n, interval=(math.tanh(z - half), math.tanh(z + half)))
+
+
+def share_in_groups(values: np.ndarray, groups: np.ndarray) -> Estimate:
+    """The same of examples of which those of one group are alike, pairs of one prompt say; groups [N]: numbers from 0.
+
+    Wilson's interval at the effective number of examples: p (1 - p) by the variance of the mean over groups (linearised as
+    in `exp_of_ratio`), at most all of them. Where no spread tells that variance it is the number of groups.
+    """
+    n, p = len(values), float(np.mean(values))
+    left = np.bincount(groups, values - p)
+    count = len(left)
+    variance = float(left @ left) * count / (count - 1) / n**2 if count > 1 else 0.0
+    effective = min(n, p * (1 - p) / variance) if variance > 1e-18 else count
+    return Estimate(p, math.sqrt(variance) if variance > 1e-18 else None, n, wilson(p, effective))
+
+
+def wilson(p: float, n: float) -> tuple[float, float]:
+    """Wilson 1927, "Probable inference, the law of succession, and statistical inference"."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def _t(freedom: int) -> float:
+    """Student's t at 97.5 %."""
+    from scipy import stats  # here, where a number is wanted: a config is checked without it
+
+    return float(stats.t.ppf(0.975, freedom))
+
+
+def _logistic(x: np.ndarray | np.float64) -> np.ndarray:
+    return np.exp(-np.logaddexp(0.0, -x))

@@ -1,0 +1,151 @@
+"""The archived record of a study: small, committed, and enough to derive every verdict again.
+
+One JSON file a study, one run a line, numbers to six digits. It holds what was asked and predicted and when that was
+registered, and of every run how it ended, what it came from, what it cost and all of its metrics; of every seed the
+optimum's line. Curves, samples and single examples are not in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_lab.runs.atomic_write import write_atomic
+from dpo_lab.stats.estimates import Estimate
+from dpo_lab.studies import frontier
+from dpo_lab.studies.run_data import RunData, RunSet, assemble
+from dpo_lab.studies.spec import Study, StudyError
+
+SCHEMA = 1
+FOLDER = "records"  # beside study files and the written results
+OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations")  # taken over from study.json
+OF_RUN = ("started", "steps", "step_zero_loss", "peak_memory_bytes", "memory", "data")  # from run.json
+ORIGIN = ("versions", "git")
+
+
+def archive_study(collection: RunSet) -> dict[str, Any]:
+    """What is kept of a study. Raises StudyError where the collection is of none, or its arms were not measured alike."""
+    if collection.study is None:
+        raise StudyError(f"{collection.title}: no study; type the folder of one, outputs/studies/NAME/BUDGET")
+    for text in collection.unlike:
+        raise StudyError(f"{collection.title}: not measured alike, {text}; run the study again with one setting of it")
+    names = sorted({name for run in collection.runs for name in run.metrics})
+    origins: list[Any] = []
+    runs = [_kept(run, names, origins) for run in collection.runs]
+    lines = {seed: frontier.optimum(collection, seed) for seed in collection.seeds}
+    return {
+        "schema": SCHEMA,
+        "study": collection.study.as_record(),
+        **{name: collection.record.get(name) for name in OF_STUDY},
+        "origins": origins,  # what runs were made by: versions and commit
+        "optimum": {
+            str(seed): [[_short(p.gain), _short(p.kl), _short(p.ess)] for p in points]
+            for seed, points in lines.items()
+            if points
+        },
+        "metrics": names,  # of every run's `metrics`: value, standard error and n of each, null where it has none
+        "runs": runs,
+    }
+
+
+def write(collection: RunSet, folder: Path) -> Path:
+    """Keep a study in folder/<its name>.json, with another budget than `full` in the name, too; gives the path."""
+    record = archive_study(collection)
+    path = path_of(folder, record["study"]["name"], record["budget"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text(record))
+    return path
+
+
+def path_of(folder: Path, name: str, budget: str | None) -> Path:
+    """Where a study's record is kept: a budget other than the full one is part of its name."""
+    return folder / (f"{name}.json" if budget in ("full", None) else f"{name}-{budget}.json")
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """A kept record as it is written: one run, one arm, one prediction a line, so that a difference can be read."""
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in record.items()) + "\n}\n"
+
+
+def read(path: Path) -> RunSet:
+    """The study that was kept in a file. Raises StudyError where the file can't be read as one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"schema {record['schema']}, this version reads {SCHEMA}")
+        study = Study.from_record(record["study"])
+        overrides = {arm.name: arm.overrides for arm in study.arms}
+        runs = [_run(path.parent, run, record, overrides[run["arm"]]) for run in record["runs"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{path}: no kept record of a study ({error}); keep it again from its folder") from None
+    return assemble(study, path.parent, record, runs)
+
+
+def _kept(run: RunData, names: Iterable[str], origins: list[Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {"arm": run.arm, "seed": run.seed, "status": run.status, "folder": _place(run)}
+    if run.error:
+        kept["error"] = run.error
+    kept |= {name: _rounded(run.record[name]) for name in OF_RUN if run.record.get(name) is not None}
+    if origin := {name: run.record[name] for name in ORIGIN if name in run.record}:
+        if origin not in origins:
+            origins.append(origin)
+        kept["origin"] = origins.index(origin)
+    if "seconds" in run.record:
+        kept["cpu"] = {stage: _short(taken["cpu"]) for stage, taken in run.record["seconds"].items()}
+    if "health" in run.record:
+        kept["health"] = [
+            {name: found[name] for name in ("name", "severity", "says")} for found in run.record["health"]
+        ]
+    if run.metrics:
+        kept["metrics"] = [_triple(run.metrics.get(name)) for name in names]
+    return kept
+
+
+def _run(folder: Path, kept: Mapping[str, Any], record: Mapping[str, Any], overrides: list[str]) -> RunData:
+    facts: dict[str, Any] = {name: kept[name] for name in OF_RUN if name in kept}
+    facts |= {"status": kept["status"], "overrides": [*overrides, f"seed={kept['seed']}"]}
+    if "origin" in kept:
+        facts |= record["origins"][kept["origin"]]
+    if "cpu" in kept:
+        facts["seconds"] = {stage: {"cpu": seconds} for stage, seconds in kept["cpu"].items()}
+    if "health" in kept:
+        facts["health"] = [{"threshold": "", "tries": "", **found} for found in kept["health"]]
+    triples = zip(record["metrics"], kept.get("metrics", ()), strict="metrics" in kept)
+    metrics = {name: Estimate(*triple) for name, triple in triples if triple is not None}
+    place = folder / kept["folder"]
+    return RunData(place, kept["arm"], kept["seed"], kept["status"], kept.get("error"), facts, metrics)
+
+
+def _place(run: RunData) -> str:
+    """What tells runs apart that several studies share, and names no place of this machine: `full/beta=1/seed=0`."""
+    return "/".join(run.folder.parts[-3:]) if "started" in run.record else ""
+
+
+def _triple(estimate: Estimate | None) -> list[Any] | None:
+    if estimate is None:
+        return None
+    return [_short(estimate.value), None if estimate.se is None else _short(estimate.se), estimate.n]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return _short(value)
+    return {key: _rounded(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, dict) and any(isinstance(each, list | dict) for each in value.values()):
+        return "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(each)}" for key, each in value.items()) + "\n}"
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return "[\n" + ",\n".join("  " + _packed(each) for each in value) + "\n]"
+    return _packed(value)
+
+
+def _packed(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,82 @@
+"""Group runs into arms: runs whose settings differ in nothing but seeds are one arm."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_lab.runs.fingerprint import effective_config
+
+SEEDS = ("seed", "noise.seed")  # settings that differ between the runs of one arm
+IGNORED_OVERRIDES = ("name", *SEEDS, "on_change", "objective", "figures", "launcher")  # overrides that make no arm
+DEFAULT_ARM = "default"  # the arm without an override of its own
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted key, all that tells one arm from another."""
+    found = {key: value for key, value in effective_config(config).items() if key not in SEEDS}
+    steps = (config.get("trainer") or {}).get("max_steps")
+    return found if steps is None else found | {"trainer.max_steps": steps}
+
+
+def names(typed: Sequence[Sequence[str]], configs: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """The arm of each run: its overrides that not all runs have and, where these don't tell settings apart, those as well.
+
+    typed: each run's overrides; configs: each run's settings, None where only what was typed is known.
+    """
+    kept = [[each.lstrip("+") for each in own if _key(each) not in IGNORED_OVERRIDES] for own in typed]
+    is_varied = len({tuple(sorted(own)) for own in kept}) > 1
+    shared = set.intersection(*map(set, kept)) if is_varied else set()
+    told = [", ".join(each for each in own if each not in shared) or DEFAULT_ARM for own in kept]
+    texts = [None if config is None else json.dumps(config, sort_keys=True) for config in configs]
+    shortest: dict[str, str] = {}  # of the ways in which the same settings were typed
+    for text, name in zip(texts, told, strict=True):
+        if text is not None:
+            shortest[text] = min(shortest.get(text, name), name, key=lambda it: (len(it), it))
+    alike: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for text, name in shortest.items():
+        alike[name].append(json.loads(text))
+    found = []
+    for text, name in zip(texts, told, strict=True):
+        name = name if text is None else shortest[text]
+        if text is not None and len(alike[name]) > 1:
+            own = json.loads(text)
+            name += f" ({', '.join(f'{key}={own.get(key)}' for key in _varying(alike[name]))})"
+        found.append(name)
+    return found
+
+
+def axes(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The numbers among the settings that vary: arm -> setting -> value. Of two that always agree the shorter is told."""
+    columns: dict[str, tuple[Any, ...]] = {}
+    for key in sorted(_varying(list(configs.values())), key=lambda key: (key.count("."), key)):
+        column = tuple(config.get(key) for config in configs.values())
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in column if v is not None)
+        if numbers and column not in columns.values():
+            columns[key] = column
+    return {
+        arm: {key: float(column[number]) for key, column in columns.items() if column[number] is not None}
+        for number, arm in enumerate(configs)
+    }
+
+
+def in_order(name: str) -> tuple[Any, ...]:
+    """Sorts names as a reader would: numbers by their value, the arm without an override first."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", name)
+    return (
+        name != DEFAULT_ARM,
+        *((float(part), "") if number % 2 else (0.0, part) for number, part in enumerate(parts)),
+    )
+
+
+def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = {key for config in configs for key in config}
+    return sorted(key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1)
+
+
+def _key(override: str) -> str:
+    key = override.lstrip("+~").partition("=")[0]
+    return "launcher" if key.startswith("hydra.") else key

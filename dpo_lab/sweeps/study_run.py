@@ -1,0 +1,106 @@
+"""A study's folder and record, `study.json`: what was predicted, when, and the state of its jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_lab.runs.atomic_write import write_atomic
+from dpo_lab.runs.redact import redact_override
+from dpo_lab.runs.run_record import slug
+from dpo_lab.studies.archive import FOLDER, path_of
+from dpo_lab.studies.load import RunSet, gather
+from dpo_lab.studies.spec import RECORD, Study, StudyError
+from dpo_lab.sweeps.plan import Job
+from dpo_lab.sweeps.summary import Outcome, now
+
+
+class StudyRun:
+    """A study on its way: under `root`/NAME/BUDGET, with the user's overrides in the name where there are any.
+
+    Its runs lie in `root`/runs/..., shared by all studies of that budget: equal arms are run once.
+    """
+
+    def __init__(
+        self, study: Study, file: Path, budget: str, overrides: Sequence[str], root: Path, command: str
+    ) -> None:
+        self.study, self._file = study, file
+        self.folder = root / study.name / slug(",".join([budget, *overrides]))
+        self._record: dict[str, Any] = {
+            "schema": 1,
+            "study": study.as_record(),
+            "file": os.path.relpath(file),
+            "budget": budget,
+            "overrides": [redact_override(override) for override in overrides],
+            "command": command,
+            "status": "registered",
+            "registrations": [],
+            "cells": [],
+        }
+
+    @property
+    def wanted(self) -> list[tuple[str, list[str]]]:
+        """(title, overrides) of every arm under every seed, seeds first: a study cut short has some of every arm."""
+        return [
+            (f"{self.study.name}: {arm.name}, seed {seed}", [*arm.overrides, f"seed={seed}"])
+            for seed in self.study.seeds
+            for arm in self.study.arms
+        ]
+
+    def earlier(self) -> RunSet | None:
+        """What is known of the study's runs: those in its folder, else the record that is kept beside its file."""
+        kept = path_of(self._file.parent / FOLDER, self.study.name, self._record["budget"])
+        for path in (self.folder, kept):
+            if (path / RECORD).exists() or path.is_file():
+                return gather([path])[0]
+        return None
+
+    def register(self) -> None:
+        """Write down what is predicted, before the first run. What was registered before stays; a changed prediction is
+        registered beside it, with its own time.
+        """
+        registered = self._earlier().get("registrations", [])
+        digest = self.study.digest()
+        if not registered or registered[-1]["digest"] != digest:
+            registered = [*registered, {"digest": digest, "at": now()}]
+        self._record["registrations"] = registered
+        self._write()
+
+    def register_first(self) -> None:
+        """The same, unless something was registered before."""
+        if not self._earlier():
+            self.register()
+
+    def note(self, status: str, outcomes: Sequence[tuple[Job, Outcome | None]]) -> None:
+        """Note where its cells lie and what became of them, in the order of `wanted`."""
+        places = [(arm.name, seed) for seed in self.study.seeds for arm in self.study.arms]
+        self._record["status"] = status
+        self._record["cells"] = [
+            {
+                "arm": arm,
+                "seed": seed,
+                "folder": os.path.relpath(cell.folder, self.folder),
+                "overrides": [redact_override(override) for override in cell.overrides],
+                "status": outcome.status if outcome else "not started",
+                "error": outcome.error if outcome else None,
+                "log": os.path.relpath(outcome.log, self.folder) if outcome and outcome.log else None,
+            }
+            for (arm, seed), (cell, outcome) in zip(places, outcomes, strict=True)
+        ]
+        self._write()
+
+    def _earlier(self) -> dict[str, Any]:
+        path = self.folder / RECORD
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise StudyError(f"{path}: can't be read ({error}); move it away, its runs stay where they are") from None
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / RECORD, json.dumps(self._record, indent=1, allow_nan=False))

@@ -1,0 +1,133 @@
+"""The result of a sweep: its table on the terminal, `sweep.json`, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_lab.runs.atomic_write import write_atomic
+from dpo_lab.runs.redact import redact_command, redact_override
+from dpo_lab.runs.run_record import RunStatus
+from dpo_lab.sweeps.job_status import SWEEP, JobStatusStore, is_process_dead
+from dpo_lab.sweeps.plan import Job
+
+STYLES = {"done": "green", "resumed": "green", "skipped": "dim", "failed": "red", "not started": "yellow"}
+
+MANY = 60  # cells; of more the table shows those that stand out
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one cell. was: how far it had been before; status: as in its record, or `not started`."""
+
+    cell: Job
+    was: RunStatus
+    status: str
+    error: str | None = None
+    seconds: float | None = None
+    log: str | None = None
+
+    @property
+    def word(self) -> str:
+        if self.status == "done":
+            return {RunStatus.new: "done", RunStatus.unfinished: "resumed", RunStatus.done: "skipped"}[self.was]
+        return self.status
+
+
+def outcomes(cells: Sequence[Job], were: Sequence[RunStatus], desk: JobStatusStore, is_over: bool) -> list[Outcome]:
+    """What is known of all cells by now. is_over: the launcher is at its end, so that what still seems to run may not."""
+    found = []
+    for cell, was in zip(cells, were, strict=True):
+        note = {} if was is RunStatus.done else desk.read(cell.folder) or {}
+        status = "done" if was is RunStatus.done else note.get("status", "not started")
+        error = note.get("error")
+        if is_over and status == "running":
+            gone = is_process_dead(note)
+            status = "failed" if gone else "running"
+            error = "the process that ran it was killed" if gone else "it runs on, where the sweep does not see it"
+        found.append(Outcome(cell, was, status, error, note.get("seconds"), note.get("log")))
+    return found
+
+
+def exit_code(found: Sequence[Outcome], stopped_by: int | None) -> int:
+    """0: every cell is done; 128 + the signal that the sweep was stopped by; else 1."""
+    if all(outcome.status == "done" for outcome in found):
+        return 0
+    return 1 if stopped_by is None else 128 + stopped_by
+
+
+def write(folder: Path, found: Sequence[Outcome], started: str, status: str, error: str | None = None) -> None:
+    """Commit SWEEP."""
+    record: dict[str, Any] = {
+        "status": status,
+        "error": error,
+        "command": redact_command(["python", "-m", _module(), *sys.argv[1:]]),
+        "started": started,
+        "finished": None if status == "running" else now(),
+        "cells": [
+            {
+                "overrides": [redact_override(override) for override in outcome.cell.overrides],
+                "folder": os.path.relpath(outcome.cell.folder),
+                "was": outcome.was.value,
+                "status": outcome.status,
+                "error": outcome.error,
+                "seconds": None if outcome.seconds is None else round(outcome.seconds, 1),
+                "log": None if outcome.log is None else os.path.relpath(outcome.log),
+            }
+            for outcome in found
+        ],
+    }
+    write_atomic(folder / SWEEP, json.dumps(record, indent=1))
+
+
+def show(console: Console, folder: Path, found: Sequence[Outcome], error: str | None) -> None:
+    """Print the table, of many cells only those that are not done, and under it what failed, with the path of its log."""
+    table = Table("cell", "", "time", box=None, header_style="dim", pad_edge=False)
+    shown = [outcome for outcome in found if len(found) <= MANY or outcome.status not in ("done", "not started")]
+    for outcome in shown:
+        style = STYLES.get(outcome.word, "yellow")
+        table.add_row(outcome.cell.title, Text(outcome.word, style), duration(outcome.seconds))
+    if shown:
+        console.print(table)
+    for outcome in found:
+        if outcome.error and outcome.status != "done":
+            console.print(f"{outcome.cell.title}: {outcome.error}", style="red")
+            if outcome.log:
+                console.print(f"  {os.path.relpath(outcome.log)}", soft_wrap=True)
+    if error:
+        console.print(f"the launcher failed: {error}", style="red")
+    counts = Counter(outcome.word for outcome in found)
+    total = ", ".join(f"{count} {word}" for word, count in counts.items())
+    console.print(f"{len(found)} cells: {total}. {folder / SWEEP}", soft_wrap=True)
+    if any(outcome.status != "done" for outcome in found):
+        console.print("The same command runs what is missing.")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a reader likes them: 12 s, 3 min 20 s, 2 h 05 min."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else Path(sys.argv[0]).name

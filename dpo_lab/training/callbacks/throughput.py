@@ -1,0 +1,100 @@
+"""The throughput callback: tokens and pairs trained per second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dpo_lab.core.pairs import PairBatch
+from dpo_lab.distributed.collectives import all_gather_object
+
+
+class Throughput(Callback):
+    """Counts what this start of the run trains on and for how long: from the first step to the last, validation aside.
+
+    A pair's tokens are its prompt's, counted once, and both responses'; supervised fine-tuning counts each response as a
+    pair that has one side.
+    """
+
+    def __init__(self) -> None:
+        self.pairs = self.tokens = 0  # of this rank
+        self.seconds = 0.0
+        self.since: float | None = None  # what is not in `seconds` yet
+        self.is_training = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this rank, so far; 0 before the first step."""
+        seconds = self._elapsed()
+        return self.tokens / seconds if self.tokens and seconds > 0 else 0.0
+
+    def throughput(self) -> dict[str, float]:
+        """Of all ranks together, who have to call it together; nothing where no step was trained."""
+        ranks = all_gather_object((self.pairs, self.tokens, self._elapsed()))
+        pairs, tokens, seconds = sum(rank[0] for rank in ranks), sum(rank[1] for rank in ranks), ranks[0][2]
+        if not pairs or seconds <= 0:
+            return {}
+        return {"tokens_per_second": round(tokens / seconds, 1), "pairs_per_second": round(pairs / seconds, 2)}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_training = True
+        self._go_on()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        self.pairs += len(batch)
+        self.tokens += int(batch.lengths.sum())
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.is_training:
+            self._go_on()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+        self.is_training = False
+
+    def _go_on(self) -> None:
+        self.since = time.perf_counter()
+
+    def _pause(self) -> None:
+        self.seconds, self.since = self._elapsed(), None
+
+    def _elapsed(self) -> float:
+        return self.seconds + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+
+def throughput_callback(trainer: Trainer) -> Throughput | None:
+    """The trainer's Cost, where it has one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+    return next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
+
+
+def throughput(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """The entry of the run's record, see Cost.throughput; none where this start trained no step."""
+    cost = throughput_callback(trainer)
+    measured = cost.throughput() if cost is not None else {}
+    return {"throughput": measured} if measured else {}
+
+
+class StageTimer:
+    """Wall and CPU seconds of each stage, of this process and its threads, over all starts of the run."""
+
+    def __init__(self, before: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        self.stages: dict[str, dict[str, float]] = {stage: dict(spent) for stage, spent in (before or {}).items()}
+        self.last = (time.perf_counter(), time.process_time())
+
+    def lap(self, stage: str) -> dict[str, dict[str, float]]:
+        """End a stage; gives all stages so far."""
+        now = (time.perf_counter(), time.process_time())
+        before = self.stages.get(stage, {"wall": 0.0, "cpu": 0.0})
+        spent = zip(("wall", "cpu"), now, self.last, strict=True)
+        self.stages[stage] = {kind: round(before[kind] + end - start, 2) for kind, end, start in spent}
+        self.last = now
+        return dict(self.stages)

@@ -1,0 +1,218 @@
+"""The config: every YAML composes, every ablation is a diff, what can't be is refused in one line that says what to type."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from operator import attrgetter
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from dpo_lab.cli import entry_point
+from dpo_lab.config import from_run as recorded_settings
+from dpo_lab.config import logger_packages, schema
+from dpo_lab.core.losses import DPO, IPOSum, SimPO
+from dpo_lab.models.reference import Uniform, UniformOver
+from dpo_lab.runs import run_record
+from dpo_lab.runs.metrics_log import MetricsLogError
+from dpo_lab.training.checkpoint_io import CheckpointError
+from dpo_lab.training.nonfinite import NotFinite
+from tests.conftest import REPOSITORY, python_m
+from tests.support import warm
+
+CONF = REPOSITORY / "conf"
+GROUPS = sorted({p.parent.name for p in CONF.glob("*/*.yaml")} - {"ablation"})
+ABLATIONS = sorted(p.stem for p in (CONF / "ablation").glob("*.yaml"))
+CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "ablation"]
+
+
+def composed(*overrides: str, name: str = "train"):
+    schema.register()
+    recorded_settings.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def settled(*overrides: str) -> schema.RunConfig:
+    return schema.validate(composed(*overrides))
+
+
+def recorded(*overrides: str) -> dict:
+    cfg = composed(*overrides)
+    return schema.as_record(cfg, schema.validate(cfg))
+
+
+NEEDED = {
+    ("loss", "simpo"): ["reference=uniform"],
+    ("loss", "sft"): ["reference=uniform"],
+    ("loss", "unlikelihood"): ["reference=uniform"],
+    ("data", "jsonl"): ["data.path=pairs.jsonl"],
+    ("data", "mix"): ["+data.sources={a: {path: a.jsonl}}"],
+    ("policy", "pretrained"): ["policy.path=folder"],
+    ("policy", "lora"): ["policy.path=folder"],
+    ("reference", "adapter_off"): ["policy=lora", "policy.path=folder"],
+}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes(group, choice, monkeypatch):
+    monkeypatch.setattr(logger_packages, "find_spec", lambda module: object())  # as if all extras were installed
+    settled(f"{group}={choice}", *NEEDED.get((group, choice), []))
+
+
+@pytest.mark.parametrize("name", ["train", "sft", "inspect", "evaluate"])
+def test_every_door_composes(name):
+    schema.validate(composed(*(["run=folder"] if name == "evaluate" else []), name=name))
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_ablation_composes_and_is_a_diff(ablation):
+    settled(f"+ablation={ablation}")
+    text = (CONF / "ablation" / f"{ablation}.yaml").read_text()
+    assert text.startswith("# @package _global_\n")
+    raw = OmegaConf.create(text)
+    assert set(raw) & {"seed", "name", "hydra", "trainer", "logger"} == set()  # no seeds, paths or sweeps
+    assert (recorded(f"+ablation={ablation}") == recorded()) == (ablation == "none")
+
+
+def test_the_ablations_asked_for_are_there():
+    asked = (
+        "none uniform_ref uniform_tokens_ref label_noise ipo hinge cdpo rdpo simpo no_sft sft_chosen unlikelihood rpo"
+    )
+    asked += " dpop dpo_kl"
+    assert set(asked.split()) <= set(ABLATIONS)
+
+
+@pytest.mark.parametrize(("first", "second"), list(combinations(["uniform_ref", "label_noise", "ipo", "no_sft"], 2)))
+def test_ablations_stack(first, second):
+    both = settled(f"+ablation=[{first},{second}]")
+    for ablation in (first, second):
+        alone, base = settled(f"+ablation={ablation}"), settled()
+        for axis in ("loss", "reference", "noise", "policy"):
+            if getattr(alone, axis) != getattr(base, axis):
+                assert getattr(both, axis) == getattr(alone, axis)
+
+
+def test_settings_are_the_objects_that_run():
+    plain = settled("beta=0.3", "+ablation=[uniform_tokens_ref,label_noise]", "seed=4")
+    assert plain.loss == DPO(0.3)
+    assert plain.reference == Uniform(UniformOver.tokens)
+    assert (plain.noise.rate, plain.noise.seed) == (0.2, 4)
+    assert settled("loss=ipo", "beta=0.2").loss == IPOSum(0.2)
+    assert settled("+ablation=simpo").loss == SimPO(2.0, 1.0)
+    assert settled("+ablation=simpo", "beta=5").loss == SimPO(5.0, 1.0)  # the command line beats the ablation
+
+
+def test_a_record_tells_losses_of_the_same_fields_apart():
+    kinds = {recorded(f"loss={name}")["loss"]["kind"] for name in ("dpo", "hinge", "ipo", "ipo_mean")}
+    assert kinds == {"dpo", "hinge", "ipo", "ipo_mean"}
+
+
+@pytest.mark.parametrize("group", schema.KINDS)
+def test_every_kind_has_a_choice(group):
+    axis = group.split(".")[0]
+    chosen = {
+        type(attrgetter(group)(settled(f"{axis}={p.stem}", *NEEDED.get((axis, p.stem), []))))
+        for p in (CONF / axis).iterdir()
+    }
+    assert chosen == set(schema.KINDS[group].values())
+
+
+REFUSED = [
+    (["beta=abc"], "beta=abc", "type beta="),
+    (["betta=0.1"], "'betta'", "type beta="),
+    (["+betta=0.1"], "'betta'", "type beta="),
+    (["loss.gamma=3"], "'loss.gamma'", "loss=simpo"),
+    (["beta=-1"], "beta=-1", "type e.g. beta=0.1"),
+    (["beta=inf"], "beta=inf", "type e.g. beta=0.1"),
+    (["noise.rate=1.5"], "noise.rate=1.5", "type e.g. noise.rate=0.2"),
+    (["noise.rate=nan"], "noise.rate=nan", "type e.g. noise.rate=0.2"),
+    (["loss=simpo"], "loss=simpo", "reference=uniform"),
+    (["loss=sft"], "loss=sft has no reference", "type loss=sft reference=uniform"),
+    (["loss=unlikelihood"], "loss=unlikelihood has no reference", "reference=uniform"),
+    (["loss=dpo_kl", "reference=uniform"], "loss=dpo_kl measures drift", "type loss=dpo_kl reference=cached"),
+    (["loss=unlikelihood", "reference=uniform", "loss.alpha=2"], "loss.alpha=2", "type e.g. loss.alpha=0.5"),
+    (["loss=dpoo"], "loss=dpoo", "dpo"),
+    (["+ablation=uniform"], "ablation=uniform", "uniform_ref"),
+    (["ablation=uniform_ref"], "ablation=uniform_ref", "type +ablation=uniform_ref"),
+    (["data=jsonl"], "data.path", "type data.path="),
+    (["policy=pretrained"], "policy.path", "type policy.path="),
+    (["policy.path=folder"], "'policy.path'", "type policy=pretrained"),
+    (["policy=lora", "policy.path=folder", "policy.rank=0"], "policy.rank=0", "type e.g. policy.rank="),
+    (["reference=adapter_off"], "reference=adapter_off", "type policy=lora"),
+    (["data=mix"], "data.path is empty", "type data.path=FILE.jsonl, data=mix '+data.sources="),
+    (["data.path=x", "data.columns={prompt: a}"], "data.columns: its entries are added", "type +data.columns=..."),
+    (["data.path=x", "+data.columns={promt: a}"], "data.columns.promt: no such column", "type one of prompt, chosen"),
+    (["data=mix", "+data.sources={a: {pth: x}}"], "pth", ""),
+    (["data=mix", "+data.sources={a: {weight: 2}}"], "data.sources.a.path is missing", "type +data.sources.a.path="),
+    (["data=mix", "data.path=x", "+data.sources={a: {path: y}}"], "data.path and data.sources", "type data=mix"),
+    (["noise=uncertainty", "noise.rate=0.1"], "'noise.rate'", "type noise=symmetric or noise=one_sided"),
+    (["policy=pretrained", "policy.path=x", "policy.merge=true"], "policy.merge", "type policy.rank=16"),
+    (["policy=pretrained", "policy.path=folder", "policy.layers=2"], "'policy.layers'", "type policy=tiny"),
+    (["policy=pretrained", "policy.path=folder", "policy.dtype=int8"], "policy.dtype=int8", "float32, bfloat16"),
+    (["data.tokens_per_microbatch=0"], "data.tokens_per_microbatch=0", "type e.g."),
+    (["optim.max_grad_norm=0"], "optim.max_grad_norm=0", "type optim.max_grad_norm="),
+    (["+data.world.tempature=2"], "data.world.tempature", "data.world.temperature"),
+    (["data.world.reward=max"], "data.world.reward=max", "mean, sum"),
+    (["trainer.max_stepz=5"], "trainer.max_stepz", "trainer.max_steps"),
+    (["trainer.max_steps=0"], "trainer.max_steps=0", "type e.g. trainer.max_steps="),
+    (["seed=1.5"], "seed=1.5", "whole number"),
+    (["optim.lr=-1"], "optim.lr=-1", "type e.g. optim.lr="),
+    (["beta=[1"], "beta=[1", "key=value"),
+    (["trainer._target_=os.system"], "os.system", "nearest"),
+    (["+trainer.x._target_=builtins.eval"], "builtins.eval", "nearest"),
+    (["+callbacks.x={a:[{_target_:os.system}]}"], "os.system", "nearest"),
+    (["+callbacks.x._target_=${trainer.y}", "+trainer.y=os.system"], "os.system", "nearest"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "advice"), REFUSED)
+def test_refused_in_one_line(overrides, key, advice):
+    try:
+        settled(*overrides)
+    except schema.ConfigError as error:
+        message = str(error)
+    except schema.ConfigErrors as error:
+        message = schema.explain(error)
+    else:
+        pytest.fail("not refused")
+    assert key in message
+    assert advice in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "arguments", [["betta=0.1"], ["beta=-1"], ["--multirun", "beta=0.1,abc"], ["--multirun", "beta=-1,0.1"]]
+)
+def test_refused_at_the_door(arguments, tmp_path):
+    """By the command a user types: one line, exit code 2, no folder made for it, and before torch is loaded."""
+    result = python_m("dpo_lab.train", *arguments, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert result.returncode == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert "type " in lines[0]
+    assert not [line for line in result.stderr.splitlines() if line.endswith(" torch")]
+    assert not list(tmp_path.rglob("run.json"))
+
+
+@pytest.mark.parametrize("kind", [run_record.RunFailed, CheckpointError, MetricsLogError, NotFinite])
+def test_a_run_that_cannot_go_on_ends_in_one_line(kind, capsys):
+    def body(settings: schema.RunConfig) -> None:
+        raise kind("step=4.ckpt: damaged; delete it")
+
+    with pytest.raises(SystemExit) as ended:
+        entry_point.validate_and_run(composed(), body)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: step=4.ckpt: damaged; delete it\n"
+
+
+def test_help_and_cfg_job(tmp_path):
+    shown = python_m("dpo_lab.train", "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "+ablation=uniform_ref" in shown.stdout
+    assert "label_noise" in shown.stdout
+    job = warm.door("dpo_lab.train", "--cfg", "job", "beta=0.7", cwd=tmp_path)
+    assert job.returncode == 0
+    assert OmegaConf.create(job.stdout).beta == 0.7

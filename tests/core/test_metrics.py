@@ -1,0 +1,125 @@
+"""Metrics: hand-worked means, groups, ties, the truth; and the same numbers for any number of real ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from dpo_lab.core.losses import DPO, SimPO
+from dpo_lab.core.metrics import PreferenceMetrics, zero_out_rounding
+from dpo_lab.core.pairs import PairBatch, PairLogps
+from tests.support.ranks import run_in_ranks
+
+
+def batch_of(flipped: list[bool], gold: list[float]) -> PairBatch:
+    size = len(flipped)
+    lengths = torch.tensor([[1, 2, 4]] * size)
+    keys = [str(i) for i in range(size)]
+    return PairBatch(keys, torch.arange(7 * size), lengths, torch.tensor(flipped), torch.tensor(gold))
+
+
+def logps_of(chosen: list[float], rejected: list[float]) -> PairLogps:
+    size = len(chosen)
+    return PairLogps(torch.tensor(chosen), torch.tensor(rejected), torch.full((size,), 2), torch.full((size,), 4))
+
+
+# margins of the log-ratio: 2, 0, -4, 1; the third pair is flipped, the truth of the last is not known
+POLICY, REFERENCE = logps_of([-1, -5, -6, -2], [-4, -5, -2, -8]), logps_of([-2, -5, -4, -2], [-3, -5, -4, -7])
+BATCH = batch_of([False, False, True, False], [1.5, -0.5, -3.0, math.nan])
+
+
+def measured(loss=None) -> dict[str, float]:
+    loss = loss or DPO(0.5)
+    metrics = PreferenceMetrics()
+    metrics.update(loss, loss(POLICY, REFERENCE), POLICY, REFERENCE, BATCH)
+    return metrics.compute()
+
+
+def test_labelled_means():
+    values = measured()
+    assert values["rewards/margins"] == pytest.approx(0.5 * (2 + 0 - 4 + 1) / 4)
+    assert values["rewards/accuracies"] == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    assert values["rewards/ties"] == pytest.approx(1 / 4)
+    assert values["rewards/chosen"] == pytest.approx(0.5 * (1 + 0 - 2 + 0) / 4)
+    assert values["logratio/chosen"] == pytest.approx((1 + 0 - 2 + 0) / 4)
+    assert values["logratio/rejected"] == pytest.approx((-1 + 0 + 2 - 1) / 4)
+    assert values["logps/chosen"] == pytest.approx(-14 / 4)
+    assert values["loss"] == pytest.approx(sum(math.log1p(math.exp(-0.5 * h)) for h in (2, 0, -4, 1)) / 4)
+
+
+def test_clean_and_flipped_apart():
+    values = measured()
+    assert values["clean/rewards/accuracies"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert values["flipped/rewards/accuracies"] == 0
+    assert values["flipped/rewards/margins"] == pytest.approx(-2)
+
+
+def test_against_the_truth():
+    """Truth: chosen, rejected, rejected, unknown. Margins towards it: 2, -0, 4."""
+    values = measured()
+    assert values["true/rewards/margins"] == pytest.approx(0.5 * (2 + 0 + 4) / 3)
+    assert values["true/rewards/accuracies"] == pytest.approx((1 + 0.5 + 1) / 3)
+
+
+def test_names_without_pairs_are_absent():
+    metrics = PreferenceMetrics()
+    batch = batch_of([False] * 4, [math.nan] * 4)
+    metrics.update(DPO(), DPO()(POLICY, REFERENCE), POLICY, REFERENCE, batch)
+    assert not [name for name in metrics.compute() if name.startswith(("flipped/", "true/"))]
+
+
+def test_rewards_are_what_the_loss_compares():
+    """SimPO's rewards are per-token means (lengths 2 and 4), as its formula's are."""
+    uniform = logps_of([0] * 4, [0] * 4)
+    metrics = PreferenceMetrics()
+    loss = SimPO(2.0)
+    metrics.update(loss, loss(POLICY, uniform), POLICY, uniform, BATCH)
+    assert metrics.compute()["rewards/chosen"] == pytest.approx(2.0 * -14 / 2 / 4)
+
+
+def test_accuracy_is_one_half_at_step_zero():
+    metrics = PreferenceMetrics()
+    metrics.update(DPO(), DPO()(POLICY, POLICY), POLICY, POLICY, BATCH)
+    values = metrics.compute()
+    assert values["rewards/accuracies"] == 0.5
+    assert values["true/rewards/accuracies"] == 0.5
+    assert values["rewards/ties"] == 1
+
+
+def test_rounding_noise_is_a_tie():
+    """Margins of 1e-5 nats between log-probabilities of 100 nats are rounding; 1e-2 is not."""
+    reference = logps_of([-100, -100], [-120, -120])
+    policy = logps_of([-100 + 1e-5, -100 + 1e-2], [-120, -120])
+    assert zero_out_rounding((policy - reference).margin, policy, reference).tolist() == pytest.approx(
+        [0.0, 1e-2], abs=1e-4
+    )
+    assert zero_out_rounding((policy - reference).margin, policy, reference)[0].item() == 0.0
+
+
+def uneven(rows: slice) -> PreferenceMetrics:
+    metrics, loss = PreferenceMetrics(), DPO(0.3)
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(7, 4, generator=generator)[rows]
+    flipped = [False, True, False, True, True, False, False][rows]
+    gold = [1.0, -1.0, 0.0, math.nan, 2.0, -3.0, 1.0][rows]
+    if columns.shape[0]:
+        policy, reference = logps_of(*columns.T[:2].tolist()), logps_of(*columns.T[2:].tolist())
+        metrics.update(loss, loss(policy, reference), policy, reference, batch_of(flipped, gold))
+    return metrics
+
+
+def one_rank(rank: int, world_size: int) -> None:
+    """Of 7 pairs rank 0 has 5, rank 1 has 2, rank 2 none."""
+    bounds = [0, 5, 7, 7]
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    print(json.dumps(uneven(slice(bounds[rank], bounds[rank + 1])).compute()))
+    torch.distributed.destroy_process_group()
+
+
+def test_real_ranks_give_the_same_means():
+    alone = uneven(slice(0, 7)).compute()
+    for output in run_in_ranks("tests.core.test_metrics", "one_rank", 3):
+        assert json.loads(output) == pytest.approx(alone, abs=1e-9)

@@ -1,0 +1,259 @@
+"""Beside TRL (extra [bench]): rows that its DPO trainer reads too become the same ids, and what it makes a loss of the same
+loss, or the difference is stated here.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter, defaultdict
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpo_lab.core.losses import DPO, RDPO, RPO, Hinge, IPOMean, SFTChosen
+from dpo_lab.core.pairs import EncodedPair, PairLogps
+from dpo_lab.data.formats import Shape
+from dpo_lab.data.splits import TRAIN
+from dpo_lab.data.tasks.reviews import SyntheticReviews
+from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.models.tokenizer import train_tokenizer
+from tests.support.templates import tokenizer_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # what packages that the lab does not depend on warn of is theirs
+ROWS = 200
+
+
+@pytest.fixture(scope="module")
+def trl_ids():
+    """trl_ids(rows, tokenizer): (prompt, chosen, rejected) of every row, as DPOTrainer prepares them."""
+    pytest.importorskip("trl", reason="needs pip install -c constraints.txt -e '.[bench]'")
+    datasets = pytest.importorskip("datasets")
+    from trl import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    datasets.disable_progress_bars()
+    config = SimpleNamespace(
+        **{name: getattr(DPOConfig, name, None) for name in ("dataset_num_proc", "truncation_mode")}
+    )
+    config.max_length = None
+
+    def prepared(rows, tokenizer) -> list[tuple[list[int], list[int], list[int]]]:
+        trainer = SimpleNamespace(_tokenizer=tokenizer, _is_vision_dataset=False)
+        data = DPOTrainer._prepare_dataset(trainer, datasets.Dataset.from_list(rows), tokenizer, config, "train")
+        return [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in data]
+
+    return prepared
+
+
+def ours(rows, tokenizer) -> list[EncodedPair]:
+    pairs = [pair for row in rows for pair in Shape().read(row)]
+    return PairTokenizer(tokenizer, 4000, 2000).pairs(pairs, Counter())
+
+
+def reviews(seed: int) -> tuple[random.Random, list[str]]:
+    return random.Random(seed), SyntheticReviews().reviews(TRAIN, 3 * ROWS, seed)
+
+
+def text_rows() -> list[dict]:
+    """Prompts that end in a word, a space, a line break, half a word; unicode; empty ones."""
+    rng, texts = reviews(1)
+    ends, starts = ["", " ", "\n", "é", " a", "\nAnswer:"], ["", " ", "\n", "é ", "b", "  "]
+    rows = []
+    for i in range(ROWS):
+        prompt = texts[3 * i] + rng.choice(ends) if i % 20 else ""
+        chosen, rejected = (rng.choice(starts) + texts[3 * i + j] for j in (1, 2))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def chat_rows(explicit: bool, system: bool) -> list[dict]:
+    rng, texts = reviews(2)
+    rows = []
+    for i in range(ROWS):
+        turns = [
+            {"role": ("user", "assistant")[j % 2], "content": rng.choice(texts)} for j in range(rng.choice([1, 3, 5]))
+        ]
+        prompt = [{"role": "system", "content": texts[i]}, *turns] if system else turns
+        sides = [[{"role": "assistant", "content": texts[3 * i + j]}] for j in (1, 2)]
+        row = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}
+        rows.append(row if explicit else {"chosen": prompt + sides[0], "rejected": prompt + sides[1]})
+    return rows
+
+
+def parts(pair: EncodedPair) -> tuple[list[int], list[int], list[int]]:
+    return list(pair.prompt), list(pair.chosen), list(pair.rejected)
+
+
+@pytest.mark.parametrize("family", ["plain", "begins"])
+def test_text_is_the_same(family, trl_ids):
+    """But for the empty prompt of a tokenizer that begins texts with nothing: a response is predicted from something here."""
+    rows, tokenizer = text_rows(), tokenizer_of(family)
+    theirs = [(prompt or [tokenizer.eos_token_id], *sides) for prompt, *sides in trl_ids(rows, tokenizer)]
+    assert [parts(pair) for pair in ours(rows, tokenizer)] == theirs
+
+
+def test_text_differs_where_a_token_would_lie_across_the_border(trl_ids):
+    """Theirs is the ids of the whole, and what of the prompt does not stand there whole is left out of prompt and loses its
+    place before the response; ours are prompt and response apart. Where no token crosses the border they are the same.
+    """
+    rows = text_rows()
+    tokenizer = train_tokenizer([row["prompt"] + row["chosen"] for row in rows], 600)
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    crossed = 0
+    for row, pair, (prompt, *sides) in zip(rows, ours(rows, tokenizer), trl_ids(rows, tokenizer), strict=True):
+        assert parts(pair) == (
+            [tokenizer.bos_token_id, *ids(row["prompt"])],
+            [*ids(row["chosen"]), tokenizer.eos_token_id],
+            [*ids(row["rejected"]), tokenizer.eos_token_id],
+        )
+        if all(
+            ids(row["prompt"] + row[side]) == ids(row["prompt"]) + ids(row[side]) for side in ("chosen", "rejected")
+        ):
+            assert (prompt, *sides) == parts(pair)
+        else:
+            crossed += 1
+            whole = [tokenizer.bos_token_id, *ids(row["prompt"] + row["chosen"]), tokenizer.eos_token_id]
+            assert [*prompt, *sides[0]] == whole
+            assert (prompt, *sides) != parts(pair)
+    assert 0 < crossed < ROWS
+
+
+def test_an_implicit_prompt_of_text_ends_at_a_word_here_and_at_a_letter_there(trl_ids):
+    """The same where the sides part at a word's first letter; where two words begin alike, theirs cuts the word."""
+    rng, texts = reviews(3)
+    words = ["good", "great", "bad", "bland", "blue", "odd"]
+    rows = []
+    for text in texts[:ROWS]:
+        first, second = rng.sample(words, 2)
+        rows.append({"chosen": f"{text} It was {first}.", "rejected": f"{text} It was {second} indeed."})
+    tokenizer = tokenizer_of("plain")
+    same = 0
+    for row, pair, (prompt, chosen, rejected) in zip(
+        rows, ours(rows, tokenizer), trl_ids(rows, tokenizer), strict=True
+    ):
+        assert [*pair.prompt, *pair.chosen] == [*prompt, *chosen]
+        assert [*pair.prompt, *pair.rejected] == [*prompt, *rejected]
+        assert tokenizer.decode(pair.prompt).endswith("It was")
+        begin_alike = row["chosen"].split()[-1][0] == row["rejected"].split()[-2][0]
+        assert (list(pair.prompt) == prompt) != begin_alike
+        same += not begin_alike
+    assert 0 < same < ROWS
+
+
+AFTER_TURN = {"chatml": "\n", "llama3": "", "mistral": "", "gemma": "\n"}
+
+
+@pytest.mark.parametrize("family", AFTER_TURN)
+@pytest.mark.parametrize("explicit", [True, False])
+def test_chats_are_the_same_up_to_the_turns_end(family, explicit, trl_ids):
+    """They score what the template writes after the token that ends the turn, too: a line break in ChatML and Gemma. A policy
+    stops before it, so here it is no part of the response.
+    """
+    rows, tokenizer = chat_rows(explicit, system=family in ("chatml", "llama3")), tokenizer_of(family)
+    after = tokenizer(AFTER_TURN[family], add_special_tokens=False)["input_ids"]
+    expected = [
+        (prompt, chosen + after, rejected + after) for prompt, chosen, rejected in map(parts, ours(rows, tokenizer))
+    ]
+    assert expected == trl_ids(rows, tokenizer)
+
+
+# TRL's losses and their weights beside ours, at beta 0.3; each pair a batch of its own, see below.
+SAME_LOSS = {
+    "dpo": (DPO(0.3), ["sigmoid"], [1.0]),
+    "hinge": (Hinge(0.3), ["hinge"], [1.0]),
+    "ipo_mean": (IPOMean(0.3), ["ipo"], [1.0]),
+    "rdpo": (RDPO(0.3, 0.2), ["robust"], [1.0]),
+    "rpo": (RPO(0.3, alpha=0.7), ["sigmoid", "sft"], [1.0, 0.7]),
+}
+
+
+@pytest.fixture(scope="module")
+def scored() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of tokens [8, 12] by a policy and by a reference, and which of them are a response's [8, 13]: four
+    chosen ones above four rejected ones, of 1 to 12 tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    by_policy, by_reference = -3 * torch.rand(2, 8, 12, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(8, 13, dtype=torch.long)
+    for row, length in enumerate((12, 3, 1, 7, 2, 9, 5, 4)):
+        mask[row, 13 - length :] = 1
+    return by_policy * mask[:, 1:], by_reference * mask[:, 1:], mask
+
+
+class Says(torch.nn.Module):
+    """A model that gives its tokens these log-probabilities."""
+
+    def __init__(self, logps: torch.Tensor) -> None:
+        super().__init__()
+        self.logps = logps
+
+    def forward(self, **inputs) -> SimpleNamespace:
+        zeros = torch.zeros_like(self.logps)
+        return SimpleNamespace(log_probs=self.logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+
+
+def trl_loss(of_policy, of_reference, mask, losses: list[str], weights: list[float], **settings) -> float:
+    """What TRL's trainer makes of the log-probabilities of a batch's tokens."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    model = Says(of_policy)
+    trainer = SimpleNamespace(
+        model=model,
+        ref_model=Says(of_reference),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        args=SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None),
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        ld_alpha=None,
+        f_divergence_type="reverse_kl",
+        loss_types=losses,
+        loss_weights=weights,
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **settings,
+    )
+    inputs = {"input_ids": mask, "completion_mask": mask, "attention_mask": torch.ones_like(mask)}
+    return DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False).item()
+
+
+def our_logps(of_tokens, mask) -> PairLogps:
+    chosen, rejected = of_tokens.sum(1).chunk(2)
+    return PairLogps(chosen, rejected, *mask[:, 1:].sum(1).chunk(2))
+
+
+@pytest.fixture(scope="module")
+def without_checkpointing():
+    """Their switch of a model's gradient checkpointing, which ours here does not have."""
+    module = pytest.importorskip("trl.trainer.dpo_trainer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "disable_gradient_checkpointing", lambda *_: nullcontext())
+        yield
+
+
+@pytest.mark.parametrize("name", SAME_LOSS)
+def test_a_pair_costs_the_same(name, scored, without_checkpointing):
+    loss, types, weights = SAME_LOSS[name]
+    by_policy, by_reference, mask = scored
+    ours = loss(our_logps(by_policy, mask), our_logps(by_reference, mask)).tolist()
+    theirs = [
+        trl_loss(*(rows[[pair, pair + 4]] for rows in scored), types, weights, beta=0.3, label_smoothing=0.2)
+        for pair in range(4)
+    ]
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_fine_tuning_weighs_every_token_alike_here_and_there(scored, without_checkpointing):
+    """Theirs is a mean over a batch's tokens, ours a sum over a response's: the same but for how many tokens a pair has. In
+    `rpo` ours is the mean over each response, theirs over the batch: not the same, a response of one token among them.
+    """
+    by_policy, _, mask = scored
+    policy = our_logps(by_policy, mask)
+    theirs = trl_loss(*scored, ["sft"], [1.0], beta=0.3)
+    tokens = policy.chosen_length.sum().item()
+    assert SFTChosen()(policy, policy).sum().item() / tokens == pytest.approx(theirs, rel=1e-9)
+    assert RPO(0.3)(policy, policy).mean().item() - math.log(2) != pytest.approx(theirs, rel=1e-3)

@@ -1,0 +1,103 @@
+"""Every architecture against a brute force, row by row: log-probabilities and samples are right, or the model is refused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_lab.data.collate import collate_responses
+from dpo_lab.models.decoding import sample_without_cache, uses_cache
+from dpo_lab.models.forward import response_logps
+from dpo_lab.models.probes import behaviour_of
+from dpo_lab.models.sampling import draw, sample
+from tests.support.architectures import BIDIRECTIONAL, CACHED, UNCACHED, VOCABULARY, made
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries, about their own kernels and settings
+LENGTHS = [(9, 5), (3, 8), (1, 4), (6, 1)]  # tokens of prompt and response
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """Without the libraries' hints about kernels that are not installed."""
+    logger = logging.getLogger("transformers")
+    was, logger.level = logger.level, logging.ERROR
+    yield
+    logger.level = was
+
+
+def rows() -> list[tuple[list[int], list[int]]]:
+    draws = random.Random(0)
+    return [tuple([draws.randrange(3, VOCABULARY) for _ in range(n)] for n in lengths) for lengths in LENGTHS]  # type: ignore[misc]
+
+
+def alone(model: Any, ids: list[int]) -> torch.Tensor:
+    """Logits [T, V] of one row, without padding and without a cache."""
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def log_probability(model: Any, prompt: list[int], response: list[int]) -> float:
+    logits = alone(model, prompt + response).double().log_softmax(-1)[len(prompt) - 1 : -1]
+    return float(logits.gather(1, torch.tensor(response)[:, None]).sum())
+
+
+@torch.no_grad()
+def brute_samples(model: Any, prompts: list[list[int]], seed: int) -> list[tuple[int, ...]]:
+    uniforms = torch.rand(len(prompts), NEW_TOKENS, generator=torch.Generator().manual_seed(seed))
+    found = []
+    for prompt, numbers in zip(prompts, uniforms, strict=True):
+        ids = list(prompt)
+        for number in numbers:
+            ids.append(int(draw(alone(model, ids)[-1:], number[None])[0]))
+            if ids[-1] in END_IDS:
+                break
+        found.append(tuple(ids[len(prompt) :]))
+    return found
+
+
+END_IDS = tuple(range(2, 22))  # a fifth of all tokens end a response, so that rows leave the batch
+
+
+@pytest.mark.parametrize("name", [*CACHED, *UNCACHED])
+def test_it_is_right(name):
+    model = made(*(CACHED | UNCACHED)[name], scale=3.0)
+    behaviour = behaviour_of(model)
+    assert behaviour.refused is None
+    assert (behaviour.uncached is None) == (name in CACHED), behaviour.uncached
+    if behaviour.uncached is not None:
+        sample_without_cache(model)
+    prompts, responses = zip(*rows(), strict=True)
+    with torch.no_grad():
+        found = response_logps(model, *collate_responses(prompts, responses))[:, 0]
+    expected = [log_probability(model, prompt, response) for prompt, response in rows()]
+    assert found.tolist() == pytest.approx(expected, abs=2e-4, rel=1e-5)
+    sampled = sample(model, prompts, max_new_tokens=NEW_TOKENS, end_ids=END_IDS, pad_id=0, seed=1)
+    assert [s.tokens for s in sampled] == brute_samples(model, list(prompts), seed=1)
+
+
+@pytest.mark.parametrize("name", BIDIRECTIONAL)
+def test_attention_to_later_tokens_is_refused(name):
+    refused = behaviour_of(made(*BIDIRECTIONAL[name])).refused
+    assert refused is not None
+    assert "bidirectional" in refused
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3 MoE", "Mamba", "RoBERTa, decoder", "BERT", "XLNet"])
+def test_rounding_of_bfloat16_is_no_fault_and_hides_none(name):
+    model = made(*(CACHED | UNCACHED | BIDIRECTIONAL)[name], scale=3.0).to(torch.bfloat16)
+    behaviour = behaviour_of(model)
+    assert (behaviour.refused is not None) == (name in BIDIRECTIONAL)
+    assert (behaviour.uncached is not None) == (name in UNCACHED)
+
+
+def test_a_copy_samples_as_the_model_does():
+    model = made(*UNCACHED["Mamba"])
+    assert uses_cache(model)
+    sample_without_cache(model)
+    assert not uses_cache(copy.deepcopy(model))

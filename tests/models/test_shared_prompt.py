@@ -1,0 +1,338 @@
+"""The shared-prompt path against its padded twin, for every proven architecture, and who may not take it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from dpo_lab.core import fused_lm_head
+from dpo_lab.core.losses import DPO, LOSSES, Loss
+from dpo_lab.core.pairs import EncodedPair, PairLogps
+from dpo_lab.data.collate import collate
+from dpo_lab.models.attention import SHARED_PROMPT
+from dpo_lab.models.forward import (
+    PROVEN,
+    disable_dropout,
+    forward_name,
+    pair_logps,
+    pair_loss,
+    select_forward,
+    why_not_shared,
+)
+from dpo_lab.models.policy import load_policy
+
+V = 101
+LLAMA_LIKE = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+WITHOUT_GROUPS = {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}
+GPT2 = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=1024, bos_token_id=1, eos_token_id=2)
+CONFIGS = {
+    "LlamaForCausalLM": hf.LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
+    "Qwen2ForCausalLM": hf.Qwen2Config(**LLAMA_LIKE),
+    "Qwen3ForCausalLM": hf.Qwen3Config(**LLAMA_LIKE, head_dim=8),
+    "MistralForCausalLM": hf.MistralConfig(**LLAMA_LIKE, sliding_window=None),
+    "GPT2LMHeadModel": hf.GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True),
+    "GPTNeoXForCausalLM": hf.GPTNeoXConfig(**WITHOUT_GROUPS),
+    "Olmo2ForCausalLM": hf.Olmo2Config(**LLAMA_LIKE),
+    "SmolLM3ForCausalLM": hf.SmolLM3Config(**LLAMA_LIKE),
+    "Phi3ForCausalLM": hf.Phi3Config(**LLAMA_LIKE),
+}
+LENGTHS = [(1, 5, 9), (600, 30, 7), (17, 1, 40), (40, 90, 60)]  # prompt, chosen, rejected
+
+
+def make_model(config, attention: str = "sdpa"):
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+
+
+def make_batch(lengths=LENGTHS):
+    rng = random.Random(0)
+    pairs = [
+        EncodedPair(f"pair-{i}", *([rng.randrange(3, V) for _ in range(n)] for n in item))
+        for i, item in enumerate(lengths)
+    ]
+    return collate(pairs)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch()
+
+
+def run(model, batch, reference: PairLogps, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses' sum, log-probs [2B], gradient) of a model by the path that it takes."""
+    model.zero_grad()
+    total, policy = pair_loss(model, batch, loss, reference)
+    total.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return total.detach(), torch.cat((policy.chosen, policy.rejected)), gradient
+
+
+def both_paths(model, batch, loss: Loss | None = None):
+    """The same of the padded twin and of the shared path; the reference is another model of the same architecture."""
+    loss = loss or DPO(0.1)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1 + 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        reference = pair_logps(other, batch)
+    assert forward_name(model) == "padded"
+    twin = run(model, batch, reference, loss)
+    select_forward(model)
+    assert forward_name(model) == "shared prompt"
+    return twin, run(model, batch, reference, loss)
+
+
+def errors(twin, ours) -> tuple[float, float]:
+    """Relative errors: the largest of a log-probability, and of the gradient as a whole."""
+    logps = ((ours[1] - twin[1]) / twin[1]).abs().max().item()
+    return logps, ((ours[2] - twin[2]).norm() / twin[2].norm()).item()
+
+
+def test_every_proven_architecture_is_tested():
+    assert set(CONFIGS) == PROVEN
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, (1e-6, 5e-5)), (torch.float64, (1e-9, 1e-7))])
+def test_exact(name, dtype, most, batch):
+    logps, gradient = errors(*both_paths(make_model(CONFIGS[name]).to(dtype), batch))
+    assert logps <= most[0]
+    assert gradient <= most[1]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_works_unchanged(name, batch):
+    twin, ours = both_paths(make_model(CONFIGS["LlamaForCausalLM"]).double(), batch, LOSSES[name](beta=0.1))
+    assert ours[0].item() == pytest.approx(twin[0].item(), rel=1e-9)
+    assert errors(twin, ours)[1] <= 1e-7
+
+
+def test_inference_gives_the_training_numbers(batch):
+    model = make_model(CONFIGS["LlamaForCausalLM"])
+    select_forward(model)
+    _, policy = pair_loss(model, batch, DPO(), pair_logps(model, batch).detach())
+    with torch.no_grad():
+        inferred = pair_logps(model, batch)
+    assert inferred.chosen.tolist() == pytest.approx(policy.chosen.tolist(), rel=1e-6)
+    assert inferred.rejected.tolist() == pytest.approx(policy.rejected.tolist(), rel=1e-6)
+
+
+def test_pair_logps_is_differentiable(batch):
+    def gradient(model) -> Tensor:
+        model.zero_grad()
+        logps = pair_logps(model, batch)
+        (logps.chosen.sum() - 2 * logps.rejected.sum()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    twin = gradient(model)
+    select_forward(model)
+    assert ((gradient(model) - twin).norm() / twin.norm()).item() <= 1e-7
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_any_piece_of_the_head_gives_the_same(rows, batch, monkeypatch):
+    """Pairs of more rows than a piece, several pairs a piece, one row a piece; and no piece is ever larger."""
+    monkeypatch.setattr(fused_lm_head, "ROWS", rows)
+    seen = []
+    real = fused_lm_head._Head.score
+    monkeypatch.setattr(fused_lm_head._Head, "score", lambda self, at: seen.append((at.stop - at.start, len(self.probabilities))) or real(self, at))  # fmt: skip # noqa: E501
+    logps, gradient = errors(*both_paths(make_model(CONFIGS["LlamaForCausalLM"]).double(), batch))
+    assert logps <= 1e-9
+    assert gradient <= 1e-7
+    assert max(max(held) for held in seen) <= rows
+
+
+def test_large_vocabularies_get_fewer_rows():
+    assert fused_lm_head.rows_per_chunk(8192) == 512
+    assert fused_lm_head.rows_per_chunk(2**20) * 2**20 <= fused_lm_head.LOGITS
+    assert fused_lm_head.rows_per_chunk(2**30) == 1
+
+
+def test_gradient_checkpointing(batch):
+    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    select_forward(model)
+    reference = pair_logps(model, batch).detach()
+    with torch.no_grad():
+        model.model.norm.weight *= 1.1
+    plain = run(model, batch, reference, DPO())
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    disable_dropout(model)
+    assert errors(plain, run(model, batch, reference, DPO()))[1] <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_under_lora(name, batch):
+    peft = pytest.importorskip("peft")
+    wrapped = {"LlamaForCausalLM": ["q_proj", "v_proj", "down_proj"], "GPT2LMHeadModel": ["c_attn", "c_proj"]}[name]
+    settings = peft.LoraConfig(
+        r=4, target_modules=wrapped, init_lora_weights=False, fan_in_fan_out=name == "GPT2LMHeadModel"
+    )
+    model = peft.get_peft_model(make_model(CONFIGS[name]).double(), settings).eval()
+    twin, ours = both_paths(model, batch)
+    assert errors(twin, ours) <= (1e-9, 1e-7)
+    assert all(p.grad is None for n, p in model.named_parameters() if "lora" not in n)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_lora_on_the_head_takes_padded_rows(batch):
+    peft = pytest.importorskip("peft")
+    model = make_model(hf.LlamaConfig(**LLAMA_LIKE))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["lm_head"]))
+    assert "LM head" in str(why_not_shared(model))
+
+
+@pytest.mark.parametrize("frozen", ["head", "body"])
+def test_frozen_parts(frozen, batch):
+    model = make_model(CONFIGS["Qwen2ForCausalLM"]).double()
+    (model.lm_head if frozen == "head" else model.model).requires_grad_(False)
+    twin, ours = both_paths(model, batch)
+    assert errors(twin, ours)[1] <= 1e-7
+
+
+def test_bf16_autocast(batch):
+    """Both paths in bf16 lie about as far from float32 as each other."""
+    model = make_model(CONFIGS["LlamaForCausalLM"])
+    reference = pair_logps(model, batch).detach()
+    with torch.no_grad():
+        model.model.norm.weight *= 1.1
+    exact = run(model, batch, reference, DPO())
+
+    def off() -> tuple[float, float]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return errors(exact, run(model, batch, reference, DPO()))
+
+    padded = off()
+    select_forward(model)
+    shared = off()
+    assert 0 < shared[0] <= max(2 * padded[0], 2e-3)
+    assert 0 < shared[1] <= 2 * padded[1]
+
+
+def test_pairs_do_not_see_each_other(batch):
+    """Two pairs that share nothing: each has the numbers that it has alone, and one's tokens leave the other's alone."""
+    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    select_forward(model)
+    two = make_batch([(7, 20, 30), (11, 25, 15)])
+    changed = copy.deepcopy(two)
+    first = int(two.lengths[0].sum())
+    changed.tokens[:first] = torch.randint(3, V, (first,), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        together, alone, other = pair_logps(model, two), pair_logps(model, two.split(1)[1]), pair_logps(model, changed)
+    assert together.chosen[1].item() == pytest.approx(alone.chosen[0].item(), rel=1e-12)
+    assert together.rejected[1].item() == pytest.approx(other.rejected[1].item(), rel=1e-12)
+    assert together.chosen[0].item() != pytest.approx(other.chosen[0].item(), rel=1e-3)
+
+
+def test_rejected_does_not_see_chosen():
+    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    select_forward(model)
+    one = make_batch([(7, 20, 30)])
+    changed = copy.deepcopy(one)
+    changed.tokens[7:27] = 3
+    with torch.no_grad():
+        before, after = pair_logps(model, one), pair_logps(model, changed)
+    assert before.rejected.item() == pytest.approx(after.rejected.item(), rel=1e-12)
+    assert before.chosen.item() != pytest.approx(after.chosen.item(), rel=1e-3)
+
+
+def test_stock_attention_over_the_flat_stream_is_wrong_and_refused():
+    """Stock SDPA takes the stream, and lets rejected see chosen or take it for a text of its own: numbers, but wrong."""
+    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    select_forward(model)
+    one = make_batch([(7, 20, 30)])
+    with torch.no_grad():
+        right = pair_logps(model, one)
+        positions = torch.tensor([[*range(27), *range(7, 37)]])
+        model.set_attn_implementation("sdpa")
+        stock = model(input_ids=one.tokens[None], position_ids=positions, use_cache=False).logits[0].log_softmax(-1)
+    predictors = [6, *range(27, 56)]
+    wrong = stock[predictors, one.tokens[27:]].sum()
+    assert wrong.item() != pytest.approx(right.rejected.item(), rel=1e-6)
+    with torch.no_grad():  # the model now takes the padded path, which is right
+        assert pair_logps(model, one).rejected.item() == pytest.approx(right.rejected.item(), rel=1e-9)
+
+
+def test_a_model_changed_after_its_choice_is_refused(batch):
+    model = make_model(CONFIGS["LlamaForCausalLM"])
+    select_forward(model)
+    model.config.sliding_window = 8
+    with pytest.raises(RuntimeError, match="window of 8 tokens; call select_forward"):
+        pair_logps(model, batch)
+
+
+OTHERS = {
+    "sliding window": (hf.MistralConfig(**LLAMA_LIKE, sliding_window=8), "window of 8"),
+    "soft-capped": (
+        hf.Gemma2Config(**LLAMA_LIKE, head_dim=8, final_logit_softcapping=5.0, sliding_window=2048),
+        "architecture",
+    ),
+    "scaled logits": (hf.CohereConfig(**LLAMA_LIKE), "architecture"),
+    "head bias": (
+        hf.PhiConfig(**LLAMA_LIKE),
+        "architecture",
+    ),
+    "dynamic rope": (
+        hf.LlamaConfig(**LLAMA_LIKE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "dynamic",
+    ),
+    "own attention": (hf.GPT2Config(**GPT2, reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_model_takes_padded_rows_and_says_why(name, caplog):
+    config, reason = OTHERS[name]
+    model = make_model(config, "eager")
+    with caplog.at_level(logging.INFO):
+        select_forward(model)
+    assert forward_name(model) == "padded"
+    assert len(caplog.records) == 1
+    assert "padded rows" in caplog.text
+    assert reason in caplog.text
+    batch = make_batch([(3, 5, 9), (17, 12, 30)])
+    with torch.no_grad():
+        logps = pair_logps(model, batch)
+        row = torch.cat((batch.tokens[:3], batch.tokens[8:17]))  # the first pair's prompt and rejected, alone
+        alone = model(input_ids=row[None], use_cache=False).logits[0].log_softmax(-1)
+    assert logps.rejected[0].item() == pytest.approx(alone[range(2, 11), row[3:]].sum().item(), rel=1e-5)
+
+
+def test_sampling_and_padding_are_untouched(batch):
+    """The same model generates and pads as with SDPA, and its folder says nothing of our attention."""
+    model = make_model(CONFIGS["LlamaForCausalLM"])
+    tokens = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0  # padded on the left
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=mask).logits[:, 4:]
+        written = model.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False)
+        select_forward(model)
+        assert torch.equal(model(input_ids=tokens, attention_mask=mask).logits[:, 4:], expected)
+        assert torch.equal(model.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False), written)
+
+
+def test_a_saved_policy_is_an_ordinary_folder(policy, tmp_path):
+    copied = copy.deepcopy(policy)
+    select_forward(copied.model)
+    copied.save(tmp_path / "policy")
+    assert SHARED_PROMPT not in (tmp_path / "policy" / "config.json").read_text()
+    assert forward_name(load_policy(tmp_path / "policy").model) == "shared prompt"

@@ -1,0 +1,199 @@
+"""The door of evaluation, as a user types it, on a run that is done and on a policy of anybody's; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dpo_lab.config import schema
+from dpo_lab.config.from_run import config_from_run, from_record, load_finished_run
+from dpo_lab.evaluate import as_path
+from dpo_lab.runs import evaluations
+from dpo_lab.runs.examples import Examples, read
+from dpo_lab.runs.run_record import RunRefused
+from tests.config.test_config import composed, recorded, settled
+from tests.conftest import SMALL, python_m
+from tests.support.warm import door
+
+pytestmark = pytest.mark.xdist_group("cli")  # one process makes the initial policy, once
+
+
+def evaluate(workshop: Path, *overrides: str, code: int = 0, start=door) -> subprocess.CompletedProcess:
+    result = start("dpo_lab.evaluate", *overrides, cwd=workshop)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def run(workshop) -> Path:
+    """The folder of a finished run with label noise."""
+    result = door("dpo_lab.train", *SMALL, "name=evaluated", "noise=symmetric", "noise.rate=0.3", cwd=workshop)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return workshop / result.stdout.splitlines()[0].removeprefix("dpo_lab: ")
+
+
+def test_with_the_same_settings_it_says_what_the_run_said(run, workshop):
+    before = (run / "run.json").read_bytes()
+    shown = evaluate(workshop, f"run={run.relative_to(workshop)}", "name=same", start=python_m).stdout
+    record, result = json.loads(before), json.loads((run / "evaluations" / "same.json").read_text())
+    assert result["metrics"] == record["metrics"]  # to the last bit
+    assert result["samples"] == record["samples"]
+    assert {"train/clean/accuracy", "train/flipped/accuracy"} <= set(record["metrics"])
+    assert (run / "evaluations" / "same.examples.jsonl").read_bytes() == (run / "examples.jsonl").read_bytes()
+    assert (run / "run.json").read_bytes() == before
+    assert "KL to initial" in shown
+    assert "evaluations/same.json" in shown
+
+
+def test_other_evaluators_and_more_samples(run, workshop):
+    evaluate(workshop, f"run={run.relative_to(workshop)}", "evals.run=[kl,displacement]", "evals.samples=40")
+    result = json.loads((run / "evaluations" / "1.json").read_text())
+    assert set(result["metrics"]) == {
+        "kl",
+        "kl_per_token",
+        "kl_forward_text",
+        "chosen_fell",
+        "chosen_change",
+        "rejected_change",
+    }
+    assert result["metrics"]["kl"]["n"] == len(read(run / "evaluations" / "1.examples.jsonl")["prompt"]) == 40
+    assert result["evals"]["texts"] == 8  # as the run had it
+    assert result["versions"]["torch"]
+
+
+def test_any_policy_against_any_other_on_given_data(run, workshop):
+    words = "the a some every dog house river song answer quick slow blue of to".split()
+    rows = [{"prompt": f"{words[i % 14]} {i}", "chosen": words[i % 13], "rejected": words[i % 11]} for i in range(80)]
+    (workshop / "given.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in rows if row["chosen"] != row["rejected"])
+    )
+    policy = str(run.relative_to(workshop) / "policy")
+    evaluate(
+        workshop,
+        f"trained={policy}",
+        "policy=pretrained",
+        f"policy.path='{policy}'",  # a folder with commas
+        "data.path=given.jsonl",
+        "data.batch_size=8",
+        "evals.max_new_tokens=8",
+        "name=itself",
+    )
+    result = json.loads((workshop / "outputs" / "evaluations" / "itself.json").read_text())
+    assert result["metrics"]["kl"]["value"] == 0
+    assert result["metrics"]["ties"]["value"] == 1
+    assert result["run"] is None
+    assert result["identity"]["trained_policy"] == result["identity"]["initial_policy"]
+
+
+def test_other_weights_than_the_runs_are_refused(run, workshop):
+    other = workshop / "outputs" / "tampered"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("evaluations"))
+    record = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(record | {"trained_policy": "0" * 32}))
+    refused = evaluate(workshop, f"run={other.relative_to(workshop)}", code=2)
+    assert "trained_policy was 00000000" in refused.stderr
+    assert not list(other.glob("evaluations/*.json"))
+
+
+@pytest.mark.parametrize("folder", ["outputs/a=1,b=2/seed=0", "it's [here]", "plain", "'quoted, already'"])
+def test_folders_are_read_whole(folder):
+    typed = as_path(f"run={folder}")
+    assert composed(typed, name="evaluate").run == folder.strip("'" if folder[0] == "'" else "")
+    assert as_path("evals.run=[kl,reward]") == "evals.run=[kl,reward]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "type run=RUN_FOLDER"),
+        (["run=outputs/nothing"], "holds no run.json; type the folder that a run printed"),
+        (["trained=nothing"], "nothing: no such folder; type trained=FOLDER"),
+    ],
+)
+def test_refused_at_the_door(arguments, said, workshop):
+    refused = evaluate(workshop, *arguments, code=2)
+    assert said in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def record_in(folder: Path, *overrides: str, **entries) -> Path:
+    record = {"status": "done", "overrides": list(overrides), "files": {}, "config": recorded(*overrides)} | entries
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_an_unfinished_run_is_refused_with_what_finishes_it(tmp_path):
+    with pytest.raises(
+        RunRefused, match=r"status is preempted; finish it first: type python -m dpo_lab.train beta=0.3$"
+    ):
+        load_finished_run(record_in(tmp_path, "beta=0.3", status="preempted"))
+
+
+def test_supervised_fine_tuning_is_refused(tmp_path):
+    plain = {key: value for key, value in recorded().items() if key != "loss"}
+    with pytest.raises(RunRefused, match="supervised fine-tuning"):
+        load_finished_run(record_in(tmp_path, config=plain))
+
+
+EACH = [
+    [],
+    ["loss=ipo", "beta=0.3", "reference=uniform", "noise=uncertainty"],
+    ["policy=lora", "policy.path=folder", "reference=adapter_off", "data.path=pairs.jsonl", "trainer=ddp_cpu"],
+    ["data=mix", "+data.sources={a: {path: a.jsonl, weight: 2}}", "loss=simpo", "reference=uniform"],
+]
+
+
+@pytest.mark.parametrize("overrides", EACH)
+def test_a_recorded_config_is_the_config(overrides):
+    again, first = schema.validate(from_record(json.loads(json.dumps(recorded(*overrides))))), settled(*overrides)
+    first.logger, first.callbacks = {}, {}
+    assert again == first
+
+
+def test_what_is_typed_now_comes_before_what_was_recorded():
+    record = {"config": recorded("evals.samples=7", "evals.texts=3", "beta=0.4"), "files": {}}
+    typed = ["run=folder", "evals.texts=5", "evals.calibration.bins=4", "threads=2"]
+    found = config_from_run(record, composed(*typed, name="evaluate"), typed)
+    assert (found.evals.samples, found.evals.texts, found.evals.calibration.bins) == (7, 5, 4)
+    assert (found.beta, found.loss.beta, found.threads) == (0.4, 0.4, 2)
+    typed = ["run=folder", "evals=imdb"]
+    found = config_from_run(record, composed(*typed, name="evaluate"), typed)
+    assert (found.evals.samples, found.evals.max_new_tokens) == (256, found.data.world.max_new_tokens)
+
+
+def test_settings_newer_than_the_record_get_their_defaults():
+    plain = recorded()
+    del plain["evals"]["run"], plain["evals"]["calibration"]
+    assert schema.validate(from_record(plain)).evals == settled().evals
+
+
+@pytest.mark.parametrize("typed", ["beta=0.5", "data.path=other.jsonl", "policy=lora"])
+def test_a_runs_own_settings_are_not_changed(typed):
+    overrides = ["run=folder", typed, *(["policy.path=x"] if "lora" in typed else [])]
+    with pytest.raises(schema.ConfigError, match="a run is evaluated with its own settings; type run="):
+        config_from_run({"config": recorded()}, composed(*overrides, name="evaluate"), overrides)
+
+
+def test_a_file_that_changed_since_is_refused(tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}")
+    record = {
+        "config": recorded(f"data.path={data}"),
+        "files": {str(data): {"bytes": 9, "mtime_ns": 1, "blake2b": "x"}},
+    }
+    with pytest.raises(schema.ConfigError, match=r"pairs.jsonl holds something else now; put back"):
+        config_from_run(record, composed("run=folder", name="evaluate"), ["run=folder"])
+
+
+def test_results_are_numbered_and_never_overwritten(tmp_path):
+    for name in ("", "mine", ""):
+        evaluations.commit(tmp_path, name, {"metrics": {}}, Examples())
+    assert {path.name for path in tmp_path.glob("*.json")} == {"1.json", "2.json", "mine.json"}
+    with pytest.raises(RunRefused, match=r"mine.json is there already; type name=another"):
+        evaluations.check(tmp_path, "mine")
+    with pytest.raises(RunRefused, match=r"is no name of a file; type name="):
+        evaluations.check(tmp_path, "../mine")

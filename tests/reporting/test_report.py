@@ -1,0 +1,451 @@
+"""The report over runs, sweeps and studies: what it says is what the runs measured, and nothing in them acts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dpo_lab import report
+from dpo_lab.reporting.comparison_page import page
+from dpo_lab.reporting.figures import comparison_figures
+from dpo_lab.reporting.figures.axes import (
+    Scale,
+    Spacing,
+    around,
+    format_short,
+    format_value,
+    nice,
+    signed,
+    without_outliers,
+)
+from dpo_lab.reporting.figures.interval_rows import effect
+from dpo_lab.reporting.figures.markers import strip_control
+from dpo_lab.reporting.figures.reward_kl import spacing_of
+from dpo_lab.reporting.figures.svg import Panel, Point, Series, panel
+from dpo_lab.runs import metrics_log
+from dpo_lab.stats.estimates import mean
+from dpo_lab.studies import archive, verdicts
+from dpo_lab.studies.load import gather
+from dpo_lab.studies.spec import Arm
+from tests.conftest import REPOSITORY
+from tests.support.study_runs import HOSTILE, study, write_run, write_study
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "outputs"
+    write_study(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(outputs) -> Path:
+    """The study's."""
+    return outputs / "studies" / "uniform_ref" / "full"
+
+
+@pytest.fixture
+def again(outputs, tmp_path) -> Path:
+    """A study folder of one's own."""
+    shutil.copytree(outputs, tmp_path / "outputs")
+    return tmp_path / "outputs" / "studies" / "uniform_ref" / "full"
+
+
+class Parsed(HTMLParser):
+    """A page's tags with their attributes, and its text apart from script and style."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside not in ("script", "style"):
+            self.text += data
+
+
+def said(capsys, *arguments: object, code: int = 0) -> str:
+    assert report.main([str(each) for each in arguments]) == code
+    out, err = capsys.readouterr()
+    return out if code == 0 else err
+
+
+def test_the_page_answers_first_and_has_everything(folder):
+    parsed = Parsed(page(gather([folder]), folder))
+    headings = [
+        "supported", "Verdict", "the uniform reference costs more KL", "What was found", "The answer in figures", "Arms",
+        "Reward against KL", "Learning curves", "Samples", "Data", "Noise audit", "Health", "Cells without a result", "Made by",
+    ]  # fmt: skip
+    places = [parsed.text.index(heading) for heading in headings]
+    assert places == sorted(places)
+    for needle in (
+        "34 of 40 runs done",
+        "registered",
+        "2026-11-20T08:00:00+00:00",
+        "1 of 5 seeds not run to their end",
+        "optimum: the initial policy's samples, tilted",
+        "best of 4",
+        "NotFinite: the loss is nan at step 3",
+        "symmetric, rate 0.2",
+        "1,612 of 8,000",
+        "20.1 %",
+        "3 of 5",
+        "python -m dpo_lab.study ablations/uniform_ref.yaml",
+        "python -m dpo_lab.train beta=0.1 +ablation=uniform_ref seed=3 'name='\"'\"'a b'\"'\"''",
+        "2.13.0+cpu (31 runs); 2.12.0+cpu (8 runs)",
+        "files changed since",
+        "not started",
+    ):
+        assert needle in parsed.text, needle
+    charts = [attributes for tag, attributes in parsed.tags if tag == "svg" and attributes.get("class") == "chart"]
+    assert len(charts) == 3 + 1 + 1 + 1 + 3  # along beta, by arm, margins; the frontier; learning curves
+
+
+def test_figures_of_the_page_are_those_of_the_runs(folder):
+    (collection,) = gather([folder])
+    text = Parsed(page([collection], folder)).text
+    values = list(collection.values("uniform, beta 0.1", "kl").values())
+    assert format_value(mean(values).value) in text
+    (first, *_) = verdicts.decide(collection)
+    told = first[1].effect
+    assert told is not None
+    assert f"effect{signed(told.value)} ({signed(told.interval[0])} .. {signed(told.interval[1])})" in text
+    assert first[1].detectable is not None
+    assert f"detectable{format_value(first[1].detectable)}" in text
+
+
+def test_nothing_in_a_page_can_act(folder):
+    whole = page(gather([folder]), folder)
+    parsed = Parsed(whole)
+    assert [tag for tag, _ in parsed.tags].count("script") == 1
+    assert {tag for tag, _ in parsed.tags} & {"img", "link", "iframe", "object", "embed", "form", "base", "i"} == set()
+    for _, attributes in parsed.tags:
+        assert {n for n in attributes if n.startswith("on") or n in ("src", "action", "srcset", "style")} == set()
+        assert all(str(attributes[n]).startswith("#") for n in ("href", "xlink:href") if n in attributes)
+    (policy,) = [a["content"] for _, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert re.fullmatch(
+        r"default-src 'none'; img-src data:; style-src 'sha256-[\w+/=]+'; script-src 'sha256-[\w+/=]+';"
+        r" base-uri 'none'; form-action 'none'",
+        str(policy),
+    )
+    for text in HOSTILE:
+        assert strip_control(text) in parsed.text
+    assert re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", whole) is None
+
+
+def test_the_same_runs_give_the_same_bytes_wherever_one_stands(folder, monkeypatch, tmp_path):
+    first = page(gather([folder]), folder)
+    monkeypatch.chdir(folder)
+    assert page(gather([Path(".")]), Path(".")) == first
+    monkeypatch.chdir(tmp_path)
+    code = f"import sys; from dpo_lab.report import main; sys.exit(main([{str(folder)!r}, '--page', 'twice.html']))"
+    variables = {"PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PATH": "/usr/bin"}
+    made = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    (collection,) = gather([folder])
+    assert (tmp_path / "twice.html").read_text() == page([collection], tmp_path)
+
+
+def test_a_report_needs_neither_torch_nor_hydra(folder, tmp_path):
+    code = (
+        "import sys; from dpo_lab.report import main;"
+        f" main([{str(folder)!r}, '--page', {str(tmp_path / 'page.html')!r}]); print(*sys.modules, file=sys.stderr)"
+    )
+    made = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert (
+        set(made.stderr.split()) & {"torch", "lightning", "transformers", "hydra", "omegaconf", "matplotlib"} == set()
+    )
+    assert "page.html" in made.stdout
+
+
+def test_two_hundred_runs_take_seconds(tmp_path):
+    for number in range(40):
+        beta = round(0.01 * 1.2**number, 5)
+        for seed in range(5):
+            write_run(
+                tmp_path / f"beta={beta}" / f"seed={seed}", Arm("", [f"beta={beta}"], "", {"beta": beta}), seed, 40
+            )
+    started = time.process_time()
+    whole = page(gather([tmp_path]), tmp_path)
+    assert time.process_time() - started < 10
+    assert "200 of 200 runs done" in whole
+    ticks = re.findall(r'text-anchor="middle">([\d.]+)</text>', whole)
+    assert len(ticks) < 100  # 40 values of beta are not 40 ticks
+
+
+def test_the_terminal_says_verdicts_arms_and_what_is_missing(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = said(capsys, folder, "--page", folder / "page.html")
+    assert text.splitlines()[1] == "supported"
+    (collection,) = gather([folder])
+    estimate = mean(collection.values("uniform, beta 0.1", "kl").values())
+    assert estimate.interval is not None
+    assert f"{format_value(estimate.value)} ±{format_value((estimate.interval[1] - estimate.interval[0]) / 2)}" in text
+    assert "baseline: dpo, beta 0.1" in text
+    assert "noisy labels, seed 4: not started" in text
+    assert "<b>crash</b>, seed 0: failed, NotFinite" in text
+    assert "\x1b" not in text
+    assert f"Page: {folder / 'page.html'}" in text
+
+
+def test_csv_has_every_digit(folder, capsys):
+    text = said(capsys, folder, "--csv", "--metrics", "kl, gold_gain / kl")
+    rows = {(row["arm"], row["metric"]): row for row in csv.DictReader(io.StringIO(text))}
+    (collection,) = gather([folder])
+    base = collection.values("dpo, beta 0.1", "kl")
+    noisy = collection.values("noisy labels", "kl")
+    row = rows["noisy labels", "kl"]
+    assert float(row["value"]) == mean(noisy.values()).value
+    assert (row["n"], row["runs"]) == ("4", "5")
+    apart = mean(noisy[seed] - base[seed] for seed in noisy)
+    assert apart.interval is not None
+    assert float(row["difference_value"]) == pytest.approx(apart.value, rel=1e-12)
+    assert [float(row[f"difference_{end}"]) for end in ("low", "high")] == pytest.approx(apart.interval, rel=1e-12)
+    assert rows["<b>crash</b>", "kl"]["value"] == ""
+    ratio = rows["dpo, beta 1.0", "gold_gain / kl"]
+    gains = collection.values("dpo, beta 1.0", "gold_gain")
+    kls = collection.values("dpo, beta 1.0", "kl")
+    assert float(ratio["value"]) == pytest.approx(mean(gains[s] / kls[s] for s in gains).value)
+
+
+def test_markdown_obeys_no_text(folder, capsys):
+    text = said(capsys, folder, "--markdown")
+    assert "**supported**" in text
+    assert "<script>" not in text
+    assert "&lt;b&gt;crash&lt;/b&gt;" in text
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert columns == {6, 7, 5}  # arms, verdicts, cells: nothing in a cell parts it
+
+
+def test_another_baseline_and_runs_of_no_study(outputs, capsys):
+    runs = outputs / "studies" / "runs" / "full"
+    text = said(capsys, runs, "--csv", "--baseline", "beta=1.0", "--metrics", "kl")
+    rows = {row["arm"]: row for row in csv.DictReader(io.StringIO(text))}
+    assert rows["beta=1.0"]["difference_value"] == ""
+    assert float(rows["beta=0.1"]["difference_value"]) > 0
+    assert "verdict" not in said(capsys, runs, "--page", runs / "report.html").lower()
+    whole = (runs / "report.html").read_text()
+    assert 'class="answers"' not in whole
+    assert Parsed(whole).text.count("gold_gain") >= 2  # along beta, and in the arms' table
+
+
+def test_runs_older_than_the_prediction_are_exploratory(again, capsys):
+    record = json.loads((again / "study.json").read_text())
+    record["registrations"] = [
+        {"digest": "an earlier one", "at": "2026-11-20T08:00:00+00:00"},
+        {"digest": study().digest(), "at": "2026-11-21T08:00:00+00:00"},
+    ]
+    (again / "study.json").write_text(json.dumps(record))
+    assert "supported, exploratory" in said(capsys, again)
+    text = Parsed((again / "report.html").read_text()).text
+    assert text.index("exploratory") < text.index("Verdict")
+    assert "1 other version before" in text
+    assert "*exploratory*" in said(capsys, again, "--markdown")
+
+
+def test_arms_that_were_not_measured_alike_are_named_first(again, capsys):
+    for length, run in zip((48, 7), [run for run in gather([again])[0].runs if run.is_done][::20], strict=False):
+        record = {**run.record, "config": {**run.record["config"], "evals": {"max_new_tokens": length}}}
+        (run.folder / "run.json").write_text(json.dumps(record))
+    assert "not measured alike, so not to be compared: evals.max_new_tokens is" in said(capsys, again)
+    text = Parsed((again / "report.html").read_text()).text
+    assert text.index("not measured alike") < text.index("Verdict")
+    assert "**Not measured alike:**" in said(capsys, again, "--markdown")
+
+
+def test_a_kept_record_is_reported_on_as_well(folder, tmp_path, capsys):
+    said(capsys, folder, "--keep", tmp_path / "records")
+    (record,) = (tmp_path / "records").iterdir()
+    text = said(capsys, record, "--page", tmp_path / "kept.html")
+    assert text.splitlines()[1] == "supported"
+    parsed = Parsed((tmp_path / "kept.html").read_text())
+    assert "No samples lie beside these runs." in parsed.text
+    assert "optimum: the initial policy's samples, tilted" in parsed.text
+    whole, slim = gather([folder])[0], archive.read(record)
+    assert slim.values("noisy labels", "kl") == pytest.approx(whole.values("noisy labels", "kl"), rel=1e-5)
+
+
+def test_results_are_written_and_checked(folder, tmp_path, capsys):
+    said(capsys, folder, "--keep", tmp_path / "records")
+    results = tmp_path / "RESULTS.md"
+    said(capsys, "--results", results)
+    assert "all of it is what the records say" in said(capsys, "--results", results, "--check")
+    text = results.read_text()
+    figure = re.search(r"\d\.\d\d", text)
+    assert figure is not None
+    results.write_text(text.replace(figure[0], "9.99", 1))
+    assert "9.99" in said(capsys, "--results", results, "--check", code=1)
+
+
+def test_a_file_of_others_is_never_overwritten(again, capsys):
+    mine = again / "report.html"
+    mine.write_text("<p>mine</p>")
+    assert "type another --page FILE" in said(capsys, again, code=2)
+    assert mine.read_text() == "<p>mine</p>"
+    mine.unlink()
+    said(capsys, again)
+    first = mine.read_bytes()
+    said(capsys, again)  # over its own
+    assert mine.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere"),
+        ([], "type the folder of a run"),
+        (["--check"], "--results"),
+        (["{folder}", "--baseline", "dpo"], "type one of: dpo, beta 0.1"),
+        (["{folder}", "--metrics", "kl,klo"], "--metrics klo: no run has it; type some of: accuracy"),
+        (["{folder}", "--page", "{folder}/study.json/x.html"], "type another --page FILE"),
+    ],
+)
+def test_what_can_be_mended_is_one_line(folder, capsys, arguments, words):
+    error = said(capsys, *(each.format(folder=folder) for each in arguments), code=2)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_a_damaged_journal_and_an_unreadable_record_do_not_stop_a_report(again):
+    runs = again.parents[1] / "runs" / "full"
+    (runs / "dpo--beta-0-1" / "seed=0" / metrics_log.METRICS_LOG).write_text("{\n")
+    (runs / "dpo--beta-0-1" / "seed=1" / "run.json").write_text("{")
+    text = Parsed(page(gather([again]), again)).text
+    assert "A journal can't be read" in text
+    assert "unreadable" in text
+
+
+def test_one_seed_and_nothing_measured_are_told_as_such(tmp_path):
+    write_study(tmp_path, seeds=1)
+    (collection,) = gather([tmp_path])
+    text = Parsed(page([collection], tmp_path)).text
+    assert "one seed" in text
+    shutil.rmtree(tmp_path / "studies" / "runs")
+    text = Parsed(page(gather([tmp_path]), tmp_path)).text
+    assert "nothing measured" in text
+    assert "No journal lies beside these runs." in text
+    assert "0 of 8 runs done" in text
+
+
+def test_several_studies_are_one_page_with_a_list(folder):
+    text = page(gather([folder]) * 2, folder)
+    parsed = Parsed(text)
+    links = [attributes["href"] for tag, attributes in parsed.tags if tag == "a"]
+    assert links == ["#report-1", "#report-2"]
+    assert {attributes.get("id") for tag, attributes in parsed.tags if tag == "article"} == {"report-1", "report-2"}
+
+
+def test_names_beside_points_touch_neither_each_other_nor_what_is_drawn():
+    points = [
+        Point(i / 10, math.sin(i), name=f"name {i}", y_interval=(math.sin(i) - 0.2, math.sin(i) + 0.2))
+        for i in range(12)
+    ]
+    drawn = panel(Panel("title", "x", [Series("one", points)]))
+    boxes = []
+    for x, y, anchor, text in re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">(name \d+)', drawn):
+        left = float(x) - {"start": 0, "end": 1, "middle": 0.5}[anchor] * 6.6 * len(text)
+        boxes.append((left, float(y) - 10, left + 6.6 * len(text), float(y) + 3))
+    assert len(boxes) >= 6
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            assert a[2] + 4.9 <= b[0] or b[2] + 4.9 <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    marks = [(float(x), float(y)) for x, y in re.findall(r'class="mark" cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    assert len(marks) == 12
+    assert not any(a[0] < x < a[2] and a[1] < y < a[3] for a in boxes for x, y in marks)
+
+
+def test_a_far_drift_leaves_the_small_ones_apart():
+    assert spacing_of("kl", 4.9) == (Spacing.linear, "")
+    assert spacing_of("kl", 40.0) == (Spacing.root, ", root scale")
+    assert spacing_of("gold_gain", 40.0) == (Spacing.linear, "")
+    scale = around([-30.0, 0.5, 100.0], Spacing.root)  # what reaches below 0, as an interval may, stands on the floor
+    assert scale is not None
+    assert scale.place(0.0) == 0 < scale.place(0.5) - 0.05 < scale.place(100.0) < 1
+
+
+def test_what_was_logged_once_is_a_point_in_the_learning_curves(folder):
+    (collection,) = gather([folder])
+    column = "val/rewards/accuracies"
+    logged = lambda arm: [(seed, [{"step": 80, column: 0.5 + 0.1 * seed}]) for seed in (0, 1)]  # noqa: E731
+    drawing = comparison_figures.learning(collection, logged)
+    assert drawing is not None
+    (drawn,) = drawing.panels
+    assert drawn.count('class="mark"') == len(collection.arms)
+
+
+def test_what_is_not_finite_is_a_gap_and_far_off_values_do_not_flatten_the_rest():
+    points = [Point(i, math.nan if i == 5 else 1e9 if i == 8 else 0.1 * i) for i in range(40)]
+    drawn = panel(Panel("loss", "steps", [Series("one", points, has_markers=False)]))
+    (path,) = re.findall(r'class="c0 line" d="([^"]+)"', drawn)
+    assert path.count("M") == 2
+    assert "1 far-off values cut" in drawn
+    assert "nan" not in path
+    assert panel(Panel("none", "x", [Series("one", [Point(0, math.nan)])])) == ""
+
+
+def test_ticks_are_round_few_and_inside():
+    for low, high in ((0, 1), (-0.37, 0.11), (3e-5, 9e-5), (0, 1e7), (99.9, 100.1)):
+        ticks = nice(low, high, 6)
+        assert 2 <= len(ticks) <= 7
+        assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+        labels = [label for _, label in Scale(low, high).ticks()]
+        assert len(set(labels)) == len(labels)
+    assert [label for _, label in Scale(0.01, 10, Spacing.log).ticks()] == ["0.01", "0.1", "1", "10"]
+    root = Scale(0, 60, Spacing.root)
+    assert root.place(15) == pytest.approx(0.5)
+    assert root.ticks()[0] == (0.0, "0")
+    assert around([], Spacing.log) is None
+    flat = around([2.0, 2.0])
+    assert flat is not None
+    assert flat.low < 2 < flat.high
+    assert without_outliers([*range(30), 1e9])[1] == 1
+
+
+def test_figures_are_spelled_for_people():
+    told = [format_value(v) for v in (0.12345, -0.0001, 0.0, -0.0, 12.345, 1234.5, 528_703_488, 3e-7, 1e30)]
+    assert told == ["0.123", "-1.0e-04", "0.000", "0.000", "12.35", "1,234.5", "529M", "3.0e-07", "1e+30"]
+    assert [signed(v) for v in (0.5, -0.5, 0.0)] == ["+0.500", "-0.500", "+0.000"]
+    assert [format_short(v) for v in (0.1, 1.0, 2500.0, 25000.0)] == ["0.1", "1", "2500", "25k"]
+
+
+def test_an_effect_shows_zero_and_what_would_matter():
+    drawn = effect(0.3, (0.1, 0.5), 0.2, 'says "<this>"', both=True)
+    assert drawn.count('class="level"') == 2
+    assert "&quot;&lt;this&gt;&quot;" in drawn
+    x = [float(v) for v in re.findall(r'class="(?:axis|level)" x1="([\d.]+)"', drawn)]
+    assert sorted(x) == [x[1], x[0], x[2]]
+
+
+def test_a_figure_may_have_a_metric_across(again):
+    record = json.loads((again / "study.json").read_text())
+    record["study"]["figures"] = [{"kind": "axis", "x": "gold_gain", "y": ["kl"], "arms": ["dpo", "uniform"]}]
+    (again / "study.json").write_text(json.dumps(record))
+    parsed = Parsed(page(gather([again]), again))
+    assert "Means over seeds with their 95 % intervals, beta beside them." in parsed.text
+    (collection,) = gather([again])
+    gain, kl = (mean(collection.values("uniform, beta 0.3", metric).values()) for metric in ("gold_gain", "kl"))
+    assert gain.interval is not None
+    assert f"uniform, beta 0.3: kl {format_value(kl.value)}" in parsed.text
+    assert f"gold_gain {format_value(gain.value)} ({format_value(gain.interval[0])}" in parsed.text

@@ -1,0 +1,13 @@
+"""What the runs of all doors import: the process that tests.support.warm forks has it loaded, and has computed nothing."""
+
+from __future__ import annotations
+
+from dpo_lab.cli.entry_point import fast_imports
+
+with fast_imports():
+    import dpo_lab.inspection.look
+    import dpo_lab.inspection.report
+    import dpo_lab.inspection.terminal
+    import dpo_lab.pipelines.evaluate_run
+    import dpo_lab.pipelines.train_dpo
+    import dpo_lab.pipelines.train_sft  # noqa: F401

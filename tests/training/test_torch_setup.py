@@ -1,0 +1,36 @@
+"""How a process computes: what it frees is kept for the next step, on the CPU alone."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys, torch
+from dpo_lab.training.torch_setup import set_up_process
+set_up_process(threads=1, on_cpu=sys.argv[1] == "cpu")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    before = faults()
+    held = [torch.empty(2**24).fill_(1.0) for _ in range(2)]  # 64 MB each
+    return faults() - before
+settled = [work() for _ in range(15)][-5:]  # at first the heap grows
+print(max(settled), torch.get_num_threads(), torch.tensor(1e-40).mul(1.0).item())
+"""
+
+
+def measure(device: str) -> tuple[int, int, float]:
+    """(page faults of 128 MB of tensors made again, threads, what becomes of a denormal), in a process of its own."""
+    result = subprocess.run([sys.executable, "-c", FAULTS, device], capture_output=True, text=True, check=True)
+    faults, threads, denormal = result.stdout.split()
+    return int(faults), int(threads), float(denormal)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeping memory is a setting of glibc's malloc")
+def test_a_cpu_run_keeps_its_memory_and_others_give_it_back():
+    kept, given_back = measure("cpu"), measure("gpu")
+    assert kept[0] < 100 < given_back[0]
+    assert kept[1:] == given_back[1:] == (1, 0.0)
