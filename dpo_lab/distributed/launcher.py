@@ -138,7 +138,7 @@ def run_ranks(
     Rank 0 writes where this process writes, each other rank N to `folder`/rank-N.log. `environment` is all that they see
     beside the variables of their rank (default: os.environ). When a rank fails, the others are stopped: the first to fail
     is the culprit. When this process is asked to stop, the ranks are asked, once; they have `grace` seconds to put their
-    work in safety, or until a second signal; then Stopped is raised. No process is left in either case. Raises ValueError
+    work in safety, or until a second signal; then StopSignal is raised. No process is left in either case. Raises ValueError
     where several nodes have not been told how to meet.
     """
     base = dict(os.environ if environment is None else environment)

@@ -42,7 +42,7 @@ def stopped_by(code: int) -> StopSignal | None:
 
 
 def raise_on_signals(tell: Callable[[StopSignal], None] = lambda stopped: None) -> None:
-    """From now on SIGTERM and SIGINT raise Stopped in this process's main thread, after `tell` was called with it."""
+    """From now on SIGTERM and SIGINT raise StopSignal in this process's main thread, after `tell` was called with it."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is still written is not to be cut short
@@ -56,7 +56,7 @@ def raise_on_signals(tell: Callable[[StopSignal], None] = lambda stopped: None) 
 
 @contextmanager
 def reraise_stop() -> Iterator[None]:
-    """Inside it an error that came of a Stopped is that Stopped: a library that tidies up what was cut short may stumble.
+    """Inside it an error that came of a StopSignal is that StopSignal: a library that tidies up what was cut short may stumble.
 
     But for errors of the operating system: a disk that is full while work is put in safety is news.
     """
@@ -81,7 +81,7 @@ class StopRequest:
     """A context in which a signal is noted and not obeyed: `signum` says which one came, None so far.
 
     The one who opened it looks between two steps, puts its work in safety, then calls `obey`. A second SIGINT raises
-    Stopped at once: someone at the keyboard has lost patience. Outside the main thread, where no signal arrives, it notes
+    StopSignal at once: someone at the keyboard has lost patience. Outside the main thread, where no signal arrives, it notes
     nothing.
     """
 
@@ -116,7 +116,7 @@ class StopRequest:
     def obey(self, signum: int) -> None:
         """Stop for `signum`, which this process or another one of the same run was sent.
 
-        Hands REQUEUE to the scheduler's own handler, which puts the job back into its queue and leaves; else raises Stopped.
+        Hands REQUEUE to the scheduler's own handler, which puts the job back into its queue and leaves; else raises StopSignal.
         """
         if signum == REQUEUE:
             handler: Callable[[int, FrameType | None], Any] | None = self._before.get(REQUEUE)

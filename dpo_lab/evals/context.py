@@ -269,7 +269,7 @@ def score_pairs(
     tokens: int,
     context: Callable[[], AbstractContextManager],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probability (nats) of each response to its prompt, and its number of tokens; see Subject for the rest.
+    """Summed log-probability (nats) of each response to its prompt, and its number of tokens; see EvalContext for the rest.
 
     All ranks have to call it; each computes its share, all get the whole.
     """

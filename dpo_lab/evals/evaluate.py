@@ -80,7 +80,7 @@ def evaluate(subject: EvalContext, evaluators: Iterable[Evaluator] | None = None
     """All that is measured of a policy, by name; nothing where no pair is held out. evaluators: none given, those that run
     unless told otherwise.
 
-    What was measured of each example is in subject.examples afterwards. All ranks have to call it, see Subject; all get the
+    What was measured of each example is in subject.examples afterwards. All ranks have to call it, see EvalContext; all get the
     same.
     """
     if not len(subject.pairs):

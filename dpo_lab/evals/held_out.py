@@ -21,7 +21,7 @@ def heldout_loss(
 ) -> dict[str, Estimate]:
     """Loss (nats a token) and perplexity of chosen responses under both models, the initial one's under `initial/`.
 
-    Nothing where no pair is held out. tokens, context: see Subject. All ranks have to call it; all get the same.
+    Nothing where no pair is held out. tokens, context: see EvalContext. All ranks have to call it; all get the same.
     """
     if not len(pairs):
         return {}

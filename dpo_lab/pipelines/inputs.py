@@ -194,7 +194,7 @@ def responses(
 ) -> list[str | None]:
     """A response of the policy to each prompt, kept by content.
 
-    None where one did not stop by itself; where no response `ends` (see Encoder), None where one did.
+    None where one did not stop by itself; where no response `ends` (see PairTokenizer), None where one did.
     """
     recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, encoder.ends, "format 4"])
     recipe += "" if uses_cache(policy.model) else "without a KV cache"

@@ -206,7 +206,7 @@ def fit(
 ) -> None:
     """Train the module's model on the material's token ids, up to max_steps, from the first step or on from a checkpoint.
 
-    A checkpoint of the last step is there when it returns. Raises Stopped, saved, when the run is asked to stop. Ranks stay
+    A checkpoint of the last step is there when it returns. Raises StopSignal, saved, when the run is asked to stop. Ranks stay
     joined.
     """
     data = PreferenceDataModule(

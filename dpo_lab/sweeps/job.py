@@ -45,7 +45,7 @@ class JobFailed(RuntimeError):
 def run_job(module: str, settings: RunConfig, is_done: Callable[[], bool] | None) -> None:
     """Run the current Hydra job of the door `module` in a child process and wait for it; nothing where it is done already.
 
-    is_done: whether the cell's result lies in its folder. Raises CellFailed if it does not in the end, whatever the exit
+    is_done: whether the cell's result lies in its folder. Raises JobFailed if it does not in the end, whatever the exit
     code. None: a run that keeps no record, whose exit code tells. Its output goes to LOG in its folder.
     """
     hydra = HydraConfig.get()
@@ -87,7 +87,7 @@ def is_task() -> bool:
 def run_in_submitit_task(is_done: Callable[[], bool]) -> Iterator[None]:
     """Run a cell in this process, a task of a scheduler's, who starts it anew when it is put back into the queue.
 
-    What would end a process of its own becomes CellFailed; the exit by which the job asks for its return to the queue
+    What would end a process of its own becomes JobFailed; the exit by which the job asks for its return to the queue
     passes through.
     """
     folder, desk, began = Path(HydraConfig.get().runtime.output_dir), _desk(), time.monotonic()

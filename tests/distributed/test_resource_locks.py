@@ -18,7 +18,7 @@ from tests.support.supervised import Post, has_ended
 # Leases 2 GPUs when it is given a line and lets go at the next; meanwhile it has a child, which lives on if it is killed.
 LEASE = """
 import json, logging, socket, subprocess, sys
-from dpo_lab.distributed.resource_locks import lease_gpus
+from dpo_lab.distributed.resource_locks import acquire_gpus
 name, who, children = sys.argv[1:]
 post = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 say = lambda what, **more: post.sendto(json.dumps({"who": who, "what": what, **more}).encode(), chr(0) + name)
@@ -27,7 +27,7 @@ class Told(logging.Handler):
         say("waits", line=record.getMessage())
 logging.basicConfig(level="INFO", handlers=[Told()])
 for line in sys.stdin:
-    with lease_gpus(2, poll=0.01) as gpus:
+    with acquire_gpus(2, poll=0.01) as gpus:
         child = subprocess.Popen(["cat"], stdin=int(children))
         say("took", gpus=gpus, child=child.pid)
         sys.stdin.readline()

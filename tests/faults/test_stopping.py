@@ -49,7 +49,7 @@ class Signal(Callback):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_06_asked_to_stop_when_all_is_done_it_ends_without_a_word(signum):
     late = f"import atexit, os; atexit.register(os.kill, os.getpid(), {int(signum)})"
-    script = f"import sys; from dpo_lab import door; {late}; sys.exit(door.open_door(lambda: None))"
+    script = f"import sys; from dpo_lab.cli import entry_point; {late}; sys.exit(entry_point.run_command(lambda: None))"
     ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signum, "", "")
 
@@ -57,7 +57,8 @@ def test_06_asked_to_stop_when_all_is_done_it_ends_without_a_word(signum):
 CUT_SHORT = """
 import errno, os, signal, sys
 from omegaconf import OmegaConf, open_dict
-from dpo_lab import config, door
+from dpo_lab.cli import entry_point
+from dpo_lab.config import schema
 from dpo_lab.sweeps import sweeper
 def in_a_library():
     cfg = OmegaConf.create({"run": {}})
@@ -70,11 +71,11 @@ def in_safety():
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
         raise OSError(errno.ENOSPC, "No space left on device", "run.json")
-config.validate = lambda cfg: cfg
+schema.validate = lambda cfg: cfg
 work, when = globals()[sys.argv[1]], sys.argv[2]
 if when == "finding plugins":
     sweeper.register = lambda as_record: work()
-sys.exit(door.open_door(work if when == "composing" else lambda: door.settle(OmegaConf.create(), lambda _: work())))
+sys.exit(entry_point.run_command(work if when == "composing" else lambda: entry_point.validate_and_run(OmegaConf.create(), lambda _: work())))
 """
 
 

@@ -332,9 +332,9 @@ def test_once_leaves_nothing_of_a_failure(tmp_path):
 def test_once_waits_for_another_process(tmp_path):
     """The other process holds the lock and makes the file; this one must not make it again."""
     code = (
-        "import sys; from pathlib import Path; from dpo_lab.runs.cache import once\n"
+        "import sys; from pathlib import Path; from dpo_lab.runs.cache import cached\n"
         "def make(path): print('making', flush=True); input(); path.write_text('theirs')\n"
-        "once(Path(sys.argv[1]), make)"
+        "cached(Path(sys.argv[1]), make)"
     )
     path = tmp_path / "file"
     command = [sys.executable, "-c", code, str(path)]

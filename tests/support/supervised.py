@@ -22,12 +22,12 @@ SUPERVISOR = """
 import json, sys
 from pathlib import Path
 from dpo_lab.distributed.launcher import run_ranks
-from dpo_lab.distributed.signals import Stopped, raise_on_signals
+from dpo_lab.distributed.signals import StopSignal, raise_on_signals
 raise_on_signals()
 folder, grace, *command = sys.argv[1:]
 try:
     ended = run_ranks(command, 2, folder=Path(folder), cwd=Path(folder), grace=float(grace))
-except Stopped as stopped:
+except StopSignal as stopped:
     sys.exit(stopped.exit_code)
 print(json.dumps(vars(ended)))
 sys.exit(ended.code)
@@ -36,8 +36,8 @@ sys.exit(ended.code)
 RANK = """
 import json, os, signal, socket, subprocess, sys, time
 from dpo_lab.distributed.launcher import PARENT, rank, set_parent_death_signal
-from dpo_lab.distributed.signals import StopRequest, Stopped, raise_on_signals
-from dpo_lab.distributed.supervisor import tell_of_stop, tell_supervisor
+from dpo_lab.distributed.signals import StopRequest, StopSignal, raise_on_signals
+from dpo_lab.distributed.supervisor import report_stop, report_error
 
 went = []
 signal.signal(signal.SIGUSR1, lambda *_: went.append(True))  # no mask: one of numpy's threads would take it, and die of it
@@ -98,7 +98,7 @@ def is_stuck():
 def is_stopped():
     ready()
     go()
-    raise Stopped(signal.SIGTERM)
+    raise StopSignal(signal.SIGTERM)
 
 def waits():
     ready()
@@ -127,18 +127,18 @@ def fails_to_save():
 def tells():
     ready()
     go()
-    tell_supervisor("ValueError: boom\\nsecond line", 1)
+    report_error("ValueError: boom\\nsecond line", 1)
     say("told")
     stay()  # a long clean-up
 
 def tells_and_ends():
     ready()
     go()
-    tell_supervisor("RuntimeError: connection closed by peer", 1)
+    report_error("RuntimeError: connection closed by peer", 1)
     sys.exit(1)
 
 def takes_long_to_stop():
-    raise_on_signals(tell_of_stop)
+    raise_on_signals(report_stop)
     try:
         ready()
         stay()
@@ -152,7 +152,7 @@ def ends():
 
 try:
     globals()[sys.argv[2 + me]]()
-except Stopped as stopped:
+except StopSignal as stopped:
     sys.exit(stopped.exit_code)
 """
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from dpo_lab.config.allowed_targets import SHARDED
+from dpo_lab.config.allowed_targets import FSDP2
 from dpo_lab.config.schema import ConfigError, validate
 from dpo_lab.core.histogram import Histogram
 from dpo_lab.core.losses import DPO
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "
 
 
 CPU, GPU = {"accelerator": "cpu"}, {"accelerator": "gpu"}
-FSDP = GPU | {"strategy": {"_target_": SHARDED}}
+FSDP = GPU | {"strategy": {"_target_": FSDP2}}
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from dpo_lab.training.torch_setup import set_up_process
-set_up_process(threads=1, on_cpu=sys.argv[1] == "cpu")
+from dpo_lab.training.torch_setup import setup_torch
+setup_torch(threads=1, on_cpu=sys.argv[1] == "cpu")
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
     before = faults()
