@@ -75,7 +75,8 @@ schema.validate = lambda cfg: cfg
 work, when = globals()[sys.argv[1]], sys.argv[2]
 if when == "finding plugins":
     sweeper.register = lambda as_record: work()
-sys.exit(entry_point.run_command(work if when == "composing" else lambda: entry_point.validate_and_run(OmegaConf.create(), lambda _: work())))
+in_a_run = lambda: entry_point.validate_and_run(OmegaConf.create(), lambda _: work())
+sys.exit(entry_point.run_command(work if when == "composing" else in_a_run))
 """
 
 
