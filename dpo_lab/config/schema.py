@@ -25,6 +25,8 @@ from yaml import YAMLError
 
 from dpo_lab.config.allowed_targets import FSDP2, check_targets, target_of
 from dpo_lab.config.logger_packages import check_packages
+from dpo_lab.config.precision import check_precision
+from dpo_lab.config.trainer_arguments import advice, check_trainer
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.noise import NOISES, LabelNoise
 from dpo_lab.data.sources import TASKS, Data
@@ -34,8 +36,6 @@ from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
 from dpo_lab.runs import run_record
 from dpo_lab.training.initial_policy import SFT
 from dpo_lab.training.optim import Optim
-from dpo_lab.training.precision import check_precision
-from dpo_lab.training.trainer_arguments import advice, check_trainer
 
 PREFERENCE_KEYS = ("beta", "loss", "reference", "noise", "evals")  # settings without a say in supervised fine-tuning
 ConfigErrors = (HydraException, OmegaConfBaseException, YAMLError)  # what Hydra raises before `main` is entered

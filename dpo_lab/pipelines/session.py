@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, Trainer
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked
+from dpo_lab.config.precision import check_device_precision, warn_of_slow_bf16
 from dpo_lab.config.schema import ConfigError, RunConfig, input_files
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.datamodule import PreferenceDataModule
@@ -46,7 +47,6 @@ from dpo_lab.training.callbacks.health import final_findings
 from dpo_lab.training.callbacks.progress_bar import TimeLimit
 from dpo_lab.training.callbacks.throughput import StageTimer, Throughput
 from dpo_lab.training.checkpoint_io import VerifiedCheckpointIO, newest, remove_leftovers, step_of
-from dpo_lab.training.precision import check_device_precision, warn_of_slow_bf16
 from dpo_lab.training.torch_setup import set_up_device, setup_torch
 
 log = logging.getLogger("dpo_lab")

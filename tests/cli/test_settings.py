@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from dpo_lab.config import schema
 from dpo_lab.config.allowed_targets import TargetRefused, only_plugins
+from dpo_lab.config.trainer_arguments import REFUSED, check_trainer
 from dpo_lab.reporting.run_summary import print_summary
 from dpo_lab.runs.run_record import RunStatus
 from dpo_lab.stats.estimates import Estimate
@@ -18,7 +19,6 @@ from dpo_lab.sweeps import sweeper
 from dpo_lab.sweeps.plan import Job
 from dpo_lab.sweeps.summary import Outcome, show
 from dpo_lab.terminal.progress import plain_console
-from dpo_lab.training.trainer_arguments import REFUSED, check_trainer
 from tests.config.test_config import composed, settled
 from tests.conftest import REPOSITORY
 from tests.support.sweeping import behaves, run, starts

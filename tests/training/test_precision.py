@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
+from dpo_lab.config import precision
 from dpo_lab.config.allowed_targets import FSDP2
 from dpo_lab.config.schema import ConfigError, validate
 from dpo_lab.core.histogram import Histogram
@@ -19,7 +20,6 @@ from dpo_lab.core.losses import DPO
 from dpo_lab.core.metrics import PreferenceMetrics
 from dpo_lab.models.policy import Dtype, Pretrained, TinyPolicy
 from dpo_lab.pipelines import session as fitting
-from dpo_lab.training import precision
 from dpo_lab.training.master_weights import MasterAdamW, moved_weights
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft_module import TokenLoss
