@@ -94,8 +94,8 @@ def said(capsys, *arguments: object, code: int = 0) -> str:
 def test_the_page_answers_first_and_has_everything(folder):
     parsed = Parsed(page(gather([folder]), folder))
     headings = [
-        "supported", "Verdict", "the uniform reference costs more KL", "What was found", "The answer in figures", "Arms",
-        "Reward against KL", "Learning curves", "Samples", "Data", "Noise audit", "Health", "Cells without a result", "Made by",
+        "supported", "Verdict", "the uniform reference costs more KL", "Notes after the runs", "Figures of the study", "Arms",
+        "Reward against KL", "Learning curves", "Samples", "Data", "Label noise", "Health", "Runs without a result", "Command and provenance",
     ]  # fmt: skip
     places = [parsed.text.index(heading) for heading in headings]
     assert places == sorted(places)
@@ -260,7 +260,7 @@ def test_runs_older_than_the_prediction_are_exploratory(again, capsys):
     assert "supported, exploratory" in said(capsys, again)
     text = Parsed((again / "report.html").read_text()).text
     assert text.index("exploratory") < text.index("Verdict")
-    assert "1 other version before" in text
+    assert "1 other version registered before" in text
     assert "*exploratory*" in said(capsys, again, "--markdown")
 
 
@@ -268,10 +268,10 @@ def test_arms_that_were_not_measured_alike_are_named_first(again, capsys):
     for length, run in zip((48, 7), [run for run in gather([again])[0].runs if run.is_done][::20], strict=False):
         record = {**run.record, "config": {**run.record["config"], "evals": {"max_new_tokens": length}}}
         (run.folder / "run.json").write_text(json.dumps(record))
-    assert "not measured alike, so not to be compared: evals.max_new_tokens is" in said(capsys, again)
+    assert "measured with different settings, not comparable: evals.max_new_tokens is" in said(capsys, again)
     text = Parsed((again / "report.html").read_text()).text
-    assert text.index("not measured alike") < text.index("Verdict")
-    assert "**Not measured alike:**" in said(capsys, again, "--markdown")
+    assert text.index("measured with different settings") < text.index("Verdict")
+    assert "**Measured with different settings:**" in said(capsys, again, "--markdown")
 
 
 def test_a_kept_record_is_reported_on_as_well(folder, tmp_path, capsys):
@@ -280,7 +280,7 @@ def test_a_kept_record_is_reported_on_as_well(folder, tmp_path, capsys):
     text = said(capsys, record, "--page", tmp_path / "kept.html")
     assert text.splitlines()[1] == "supported"
     parsed = Parsed((tmp_path / "kept.html").read_text())
-    assert "No samples lie beside these runs." in parsed.text
+    assert "These runs have no samples." in parsed.text
     assert "optimum: the initial policy's samples, tilted" in parsed.text
     whole, slim = gather([folder])[0], archive.read(record)
     assert slim.values("noisy labels", "kl") == pytest.approx(whole.values("noisy labels", "kl"), rel=1e-5)
@@ -333,7 +333,7 @@ def test_a_damaged_journal_and_an_unreadable_record_do_not_stop_a_report(again):
     (runs / "dpo--beta-0-1" / "seed=0" / metrics_log.METRICS_LOG).write_text("{\n")
     (runs / "dpo--beta-0-1" / "seed=1" / "run.json").write_text("{")
     text = Parsed(page(gather([again]), again)).text
-    assert "A journal can't be read" in text
+    assert "A metrics log can't be read" in text
     assert "unreadable" in text
 
 
@@ -344,8 +344,8 @@ def test_one_seed_and_nothing_measured_are_told_as_such(tmp_path):
     assert "one seed" in text
     shutil.rmtree(tmp_path / "studies" / "runs")
     text = Parsed(page(gather([tmp_path]), tmp_path)).text
-    assert "nothing measured" in text
-    assert "No journal lies beside these runs." in text
+    assert "not measured" in text
+    assert "These runs have no metrics log." in text
     assert "0 of 8 runs done" in text
 
 
