@@ -18,32 +18,32 @@ ROWS = {
     "accuracy": "accuracy, labels (held-out)",
     "margin": "log-ratio margin (nats)",
     "calibration_error": "calibration error",
-    "train/clean/accuracy": "accuracy, clean pairs (train)",
-    "train/flipped/accuracy": "accuracy, flipped pairs (train)",
-    "chosen_fell": "chosen less likely than initially",
-    "chosen_change": "  log-prob change, chosen (nats)",
-    "rejected_change": "  log-prob change, rejected (nats)",
-    "gold_correlation": "rank correlation with gold reward",
+    "train/clean/accuracy": "accuracy, clean (train)",
+    "train/flipped/accuracy": "accuracy, flipped (train)",
+    "chosen_fell": "share of chosen less likely",
+    "chosen_change": "  change, chosen (nats)",
+    "rejected_change": "  change, rejected (nats)",
+    "gold_correlation": "rank correlation with gold",
     "gold": "gold reward",
-    "gold_gain": "  gain, in initial policy's sd",
-    "win_rate": "  win rate against initial policy",
+    "gold_gain": "  gain, in sd of initial",
+    "win_rate": "  win rate against initial",
     "win_rate_equal_length": "  win rate at equal length",
-    "best_of_16/gold_gain": "  gain, best of 16 of initial policy",
+    "best_of_16/gold_gain": "  gain, best of 16 of initial",
     "judge": "judge score",
-    "judge_gain": "  gain, in initial policy's sd",
-    "judge_win_rate": "  win rate against initial policy",
+    "judge_gain": "  gain, in sd of initial",
+    "judge_win_rate": "  win rate against initial",
     "judge_win_rate_equal_length": "  win rate at equal length",
     "pairwise_win_rate": "win rate, pairwise judge",
     "kl": "KL to initial policy (nats)",
-    "kl_forward_text": "log-prob lost per real text (nats)",
-    "loss": "loss (nats per token, held-out)",
+    "kl_forward_text": "log-prob lost per text (nats)",
+    "loss": "loss (nats/token, held-out)",
     "perplexity": "perplexity of real text",
     "well_formed": "well-formed samples",
     "distinct_2": "distinct bigrams",
     "repeated_3": "repeated trigrams",
-    "entropy": "entropy (nats per token)",
+    "entropy": "entropy (nats/token)",
     "length": "sample length (tokens)",
-    "stopped": "samples that end with the end token",
+    "stopped": "samples with end token",
 }
 
 COLUMNS = ("", "initial", "trained", "95 % interval", "n")
@@ -109,9 +109,7 @@ def print_summary(
 
 
 def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> None:
-    side_by_side = Table(
-        title="Samples for the same prompts, initial and trained policy", title_justify="left", show_lines=True
-    )
+    side_by_side = Table(title="Samples of both policies", title_justify="left", show_lines=True)
     for column in ("prompt", "initial policy", "trained policy"):
         side_by_side.add_column(column, ratio=1 if column == "prompt" else 2, overflow="fold")
     for row in samples[:3]:

@@ -103,7 +103,7 @@ def test_the_page_answers_first_and_has_everything(folder):
         "34 of 40 runs done",
         "registered",
         "2026-11-20T08:00:00+00:00",
-        "1 of 5 seeds not run to their end",
+        "1 of 5 seeds not finished",
         "optimum: the initial policy's samples, tilted",
         "best of 4",
         "NotFinite: the loss is nan at step 3",

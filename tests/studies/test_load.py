@@ -212,7 +212,7 @@ def test_a_path_without_a_run_is_refused_in_a_line(tmp_path: Path, what: str, sa
         gather([tmp_path / what])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/study.json").write_text("{")
-    with pytest.raises(StudyError, match="broken/study.json: no record of a study"):
+    with pytest.raises(StudyError, match="broken/study.json: not the record of a study"):
         gather([tmp_path / "broken"])
 
 

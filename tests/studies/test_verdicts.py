@@ -267,7 +267,7 @@ def test_an_area_is_a_share_of_the_optimum_from_that_seeds_candidates(tmp_path: 
         (b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(frontier.hull(best), frontier.hull(best)[1:], strict=False)
     )
     assert found == {0: pytest.approx(by_hand - 0.5)}
-    assert left_out == {1: "seed 1: no run has the initial policy's candidates; type evals=study"}
+    assert left_out == {1: "seed 1: no run sampled candidates of the initial policy; type evals=study"}
 
 
 def test_arms_are_compared_with_the_baseline_seed_by_seed():
