@@ -40,8 +40,8 @@ class Bounds:
 class Evidence:
     """The record and the metrics log of one run, which may still be training.
 
-    record: as in run.json, with `metrics` once the run was evaluated; rows: of its metrics log, in order. train, val: the rows
-    of each split, their names without `train/` or `val/`.
+    record: as in run.json, with `metrics` once the run was evaluated; rows: of its metrics log, in order. train, val:
+    the rows of each split, their names without `train/` or `val/`.
     """
 
     def __init__(self, record: Mapping[str, Any], rows: Iterable[Mapping[str, float]]) -> None:
@@ -89,8 +89,8 @@ class Evidence:
         return self.step * self.batch / self.train_pairs if self.train_pairs else 0.0
 
     def recent_mean(self, pairs: int, until: int | None = None) -> Row | None:
-        """Return the mean of the last training rows, up to step `until`, that together cover `pairs` pairs; None if there are
-        fewer pairs. It holds the metrics that all of these rows have.
+        """Return the mean of the last training rows, up to step `until`, that together cover `pairs` pairs; None if
+        there are fewer pairs. It holds the metrics that all of these rows have.
         """
         rows = [row for row in self.train if until is None or row.step <= until]
         taken: list[Row] = []

@@ -19,8 +19,8 @@ class Severity(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem that a rule found. says: the message with its numbers; threshold: the limits they were compared with; tries:
-    the suggestion, what to type or to look at next.
+    """One problem that a rule found. says: the message with its numbers; threshold: the limits they were compared with;
+    tries: the suggestion, what to type or to look at next.
     """
 
     name: str
@@ -47,7 +47,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """A health rule, whose fields are its thresholds. Called with the evidence, it returns a finding, or None if not sure."""
+    """A health rule, whose fields are its thresholds. Called with the evidence, it returns a finding, or None if not
+    sure.
+    """
 
     name: ClassVar[str]
 

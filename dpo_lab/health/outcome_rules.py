@@ -25,10 +25,11 @@ class NothingHeldOut(Rule):
 
 @dataclass(frozen=True)
 class Displacement(Rule):
-    """Report that chosen responses became much less likely: by more than `nats` and by more than `share` of their initial
-    log-probability, in most pairs.
+    """Report that chosen responses became much less likely: by more than `nats` and by more than `share` of their
+    initial log-probability, in most pairs.
 
-    DPO always does a little of this: what chosen and rejected responses have in common becomes less likely with the rejected.
+    DPO always does a little of this: what chosen and rejected responses have in common becomes less likely with the
+    rejected.
     """
 
     share: float = 0.1

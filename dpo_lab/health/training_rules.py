@@ -11,8 +11,8 @@ from dpo_lab.health.finding import Finding, Rule, Severity, percent
 
 @dataclass(frozen=True)
 class StepZero(Rule):
-    """Report that the initial loss differs from the loss at margin 0 by more than the share `off`: the reference is not the
-    policy that training starts from.
+    """Report that the initial loss differs from the loss at margin 0 by more than the share `off`: the reference is not
+    the policy that training starts from.
     """
 
     off: float = 0.1
@@ -39,9 +39,9 @@ class StepZero(Rule):
 
 @dataclass(frozen=True)
 class NotLearning(Rule):
-    """Report that the loss stays at its initial value. still: relative change that counts as none; moved: smallest relative
-    fall that counts as learning; right: accuracy under which nothing was learned; after: share of the steps after which to
-    judge; pairs: fewest pairs for a mean.
+    """Report that the loss stays at its initial value. still: relative change that counts as none; moved: smallest
+    relative fall that counts as learning; right: accuracy under which nothing was learned; after: share of the steps
+    after which to judge; pairs: fewest pairs for a mean.
     """
 
     still: float = 1e-5
@@ -103,8 +103,8 @@ class NotLearning(Rule):
 class TooEasy(Rule):
     """Report that unseen pairs are almost all ranked correctly early in training: a surface cue gives the label away.
 
-    right: accuracy over `pairs` pairs; early: share of the steps up to which that is too early; at_least: lower bound that
-    the accuracy's interval must exceed.
+    right: accuracy over `pairs` pairs; early: share of the steps up to which that is too early; at_least: lower bound
+    that the accuracy's interval must exceed.
     """
 
     right: float = 0.99
@@ -149,7 +149,9 @@ class TooEasy(Rule):
 
 @dataclass(frozen=True)
 class Diverging(Rule):
-    """Report that the training loss exceeds its initial value by the share `rise` in two successive rows, or is not finite."""
+    """Report that the training loss exceeds its initial value by the share `rise` in two successive rows, or is not
+    finite.
+    """
 
     rise: float = 0.5
     name = "diverging"
@@ -185,9 +187,9 @@ class Diverging(Rule):
 
 @dataclass(frozen=True)
 class OverFitting(Rule):
-    """Report that training pairs are fitted and held-out pairs are not. rise: relative rise of the held-out loss over its
-    minimum, with twice as much between held-out and training loss; gap: between the accuracies, with a lower bound over
-    `at_least`; pairs: fewest training pairs for a mean; held_out: fewest held-out pairs.
+    """Report that training pairs are fitted and held-out pairs are not. rise: relative rise of the held-out loss over
+    its minimum, with twice as much between held-out and training loss; gap: between the accuracies, with a lower bound
+    over `at_least`; pairs: fewest training pairs for a mean; held_out: fewest held-out pairs.
     """
 
     rise: float = 0.05
@@ -241,8 +243,8 @@ class OverFitting(Rule):
 
 @dataclass(frozen=True)
 class Memorised(Rule):
-    """Report that pairs with a flipped label are ranked as that wrong label says. right: share of them, with a lower bound over
-    `at_least`; pairs: fewest training pairs for a mean.
+    """Report that pairs with a flipped label are ranked as that wrong label says. right: share of them, with a lower
+    bound over `at_least`; pairs: fewest training pairs for a mean.
     """
 
     right: float = 0.6

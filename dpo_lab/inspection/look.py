@@ -26,8 +26,8 @@ MAX_SHOWN = 5  # contradictions whose locations are shown
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an inspection shows. source, tokenizer: names of both; advice: data warnings; contrary: locations of pairs that
-    contradict each other; pairs: a few pairs token by token.
+    """What an inspection shows. source, tokenizer: names of both; advice: data warnings; contrary: locations of pairs
+    that contradict each other; pairs: a few pairs token by token.
     """
 
     source: str
@@ -41,8 +41,8 @@ class Inspection:
 def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
     """Read, split and tokenize the pairs as training would, but keep pairs that contradict each other.
 
-    Weights are loaded only if the pairs are samples of the policy or the noise depends on its log-probabilities, which are
-    computed on the CPU here. Raises ConfigError, BadData and NoTemplate as training would.
+    Weights are loaded only if the pairs are samples of the policy or the noise depends on its log-probabilities, which
+    are computed on the CPU here. Raises ConfigError, BadData and NoTemplate as training would.
     """
     disable_progress_bar()
     setup_torch(config.threads, on_cpu=True)

@@ -92,7 +92,9 @@ def _measured(of: Measured, baseline: str | None) -> list[Cell]:
 
 
 def counts_table(collection: RunSet) -> Table | None:
-    """Return the table of each arm's data counts, with the range over seeds where they differ; None if no run has counts."""
+    """Return the table of each arm's data counts, with the range over seeds where they differ; None if no run has
+    counts.
+    """
     counts = {arm.name: _records(collection, arm.name, "data") for arm in collection.arms}
     names = list(dict.fromkeys(name for records in counts.values() for record in records for name in record))
     names = [n for n in names if any(record.get(n) for records in counts.values() for record in records)]

@@ -1,7 +1,7 @@
 """The shell of every HTML page: one offline file with a content security policy that prints well.
 
-The content security policy lists the page's own style sheet and script by hash, so that injected content cannot run: no other
-script, no event handler, no style attribute.
+The content security policy lists the page's own style sheet and script by hash, so that injected content cannot run: no
+other script, no event handler, no style attribute.
 """
 
 from __future__ import annotations

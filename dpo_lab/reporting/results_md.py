@@ -18,16 +18,16 @@ from dpo_lab.studies.spec import Direction, Prediction, StudyError
 EXPLORATORY = "exploratory"
 HEAD = """# Results
 
-Every number here is computed from the archived records of runs, `ablations/records/*.json`, by `python -m dpo_lab.report
---results ablations/RESULTS.md`; with `--check` the same command shows where this file differs from the records. Negative
-results are included.
+Every number here is computed from the archived records of runs, `ablations/records/*.json`, by `python -m
+dpo_lab.report --results ablations/RESULTS.md`; with `--check` the same command shows where this file differs from the
+records. Negative results are included.
 
 n is the number of seeds. An effect is computed for each seed, between runs that share data, order and prompts; its 95 %
-interval is Student's t over seeds (Clopper-Pearson for yes/no metrics). p is two-sided and Holm-corrected over the study's
-primary predictions (for a secondary prediction, over all). *Supported*: the effect has the predicted sign, p is below .05, and
-the effect is at least the smallest relevant one. *Not supported*: the interval excludes every relevant effect.
-*Inconclusive*: neither; `detectable` is the effect that this number of seeds detects at power 0.8. *Exploratory*: some runs
-started before the prediction was registered.
+interval is Student's t over seeds (Clopper-Pearson for yes/no metrics). p is two-sided and Holm-corrected over the
+study's primary predictions (for a secondary prediction, over all). *Supported*: the effect has the predicted sign, p is
+below .05, and the effect is at least the smallest relevant one. *Not supported*: the interval excludes every relevant
+effect. *Inconclusive*: neither; `detectable` is the effect that this number of seeds detects at power 0.8.
+*Exploratory*: some runs started before the prediction was registered.
 """
 ARMS = (
     "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, with `*` if its p,"

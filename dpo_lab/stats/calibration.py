@@ -11,8 +11,8 @@ BINS = 15  # default
 
 @dataclass(frozen=True)
 class Reliability:
-    """The non-empty bins of equal width, each attribute [B]: lower edge, mean probability, share of predictions that came true,
-    and share of all predictions.
+    """The non-empty bins of equal width, each attribute [B]: lower edge, mean probability, share of predictions that
+    came true, and share of all predictions.
     """
 
     edge: np.ndarray
@@ -29,8 +29,9 @@ class Reliability:
 def reliability(label: np.ndarray, bins: int) -> Reliability:
     """Return the reliability curve of the probabilities `label` [N] given to the labels of N pairs.
 
-    A pair gives two predictions: probability `label` for the labelled response, which comes true, and 1 - `label` for the other
-    one, which does not. Otherwise every prediction would come true, and always predicting 1 would be perfectly calibrated.
+    A pair gives two predictions: probability `label` for the labelled response, which comes true, and 1 - `label` for
+    the other one, which does not. Otherwise every prediction would come true, and always predicting 1 would be
+    perfectly calibrated.
     """
     predicted, came_true = np.concatenate((label, 1 - label)), np.repeat((1.0, 0.0), len(label))
     edges = np.linspace(0, 1, bins + 1)

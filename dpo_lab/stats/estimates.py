@@ -34,8 +34,8 @@ class Estimate:
 
 
 def mean(values: Iterable[float]) -> Estimate:
-    """Return the mean of independent examples with standard error and Student's t interval; no interval for one example or
-    zero variance. Raises ValueError for no examples.
+    """Return the mean of independent examples with standard error and Student's t interval; no interval for one example
+    or zero variance. Raises ValueError for no examples.
     """
     values = [float(v) for v in values]
     if not values:
@@ -48,7 +48,8 @@ def mean(values: Iterable[float]) -> Estimate:
 
 
 def ratio(totals: Sequence[float] | np.ndarray, counts: Sequence[float]) -> Estimate:
-    """Return sum of totals / sum of counts over independent examples, such as nats per token from nats and tokens of each text.
+    """Return sum of totals / sum of counts over independent examples, such as nats per token from nats and tokens of
+    each text.
 
     The standard error is linearised (Cochran 1977, "Sampling techniques", section 6.4).
     """
@@ -71,10 +72,11 @@ def exp_of_ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
 
 
 def share(values: Iterable[float]) -> Estimate:
-    """Return the mean of examples in [0, 1] (0, 1, or 0.5 for a tie), with Wilson's interval, which stays within [0, 1].
+    """Return the mean of examples in [0, 1] (0, 1, or 0.5 for a tie), with Wilson's interval, which stays within [0,
+    1].
 
-    Ties vary less than 0 and 1: the interval uses the number of 0/1 examples that would have the same standard error. Raises
-    ValueError if the mean is not in [0, 1].
+    Ties vary less than 0 and 1: the interval uses the number of 0/1 examples that would have the same standard error.
+    Raises ValueError if the mean is not in [0, 1].
     """
     values = [float(v) for v in values]
     estimate = mean(values)
@@ -89,9 +91,9 @@ def share(values: Iterable[float]) -> Estimate:
 def share_at_zero(values: np.ndarray, at: np.ndarray) -> Estimate | None:
     """Return the share at `at` = 0 predicted by a logistic regression of values [N] in [0, 1] on `at` [N].
 
-    The sandwich standard error (White 1982) is valid with ties and a misspecified curve; the interval is symmetric on the logit
-    scale. None if the data do not determine it: no variance in `at`, fewer than ten examples, or values that `at` separates
-    (Albert and Anderson 1984).
+    The sandwich standard error (White 1982) is valid with ties and a misspecified curve; the interval is symmetric on
+    the logit scale. None if the data do not determine it: no variance in `at`, fewer than ten examples, or values that
+    `at` separates (Albert and Anderson 1984).
     """
     n, scale = len(values), float(np.std(at))
     if n < 10 or scale == 0 or np.ptp(values) == 0:
@@ -123,8 +125,8 @@ def share_at_zero(values: np.ndarray, at: np.ndarray) -> Estimate | None:
 def rank_correlation(left: Sequence[float], right: Sequence[float]) -> Estimate | None:
     """Return Spearman's rank correlation, ties at their mean rank; None if all values of one side are equal.
 
-    Interval: Fisher's z with the variance (1 + r^2 / 2) / (n - 3) of Bonett and Wright 2000, "Sample size requirements for
-    estimating correlations".
+    Interval: Fisher's z with the variance (1 + r^2 / 2) / (n - 3) of Bonett and Wright 2000, "Sample size requirements
+    for estimating correlations".
     """
     from scipy import stats
 
@@ -141,7 +143,8 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> Estimate 
 
 
 def share_in_groups(values: np.ndarray, groups: np.ndarray) -> Estimate:
-    """Return the share over examples [N] that are correlated within groups, such as pairs of one prompt; groups [N]: from 0.
+    """Return the share over examples [N] that are correlated within groups, such as pairs of one prompt; groups [N]:
+    from 0.
 
     Wilson's interval uses the effective number of examples: p (1 - p) divided by the variance of the mean over groups
     (linearised as in `ratio`), at most N. If that variance is 0 it is the number of groups.

@@ -19,10 +19,10 @@ SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE = "supported", "not supported", "inconclu
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on one prediction. word: supported, not supported or inconclusive; effect: in the metric's unit, with sign (a
-    supported `less` is below 0); p: two-sided; p_holm: Holm-corrected over the predictions of its family; detectable: the
-    smallest effect that this number of seeds detects at power 0.8; missing: seed -> why it has no effect; note: what limits
-    the verdict.
+    """The verdict on one prediction. word: supported, not supported or inconclusive; effect: in the metric's unit, with
+    sign (a supported `less` is below 0); p: two-sided; p_holm: Holm-corrected over the predictions of its family;
+    detectable: the smallest effect that this number of seeds detects at power 0.8; missing: seed -> why it has no
+    effect; note: what limits the verdict.
     """
 
     word: str
@@ -56,7 +56,8 @@ def p_value(effects: Sequence[float]) -> float | None:
 
 
 def binomial_test(values: Sequence[float], null: float) -> tuple[Estimate, float]:
-    """Return the share of seeds in which something occurred (values: 0 or 1), and the two-sided p of a true share of `null`.
+    """Return the share of seeds in which something occurred (values: 0 or 1), and the two-sided p of a true share of
+    `null`.
 
     Interval: Clopper and Pearson 1934, which covers at least 95 % for any number of seeds. p: the exact binomial test.
     """
@@ -81,11 +82,11 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def min_detectable_effect(sd: float, n: int, power: float = POWER, alpha: float = ALPHA) -> float:
-    """Return the smallest mean effect that a two-sided paired t-test over n >= 2 seeds detects with this power; sd: between
-    seeds.
+    """Return the smallest mean effect that a two-sided paired t-test over n >= 2 seeds detects with this power; sd:
+    between seeds.
 
-    statsmodels' TTestPower computes the same, but its solver and the noncentral t fail for few seeds at a Holm-corrected alpha;
-    the power is therefore integrated here over the distribution of the seeds' standard deviation.
+    statsmodels' TTestPower computes the same, but its solver and the noncentral t fail for few seeds at a
+    Holm-corrected alpha; the power is therefore integrated here over the distribution of the seeds' standard deviation.
     """
     return sd * _detectable(n, power, alpha)
 
@@ -112,11 +113,12 @@ def _detectable(n: int, power: float, alpha: float) -> float:
 def cluster_bootstrap(
     values: Sequence[float] | np.ndarray, clusters: Sequence[str], draws: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """Return the mean of examples that are dependent within clusters, such as samples of one prompt; values, clusters: [N].
+    """Return the mean of examples that are dependent within clusters, such as samples of one prompt; values, clusters:
+    [N].
 
-    Clusters are resampled; se: standard deviation of the draws; interval: their percentiles, widened for the finite number of
-    clusters (Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3). Deterministic. Raises ValueError
-    below 50 clusters, and therefore for seeds; use `paired` for those.
+    Clusters are resampled; se: standard deviation of the draws; interval: their percentiles, widened for the finite
+    number of clusters (Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3). Deterministic.
+    Raises ValueError below 50 clusters, and therefore for seeds; use `paired` for those.
     """
     from scipy import special
 

@@ -1,8 +1,8 @@
 """The archived record of a study: small, committed, and enough to derive every verdict again.
 
-One JSON file per study, one line per run, numbers to six digits. It holds the study with its predictions and when they were
-registered; for every run its status, versions, cost and all metrics; for every seed the optimum's line. It does not hold
-curves, samples or single examples.
+One JSON file per study, one line per run, numbers to six digits. It holds the study with its predictions and when they
+were registered; for every run its status, versions, cost and all metrics; for every seed the optimum's line. It does
+not hold curves, samples or single examples.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ ORIGIN = ("versions", "git")
 
 
 def archive_study(collection: RunSet) -> dict[str, Any]:
-    """Return the archived record of a study. Raises StudyError if the runs belong to no study, or if their arms were measured
-    with different settings.
+    """Return the archived record of a study. Raises StudyError if the runs belong to no study, or if their arms were
+    measured with different settings.
     """
     if collection.study is None:
         raise StudyError(f"{collection.title}: no study; type the folder of one, outputs/studies/NAME/BUDGET")

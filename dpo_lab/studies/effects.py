@@ -11,8 +11,8 @@ from dpo_lab.studies.spec import Arm, Measure, Prediction, Study, StudyError
 
 
 def check(study: Study) -> None:
-    """Raise StudyError if a prediction could not be computed even if every run were done: arms without a value on its axis,
-    or a single arm where a value must be interpolated between arms.
+    """Raise StudyError if a prediction could not be computed even if every run were done: arms without a value on its
+    axis, or a single arm where a value must be interpolated between arms.
     """
     for number, prediction in enumerate(study.predictions):
         key = f"predictions[{number}]"
@@ -40,8 +40,8 @@ def describe(prediction: Prediction) -> str:
 def effect_per_seed(prediction: Prediction, collection: RunSet) -> tuple[dict[int, float], dict[int, str]]:
     """Return the effect for each seed, in the metric's unit, and for the other seeds why it is missing.
 
-    The value of a group is the mean over its arms, all of which must have a run. A slope is fitted by least squares, per factor
-    of 10 if all values on the axis are above 0, otherwise per unit.
+    The value of a group is the mean over its arms, all of which must have a run. A slope is fitted by least squares,
+    per factor of 10 if all values on the axis are above 0, otherwise per unit.
     """
     effects, missing = {}, {}
     for seed in collection.seeds:
@@ -99,11 +99,11 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def interpolate_at(collection: RunSet, group: str, metric: str, name: str, value: float, seed: int) -> float:
-    """Return a group's metric where its metric `name` equals `value`, interpolated linearly between neighbouring arms (in the
-    order of the only axis on which they all differ, otherwise as listed).
+    """Return a group's metric where its metric `name` equals `value`, interpolated linearly between neighbouring arms
+    (in the order of the only axis on which they all differ, otherwise as listed).
 
-    If the lines cross the value more than once, as when a policy over-optimises and loses its gain again, the crossing with the
-    lowest KL counts. Raises NotMeasured if they never cross it; nothing is extrapolated.
+    If the lines cross the value more than once, as when a policy over-optimises and loses its gain again, the crossing
+    with the lowest KL counts. Raises NotMeasured if they never cross it; nothing is extrapolated.
     """
     arms = _ordered(collection.members(group))
     runs = [_run(collection, arm, seed) for arm in arms]

@@ -21,8 +21,8 @@ TILTS = np.geomspace(0.1, 10.0, 25)  # in units of 1 / sd of the gold reward
 
 @dataclass(frozen=True)
 class Point:
-    """A policy by reward and KL. gain: over the initial policy, in sd of its reward; kl: nats to the initial policy; ess:
-    effective number of candidates per prompt, infinite if it was not estimated from candidates.
+    """A policy by reward and KL. gain: over the initial policy, in sd of its reward; kl: nats to the initial policy;
+    ess: effective number of candidates per prompt, infinite if it was not estimated from candidates.
     """
 
     gain: float
@@ -35,12 +35,13 @@ class Point:
 
 
 def tilt(rewards: np.ndarray, betas: Sequence[float] | np.ndarray) -> list[Point]:
-    """Return the optimum of reward - beta KL for each beta, initial x exp(reward / beta) / Z per prompt (Rafailov et al. 2023,
-    equation 4), estimated by weighting candidates of the initial policy; rewards [P, K].
+    """Return the optimum of reward - beta KL for each beta, initial x exp(reward / beta) / Z per prompt (Rafailov et
+    al. 2023, equation 4), estimated by weighting candidates of the initial policy; rewards [P, K].
 
-    gain: mean over prompts of weighted minus unweighted mean, divided by the sd of all candidates. kl: mean of sum w log(K w).
-    ess: mean of 1 / sum w^2 (Kish 1965). One beta for all prompts maximises the sum over prompts. Exact if the K candidates are
-    all possible responses and equally likely; otherwise slightly too low while ess is large. kl is at most log K nats.
+    gain: mean over prompts of weighted minus unweighted mean, divided by the sd of all candidates. kl: mean of sum w
+    log(K w). ess: mean of 1 / sum w^2 (Kish 1965). One beta for all prompts maximises the sum over prompts. Exact if
+    the K candidates are all possible responses and equally likely; otherwise slightly too low while ess is large. kl is
+    at most log K nats.
     """
     sd = _sd(rewards)
     points = []
@@ -58,9 +59,9 @@ def tilt(rewards: np.ndarray, betas: Sequence[float] | np.ndarray) -> list[Point
 def best_of_n(rewards: np.ndarray, ns: Sequence[int]) -> list[Point]:
     """Return best of n samples of the initial policy by gold reward, for each n <= K; rewards [P, K].
 
-    gain: unbiased, the mean maximum over all subsets of n of a prompt's K candidates. kl: log n - (n - 1) / n, an upper bound
-    (Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy"): the true KL is lower if rewards tie, or
-    if n approaches the number of likely responses. Raises ValueError for an n above K.
+    gain: unbiased, the mean maximum over all subsets of n of a prompt's K candidates. kl: log n - (n - 1) / n, an upper
+    bound (Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy"): the true KL is lower if
+    rewards tie, or if n approaches the number of likely responses. Raises ValueError for an n above K.
     """
     from scipy import special
 
@@ -78,11 +79,12 @@ def best_of_n(rewards: np.ndarray, ns: Sequence[int]) -> list[Point]:
 
 
 def hull(points: Iterable[Point], kl_max: float = KL_MAX) -> list[tuple[float, float]]:
-    """Return the frontier of some policies and the initial one: corners (kl, gain) of the smallest concave, non-decreasing line
-    that lies on or above all of them and (0, 0), up to kl_max.
+    """Return the frontier of some policies and the initial one: corners (kl, gain) of the smallest concave,
+    non-decreasing line that lies on or above all of them and (0, 0), up to kl_max.
 
-    Points between two corners are reached by choosing one of two policies at random for every prompt: the gain lies on the
-    line, the KL at most there, as it is convex. After the last corner the line is level. A KL estimated below 0 counts as 0.
+    Points between two corners are reached by choosing one of two policies at random for every prompt: the gain lies on
+    the line, the KL at most there, as it is convex. After the last corner the line is level. A KL estimated below 0
+    counts as 0.
     """
     corners: list[tuple[float, float]] = []
     for kl, gain in sorted({(0.0, 0.0), *((max(0.0, p.kl), p.gain) for p in points)}, key=lambda it: (it[0], -it[1])):
@@ -119,8 +121,8 @@ def of_arms(collection: RunSet, named: str, seed: int) -> list[Point]:
 
 
 def optimum(collection: RunSet, seed: int) -> list[Point]:
-    """Return the optimum's line of a seed, weakest tilt first, from the candidates of any run of that seed or from an archived
-    record. Empty if no run has candidates.
+    """Return the optimum's line of a seed, weakest tilt first, from the candidates of any run of that seed or from an
+    archived record. Empty if no run has candidates.
     """
     if "optimum" in collection.record:
         return [Point(*point) for point in collection.record["optimum"].get(str(seed), ())]
@@ -129,8 +131,8 @@ def optimum(collection: RunSet, seed: int) -> list[Point]:
 
 
 def candidates(collection: RunSet, seed: int) -> np.ndarray | None:
-    """Return gold rewards [P, K] of a seed's candidates, prompts in the order of their keys; None if there are none, or if all
-    rewards are equal.
+    """Return gold rewards [P, K] of a seed's candidates, prompts in the order of their keys; None if there are none, or
+    if all rewards are equal.
     """
     for run in collection.runs:
         if run.seed == seed and run.is_done and (found := run.candidates()):

@@ -30,8 +30,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def names(typed: Sequence[Sequence[str]], configs: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """Return the arm name of each run: the overrides that not all runs share, and the settings that differ between runs with
-    equal overrides.
+    """Return the arm name of each run: the overrides that not all runs share, and the settings that differ between runs
+    with equal overrides.
 
     typed: each run's overrides; configs: each run's settings, None if only its overrides are known.
     """
@@ -58,7 +58,9 @@ def names(typed: Sequence[Sequence[str]], configs: Sequence[Mapping[str, Any] | 
 
 
 def axes(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the numeric settings that vary: arm -> setting -> value. Of two settings with equal values the shorter is kept."""
+    """Return the numeric settings that vary: arm -> setting -> value. Of two settings with equal values the shorter is
+    kept.
+    """
     columns: dict[str, tuple[Any, ...]] = {}
     for key in sorted(_varying(list(configs.values())), key=lambda key: (key.count("."), key)):
         column = tuple(config.get(key) for config in configs.values())

@@ -24,11 +24,11 @@ BASELINES = (grouping.DEFAULT_ARM, "ablation=none")  # names of the arm without 
 
 
 def gather(paths: Sequence[Path]) -> list[RunSet]:
-    """Return every study that is a path (a folder, or the file of an archived record) or lies below one, each as a set of runs;
-    then the runs of all other paths as one set.
+    """Return every study that is a path (a folder, or the file of an archived record) or lies below one, each as a set
+    of runs; then the runs of all other paths as one set.
 
-    Of a folder that holds studies only these are returned, not the runs that they share. Raises StudyError if a path holds no
-    run.
+    Of a folder that holds studies only these are returned, not the runs that they share. Raises StudyError if a path
+    holds no run.
     """
     studies, trees, folders = [], [], []
     for path in paths:

@@ -30,9 +30,9 @@ class NotMeasured(KeyError):
 
 @dataclass(frozen=True)
 class RunData:
-    """One run of an arm. status: from its record or its study, or `missing`; record: its run.json, empty if it has none;
-    metrics: of a finished run only; is_own: it started after its study's predictions were registered, or belongs to the
-    baseline.
+    """One run of an arm. status: from its record or its study, or `missing`; record: its run.json, empty if it has
+    none; metrics: of a finished run only; is_own: it started after its study's predictions were registered, or belongs
+    to the baseline.
     """
 
     folder: Path
@@ -50,8 +50,8 @@ class RunData:
         return self.status == "done"
 
     def value(self, expression: str) -> float:
-        """Return `a`, `a - b` or `a / b`, where a and b are metrics of run.json or: `health/too_easy` (1 if the run's record
-        holds that finding, else 0; spaces of its name are underscores), `seconds` and `seconds/dpo` (CPU s),
+        """Return `a`, `a - b` or `a / b`, where a and b are metrics of run.json or: `health/too_easy` (1 if the run's
+        record holds that finding, else 0; spaces of its name are underscores), `seconds` and `seconds/dpo` (CPU s),
         `peak_memory_bytes`, `memory/...`, `step_zero_loss`.
 
         Raises NotMeasured if the run has no such number or is not done, or if a ratio divides by 0.
@@ -122,8 +122,8 @@ class RunData:
 class RunSet:
     """Runs that are compared: every arm x seed of a study, or all runs of a sweep or a folder.
 
-    record: study.json, or the archived record of a study, otherwise empty; folder: its folder; baseline: the arm that others
-    are compared with, or None.
+    record: study.json, or the archived record of a study, otherwise empty; folder: its folder; baseline: the arm that
+    others are compared with, or None.
     """
 
     title: str

@@ -45,11 +45,12 @@ class Direction(str, Enum):
 class Prediction:
     """An effect that is predicted if the claim is true.
 
-    says: description. metric: a name in run.json, or two of them, `a - b` or `a / b`. of, to: names of arms or groups of arms.
-    over: the axis of a slope, which is per factor of 10 if all its values are above 0, otherwise per unit. at: compare at an
-    equal value of another metric, e.g. {gold_gain: 0.9}, interpolated between the arms of a group for each seed. value: what a
-    level (or an area without `to`) is compared with. at_least: the smallest relevant effect, in the metric's unit; for `same`
-    the largest irrelevant one. Primary predictions decide the study's verdict; the others are reported beside it.
+    says: description. metric: a name in run.json, or two of them, `a - b` or `a / b`. of, to: names of arms or groups
+    of arms. over: the axis of a slope, which is per factor of 10 if all its values are above 0, otherwise per unit. at:
+    compare at an equal value of another metric, e.g. {gold_gain: 0.9}, interpolated between the arms of a group for
+    each seed. value: what a level (or an area without `to`) is compared with. at_least: the smallest relevant effect,
+    in the metric's unit; for `same` the largest irrelevant one. Primary predictions decide the study's verdict; the
+    others are reported beside it.
     """
 
     says: str
@@ -109,7 +110,9 @@ class Kind(str, Enum):
 
 @dataclass
 class Figure:
-    """A figure of the report. x: an axis; y: metrics, or columns of the metrics log; arms: arms or groups, all if empty."""
+    """A figure of the report. x: an axis; y: metrics, or columns of the metrics log; arms: arms or groups, all if
+    empty.
+    """
 
     kind: Kind
     y: list[str] = field(default_factory=list)
@@ -119,8 +122,8 @@ class Figure:
 
 @dataclass
 class Study:
-    """A study. baseline: the arm that the others are compared with; metrics: columns of the table of arms, which are ranked by
-    the first; found: notes written after the runs.
+    """A study. baseline: the arm that the others are compared with; metrics: columns of the table of arms, which are
+    ranked by the first; found: notes written after the runs.
     """
 
     name: str

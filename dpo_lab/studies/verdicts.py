@@ -1,9 +1,9 @@
 """Verdicts: a prediction's effect over all seeds, and what it says of the prediction.
 
-A prediction is *supported* if the effect has the predicted sign, is at least as large as `at_least`, and its Holm-corrected p
-is below 5 %; *not supported* if the 95 % interval excludes every effect of that size; otherwise *inconclusive*. `same` is
-supported if the interval lies within plus or minus `at_least`, not supported if it lies outside. Seeds are paired: an effect
-is a difference between runs of one seed, and n is the number of seeds.
+A prediction is *supported* if the effect has the predicted sign, is at least as large as `at_least`, and its
+Holm-corrected p is below 5 %; *not supported* if the 95 % interval excludes every effect of that size; otherwise
+*inconclusive*. `same` is supported if the interval lies within plus or minus `at_least`, not supported if it lies
+outside. Seeds are paired: an effect is a difference between runs of one seed, and n is the number of seeds.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ OVER = ("done", "failed", "unreadable")  # run statuses that will not change wit
 def decide(collection: RunSet) -> list[tuple[Prediction, Verdict]]:
     """Return a verdict for every prediction of a study. Raises ValueError if the runs belong to no study.
 
-    p values of primary predictions are Holm-corrected over the primary predictions, those of the others over all predictions.
-    A verdict stays inconclusive until all its runs have ended: stopping early when the result pleases is no test.
+    p values of primary predictions are Holm-corrected over the primary predictions, those of the others over all
+    predictions. A verdict stays inconclusive until all its runs have ended: stopping early when the result pleases is
+    no test.
     """
     if collection.study is None:
         raise ValueError(f"{collection.title}: not a study, so it has no predictions")
@@ -62,7 +63,9 @@ def decide(collection: RunSet) -> list[tuple[Prediction, Verdict]]:
 
 
 def study_verdict(judged: Sequence[tuple[Prediction, Verdict]]) -> str:
-    """Return a study's verdict: supported if all primary predictions are, not supported if one is not, else inconclusive."""
+    """Return a study's verdict: supported if all primary predictions are, not supported if one is not, else
+    inconclusive.
+    """
     words = [verdict.word for prediction, verdict in judged if prediction.primary]
     if NOT_SUPPORTED in words:
         return NOT_SUPPORTED
@@ -70,8 +73,9 @@ def study_verdict(judged: Sequence[tuple[Prediction, Verdict]]) -> str:
 
 
 def versus_baseline(collection: RunSet, metric: str) -> dict[str, tuple[Estimate, Estimate | None, float | None]]:
-    """Return, for each arm that measured the metric: its mean over seeds; the difference to the baseline, paired by seed; and
-    that difference's p, Holm-corrected over arms. The latter two are None for the baseline and where no seed is shared.
+    """Return, for each arm that measured the metric: its mean over seeds; the difference to the baseline, paired by
+    seed; and that difference's p, Holm-corrected over arms. The latter two are None for the baseline and where no seed
+    is shared.
     """
     base = collection.values(collection.baseline, metric) if collection.baseline else {}
     table: dict[str, tuple[Estimate, Estimate | None, float | None]] = {}
@@ -104,8 +108,9 @@ def mean_over_seeds(metric: str, values: Sequence[float]) -> Estimate:
 
 
 def by_prompt(run: RunData, baseline: RunData, column: str = "gold") -> Estimate | None:
-    """Return the difference of a column of `examples.jsonl` between two runs of one seed, paired by prompt, with a bootstrap
-    over prompts; it does not include variation between seeds. None if fewer than 50 prompts have it in both runs.
+    """Return the difference of a column of `examples.jsonl` between two runs of one seed, paired by prompt, with a
+    bootstrap over prompts; it does not include variation between seeds. None if fewer than 50 prompts have it in both
+    runs.
     """
     ours, theirs = (each.examples().get("prompt", {}) for each in (run, baseline))
     keys = [key for key in ours if key in theirs and None not in (ours[key].get(column), theirs[key].get(column))]

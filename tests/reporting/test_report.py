@@ -104,7 +104,7 @@ def test_the_page_answers_first_and_has_everything(folder):
         "registered",
         "2026-11-20T08:00:00+00:00",
         "1 of 5 seeds not finished",
-        "optimum: the initial policy's samples, tilted",
+        "optimum: tilted samples of the initial policy",
         "best of 4",
         "NotFinite: the loss is nan at step 3",
         "symmetric, rate 0.2",
@@ -114,7 +114,7 @@ def test_the_page_answers_first_and_has_everything(folder):
         "python -m dpo_lab.study ablations/uniform_ref.yaml",
         "python -m dpo_lab.train beta=0.1 +ablation=uniform_ref seed=3 'name='\"'\"'a b'\"'\"''",
         "2.13.0+cpu (31 runs); 2.12.0+cpu (8 runs)",
-        "files changed since",
+        "with uncommitted changes",
         "not started",
     ):
         assert needle in parsed.text, needle
@@ -281,7 +281,7 @@ def test_a_kept_record_is_reported_on_as_well(folder, tmp_path, capsys):
     assert text.splitlines()[1] == "supported"
     parsed = Parsed((tmp_path / "kept.html").read_text())
     assert "These runs have no samples." in parsed.text
-    assert "optimum: the initial policy's samples, tilted" in parsed.text
+    assert "optimum: tilted samples of the initial policy" in parsed.text
     whole, slim = gather([folder])[0], archive.read(record)
     assert slim.values("noisy labels", "kl") == pytest.approx(whole.values("noisy labels", "kl"), rel=1e-5)
 
@@ -400,7 +400,7 @@ def test_what_is_not_finite_is_a_gap_and_far_off_values_do_not_flatten_the_rest(
     drawn = panel(Panel("loss", "steps", [Series("one", points, has_markers=False)]))
     (path,) = re.findall(r'class="c0 line" d="([^"]+)"', drawn)
     assert path.count("M") == 2
-    assert "1 far-off values cut" in drawn
+    assert "1 outliers not shown" in drawn
     assert "nan" not in path
     assert panel(Panel("none", "x", [Series("one", [Point(0, math.nan)])])) == ""
 
