@@ -95,7 +95,8 @@ def test_the_page_answers_first_and_has_everything(folder):
     parsed = Parsed(page(gather([folder]), folder))
     headings = [
         "supported", "Verdict", "the uniform reference costs more KL", "Notes after the runs", "Figures of the study", "Arms",
-        "Reward against KL", "Learning curves", "Samples", "Data", "Label noise", "Health", "Runs without a result", "Command and provenance",
+        "Reward against KL", "Learning curves", "Samples", "Data", "Label noise", "Health", "Runs without a result",
+        "Command and provenance",
     ]  # fmt: skip
     places = [parsed.text.index(heading) for heading in headings]
     assert places == sorted(places)

@@ -325,7 +325,9 @@ class _Known(RunData):
 
 def test_what_could_never_be_computed_is_refused_before_the_runs():
     off = [Arm("beta 1", [], "dpo", {"beta": 1.0}), Arm("other", [], "dpo")]
-    with pytest.raises(StudyError, match=r"predictions\[0\].over=beta: needs two arms or more in dpo, all with a value of it"):
+    with pytest.raises(
+        StudyError, match=r"predictions\[0\].over=beta: needs two arms or more in dpo, all with a value of it"
+    ):
         verdicts.check(a_study.study(["base", *off], [over_beta()]))
     with pytest.raises(StudyError, match=r"predictions\[0\].at: base is one arm; type a group"):
         verdicts.check(a_study.study(["base", *off], [a_study.predicts("dpo", at={"gold_gain": 0.5})]))
