@@ -264,7 +264,7 @@ def page() -> str:
         ),
         "## What limits it",
         "",
-        f"The attention loops over pairs: about {KERNELS} launches per pair and layer, both passes, {1e6 * LAUNCH:.0f} us each:",
+        f"The attention loops over pairs: {KERNELS} launches per pair and layer, both passes, {1e6 * LAUNCH:.0f} us each:",
         "",
         *launch_table(),
         "## To check on a real GPU, in this order",

@@ -104,7 +104,10 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
         title=collection.title,
         word=verdicts.study_verdict(judged) if judged else "",
         chips=_chips(collection),
-        about=[*_about(collection), *(("measured with different settings", text) for text in collection.unlike)],
+        about=[
+            *_about(collection),
+            *(("measured with different settings", text) for text in collection.incomparable_settings),
+        ],
         found=[each for each in (study.found if study else "").split("\n\n") if each.strip()],
         answers=[_answer(prediction, verdict) for prediction, verdict in judged],
         asked=comparison_figures.study_figures(collection, metrics, logs),
@@ -128,7 +131,7 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
 def _chips(collection: RunSet) -> list[str]:
     record = collection.record
     chips = ["exploratory"] if collection.is_exploratory else []
-    chips += ["measured with different settings"] if collection.unlike else []
+    chips += ["measured with different settings"] if collection.incomparable_settings else []
     if record.get("budget"):
         chips.append(f"budget {record['budget']}")
     if record.get("status") not in (None, "done"):
@@ -148,7 +151,7 @@ def _about(collection: RunSet) -> list[tuple[str, str]]:
         when += f"; {others} other version{'s' if others > 1 else ''} registered before"
     about = [("question", study.question), ("claim", study.claim), ("source", study.source), ("registered", when)]
     if collection.is_exploratory:
-        early = [run for run in collection.runs if run.is_done and not run.is_own]
+        early = [run for run in collection.runs if run.is_done and not run.is_confirmatory]
         arms = dict.fromkeys(run.arm for run in early)
         names = f": {'; '.join(arms)}" if len(arms) <= 4 else ""
         about.append(("exploratory", f"{len(early)} runs started before these predictions were registered{names}"))
@@ -191,7 +194,7 @@ class _MetricsLogs:
 
     def _rows(self, run: RunData) -> list[dict[str, Any]]:
         try:
-            return run.journal()
+            return run.log_rows()
         except MetricsLogError as error:
             self.note = f"A metrics log can't be read: {error}"
             return []

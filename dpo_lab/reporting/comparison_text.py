@@ -39,7 +39,7 @@ def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
         for prediction, verdict in judged:
             if verdict.note:
                 _print(console, f"  {prediction.says}: {verdict.note}", "yellow")
-    for text in collection.unlike:
+    for text in collection.incomparable_settings:
         _print(console, f"measured with different settings, not comparable: {text}", "bold red")
     arms = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     _columns(arms, ARMS)
@@ -64,7 +64,7 @@ def markdown(collection: RunSet, metrics: Sequence[str]) -> str:
         label = ", *exploratory*" if collection.is_exploratory else ""
         lines += [f"**{verdicts.study_verdict(judged)}**{label}", ""]
         lines += [*markdown_table(VERDICTS, [_strip(_verdict(*each)) for each in judged]), ""]
-    lines += [f"**Measured with different settings:** {_inline(text)}\n" for text in collection.unlike]
+    lines += [f"**Measured with different settings:** {_inline(text)}\n" for text in collection.incomparable_settings]
     for metric, measured in comparison.figures(collection, comparison.metrics_of(collection, metrics)).items():
         rows = [_strip(_arm(of, collection.baseline)) for of in measured]
         lines += [f"### {_inline(metric)}", "", *markdown_table(ARMS, rows), ""]

@@ -153,7 +153,7 @@ def _word(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.Ve
     word = verdicts.study_verdict(judged)
     if not collection.is_exploratory:
         return word
-    early = sum(run.is_done and not run.is_own for run in collection.runs)
+    early = sum(run.is_done and not run.is_confirmatory for run in collection.runs)
     return f"{word}, {EXPLORATORY} ({early} of {len(collection.runs)} runs started before it was registered)"
 
 

@@ -31,7 +31,7 @@ def archive_study(collection: RunSet) -> dict[str, Any]:
     """
     if collection.study is None:
         raise StudyError(f"{collection.title}: no study; type the folder of one, outputs/studies/NAME/BUDGET")
-    for text in collection.unlike:
+    for text in collection.incomparable_settings:
         raise StudyError(
             f"{collection.title}: measured with different settings, {text}; run the study again with one setting"
         )

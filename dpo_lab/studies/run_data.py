@@ -31,7 +31,7 @@ class NotMeasured(KeyError):
 @dataclass(frozen=True)
 class RunData:
     """One run of an arm. status: from its record or its study, or `missing`; record: its run.json, empty if it has
-    none; metrics: of a finished run only; is_own: it started after its study's predictions were registered, or belongs
+    none; metrics: of a finished run only; is_confirmatory: it started after its study's predictions were registered, or belongs
     to the baseline.
     """
 
@@ -42,7 +42,7 @@ class RunData:
     error: str | None = None
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
     metrics: Mapping[str, Estimate] = field(default_factory=dict, repr=False)
-    is_own: bool = True
+    is_confirmatory: bool = True
     log: str | None = None
 
     @property
@@ -72,7 +72,7 @@ class RunData:
     def title(self) -> str:
         return f"{self.arm}, seed {self.seed}"
 
-    def journal(self) -> list[dict[str, Any]]:
+    def log_rows(self) -> list[dict[str, Any]]:
         """Return the rows of the metrics log, empty if there is none."""
         path = self.folder / metrics_log.METRICS_LOG
         return list(metrics_log.rows(path)) if path.is_file() else []
@@ -138,10 +138,10 @@ class RunSet:
     @property
     def is_exploratory(self) -> bool:
         """Return whether runs of a study started before its predictions were registered."""
-        return self.study is not None and any(run.is_done and not run.is_own for run in self.runs)
+        return self.study is not None and any(run.is_done and not run.is_confirmatory for run in self.runs)
 
     @property
-    def unlike(self) -> list[str]:
+    def incomparable_settings(self) -> list[str]:
         """Return a sentence for each evaluation setting that differs between finished runs."""
         sentences = []
         for name in EVAL_SETTINGS_THAT_MUST_MATCH:
@@ -202,7 +202,7 @@ def assemble(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequen
     since = max(map(datetime.fromisoformat, times), default=None)
     found = {(run.arm, run.seed): run for run in runs}
     cells = [found.get((arm.name, seed), RunData(folder, arm.name, seed)) for arm in study.arms for seed in study.seeds]
-    marked = [replace(run, is_own=run.arm == study.baseline or _is_after(run, since)) for run in cells]
+    marked = [replace(run, is_confirmatory=run.arm == study.baseline or _is_after(run, since)) for run in cells]
     return RunSet(study.title, folder, study.arms, study.seeds, marked, study.baseline, study, record)
 
 
