@@ -72,7 +72,7 @@ def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return labels and values of the kept policy and of the cost, from a run's record."""
     rows = []
     if kept := record.get("early_stopping"):
-        rows.append((f"policy kept: {kept['policy']} of {kept['last_step']} steps", f"step {kept['step']}"))
+        rows.append((f"policy kept: the {kept['policy']} of {kept['last_step']} steps", f"step {kept['step']}"))
         if kept["best_value"] is not None:
             rows.append((f"best {kept['monitor']}, at step {kept['best_step']}", _figure(kept["best_value"])))
     if speed := record.get("throughput"):
