@@ -1,6 +1,6 @@
 """Diagnose a run from its record and metrics log, while it trains and afterwards.
 
-python -m dpo_lab.health.diagnose outputs/dpo/default/seed=0      of a run folder, or of several
+Usage: python -m dpo_lab.health.diagnose outputs/dpo/default/seed=0      one run folder or several
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dpo_lab.runs import metrics_log, run_record
 if TYPE_CHECKING:
     from rich.console import Console
 
-NOTHING = "health: nothing stands out"
+NOTHING = "health: no findings"
 
 RULES: tuple[Rule, ...] = (
     NothingHeldOut(),
@@ -37,20 +37,20 @@ RULES: tuple[Rule, ...] = (
 
 
 def findings(record: Mapping[str, Any], rows: Iterable[Mapping[str, float]]) -> list[Finding]:
-    """What stands out in a run so far, warnings first. record, rows: see Evidence."""
+    """Return what the rules find in a run so far, warnings first. record, rows: see Evidence."""
     run = Evidence(record, rows)
     found = [finding for rule in RULES if (finding := rule(run)) is not None]
     return sorted(found, key=lambda finding: not finding.is_warning)
 
 
 def of_folder(folder: Path, record: Mapping[str, Any]) -> list[Finding]:
-    """The same from the journal in a run's folder."""
+    """Return the findings of a run from its record and the metrics log in its folder."""
     path = folder / metrics_log.METRICS_LOG
     return findings(record, metrics_log.rows(path) if path.exists() else ())
 
 
 def lines(found: Sequence[Finding]) -> Iterator[str]:
-    """For the terminal: one line a finding, or that there is none."""
+    """Yield one line per finding for the terminal, or the line that there is none."""
     for finding in found:
         yield f"health, {finding.severity.value}: {finding}"
     if not found:
@@ -58,17 +58,17 @@ def lines(found: Sequence[Finding]) -> Iterator[str]:
 
 
 def print_health(console: Console, found: Sequence[Finding]) -> None:
-    """The end of a run's closing summary."""
+    """Print the findings, the last part of a run's summary."""
     for line in lines(found):
         console.print(line, soft_wrap=True)
 
 
 def main(folders: Sequence[str]) -> int:
-    """Say it of every run folder; 2 where one is none."""
+    """Print the findings of every run folder; return the exit code, 2 if a folder holds no run."""
     for folder in map(Path, folders):
         record = run_record.read_record(folder)
         if record is None:
-            print(f"{folder}: no run lies here; type the folder that holds its {run_record.RECORD}", file=sys.stderr)
+            print(f"{folder}: holds no run; type the folder that contains {run_record.RECORD}", file=sys.stderr)
             return 2
         print(folder)
         for line in lines(of_folder(folder, record)):

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Z = 3.0  # standard errors: rules look many times, at many figures, and speak only of what is certain
-# Losses whose log-ratios are of whole responses, in nats; those that beta has no say in.
+Z = 3.0  # standard errors: rules test many values many times and report only what is certain
+# SUMMED: losses of summed log-ratios, in nats; WITHOUT_BETA: losses that do not depend on beta.
 SUMMED = ("dpo", "cdpo", "rdpo", "ipo", "hinge", "sft", "unlikelihood", "rpo", "dpop", "dpo_kl")
 WITHOUT_BETA = ("sft", "unlikelihood")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Mean figures over `pairs` pairs: of training those of the steps since the row before, up to `step`."""
+    """Mean values over `pairs` pairs; a training row covers the steps after the previous row up to `step`."""
 
     step: int
     pairs: int
@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A figure and where it certainly lies."""
+    """A value and its interval."""
 
     value: float
     low: float
@@ -38,10 +38,10 @@ class Bounds:
 
 
 class Evidence:
-    """One run, as far as it has come.
+    """The record and the metrics log of one run, which may still be training.
 
-    record: as in run.json, `metrics` only of a run that was evaluated; rows: of its journal, in order. train, val: rows whose
-    names lost their `train/` or `val/`.
+    record: as in run.json, with `metrics` once the run was evaluated; rows: of its metrics log, in order. train, val:
+    the rows of each split, their names without `train/` or `val/`.
     """
 
     def __init__(self, record: Mapping[str, Any], rows: Iterable[Mapping[str, float]]) -> None:
@@ -52,46 +52,45 @@ class Evidence:
         self.train_pairs: int = counts.get("train pairs", 0)
         self.held_out_pairs: int | None = counts.get("held-out pairs")
         self.flips: int = counts.get("flipped by label noise", 0)
-        self.loss: str | None = self.config.get("loss", {}).get("kind")  # none: supervised fine-tuning
+        self.loss: str | None = self.config.get("loss", {}).get("kind")  # None: supervised fine-tuning
         self.train: list[Row] = []
         self.val: list[Row] = []
         for row in rows:
-            self._take(row)
+            self._add(row)
 
-    def _take(self, row: Mapping[str, float]) -> None:
+    def _add(self, row: Mapping[str, float]) -> None:
         step = int(row["step"])
-        if of_train := _of(row, "train/"):
+        if train := _of(row, "train/"):
             before = self.train[-1].step if self.train else 0
-            self.train.append(Row(step, (step - before) * self.batch, of_train))
-        if of_val := _of(row, "val/"):
-            self.val.append(Row(step, self.held_out_pairs or 0, of_val))
+            self.train.append(Row(step, (step - before) * self.batch, train))
+        if val := _of(row, "val/"):
+            self.val.append(Row(step, self.held_out_pairs or 0, val))
 
     @property
     def step(self) -> int:
-        """Optimizer steps done at the last row."""
+        """Return the optimizer steps done at the last row."""
         return max((rows[-1].step for rows in (self.train, self.val) if rows), default=0)
 
     @property
-    def zero(self) -> float | None:
-        """The loss where policy and reference agree; none where the policy does not start there."""
+    def step_zero_loss(self) -> float | None:
+        """Return the loss where policy and reference agree; None if they do not agree initially."""
         return self.record.get("step_zero_loss")
 
     @property
-    def start(self) -> float | None:
-        """The loss that training starts from; without a reference that agrees with the policy that of the first row."""
-        if self.zero is not None:
-            return self.zero
+    def initial_loss(self) -> float | None:
+        """Return the loss at step 0; if policy and reference do not agree there, the loss of the first row."""
+        if self.step_zero_loss is not None:
+            return self.step_zero_loss
         return self.train[0]["loss"] if self.train else None
 
     @property
     def epochs(self) -> float:
-        """How often a training pair has been seen."""
+        """Return how often each training pair was seen."""
         return self.step * self.batch / self.train_pairs if self.train_pairs else 0.0
 
-    def lately(self, pairs: int, until: int | None = None) -> Row | None:
-        """The mean of as few rows of training, up to step `until`, as hold `pairs` pairs; none where they hold fewer.
-
-        Only what all of these rows have is in it.
+    def recent_mean(self, pairs: int, until: int | None = None) -> Row | None:
+        """Return the mean of the last training rows, up to step `until`, that together cover `pairs` pairs; None if
+        there are fewer pairs. It holds the metrics that all of these rows have.
         """
         rows = [row for row in self.train if until is None or row.step <= until]
         taken: list[Row] = []
@@ -105,23 +104,23 @@ class Evidence:
         return Row(taken[0].step, total, means)
 
     def metric(self, name: str) -> Bounds | None:
-        """A metric of the evaluation, none where it was not measured or its interval is not known."""
-        found = self.record.get("metrics", {}).get(name)
-        if found is None or found["interval"] is None:
+        """Return a metric of the evaluation; None if it was not measured or has no interval."""
+        metric = self.record.get("metrics", {}).get(name)
+        if metric is None or metric["interval"] is None:
             return None
-        return Bounds(found["value"], *found["interval"])
+        return Bounds(metric["value"], *metric["interval"])
 
 
 def wilson_interval(p: float, n: float) -> Bounds:
-    """Where a share lies that came out as p of n: Wilson's interval at Z standard errors."""
+    """Return Wilson's interval, at Z standard errors, of a share p of n pairs."""
     n = max(n, 1)
     centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     scale = 1 + Z**2 / n
     return Bounds(p, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
 
 
-def at_no_margin(loss: Mapping[str, Any]) -> float | None:
-    """What a loss is at a margin of 0 (DPO: ln 2), none where the margin alone does not tell. loss: its settings and `kind`."""
+def loss_at_zero_margin(loss: Mapping[str, Any]) -> float | None:
+    """Return a loss at margin 0 (DPO: ln 2); None if it depends on more than the margin. loss: its settings and `kind`."""
     kind = loss["kind"]
     if kind in ("dpo", "cdpo", "rdpo"):
         return math.log(2)
@@ -131,7 +130,7 @@ def at_no_margin(loss: Mapping[str, Any]) -> float | None:
 
 
 def lowest(rows: Sequence[Row], name: str) -> Row:
-    """The row where a figure is lowest, the first of several."""
+    """Return the row where a metric is lowest, the first of several."""
     return min(rows, key=lambda row: row[name])
 
 

@@ -11,16 +11,16 @@ from dpo_lab.health.evidence import Evidence
 
 
 class Severity(str, Enum):
-    """How much a finding asks of the reader."""
+    """How serious a finding is."""
 
-    info = "info"  # know it when you read the figures
-    warning = "warning"  # the run is not what it is taken for
+    info = "info"  # worth knowing when reading the metrics
+    warning = "warning"  # the run does not show what it seems to show
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that stands out. says: a sentence with its numbers; threshold: what they were held against; tries: what to
-    type or to look at next.
+    """One problem that a rule found. says: the message with its numbers; threshold: the limits they were compared with;
+    tries: the suggestion, what to type or to look at next.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Finding:
         return self.severity is Severity.warning
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.says} ({self.threshold}). Try {self.tries}"
+        return f"{self.name}: {self.says} (threshold: {self.threshold}). Try {self.tries}"
 
     def as_record(self) -> dict[str, Any]:
-        """For a run's record; `from_record` is the way back."""
+        """Return the finding as it is stored in a run's record; `from_record` reads it back."""
         return asdict(self) | {"severity": self.severity.value}
 
     @classmethod
@@ -47,7 +47,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule: its fields are its thresholds. Called with the evidence it gives a finding, or none where it is not sure."""
+    """A health rule, whose fields are its thresholds. Called with the evidence, it returns a finding, or None if not
+    sure.
+    """
 
     name: ClassVar[str]
 
@@ -56,4 +58,5 @@ class Rule:
 
 
 def percent(value: float) -> str:
+    """Return a share as text, `12 %`."""
     return f"{100 * value:.0f} %"

@@ -10,22 +10,26 @@ from dpo_lab.health.finding import Finding, Rule, Severity, percent
 
 @dataclass(frozen=True)
 class NothingHeldOut(Rule):
-    """Without held-out pairs nothing tells learning from memorising."""
+    """Report that no pairs are held out, so that learning cannot be distinguished from memorising."""
 
     name = "nothing held out"
 
     def __call__(self, run: Evidence) -> Finding | None:
         if run.held_out_pairs != 0:
             return None
-        says = f"all {run.train_pairs:,} pairs are trained on, none is held out: nothing tells learning from memorising"
-        return Finding(self.name, Severity.warning, says, "0 held-out pairs", "data.validation_fraction=0.1")
+        message = (
+            f"all {run.train_pairs:,} pairs are training pairs, none is held out: learning and memorising look the same"
+        )
+        return Finding(self.name, Severity.warning, message, "0 held-out pairs", "data.validation_fraction=0.1")
 
 
 @dataclass(frozen=True)
 class Displacement(Rule):
-    """Chosen responses become much less likely themselves: by `nats` and by `share` of what they had, in most pairs.
+    """Report that chosen responses became much less likely: by more than `nats` and by more than `share` of their
+    initial log-probability, in most pairs.
 
-    A little of this comes with every DPO: what chosen and rejected have in common falls with the rejected ones.
+    DPO always does a little of this: what chosen and rejected responses have in common becomes less likely with the
+    rejected.
     """
 
     share: float = 0.1
@@ -36,10 +40,10 @@ class Displacement(Rule):
         if not run.val or "logps/chosen" not in run.val[-1]:
             return None
         last = run.val[-1]
-        if run.zero is not None and run.loss in SUMMED:
+        if run.step_zero_loss is not None and run.loss in SUMMED:
             before, since = last["logps/chosen"] - last["logratio/chosen"], "before training"
             rejected = last["logratio/rejected"]
-        else:  # the reference says nothing of how likely they were
+        else:  # the reference does not tell how likely they were initially
             before, since = run.val[0]["logps/chosen"], f"at step {run.val[0].step}"
             rejected = last["logps/rejected"] - run.val[0]["logps/rejected"]
         fall = before - last["logps/chosen"]
@@ -48,23 +52,26 @@ class Displacement(Rule):
         fell = run.metric("chosen_fell")
         if fell is not None and fell.low <= 0.5:
             return None
-        says = (
-            f"held-out chosen responses have lost {fall:.1f} nats of log-probability ({before:.1f} {since},"
-            f" {last['logps/chosen']:.1f} now; rejected ones {'lost' if rejected < 0 else 'gained'} {abs(rejected):.1f})"
+        message = (
+            f"the mean log-probability of held-out chosen responses fell by {fall:.1f} nats ({before:.1f} {since},"
+            f" {last['logps/chosen']:.1f} now; that of rejected responses"
+            f" {'fell' if rejected < 0 else 'rose'} by {abs(rejected):.1f})"
         )
         if fell is not None:
-            says += f", and {percent(fell.value)} of them have become less likely"
-        says += ": the policy moves to responses that are in no pair"
-        threshold = f"over {percent(self.share)} and {self.nats:g} nats lost, in most pairs"
-        tries = "a higher beta or a lower optim.lr, fewer trainer.max_steps, or loss=ipo, which stops at a margin"
-        return Finding(self.name, Severity.warning, says, threshold, tries)
+            message += f", and {percent(fell.value)} of them became less likely"
+        message += ": probability moves to responses that occur in no pair"
+        threshold = f"a fall of over {percent(self.share)} and {self.nats:g} nats, in most pairs"
+        suggestion = (
+            "a higher beta or a lower optim.lr, fewer trainer.max_steps, or loss=ipo, which aims at a finite margin"
+        )
+        return Finding(self.name, Severity.warning, message, threshold, suggestion)
 
 
 @dataclass(frozen=True)
 class LengthHacking(Rule):
-    """Samples became much longer, or shorter, than the initial policy's, while the reward rose: part of it is length.
+    """Report that samples became much longer, or shorter, than the initial policy's while the reward rose.
 
-    The reward is the gold one where it is known, else the implicit one: the margin on held-out pairs.
+    The reward is the gold reward where it is known, otherwise the implicit reward: the margin on held-out pairs.
     """
 
     longer: float = 1.2
@@ -79,29 +86,31 @@ class LengthHacking(Rule):
             return None
         if not (now.low / before.high > self.longer or now.high / before.low < self.shorter):
             return None
-        says = (
-            f"samples have {now.value:.1f} tokens, the initial policy's {before.value:.1f}"
-            f" ({now.value / before.value:.2f} times), while"
+        message = (
+            f"samples have {now.value:.1f} tokens on average, the initial policy's {before.value:.1f}"
+            f" (ratio {now.value / before.value:.2f}), while"
             + (
-                f" gold reward rose by {gold.value:.1f} sd"
+                f" the gold reward rose by {gold.value:.1f} sd"
                 if gold
                 else f" the held-out margin rose to {reward.value:.1f} nats"
             )
         )
         quality = run.record.get("data_quality") or {}
         if longer := quality.get("train", {}).get("chosen_longer"):
-            says += f"; the chosen response is the longer one in {percent(longer['value'])} of the training pairs"
-        says += ": compare rewards at equal length before you believe them"
-        threshold = f"under {self.shorter:g} or over {self.longer:g} times, for certain"
-        tries = (
-            "a loss that weighs by length (loss=ipo_mean, or +ablation=simpo), a higher beta, or pairs of one length"
+            message += f"; the chosen response is longer in {percent(longer['value'])} of the training pairs"
+        message += ": part of the gain may be length; compare rewards at equal length"
+        threshold = f"length ratio certainly under {self.shorter:g} or over {self.longer:g}"
+        suggestion = (
+            "a length-normalised loss (loss=ipo_mean, or +ablation=simpo), a higher beta, or pairs of equal length"
         )
-        return Finding(self.name, Severity.warning, says, threshold, tries)
+        return Finding(self.name, Severity.warning, message, threshold, suggestion)
 
 
 @dataclass(frozen=True)
 class Degenerated(Rule):
-    """The policy is a worse language model than it was: perplexity of real text so many times, shares fell by so much."""
+    """Report that the policy became a worse language model. perplexity, distinct: ratios to the initial policy's value;
+    well_formed, stopped: how far these shares may fall.
+    """
 
     perplexity: float = 1.5
     well_formed: float = 0.2
@@ -116,7 +125,7 @@ class Degenerated(Rule):
             parts.append(f"the perplexity of real text rose from {before.value:.1f} to {now.value:.1f}")
         for name, what, most in (
             ("well_formed", "well-formed samples", self.well_formed),
-            ("stopped", "samples that stop", self.stopped),
+            ("stopped", "samples that end with the end token", self.stopped),
         ):
             now, before = run.metric(name), run.metric(f"initial/{name}")
             if now and before and before.low - now.high > most:
@@ -128,34 +137,36 @@ class Degenerated(Rule):
         if not parts:
             return None
         threshold = (
-            f"perplexity {self.perplexity:g} times, well-formed {percent(self.well_formed)} or stopping"
-            f" {percent(self.stopped)} fewer for certain, bigrams {self.distinct:g} times"
+            f"perplexity over {self.perplexity:g} times the initial one, well-formed share {percent(self.well_formed)} lower,"
+            f" ending share {percent(self.stopped)} lower, or distinct bigrams under {self.distinct:g} times"
         )
-        tries = "a higher beta, a lower optim.lr, or fewer trainer.max_steps"
-        return Finding(self.name, Severity.warning, "; ".join(parts), threshold, tries)
+        suggestion = "a higher beta, a lower optim.lr, or fewer trainer.max_steps"
+        return Finding(self.name, Severity.warning, "; ".join(parts), threshold, suggestion)
 
 
 @dataclass(frozen=True)
 class RoundedAway(Rule):
-    """Less than `moved` of the trained weights have changed, of a policy that keeps them in 16 bits.
+    """Report that less than the share `moved` of the trained weights changed, for a policy stored in 16 bits.
 
-    Updates add up in float32 master copies, but the policy that is measured and saved has them rounded.
+    Updates accumulate in float32 master copies, but the policy that is evaluated and saved holds the rounded weights.
     """
 
     moved: float = 0.5
     name = "weights rounded"
 
     def __call__(self, run: Evidence) -> Finding | None:
-        counted = run.record.get("moved_weights")  # only there for weights in 16 bits
+        counted = run.record.get("moved_weights")  # present for 16-bit weights only
         if counted is None or not counted["share"] < self.moved:
             return None
-        says = (
+        message = (
             f"{counted['moved']:,} of {counted['trained']:,} trained weights ({percent(counted['share'])}) differ from the"
-            f" initial policy's: the other updates are below the spacing of {counted['dtype']}, and the policy that was"
-            " measured and saved does not have them"
+            f" initial policy's: the other updates are smaller than the spacing of {counted['dtype']} numbers, so the policy"
+            " that was evaluated and saved lacks them"
         )
-        tries = (
+        suggestion = (
             "policy.dtype=float32, with trainer.precision=bf16-mixed to compute in bf16; or a higher optim.lr, or more"
             " trainer.max_steps"
         )
-        return Finding(self.name, Severity.warning, says, f"under {percent(self.moved)}", tries)
+        return Finding(
+            self.name, Severity.warning, message, f"under {percent(self.moved)} of weights changed", suggestion
+        )

@@ -10,38 +10,38 @@ from dpo_lab.data.quality import Quality
 from dpo_lab.inspection.tables import interval
 
 MADE_BY = "dpo_lab.inspect"
-INK = "#808081"  # text and axes of the SVG, to be replaced by the page's own colour
+INK = "#808081"  # text and axes of the SVG, replaced by currentColor
 COLOURS = {"prompt": "#0072B2", "chosen": "#009E73", "rejected": "#D55E00"}  # Okabe and Ito's
 LINES = {"chosen": "-", "rejected": "--"}
 
 
 def png(quality: Quality, title: str) -> bytes:
-    """The figure as a PNG file, the same bytes for the same numbers."""
-    return _drawn(quality, title, "black", format="png", dpi=130, metadata={"Software": MADE_BY})
+    """Return the figure as a PNG file; the same numbers give the same bytes."""
+    return _draw(quality, title, "black", format="png", dpi=130, metadata={"Software": MADE_BY})
 
 
 def svg(quality: Quality) -> str:
-    """The figure as an SVG element without a background, in the colour of the text around it."""
-    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    drawn = _drawn(quality, "", INK, format="svg", transparent=True, metadata=nothing).decode()
-    drawn = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
-    return re.sub(r' style="([^"]*)"', _as_attributes, drawn).replace(INK, "currentColor")
+    """Return the figure as an SVG element without background, in the colour of the surrounding text."""
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    text = _draw(quality, "", INK, format="svg", transparent=True, metadata=no_metadata).decode()
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r' style="([^"]*)"', _as_attributes, text).replace(INK, "currentColor")
 
 
 def _as_attributes(style: re.Match[str]) -> str:
-    """The same style, spelled as attributes of their own: those need no leave of a page's policy."""
+    """Return a style as attributes, which a content security policy allows."""
     settings = [setting.split(":", 1) for setting in style[1].split(";") if setting.strip()]
     return "".join(f' {name.strip()}="{value.strip()}"' for name, value in settings)
 
 
-def _drawn(quality: Quality, title: str, ink: str, **how: Any) -> bytes:
+def _draw(quality: Quality, title: str, ink: str, **how: Any) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor")
     settings: Any = {"svg.hashsalt": MADE_BY, "svg.fonttype": "path", "font.size": 9, **dict.fromkeys(inked, ink)}
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         matplotlib.rcParams.update(settings)
         figure = Figure(figsize=(11, 7), layout="constrained")
         (responses, difference), (prompts, counts) = figure.subplots(2, 2)
@@ -74,13 +74,15 @@ def _difference(axis: Any, quality: Quality) -> None:
     for label, colour, hatch, bins in (
         ("chosen is longer", COLOURS["chosen"], "", range(middle + 1, len(counts))),
         ("rejected is longer", COLOURS["rejected"], "///", range(middle)),
-        ("about as long", "#999999", "", [middle]),
+        ("about equal", "#999999", "", [middle]),
     ):
         shown = [count if i in bins else 0 for i, count in enumerate(counts)]
         axis.stairs(shown, edges, fill=not hatch, hatch=hatch, color=colour, label=label)
-    told = interval(quality.train.chosen_longer)
+    longer = interval(quality.train.chosen_longer)
     axis.set(
-        title=f"Chosen is longer in {told}, a tie half (train)", xlabel="tokens of chosen less rejected", ylabel="pairs"
+        title=f"Chosen is longer in {longer}, ties count half (train)",
+        xlabel="difference in tokens, chosen minus rejected",
+        ylabel="pairs",
     )
     axis.legend(frameon=False)
 
@@ -98,4 +100,4 @@ def _counts(axis: Any, quality: Quality) -> None:
     axis.bar_label(axis.containers[0], labels=[f" {count:,}" for _, count in counts])
     axis.invert_yaxis()
     axis.margins(x=0.15)
-    axis.set_title("Rows, and what became of them")
+    axis.set_title("Rows: used and dropped")

@@ -21,12 +21,14 @@ from dpo_lab.models.policy import Pretrained
 from dpo_lab.pipelines.inputs import Forward, encoder_of, load_pairs, policies, tokenizer_of, with_noise
 from dpo_lab.training.torch_setup import setup_torch
 
-SAID = 5  # contradictions whose places are shown
+MAX_SHOWN = 5  # contradictions whose locations are shown
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What there is to see. source, tokenizer: what was looked at; contrary: places of pairs that contradict each other."""
+    """What an inspection shows. source, tokenizer: names of both; advice: data warnings; contrary: locations of pairs
+    that contradict each other; pairs: a few pairs token by token.
+    """
 
     source: str
     tokenizer: str
@@ -37,9 +39,9 @@ class Inspection:
 
 
 def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
-    """Read, split and tokenise the pairs as training would, but go on where they contradict each other.
+    """Read, split and tokenize the pairs as training would, but keep pairs that contradict each other.
 
-    Weights are loaded only where the pairs are the policy's own samples or the noise looks at its log-probabilities, which
+    Weights are loaded only if the pairs are samples of the policy or the noise depends on its log-probabilities, which
     are computed on the CPU here. Raises ConfigError, BadData and NoTemplate as training would.
     """
     disable_progress_bar()
@@ -48,13 +50,13 @@ def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
         config = replace(config, data=replace(config.data, contradictions=Contradictions.keep))
     if config.data.is_world:
         config.data.world.check()
-    policy = respondent = store = None
+    policy = response_policy = store = None
     if config.data.is_world or config.noise.needs_reference:
-        policy, respondent = policies(config, cache)
+        policy, response_policy = policies(config, cache)
     encoder = encoder_of(config, policy.tokenizer if policy else tokenizer_of(config, cache))
     if config.data.is_world:
-        splits = load_pairs(config, encoder, respondent, cache)
-        source = f"the world {type(config.data.world).__name__.lower()}"
+        splits = load_pairs(config, encoder, response_policy, cache)
+        source = f"task {type(config.data.world).__name__.lower()}"
     else:
         store = config.data.store(encoder, cache)
         splits, source = config.data.choose(store), ", ".join(store.names)
@@ -62,7 +64,9 @@ def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
     quality = quality_of(splits.train, splits.held_out, splits.counts, encoder)
     return Inspection(
         source=visible(source, blanks=False),
-        tokenizer=visible(config.policy.path if isinstance(config.policy, Pretrained) else "embedded", blanks=False),
+        tokenizer=visible(
+            config.policy.path if isinstance(config.policy, Pretrained) else "the synthetic review task", blanks=False
+        ),
         quality=quality,
         advice=data_warnings(quality),
         contrary=_contrary(store) if store else [],
@@ -71,14 +75,14 @@ def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
 
 
 def _contrary(store: TokenizedPairs) -> list[tuple[str, str]]:
-    """The places of the first contradictions, each named once."""
-    first = [i for i in np.flatnonzero(store.opposite >= 0).tolist() if i < store.opposite[i]][:SAID]
+    """Return the locations of the first contradictions, each pair once."""
+    first = [i for i in np.flatnonzero(store.opposite >= 0).tolist() if i < store.opposite[i]][:MAX_SHOWN]
     places = [(store.where(i), store.where(int(store.opposite[i]))) for i in first]
     return [(visible(a, blanks=False), visible(b, blanks=False)) for a, b in places]
 
 
 def _pairs(count: int, splits: Splits, encoder: PairTokenizer, store: TokenizedPairs | None) -> list[PairView]:
-    """So many training pairs, from the first to the last at equal steps."""
+    """Return views of `count` training pairs, evenly spaced from the first to the last."""
     train = splits.train
     rows = np.unique(np.linspace(0, len(train) - 1, min(count, len(train))).round().astype(int)).tolist()
     if store is None:

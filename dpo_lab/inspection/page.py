@@ -7,7 +7,7 @@ from html import escape
 from dpo_lab.inspection.figure import MADE_BY, svg
 from dpo_lab.inspection.look import Inspection
 from dpo_lab.inspection.tables import Table, tables
-from dpo_lab.inspection.terminal import MARKS
+from dpo_lab.inspection.terminal import MARKS, NO_WARNINGS
 from dpo_lab.inspection.token_view import CUT, LEGEND, PairView, Part
 from dpo_lab.reporting.html_page import document
 
@@ -26,31 +26,31 @@ STYLE = """
 
 
 def page(look: Inspection) -> str:
-    """The whole page."""
-    title = f"Preference pairs of {look.source}"
+    """Return the page of an inspection."""
+    title = f"Preference pairs from {look.source}"
     lines = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="dim">{escape(f"Tokens of {look.tokenizer}. Made by python -m {MADE_BY}.")}</p>',
+        f'<p class="dim">{escape(f"Tokenizer: {look.tokenizer}. Written by python -m {MADE_BY}.")}</p>',
         *_advice(look),
         *(line for table in tables(look) for line in _table(table)),
         f'<h2>Lengths</h2><div class="wide figure">{svg(look.quality)}</div>',
         *_pairs(look),
     ]
-    return document(f"Pairs of {look.source}", MADE_BY, "\n".join(lines), STYLE)
+    return document(f"Pairs from {look.source}", MADE_BY, "\n".join(lines), STYLE)
 
 
 def _advice(look: Inspection) -> list[str]:
-    lines = look.advice or ["Nothing here that an expert would stop at."]
+    lines = look.advice or [NO_WARNINGS]
     boxes = [f'<p class="look">{escape(line)}</p>' for line in lines]
     return [*boxes, *(f"<p>{escape(f'Contradiction: {a} and {b}')}</p>" for a, b in look.contrary)]
 
 
 def _table(table: Table) -> list[str]:
-    drawn = [_bars(histogram) for histogram in table.bars] if table.bars is not None else [""] * len(table.rows)
+    bars = [_bars(histogram) for histogram in table.bars] if table.bars is not None else [""] * len(table.rows)
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
     rows = [
-        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}{bars}</tr>'
-        for row, bars in zip(table.rows, drawn, strict=True)
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}{bar}</tr>'
+        for row, bar in zip(table.rows, bars, strict=True)
     ]
     last = '<th scope="col">histogram</th>' if table.bars is not None else ""
     return [f'<h2>{escape(table.title)}</h2><div class="wide"><table><tr>{head}{last}</tr>', *rows, "</table></div>"]
@@ -63,19 +63,20 @@ def _bars(histogram: list[int]) -> str:
         for i, n in enumerate(histogram)
     )
     box = f'viewBox="0 0 {10 * len(histogram)} 40" preserveAspectRatio="none"'
-    label = escape(f"pairs a bin: {', '.join(map(str, histogram))}")
+    label = escape(f"pairs per bin: {', '.join(map(str, histogram))}")
     return f'<td><svg class="bars" role="img" aria-label="{label}" {box}>{bars}</svg></td>'
 
 
 def _pairs(look: Inspection) -> list[str]:
     if not look.pairs:
         return []
-    legend = f"Each box is a token: {LEGEND}. Underlined (+): scored as chosen; dashed (-): scored as rejected; grey (.): not."
+    marks = "Underlined (+): scored as chosen; dashed (-): scored as rejected; grey (.): not scored."
+    legend = f"Each box is a token: {LEGEND}. {marks}"
     return [f"<h2>Pairs, token by token</h2><p>{escape(legend)}</p>", *(_pair(pair) for pair in look.pairs)]
 
 
 def _pair(pair: PairView) -> str:
-    flipped = ", sides swapped by label noise" if pair.flipped else ""
+    flipped = ", chosen and rejected swapped by label noise" if pair.flipped else ""
     head = f"<h3>{escape(pair.place)} <span class='dim'>{escape(pair.key)}{flipped}</span></h3>"
     return f"<section>{head}{''.join(_part(part) for part in pair.parts)}</section>"
 

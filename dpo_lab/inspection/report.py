@@ -13,7 +13,7 @@ from dpo_lab.reporting.html_page import may_be_written
 
 
 def target(path: str | None) -> Path | None:
-    """Where a report goes, None for none. Raises ConfigError where something else lies there already."""
+    """Return the path to write a report to, None for no report. Raises ConfigError if another file is there already."""
     if path is None:
         return None
     try:
@@ -22,11 +22,11 @@ def target(path: str | None) -> Path | None:
             return file
     except (OSError, ValueError) as error:
         raise ConfigError(f"page={path}: {_reason(error)}; type another page=") from None
-    raise ConfigError(f"page={path}: a file that is no report of {MADE_BY} lies there; type another page=")
+    raise ConfigError(f"page={path}: the file exists and is not a report of {MADE_BY}; type another page=")
 
 
 def write(look: Inspection, file: Path) -> None:
-    """Write the report that the file's suffix asks for; the same bytes for the same look."""
+    """Write a page or a figure, by the file's suffix; the same inspection gives the same bytes."""
     content = page(look).encode() if file.suffix == ".html" else png(look.quality, look.source)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -8,18 +8,14 @@ from dpo_lab.data.quality import PARTS, Margins, Quality, Side
 from dpo_lab.inspection.look import Inspection
 from dpo_lab.stats.estimates import Estimate
 
-USUAL = (
-    "bad row",
-    "duplicate",
-    "identical sides",
-    "identical after truncation",
-)  # why rows are dropped, shown when none is
+# reasons to drop rows that are shown even with count 0
+USUAL = ("bad row", "duplicate", "identical sides", "identical after truncation")
 Cells = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text; the first column names the row. bars: a histogram a row, or none."""
+    """A table of text cells; the first column names the row. bars: a histogram per row, or None."""
 
     title: str
     head: Cells
@@ -28,9 +24,10 @@ class Table:
 
 
 def tables(look: Inspection) -> list[Table]:
+    """Return the tables: row counts, quality, token lengths, and label noise if there is any."""
     quality = look.quality
-    given = [_counts(quality), _findings(quality), _lengths(quality)]
-    return [*given, *([_noise(quality)] if quality.noise.total else [])]
+    shown = [_counts(quality), _findings(quality), _lengths(quality)]
+    return [*shown, *([_noise(quality)] if quality.noise.total else [])]
 
 
 def _counts(quality: Quality) -> Table:
@@ -38,8 +35,8 @@ def _counts(quality: Quality) -> Table:
     counts = {what: count for what, count in quality.counts.items() if count}
     counts |= {f"dropped: {reason}": 0 for reason in USUAL if f"dropped: {reason}" not in counts}
     return Table(
-        "Rows, and what became of them",
-        ("", "count", "of rows"),
+        "Rows: used and dropped",
+        ("", "count", "share of rows"),
         [
             (what, f"{count:,}", share(count / rows) if rows and what != "rows" else "")
             for what, count in counts.items()
@@ -58,30 +55,30 @@ def _findings(quality: Quality) -> Table:
         row("pairs", lambda s: f"{s.pairs:,}"),
         row("distinct prompts", lambda s: f"{s.prompts:,}"),
         row("pairs of the most frequent prompt", lambda s: f"{s.most_of_a_prompt:,}"),
-        row("repeated pairs (as tokens)", lambda s: f"{s.repeated:,}"),
-        row("contradictions, A > B and B > A (as tokens)", lambda s: f"{s.contradictions:,}"),
-        ("rows left out, their prompt is held out", f"{quality.leaks_dropped:,}", *blank),
-        ("pairs left whose prompt is held out (as tokens)", f"{quality.leaks:,}", *blank),
+        row("repeated pairs (equal tokens)", lambda s: f"{s.repeated:,}"),
+        row("contradictions, A > B and B > A (equal tokens)", lambda s: f"{s.contradictions:,}"),
+        ("rows dropped because their prompt is held out", f"{quality.leaks_dropped:,}", *blank),
+        ("pairs kept though their prompt is held out (equal tokens)", f"{quality.leaks:,}", *blank),
         row("distinct responses", lambda s: f"{s.responses:,}"),
-        row("responses that stand in another pair too", lambda s: share(s.shared_responses)),
-        row("responses with special tokens inside", lambda s: f"{s.special_inside:,}"),
-        row("chosen is longer, a tie half (95 % interval)", lambda s: interval(s.chosen_longer)),
-        row("chosen is as long as rejected", lambda s: share(s.same_length)),
-        row("chosen less rejected, mean tokens", lambda s: f"{s.difference:+z.1f}"),
+        row("responses that also occur in another pair", lambda s: share(s.shared_responses)),
+        row("responses that contain special tokens", lambda s: f"{s.special_inside:,}"),
+        row("chosen is longer, ties count half (95 % interval)", lambda s: interval(s.chosen_longer)),
+        row("chosen and rejected equally long", lambda s: share(s.same_length)),
+        row("chosen minus rejected, mean tokens", lambda s: f"{s.difference:+z.1f}"),
     ]
     for what, margins in (("scores", _scores), ("truth", _truth)):
         if any(margins(side) for side in sides):
             rows += [
-                row(f"{what}: pairs where known", lambda s, of=margins: f"{m.known:,}" if (m := of(s)) else "0"),
+                row(f"{what}: pairs with a value", lambda s, of=margins: f"{m.known:,}" if (m := of(s)) else "0"),
                 row(
-                    f"{what}: chosen less rejected, mean",
+                    f"{what}: chosen minus rejected, mean",
                     lambda s, of=margins: f"{m.mean:+.3g}" if (m := of(s)) else "",
                 ),
                 row(f"{what}: median", lambda s, of=margins: f"{m.median:+.3g}" if (m := of(s)) else ""),
-                row(f"{what}: against the label", lambda s, of=margins: share(m.negative) if (m := of(s)) else ""),
+                row(f"{what}: contradicts the label", lambda s, of=margins: share(m.negative) if (m := of(s)) else ""),
                 row(f"{what}: equal", lambda s, of=margins: share(m.zero) if (m := of(s)) else ""),
             ]
-    return Table("Pairs, as labelled for training", ("", *quality.sides), rows)
+    return Table("Pairs as labelled for training", ("", *quality.sides), rows)
 
 
 def _scores(side: Side) -> Margins | None:
@@ -100,11 +97,8 @@ def _lengths(quality: Quality) -> Table:
             figures = (f"{of.mean:.1f}", f"{of.median:.0f}", f"{of.p95:.0f}", f"{of.most:,}", share(of.truncated))
             rows.append((f"{name} {part}", *figures))
             bars.append(of.histogram)
-    title = (
-        f"Tokens (histograms: prompts in steps of {_width(quality, 'prompt')}, responses in steps of"
-        f" {_width(quality, 'response')})"
-    )
-    return Table(title, ("", "mean", "median", "95 %", "most", "cut"), rows, bars)
+    title = f"Tokens (histogram bins: prompts {_width(quality, 'prompt')}, responses {_width(quality, 'response')})"
+    return Table(title, ("", "mean", "median", "95 %", "max", "truncated"), rows, bars)
 
 
 def _noise(quality: Quality) -> Table:
@@ -114,7 +108,7 @@ def _noise(quality: Quality) -> Table:
     ]
     total, all_pairs = quality.noise.total, quality.train.pairs
     rows.append(("all training pairs", f"{all_pairs:,}", f"{total:,}", share(total / all_pairs)))
-    before = f"Label noise (chosen was longer in {interval(quality.noise.chosen_longer)} before it)"
+    before = f"Label noise (chosen longer in {interval(quality.noise.chosen_longer)} before it)"
     return Table(before, ("", "pairs", "flipped", "share"), rows)
 
 
@@ -123,9 +117,11 @@ def _width(quality: Quality, of: str) -> int:
 
 
 def share(value: float) -> str:
+    """Return a share as text, `12.3 %`."""
     return f"{100 * value:.1f} %"
 
 
 def interval(estimate: Estimate) -> str:
+    """Return a share with its interval as text, `12.3 % (10.1 .. 14.5)`."""
     low, high = estimate.interval or (0.0, 1.0)
     return f"{100 * estimate.value:.1f} % ({100 * low:.1f} .. {100 * high:.1f})"

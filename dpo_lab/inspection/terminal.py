@@ -12,37 +12,34 @@ from dpo_lab.inspection.token_view import CUT, LEGEND, PairView, Part
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 MARKS = {"prompt": ".", "chosen": "+", "rejected": "-"}
-STYLES = {
-    "prompt": "dim",
-    "chosen": "#009e73",
-    "rejected": "#d55e00",
-}  # Okabe and Ito's, told apart by the colour-blind
+STYLES = {"prompt": "dim", "chosen": "#009e73", "rejected": "#d55e00"}  # Okabe and Ito's colour-blind safe colours
+NO_WARNINGS = "No data warnings."
 SPECIAL = " bold reverse"
 MARGIN = 4
 
 
 def show(console: Console, look: Inspection) -> None:
-    """Print everything. All text of the data's own goes as Text, so that no markup in it is obeyed."""
-    _say(console, f"{look.source}, tokens of {look.tokenizer}")
+    """Print an inspection; markup in the data's texts is not interpreted."""
+    _print(console, f"Pairs from {look.source}; tokenizer: {look.tokenizer}")
     for table in tables(look):
-        _say(console, f"\n{table.title}", "bold")
+        _print(console, f"\n{table.title}", "bold")
         console.print(_table(table))
-    for first, second in look.contrary:  # named whether they are in a split or not
-        _say(console, f"Contradiction: {first} and {second}")
+    for first, second in look.contrary:  # those that are in no split as well
+        _print(console, f"Contradiction: {first} and {second}")
     if look.pairs:
-        _say(console, f"\nPairs, tokens parted by blanks: {LEGEND}", "bold")
-        _say(console, "+ scored as chosen, - scored as rejected, . not scored")
+        _print(console, f"\nPairs, tokens separated by spaces: {LEGEND}", "bold")
+        _print(console, "+ scored as chosen, - scored as rejected, . not scored")
     for pair in look.pairs:
         _pair(console, pair)
-    _say(console, "")
+    _print(console, "")
     for line in look.advice:
-        _say(console, f"Look: {line}", "#e69f00")
+        _print(console, f"Warning: {line}", "#e69f00")
     if not look.advice:
-        _say(console, "Nothing here that an expert would stop at.")
+        _print(console, NO_WARNINGS)
 
 
 def bars(histogram: list[int]) -> str:
-    """A histogram as a line of blocks; what is there at all can be seen."""
+    """Return a histogram as a line of block characters; a count above 0 is always visible."""
     most = max(1, *histogram)
     return "".join(BLOCKS[-(-count * (len(BLOCKS) - 1) // most)] for count in histogram)
 
@@ -60,15 +57,15 @@ def _table(table: Table) -> RichTable:
 
 
 def _pair(console: Console, pair: PairView) -> None:
-    flipped = ", sides swapped by label noise" if pair.flipped else ""
-    _say(console, f"\n{pair.place}  {pair.key}{flipped}", "bold")
+    flipped = ", chosen and rejected swapped by label noise" if pair.flipped else ""
+    _print(console, f"\n{pair.place}  {pair.key}{flipped}", "bold")
     for part in pair.parts:
         _part(console, part)
 
 
 def _part(console: Console, part: Part) -> None:
     style = STYLES[part.name]
-    _say(console, f"  {part.name}: {len(part.tokens)} tokens, {part.about}", style)
+    _print(console, f"  {part.name}: {len(part.tokens)} tokens, {part.about}", style)
     words = [Text(token.text, style + SPECIAL if token.special else style) for token in part.tokens]
     if part.cut:
         words.insert(len(words) if part.scored else 0, Text(CUT, "bold"))
@@ -78,5 +75,5 @@ def _part(console: Console, part: Part) -> None:
         console.print(Text(f"  {MARKS[part.name]} ", style) + line, soft_wrap=True, highlight=False)
 
 
-def _say(console: Console, line: str, style: str = "") -> None:
+def _print(console: Console, line: str, style: str = "") -> None:
     console.print(Text(line, style), soft_wrap=True, highlight=False)

@@ -10,17 +10,17 @@ from dpo_lab.core.pairs import Tokens
 from dpo_lab.data.tokenize import PairTokenizer
 
 SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-SPECIAL, PIECE, CUT = "⟦⟧", "‹›", "✂"  # around a special token, around a piece of a character; where tokens are missing
+SPECIAL, PIECE, CUT = "⟦⟧", "‹›", "✂"  # around special tokens, around partial characters; where truncated
 LEGEND = (
-    f"␣ a space, ⏎ a line break, ⇥ a tab, {'...'.join(SPECIAL)} a special token, {'...'.join(PIECE)} a piece of a character as"
-    f" the vocabulary writes it, {CUT} cut here"
+    f"␣ a space, ⏎ a line break, ⇥ a tab, {'...'.join(SPECIAL)} a special token, {'...'.join(PIECE)} a partial character as"
+    f" the vocabulary names it, {CUT} truncated here"
 )
 MARKS = {*SIGNS.values(), *SPECIAL, *PIECE, CUT}
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token as text that can be printed anywhere."""
+    """A token as text that is safe to print."""
 
     text: str
     special: bool
@@ -36,19 +36,20 @@ class Part:
 
     @property
     def scored(self) -> bool:
-        """Whether its tokens' log-probabilities are what the loss is made of."""
+        """Return whether the log-probabilities of its tokens enter the loss."""
         return self.name != "prompt"
 
     @property
     def about(self) -> str:
+        """Return whether the part is scored and where it was truncated."""
         if not self.scored:
-            return "not scored, as many as may be: cut at its start" if self.cut else "not scored"
-        return "scored, cut at its end" if self.cut else "scored"
+            return "not scored, as long as allowed: may be truncated at its start" if self.cut else "not scored"
+        return "scored, truncated at its end" if self.cut else "scored"
 
 
 @dataclass(frozen=True)
 class PairView:
-    """A pair to look at. place: `file:line`, or where else it comes from; flipped: by label noise."""
+    """A pair as tokens. place: its location, `file:line` or a description; flipped: by label noise."""
 
     key: str
     place: str
@@ -57,7 +58,7 @@ class PairView:
 
 
 def view_pair(table: PairTable, at: int, encoder: PairTokenizer, place: str) -> PairView:
-    """One pair of a table."""
+    """Return the view of pair number `at` of a table."""
     pair = table[at]
     full = len(pair.prompt) >= encoder.max_prompt_length
     parts = [Part("prompt", _tokens(pair.prompt, encoder), full)]
@@ -68,14 +69,14 @@ def view_pair(table: PairTable, at: int, encoder: PairTokenizer, place: str) -> 
 
 
 def visible(text: str, blanks: bool = True) -> str:
-    """Text in which everything can be seen and nothing acts: no control character, no change of direction.
+    """Return text with control characters and changes of direction escaped.
 
-    blanks: spaces, line breaks and tabs are shown by SIGNS; else a space stays one.
+    blanks: show spaces, line breaks and tabs as SIGNS; otherwise keep spaces.
     """
-    return "".join(_seen(character, blanks) for character in text)
+    return "".join(_visible_character(character, blanks) for character in text)
 
 
-def _seen(character: str, blanks: bool) -> str:
+def _visible_character(character: str, blanks: bool) -> str:
     if blanks and character in SIGNS:
         return SIGNS[character]
     if character == " ":
@@ -91,7 +92,7 @@ def _tokens(ids: Tokens, encoder: PairTokenizer) -> list[Token]:
 
 
 def _text(number: int, encoder: PairTokenizer) -> str:
-    """What a token adds to a text; of one that is a piece of a character, its name in the vocabulary."""
+    """Return the text that a token adds; for a partial character its name in the vocabulary."""
     tokenizer = encoder.tokenizer
     name = visible(str(tokenizer.convert_ids_to_tokens(number)))
     if number in encoder.special_ids:

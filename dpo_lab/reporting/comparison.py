@@ -14,15 +14,15 @@ from dpo_lab.studies import verdicts
 from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.spec import Direction, Measure, Prediction
 
-# What runs of no study are compared by, in this order, as far as it was measured.
+# The metrics shown for runs that belong to no study, in this order, as far as they were measured.
 USUAL = ("true_accuracy", "accuracy", "gold_gain", "judge_gain", "kl", "well_formed", "perplexity", "loss")
-MOST = 6  # metrics that are shown unasked
+MOST = 6  # metrics shown by default
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of one arm. estimate: over seeds, None where no run has it; difference: to the baseline, paired by seed;
-    p: of that difference, paid for all arms (Holm); planned: runs that the arm should have.
+    """One metric of one arm. estimate: over seeds, None if no run has it; difference: to the baseline, paired by seed;
+    p: of that difference, Holm-corrected over arms; planned: runs that the arm should have.
     """
 
     arm: str
@@ -38,7 +38,7 @@ class Measured:
 
 
 def metrics_of(collection: RunSet, asked: Sequence[str] = ()) -> list[str]:
-    """Those that were asked for, else the study's, else the usual ones that some run has."""
+    """Return the requested metrics, otherwise the study's, otherwise the usual ones that some run has."""
     if asked:
         return list(asked)
     if collection.study:
@@ -48,7 +48,7 @@ def metrics_of(collection: RunSet, asked: Sequence[str] = ()) -> list[str]:
 
 
 def figures(collection: RunSet, metrics: Sequence[str]) -> dict[str, list[Measured]]:
-    """By metric, of every arm in order."""
+    """Return what was measured, by metric, for every arm in order."""
     planned = {arm.name: sum(run.arm == arm.name for run in collection.runs) for arm in collection.arms}
     found = {}
     for metric in metrics:
@@ -61,7 +61,7 @@ def figures(collection: RunSet, metrics: Sequence[str]) -> dict[str, list[Measur
 
 
 def interval_text(estimate: Estimate, spell=format_value) -> str:
-    """0.52 (0.37 .. 0.67), and the value alone where it has no error that could be told."""
+    """Return a value with its interval, `0.52 (0.37 .. 0.67)`; the value alone if it has no interval."""
     low, high = estimate.interval or (0.0, 0.0)
     if low == high:
         return spell(estimate.value)
@@ -69,7 +69,7 @@ def interval_text(estimate: Estimate, spell=format_value) -> str:
 
 
 def with_error(estimate: Estimate, spell=format_value) -> str:
-    """0.52 ±0.15, or the interval where it is not symmetric; the value alone where it has no error that could be told."""
+    """Return a value with its error, `0.52 ±0.15`, or with an asymmetric interval; the value alone if it has none."""
     low, high = estimate.interval or (0.0, 0.0)
     if low == high:
         return spell(estimate.value)
@@ -80,49 +80,51 @@ def with_error(estimate: Estimate, spell=format_value) -> str:
 
 
 def p_text(p: float | None) -> str:
+    """Return a p value as text, `.021` or `<.001`; empty if there is none."""
     return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
 def effect_name(prediction: Prediction) -> str:
-    """What was computed: `kl: uniform less dpo`."""
+    """Return what an effect was computed from, `kl: uniform minus dpo`."""
     about = {
         Measure.level: f"{prediction.metric} of {prediction.of}"
-        + (f" less {prediction.value:g}" if prediction.value else ""),
-        Measure.difference: f"{prediction.metric}: {prediction.of} less {prediction.to}",
+        + (f" minus {prediction.value:g}" if prediction.value else ""),
+        Measure.difference: f"{prediction.metric}: {prediction.of} minus {prediction.to}",
         Measure.slope: f"slope of {prediction.metric} along {prediction.over}, {prediction.of}",
-        Measure.area: f"share of the optimum's area: {prediction.of} less {prediction.to or f'{prediction.value:g}'}",
+        Measure.area: f"share of the optimum's area: {prediction.of} minus {prediction.to or f'{prediction.value:g}'}",
     }[prediction.measure]
-    held = ", ".join(f"{name} = {value:g}" for name, value in prediction.at.items())
-    return f"{about}, where {held}" if held else about
+    fixed = ", ".join(f"{name} = {value:g}" for name, value in prediction.at.items())
+    return f"{about}, at {fixed}" if fixed else about
 
 
 def predicted(prediction: Prediction) -> str:
-    """What was predicted of it: `above 0; 0.2 would matter`."""
+    """Return the prediction for an effect, `above 0; smallest relevant effect 0.2`."""
     if prediction.direction is Direction.same:
         return f"within {prediction.at_least:g} of 0"
     where = "above 0" if prediction.direction is Direction.more else "below 0"
-    return f"{where}; {prediction.at_least:g} would matter" if prediction.at_least else where
+    return f"{where}; smallest relevant effect {prediction.at_least:g}" if prediction.at_least else where
 
 
 def verdict_notes(verdict: Verdict) -> list[str]:
-    """What limits a verdict."""
+    """Return the notes on what limits a verdict."""
     missing = [f"seed {seed}: {why}" for seed, why in sorted(verdict.missing.items())]
     if len(missing) > 3:
-        missing[2:] = [f"and {len(missing) - 2} seeds more"]
+        missing[2:] = [f"and {len(missing) - 2} more seeds"]
     return [*([verdict.note] if verdict.note else []), *missing]
 
 
 def registered(record: Mapping[str, Any], digest: str) -> tuple[str | None, int]:
-    """When the prediction that stands was registered last, and how many others were registered before."""
+    """Return when the current prediction was last registered, and how many other versions were registered."""
     entries = record.get("registrations", ())
     own = [str(entry["at"]) for entry in entries if entry["digest"] == digest]
     return (max(own) if own else None), len({entry["digest"] for entry in entries} - {digest})
 
 
 def difference_text(figure: Measured) -> str:
+    """Return the difference to the baseline with its interval; empty if there is none."""
     return interval_text(figure.difference, signed) if figure.difference else ""
 
 
 def count_text(figure: Measured) -> str:
-    """3, or `2/3` where runs are missing."""
+    """Return the number of runs as text: `3`, or `2/3` if runs are missing."""
     return str(figure.n) if figure.n == figure.planned else f"{figure.n}/{figure.planned}"

@@ -27,7 +27,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction and what came of it, in words and as a picture."""
+    """A prediction and its verdict, with facts, notes and a drawing of the effect."""
 
     says: str
     word: str
@@ -39,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Part:
-    """All that a page shows of one collection. word: the verdict, if it is a study's; chips: short labels beside it."""
+    """What the page shows of one set of runs. word: the verdict if it is a study; chips: short labels beside it."""
 
     title: str
     word: str
@@ -65,11 +65,11 @@ class Part:
 
 
 def page(collections: Sequence[RunSet], folder: Path, metrics: Sequence[str] = ()) -> str:
-    """The whole page. folder: where it will lie, paths in it are from there. The same for the same run folders."""
+    """Return the HTML page; the same runs give the same page. folder: where it is written; links are relative to it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
 
-    def plain(value: Any) -> Any:
+    def strip(value: Any) -> Any:
         return strip_control(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
@@ -78,15 +78,15 @@ def page(collections: Sequence[RunSet], folder: Path, metrics: Sequence[str] = (
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=plain,
+        finalize=strip,
     )
 
     def breakable(text: str) -> Markup:
-        """A name that may go on in the next line where its words meet."""
-        return Markup(str(escape(plain(text))).replace("_", "_<wbr>").replace("/", "/<wbr>"))
+        """Return a name as HTML that may wrap after `_` and `/`."""
+        return Markup(str(escape(strip(text))).replace("_", "_<wbr>").replace("/", "/<wbr>"))
 
     environment.filters["breakable"] = breakable
-    environment.filters["svg"] = Markup  # of our own drawings alone, whose text is escaped
+    environment.filters["svg"] = Markup  # for the SVG drawn here, whose text is escaped
     parts = [_part(collection, folder, metrics) for collection in collections]
     body = environment.get_template("page.html").render(parts=parts)
     title = strip_control(", ".join(part.title for part in parts))
@@ -97,20 +97,23 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
     study, record = collection.study, collection.record
     metrics = comparison.metrics_of(collection, asked)
     judged = verdicts.decide(collection) if study else []
-    journals = _Journals(collection.runs)
-    curves = comparison_figures.learning(collection, journals)
+    logs = _MetricsLogs(collection.runs)
+    curves = comparison_figures.learning(collection, logs)
     shown = side_by_side(collection)
     return Part(
         title=collection.title,
         word=verdicts.study_verdict(judged) if judged else "",
         chips=_chips(collection),
-        about=[*_about(collection), *(("not measured alike", text) for text in collection.unlike)],
+        about=[
+            *_about(collection),
+            *(("measured with different settings", text) for text in collection.incomparable_settings),
+        ],
         found=[each for each in (study.found if study else "").split("\n\n") if each.strip()],
         answers=[_answer(prediction, verdict) for prediction, verdict in judged],
-        asked=comparison_figures.study_figures(collection, metrics, journals),
+        asked=comparison_figures.study_figures(collection, metrics, logs),
         frontier=comparison_figures.reward_kl_figure(collection),
         curves=curves,
-        curves_note=journals.note or ("" if curves else "No journal lies beside these runs."),
+        curves_note=logs.note or ("" if curves else "These runs have no metrics log."),
         arms=comparison_tables.arms_table(collection, comparison.figures(collection, metrics)),
         seed=shown[0] if shown else None,
         prompts=shown[1] if shown else [],
@@ -128,7 +131,7 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
 def _chips(collection: RunSet) -> list[str]:
     record = collection.record
     chips = ["exploratory"] if collection.is_exploratory else []
-    chips += ["not measured alike"] if collection.unlike else []
+    chips += ["measured with different settings"] if collection.incomparable_settings else []
     if record.get("budget"):
         chips.append(f"budget {record['budget']}")
     if record.get("status") not in (None, "done"):
@@ -138,29 +141,29 @@ def _chips(collection: RunSet) -> list[str]:
 
 
 def _about(collection: RunSet) -> list[tuple[str, str]]:
-    """What was asked, and when what was predicted."""
+    """Return question, claim and source, and when the predictions were registered."""
     study = collection.study
     if study is None:
-        return [("runs of", collection.title), ("baseline", collection.baseline or "none; type --baseline ARM")]
+        return [("runs in", collection.title), ("baseline", collection.baseline or "none; type --baseline ARM")]
     since, others = comparison.registered(collection.record, study.digest())
-    when = since or "never: this is not what was registered"
+    when = since or "never: these predictions differ from the registered ones"
     if others:
-        when += f"; {others} other version{'s' if others > 1 else ''} before"
+        when += f"; {others} other version{'s' if others > 1 else ''} registered before"
     about = [("question", study.question), ("claim", study.claim), ("source", study.source), ("registered", when)]
     if collection.is_exploratory:
-        early = [run for run in collection.runs if run.is_done and not run.is_own]
+        early = [run for run in collection.runs if run.is_done and not run.is_confirmatory]
         arms = dict.fromkeys(run.arm for run in early)
-        told = f": {'; '.join(arms)}" if len(arms) <= 4 else ""
-        about.append(("exploratory", f"{len(early)} runs were begun before this prediction stood{told}"))
+        names = f": {'; '.join(arms)}" if len(arms) <= 4 else ""
+        about.append(("exploratory", f"{len(early)} runs started before these predictions were registered{names}"))
     return [(name, text) for name, text in about if text]
 
 
 def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
-    """Effects are told as they were measured: a `less` that holds lies below 0."""
+    """Return a prediction with its verdict. Effects keep their sign: a supported `less` lies below 0."""
     measured = verdict.effect
     facts = [
-        ("effect", comparison.interval_text(measured, comparison.signed) if measured else "not known"),
-        ("of", comparison.effect_name(prediction)),
+        ("effect", comparison.interval_text(measured, comparison.signed) if measured else "unknown"),
+        ("effect of", comparison.effect_name(prediction)),
         ("predicted", comparison.predicted(prediction)),
         ("n", f"{len(verdict.seeds)} seeds"),
         ("p", comparison.p_text(verdict.p)),
@@ -177,8 +180,8 @@ def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
     return Answer(prediction.says, verdict.word, prediction.primary, [f for f in facts if f[1]], notes, picture)
 
 
-class _Journals:
-    """The journals of an arm's runs, read once: of those that are done, or of all where none is."""
+class _MetricsLogs:
+    """The metrics logs of an arm's runs, read once: of finished runs, or of all if none is finished."""
 
     def __init__(self, runs: Sequence[RunData]) -> None:
         self._runs, self._read, self.note = runs, {}, ""
@@ -191,7 +194,7 @@ class _Journals:
 
     def _rows(self, run: RunData) -> list[dict[str, Any]]:
         try:
-            return run.journal()
+            return run.log_rows()
         except MetricsLogError as error:
-            self.note = f"A journal can't be read: {error}"
+            self.note = f"A metrics log can't be read: {error}"
             return []

@@ -20,7 +20,7 @@ LEVELS = {"warning": 0, "info": 1}
 
 @dataclass(frozen=True)
 class Cell:
-    """text: what is told; sort: what it is sorted by, if not the text; below: lesser lines; is_text: stands to the left."""
+    """A table cell. sort: sort key, if not the text; below: smaller lines under it; is_text: left-aligned."""
 
     text: str
     sort: float | None = None
@@ -30,41 +30,43 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: of cells, the first names its row. says: how to read it."""
+    """A table. rows: of cells, the first names its row; says: how to read it."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     says: str = ""
-    titles: Mapping[str, str] = field(default_factory=dict)  # what a head means
+    titles: Mapping[str, str] = field(default_factory=dict)  # head -> its meaning
 
 
 def words(*texts: str) -> list[Cell]:
+    """Return a text cell for each text."""
     return [Cell(text, is_text=True) for text in texts]
 
 
 def number(value: float | None, text: str | None = None) -> Cell:
+    """Return the cell of a number, empty for None."""
     return Cell("", None) if value is None else Cell(text or format_value(value), float(value))
 
 
 def arms_table(collection: RunSet, measured: Mapping[str, Sequence[Measured]]) -> Table:
-    """A row an arm: how many runs, each metric with its interval, and its difference to the baseline below."""
+    """Return the table of arms: number of runs, each metric with its interval, and its difference to the baseline."""
     head = ["arm", "runs", *(h for metric in measured for h in _heads(metric, collection.baseline))]
     rows = []
     for place, arm in enumerate(collection.arms):
         runs = [run for run in collection.runs if run.arm == arm.name]
         done = sum(run.is_done for run in runs)
-        told = f"{done}" if done == len(runs) else f"{done} of {len(runs)}"
+        count = f"{done}" if done == len(runs) else f"{done} of {len(runs)}"
         row = [
             Cell(arm.name, is_text=True, below=[arm.group] if arm.group not in arm.name else []),
-            Cell(told, float(done)),
+            Cell(count, float(done)),
         ]
         for figures in measured.values():
             row += _measured(figures[place], collection.baseline)
         rows.append(row)
-    says = "Means over seeds with their 95 % interval (Student's t over seeds; of what occurs or not, the exact one)."
+    says = "Means over seeds with 95 % intervals (Student's t over seeds; exact binomial for yes/no metrics)."
     if collection.baseline:
-        says += f" Differences are to {collection.baseline}, paired by seed; p is paid for all arms (Holm)."
+        says += f" Differences are to {collection.baseline}, paired by seed; p values Holm-corrected over arms."
     return Table("Arms", head, rows, says)
 
 
@@ -75,22 +77,24 @@ def _heads(metric: str, baseline: str | None) -> list[str]:
 def _measured(of: Measured, baseline: str | None) -> list[Cell]:
     if of.estimate is None:
         return [Cell("not measured")] + [Cell("")] * (baseline is not None)
-    value, _, behind = interval_text(of.estimate).partition(" ")
+    value, _, interval = interval_text(of.estimate).partition(" ")
     fewer = f"n = {count_text(of)}" if of.n != of.planned else ""
-    cells = [Cell(value, of.estimate.value, [line for line in (behind.strip("()"), fewer) if line])]
+    cells = [Cell(value, of.estimate.value, [line for line in (interval.strip("()"), fewer) if line])]
     if baseline is None:
         return cells
     if of.arm == baseline:
         return [*cells, Cell("baseline", 0.0)]
     if of.difference is None:
         return [*cells, Cell("")]
-    value, _, behind = difference_text(of).partition(" ")
+    value, _, interval = difference_text(of).partition(" ")
     p = f"p {p_text(of.p)}" if of.p is not None else ""
-    return [*cells, Cell(value, of.difference.value, [line for line in (behind.strip("()"), p) if line])]
+    return [*cells, Cell(value, of.difference.value, [line for line in (interval.strip("()"), p) if line])]
 
 
 def counts_table(collection: RunSet) -> Table | None:
-    """What became of each arm's rows of data; where seeds differ from the fewest to the most."""
+    """Return the table of each arm's data counts, with the range over seeds where they differ; None if no run has
+    counts.
+    """
     counts = {arm.name: _records(collection, arm.name, "data") for arm in collection.arms}
     names = list(dict.fromkeys(name for records in counts.values() for record in records for name in record))
     names = [n for n in names if any(record.get(n) for records in counts.values() for record in records)]
@@ -101,13 +105,11 @@ def counts_table(collection: RunSet) -> Table | None:
         for arm, records in counts.items()
         if records
     ]
-    return Table(
-        "Data", ["arm", *names], rows, "Rows and pairs of each run; where seeds differ, the fewest and the most."
-    )
+    return Table("Data", ["arm", *names], rows, "Rows and pairs of each run; minimum and maximum where seeds differ.")
 
 
 def noise_table(collection: RunSet) -> Table | None:
-    """Label noise as it was asked for and as it came out; None where no run was asked to tell."""
+    """Return the table of label noise, requested and applied; None if no run counted flipped labels."""
     rows = []
     for arm in collection.arms:
         runs = [run for run in _known(collection, arm.name) if NOISE in run.record.get("data", {})]
@@ -137,22 +139,30 @@ def noise_table(collection: RunSet) -> Table | None:
         )
     if not rows:
         return None
-    head = ["arm", "asked for", "flipped, all seeds", "share", "of pairs whose", "fit of clean", "fit of flipped"]
+    head = [
+        "arm",
+        "requested",
+        "flipped, all seeds",
+        "share",
+        "flipped, by kind of pair",
+        "accuracy, clean",
+        "accuracy, flipped",
+    ]
     says = (
-        "What label noise was asked for and what it did, counted on the training pairs; fit: share of pairs that the trained"
-        " policy puts as they are labelled."
+        "Label noise as requested and as applied to the training pairs; accuracy: share of training pairs that the trained"
+        " policy ranks as labelled."
     )
-    return Table("Noise audit", head, rows, says)
+    return Table("Label noise", head, rows, says)
 
 
 def _asked(noise: Mapping[str, Any]) -> str:
     if not noise.get("rate", 1.0):
         return "none"
-    return ", ".join(str(v) if k == "kind" else f"{k} {v}" for k, v in noise.items() if k != "seed") or "not told"
+    return ", ".join(str(v) if k == "kind" else f"{k} {v}" for k, v in noise.items() if k != "seed") or "unknown"
 
 
 def health_table(collection: RunSet) -> Table:
-    """What the runs' own diagnosis found, arm by arm."""
+    """Return the table of health findings by arm."""
     found: dict[tuple[str, str], list[tuple[RunData, Mapping[str, Any]]]] = {}
     for run in collection.runs:
         for finding in run.record.get("health") or ():
@@ -165,11 +175,11 @@ def health_table(collection: RunSet) -> Table:
         says = f"{first['says']} ({first['threshold']}; seed {run.seed})"
         rows.append([*words(arm, name), Cell(first["severity"], float(LEVELS.get(first["severity"], 2)), is_text=True), where,
                      *words(says, first["tries"])])  # fmt: skip
-    return Table("Health", ["arm", "finding", "severity", "runs", "says", "try"], rows)
+    return Table("Health", ["arm", "finding", "severity", "runs", "message", "suggestion"], rows)
 
 
 def absent_table(collection: RunSet, page_folder: Path) -> Table:
-    """Every cell that is not done, with its error and its log."""
+    """Return the table of runs that are not done, with error and log."""
     rows = [
         [
             *words(run.arm),
@@ -179,7 +189,7 @@ def absent_table(collection: RunSet, page_folder: Path) -> Table:
         for run in collection.runs
         if not run.is_done
     ]
-    return Table("Cells without a result", ["arm", "seed", "status", "error", "log"], rows)
+    return Table("Runs without a result", ["arm", "seed", "status", "error", "log"], rows)
 
 
 def _log(run: RunData, page_folder: Path) -> str:
@@ -189,14 +199,14 @@ def _log(run: RunData, page_folder: Path) -> str:
 
 
 def commands_table(collection: RunSet) -> Table:
-    """What makes each cell again."""
+    """Return the table of commands, one per run."""
     cells = {(cell["arm"], cell["seed"]): cell.get("overrides", ()) for cell in collection.record.get("cells", ())}
     rows = []
     for run in collection.runs:
         overrides = run.record.get("overrides") or cells.get((run.arm, run.seed), ())
         if overrides:
             rows.append([*words(run.arm), Cell(str(run.seed), float(run.seed)), *words(command_of(run, overrides))])
-    return Table("Each run by itself", ["arm", "seed", "command"], rows)
+    return Table("Commands of single runs", ["arm", "seed", "command"], rows)
 
 
 def command_of(run: RunData, overrides: Sequence[str]) -> str:
@@ -205,29 +215,31 @@ def command_of(run: RunData, overrides: Sequence[str]) -> str:
 
 
 def provenance_table(collection: RunSet) -> Table:
-    """Versions, commits, times and cost, each value with how many runs have it where they differ."""
+    """Return versions, commits, times and cost; where runs differ, each value with its number of runs."""
     known = [run for run in collection.runs if run.record]
     facts: list[tuple[str, list[str]]] = []
     for name in sorted({name for run in known for name in run.record.get("versions") or {}}):
-        facts.append((name, [str((run.record.get("versions") or {}).get(name, "not known")) for run in known]))
+        facts.append((name, [str((run.record.get("versions") or {}).get(name, "unknown")) for run in known]))
     if any("git" in run.record for run in known):
         facts.append(("commit", [_commit(run.record.get("git")) for run in known]))
-    rows = [[*words(name, _told(values))] for name, values in facts]
+    rows = [[*words(name, _distinct(values))] for name, values in facts]
     started = sorted(run.record["started"] for run in known if "started" in run.record)
     if started:
-        rows.append(words("runs begun", f"{started[0]} to {started[-1]}" if started[0] != started[-1] else started[0]))
+        rows.append(
+            words("runs started", f"{started[0]} to {started[-1]}" if started[0] != started[-1] else started[0])
+        )
     if seconds := collection.cpu_seconds():
-        rows.append(words("cost of the runs that are done", f"{seconds / 3600:.2f} CPU hours"))
-    return Table("Made with", ["", "what"], rows)
+        rows.append(words("cost of finished runs", f"{seconds / 3600:.2f} CPU hours"))
+    return Table("Provenance", ["", "value"], rows)
 
 
 def _commit(git: Mapping[str, Any] | None) -> str:
     if not git:
-        return "not known"
-    return f"{git['commit']}{', files changed since' if git.get('dirty') else ''}"
+        return "unknown"
+    return f"{git['commit']}{', with uncommitted changes' if git.get('dirty') else ''}"
 
 
-def _told(values: Sequence[str]) -> str:
+def _distinct(values: Sequence[str]) -> str:
     counts = Counter(values)
     if len(counts) == 1:
         return values[0]
@@ -255,5 +267,5 @@ def _mean_of(runs: Iterable[RunData], metric: str) -> float | None:
 
 
 def relative(path: Path, to: Path) -> str:
-    """The path from a folder, so that a page says the same wherever it was made."""
+    """Return a path relative to a folder, so that a page is the same wherever it was made."""
     return Path(os.path.relpath(path, to)).as_posix()

@@ -21,24 +21,26 @@ from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.spec import Prediction
 
 STYLES = {"supported": "bold green", "not supported": "bold red", "inconclusive": "bold yellow"}
-ARMS = ("arm", "n", "mean, 95 %", "less baseline, 95 %", "p")
+ARMS = ("arm", "n", "mean, 95 %", "difference to baseline, 95 %", "p, Holm")
 VERDICTS = ("prediction", "verdict", "effect, 95 %", "n", "p", "detectable")
 
 
 def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
-    """Print verdicts and arms. All text goes as Text, so that no markup in it is obeyed."""
-    _say(console, collection.title, "bold")
+    """Print verdicts and arms to the terminal; markup in texts is not interpreted."""
+    _print(console, collection.title, "bold")
     judged = verdicts.decide(collection) if collection.study else []
     if judged:
         word = verdicts.study_verdict(judged)
-        label = ", exploratory: runs are older than the prediction" if collection.is_exploratory else ""
-        _say(console, f"{word}{label}", STYLES.get(word, ""))
+        label = (
+            ", exploratory: some runs started before the prediction was registered" if collection.is_exploratory else ""
+        )
+        _print(console, f"{word}{label}", STYLES.get(word, ""))
         console.print(_table(VERDICTS, [_verdict(*each) for each in judged]))
         for prediction, verdict in judged:
             if verdict.note:
-                _say(console, f"  {prediction.says}: {verdict.note}", "yellow")
-    for text in collection.unlike:
-        _say(console, f"not measured alike, so not to be compared: {text}", "bold red")
+                _print(console, f"  {prediction.says}: {verdict.note}", "yellow")
+    for text in collection.incomparable_settings:
+        _print(console, f"measured with different settings, not comparable: {text}", "bold red")
     arms = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     _columns(arms, ARMS)
     for metric, measured in comparison.figures(collection, comparison.metrics_of(collection, metrics)).items():
@@ -48,33 +50,33 @@ def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
             arms.add_row(*(Text(strip_control(cell)) for cell in _arm(of, collection.baseline)))
     console.print(arms)
     if collection.baseline:
-        _say(console, f"baseline: {collection.baseline}; paired by seed, p paid for all arms (Holm)", "dim")
+        _print(console, f"baseline: {collection.baseline}; paired by seed, p values Holm-corrected over arms", "dim")
     for run in collection.runs:
         if not run.is_done:
-            _say(console, f"{run.title}: {run.status}{f', {run.error}' if run.error else ''}", "red")
+            _print(console, f"{run.title}: {run.status}{f', {run.error}' if run.error else ''}", "red")
 
 
 def markdown(collection: RunSet, metrics: Sequence[str]) -> str:
-    """The same as Markdown; no markup in any text is obeyed."""
+    """Return the same as Markdown, with markup in texts escaped."""
     lines = [f"## {_inline(collection.title)}", ""]
     if collection.study:
         judged = verdicts.decide(collection)
         label = ", *exploratory*" if collection.is_exploratory else ""
         lines += [f"**{verdicts.study_verdict(judged)}**{label}", ""]
-        lines += [*markdown_table(VERDICTS, [_told(_verdict(*each)) for each in judged]), ""]
-    lines += [f"**Not measured alike:** {_inline(text)}\n" for text in collection.unlike]
+        lines += [*markdown_table(VERDICTS, [_strip(_verdict(*each)) for each in judged]), ""]
+    lines += [f"**Measured with different settings:** {_inline(text)}\n" for text in collection.incomparable_settings]
     for metric, measured in comparison.figures(collection, comparison.metrics_of(collection, metrics)).items():
-        rows = [_told(_arm(of, collection.baseline)) for of in measured]
+        rows = [_strip(_arm(of, collection.baseline)) for of in measured]
         lines += [f"### {_inline(metric)}", "", *markdown_table(ARMS, rows), ""]
     absent = [(run.arm, str(run.seed), run.status, run.error or "") for run in collection.runs if not run.is_done]
     if absent:
-        rows = [_told(row) for row in absent]
-        lines += ["### Cells without a result", "", *markdown_table(("arm", "seed", "status", "error"), rows), ""]
+        rows = [_strip(row) for row in absent]
+        lines += ["### Runs without a result", "", *markdown_table(("arm", "seed", "status", "error"), rows), ""]
     return "\n".join(lines)
 
 
 def as_csv(collections: Sequence[RunSet], metrics: Sequence[str]) -> str:
-    """One row for each metric of each arm, figures as they were computed."""
+    """Return CSV with a row per metric and arm, numbers with every digit."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     ends = ("value", "low", "high")
@@ -82,18 +84,18 @@ def as_csv(collections: Sequence[RunSet], metrics: Sequence[str]) -> str:
     for collection in collections:
         for measured in comparison.figures(collection, comparison.metrics_of(collection, metrics)).values():
             for of in measured:
-                figures = [*_ends(of.estimate), *_ends(of.difference), "" if of.p is None else repr(of.p)]
+                figures = [*_bounds(of.estimate), *_bounds(of.difference), "" if of.p is None else repr(of.p)]
                 texts = map(_plain_cell, (collection.title, of.arm, of.metric))
                 writer.writerow([*texts, of.n, of.planned, *figures])
     return out.getvalue()
 
 
 def _plain_cell(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
+    """Return text that no spreadsheet reads as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def _ends(estimate: Estimate | None) -> list[str]:
+def _bounds(estimate: Estimate | None) -> list[str]:
     if estimate is None:
         return ["", "", ""]
     return [repr(float(v)) if v is not None else "" for v in (estimate.value, *(estimate.interval or (None, None)))]
@@ -115,11 +117,11 @@ def _arm(of: comparison.Measured, baseline: str | None) -> list[str]:
 
 
 def _verdict(prediction: Prediction, verdict: Verdict) -> list[str]:
-    told = comparison.with_error(verdict.effect, comparison.signed) if verdict.effect else ""
+    effect = comparison.with_error(verdict.effect, comparison.signed) if verdict.effect else ""
     says = prediction.says if prediction.primary else f"{prediction.says} (secondary)"
     p = verdict.p_holm if verdict.p_holm is not None else verdict.p
-    can_see = comparison.format_value(verdict.detectable) if verdict.detectable is not None else ""
-    return [says, verdict.word, told, str(len(verdict.seeds)), comparison.p_text(p), can_see]
+    detectable = comparison.format_value(verdict.detectable) if verdict.detectable is not None else ""
+    return [says, verdict.word, effect, str(len(verdict.seeds)), comparison.p_text(p), detectable]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -137,16 +139,16 @@ def _columns(table: Table, head: Sequence[str]) -> None:
         table.add_column(name, justify="left" if is_first else "right", overflow="fold", min_width=least)
 
 
-def _told(cells: Sequence[str]) -> list[str]:
+def _strip(cells: Sequence[str]) -> list[str]:
     return [strip_control(cell) for cell in cells]
 
 
 def _inline(text: str) -> str:
-    """Text of one line, in which no Markdown is obeyed."""
+    """Return text on one line with Markdown escaped."""
     from dpo_lab.reporting.model_card import cell
 
     return cell(strip_control(text)).replace("#", "&#35;") if text.startswith("#") else cell(strip_control(text))
 
 
-def _say(console: Console, line: str, style: str = "") -> None:
+def _print(console: Console, line: str, style: str = "") -> None:
     console.print(Text(strip_control(line), style), soft_wrap=True, highlight=False)

@@ -1,7 +1,7 @@
 """The shell of every HTML page: one offline file with a content security policy that prints well.
 
-A page's policy names its own style sheet and script by their hashes, so that nothing that slipped into it could be run: no
-other script, no handler, no style in an attribute.
+The content security policy lists the page's own style sheet and script by hash, so that injected content cannot run: no
+other script, no event handler, no style attribute.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from html import escape
 from pathlib import Path
 
-HEAD = 4096  # bytes in which a page says who made it
+HEAD = 4096  # bytes at the start of a page that name its maker
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --page: #fff; --line: #ccc; --dim: #666; --chosen: #00694d;
   --rejected: #a34700; --look: #fff4d6; --chip: #f3f3f3; }
@@ -31,7 +31,7 @@ th:first-child, td:first-child { text-align: left; font-weight: normal; }
 
 
 def document(title: str, made_by: str, body: str, style: str = "", script: str = "") -> str:
-    """A whole page around `body`, HTML in which all text is escaped already. title: plain text; style: behind STYLE."""
+    """Return a complete page. body: HTML with its text escaped already; title: plain text; style: appended to STYLE."""
     sheet = STYLE + style
     allowed = f"'{_hash(script)}'" if script else "'none'"
     policy = (
@@ -54,13 +54,13 @@ def document(title: str, made_by: str, body: str, style: str = "", script: str =
 
 
 def may_be_written(file: Path, made_by: str) -> bool:
-    """Whether nothing lies there yet, or only an earlier page (or picture) of the same maker. Raises OSError."""
+    """Return whether the file does not exist, or is an earlier page (or image) of the same maker. Raises OSError."""
     if not file.exists():
         return True
-    with file.open("rb") as there:
-        return made_by.encode() in there.read(HEAD)
+    with file.open("rb") as opened:
+        return made_by.encode() in opened.read(HEAD)
 
 
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy names an inline style sheet or script."""
+    """Return the hash that a Content-Security-Policy uses for an inline style sheet or script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

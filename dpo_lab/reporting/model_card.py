@@ -15,23 +15,24 @@ from dpo_lab.stats.estimates import Estimate
 
 @dataclass(frozen=True)
 class Work:
-    """How a card names what a run did: its door, the hub's tag, how it trained, from what, in which units."""
+    """How a card describes a kind of run: its command, the hub's tag, the method, the source of the data, and its unit."""
 
-    door: str
+    command: str
     tag: str
-    how: str
+    method: str
     source: str
     unit: str
 
 
 BY_PAIRS = Work("train", "dpo", "preference optimization", "preference pairs", "pairs")
 BY_RESPONSES = Work("sft", "sft", "supervised fine-tuning", "the chosen responses of preference pairs", "responses")
-BY_TEXTS = replace(BY_RESPONSES, source="whole texts", unit="texts")
+BY_TEXTS = replace(BY_RESPONSES, source="plain texts", unit="texts")
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that the Hugging Face hub reads. record: of a run that has its metrics; one without a
-    `loss` among its settings was supervised fine-tuning.
+    """Return the card as Markdown, with the front matter that the Hugging Face hub reads.
+
+    record: of a run with metrics; one without a `loss` in its config was supervised fine-tuning.
     """
     config, versions = record["config"], record["versions"]
     policy, data = config["policy"], config["data"]
@@ -44,7 +45,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     work = _work(config)
     paths = [str(each["path"]) for each in data.get("sources", {}).values()]
     facts = {
-        "data": data["path"] or ", ".join(paths) or f"the {data['world']['kind']} world",
+        "data": data["path"] or ", ".join(paths) or f"task {data['world']['kind']}",
         "pairs": ", ".join(f"{what} {count:,}" for what, count in record["data"].items() if count),
         "loss": _settings(config.get("loss")),
         "reference": _settings(config.get("reference")),
@@ -63,34 +64,34 @@ def model_card(record: Mapping[str, Any]) -> str:
             "---",
             f"# {cell(str(config['name']))}",
             "",
-            f"Trained by {work.how} with DPO Lab {versions['dpo_lab']} (torch {versions['torch']}, transformers"
-            f" {versions['transformers']}), from {work.source}. Its figures are those of one run with one seed.",
+            f"Trained by {work.method} with DPO Lab {versions['dpo_lab']} (torch {versions['torch']}, transformers"
+            f" {versions['transformers']}), on {work.source}. The numbers are from one run with one seed.",
             "",
             *markdown_table(("", ""), ((what, str(fact)) for what, fact in facts.items() if fact is not None)),
             "",
-            "## Measured on held-out pairs and prompts",
+            "## Evaluation on held-out pairs and prompts",
             "",
             *markdown_table(COLUMNS, metric_rows(metrics)),
             "",
-            "## Made by",
+            "## Command",
             "",
             "    "
             + " ".join(
-                f"python -m dpo_lab.{work.door} {shlex.join(record['overrides'])}".split()
-            ),  # one line, come what may
+                f"python -m dpo_lab.{work.command} {shlex.join(record['overrides'])}".split()
+            ),  # always one line
             "",
         ]
     )
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; cells are text, whatever they hold."""
+    """Return the lines of a Markdown table; markup in cells is escaped."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(cell(text) for text in line) + " |" for line in lines]
 
 
 def cell(text: str) -> str:
-    """Text for a Markdown table cell: no markup in it is obeyed."""
+    """Return text escaped for a Markdown table cell."""
     escaped = html.escape(text)
     for mark in "|[]`*_":
         escaped = escaped.replace(mark, f"&#{ord(mark)};")
@@ -105,7 +106,7 @@ def _work(config: Mapping[str, Any]) -> Work:
 
 
 def _settings(node: Mapping[str, Any] | None) -> str | None:
-    """`dpo, beta 0.1`"""
+    """Return settings as text, `dpo, beta 0.1`."""
     if node is None:
         return None
     return ", ".join(str(value) if key == "kind" else f"{key} {value}" for key, value in node.items())

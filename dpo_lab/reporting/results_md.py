@@ -13,75 +13,79 @@ from dpo_lab.stats import paired_tests
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies import archive, frontier, verdicts
 from dpo_lab.studies.run_data import NotMeasured, RunSet
-from dpo_lab.studies.spec import Prediction, StudyError
+from dpo_lab.studies.spec import Direction, Prediction, StudyError
 
 EXPLORATORY = "exploratory"
 HEAD = """# Results
 
-Every number here is derived from the kept records of runs, `ablations/records/*.json`, by `python -m dpo_lab.report
---results ablations/RESULTS.md`; with `--check` the same command says where this file differs from them. Negatives stay.
+Every number here is computed from the archived records of runs, `ablations/records/*.json`, by `python -m
+dpo_lab.report --results ablations/RESULTS.md`; with `--check` the same command shows where this file differs from the
+records. Negative results are included.
 
-n counts seeds: an effect is computed in each seed, between runs that share data, order and prompts, and its 95 % interval is
-Student's t over seeds (of what occurs or does not, Clopper and Pearson's). p is two-sided, by Holm over the study's primary
-predictions (of a secondary one over all). *Supported*: on the predicted side, p below .05, at least as large as would matter.
-*Not supported*: the interval excludes every effect that would matter. *Inconclusive*: neither; `detectable` is the effect
-that as many seeds find four times of five. *Exploratory*: runs were begun before the prediction was registered.
+n is the number of seeds. An effect is computed for each seed, between runs that share data, order and prompts; its 95 %
+interval is Student's t over seeds (Clopper-Pearson for yes/no metrics). p is two-sided and Holm-corrected over the
+study's primary predictions (for a secondary prediction, over all). *Supported*: the effect has the predicted sign, p is
+below .05, and the effect is at least the smallest relevant one. *Not supported*: the interval excludes every relevant
+effect. *Inconclusive*: neither; `detectable` is the effect that this number of seeds detects at power 0.8.
+*Exploratory*: some runs started before the prediction was registered.
 """
 ARMS = (
-    "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, `*` where its p is below"
-    " .05 by Holm over the arms."
+    "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, with `*` if its p,"
+    " Holm-corrected over arms, is below .05."
 )
 AREA = (
-    "Area under the frontier of gain against KL, 0 to {kl_max:g} nats, as a share of the optimum's: the initial policy's own"
-    " candidates, exponentially tilted. {line}"
+    "Area under the frontier of gain against KL, from 0 to {kl_max:g} nats, as a share of the optimum's area. The optimum is"
+    " estimated by exponentially tilting samples of the initial policy. {line}"
 )
 
 
 def write_results(records: Path, path: Path) -> None:
-    """Write the results of all records in a folder. Raises StudyError where one can't be read, or there is none."""
+    """Write the results of all records in a folder. Raises StudyError if one can't be read, or there is none."""
     write_atomic(path, results(_read(records)))
 
 
 def check_results(records: Path, path: Path) -> list[str]:
-    """Where a written file differs from its records: a line each, `-` what it says, `+` what the records give; none if nowhere.
+    """Return the lines in which a results file differs from its records: `-` in the file, `+` from the records.
 
-    Raises StudyError where the file is not there, or a record can't be read.
+    Raises StudyError if the file does not exist, or a record can't be read.
     """
     if not path.is_file():
         raise StudyError(f"{path}: no such file; type the same command without --check to write it")
-    says, gives = path.read_text(encoding="utf-8").splitlines(), results(_read(records)).splitlines()
+    written, expected = path.read_text(encoding="utf-8").splitlines(), results(_read(records)).splitlines()
     found = []
-    for tag, a, b, c, d in difflib.SequenceMatcher(None, says, gives, autojunk=False).get_opcodes():
+    for tag, a, b, c, d in difflib.SequenceMatcher(None, written, expected, autojunk=False).get_opcodes():
         if tag != "equal":
-            found += [f"{path}:{number + 1}: - {says[number]}" for number in range(a, b)]
-            found += [f"{path}:{a + 1}: + {gives[number]}" for number in range(c, d)]
+            found += [f"{path}:{number + 1}: - {written[number]}" for number in range(a, b)]
+            found += [f"{path}:{a + 1}: + {expected[number]}" for number in range(c, d)]
     return found
 
 
 def results(studies: Sequence[RunSet]) -> str:
-    """The whole file. Same records, same bytes."""
+    """Return the text of the results file; the same records give the same bytes."""
     judged = [(study, verdicts.decide(study)) for study in studies]
-    rows, taken = [], {}
+    rows, seconds = [], {}
     for study, found in judged:
         done = (run for run in study.runs if run.is_done and run.record.get("seconds"))
-        taken |= {run.folder: run.value("seconds") for run in done}
+        seconds |= {run.folder: run.value("seconds") for run in done}
         rows.append(
             (_title(study), _word(study, found), date(study), str(len(study.seeds)), _hours(study.cpu_seconds()))
         )
-    total = f"All studies took {_hours(math.fsum(taken.values()))} of CPU; a run that several share is counted once."
+    total = (
+        f"All studies took {_hours(math.fsum(seconds.values()))} of CPU time; a run shared by several is counted once."
+    )
     index = _table(("study", "verdict", "date", "seeds", "CPU"), rows)
     sections = [line for study, found in judged for line in ["", *_section(study, found)]]
     return "\n".join([HEAD, *index, "", total, *sections]) + "\n"
 
 
 def date(study: RunSet) -> str:
-    """The day on which its last run was begun."""
+    """Return the day on which a study's last run started."""
     days = [str(run.record.get("started") or "")[:10] for run in study.runs]
     return max(days, default="") or "not run"
 
 
 def format_number(value: float) -> str:
-    """A number as a reader likes it: three digits that count."""
+    """Return a number as text with three significant digits."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     text = f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.1g}"
@@ -89,14 +93,14 @@ def format_number(value: float) -> str:
 
 
 def interval(estimate: Estimate | None) -> str:
-    """`0.1 .. 0.3`; nothing where none is known."""
+    """Return an interval as text, `0.1 .. 0.3`; empty if there is none."""
     if estimate is None or estimate.interval is None:
         return ""
     return f"{format_number(estimate.interval[0])} .. {format_number(estimate.interval[1])}"
 
 
 def format_p(p: float | None) -> str:
-    """A p-value: `.021`, `< .001`; nothing where there was no test."""
+    """Return a p value as text, `.021` or `< .001`; empty if there was no test."""
     if p is None:
         return ""
     return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
@@ -105,12 +109,12 @@ def format_p(p: float | None) -> str:
 def _read(records: Path) -> list[RunSet]:
     found = [archive.read(path) for path in sorted(records.glob("*.json"), key=lambda path: path.stem)]
     if not found:
-        raise StudyError(f"{records}: holds no kept record; keep a study's first, with --keep {records}")
+        raise StudyError(f"{records}: holds no archived record; archive a study first, with --keep {records}")
     return found
 
 
 def _title(study: RunSet) -> str:
-    """With its budget, if that is not the full one."""
+    """Return a study's title, with its budget if that is not `full`."""
     budget = study.record.get("budget")
     return study.title if budget in ("full", None) else f"{study.title} (budget {budget})"
 
@@ -121,18 +125,18 @@ def _section(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests
     commits = sorted({_commit(run.record["git"]) for run in collection.runs if run.record.get("git")})
     facts = [
         f"{date(collection)}, budget {record.get('budget') or 'full'}, {len(collection.seeds)} seeds",
-        f"{_hours(collection.cpu_seconds())} of CPU",
+        f"{_hours(collection.cpu_seconds())} of CPU time",
         *([f"commit {', '.join(commits)}"] if commits else []),
     ]
     parts = [
-        f"## {_plain(_title(collection))}",
+        f"## {_escape(_title(collection))}",
         "",
         *([f"    {record['command']}", ""] if record.get("command") else []),
         f"{'; '.join(facts)}.",
         "",
-        f"*Question:* {_plain(study.question)}",
+        f"*Question:* {_escape(study.question)}",
         "",
-        f"*Claim:* {_plain(study.claim)} ({_plain(study.source)})",
+        f"*Claim:* {_escape(study.claim)} ({_escape(study.source)})",
         "",
         f"**{_word(collection, judged)}**",
         "",
@@ -140,7 +144,7 @@ def _section(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests
         "",
         *_arms(collection),
         *_areas(collection),
-        *(["", *left] if (left := [*_unread(collection, judged), *_unfinished(collection)]) else []),
+        *(["", *left] if (left := [*_not_computed(collection, judged), *_unfinished(collection)]) else []),
     ]
     return [*parts, *(["", *study.found.strip().splitlines()] if study.found.strip() else [])]
 
@@ -149,25 +153,17 @@ def _word(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.Ve
     word = verdicts.study_verdict(judged)
     if not collection.is_exploratory:
         return word
-    early = sum(run.is_done and not run.is_own for run in collection.runs)
-    return f"{word}, {EXPLORATORY} ({early} of {len(collection.runs)} runs begun before it was registered)"
+    early = sum(run.is_done and not run.is_confirmatory for run in collection.runs)
+    return f"{word}, {EXPLORATORY} ({early} of {len(collection.runs)} runs started before it was registered)"
 
 
 def _predictions(judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> list[str]:
-    head = (
-        "predicted",
-        "measured",
-        "effect",
-        "95 % interval",
-        "n",
-        "smallest that matters",
-        "p",
-        "detectable",
-        "verdict",
-    )
+    head = "prediction|measured|effect|95 % interval|n|predicted effect|p|detectable|verdict".split("|")
     rows = []
     for prediction, verdict in judged:
-        least = f" {format_number(prediction.at_least)}" if prediction.at_least else ""
+        least = f", at least {format_number(prediction.at_least)}" if prediction.at_least else ""
+        if prediction.direction is Direction.same:
+            least = f", within {format_number(prediction.at_least)}"
         rows.append(
             (
                 prediction.says + ("" if prediction.primary else " (secondary)"),
@@ -184,8 +180,8 @@ def _predictions(judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> l
     return _table(head, rows)
 
 
-def _unread(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> list[str]:
-    """Why a prediction has no effect in a seed whose runs are all done."""
+def _not_computed(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> list[str]:
+    """Return lines on why a prediction has no effect in seeds whose runs are all done."""
     found: dict[tuple[str, str], list[int]] = defaultdict(list)
     for prediction, verdict in judged:
         arms = verdicts.arms_of(prediction, collection)
@@ -193,7 +189,7 @@ def _unread(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.
             if all(run.is_done for run in collection.runs if run.seed == seed and run.arm in arms):
                 found[prediction.says, why].append(seed)
     return [
-        f"- {_plain(says)}: not to be computed in {_seeds(seeds)}: {_plain(why)}"
+        f"- {_escape(says)}: can't be computed for {_seeds(seeds)}: {_escape(why)}"
         for (says, why), seeds in found.items()
     ]
 
@@ -201,32 +197,32 @@ def _unread(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.
 def _arms(collection: RunSet) -> list[str]:
     assert collection.study is not None
     metrics = collection.study.metrics
-    told = {metric: verdicts.versus_baseline(collection, metric) for metric in metrics}
+    by_metric = {metric: verdicts.versus_baseline(collection, metric) for metric in metrics}
     rows = []
     for arm in collection.arms:
         done = sum(run.arm == arm.name and run.is_done for run in collection.runs)
-        rows.append((arm.name, str(done), *(_cell(told[metric].get(arm.name)) for metric in metrics)))
+        rows.append((arm.name, str(done), *(_cell(by_metric[metric].get(arm.name)) for metric in metrics)))
     return [ARMS.format(baseline=collection.baseline), "", *_table(("arm", "n", *metrics), rows)]
 
 
-def _cell(told: tuple[Estimate, Estimate | None, float | None] | None) -> str:
-    if told is None:
+def _cell(measured: tuple[Estimate, Estimate | None, float | None] | None) -> str:
+    if measured is None:
         return ""
-    value, apart, p = told
+    value, difference, p = measured
     lines = [_with_interval(value)]
-    if apart is not None:
+    if difference is not None:
         star = "*" if p is not None and p < paired_tests.ALPHA else ""
-        lines.append(("+" if apart.value > 0 else "") + _with_interval(apart) + star)
+        lines.append(("+" if difference.value > 0 else "") + _with_interval(difference) + star)
     return "\n".join(lines)
 
 
 def _with_interval(estimate: Estimate) -> str:
-    told = interval(estimate)
-    return format_number(estimate.value) + (f" ({told})" if told else "")
+    text = interval(estimate)
+    return format_number(estimate.value) + (f" ({text})" if text else "")
 
 
 def _areas(collection: RunSet) -> list[str]:
-    """Of every group of arms its share of the optimum's area; nothing where no candidates were sampled."""
+    """Return the table of each group's share of the optimum's area; empty if no candidates were sampled."""
     lines = {seed: points for seed in collection.seeds if (points := frontier.optimum(collection, seed))}
     groups = sorted({arm.group for arm in collection.arms if arm.group})
     if not lines or not groups:
@@ -245,16 +241,16 @@ def _areas(collection: RunSet) -> list[str]:
 
 
 def _line(lines: Mapping[int, Sequence[frontier.Point]]) -> str:
-    """Where the optimum's line runs, and up to where it can be trusted."""
-    told = []
+    """Return a sentence on the gain of the optimum at some KLs, and where too few samples support it."""
+    parts = []
     for kl in (0.5, 1.0, frontier.KL_MAX):
         gain = paired_tests.paired([_at(points, kl, "gain") for points in lines.values()]).value
         ess = paired_tests.paired([_at(points, kl, "ess") for points in lines.values()]).value
-        mark = "" if ess >= frontier.TRUSTED else ", too few to be sure"
-        told.append(
-            f"{format_number(gain)} sd at {kl:g} nats ({format_number(ess)} effective candidates a prompt{mark})"
+        mark = "" if ess >= frontier.TRUSTED else ", too few to be reliable"
+        parts.append(
+            f"{format_number(gain)} sd at {kl:g} nats ({format_number(ess)} effective samples per prompt{mark})"
         )
-    return f"It gains {', '.join(told)}."
+    return f"It gains {', '.join(parts)}."
 
 
 def _at(points: Sequence[frontier.Point], kl: float, name: str) -> float:
@@ -264,13 +260,13 @@ def _at(points: Sequence[frontier.Point], kl: float, name: str) -> float:
 
 
 def _unfinished(collection: RunSet) -> list[str]:
-    """Cells that are not done, those of one arm that ended alike in one line."""
+    """Return lines on runs that are not done, one for the runs of an arm that ended in the same way."""
     found: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for run in collection.runs:
         if not run.is_done:
             found[run.arm, run.status, run.error or ""].append(run.seed)
     return [
-        f"- {_plain(arm)}, {_seeds(seeds)}: {status}{f': {_plain(error)}' if error else ''}"
+        f"- {_escape(arm)}, {_seeds(seeds)}: {status}{f': {_escape(error)}' if error else ''}"
         for (arm, status, error), seeds in found.items()
     ]
 
@@ -289,11 +285,11 @@ def _hours(seconds: float) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(_plain(text) for text in line) + " |" for line in lines]
+    return ["| " + " | ".join(_escape(text) for text in line) + " |" for line in lines]
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown takes for text; a new line in a cell becomes a break."""
+def _escape(text: str) -> str:
+    """Return text with Markdown escaped; a line break becomes `<br>`."""
     for mark in ("&", "<", "|", "*", "`", "["):
         text = text.replace(mark, {"&": "&amp;", "<": "&lt;"}.get(mark, f"\\{mark}"))
     return "<br>".join(" ".join(line.split()) for line in text.strip().splitlines())

@@ -18,7 +18,7 @@ START = b'{"kind": "prompt"'
 
 @dataclass(frozen=True)
 class Response:
-    """By whom, what, and what it is worth."""
+    """A response: who wrote it, its text, and its score as text."""
 
     by: str
     text: str
@@ -27,12 +27,14 @@ class Response:
 
 @dataclass(frozen=True)
 class Prompt:
+    """A prompt with the responses of the arms."""
+
     text: str
     responses: Sequence[Response]
 
 
 def side_by_side(collection: RunSet) -> tuple[int, list[Prompt]] | None:
-    """The seed that most arms have samples of, and its first prompts; None where no run kept any."""
+    """Return the seed for which most arms have samples, and its first prompts; None if no run has samples."""
     counts = {seed: sum(_has_samples(run) for run in collection.runs if run.seed == seed) for seed in collection.seeds}
     seed = max(counts, key=counts.__getitem__, default=None)
     if seed is None or not counts[seed]:
@@ -42,18 +44,18 @@ def side_by_side(collection: RunSet) -> tuple[int, list[Prompt]] | None:
         run = collection.run(arm.name, seed)
         if run is None or not _has_samples(run):
             continue
-        worth = _worth(run)
-        told: set[str] = set()
+        scores = _scores(run)
+        seen: set[str] = set()
         for sample in run.record["samples"]:
             prompt = str(sample["prompt"])
-            if prompt in told or (prompt not in by_prompt and len(by_prompt) == PROMPTS):
+            if prompt in seen or (prompt not in by_prompt and len(by_prompt) == PROMPTS):
                 continue
-            told.add(prompt)
-            initial = Response("initial policy", str(sample["initial"]), worth.get((prompt, "initial"), ""))
+            seen.add(prompt)
+            initial = Response("initial policy", str(sample["initial"]), scores.get((prompt, "initial"), ""))
             responses = by_prompt.setdefault(prompt, [])
             if initial.text not in [r.text for r in responses if r.by == initial.by]:
                 responses.append(initial)
-            responses.append(Response(arm.name, str(sample["trained"]), worth.get((prompt, "trained"), "")))
+            responses.append(Response(arm.name, str(sample["trained"]), scores.get((prompt, "trained"), "")))
     return seed, [Prompt(text, responses) for text, responses in by_prompt.items()]
 
 
@@ -61,8 +63,8 @@ def _has_samples(run: RunData) -> bool:
     return run.is_done and bool(run.record.get("samples"))
 
 
-def _worth(run: RunData) -> dict[tuple[str, str], str]:
-    """Gold or judge's score of the run's samples, as far as its examples tell: (prompt, initial or trained) -> figure."""
+def _scores(run: RunData) -> dict[tuple[str, str], str]:
+    """Return gold reward or judge score of a run's samples from its examples: (prompt, initial or trained) -> text."""
     path = Path(run.folder) / EXAMPLES
     wanted = {str(s["prompt"]): (str(s["initial"]), str(s["trained"])) for s in run.record["samples"]}
     found: dict[tuple[str, str], str] = {}
@@ -75,12 +77,12 @@ def _worth(run: RunData) -> dict[tuple[str, str], str]:
                 texts = wanted.get(row.get("prompt"))
                 if texts == (row.get("initial_response"), row.get("response")):
                     for who, prefix in (("initial", "initial_"), ("trained", "")):
-                        if told := _figure(row, prefix):
-                            found.setdefault((row["prompt"], who), told)
+                        if score := _score(row, prefix):
+                            found.setdefault((row["prompt"], who), score)
     return found
 
 
-def _figure(row: Mapping[str, Any], prefix: str) -> str:
+def _score(row: Mapping[str, Any], prefix: str) -> str:
     for name in ("gold", "judge"):
         value = row.get(f"{prefix}{name}")
         if value is not None:

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BINS = 15  # unless told otherwise
+BINS = 15  # default
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """The bins of equal width that hold something: lower edge, mean probability, share of labels that came true, share of all.
-
-    Every column [B].
+    """The non-empty bins of equal width, each attribute [B]: lower edge, mean probability, share of predictions that
+    came true, and share of all predictions.
     """
 
     edge: np.ndarray
@@ -23,20 +22,23 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """The expected calibration error: the mean gap between probability and frequency, weighted by the bins' shares."""
+        """Return the expected calibration error: mean |frequency - probability|, weighted by the bins' shares."""
         return float(np.sum(np.abs(self.frequency - self.probability) * self.share))
 
 
 def reliability(label: np.ndarray, bins: int) -> Reliability:
-    """Bin the probabilities that were given to the labels of N pairs [N], each pair seen from both sides.
+    """Return the reliability curve of the probabilities `label` [N] given to the labels of N pairs.
 
-    A pair gives two predictions: `label` that the labelled side is preferred, which is true, and 1 - `label` that the other
-    one is, which is false. Else every prediction would come true, and always saying 1 would be perfectly calibrated.
+    A pair gives two predictions: probability `label` for the labelled response, which comes true, and 1 - `label` for
+    the other one, which does not. Otherwise every prediction would come true, and always predicting 1 would be
+    perfectly calibrated.
     """
-    said, came_true = np.concatenate((label, 1 - label)), np.repeat((1.0, 0.0), len(label))
+    predicted, came_true = np.concatenate((label, 1 - label)), np.repeat((1.0, 0.0), len(label))
     edges = np.linspace(0, 1, bins + 1)
-    bin_of = np.clip(np.searchsorted(edges, said, side="right") - 1, 0, bins - 1)
+    bin_of = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, bins - 1)
     count = np.bincount(bin_of, minlength=bins)
-    there = count > 0
-    probability, frequency = (np.bincount(bin_of, weights, bins)[there] / count[there] for weights in (said, came_true))
-    return Reliability(edges[:-1][there], probability, frequency, count[there] / count.sum())
+    filled = count > 0
+    probability, frequency = (
+        np.bincount(bin_of, weights, bins)[filled] / count[filled] for weights in (predicted, came_true)
+    )
+    return Reliability(edges[:-1][filled], probability, frequency, count[filled] / count.sum())

@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure over n examples; se is its standard error, interval its 95 % confidence interval, None where not known."""
+    """A value over n examples, with standard error se and 95 % confidence interval; None where unknown."""
 
     value: float
     se: float | None = None
@@ -22,10 +22,10 @@ class Estimate:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
-            raise ValueError(f"a metric came out as {self.value}: something before it is broken")
+            raise ValueError(f"a metric is {self.value}, not a finite number; its inputs are broken")
 
     def as_record(self) -> dict[str, Any]:
-        """For a run's record; `from_record` is the way back."""
+        """Return the estimate as it is stored in a run's record; `from_record` reads it back."""
         return {**asdict(self), "interval": list(self.interval) if self.interval else None}
 
     @classmethod
@@ -34,10 +34,12 @@ class Estimate:
 
 
 def mean(values: Iterable[float]) -> Estimate:
-    """Mean of independent examples, its standard error and Student's t interval; neither for one example or no spread."""
+    """Return the mean of independent examples with standard error and Student's t interval; no interval for one example
+    or zero variance. Raises ValueError for no examples.
+    """
     values = [float(v) for v in values]
     if not values:
-        raise ValueError("a mean over no examples")
+        raise ValueError("the mean of no examples is undefined")
     average = math.fsum(values) / len(values)
     spread = math.fsum((v - average) ** 2 for v in values)
     se = math.sqrt(spread / (len(values) - 1) / len(values)) if len(values) > 1 and spread > 0 else None
@@ -46,49 +48,52 @@ def mean(values: Iterable[float]) -> Estimate:
 
 
 def ratio(totals: Sequence[float] | np.ndarray, counts: Sequence[float]) -> Estimate:
-    """All totals / all counts over independent examples, such as nats a token from nats and tokens of each text.
+    """Return sum of totals / sum of counts over independent examples, such as nats per token from nats and tokens of
+    each text.
 
-    The standard error is the linearised one (Cochran 1977, "Sampling techniques", section 6.4).
+    The standard error is linearised (Cochran 1977, "Sampling techniques", section 6.4).
     """
     n, count = len(totals), math.fsum(counts)
     value = math.fsum(totals) / count
-    left = math.fsum((total - value * part) ** 2 for total, part in zip(totals, counts, strict=True))
-    if n < 2 or left == 0:
+    residual = math.fsum((total - value * part) ** 2 for total, part in zip(totals, counts, strict=True))
+    if n < 2 or residual == 0:
         return Estimate(value, n=n)
-    se = math.sqrt(left * n / (n - 1)) / count
+    se = math.sqrt(residual * n / (n - 1)) / count
     half = _t(n - 1) * se
     return Estimate(value, se, n, (value - half, value + half))
 
 
 def exp_of_ratio(totals: Sequence[float], counts: Sequence[float]) -> Estimate:
-    """exp of a ratio, such as perplexity; the ratio's interval is exponentiated."""
-    of = ratio(totals, counts)
-    value = math.exp(of.value)
-    interval = (math.exp(of.interval[0]), math.exp(of.interval[1])) if of.interval else None
-    return Estimate(value, value * of.se if of.se else None, of.n, interval)
+    """Return exp of a ratio, such as perplexity, with the ratio's interval exponentiated."""
+    log = ratio(totals, counts)
+    value = math.exp(log.value)
+    interval = (math.exp(log.interval[0]), math.exp(log.interval[1])) if log.interval else None
+    return Estimate(value, value * log.se if log.se else None, log.n, interval)
 
 
 def share(values: Iterable[float]) -> Estimate:
-    """Mean of examples that lie in [0, 1] (yes, no, or half for a tie), with Wilson's interval, which stays in there too.
+    """Return the mean of examples in [0, 1] (0, 1, or 0.5 for a tie), with Wilson's interval, which stays within [0,
+    1].
 
-    Ties spread less than yes and no: the interval is that of as many yes and no as would have the same standard error.
+    Ties vary less than 0 and 1: the interval uses the number of 0/1 examples that would have the same standard error.
+    Raises ValueError if the mean is not in [0, 1].
     """
     values = [float(v) for v in values]
     estimate = mean(values)
     p, n = estimate.value, len(values)
     if not 0 <= p <= 1:
-        raise ValueError(f"a share of {p}: not between 0 and 1")
+        raise ValueError(f"a share of {p} is not between 0 and 1")
     spread = math.fsum((v - p) ** 2 for v in values)
     effective = n * n * p * (1 - p) / spread if spread > 0 and any(0 < v < 1 for v in values) else n
     return replace(estimate, interval=wilson(p, effective))
 
 
 def share_at_zero(values: np.ndarray, at: np.ndarray) -> Estimate | None:
-    """The share that a logistic regression of values [N] in [0, 1] on `at` [N] puts where `at` is 0.
+    """Return the share at `at` = 0 predicted by a logistic regression of values [N] in [0, 1] on `at` [N].
 
-    Standard error by the sandwich (White 1982), which ties and a wrong curve leave valid; the interval is symmetric on the
-    logit scale. None where the data do not determine it: no spread in `at`, fewer than ten examples, or values that `at`
-    separates (Albert and Anderson 1984).
+    The sandwich standard error (White 1982) is valid with ties and a misspecified curve; the interval is symmetric on
+    the logit scale. None if the data do not determine it: no variance in `at`, fewer than ten examples, or values that
+    `at` separates (Albert and Anderson 1984).
     """
     n, scale = len(values), float(np.std(at))
     if n < 10 or scale == 0 or np.ptp(values) == 0:
@@ -118,8 +123,10 @@ def share_at_zero(values: np.ndarray, at: np.ndarray) -> Estimate | None:
 
 
 def rank_correlation(left: Sequence[float], right: Sequence[float]) -> Estimate | None:
-    """Spearman's, ties sharing their mean rank; None where one side is all alike. Interval: Fisher's z with the variance
-    (1 + r^2 / 2) / (n - 3) of Bonett and Wright 2000, "Sample size requirements for estimating correlations".
+    """Return Spearman's rank correlation, ties at their mean rank; None if all values of one side are equal.
+
+    Interval: Fisher's z with the variance (1 + r^2 / 2) / (n - 3) of Bonett and Wright 2000, "Sample size requirements
+    for estimating correlations".
     """
     from scipy import stats
 
@@ -127,7 +134,7 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> Estimate 
     if len(set(left)) < 2 or len(set(right)) < 2:
         return None
     r = float(np.corrcoef(stats.rankdata(left), stats.rankdata(right))[0, 1])
-    if abs(r) > 1 - 1e-12:  # a perfect order, but for rounding
+    if abs(r) > 1 - 1e-12:  # a perfect order, up to rounding
         return Estimate(math.copysign(1.0, r), n=n)
     if n < 4:
         return Estimate(r, n=n)
@@ -136,21 +143,24 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> Estimate 
 
 
 def share_in_groups(values: np.ndarray, groups: np.ndarray) -> Estimate:
-    """The same of examples of which those of one group are alike, pairs of one prompt say; groups [N]: numbers from 0.
+    """Return the share over examples [N] that are correlated within groups, such as pairs of one prompt; groups [N]:
+    from 0.
 
-    Wilson's interval at the effective number of examples: p (1 - p) by the variance of the mean over groups (linearised as
-    in `exp_of_ratio`), at most all of them. Where no spread tells that variance it is the number of groups.
+    Wilson's interval uses the effective number of examples: p (1 - p) divided by the variance of the mean over groups
+    (linearised as in `ratio`), at most N. If that variance is 0 it is the number of groups.
     """
     n, p = len(values), float(np.mean(values))
-    left = np.bincount(groups, values - p)
-    count = len(left)
-    variance = float(left @ left) * count / (count - 1) / n**2 if count > 1 else 0.0
+    residual = np.bincount(groups, values - p)
+    count = len(residual)
+    variance = float(residual @ residual) * count / (count - 1) / n**2 if count > 1 else 0.0
     effective = min(n, p * (1 - p) / variance) if variance > 1e-18 else count
     return Estimate(p, math.sqrt(variance) if variance > 1e-18 else None, n, wilson(p, effective))
 
 
 def wilson(p: float, n: float) -> tuple[float, float]:
-    """Wilson 1927, "Probable inference, the law of succession, and statistical inference"."""
+    """Return the 95 % interval of a share p of n examples (Wilson 1927, "Probable inference, the law of succession, and
+    statistical inference").
+    """
     z = statistics.NormalDist().inv_cdf(0.975)
     centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
@@ -158,8 +168,8 @@ def wilson(p: float, n: float) -> tuple[float, float]:
 
 
 def _t(freedom: int) -> float:
-    """Student's t at 97.5 %."""
-    from scipy import stats  # here, where a number is wanted: a config is checked without it
+    """Return the 97.5 % quantile of Student's t."""
+    from scipy import stats  # imported here, so that checking a config does not load scipy
 
     return float(stats.t.ppf(0.975, freedom))
 

@@ -13,15 +13,16 @@ from dpo_lab.stats.estimates import Estimate, mean
 
 ALPHA = 0.05
 POWER = 0.8
-CLUSTERS = 50  # fewest that a bootstrap is trusted with
+CLUSTERS = 50  # fewest clusters for a bootstrap
 SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE = "supported", "not supported", "inconclusive"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say of one prediction. effect: in the metric's unit, as it was measured (a `less` that holds is below 0);
-    p: two-sided; p_holm: the same paid for all predictions that it stands among; detectable: the smallest effect that as many
-    seeds would have found four times of five; missing: seed -> why it has no effect; note: what limits the verdict.
+    """The verdict on one prediction. word: supported, not supported or inconclusive; effect: in the metric's unit, with
+    sign (a supported `less` is below 0); p: two-sided; p_holm: Holm-corrected over the predictions of its family;
+    detectable: the smallest effect that this number of seeds detects at power 0.8; missing: seed -> why it has no
+    effect; note: what limits the verdict.
     """
 
     word: str
@@ -35,17 +36,17 @@ class Verdict:
 
 
 def paired(effects: Sequence[float]) -> Estimate:
-    """Mean of one effect a seed, with Student's t interval at 95 %; without one where seeds are fewer than two or all alike."""
+    """Return the mean of one effect per seed with Student's t interval; without one for a single seed or equal effects."""
     return Estimate(math.fsum(effects) / len(effects), n=len(effects)) if is_constant(effects) else mean(effects)
 
 
 def is_constant(effects: Sequence[float]) -> bool:
-    """Whether values differ by rounding at most, so that their spread says nothing of an error."""
+    """Return whether values are equal up to rounding, so that their variance gives no error estimate."""
     return max(effects) - min(effects) <= 1e-12 * max(map(abs, effects))
 
 
 def p_value(effects: Sequence[float]) -> float | None:
-    """Two-sided, of the paired t-test that the mean effect is 0; None where `paired` has no interval."""
+    """Return the two-sided p value of the paired t-test that the mean effect is 0; None if `paired` has no interval."""
     from scipy import special
 
     estimate = paired(effects)
@@ -55,9 +56,10 @@ def p_value(effects: Sequence[float]) -> float | None:
 
 
 def binomial_test(values: Sequence[float], null: float) -> tuple[Estimate, float]:
-    """The share of seeds in which something occurred (values: 0 or 1), and the two-sided p that it is `null` in truth.
+    """Return the share of seeds in which something occurred (values: 0 or 1), and the two-sided p of a true share of
+    `null`.
 
-    Interval: Clopper and Pearson 1934, which covers 95 % at least however few the seeds are. p: the exact binomial test.
+    Interval: Clopper and Pearson 1934, which covers at least 95 % for any number of seeds. p: the exact binomial test.
     """
     from scipy import stats
 
@@ -68,9 +70,9 @@ def binomial_test(values: Sequence[float], null: float) -> tuple[Estimate, float
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p-values adjusted so that the chance of any false find among them stays below alpha (Holm 1979).
+    """Return p values adjusted to control the family-wise error rate (Holm 1979).
 
-    That of statsmodels collects all of Python's garbage at every call, a fifth of a second each.
+    statsmodels' version runs Python's garbage collector at every call, which takes a fifth of a second.
     """
     order = np.argsort(np.asarray(ps, float))
     stepped = np.maximum.accumulate(np.asarray(ps, float)[order] * np.arange(len(ps), 0, -1)).clip(max=1)
@@ -80,10 +82,11 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def min_detectable_effect(sd: float, n: int, power: float = POWER, alpha: float = ALPHA) -> float:
-    """The smallest mean effect that a two-sided paired t-test over n >= 2 seeds finds with that power; sd: between seeds.
+    """Return the smallest mean effect that a two-sided paired t-test over n >= 2 seeds detects with this power; sd:
+    between seeds.
 
-    What statsmodels' TTestPower is for; its solver, and the noncentral t below it, go astray for few seeds at an alpha that
-    Holm has divided, so that the power is integrated here, over what the seeds' own spread may come out as.
+    statsmodels' TTestPower computes the same, but its solver and the noncentral t fail for few seeds at a
+    Holm-corrected alpha; the power is therefore integrated here over the distribution of the seeds' standard deviation.
     """
     return sd * _detectable(n, power, alpha)
 
@@ -97,24 +100,25 @@ def _detectable(n: int, power: float, alpha: float) -> float:
     chances = (np.arange(points) + 0.5) / points
     needed = critical * np.sqrt(2 * special.gammaincinv(freedom / 2, chances) / freedom)  # mean / (true sd / sqrt(n))
 
-    def lacks(effect: float) -> float:
+    def excess_power(effect: float) -> float:
         centre = effect * math.sqrt(n)
         return float(np.mean(special.ndtr(centre - needed) + special.ndtr(-centre - needed))) - power
 
     high = 1.0
-    while lacks(high) < 0:
+    while excess_power(high) < 0:
         high *= 2
-    return float(optimize.brentq(lacks, 0.0, high, xtol=1e-6))  # pyright: ignore[reportArgumentType]
+    return float(optimize.brentq(excess_power, 0.0, high, xtol=1e-6))  # pyright: ignore[reportArgumentType]
 
 
 def cluster_bootstrap(
     values: Sequence[float] | np.ndarray, clusters: Sequence[str], draws: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """Mean of examples of which those of one cluster are not independent, such as samples of one prompt; clusters: [N].
+    """Return the mean of examples that are dependent within clusters, such as samples of one prompt; values, clusters:
+    [N].
 
-    Whole clusters are drawn again; se: of the draws; interval: their percentiles, moved out for the finite number of
-    clusters (Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3). Same input, same result.
-    Raises ValueError below 50 clusters, and so for seeds, of which there are never as many: `paired` is theirs.
+    Clusters are resampled; se: standard deviation of the draws; interval: their percentiles, widened for the finite
+    number of clusters (Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3). Deterministic.
+    Raises ValueError below 50 clusters, and therefore for seeds; use `paired` for those.
     """
     from scipy import special
 
@@ -122,11 +126,11 @@ def cluster_bootstrap(
     counts = np.bincount(numbers)
     n = len(counts)
     if n < CLUSTERS:
-        raise ValueError(f"{n} clusters: a bootstrap needs {CLUSTERS}; take a t interval over fewer")
+        raise ValueError(f"{n} clusters: a bootstrap needs {CLUSTERS}; use a t interval for fewer")
     totals = np.bincount(numbers, np.asarray(values, float))
     rng = np.random.default_rng(seed)
     means = np.empty(draws)
-    for start in range(0, draws, 1000):  # a bounded piece of memory at a time
+    for start in range(0, draws, 1000):  # bounds memory
         picks = rng.integers(n, size=(min(1000, draws - start), n))
         means[start : start + len(picks)] = totals[picks].sum(1) / counts[picks].sum(1)
     outer = special.ndtr(math.sqrt(n / (n - 1)) * special.stdtrit(n - 1, ALPHA / 2))

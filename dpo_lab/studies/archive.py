@@ -1,8 +1,8 @@
 """The archived record of a study: small, committed, and enough to derive every verdict again.
 
-One JSON file a study, one run a line, numbers to six digits. It holds what was asked and predicted and when that was
-registered, and of every run how it ended, what it came from, what it cost and all of its metrics; of every seed the
-optimum's line. Curves, samples and single examples are not in it.
+One JSON file per study, one line per run, numbers to six digits. It holds the study with its predictions and when they
+were registered; for every run its status, versions, cost and all metrics; for every seed the optimum's line. It does
+not hold curves, samples or single examples.
 """
 
 from __future__ import annotations
@@ -19,39 +19,43 @@ from dpo_lab.studies.run_data import RunData, RunSet, assemble
 from dpo_lab.studies.spec import Study, StudyError
 
 SCHEMA = 1
-FOLDER = "records"  # beside study files and the written results
-OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations")  # taken over from study.json
+FOLDER = "records"  # beside the study files and RESULTS.md
+OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations")  # copied from study.json
 OF_RUN = ("started", "steps", "step_zero_loss", "peak_memory_bytes", "memory", "data")  # from run.json
 ORIGIN = ("versions", "git")
 
 
 def archive_study(collection: RunSet) -> dict[str, Any]:
-    """What is kept of a study. Raises StudyError where the collection is of none, or its arms were not measured alike."""
+    """Return the archived record of a study. Raises StudyError if the runs belong to no study, or if their arms were
+    measured with different settings.
+    """
     if collection.study is None:
         raise StudyError(f"{collection.title}: no study; type the folder of one, outputs/studies/NAME/BUDGET")
-    for text in collection.unlike:
-        raise StudyError(f"{collection.title}: not measured alike, {text}; run the study again with one setting of it")
+    for text in collection.incomparable_settings:
+        raise StudyError(
+            f"{collection.title}: measured with different settings, {text}; run the study again with one setting"
+        )
     names = sorted({name for run in collection.runs for name in run.metrics})
     origins: list[Any] = []
-    runs = [_kept(run, names, origins) for run in collection.runs]
+    runs = [_archived(run, names, origins) for run in collection.runs]
     lines = {seed: frontier.optimum(collection, seed) for seed in collection.seeds}
     return {
         "schema": SCHEMA,
         "study": collection.study.as_record(),
         **{name: collection.record.get(name) for name in OF_STUDY},
-        "origins": origins,  # what runs were made by: versions and commit
+        "origins": origins,  # versions and commit of runs, each once
         "optimum": {
             str(seed): [[_short(p.gain), _short(p.kl), _short(p.ess)] for p in points]
             for seed, points in lines.items()
             if points
         },
-        "metrics": names,  # of every run's `metrics`: value, standard error and n of each, null where it has none
+        "metrics": names,  # order of every run's `metrics`: [value, standard error, n], or null
         "runs": runs,
     }
 
 
 def write(collection: RunSet, folder: Path) -> Path:
-    """Keep a study in folder/<its name>.json, with another budget than `full` in the name, too; gives the path."""
+    """Write the archived record of a study to the file that `path_of` names; return its path."""
     record = archive_study(collection)
     path = path_of(folder, record["study"]["name"], record["budget"])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,17 +64,17 @@ def write(collection: RunSet, folder: Path) -> Path:
 
 
 def path_of(folder: Path, name: str, budget: str | None) -> Path:
-    """Where a study's record is kept: a budget other than the full one is part of its name."""
+    """Return the path of a study's archived record; a budget other than `full` is part of the name."""
     return folder / (f"{name}.json" if budget in ("full", None) else f"{name}-{budget}.json")
 
 
 def text(record: Mapping[str, Any]) -> str:
-    """A kept record as it is written: one run, one arm, one prediction a line, so that a difference can be read."""
+    """Return an archived record as text, one run, arm or prediction per line, so that diffs are readable."""
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in record.items()) + "\n}\n"
 
 
 def read(path: Path) -> RunSet:
-    """The study that was kept in a file. Raises StudyError where the file can't be read as one."""
+    """Read the runs of an archived study. Raises StudyError if the file is not an archived record."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA:
@@ -79,11 +83,13 @@ def read(path: Path) -> RunSet:
         overrides = {arm.name: arm.overrides for arm in study.arms}
         runs = [_run(path.parent, run, record, overrides[run["arm"]]) for run in record["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{path}: no kept record of a study ({error}); keep it again from its folder") from None
+        raise StudyError(
+            f"{path}: not an archived record of a study ({error}); archive it again from its folder"
+        ) from None
     return assemble(study, path.parent, record, runs)
 
 
-def _kept(run: RunData, names: Iterable[str], origins: list[Any]) -> dict[str, Any]:
+def _archived(run: RunData, names: Iterable[str], origins: list[Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {"arm": run.arm, "seed": run.seed, "status": run.status, "folder": _place(run)}
     if run.error:
         kept["error"] = run.error
@@ -119,7 +125,7 @@ def _run(folder: Path, kept: Mapping[str, Any], record: Mapping[str, Any], overr
 
 
 def _place(run: RunData) -> str:
-    """What tells runs apart that several studies share, and names no place of this machine: `full/beta=1/seed=0`."""
+    """Return the end of a run's path, `full/beta=1/seed=0`, which identifies runs shared between studies."""
     return "/".join(run.folder.parts[-3:]) if "started" in run.record else ""
 
 

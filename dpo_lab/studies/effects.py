@@ -11,24 +11,24 @@ from dpo_lab.studies.spec import Arm, Measure, Prediction, Study, StudyError
 
 
 def check(study: Study) -> None:
-    """Raises StudyError where a prediction could not be computed even if every run were done: no places on its axis, no line
-    to read a value off.
+    """Raise StudyError if a prediction could not be computed even if every run were done: arms without a value on its
+    axis, or a single arm where a value must be interpolated between arms.
     """
     for number, prediction in enumerate(study.predictions):
         key = f"predictions[{number}]"
         if prediction.over:
             places = [arm.at[prediction.over] for arm in study.members(prediction.of) if prediction.over in arm.at]
             if len(places) < len(study.members(prediction.of)) or len(set(places)) < 2:
-                raise StudyError(f"{key}.over={prediction.over}: needs two arms or more in {prediction.of}, all on it")
+                raise StudyError(
+                    f"{key}.over={prediction.over}: needs two arms or more in {prediction.of}, all with a value of it"
+                )
         for named in (prediction.of, prediction.to) if prediction.at else ():
             if len(study.members(named)) < 2:
-                raise StudyError(
-                    f"{key}.at: {named} is one arm; type a group of arms, between which a value can be read"
-                )
+                raise StudyError(f"{key}.at: {named} is one arm; type a group of arms, to interpolate between them")
 
 
 def describe(prediction: Prediction) -> str:
-    """What is measured, in a line: `well_formed: uniform - frozen, at gold_gain 0.9`."""
+    """Return what a prediction measures, `well_formed: uniform - frozen, at gold_gain 0.9`."""
     if prediction.measure is Measure.slope:
         return f"{prediction.metric}: slope over {prediction.over} of {prediction.of}"
     what = "area under the frontier" if prediction.measure is Measure.area else prediction.metric
@@ -38,10 +38,10 @@ def describe(prediction: Prediction) -> str:
 
 
 def effect_per_seed(prediction: Prediction, collection: RunSet) -> tuple[dict[int, float], dict[int, str]]:
-    """The effect in each seed, in the metric's unit, and why it is missing in the others.
+    """Return the effect for each seed, in the metric's unit, and for the other seeds why it is missing.
 
-    A figure of a group is the mean over its arms, of which all must be there. A slope is that of least squares, per factor of
-    10 where the axis lies above 0 in all arms, else per unit.
+    The value of a group is the mean over its arms, all of which must have a run. A slope is fitted by least squares,
+    per factor of 10 if all values on the axis are above 0, otherwise per unit.
     """
     effects, missing = {}, {}
     for seed in collection.seeds:
@@ -53,7 +53,7 @@ def effect_per_seed(prediction: Prediction, collection: RunSet) -> tuple[dict[in
 
 
 def _level(prediction: Prediction, collection: RunSet, seed: int) -> float:
-    return _figure(collection, prediction.of, prediction.metric, seed) - prediction.value
+    return _value(collection, prediction.of, prediction.metric, seed) - prediction.value
 
 
 def _difference(prediction: Prediction, collection: RunSet, seed: int) -> float:
@@ -62,7 +62,7 @@ def _difference(prediction: Prediction, collection: RunSet, seed: int) -> float:
         ((name, value),) = prediction.at.items()
         left, right = (interpolate_at(collection, side, prediction.metric, name, value, seed) for side in sides)
     else:
-        left, right = (_figure(collection, side, prediction.metric, seed) for side in sides)
+        left, right = (_value(collection, side, prediction.metric, seed) for side in sides)
     return left - right
 
 
@@ -77,7 +77,7 @@ def _slope(prediction: Prediction, collection: RunSet, seed: int) -> float:
 def _area(prediction: Prediction, collection: RunSet, seed: int) -> float:
     best = frontier.optimum(collection, seed)
     if not best:
-        raise NotMeasured(f"seed {seed}: no run has the initial policy's candidates; type evals=study")
+        raise NotMeasured(f"seed {seed}: no run sampled candidates of the initial policy; type evals=study")
     left = frontier.area(frontier.of_arms(collection, prediction.of, seed), best)
     if not prediction.to:
         return left - prediction.value
@@ -93,39 +93,39 @@ _MEASURES: dict[Measure, Callable[[Prediction, RunSet, int], float]] = {
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Of the least-squares line of y on x."""
+    """Return the slope of the least-squares line of y on x."""
     middle = math.fsum(x) / len(x)
     return math.fsum((a - middle) * b for a, b in zip(x, y, strict=True)) / math.fsum((a - middle) ** 2 for a in x)
 
 
 def interpolate_at(collection: RunSet, group: str, metric: str, name: str, value: float, seed: int) -> float:
-    """The metric of a group where its figure `name` is `value`: read off the straight lines between neighbouring arms (in the
-    order of the axis that they alone differ on, else as they are listed).
+    """Return a group's metric where its metric `name` equals `value`, interpolated linearly between neighbouring arms
+    (in the order of the only axis on which they all differ, otherwise as listed).
 
-    Where the lines come by the value more than once, as when a policy gains, overdoes it and loses again, the passage with
-    the least KL counts: the least price of that gain. Raises NotMeasured where they never do; nothing is extrapolated.
+    If the lines cross the value more than once, as when a policy over-optimises and loses its gain again, the crossing
+    with the lowest KL counts. Raises NotMeasured if they never cross it; nothing is extrapolated.
     """
-    arms = _along(collection.members(group))
+    arms = _ordered(collection.members(group))
     runs = [_run(collection, arm, seed) for arm in arms]
     x, y = ([run.value(which) for run in runs] for which in (name, metric))
-    price = [run.value(frontier.KL) if frontier.KL in run.metrics else 0.0 for run in runs]
-    passages = []
+    kl = [run.value(frontier.KL) if frontier.KL in run.metrics else 0.0 for run in runs]
+    crossings = []
     for n in range(len(x) - 1):
         if min(x[n], x[n + 1]) <= value <= max(x[n], x[n + 1]):
             part = (value - x[n]) / (x[n + 1] - x[n]) if x[n + 1] != x[n] else 0.5
-            passages.append(tuple(a[n] + part * (a[n + 1] - a[n]) for a in (price, y)))
-    if not passages:
-        raise NotMeasured(f"{group}, seed {seed}: {name} {value:g} is not among its {min(x):.3g} .. {max(x):.3g}")
-    return min(passages, key=lambda passage: passage[0])[1]
+            crossings.append(tuple(a[n] + part * (a[n + 1] - a[n]) for a in (kl, y)))
+    if not crossings:
+        raise NotMeasured(f"{group}, seed {seed}: {name} {value:g} lies outside of its {min(x):.3g} .. {max(x):.3g}")
+    return min(crossings, key=lambda crossing: crossing[0])[1]
 
 
-def _along(arms: Sequence[Arm]) -> list[Arm]:
+def _ordered(arms: Sequence[Arm]) -> list[Arm]:
     shared = set.intersection(*(set(arm.at) for arm in arms))
     axes = [axis for axis in shared if len({arm.at[axis] for arm in arms}) == len(arms)]
     return sorted(arms, key=lambda arm: arm.at[axes[0]]) if len(axes) == 1 else [*arms]
 
 
-def _figure(collection: RunSet, named: str, metric: str, seed: int) -> float:
+def _value(collection: RunSet, named: str, metric: str, seed: int) -> float:
     values = [_run(collection, arm, seed).value(metric) for arm in collection.members(named)]
     return math.fsum(values) / len(values)
 
@@ -133,5 +133,5 @@ def _figure(collection: RunSet, named: str, metric: str, seed: int) -> float:
 def _run(collection: RunSet, arm: Arm, seed: int) -> RunData:
     run = collection.run(arm.name, seed)
     if run is None:
-        raise NotMeasured(f"{arm.name}, seed {seed}: missing")
+        raise NotMeasured(f"{arm.name}, seed {seed}: no run")
     return run

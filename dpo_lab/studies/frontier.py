@@ -12,17 +12,17 @@ import numpy as np
 from dpo_lab.studies.run_data import NotMeasured, RunSet
 
 GAIN, KL = "gold_gain", "kl"
-# Up to where the area goes. Policies of the embedded world that are worth having lie below it, and the optimum's line from
-# 128 Gaussian candidates is 3 % too low there, 1 % at 1 nat; it divides all arms of a seed alike.
+# Upper limit of the area. Useful policies of the synthetic review task lie below it; the optimum's line from 128 Gaussian
+# candidates is 3 % too low there, 1 % at 1 nat, and divides the areas of all arms of a seed equally.
 KL_MAX = 2.0
-TRUSTED = 20.0  # fewest effective candidates a prompt of an optimum that is told without a mark
+TRUSTED = 20.0  # fewest effective candidates per prompt for a reliable optimum
 TILTS = np.geomspace(0.1, 10.0, 25)  # in units of 1 / sd of the gold reward
 
 
 @dataclass(frozen=True)
 class Point:
-    """A policy on the plane of reward and KL. gain: over the initial policy, in sd of its reward; kl: nats to it; ess: the
-    effective number of candidates a prompt, of all if it was not estimated from candidates.
+    """A policy by reward and KL. gain: over the initial policy, in sd of its reward; kl: nats to the initial policy;
+    ess: effective number of candidates per prompt, infinite if it was not estimated from candidates.
     """
 
     gain: float
@@ -35,13 +35,13 @@ class Point:
 
 
 def tilt(rewards: np.ndarray, betas: Sequence[float] | np.ndarray) -> list[Point]:
-    """The optimum of reward - beta KL for each beta, initial x exp(reward / beta) / Z prompt by prompt (Rafailov et al. 2023,
-    equation 4), estimated from the initial policy's own candidates by weighting them; rewards [P, K].
+    """Return the optimum of reward - beta KL for each beta, initial x exp(reward / beta) / Z per prompt (Rafailov et
+    al. 2023, equation 4), estimated by weighting candidates of the initial policy; rewards [P, K].
 
-    gain: mean over prompts of the weighted less the plain mean, over the sd of all candidates. kl: mean of
-    sum w log(K w). ess: mean of 1 / sum w^2 (Kish 1965). The same beta at every prompt is what maximises the sum over prompts.
-    Exact where the K candidates are all that there are and equally likely; else too low by little while ess is large, and
-    never above log K nats.
+    gain: mean over prompts of weighted minus unweighted mean, divided by the sd of all candidates. kl: mean of sum w
+    log(K w). ess: mean of 1 / sum w^2 (Kish 1965). One beta for all prompts maximises the sum over prompts. Exact if
+    the K candidates are all possible responses and equally likely; otherwise slightly too low while ess is large. kl is
+    at most log K nats.
     """
     sd = _sd(rewards)
     points = []
@@ -57,11 +57,11 @@ def tilt(rewards: np.ndarray, betas: Sequence[float] | np.ndarray) -> list[Point
 
 
 def best_of_n(rewards: np.ndarray, ns: Sequence[int]) -> list[Point]:
-    """Best of n samples of the initial policy, by the gold reward; rewards [P, K], n <= K.
+    """Return best of n samples of the initial policy by gold reward, for each n <= K; rewards [P, K].
 
-    gain: unbiased, the mean maximum over all subsets of n of a prompt's K candidates. kl: log n - (n - 1) / n, which is an
-    upper bound (Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy"): where rewards tie, or n
-    nears the number of likely responses, the true KL is lower.
+    gain: unbiased, the mean maximum over all subsets of n of a prompt's K candidates. kl: log n - (n - 1) / n, an upper
+    bound (Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy"): the true KL is lower if
+    rewards tie, or if n approaches the number of likely responses. Raises ValueError for an n above K.
     """
     from scipy import special
 
@@ -71,20 +71,20 @@ def best_of_n(rewards: np.ndarray, ns: Sequence[int]) -> list[Point]:
     points = []
     for n in ns:
         if not 1 <= n <= size:
-            raise ValueError(f"best of {n}: there are {size} candidates a prompt")
-        chances = special.comb(ranks - 1, n - 1) / special.comb(size, n)  # that the maximum is the one of this rank
+            raise ValueError(f"best of {n}: there are {size} candidates per prompt")
+        chances = special.comb(ranks - 1, n - 1) / special.comb(size, n)  # probability that the maximum has this rank
         gain = float(((ordered * chances).sum(1) - rewards.mean(1)).mean() / sd)
         points.append(Point(gain, math.log(n) - (n - 1) / n))
     return points
 
 
 def hull(points: Iterable[Point], kl_max: float = KL_MAX) -> list[tuple[float, float]]:
-    """The frontier of some policies and the initial one: corners (kl, gain) of the least concave line that never falls and
-    lies above them all and above (0, 0), up to kl_max.
+    """Return the frontier of some policies and the initial one: corners (kl, gain) of the smallest concave,
+    non-decreasing line that lies on or above all of them and (0, 0), up to kl_max.
 
-    Between two corners lies what choosing one of two policies by chance for every prompt has: the gain lies on the line, the KL
-    at most there (it is convex). After the last corner it stays level: a budget need not be spent. A KL that was estimated
-    below 0 counts as 0.
+    Points between two corners are reached by choosing one of two policies at random for every prompt: the gain lies on
+    the line, the KL at most there, as it is convex. After the last corner the line is level. A KL estimated below 0
+    counts as 0.
     """
     corners: list[tuple[float, float]] = []
     for kl, gain in sorted({(0.0, 0.0), *((max(0.0, p.kl), p.gain) for p in points)}, key=lambda it: (it[0], -it[1])):
@@ -99,27 +99,30 @@ def hull(points: Iterable[Point], kl_max: float = KL_MAX) -> list[tuple[float, f
 
 
 def area(points: Iterable[Point], optimum: Iterable[Point], kl_max: float = KL_MAX) -> float:
-    """The area under the frontier of `points` over KL from 0 to kl_max, as a share of that under the optimum's."""
-    whole = _under(hull(optimum, kl_max))
-    if whole <= 0:
+    """Return the area under the frontier of `points` over KL from 0 to kl_max, as a share of the optimum's area.
+
+    Raises ValueError if the optimum has no gain.
+    """
+    total = _area_under(hull(optimum, kl_max))
+    if total <= 0:
         raise ValueError("the optimum gains nothing: all candidates of a prompt have the same reward")
-    return _under(hull(points, kl_max)) / whole
+    return _area_under(hull(points, kl_max)) / total
 
 
 def of_arms(collection: RunSet, named: str, seed: int) -> list[Point]:
-    """The policies of an arm or of a group. Raises NotMeasured where one of them has no gain or no KL."""
+    """Return the policies of an arm or a group. Raises NotMeasured if one of them has no gain or no KL."""
     found = []
     for arm in collection.members(named):
         run = collection.run(arm.name, seed)
         if run is None:
-            raise NotMeasured(f"{arm.name}, seed {seed}: missing")
+            raise NotMeasured(f"{arm.name}, seed {seed}: no run")
         found.append(Point(run.value(GAIN), run.value(KL)))
     return found
 
 
 def optimum(collection: RunSet, seed: int) -> list[Point]:
-    """The optimum's line of a seed, weakest tilt first, from the candidates of any run of that seed; a kept record holds it
-    already. Empty where no run has candidates.
+    """Return the optimum's line of a seed, weakest tilt first, from the candidates of any run of that seed or from an
+    archived record. Empty if no run has candidates.
     """
     if "optimum" in collection.record:
         return [Point(*point) for point in collection.record["optimum"].get(str(seed), ())]
@@ -128,7 +131,9 @@ def optimum(collection: RunSet, seed: int) -> list[Point]:
 
 
 def candidates(collection: RunSet, seed: int) -> np.ndarray | None:
-    """Gold rewards [P, K] of the initial policy's candidates of a seed, of prompts in the order of their keys."""
+    """Return gold rewards [P, K] of a seed's candidates, prompts in the order of their keys; None if there are none, or
+    if all rewards are equal.
+    """
     for run in collection.runs:
         if run.seed == seed and run.is_done and (found := run.candidates()):
             rewards = np.array([found[key] for key in sorted(found)])
@@ -137,14 +142,14 @@ def candidates(collection: RunSet, seed: int) -> np.ndarray | None:
 
 
 def _sd(rewards: np.ndarray) -> float:
-    """Of all candidates, between and within prompts, as gold_gain takes it of samples."""
+    """Return the sd over all candidates, between and within prompts, as gold_gain does for samples."""
     return float(rewards.std())
 
 
-def _under(corners: Sequence[tuple[float, float]]) -> float:
+def _area_under(corners: Sequence[tuple[float, float]]) -> float:
     return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(corners))
 
 
 def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether b lies on or below the line from a to c."""
+    """Return whether b lies on or below the line from a to c."""
     return (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0])

@@ -11,36 +11,44 @@ from typing import Any
 from dpo_lab.runs.fingerprint import effective_config
 
 SEEDS = ("seed", "noise.seed")  # settings that differ between the runs of one arm
-IGNORED_OVERRIDES = ("name", *SEEDS, "on_change", "objective", "figures", "launcher")  # overrides that make no arm
+IGNORED_OVERRIDES = (
+    "name",
+    *SEEDS,
+    "on_change",
+    "objective",
+    "figures",
+    "launcher",
+)  # overrides that do not define an arm
 DEFAULT_ARM = "default"  # the arm without an override of its own
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """By dotted key, all that tells one arm from another."""
+    """Return the settings that distinguish arms, by dotted key."""
     found = {key: value for key, value in effective_config(config).items() if key not in SEEDS}
     steps = (config.get("trainer") or {}).get("max_steps")
     return found if steps is None else found | {"trainer.max_steps": steps}
 
 
 def names(typed: Sequence[Sequence[str]], configs: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """The arm of each run: its overrides that not all runs have and, where these don't tell settings apart, those as well.
+    """Return the arm name of each run: the overrides that not all runs share, and the settings that differ between runs
+    with equal overrides.
 
-    typed: each run's overrides; configs: each run's settings, None where only what was typed is known.
+    typed: each run's overrides; configs: each run's settings, None if only its overrides are known.
     """
     kept = [[each.lstrip("+") for each in own if _key(each) not in IGNORED_OVERRIDES] for own in typed]
     is_varied = len({tuple(sorted(own)) for own in kept}) > 1
     shared = set.intersection(*map(set, kept)) if is_varied else set()
-    told = [", ".join(each for each in own if each not in shared) or DEFAULT_ARM for own in kept]
+    candidates = [", ".join(each for each in own if each not in shared) or DEFAULT_ARM for own in kept]
     texts = [None if config is None else json.dumps(config, sort_keys=True) for config in configs]
-    shortest: dict[str, str] = {}  # of the ways in which the same settings were typed
-    for text, name in zip(texts, told, strict=True):
+    shortest: dict[str, str] = {}  # settings -> shortest name among runs with them
+    for text, name in zip(texts, candidates, strict=True):
         if text is not None:
             shortest[text] = min(shortest.get(text, name), name, key=lambda it: (len(it), it))
     alike: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for text, name in shortest.items():
         alike[name].append(json.loads(text))
     found = []
-    for text, name in zip(texts, told, strict=True):
+    for text, name in zip(texts, candidates, strict=True):
         name = name if text is None else shortest[text]
         if text is not None and len(alike[name]) > 1:
             own = json.loads(text)
@@ -50,7 +58,9 @@ def names(typed: Sequence[Sequence[str]], configs: Sequence[Mapping[str, Any] | 
 
 
 def axes(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The numbers among the settings that vary: arm -> setting -> value. Of two that always agree the shorter is told."""
+    """Return the numeric settings that vary: arm -> setting -> value. Of two settings with equal values the shorter is
+    kept.
+    """
     columns: dict[str, tuple[Any, ...]] = {}
     for key in sorted(_varying(list(configs.values())), key=lambda key: (key.count("."), key)):
         column = tuple(config.get(key) for config in configs.values())
@@ -64,7 +74,7 @@ def axes(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]
 
 
 def in_order(name: str) -> tuple[Any, ...]:
-    """Sorts names as a reader would: numbers by their value, the arm without an override first."""
+    """Return a sort key for names: numbers by value, the arm without overrides first."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", name)
     return (
         name != DEFAULT_ARM,

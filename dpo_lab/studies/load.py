@@ -20,15 +20,15 @@ from dpo_lab.studies.spec import Arm, Study, StudyError
 __all__ = ["NotMeasured", "RunData", "RunSet", "gather"]
 
 SWEEP = "sweep.json"
-BASELINES = (grouping.DEFAULT_ARM, "ablation=none")  # what the arm without an intervention is called
+BASELINES = (grouping.DEFAULT_ARM, "ablation=none")  # names of the arm without an intervention
 
 
 def gather(paths: Sequence[Path]) -> list[RunSet]:
-    """Every study that is a path (a folder, or a kept record's file) or lies below one, each a collection; then all other
-    paths' runs, compared as one.
+    """Return every study that is a path (a folder, or the file of an archived record) or lies below one, each as a set
+    of runs; then the runs of all other paths as one set.
 
-    A folder that holds studies is taken for these alone, not for the runs that they share. Raises StudyError where a path
-    holds nothing of ours.
+    Of a folder that holds studies only these are returned, not the runs that they share. Raises StudyError if a path
+    holds no run.
     """
     studies, trees, folders = [], [], []
     for path in paths:
@@ -49,7 +49,7 @@ def gather(paths: Sequence[Path]) -> list[RunSet]:
 
 
 def _below(path: Path, name: str) -> Iterator[Path]:
-    """Folders that hold a file of that name, sorted, nothing below them; not what a run set aside."""
+    """Yield folders that hold a file of that name, sorted, nothing below them; skip archived attempts (`earlier-*`)."""
     for root, folders, files in os.walk(path):
         folders[:] = [] if name in files else sorted(f for f in folders if not f.startswith(("earlier-", ".")))
         if name in files:
@@ -62,13 +62,15 @@ def _of_study(folder: Path) -> RunSet:
         study = Study.from_record(record["study"])
         cells = {(cell["arm"], cell["seed"]): cell for cell in record["cells"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{folder / STUDY}: no record of a study ({error}); type the study's command again") from None
+        raise StudyError(
+            f"{folder / STUDY}: not the record of a study ({error}); type the study's command again"
+        ) from None
     known = [(arm.name, seed) for arm in study.arms for seed in study.seeds if (arm.name, seed) in cells]
     return assemble(study, folder, record, [_of_cell(folder, *cell, cells[cell]) for cell in known])
 
 
 def _of_cell(folder: Path, arm: str, seed: int, cell: Mapping[str, Any]) -> RunData:
-    """What its run's record says, or, of one that never got so far or was killed, what its study saw of it."""
+    """Return a job's run from its record or, if it has none or was killed, with the status that the study recorded."""
     run = _of_folder(Path(os.path.normpath(folder / cell["folder"])), arm, seed)
     if run.status in ("missing", "running") and cell["status"] != "done":
         run = replace(run, status=cell["status"], error=cell.get("error"))
@@ -89,35 +91,35 @@ def _of_folder(folder: Path, arm: str, seed: int) -> RunData:
 
 
 def _of_runs(trees: Sequence[Path], folders: Sequence[Path]) -> RunSet:
-    runs = [_of_folder(folder, "", 0) for folder in folders] + [run for tree in trees for run in _unmade(tree)]
+    runs = [_of_folder(folder, "", 0) for folder in folders] + [run for tree in trees for run in _without_record(tree)]
     typed = [run.record.get("overrides", ()) for run in runs]
     configs = [grouping.settings(run.record["config"]) if "config" in run.record else None for run in runs]
-    told: dict[str, Mapping[str, Any]] = {}
+    settings: dict[str, Mapping[str, Any]] = {}
     named: list[RunData] = []
-    taken: Counter[tuple[str, int]] = Counter()
+    copies: Counter[tuple[str, int]] = Counter()
     for run, name, config in zip(runs, grouping.names(typed, configs), configs, strict=True):
         seed = _seed(run)
-        taken[name, seed] += 1
-        if (copies := taken[name, seed]) > 1:
-            name = f"{name} ({copies})"  # the same run once more, in another folder
-        told[name] = told.get(name) or config or {}
+        copies[name, seed] += 1
+        if (number := copies[name, seed]) > 1:
+            name = f"{name} ({number})"  # another copy of the run, in another folder
+        settings[name] = settings.get(name) or config or {}
         named.append(replace(run, arm=name, seed=seed))
-    at = grouping.axes({name: config for name, config in told.items() if config})
-    every = [Arm(name, at=at.get(name, {})) for name in sorted(told, key=grouping.in_order)]
+    at = grouping.axes({name: config for name, config in settings.items() if config})
+    every = [Arm(name, at=at.get(name, {})) for name in sorted(settings, key=grouping.in_order)]
     place = {arm.name: number for number, arm in enumerate(every)}
     named.sort(key=lambda run: (place[run.arm], run.seed))
-    baseline = next((name for name in BASELINES if name in told and len(told) > 1), None)
+    baseline = next((name for name in BASELINES if name in settings and len(settings) > 1), None)
     title = ", ".join(tree.resolve().name for tree in trees)
     return RunSet(title, trees[0], every, sorted({run.seed for run in named}), named, baseline)
 
 
-def _unmade(tree: Path) -> Iterator[RunData]:
-    """The cells of sweeps below a folder that left no record of their own: they failed before that, or never started."""
+def _without_record(tree: Path) -> Iterator[RunData]:
+    """Yield the jobs of sweeps below a folder that have no run record: they failed before it, or never started."""
     for folder in _below(tree, SWEEP):
         try:
             cells = json.loads((folder / SWEEP).read_text())["cells"]
         except (ValueError, KeyError):
-            continue  # what did run stands in the runs' own records
+            continue  # jobs that ran have records of their own
         for cell in cells:
             place = folder.joinpath(*Path(cell["folder"]).parts[-2:])  # <overrides>/seed=N
             if not (place / RECORD).exists():

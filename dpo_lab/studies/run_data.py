@@ -16,13 +16,13 @@ from dpo_lab.runs.examples import EXAMPLES, read
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies.spec import EXPRESSION, Arm, Study
 
-# of `evals`: what figures of two runs can't be compared across
+# keys of `evals` that must agree between runs whose metrics are compared
 EVAL_SETTINGS_THAT_MUST_MATCH = ("samples", "max_new_tokens", "texts", "judge")
-FINDINGS = tuple(rule.name.replace(" ", "_") for rule in RULES)  # what `health/` may be followed by
+FINDINGS = tuple(rule.name.replace(" ", "_") for rule in RULES)  # what may follow `health/` in an expression
 
 
 class NotMeasured(KeyError):
-    """A run has no such figure; the message names the run and the figure."""
+    """Raised if a run lacks a metric; the message names both."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -30,9 +30,9 @@ class NotMeasured(KeyError):
 
 @dataclass(frozen=True)
 class RunData:
-    """One run of an arm. status: `done`, what its record or its study says, or `missing`; record: its run.json, empty if it
-    has none; metrics: only of a run that is done; is_own: it was begun after its study's prediction was registered, or is of
-    the baseline.
+    """One run of an arm. status: from its record or its study, or `missing`; record: its run.json, empty if it has
+    none; metrics: of a finished run only; is_confirmatory: it started after its study's predictions were registered, or belongs
+    to the baseline.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class RunData:
     error: str | None = None
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
     metrics: Mapping[str, Estimate] = field(default_factory=dict, repr=False)
-    is_own: bool = True
+    is_confirmatory: bool = True
     log: str | None = None
 
     @property
@@ -50,11 +50,11 @@ class RunData:
         return self.status == "done"
 
     def value(self, expression: str) -> float:
-        """`a`, `a - b` or `a / b`, of names of run.json's metrics and of: `health/too_easy` (1 if the run's record holds that
-        finding, else 0; a name's spaces are underscores), `seconds` and `seconds/dpo` (CPU s), `peak_memory_bytes`,
-        `memory/...`, `step_zero_loss`.
+        """Return `a`, `a - b` or `a / b`, where a and b are metrics of run.json or: `health/too_easy` (1 if the run's
+        record holds that finding, else 0; spaces of its name are underscores), `seconds` and `seconds/dpo` (CPU s),
+        `peak_memory_bytes`, `memory/...`, `step_zero_loss`.
 
-        Raises NotMeasured where the run has no such number, is not done, or the ratio is by 0.
+        Raises NotMeasured if the run has no such number or is not done, or if a ratio divides by 0.
         """
         parts = EXPRESSION.fullmatch(expression)
         if parts is None:
@@ -64,7 +64,7 @@ class RunData:
         if sign:
             other = self._named(right)
             if sign == "/" and other == 0:
-                raise NotMeasured(f"{self.title}: {right} is 0, there is no {expression}")
+                raise NotMeasured(f"{self.title}: {right} is 0, so {expression} is undefined")
             value = value - other if sign == "-" else value / other
         return value
 
@@ -72,18 +72,18 @@ class RunData:
     def title(self) -> str:
         return f"{self.arm}, seed {self.seed}"
 
-    def journal(self) -> list[dict[str, Any]]:
-        """The rows that were logged, none where there is no journal."""
+    def log_rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the metrics log, empty if there is none."""
         path = self.folder / metrics_log.METRICS_LOG
         return list(metrics_log.rows(path)) if path.is_file() else []
 
     def examples(self) -> dict[str, dict[str, Mapping[str, Any]]]:
-        """What was measured of each example, kind -> key -> values; empty where nothing was kept."""
+        """Return the per-example values, kind -> key -> values; empty if the run has none."""
         path = self.folder / EXAMPLES
         return read(path) if path.is_file() else {}
 
     def candidates(self) -> dict[str, list[float]]:
-        """Gold rewards of the initial policy's candidates by prompt, {key: [K]}; empty where none were sampled."""
+        """Return gold rewards of the initial policy's candidates by prompt, {key: [K]}; empty if none were sampled."""
         path = self.folder / EXAMPLES
         if not path.is_file():
             return {}
@@ -97,8 +97,8 @@ class RunData:
     def _named(self, name: str) -> float:
         value = self._find(name) if self.is_done else None
         if value is None or not math.isfinite(value):
-            why = "not measured" if self.is_done else f"{self.status}, so nothing is known of"
-            raise NotMeasured(f"{self.title}: {why} {name}")
+            why = "" if self.is_done else f"status {self.status}, "
+            raise NotMeasured(f"{self.title}: {why}{name} was not measured")
         return float(value)
 
     def _find(self, name: str) -> float | None:
@@ -120,10 +120,10 @@ class RunData:
 
 @dataclass(frozen=True)
 class RunSet:
-    """Runs that are compared: of a study every arm x seed, of a sweep or a tree what lies there.
+    """Runs that are compared: every arm x seed of a study, or all runs of a sweep or a folder.
 
-    record: study.json, or the kept record of a study, else empty; folder: where it lies; baseline: the arm that others are
-    compared with, None where there is none.
+    record: study.json, or the archived record of a study, otherwise empty; folder: its folder; baseline: the arm that
+    others are compared with, or None.
     """
 
     title: str
@@ -137,13 +137,13 @@ class RunSet:
 
     @property
     def is_exploratory(self) -> bool:
-        """Whether runs of a study were made before what it predicts was registered."""
-        return self.study is not None and any(run.is_done and not run.is_own for run in self.runs)
+        """Return whether runs of a study started before its predictions were registered."""
+        return self.study is not None and any(run.is_done and not run.is_confirmatory for run in self.runs)
 
     @property
-    def unlike(self) -> list[str]:
-        """Settings by which the runs that are done were not all measured alike, each in a sentence."""
-        told = []
+    def incomparable_settings(self) -> list[str]:
+        """Return a sentence for each evaluation setting that differs between finished runs."""
+        sentences = []
         for name in EVAL_SETTINGS_THAT_MUST_MATCH:
             arms: dict[str, list[str]] = {}
             for run in self.runs:
@@ -151,15 +151,16 @@ class RunSet:
                 if run.is_done and name in measured:
                     arms.setdefault(json.dumps(measured[name], sort_keys=True), []).append(run.arm)
             if len(arms) > 1:
-                parts = (f"{value} in {_some(dict.fromkeys(names))}" for value, names in arms.items())
-                told.append(f"evals.{name} is {' and '.join(parts)}")
-        return told
+                parts = (f"{value} in {_shorten(dict.fromkeys(names))}" for value, names in arms.items())
+                sentences.append(f"evals.{name} is {' and '.join(parts)}")
+        return sentences
 
     def run(self, arm: str, seed: int) -> RunData | None:
+        """Return the run of an arm and seed, or None."""
         return next((run for run in self.runs if run.arm == arm and run.seed == seed), None)
 
     def values(self, arm: str, expression: str) -> dict[int, float]:
-        """The figure of each seed of an arm; a run that is not done or did not measure it is absent."""
+        """Return an arm's value for each seed, without runs that are not done or did not measure it."""
         found = {}
         for run in self.runs:
             if run.arm == arm:
@@ -170,15 +171,15 @@ class RunSet:
         return dict(sorted(found.items()))
 
     def members(self, named: str) -> list[Arm]:
-        """The arm of that name, or else the arms of the group of that name."""
+        """Return the arm of that name, otherwise the arms of the group of that name."""
         return [arm for arm in self.arms if arm.name == named] or [arm for arm in self.arms if arm.group == named]
 
     def cpu_seconds(self) -> float:
-        """What the runs that are done took, all stages of all of them; a run that several arms share counts once."""
+        """Return the CPU seconds of all stages of finished runs; a run shared by several arms counts once."""
         return math.fsum(self._costs().values())
 
     def cpu_seconds_a_run(self) -> float | None:
-        """The mean of the same, to say what more of them will take; None where none is done."""
+        """Return the mean CPU seconds of a finished run, to estimate further ones; None if none is finished."""
         costs = self._costs()
         return math.fsum(costs.values()) / len(costs) if costs else None
 
@@ -186,26 +187,26 @@ class RunSet:
         return {run.folder: run.value("seconds") for run in self.runs if run.is_done and run.record.get("seconds")}
 
 
-def _some(names: Iterable[str], at_most: int = 3) -> str:
+def _shorten(names: Iterable[str], at_most: int = 3) -> str:
     first = list(names)
     left = len(first) - at_most
     return ", ".join(first[:at_most]) + (f" and {left} other arms" if left > 0 else "")
 
 
 def assemble(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequence[RunData]) -> RunSet:
-    """A study's runs, every arm x seed of it, each marked as its own or begun before what it predicts was registered.
+    """Return a study's runs, every arm x seed, each marked by whether it started after the predictions were registered.
 
-    record: holds the `registrations`. Of those of the study as it is now the last one counts.
+    record: holds the `registrations`; the last one of the study's current version counts.
     """
-    stood = [entry["at"] for entry in record.get("registrations") or () if entry["digest"] == study.digest()]
-    since = max(map(datetime.fromisoformat, stood), default=None)
+    times = [entry["at"] for entry in record.get("registrations") or () if entry["digest"] == study.digest()]
+    since = max(map(datetime.fromisoformat, times), default=None)
     found = {(run.arm, run.seed): run for run in runs}
     cells = [found.get((arm.name, seed), RunData(folder, arm.name, seed)) for arm in study.arms for seed in study.seeds]
-    marked = [replace(run, is_own=run.arm == study.baseline or _is_after(run, since)) for run in cells]
+    marked = [replace(run, is_confirmatory=run.arm == study.baseline or _is_after(run, since)) for run in cells]
     return RunSet(study.title, folder, study.arms, study.seeds, marked, study.baseline, study, record)
 
 
 def _is_after(run: RunData, since: datetime | None) -> bool:
-    """Whether a run was begun once the prediction stood; true of one that never began."""
+    """Return whether a run started after the predictions were registered; True if it never started."""
     started = run.record.get("started")
     return started is None or (since is not None and datetime.fromisoformat(started) >= since)

@@ -21,7 +21,7 @@ EXPRESSION = re.compile(r"(\S+)(?: ([-/]) (\S+))?")
 
 
 class StudyError(RunRefused):
-    """A study that can't be; the message names the key and says what to type."""
+    """Raised for an invalid study; the message names the key and says what to type."""
 
 
 class Measure(str, Enum):
@@ -30,7 +30,7 @@ class Measure(str, Enum):
     level = "level"  # of - value
     difference = "difference"  # of - to
     slope = "slope"  # change along the axis `over`, of the arms of the group `of`
-    area = "area"  # under the frontier of reward against KL, as a share of the optimum's: of - to, or of - value
+    area = "area"  # under the reward-KL frontier, as a share of the optimum's area: of - to, or of - value
 
 
 class Direction(str, Enum):
@@ -43,13 +43,14 @@ class Direction(str, Enum):
 
 @dataclass
 class Prediction:
-    """One thing that must come out if the claim is true.
+    """An effect that is predicted if the claim is true.
 
-    says: in words. metric: a name of run.json, or two of them, `a - b` or `a / b`. of, to: names of arms or of groups of
-    arms. over: the axis of a slope; it is per factor of 10 where all its values are above 0, else per unit. at: compare where
-    other metrics are equal, e.g. {gold_gain: 0.9}: each seed's value is read off between the arms of a group. value: what a
-    level (or an area without `to`) is held against. at_least: the smallest effect that would matter, in the metric's unit;
-    for `same` the largest that would not. Primary predictions decide the study's verdict; the others are told beside it.
+    says: description. metric: a name in run.json, or two of them, `a - b` or `a / b`. of, to: names of arms or groups
+    of arms. over: the axis of a slope, which is per factor of 10 if all its values are above 0, otherwise per unit. at:
+    compare at an equal value of another metric, e.g. {gold_gain: 0.9}, interpolated between the arms of a group for
+    each seed. value: what a level (or an area without `to`) is compared with. at_least: the smallest relevant effect,
+    in the metric's unit; for `same` the largest irrelevant one. Primary predictions decide the study's verdict; the
+    others are reported beside it.
     """
 
     says: str
@@ -65,32 +66,32 @@ class Prediction:
     primary: bool = True
 
     def __post_init__(self) -> None:
-        if wrong := next(self._wrongs(), None):
-            raise StudyError(f"prediction '{self.says}': {wrong}")
+        if error := next(self._errors(), None):
+            raise StudyError(f"prediction '{self.says}': {error}")
 
-    def _wrongs(self) -> Iterator[str]:
+    def _errors(self) -> Iterator[str]:
         if not self.at_least >= 0 or not math.isfinite(self.at_least) or not math.isfinite(self.value):
             yield f"at_least={self.at_least}, value={self.value}: must be numbers, at_least 0 or more"
         if self.direction is Direction.same and self.at_least == 0:
-            yield "direction=same: needs at_least, the largest effect that would not matter"
+            yield "direction=same: needs at_least, the largest irrelevant effect"
         if (self.measure is Measure.slope) != bool(self.over):
-            yield "over: an axis is what a slope needs, and nothing else"
+            yield "over: needed for measure=slope, and only there"
         if self.measure is Measure.difference and not self.to:
             yield "to: a difference needs the arm or group that `of` is compared with"
         if self.measure is Measure.area:
             if self.metric:
-                yield "metric: an area is of gold_gain against kl; leave it out"
+                yield "metric: an area is always of gold_gain against kl; leave it out"
         elif EXPRESSION.fullmatch(self.metric) is None:
             yield f"metric={self.metric}: type one name of run.json, or two: a - b, or a / b"
         if self.at and self.measure is not Measure.difference:
-            yield "at: goes with measure=difference"
+            yield "at: only for measure=difference"
         if len(self.at) > 1:
-            yield "at: one metric can be held equal at a time"
+            yield "at: takes one metric"
 
 
 @dataclass
 class Arm:
-    """One way of training: the overrides that make it, its group, and its place on the study's axes."""
+    """One way of training: its overrides, its group, and its values on the study's axes."""
 
     name: str
     overrides: list[str] = field(default_factory=list)
@@ -101,15 +102,17 @@ class Arm:
 class Kind(str, Enum):
     """What a figure shows."""
 
-    axis = "axis"  # the metrics y against the axis x, a line a group
-    arms = "arms"  # the metrics y, a row an arm
+    axis = "axis"  # the metrics y against the axis x, a line per group
+    arms = "arms"  # the metrics y, a row per arm
     frontier = "frontier"  # reward against KL, with the optimum's line
-    curves = "curves"  # the journal's column y (`train/rewards/margins`) against steps, a line an arm
+    curves = "curves"  # the metrics log's column y (`train/rewards/margins`) against steps, a line per arm
 
 
 @dataclass
 class Figure:
-    """A figure of the report. x: an axis; y: metrics, or columns of the journal; arms: of these arms or groups, all if none."""
+    """A figure of the report. x: an axis; y: metrics, or columns of the metrics log; arms: arms or groups, all if
+    empty.
+    """
 
     kind: Kind
     y: list[str] = field(default_factory=list)
@@ -119,8 +122,8 @@ class Figure:
 
 @dataclass
 class Study:
-    """What a study asks and how it answers. baseline: the arm that the others are compared with; metrics: in the arms' table,
-    the first is the one the arms are ranked by; found: what was seen on looking closer, written after the runs.
+    """A study. baseline: the arm that the others are compared with; metrics: columns of the table of arms, which are
+    ranked by the first; found: notes written after the runs.
     """
 
     name: str
@@ -139,7 +142,7 @@ class Study:
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
-            raise StudyError(f"arms: two are called {next(n for n in names if names.count(n) > 1)}")
+            raise StudyError(f"arms: two have the name {next(n for n in names if names.count(n) > 1)}")
         if self.baseline not in names:
             raise StudyError(f"baseline={self.baseline}: no such arm; type one of {', '.join(names)}")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
@@ -152,22 +155,22 @@ class Study:
                     raise StudyError(f"predictions[{number}].{key}={named}: no such arm or group; type one of {known}")
 
     def members(self, named: str) -> list[Arm]:
-        """The arm of that name, or else the arms of the group of that name."""
+        """Return the arm of that name, otherwise the arms of the group of that name."""
         return [arm for arm in self.arms if arm.name == named] or [arm for arm in self.arms if arm.group == named]
 
     def digest(self) -> str:
-        """A hash of all that is settled before the first run: what is predicted, of which arms, by which seeds."""
-        settled = {"predictions": [asdict(p) for p in self.predictions], "arms": [asdict(a) for a in self.arms]}
-        settled |= {"claim": self.claim, "baseline": self.baseline, "seeds": self.seeds}
-        return hashlib.blake2b(json.dumps(settled, sort_keys=True).encode(), digest_size=12).hexdigest()
+        """Return a hash of what is registered before the first run: predictions, arms, claim, baseline and seeds."""
+        registered = {"predictions": [asdict(p) for p in self.predictions], "arms": [asdict(a) for a in self.arms]}
+        registered |= {"claim": self.claim, "baseline": self.baseline, "seeds": self.seeds}
+        return hashlib.blake2b(json.dumps(registered, sort_keys=True).encode(), digest_size=12).hexdigest()
 
     def as_record(self) -> dict[str, Any]:
-        """Plain values; `from_record` is the way back."""
+        """Return the study as plain values; `from_record` reads them back."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Study:
-        made = {
+        parts = {
             "predictions": [
                 Prediction(**{**p, "measure": Measure(p["measure"]), "direction": Direction(p["direction"])})
                 for p in record["predictions"]
@@ -175,4 +178,4 @@ class Study:
             "arms": [Arm(**arm) for arm in record["arms"]],
             "figures": [Figure(**{**figure, "kind": Kind(figure["kind"])}) for figure in record["figures"]],
         }
-        return cls(**{**record, **made})
+        return cls(**{**record, **parts})

@@ -1,9 +1,9 @@
 """Verdicts: a prediction's effect over all seeds, and what it says of the prediction.
 
-A prediction is *supported* where the effect lies on its side, is at least as large as would matter and its p, paid for by
-Holm's procedure, is below 5 %; *not supported* where the 95 % interval excludes every effect that would matter; else
-*inconclusive*. `same` is supported where the whole interval lies within what would not matter, not supported where it
-lies wholly outside. Seeds are paired: an effect is a difference between runs of one seed, and seeds are the n.
+A prediction is *supported* if the effect has the predicted sign, is at least as large as `at_least`, and its
+Holm-corrected p is below 5 %; *not supported* if the 95 % interval excludes every effect of that size; otherwise
+*inconclusive*. `same` is supported if the interval lies within plus or minus `at_least`, not supported if it lies
+outside. Seeds are paired: an effect is a difference between runs of one seed, and n is the number of seeds.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ __all__ = [
     "versus_baseline",
 ]
 
-COUNTED = "memory/"  # bytes that are counted: the same in every seed, and no estimate
-OVER = ("done", "failed", "unreadable")  # how a run stands that nobody waits for
+COUNTED = "memory/"  # metrics counted in bytes: exact, the same in every seed
+OVER = ("done", "failed", "unreadable")  # run statuses that will not change without a new start
 
 
 def decide(collection: RunSet) -> list[tuple[Prediction, Verdict]]:
-    """A verdict for every prediction of a study. Raises ValueError where the collection is of none.
+    """Return a verdict for every prediction of a study. Raises ValueError if the runs belong to no study.
 
-    Holm's procedure runs over the primary predictions, and for the others over all of them. A seed whose runs have not ended
-    yet keeps a verdict open: one that stops when it likes the result is no test.
+    p values of primary predictions are Holm-corrected over the primary predictions, those of the others over all
+    predictions. A verdict stays inconclusive until all its runs have ended: stopping early when the result pleases is
+    no test.
     """
     if collection.study is None:
-        raise ValueError(f"{collection.title}: no study, so nothing was predicted of it")
+        raise ValueError(f"{collection.title}: not a study, so it has no predictions")
     predictions = collection.study.predictions
     found = [_measured(prediction, collection) for prediction in predictions]
     every = range(len(predictions))
@@ -53,13 +54,18 @@ def decide(collection: RunSet) -> list[tuple[Prediction, Verdict]]:
         adjusted |= {number: (None, len(tests)) for number in family}
         adjusted |= {number: (p, len(tests)) for number, p in zip(ps, paired_tests.holm([*ps.values()]), strict=True)}
     return [
-        (prediction, _judged(prediction, verdict, *adjusted[number], _open(prediction, verdict, collection)))
+        (
+            prediction,
+            _with_word(prediction, verdict, *adjusted[number], _unfinished_seeds(prediction, verdict, collection)),
+        )
         for number, (prediction, verdict) in enumerate(zip(predictions, found, strict=True))
     ]
 
 
 def study_verdict(judged: Sequence[tuple[Prediction, Verdict]]) -> str:
-    """Of a study, by its primary predictions: supported if all are, not supported if one is not, else inconclusive."""
+    """Return a study's verdict: supported if all primary predictions are, not supported if one is not, else
+    inconclusive.
+    """
     words = [verdict.word for prediction, verdict in judged if prediction.primary]
     if NOT_SUPPORTED in words:
         return NOT_SUPPORTED
@@ -67,8 +73,9 @@ def study_verdict(judged: Sequence[tuple[Prediction, Verdict]]) -> str:
 
 
 def versus_baseline(collection: RunSet, metric: str) -> dict[str, tuple[Estimate, Estimate | None, float | None]]:
-    """Of each arm that measured it: its mean over seeds; the difference to the baseline, paired by seed; and that
-    difference's p, by Holm over the arms. The latter two are None for the baseline and where no seed is shared.
+    """Return, for each arm that measured the metric: its mean over seeds; the difference to the baseline, paired by
+    seed; and that difference's p, Holm-corrected over arms. The latter two are None for the baseline and where no seed
+    is shared.
     """
     base = collection.values(collection.baseline, metric) if collection.baseline else {}
     table: dict[str, tuple[Estimate, Estimate | None, float | None]] = {}
@@ -77,13 +84,13 @@ def versus_baseline(collection: RunSet, metric: str) -> dict[str, tuple[Estimate
         values = collection.values(arm.name, metric)
         if not values:
             continue
-        apart = [values[seed] - base[seed] for seed in values if seed in base and arm.name != collection.baseline]
+        differences = [values[seed] - base[seed] for seed in values if seed in base and arm.name != collection.baseline]
         table[arm.name] = (
             mean_over_seeds(metric, list(values.values())),
-            paired_tests.paired(apart) if apart else None,
+            paired_tests.paired(differences) if differences else None,
             None,
         )
-        if apart and (p := paired_tests.p_value(apart)) is not None:
+        if differences and (p := paired_tests.p_value(differences)) is not None:
             ps[arm.name] = p
     for arm, p in zip(ps, paired_tests.holm(list(ps.values())), strict=True):
         table[arm] = (*table[arm][:2], p)
@@ -91,40 +98,41 @@ def versus_baseline(collection: RunSet, metric: str) -> dict[str, tuple[Estimate
 
 
 def arms_of(prediction: Prediction, collection: RunSet) -> set[str]:
-    """The names of the arms that a prediction is about."""
+    """Return the names of the arms that a prediction is about."""
     return {arm.name for named in (prediction.of, prediction.to) if named for arm in collection.members(named)}
 
 
 def mean_over_seeds(metric: str, values: Sequence[float]) -> Estimate:
-    """Mean over seeds; of what occurs or does not, the share of seeds with its exact interval."""
-    return paired_tests.binomial_test(values, 0.5)[0] if _occurs(metric) else paired_tests.paired(values)
+    """Return the mean over seeds; for a yes/no metric the share of seeds with its exact interval."""
+    return paired_tests.binomial_test(values, 0.5)[0] if _is_yes_no(metric) else paired_tests.paired(values)
 
 
 def by_prompt(run: RunData, baseline: RunData, column: str = "gold") -> Estimate | None:
-    """What one seed says: the difference of a column of `examples.jsonl` between two runs, paired by prompt, with a bootstrap
-    over prompts. It knows nothing of other seeds. None where fewer than 50 prompts have it in both.
+    """Return the difference of a column of `examples.jsonl` between two runs of one seed, paired by prompt, with a
+    bootstrap over prompts; it does not include variation between seeds. None if fewer than 50 prompts have it in both
+    runs.
     """
     ours, theirs = (each.examples().get("prompt", {}) for each in (run, baseline))
     keys = [key for key in ours if key in theirs and None not in (ours[key].get(column), theirs[key].get(column))]
-    prompts = [key.partition("#")[0] for key in keys]  # the same prompt a second time is no new one
+    prompts = [key.partition("#")[0] for key in keys]  # a repeated prompt is the same cluster
     if len(set(prompts)) < paired_tests.CLUSTERS:
         return None
     return paired_tests.cluster_bootstrap([ours[key][column] - theirs[key][column] for key in keys], prompts)
 
 
-def _occurs(metric: str) -> bool:
+def _is_yes_no(metric: str) -> bool:
     return metric.startswith("health/") and " " not in metric
 
 
 def _measured(prediction: Prediction, collection: RunSet) -> Verdict:
-    """Effect and p, and no word yet."""
+    """Return a verdict with effect and p; its word is set by `_with_word`."""
     effects, missing = effect_per_seed(prediction, collection)
     values, n = list(effects.values()), len(effects)
     verdict = Verdict(INCONCLUSIVE, seeds=list(effects), missing=missing)
     if n == 0:
-        return replace(verdict, note="nothing measured")
+        return replace(verdict, note="not measured")
     is_level = prediction.measure is Measure.level and len(collection.members(prediction.of)) == 1
-    if is_level and _occurs(prediction.metric):
+    if is_level and _is_yes_no(prediction.metric):
         share, p = paired_tests.binomial_test([value + prediction.value for value in values], prediction.value)
         low, high = share.interval or (0.0, 1.0)
         shifted = (low - prediction.value, high - prediction.value)
@@ -133,27 +141,27 @@ def _measured(prediction: Prediction, collection: RunSet) -> Verdict:
     if n > 1 and paired_tests.is_constant(values):
         if prediction.metric.startswith(COUNTED):
             exact = Estimate(effect.value, None, n, (effect.value, effect.value))
-            return replace(verdict, effect=exact, note="counted: the same in every seed")
-        return replace(verdict, effect=effect, note="zero variance: all seeds alike tell no error")
+            return replace(verdict, effect=exact, note="exact count, equal for every seed")
+        return replace(verdict, effect=effect, note="zero variance between seeds, so no interval")
     return replace(verdict, effect=effect, p=paired_tests.p_value(values), note="one seed" if n == 1 else "")
 
 
-def _judged(
+def _with_word(
     prediction: Prediction, found: Verdict, p_holm: float | None, tests: int, unfinished: Sequence[int]
 ) -> Verdict:
-    """The word and the notes. tests: as many as p_holm is paid for."""
+    """Return a verdict with its word and notes. tests: number of tests that p_holm is corrected for."""
     notes = [found.note] if found.note else []
     missing = len(found.missing) - len(unfinished)
     total = len(found.missing) + len(found.seeds)
     notes += [f"{missing} of {total} seeds missing"] * (missing > 0)
-    notes += [f"{len(unfinished)} of {total} seeds not run to their end"] * (len(unfinished) > 0)
-    effect, can_see = found.effect, None
+    notes += [f"{len(unfinished)} of {total} seeds not finished"] * (len(unfinished) > 0)
+    effect, detectable = found.effect, None
     if effect is not None and effect.se is not None and effect.n:
         alpha = paired_tests.ALPHA if prediction.direction is Direction.same else paired_tests.ALPHA / tests
-        can_see = paired_tests.min_detectable_effect(effect.se * math.sqrt(effect.n), effect.n, alpha=alpha)
+        detectable = paired_tests.min_detectable_effect(effect.se * math.sqrt(effect.n), effect.n, alpha=alpha)
     is_enough = not unfinished and 2 * len(found.seeds) >= total
     word = _word(prediction, effect, p_holm) if effect is not None and is_enough else INCONCLUSIVE
-    return replace(found, word=word, p_holm=p_holm, detectable=can_see, note="; ".join(notes))
+    return replace(found, word=word, p_holm=p_holm, detectable=detectable, note="; ".join(notes))
 
 
 def _word(prediction: Prediction, effect: Estimate, p: float | None) -> str:
@@ -167,15 +175,15 @@ def _word(prediction: Prediction, effect: Estimate, p: float | None) -> str:
     sign = 1 if prediction.direction is Direction.more else -1
     value, most = sign * effect.value, high if sign > 0 else -low
     is_there = value > 0 and value >= least
-    if low == high:  # counted
+    if low == high:  # an exact count
         return SUPPORTED if is_there else NOT_SUPPORTED
     if is_there and p is not None and p < paired_tests.ALPHA:
         return SUPPORTED
     return NOT_SUPPORTED if most < least else INCONCLUSIVE
 
 
-def _open(prediction: Prediction, verdict: Verdict, collection: RunSet) -> list[int]:
-    """Seeds without an effect of which a run has yet to end."""
+def _unfinished_seeds(prediction: Prediction, verdict: Verdict, collection: RunSet) -> list[int]:
+    """Return the seeds without an effect that have a run that has not ended."""
     arms = arms_of(prediction, collection)
     runs = [run for run in collection.runs if run.seed in verdict.missing and run.arm in arms]
     return sorted({run.seed for run in runs if run.status not in OVER})

@@ -99,7 +99,7 @@ def test_the_trained_policy_loads_by_transformers(baseline):
 def test_the_trained_policy_has_its_card(baseline):
     card, record = (baseline / "policy" / "README.md").read_text(), record_of(baseline)
     assert f"weights {record['initial_policy']}" in card
-    assert f"| KL to initial (nats) |  | {record['metrics']['kl']['value']:.3f} |" in card
+    assert f"| KL to initial policy (nats) |  | {record['metrics']['kl']['value']:.3f} |" in card
     assert "| loss | dpo, beta 0.1 |" in card
 
 

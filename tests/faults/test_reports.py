@@ -122,7 +122,7 @@ def test_37_every_run_that_did_not_end_is_named_with_how_it_stands(thin, capsys,
                 assert f"{row}{value} |" in found["markdown"]
     done = sum(isinstance(value, float) for values in ARMS.values() for value in values)
     assert f"{done} of {3 * len(ARMS)} runs done" in found["page"]
-    absent = found["page"].partition("Cells without a result")[2].partition("</table>")[0]
+    absent = found["page"].partition("Runs without a result")[2].partition("</table>")[0]
     assert absent.count("<tr") == 1 + 3 * len(ARMS) - done
 
 
@@ -157,11 +157,11 @@ def test_37_what_limits_a_verdict_is_told_and_none_rests_on_it(thin, capsys, tmp
     found = told(capsys, tmp_path, thin / "study")
     assert "inconclusive" in found["terminal"].splitlines()[1]
     notes = {
-        "unfinished": "one seed; 2 of 3 seeds not run to their end",
+        "unfinished": "one seed; 2 of 3 seeds not finished",
         "single": "one seed; 2 of 3 seeds missing",
-        "shifted": "zero variance: all seeds alike tell no error",
-        "never": "nothing measured; 3 of 3 seeds not run to their end",
-        "without a record": "nothing measured; 3 of 3 seeds not run to their end",
+        "shifted": "zero variance between seeds, so no interval",
+        "never": "not measured; 3 of 3 seeds not finished",
+        "without a record": "not measured; 3 of 3 seeds not finished",
     }
     for arm, note in notes.items():
         assert f"of {arm}: {note}\n" in found["terminal"]

@@ -192,7 +192,7 @@ def test_the_folder_alone_says_the_same_afterwards_without_torch(long_winded, ca
     command = [sys.executable, "-m", "dpo_lab.health.diagnose", str(folder.parent)]
     refused = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert refused.returncode == 2
-    assert "no run lies here" in refused.stderr
+    assert "holds no run" in refused.stderr
     assert refused.stderr.count("\n") == 1
 
 
@@ -256,7 +256,7 @@ def test_what_there_is_to_try_can_be_typed(fits, long_winded):
 def test_findings_go_into_a_record_and_back():
     finding = Finding("name", Severity.info, "it is 1", "over 0", "a=1")
     assert Finding.from_record(json.loads(json.dumps(finding.as_record()))) == finding
-    assert list(lines([finding])) == ["health, info: name: it is 1 (over 0). Try a=1"]
+    assert list(lines([finding])) == ["health, info: name: it is 1 (threshold: over 0). Try a=1"]
     assert list(lines([])) == [NOTHING]
 
 

@@ -193,7 +193,7 @@ def test_contradictions_are_told_with_their_places_and_stop_nothing(folder):
     output = inspect(folder, *PLANTED_DATA, "show=0")
     assert len(re.findall(r"Contradiction: train\.jsonl:\d+ and train\.jsonl:\d+", output)) == PLANTED["contradictions"]
     assert "Contradiction: train.jsonl:84 and train.jsonl:85" in output
-    assert f"Look: {PLANTED['contradictions']} contradictions" in output
+    assert f"Warning: {PLANTED['contradictions']} contradictions" in output
     for what in ("dropped: duplicate", "dropped: identical sides", "dropped: prompt is held out"):
         assert what in output
     assert not list((folder / "outputs").glob("dpo*"))  # it writes nothing but the cache
@@ -208,7 +208,7 @@ def test_cuts_and_flips_are_shown(folder, monkeypatch):
     assert [(part.cut, part.scored) for part in pair.parts] == [(True, False), (True, True), (True, True)]
     assert [len(part.tokens) for part in pair.parts] == [12, 12, 12]
     output = printed(found)
-    assert "sides swapped by label noise" in output
+    assert "chosen and rejected swapped by label noise" in output
     assert output.count("✂") == 1 + 3  # the legend, and each part
     assert part_lines(output, ".")[0].startswith("✂ ⟦<|begin|>⟧")
     assert part_lines(output, "+")[-1].endswith(" ✂")
@@ -246,7 +246,7 @@ def test_the_world_can_be_looked_at(tmp_path):
     ).split()
     result = door("dpo_lab.inspect", *small, "show=1", "page=world.png", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "truth: against the label" in result.stdout
+    assert "truth: contradicts the label" in result.stdout
     assert "training pair 1 " in result.stdout
     assert {p.name for p in (tmp_path / "outputs").iterdir()} == {"cache"}
 

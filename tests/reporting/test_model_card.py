@@ -86,7 +86,7 @@ def test_nothing_in_a_cell_is_markup(text):
 
 @pytest.mark.parametrize(
     ("column", "source", "unit"),
-    [(None, "the chosen responses of preference pairs", "responses"), ("body", "whole texts", "texts")],
+    [(None, "the chosen responses of preference pairs", "responses"), ("body", "plain texts", "texts")],
 )
 def test_supervised_fine_tuning_is_called_that(column, source, unit):
     record = copy.deepcopy(RECORD)
@@ -97,7 +97,7 @@ def test_supervised_fine_tuning_is_called_that(column, source, unit):
     card = model_card(record)
     assert front_matter(card)["tags"] == ["sft", "dpo-lab"]
     assert "Trained by supervised fine-tuning" in card
-    assert f"from {source}. Its" in card
+    assert f"on {source}. The numbers are" in card
     assert f"| steps | 40 of 16 {unit}, learning rate 1e-05 |" in card
     assert "    python -m dpo_lab.sft loss=" in card
     assert "reference |" not in card

@@ -94,8 +94,9 @@ def said(capsys, *arguments: object, code: int = 0) -> str:
 def test_the_page_answers_first_and_has_everything(folder):
     parsed = Parsed(page(gather([folder]), folder))
     headings = [
-        "supported", "Verdict", "the uniform reference costs more KL", "What was found", "The answer in figures", "Arms",
-        "Reward against KL", "Learning curves", "Samples", "Data", "Noise audit", "Health", "Cells without a result", "Made by",
+        "supported", "Verdict", "the uniform reference costs more KL", "Notes after the runs", "Figures of the study", "Arms",
+        "Reward against KL", "Learning curves", "Samples", "Data", "Label noise", "Health", "Runs without a result",
+        "Command and provenance",
     ]  # fmt: skip
     places = [parsed.text.index(heading) for heading in headings]
     assert places == sorted(places)
@@ -103,8 +104,8 @@ def test_the_page_answers_first_and_has_everything(folder):
         "34 of 40 runs done",
         "registered",
         "2026-11-20T08:00:00+00:00",
-        "1 of 5 seeds not run to their end",
-        "optimum: the initial policy's samples, tilted",
+        "1 of 5 seeds not finished",
+        "optimum: tilted samples of the initial policy",
         "best of 4",
         "NotFinite: the loss is nan at step 3",
         "symmetric, rate 0.2",
@@ -114,7 +115,7 @@ def test_the_page_answers_first_and_has_everything(folder):
         "python -m dpo_lab.study ablations/uniform_ref.yaml",
         "python -m dpo_lab.train beta=0.1 +ablation=uniform_ref seed=3 'name='\"'\"'a b'\"'\"''",
         "2.13.0+cpu (31 runs); 2.12.0+cpu (8 runs)",
-        "files changed since",
+        "with uncommitted changes",
         "not started",
     ):
         assert needle in parsed.text, needle
@@ -260,7 +261,7 @@ def test_runs_older_than_the_prediction_are_exploratory(again, capsys):
     assert "supported, exploratory" in said(capsys, again)
     text = Parsed((again / "report.html").read_text()).text
     assert text.index("exploratory") < text.index("Verdict")
-    assert "1 other version before" in text
+    assert "1 other version registered before" in text
     assert "*exploratory*" in said(capsys, again, "--markdown")
 
 
@@ -268,10 +269,10 @@ def test_arms_that_were_not_measured_alike_are_named_first(again, capsys):
     for length, run in zip((48, 7), [run for run in gather([again])[0].runs if run.is_done][::20], strict=False):
         record = {**run.record, "config": {**run.record["config"], "evals": {"max_new_tokens": length}}}
         (run.folder / "run.json").write_text(json.dumps(record))
-    assert "not measured alike, so not to be compared: evals.max_new_tokens is" in said(capsys, again)
+    assert "measured with different settings, not comparable: evals.max_new_tokens is" in said(capsys, again)
     text = Parsed((again / "report.html").read_text()).text
-    assert text.index("not measured alike") < text.index("Verdict")
-    assert "**Not measured alike:**" in said(capsys, again, "--markdown")
+    assert text.index("measured with different settings") < text.index("Verdict")
+    assert "**Measured with different settings:**" in said(capsys, again, "--markdown")
 
 
 def test_a_kept_record_is_reported_on_as_well(folder, tmp_path, capsys):
@@ -280,8 +281,8 @@ def test_a_kept_record_is_reported_on_as_well(folder, tmp_path, capsys):
     text = said(capsys, record, "--page", tmp_path / "kept.html")
     assert text.splitlines()[1] == "supported"
     parsed = Parsed((tmp_path / "kept.html").read_text())
-    assert "No samples lie beside these runs." in parsed.text
-    assert "optimum: the initial policy's samples, tilted" in parsed.text
+    assert "These runs have no samples." in parsed.text
+    assert "optimum: tilted samples of the initial policy" in parsed.text
     whole, slim = gather([folder])[0], archive.read(record)
     assert slim.values("noisy labels", "kl") == pytest.approx(whole.values("noisy labels", "kl"), rel=1e-5)
 
@@ -333,7 +334,7 @@ def test_a_damaged_journal_and_an_unreadable_record_do_not_stop_a_report(again):
     (runs / "dpo--beta-0-1" / "seed=0" / metrics_log.METRICS_LOG).write_text("{\n")
     (runs / "dpo--beta-0-1" / "seed=1" / "run.json").write_text("{")
     text = Parsed(page(gather([again]), again)).text
-    assert "A journal can't be read" in text
+    assert "A metrics log can't be read" in text
     assert "unreadable" in text
 
 
@@ -344,8 +345,8 @@ def test_one_seed_and_nothing_measured_are_told_as_such(tmp_path):
     assert "one seed" in text
     shutil.rmtree(tmp_path / "studies" / "runs")
     text = Parsed(page(gather([tmp_path]), tmp_path)).text
-    assert "nothing measured" in text
-    assert "No journal lies beside these runs." in text
+    assert "not measured" in text
+    assert "These runs have no metrics log." in text
     assert "0 of 8 runs done" in text
 
 
@@ -400,7 +401,7 @@ def test_what_is_not_finite_is_a_gap_and_far_off_values_do_not_flatten_the_rest(
     drawn = panel(Panel("loss", "steps", [Series("one", points, has_markers=False)]))
     (path,) = re.findall(r'class="c0 line" d="([^"]+)"', drawn)
     assert path.count("M") == 2
-    assert "1 far-off values cut" in drawn
+    assert "1 outliers not shown" in drawn
     assert "nan" not in path
     assert panel(Panel("none", "x", [Series("one", [Point(0, math.nan)])])) == ""
 
@@ -443,7 +444,7 @@ def test_a_figure_may_have_a_metric_across(again):
     record["study"]["figures"] = [{"kind": "axis", "x": "gold_gain", "y": ["kl"], "arms": ["dpo", "uniform"]}]
     (again / "study.json").write_text(json.dumps(record))
     parsed = Parsed(page(gather([again]), again))
-    assert "Means over seeds with their 95 % intervals, beta beside them." in parsed.text
+    assert "Means over seeds with their 95 % intervals, labelled by beta." in parsed.text
     (collection,) = gather([again])
     gain, kl = (mean(collection.values("uniform, beta 0.3", metric).values()) for metric in ("gold_gain", "kl"))
     assert gain.interval is not None

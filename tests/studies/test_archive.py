@@ -97,7 +97,7 @@ def test_arms_that_were_not_measured_alike_are_not_kept(tmp_path: Path):
     ]
     uneven = dataclasses.replace(study, runs=runs)
     with pytest.raises(
-        StudyError, match=r"not measured alike, evals.max_new_tokens is 48 in .*base.* and 24 in strong;"
+        StudyError, match=r"measured with different settings, evals.max_new_tokens is 48 in .*base.* and 24 in strong;"
     ):
         archive.write(uneven, tmp_path / "records")
     assert not (tmp_path / "records").exists()
@@ -116,12 +116,12 @@ def test_what_is_no_kept_record_is_refused_in_a_line(tmp_path: Path):
     record = json.loads(path.read_text())
     for change in ({"schema": 2}, {"runs": [{"arm": "base"}]}, {"metrics": ["kl"]}, {"study": {}}):
         path.write_text(json.dumps(record | change))
-        with pytest.raises(StudyError, match="example.json: no kept record of a study"):
+        with pytest.raises(StudyError, match="example.json: not an archived record of a study"):
             archive.read(path)
     path.write_text("{")
-    with pytest.raises(StudyError, match="example.json: no kept record of a study"):
+    with pytest.raises(StudyError, match="example.json: not an archived record of a study"):
         archive.read(path)
-    with pytest.raises(StudyError, match="holds no kept record; keep a study's first"):
+    with pytest.raises(StudyError, match="holds no archived record; archive a study first"):
         results_md.write_results(tmp_path / "runs", tmp_path / "RESULTS.md")
 
 
@@ -174,12 +174,12 @@ def test_the_results_say_all_that_was_asked_predicted_found_and_not_found(tmp_pa
     for part in (
         "| An example | inconclusive | 2026-11-20 | 5 | 0.08 h |",
         "    python -m dpo_lab.study ablations/example.yaml",
-        "2026-11-20, budget full, 5 seeds; 0.08 h of CPU; commit 1234567890, 1234567890 with changes.",
+        "2026-11-20, budget full, 5 seeds; 0.08 h of CPU time; commit 1234567890, 1234567890 with changes.",
         "*Claim:* It does. (A paper, 2024)",
         "| of strong | gold_gain: strong - base |",
         "| of mild (secondary) | kl / gold_gain: mild - base |",
         "a share of the optimum \\| \\*all\\*",
-        "inconclusive (nothing measured; 5 of 5 seeds missing)",
+        "inconclusive (not measured; 5 of 5 seeds missing)",
         "(1 of 5 seeds missing)",
         "- mild, seed 3: failed: NotFinite: &lt;b>nan&lt;/b> \\| at step 3",
         "- failed, seeds 0, 1, 2, 3, 4: failed: NotFinite",
@@ -192,7 +192,7 @@ def test_the_results_say_all_that_was_asked_predicted_found_and_not_found(tmp_pa
 
 def test_the_exploratory_label_stands_at_the_verdict(tmp_path: Path):
     text = results_md.results([example(tmp_path / "runs", registered="2026-11-21T00:00:00+00:00")])
-    label = "inconclusive, exploratory (9 of 20 runs begun before it was registered)"
+    label = "inconclusive, exploratory (9 of 20 runs started before it was registered)"
     assert f"**{label}**" in text
     assert f"| An example | {label} |" in text
 

@@ -117,7 +117,7 @@ def test_a_run_begun_before_the_prediction_stood_makes_a_study_exploratory(
     cells = [cell("base", 0, "../base"), cell("arm", 0, "../arm")]
     (found,) = gather([write_study(tmp_path / "study", study, cells)])
     assert found.is_exploratory is is_early
-    assert [run.is_own for run in found.runs] == [True, not is_early]
+    assert [run.is_confirmatory for run in found.runs] == [True, not is_early]
 
 
 def test_of_several_registrations_the_last_of_this_very_prediction_counts(tmp_path: Path):
@@ -162,7 +162,7 @@ def test_a_run_tells_its_figures_by_name(tmp_path: Path):
     for name in ("no_such", "kl - no_such", "health/no_such", "seconds/sft", "memory/note", "a + b", "kl / zero"):
         with pytest.raises(NotMeasured, match=r"default, seed 0|a \+ b: type one name"):
             run.value(name)
-    assert run.journal() == []
+    assert run.log_rows() == []
     assert run.examples() == {}
     assert found.cpu_seconds() == found.cpu_seconds_a_run() == 21.5
 
@@ -212,7 +212,7 @@ def test_a_path_without_a_run_is_refused_in_a_line(tmp_path: Path, what: str, sa
         gather([tmp_path / what])
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/study.json").write_text("{")
-    with pytest.raises(StudyError, match="broken/study.json: no record of a study"):
+    with pytest.raises(StudyError, match="broken/study.json: not the record of a study"):
         gather([tmp_path / "broken"])
 
 

@@ -156,7 +156,7 @@ PREDICTION = SMALL["predictions"][0]  # type: ignore[index]
         ({"baseline": "none"}, "baseline=none: no such arm; type one of beta=0.1, beta=1, flips"),
         ({"arms": [{"overrides": ["beta=1"]}]}, "arms: one has neither a name nor a sweep"),
         ({"arms": [{"sweep": {"beta": ["much"]}}]}, "arms: sweep of beta: needs numbers"),
-        ({"arms": [{"sweep": {"beta": [1, 1]}}]}, "arms: two are called beta=1"),
+        ({"arms": [{"sweep": {"beta": [1, 1]}}]}, "arms: two have the name beta=1"),
         ({"predictions": [PREDICTION | {"of": "beta=2"}]}, r"predictions\[0\].of=beta=2: no such arm or group"),
         ({"predictions": [PREDICTION | {"metric": "a + b"}]}, "metric=a . b: type one name of run.json, or two"),
         ({"predictions": [PREDICTION | {"direction": "up"}]}, "must be one of more, less, same"),

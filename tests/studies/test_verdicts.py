@@ -126,8 +126,8 @@ def test_seeds_that_are_all_alike_say_nothing_but_of_what_is_counted():
     )
     found = [verdict for _, verdict in verdicts.decide(runs)]
     assert [verdict.word for verdict in found] == [INCONCLUSIVE, SUPPORTED, NOT_SUPPORTED, SUPPORTED, NOT_SUPPORTED]
-    assert found[0].note == "zero variance: all seeds alike tell no error"
-    assert found[1].note == "counted: the same in every seed"
+    assert found[0].note == "zero variance between seeds, so no interval"
+    assert found[1].note == "exact count, equal for every seed"
 
 
 def test_what_occurs_or_does_not_is_judged_by_the_share_of_seeds():
@@ -163,15 +163,15 @@ def missing(status: str, seeds: tuple[int, ...]) -> Verdict:
 def test_a_failed_seed_is_told_and_the_others_decide():
     verdict = missing("failed", (1, 4))
     assert (verdict.word, verdict.seeds, verdict.note) == (SUPPORTED, [0, 2, 3], "2 of 5 seeds missing")
-    assert verdict.missing[4] == "arm, seed 4: failed, so nothing is known of gold_gain"
+    assert verdict.missing[4] == "arm, seed 4: status failed, gold_gain was not measured"
     assert missing("failed", (0, 1, 2)).word == INCONCLUSIVE  # under half of them
-    assert missing("failed", (0, 1, 2, 3, 4)).note == "nothing measured; 5 of 5 seeds missing"
+    assert missing("failed", (0, 1, 2, 3, 4)).note == "not measured; 5 of 5 seeds missing"
 
 
 @pytest.mark.parametrize("status", ["not started", "running", "interrupted", "preempted", "missing"])
 def test_a_study_that_goes_on_has_no_verdict_yet(status: str):
     verdict = missing(status, (4,))
-    assert (verdict.word, verdict.note) == (INCONCLUSIVE, "1 of 5 seeds not run to their end")
+    assert (verdict.word, verdict.note) == (INCONCLUSIVE, "1 of 5 seeds not finished")
     assert verdict.p is not None
     assert verdict.p < 0.001  # what stops when it likes the result is no test
 
@@ -210,7 +210,7 @@ def test_a_slope_over_an_axis_with_a_zero_is_per_unit_and_needs_every_arm():
     )
     found, left_out = verdicts.effect_per_seed(study.predictions[0], runs)
     assert found == {0: pytest.approx(-3.0)}
-    assert left_out == {1: "noise 0.4, seed 1: failed, so nothing is known of gold_gain"}
+    assert left_out == {1: "noise 0.4, seed 1: status failed, gold_gain was not measured"}
 
 
 def line(gains: tuple[float, ...], kls: tuple[float, ...], forms: tuple[float, ...], value: float) -> float:
@@ -228,7 +228,7 @@ def test_a_value_at_equal_gain_is_read_off_between_two_arms():
     # it gains .7 on the way up, and once more as it falls apart: the former is meant
     assert line((0.2, 0.9, 0.5), (0.1, 0.5, 30.0), (1.0, 0.3, 0.0), 0.7) == pytest.approx(1 - 0.7 * 5 / 7)
     assert line((0.5, 0.9, 0.2), (30.0, 0.5, 0.1), (0.0, 0.3, 1.0), 0.7) == pytest.approx(1 - 0.7 * 5 / 7)
-    with pytest.raises(NotMeasured, match=r"dpo, seed 0: gold_gain 1.2 is not among its 0.2 .. 1"):
+    with pytest.raises(NotMeasured, match=r"dpo, seed 0: gold_gain 1.2 lies outside of its 0.2 .. 1"):
         line((0.2, 0.6, 1.0), (0.1, 0.3, 0.8), (1.0, 0.9, 0.5), 1.2)
 
 
@@ -267,7 +267,7 @@ def test_an_area_is_a_share_of_the_optimum_from_that_seeds_candidates(tmp_path: 
         (b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(frontier.hull(best), frontier.hull(best)[1:], strict=False)
     )
     assert found == {0: pytest.approx(by_hand - 0.5)}
-    assert left_out == {1: "seed 1: no run has the initial policy's candidates; type evals=study"}
+    assert left_out == {1: "seed 1: no run sampled candidates of the initial policy; type evals=study"}
 
 
 def test_arms_are_compared_with_the_baseline_seed_by_seed():
@@ -325,7 +325,9 @@ class _Known(RunData):
 
 def test_what_could_never_be_computed_is_refused_before_the_runs():
     off = [Arm("beta 1", [], "dpo", {"beta": 1.0}), Arm("other", [], "dpo")]
-    with pytest.raises(StudyError, match=r"predictions\[0\].over=beta: needs two arms or more in dpo, all on it"):
+    with pytest.raises(
+        StudyError, match=r"predictions\[0\].over=beta: needs two arms or more in dpo, all with a value of it"
+    ):
         verdicts.check(a_study.study(["base", *off], [over_beta()]))
     with pytest.raises(StudyError, match=r"predictions\[0\].at: base is one arm; type a group"):
         verdicts.check(a_study.study(["base", *off], [a_study.predicts("dpo", at={"gold_gain": 0.5})]))

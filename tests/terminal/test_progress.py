@@ -199,12 +199,12 @@ def test_the_closing_table_fits_80_columns(tmp_path):
     samples = [{"prompt": "a " * 90, "initial": "b" * 200, "trained": "[red]c[/red]"}]
     out = io.StringIO()
     print_summary(progress.plain_console(file=out, width=80), metrics, samples, tmp_path, [], cost_rows(record))
-    table, rest = out.getvalue().split("The same prompts")
+    table, rest = out.getvalue().split("Samples of both policies")
     assert max(map(len, table.splitlines())) <= 80
     rows = [line for line in table.splitlines() if line.strip()]
     assert len(rows) == 1 + 2 + len(ROWS) + 3  # title, head, and none is folded into two
     assert "[red]c[/red]" in rest
-    assert re.search(r"trained on, tokens a second +1,234,568", table)
+    assert re.search(r"training tokens per second +1,234,568", table)
     assert re.search(r"peak memory \(GiB\) +80\.00", table)
 
 

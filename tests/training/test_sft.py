@@ -313,7 +313,7 @@ def test_a_run_on_own_pairs(whole, shop):
     card = (folder / "policy" / "README.md").read_text()
     assert "Trained by supervised fine-tuning" in card
     assert "    python -m dpo_lab.sft " in card
-    assert "| loss (nats a token, held-out) |" in card
+    assert "| loss (nats/token, held-out) |" in card
     assert "train responses" in (folder / "run.log").read_text()
 
 

@@ -16,49 +16,49 @@ NAMES = ("curves", "margins", "gold", "calibration", "length")
 
 
 def remove_figures(folder: Path) -> None:
-    """Remove what was drawn of the run in `folder`, and nothing else that lies beside it."""
+    """Remove the figures drawn for the run in `folder`, and no other file."""
     for path in (folder / FOLDER).glob("*.*"):
         if path.stem in NAMES and path.suffix in (".png", ".svg"):
             path.unlink()
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Draw all that the run folder has data for, in its `figures`; gives the files. What it has no data for is not there
-    afterwards either.
+    """Draw the figures that the run folder has data for into its `figures`; return their paths. Older figures are
+    removed.
 
-    Same data, same bytes. Raises FileNotFoundError where the folder holds no run.
+    The same data give the same bytes. Raises FileNotFoundError if the folder holds no run.
     """
-    from dpo_lab.reporting.figures.style import drawn
+    from dpo_lab.reporting.figures.style import draw
 
     record = read_record(folder)
     if record is None:
         raise FileNotFoundError(
             f"{folder}: holds no run.json; type the folder of a run, e.g. outputs/dpo/default/seed=0"
         )
-    written, examples = folder / metrics_log.METRICS_LOG, folder / EXAMPLES
-    rows = list(metrics_log.rows(written)) if written.exists() else []
+    log, examples = folder / metrics_log.METRICS_LOG, folder / EXAMPLES
+    rows = list(metrics_log.rows(log)) if log.exists() else []
     pairs = pair_examples(read(examples)) if examples.exists() else []
     remove_figures(folder)
     (folder / FOLDER).mkdir(exist_ok=True)
     files = []
-    for name, plan in _plans(rows, pairs, record).items():
-        for kind, content in drawn(plan).items() if plan is not None else ():
+    for name, spec in _specs(rows, pairs, record).items():
+        for kind, content in draw(spec).items() if spec is not None else ():
             files.append(folder / FOLDER / f"{name}.{kind}")
             files[-1].write_bytes(content)
     return files
 
 
-def _plans(
+def _specs(
     rows: Sequence[Mapping[str, Any]], pairs: Sequence[PairExample], record: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What is to be drawn by name, None where there is nothing to draw."""
+    """Return the figure to draw for each name, None if there is no data for it."""
     from dpo_lab.reporting.figures import learning_curves, pair_plots
 
     beta = float(record["config"].get("beta", 1.0))
     bins = record["config"].get("evals", {}).get("calibration", {}).get("bins", BINS)
     held_out = [pair for pair in pairs if pair.split == "held-out"]
     return {
-        "curves": learning_curves.plan(rows),
+        "curves": learning_curves.curves(rows),
         "margins": pair_plots.margins(pairs),
         "gold": pair_plots.gold(held_out, beta),
         "calibration": pair_plots.calibration(held_out, bins),

@@ -26,12 +26,13 @@ class Drawing:
 
 
 def line_of(arm: Arm, axis: str) -> str:
-    """What an arm shares with those that differ from it along an axis alone: its group, or the rest of its name."""
+    """Return the name that arms differing only along an axis share: the group, or the name without the axis."""
     rest = [part for part in arm.name.split(", ") if not part.startswith(f"{axis}=")]
     return arm.group or ", ".join(rest) or "all runs"
 
 
 def lines_of(arms: Iterable[Arm], axis: str) -> dict[str, list[Arm]]:
+    """Return the arms of each line, ordered along the axis."""
     lines: dict[str, list[Arm]] = {}
     for arm in arms:
         lines.setdefault(line_of(arm, axis), []).append(arm)
@@ -39,15 +40,17 @@ def lines_of(arms: Iterable[Arm], axis: str) -> dict[str, list[Arm]]:
 
 
 def style_of(number: int) -> int | str:
+    """Return the style of line number `number`; grey after the last distinct one."""
     return number if number < STYLES else GREY
 
 
 def tooltip(of: str, what: str, estimate: Estimate) -> str:
+    """Return the tooltip of an estimate of an arm."""
     return f"{of}: {what} {interval_text(estimate)}, n = {estimate.n}"
 
 
 def shared_axis(arms: Sequence[Arm]) -> str:
-    """The axis along which most arms of a line differ; empty where there is none."""
+    """Return the axis along which most arms of a line differ; empty if there is none."""
     counts = {
         axis: sum(
             len({arm.at[axis] for arm in members if axis in arm.at}) - 1 for members in lines_of(arms, axis).values()
@@ -59,7 +62,10 @@ def shared_axis(arms: Sequence[Arm]) -> str:
 
 
 def of_two(collection: RunSet, arm: Arm, x: str, y: str, axis: str) -> Point | None:
-    """An arm's place by two metrics, over the seeds that have both; named by its place on the axis, or by itself."""
+    """Return an arm as a point by two metrics, over the seeds with both, named by its value on the axis or by the arm.
+
+    None if no seed has both metrics.
+    """
     across, up = (collection.values(arm.name, metric) for metric in (x, y))
     if not (both := sorted(across.keys() & up.keys())):
         return None
@@ -70,6 +76,7 @@ def of_two(collection: RunSet, arm: Arm, x: str, y: str, axis: str) -> Point | N
 
 
 def legend_of(lines: Mapping[str, Sequence[Arm]]) -> list[tuple[str, str]]:
+    """Return the legend of several lines, (swatch, label); empty for a single line."""
     if len(lines) < 2:
         return []
     first = [(swatch(i, is_line=len(arms) > 1), name) for i, (name, arms) in enumerate(lines.items()) if i < STYLES]
@@ -78,4 +85,5 @@ def legend_of(lines: Mapping[str, Sequence[Arm]]) -> list[tuple[str, str]]:
 
 
 def non_empty(panels: Iterable[str]) -> list[str]:
+    """Return the panels that are not empty."""
     return [each for each in panels if each]

@@ -13,12 +13,12 @@ class Spacing(str, Enum):
 
     linear = "linear"
     log = "log"
-    root = "root"  # square root: KL, which spans a hundred nats and of which the first few matter most
+    root = "root"  # square root, for KL, which spans a hundred nats while the first few matter most
 
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis from low to high. marks: where ticks are wanted, else they are chosen."""
+    """An axis from low to high. marks: values of ticks; chosen automatically if empty."""
 
     low: float
     high: float
@@ -26,12 +26,12 @@ class Scale:
     marks: Sequence[float] = ()
 
     def place(self, value: float) -> float:
-        """0 at the low end, 1 at the high end."""
+        """Return the position of a value, 0 at the low end and 1 at the high end."""
         low, high, at = (_spaced(v, self.spacing) for v in (self.low, self.high, value))
         return (at - low) / (high - low)
 
     def ticks(self, most: int = 6) -> list[tuple[float, str]]:
-        """Values inside with their labels."""
+        """Return the ticks, (value, label)."""
         wanted = self.marks or self._chosen(most)
         inside = [v for v in wanted if self.low - 1e-12 <= v <= self.high + 1e-12]
         if self.spacing is Spacing.linear and not self.marks:
@@ -48,7 +48,7 @@ class Scale:
 
 
 def around(values: Iterable[float], spacing: Spacing = Spacing.linear, room: float = 0.06) -> Scale | None:
-    """A scale that holds all finite values with some room; None where there is none."""
+    """Return a scale that covers all finite values with some room; None if there are none."""
     known = [v for v in values if math.isfinite(v) and (v > 0 or spacing is not Spacing.log)]
     if not known:
         return None
@@ -65,8 +65,8 @@ def around(values: Iterable[float], spacing: Spacing = Spacing.linear, room: flo
 
 
 def without_outliers(values: Sequence[float]) -> tuple[list[float], int]:
-    """The finite values that a scale is to hold, and how many far-off ones lie outside: those of a run that diverged would
-    leave all others a line.
+    """Return the finite values without outliers, and the number of outliers; those of a diverged run would squeeze all
+    other values into a line.
     """
     known = sorted(v for v in values if math.isfinite(v))
     if len(known) < 20:
@@ -78,14 +78,14 @@ def without_outliers(values: Sequence[float]) -> tuple[list[float], int]:
 
 
 def nice(low: float, high: float, most: int) -> list[float]:
-    """Round values from low to high, at most so many, at steps of 1, 2 or 5 times a power of ten."""
+    """Return at most `most` round values from low to high, at steps of 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next((m * power for m in (1, 2, 5, 10, 20) if (high - low) / (m * power) <= most), 50 * power)
     return [round(n * step, 12) for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def format_value(value: float) -> str:
-    """A measured figure for a table: three decimals, of large ones fewer, of tiny ones an exponent."""
+    """Return a number as text for a table: three decimals, fewer if it is large, an exponent if it is tiny."""
     size = abs(value)
     if not math.isfinite(value):
         return str(value)
@@ -98,12 +98,13 @@ def format_value(value: float) -> str:
 
 
 def signed(value: float) -> str:
+    """Return a number as text, with its sign."""
     text = format_value(value)
     return text if text.startswith("-") else f"+{text}"
 
 
 def format_short(value: float) -> str:
-    """As short as it can be told: 0.1, 3, 2.5k."""
+    """Return a number as short text: 0.1, 3, 2.5k."""
     return _with_unit(value) if abs(value) >= 1e4 else f"{value:.4g}"
 
 
@@ -115,7 +116,7 @@ def _with_unit(value: float) -> str:
 
 
 def _stepped(value: float, step: float) -> str:
-    """With as many decimals as tell neighbours apart."""
+    """Return a tick label with enough decimals to differ from its neighbours."""
     if abs(value) >= 1e4 or (value and abs(value) < 1e-4):
         return format_short(value)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -132,7 +133,7 @@ def _decades(low: float, high: float, most: int) -> list[float]:
 
 
 def _thinned(values: Sequence[float], scale: Scale, most: int) -> list[float]:
-    """Those that stand well apart, largest first, and 0."""
+    """Return 0 and the values that are far enough apart on the scale."""
     kept: list[float] = []
     for value in sorted(values, reverse=True):
         if all(abs(scale.place(value) - scale.place(other)) >= 0.8 / most for other in [*kept, 0.0]):

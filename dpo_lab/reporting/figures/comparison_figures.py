@@ -17,38 +17,38 @@ from dpo_lab.stats.estimates import mean
 from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.spec import Arm, Figure, Kind
 
-# What the learning curves show, of each line the first that was logged.
+# Columns of the learning curves, a panel per row: the first column that was logged.
 COLUMNS = (
     ("val/loss", "train/loss"),
     ("val/true/rewards/accuracies", "val/rewards/accuracies"),
     ("val/rewards/margins", "train/rewards/margins"),
     ("val/logratio/chosen",),
 )
-MARKS = 10  # values of an axis that have a tick each; of more, round ones are marked
-Journals = Callable[[str], Sequence[tuple[int, Sequence[Mapping[str, Any]]]]]  # arm -> (seed, rows)
+MARKS = 10  # most values of an axis with a tick each; with more, ticks are at round values
+MetricsLogs = Callable[[str], Sequence[tuple[int, Sequence[Mapping[str, Any]]]]]  # arm -> (seed, rows)
 
 
-def study_figures(collection: RunSet, metrics: Sequence[str], journals: Journals) -> list[Drawing]:
-    """The figures of the study; of runs without one a figure for each axis along which they differ, or for the arms."""
+def study_figures(collection: RunSet, metrics: Sequence[str], logs: MetricsLogs) -> list[Drawing]:
+    """Return the study's figures; without a study, a figure for each axis along which arms differ, or one by arm."""
     study = collection.study
     wanted = study.figures if study else _suggested(collection, metrics)
-    drawn = []
+    drawings = []
     for figure in wanted:
         arms = _arms(collection, figure.arms)
         if figure.kind is Kind.axis:
             is_axis = any(figure.x in arm.at for arm in arms)
-            drawn.append((_along if is_axis else against)(collection, arms, figure.x, figure.y))
+            drawings.append((_along if is_axis else against)(collection, arms, figure.x, figure.y))
         elif figure.kind is Kind.arms:
-            drawn.append(_by_arm(collection, arms, figure.y))
+            drawings.append(_by_arm(collection, arms, figure.y))
         elif figure.kind is Kind.curves:
-            drawn.append(_curves(collection, arms, figure.y, journals))
+            drawings.append(_curves(collection, arms, figure.y, logs))
         else:
-            drawn.append(reward_against_kl(collection, arms))
-    return [drawing for drawing in drawn if drawing.panels]
+            drawings.append(reward_against_kl(collection, arms))
+    return [drawing for drawing in drawings if drawing.panels]
 
 
 def reward_kl_figure(collection: RunSet) -> Drawing | None:
-    """Every arm on the plane of reward and KL; None where these were not measured, or the study's own figures show it."""
+    """Return the figure of all arms by reward and KL; None if these were not measured, or if the study has this figure."""
     study = collection.study
     if study and any(figure.kind is Kind.frontier and not figure.arms for figure in study.figures):
         return None
@@ -56,11 +56,11 @@ def reward_kl_figure(collection: RunSet) -> Drawing | None:
     return drawing if drawing.panels else None
 
 
-def learning(collection: RunSet, journals: Journals) -> Drawing | None:
-    """The learning curves of all arms; None where nothing was logged."""
-    logged = {name for arm in collection.arms for _, rows in journals(arm.name) for row in rows for name in row}
+def learning(collection: RunSet, logs: MetricsLogs) -> Drawing | None:
+    """Return the learning curves of all arms; None if nothing was logged."""
+    logged = {name for arm in collection.arms for _, rows in logs(arm.name) for row in rows for name in row}
     columns = [found for names in COLUMNS if (found := next((n for n in names if n in logged), None))]
-    drawing = _curves(collection, collection.arms, columns, journals)
+    drawing = _curves(collection, collection.arms, columns, logs)
     return drawing if drawing.panels else None
 
 
@@ -104,7 +104,7 @@ def _along(collection: RunSet, arms: Sequence[Arm], axis: str, metrics: Sequence
     return Drawing(f"{', '.join(metrics)} along {axis}", non_empty(panels), legend_of(lines), _SEEDS)
 
 
-_SEEDS = "Large points: means over seeds with their 95 % interval (Student's t); small ones: the seeds."
+_SEEDS = "Large points: means over seeds with 95 % intervals (Student's t); small points: single seeds."
 
 
 def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> Drawing:
@@ -130,18 +130,18 @@ def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> 
 
 
 def _beside(number: int, of: int) -> float:
-    """px to the right of its place, so that lines of the same x stand apart; where there are too many, they do not."""
+    """Return a shift to the right in px that separates lines at the same x; 0 if there are too many lines."""
     return 5.0 * (number - (of - 1) / 2) if of <= STYLES else 0.0
 
 
-def _curves(collection: RunSet, arms: Sequence[Arm], columns: Sequence[str], journals: Journals) -> Drawing:
+def _curves(collection: RunSet, arms: Sequence[Arm], columns: Sequence[str], logs: MetricsLogs) -> Drawing:
     ordered = sorted(arms, key=lambda arm: arm.name != collection.baseline)
     panels, names, most = [], [arm.name for arm in ordered], 1
     for column in columns:
         series = []
         for number, arm in enumerate(ordered):
             by_step: dict[int, list[float]] = {}
-            for _, logged in journals(arm.name):
+            for _, logged in logs(arm.name):
                 for row in logged:
                     if column in row and math.isfinite(row[column]):
                         by_step.setdefault(row["step"], []).append(float(row[column]))
@@ -152,15 +152,15 @@ def _curves(collection: RunSet, arms: Sequence[Arm], columns: Sequence[str], jou
             _, low, _ = thinned(steps, [min(by_step[s]) for s in steps])
             _, high, _ = thinned(steps, [max(by_step[s]) for s in steps])
             most = max(most, of_each)
-            look = style_of(number)
+            style = style_of(number)
             spans = list(zip(low, high, strict=True))
-            if len(x) == 1:  # no line: what was logged once stands there as a point
+            if len(x) == 1:  # logged once: a point instead of a line
                 points = [Point(x[0], y[0], y_interval=spans[0])]
-                series.append(Series(arm.name, points, look, shift=_beside(number, len(ordered))))
+                series.append(Series(arm.name, points, style, shift=_beside(number, len(ordered))))
                 continue
-            band = [(at, *span) for at, span in zip(x, spans, strict=True)] if look != GREY else []
+            band = [(at, *span) for at, span in zip(x, spans, strict=True)] if style != GREY else []
             points = [Point(a, b) for a, b in zip(x, y, strict=True)]
-            series.append(Series(arm.name, points, look, has_markers=False, band=band))
+            series.append(Series(arm.name, points, style, has_markers=False, band=band))
         panels.append(panel(Panel(column, "optimizer steps", series[::-1])))
     legend = [(swatch(i, has_marker=False), name) for i, name in enumerate(names[:STYLES])]
     if len(names) > STYLES:
@@ -171,5 +171,5 @@ def _curves(collection: RunSet, arms: Sequence[Arm], columns: Sequence[str], jou
             )
         )
     says = "Lines: means over seeds; bands: from the lowest seed to the highest."
-    averaged = f" Points are means of up to {most} logged ones." if most > 1 else ""
+    averaged = f" Points are means of up to {most} logged values." if most > 1 else ""
     return Drawing("Learning curves", non_empty(panels), legend, says + averaged)

@@ -12,7 +12,7 @@ from dpo_lab.reporting.figures.svg import BOTTOM, TOP, Frame, Interval, framed, 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a chart of rows: a value with its interval, and the values that it is made of."""
+    """A row of a chart: a value with its interval, and the single values behind it."""
 
     label: str
     value: float | None
@@ -23,7 +23,7 @@ class Row:
 
 
 def rows(title: str, xlabel: str, of: Sequence[Row], reference: float | None = None) -> str:
-    """A row a value, one below the other, with a line through `reference`; empty where no row has a value."""
+    """Return the SVG of a chart with a row per value and a line at `reference`; empty if no row has a value."""
     values = [v for row in of for v in (row.value, *(row.interval or ()), *row.parts) if v is not None]
     scale = around([*values, *([reference] if reference is not None else [])])
     if not values or scale is None:
@@ -54,7 +54,7 @@ def rows(title: str, xlabel: str, of: Sequence[Row], reference: float | None = N
 
 
 def effect(value: float, interval: Interval | None, at_least: float, says: str, both: bool = False) -> str:
-    """An effect on a line of its own: 0, the smallest that would matter (both: on either side), the interval."""
+    """Return the SVG of an effect with its interval, 0, and the smallest relevant effect (both: on either side of 0)."""
     marks = (-at_least, at_least) if both else (at_least,) if at_least else ()
     scale = around([0.0, value, *(interval or ()), *marks], room=0.08)
     assert scale is not None

@@ -10,18 +10,18 @@ from typing import Any
 
 from dpo_lab.reporting.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, FigureSpec
 
-MARKERS = 10  # about, on a line
-POINTS = 200  # most on a line: of more, as many neighbours are averaged as it takes
+MARKERS = 10  # per line, about
+POINTS = 200  # most per line; more are averaged over neighbours
 WIDTH, HEIGHT = 4.4, 3.2  # of a panel, inches
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A column of the journal and how it is drawn."""
+    """A column of the metrics log and how it is drawn."""
 
     name: str
     label: str
-    look: str  # line and marker, as matplotlib spells them
+    look: str  # line and marker in matplotlib's format
     colour: str
 
 
@@ -32,11 +32,11 @@ def _both(name: str, colours: tuple[str, str] = (BLUE, VERMILLION), of: str = ""
     )
 
 
-# title -> the label of its axis, the value that says nothing was learned (None: there is none), its curves
+# title -> y label, value of a policy that learned nothing (None: there is none), curves
 PANELS: dict[str, tuple[str, float | None, tuple[Curve, ...]]] = {
     "loss": ("loss", None, _both("loss")),
     "accuracy": (
-        "share of pairs in the right order",
+        "share of pairs ranked as labelled",
         0.5,
         (
             *_both("rewards/accuracies"),
@@ -53,16 +53,19 @@ PANELS: dict[str, tuple[str, float | None, tuple[Curve, ...]]] = {
             Curve("val/rewards/rejected", "rejected, validation", "--D", VERMILLION),
         ),
     ),
-    "margins": ("reward margin, chosen less rejected", 0.0, _both("rewards/margins")),
+    "margins": ("reward margin, chosen minus rejected", 0.0, _both("rewards/margins")),
 }
 
 
-def plan(rows: Sequence[Mapping[str, Any]]) -> FigureSpec | None:
-    """rows: of the journal. A panel of which no figure was logged is left out; None where none is left."""
+def curves(rows: Sequence[Mapping[str, Any]]) -> FigureSpec | None:
+    """Return the figure of the learning curves, without panels that have no data; None if all are empty.
+
+    rows: of the metrics log.
+    """
     shown = {
         title: found
-        for title, (_, _, curves) in PANELS.items()
-        if (found := [(curve, *points) for curve in curves if (points := points_of(rows, curve.name)) is not None])
+        for title, (_, _, columns) in PANELS.items()
+        if (found := [(curve, *points) for curve in columns if (points := points_of(rows, curve.name)) is not None])
     }
     if not shown:
         return None
@@ -80,7 +83,7 @@ def plan(rows: Sequence[Mapping[str, Any]]) -> FigureSpec | None:
 
 
 def points_of(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]] | None:
-    """Steps and values of a figure; what is not finite is NaN, a gap. None where no finite value was logged."""
+    """Return steps and values of a column, non-finite values as NaN (a gap); None if no finite value was logged."""
     logged = [(row["step"], float(row[name])) for row in rows if name in row]
     values = [value if math.isfinite(value) else math.nan for _, value in logged]
     if all(math.isnan(value) for value in values):
@@ -89,7 +92,7 @@ def points_of(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float], int]:
-    """At most POINTS points, and of how many neighbours each is the mean; what is NaN is left out of it."""
+    """Return at most POINTS points and how many neighbours each is the mean of, without NaN."""
     of_each = math.ceil(len(steps) / POINTS)
     x, y = [], []
     for start in range(0, len(steps), of_each):
@@ -113,7 +116,7 @@ def _panel(axis: Any, title: str, found: Sequence[tuple[Curve, list[int], list[f
         every = max(1, len(x) // MARKERS)
         axis.plot(x, y, curve.look, color=curve.colour, ms=3.5, lw=1.3, markevery=every, label=curve.label)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    xlabel = f"optimizer steps (points: means of up to {most} logged)" if most > 1 else "optimizer steps"
+    xlabel = f"optimizer steps (points: means of up to {most} steps logged)" if most > 1 else "optimizer steps"
     gaps = sum(math.isnan(value) for _, _, values in found for value in values)
     axis.set(title=f"{title}: {gaps} not finite" if gaps else title, xlabel=xlabel, ylabel=ylabel)
     axis.legend()

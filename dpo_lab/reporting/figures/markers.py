@@ -5,29 +5,29 @@ from __future__ import annotations
 import unicodedata
 from html import escape
 
-STYLES = 7  # told apart by colour, marker and dash; GREY is for whatever is beyond
+STYLES = 7  # distinct by colour, marker and dash; GREY is for all further ones
 GREY = "x"
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "4 2", "1 2", "10 4")
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # which turn the text behind them around
-CHARACTER = 6.6  # px, of a wide one, at the size of all text in a drawing
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # characters that change the direction of text
+CHARACTER = 6.6  # px, width of a wide character at the font size of drawings
 
 
 def strip_control(text: str) -> str:
-    """Text in which nothing acts: control characters and changes of direction are spelled out, line breaks and tabs stay."""
-    return "".join(_spelled_out(character) if _acts(character) else character for character in text)
+    """Return text with control characters and changes of direction escaped; line breaks and tabs stay."""
+    return "".join(_escape_character(character) if _is_control(character) else character for character in text)
 
 
-def _acts(character: str) -> bool:
+def _is_control(character: str) -> bool:
     return character in DIRECTIONS or (unicodedata.category(character) == "Cc" and character not in "\n\t")
 
 
 def escape_text(text: str) -> str:
-    """Any text, to stand in a page."""
+    """Return text escaped for HTML."""
     return escape(strip_control(text))
 
 
 def swatch(look: int | str, is_line: bool = True, dash: str | None = None, has_marker: bool = True) -> str:
-    """What a legend shows before a label."""
+    """Return the SVG that a legend shows before a label."""
     line = f'<line class="line"{dashed(look, dash)} x1="0" x2="28" y1="7" y2="7"/>' if is_line else ""
     mark = marker(14, 7, look) if has_marker else ""
     return (
@@ -36,7 +36,7 @@ def swatch(look: int | str, is_line: bool = True, dash: str | None = None, has_m
 
 
 def elide(text: str, most: int) -> str:
-    """The text with its middle left out where it is too long."""
+    """Return the text, its middle elided if it is longer than `most` characters."""
     if len(text) <= most:
         return text
     head = (most - 1) // 2
@@ -44,6 +44,7 @@ def elide(text: str, most: int) -> str:
 
 
 def marker(x: float, y: float, look: int | str) -> str:
+    """Return the SVG of a marker in a style."""
     shape = look if isinstance(look, int) else 0
     if shape % STYLES == 0:
         return f'<circle class="mark" cx="{px(x)}" cy="{px(y)}" r="4"/>'
@@ -59,19 +60,21 @@ def marker(x: float, y: float, look: int | str) -> str:
 
 
 def bar(x1: float, y1: float, x2: float, y2: float) -> str:
+    """Return the SVG of an error bar."""
     return f'<line class="bar" x1="{px(x1)}" y1="{px(y1)}" x2="{px(x2)}" y2="{px(y2)}"/>'
 
 
 def dashed(look: int | str, dash: str | None) -> str:
+    """Return the dash attribute of a style, or of `dash` if given."""
     dash = dash if dash is not None else DASHES[look % STYLES] if isinstance(look, int) else ""
     return f' stroke-dasharray="{dash}"' if dash else ""
 
 
 def px(value: float) -> str:
-    """Px to a tenth, and never further out than a picture reaches."""
+    """Return px as text to a tenth, limited to a range that every renderer handles."""
     return f"{min(max(value, -9999.0), 9999.0):.1f}".removesuffix(".0")
 
 
-def _spelled_out(character: str) -> str:
+def _escape_character(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

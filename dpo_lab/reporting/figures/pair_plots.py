@@ -14,12 +14,12 @@ from dpo_lab.stats.estimates import Estimate, rank_correlation, wilson
 
 BINS = 40  # of a distribution
 CONFIDENCE_BINS = 10  # of the histogram of probabilities, from 1/2 to 1
-POINTS = 2000  # most that a cloud shows
+POINTS = 2000  # most in a scatter plot
 REWARD = "implicit reward margin (beta x log-ratio margin)"
 
 
 def margins(pairs: Sequence[PairExample]) -> FigureSpec | None:
-    """The distribution of log-ratio margins: training pairs, clean and flipped apart, and held-out ones."""
+    """Return the figure of log-ratio margins: clean training, flipped training and held-out pairs; None if no pairs."""
     groups = {
         "train, clean": ([p.margin for p in pairs if p.split == "train" and not p.flipped], BLUE, "-", None),
         "train, flipped": ([p.margin for p in pairs if p.split == "train" and p.flipped], VERMILLION, "-", "////"),
@@ -35,14 +35,14 @@ def margins(pairs: Sequence[PairExample]) -> FigureSpec | None:
             if not values:
                 continue
             shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
-            told = f"{label}: mean {np.mean(values):.2f}, n = {len(values):,}"
+            text = f"{label}: mean {np.mean(values):.2f}, n = {len(values):,}"
             if colour == BLUE:
                 axis.stairs(shares, edges, fill=True, color=colour, alpha=0.25)
-            axis.stairs(shares, edges, color=colour, ls=line, lw=1.4, hatch=hatch, label=told)
+            axis.stairs(shares, edges, color=colour, ls=line, lw=1.4, hatch=hatch, label=text)
         axis.axvline(0, color=GREY, lw=0.8)
-        beyond = "; outer bins hold what lies beyond" if is_cut else ""
+        beyond = "; outer bins include values beyond" if is_cut else ""
         axis.set(
-            title="Margins of pairs as they are labelled",
+            title="Margins of pairs as labelled",
             xlabel=f"log-ratio margin, nats{beyond}",
             ylabel="share of the group's pairs",
         )
@@ -53,76 +53,83 @@ def margins(pairs: Sequence[PairExample]) -> FigureSpec | None:
 
 
 def gold(pairs: Sequence[PairExample], beta: float) -> FigureSpec | None:
-    """Implicit against gold reward, chosen less rejected, of pairs whose truth is known."""
+    """Return the figure of implicit against gold reward margins; None if no pair has a gold reward."""
     known = [(p.key, p.gold_margin, beta * p.margin) for p in pairs if p.gold_margin is not None]
     if not known:
         return None
-    return _cloud(known, "Implicit against gold reward", "gold reward margin, chosen less rejected")
+    return _scatter(known, "Implicit against gold reward", "gold reward margin, chosen minus rejected")
 
 
 def length(pairs: Sequence[PairExample], beta: float) -> FigureSpec | None:
-    """The implicit reward against how much longer the chosen response is."""
+    """Return the figure of implicit reward margins against differences in length; None if there are no pairs."""
     if not pairs:
         return None
     points = [(p.key, float(p.length_chosen - p.length_rejected), beta * p.margin) for p in pairs]
-    return _cloud(points, "Implicit reward against length", "tokens of chosen less rejected")
+    return _scatter(points, "Implicit reward against length", "difference in tokens, chosen minus rejected")
 
 
 def calibration(pairs: Sequence[PairExample], bins: int) -> FigureSpec | None:
-    """Draw how often labels, and gold preferences, come true that were given a probability; None where none was given.
+    """Return the reliability diagram of the probabilities given to labels and to gold preferences; None if there are
+    none.
 
-    The errors are those of the whole reliability curve, which is its own mirror image: the half from 1/2 to 1 is drawn.
+    The half from 1/2 to 1 is drawn, as the curve is its own mirror image; calibration errors are of the whole curve.
     """
-    given = [pair for pair in pairs if pair.probability is not None]
-    if not given:
+    rated = [pair for pair in pairs if pair.probability is not None]
+    if not rated:
         return None
-    label = np.array([pair.probability for pair in given])
-    truth = np.array([pair.gold_margin or 0.0 for pair in given])
+    label = np.array([pair.probability for pair in rated])
+    truth = np.array([pair.gold_margin or 0.0 for pair in rated])
     gold = np.where(truth > 0, label, 1 - label)[truth != 0]
-    judges = {"gold": (gold, "s--", VERMILLION, 7), "labels": (label, "o-", BLUE, 4)}  # the larger markers below
+    targets = {
+        "gold": (gold, "s--", VERMILLION, 7),
+        "labels": (label, "o-", BLUE, 4),
+    }  # larger markers below smaller ones
 
     def draw(figure: Any) -> None:
         axis, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         axis.plot([0.5, 1], [0.5, 1], color=GREY, lw=0.8)
         axis.annotate("calibrated", (0.9, 0.88), va="top", color=GREY, fontsize=8)
-        for name, (probability, look, colour, size) in judges.items():
+        for name, (probability, look, colour, size) in targets.items():
             if not len(probability):
                 continue
             curve = reliability(probability, bins)
-            drawn = (
-                curve.edge + 1e-9 >= 0.5
-            )  # an odd number of bins has one around 1/2: each pair is right and wrong there
+            # With an odd number of bins the one around 1/2 is left out: each pair is right and wrong there.
+            drawn = curve.edge + 1e-9 >= 0.5
             x, y = curve.probability[drawn], curve.frequency[drawn]
             intervals = [
                 wilson(right, 2 * len(probability) * part) for right, part in zip(y, curve.share[drawn], strict=True)
             ]
             reach = [[max(0.0, at - low), max(0.0, high - at)] for at, (low, high) in zip(y, intervals, strict=True)]
-            told = f"by {name}: calibration error {curve.error:.3f}, n = {len(probability):,}"
-            how = dict(
+            text = f"by {name}: calibration error {curve.error:.3f}, n = {len(probability):,}"
+            style = dict(
                 color=colour, ms=size, mfc="none" if size > 4 else colour, lw=1.3, elinewidth=0.8, capsize=size / 2
             )
-            axis.errorbar(x, y, np.array(reach).reshape(-1, 2).T, fmt=look, label=told, **how)
+            axis.errorbar(x, y, np.array(reach).reshape(-1, 2).T, fmt=look, label=text, **style)
         edges = np.linspace(0.5, 1, CONFIDENCE_BINS + 1)
         counts.stairs(np.histogram(np.maximum(label, 1 - label), edges)[0], edges, fill=True, color=GREY)
-        axis.set(title="Calibration on held-out pairs", ylabel="share that is right", ylim=(-0.03, 1.06))
-        counts.set(xlabel="probability of the side that is preferred", ylabel="pairs", xlim=(0.49, 1.01))
+        axis.set(title="Calibration on held-out pairs", ylabel="share that came true", ylim=(-0.03, 1.06))
+        counts.set(xlabel="probability of the preferred response", ylabel="pairs", xlim=(0.49, 1.01))
         axis.legend(loc="lower right")
 
     return FigureSpec(draw, (6.0, 4.8))
 
 
 def edges_of(values: Sequence[float]) -> tuple[np.ndarray, bool]:
-    """Edges of BINS bins, and whether far-off values lie beyond them: those of the outer half per cent on either side."""
+    """Return edges of BINS bins between the percentiles 0.5 and 99.5, with some room, and whether values lie beyond
+    them.
+    """
     low, high = np.percentile(values, [0.5, 99.5])
     room = max(0.05 * (high - low), 1e-6 * max(abs(low), abs(high)), 1e-9)
     if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):
-        room = 0.5 * max(1.0, abs(low))  # all are alike
+        room = 0.5 * max(1.0, abs(low))  # all values are equal
     edges = np.linspace(low - room, high + room, BINS + 1)
     return edges, bool(min(values) < edges[0] or max(values) > edges[-1])
 
 
-def _cloud(points: Sequence[tuple[str, float, float]], title: str, xlabel: str) -> FigureSpec:
-    """points: (key, x, implicit reward margin); where there are too many, those of the smallest keys are shown."""
+def _scatter(points: Sequence[tuple[str, float, float]], title: str, xlabel: str) -> FigureSpec:
+    """Return a scatter plot. points: (key, x, implicit reward margin); of too many, those with the smallest keys are
+    shown.
+    """
     x, y = [at for _, at, _ in points], [reward for _, _, reward in points]
     correlation, shown = rank_correlation(x, y), sorted(points)[:POINTS]
 
@@ -133,23 +140,25 @@ def _cloud(points: Sequence[tuple[str, float, float]], title: str, xlabel: str) 
         axis.plot([p[1] for p in shown], [p[2] for p in shown], "o", color=BLUE, ms=3, alpha=0.4, mew=0)
         centres, means = _means(np.array(x), np.array(y))
         if len(centres) > 1:
-            axis.plot(centres, means, "D-", color=ORANGE, mec="black", mew=0.6, ms=5, lw=1.6, label="mean of a tenth")
+            axis.plot(centres, means, "D-", color=ORANGE, mec="black", mew=0.6, ms=5, lw=1.6, label="means of tenths")
             axis.legend()
-        told = (
-            "no rank correlation: all are alike" if correlation is None else f"rank correlation {_caption(correlation)}"
+        text = (
+            "no rank correlation: all values are equal"
+            if correlation is None
+            else f"rank correlation {_caption(correlation)}"
         )
         some = f", {len(shown):,} of them shown" if len(shown) < len(points) else ""
-        axis.set(title=f"{title}\n{told}, n = {len(points):,}{some}", xlabel=xlabel, ylabel=REWARD)
+        axis.set(title=f"{title}\n{text}, n = {len(points):,}{some}", xlabel=xlabel, ylabel=REWARD)
 
     return FigureSpec(draw)
 
 
 def _means(x: np.ndarray, y: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean x and mean y of each tenth of the points by x; equal x are never parted."""
+    """Return mean x and mean y of each tenth of the points by x; points of equal x stay together."""
     edges = np.unique(np.percentile(x, np.arange(10, 100, 10)))
     places = np.searchsorted(edges, x, side="right")
-    held = np.unique(places)
-    return [float(x[places == at].mean()) for at in held], [float(y[places == at].mean()) for at in held]
+    filled = np.unique(places)
+    return [float(x[places == at].mean()) for at in filled], [float(y[places == at].mean()) for at in filled]
 
 
 def _caption(estimate: Estimate) -> str:
@@ -160,6 +169,6 @@ def _caption(estimate: Estimate) -> str:
 
 
 def _head_room(axis: Any) -> None:
-    """Space for the legend above the highest bar."""
+    """Leave space for the legend above the highest bar."""
     low, high = axis.get_ylim()
     axis.set_ylim(low, high * 1.25)

@@ -23,28 +23,29 @@ from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.spec import Arm
 
 NS = (2, 4, 8, 16, 32, 64)  # of best-of-n
-WIDE_KL = 5.0  # nats, from where an axis of KL is a root
+WIDE_KL = 5.0  # nats; a KL axis beyond this is a square-root scale
 
 
 def against(collection: RunSet, arms: Sequence[Arm], x: str, metrics: Sequence[str]) -> Drawing:
-    """Metrics against another one, a line through the arms that differ along an axis alone."""
+    """Return the figure of metrics against another metric, a line through arms that differ only along an axis."""
     axis = shared_axis(arms)
     panels, drawn = [], {}
     for metric in metrics:
         series = []
         for name, members in lines_of(arms, axis).items():
-            told = axis if len(members) > 1 else ""
-            points = [point for arm in members if (point := of_two(collection, arm, x, metric, told))]
+            named_by = axis if len(members) > 1 else ""
+            points = [point for arm in members if (point := of_two(collection, arm, x, metric, named_by))]
             if points:
                 series.append(Series(name, points, style_of(len(series)), is_line=len(points) > 1))
                 drawn.setdefault(name, members)
         panels.append(panel(Panel(metric, x, series, height=340)))
-    beside = f", {axis} beside them" if axis else ""
+    beside = f", labelled by {axis}" if axis else ""
     says = f"Means over seeds with their 95 % intervals{beside}."
     return Drawing(f"{', '.join(metrics)} against {x}", non_empty(panels), legend_of(drawn), says)
 
 
 def reward_against_kl(collection: RunSet, arms: Sequence[Arm]) -> Drawing:
+    """Return the figure of arms by gain and KL, with the optimum and best-of-n; without panels if not measured."""
     axis = shared_axis(arms)
     lines = lines_of(arms, axis) if axis else {arm.name: [arm] for arm in arms}
     series, drawn = [], {}
@@ -66,7 +67,7 @@ def reward_against_kl(collection: RunSet, arms: Sequence[Arm]) -> Drawing:
     x_from = Scale(0.0, reach, spacing)
     shown = panel(
         Panel(
-            "gain in gold reward, sd of the initial policy's",
+            "gain in gold reward, sd of the initial policy",
             f"KL to the initial policy, nats{how}",
             [*best, *series],
             spacing,
@@ -75,23 +76,23 @@ def reward_against_kl(collection: RunSet, arms: Sequence[Arm]) -> Drawing:
         )
     )
     says = (
-        "Across: KL to the initial policy in nats; up: gain in gold reward, in the initial policy's sd. Means over seeds"
-        + (f" with 95 % intervals, {axis} beside them." if axis else " with 95 % intervals.")
+        "Across: KL to the initial policy in nats; up: gain in gold reward, in sd of the initial policy. Means over seeds"
+        + (f" with 95 % intervals, labelled by {axis}." if axis else " with 95 % intervals.")
     )
-    no_optimum = (
-        "" if best else " No run kept candidates of the initial policy, so the optimum's line is not known here."
-    )
+    no_optimum = "" if best else " No run sampled candidates of the initial policy, so the optimum is unknown."
     return Drawing("Reward against KL", [shown], [*legend_of(drawn), *legend], says + no_optimum)
 
 
 def spacing_of(metric: str, most: float) -> tuple[Spacing, str]:
-    """How an axis of a metric that goes up to `most` is laid out, and what its title says of that."""
+    """Return the spacing of the axis of a metric with values up to `most`, and a suffix for its title."""
     is_root = metric == frontier.KL and most > WIDE_KL
     return (Spacing.root, ", root scale") if is_root else (Spacing.linear, "")
 
 
 def _optimum(collection: RunSet, most: float) -> tuple[list[Series], list[tuple[str, str]]]:
-    """The optimum's line, up to so many nats, and best-of-n; means over the seeds that know it."""
+    """Return series and legend of the optimum, up to `most` nats, and of best-of-n; means over the seeds that have
+    them.
+    """
     by_seed = [points for seed in collection.seeds if (points := frontier.optimum(collection, seed))]
     by_tilt = list(zip(*by_seed, strict=True)) if by_seed else []
     known = [
@@ -103,19 +104,21 @@ def _optimum(collection: RunSet, most: float) -> tuple[list[Series], list[tuple[
     beyond = [*trusted[-1:], *(p for p in inside if not p.is_trusted)]
     series, legend = [], []
     for points, dash, label in (
-        (trusted, "5 3", "optimum: the initial policy's samples, tilted"),
-        (beyond, "1 3", f"the same, from under {frontier.TRUSTED:.0f} effective samples a prompt"),
+        (trusted, "5 3", "optimum: tilted samples of the initial policy"),
+        (beyond, "1 3", f"optimum from under {frontier.TRUSTED:.0f} effective samples per prompt"),
     ):
         if len(points) > 1:
-            said = "optimum: gain {}, KL {}, {:.0f} effective samples"
-            tips = [Point(p.kl, p.gain, said.format(format_value(p.gain), format_value(p.kl), p.ess)) for p in points]
+            template = "optimum: gain {}, KL {}, {:.0f} effective samples"
+            tips = [
+                Point(p.kl, p.gain, template.format(format_value(p.gain), format_value(p.kl), p.ess)) for p in points
+            ]
             origin = [Point(0.0, 0.0)] if points is trusted else []
             series.append(Series(label, [*origin, *tips], GREY, has_markers=False, dash=dash))
             legend.append((swatch(GREY, dash=dash, has_marker=False), label))
     best = _best_of_n(collection, most)
     if best:
         series.append(Series("best of n", best, GREY, is_line=False))
-        legend.append((swatch(GREY, is_line=False), "best of n of the initial policy, at the KL that bounds its own"))
+        legend.append((swatch(GREY, is_line=False), "best of n of the initial policy, at an upper bound of its KL"))
     return series, legend
 
 

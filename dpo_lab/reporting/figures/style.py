@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MADE_BY = "dpo_lab.reporting.figures"
-# Okabe and Ito's, told apart by the colour-blind; a dash, a marker or a hatch tells lines apart where there is no colour.
+# Okabe and Ito's colour-blind safe colours; dashes, markers and hatches distinguish lines without colour.
 BLUE, VERMILLION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#777777"
 METADATA: dict[str, dict[str, Any]] = {
     "png": {"Software": MADE_BY},
@@ -18,14 +18,14 @@ METADATA: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """A figure to be drawn: draw(figure) puts everything on it; size: inches."""
+    """A figure to draw. draw: puts everything on a matplotlib figure; size: inches."""
 
     draw: Callable[[Any], None]
     size: tuple[float, float] = (6.0, 4.2)
 
 
-def drawn(plan: FigureSpec) -> dict[str, bytes]:
-    """The figure as a file of each kind, `png` and `svg`; the user's own matplotlib settings play no part."""
+def draw(spec: FigureSpec) -> dict[str, bytes]:
+    """Return the figure as files, `png` and `svg`; the user's matplotlib settings are ignored."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -46,9 +46,9 @@ def drawn(plan: FigureSpec) -> dict[str, bytes]:
                 "legend.fontsize": 8,
             }
         )
-        figure = Figure(figsize=plan.size, dpi=150)
-        plan.draw(figure)
-        ConstrainedLayoutEngine().execute(figure)  # once for both kinds; a figure that has an engine draws all twice
+        figure = Figure(figsize=spec.size, dpi=150)
+        spec.draw(figure)
+        ConstrainedLayoutEngine().execute(figure)  # once for both files; a figure with an engine would draw twice
         files = {kind: io.BytesIO() for kind in METADATA}
         for kind, file in files.items():
             figure.savefig(file, format=kind, dpi=figure.dpi, metadata=METADATA[kind])

@@ -1,6 +1,6 @@
 """Draw small SVG charts whose classes the page's style sheet colours for light and dark.
 
-Nothing here knows of runs. Text stands as text; every point says in words what it is where a reader stops at it.
+Independent of runs. Text stays text; every point has a tooltip.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from dpo_lab.reporting.figures.axes import Scale, Spacing, around, without_outliers
 from dpo_lab.reporting.figures.markers import CHARACTER, bar, dashed, elide, escape_text, marker, px
 
-WIDTH, HEIGHT = 440, 290  # of a panel; px as long as the page has room
+WIDTH, HEIGHT = 440, 290  # of a panel, px; scaled down on narrow pages
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 30, 44
 MIN_GAP = 5  # px between names beside each other
 Interval = tuple[float, float]
@@ -21,7 +21,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Point:
-    """A point, how sure its place is, what it says when pointed at, and the name that is written beside it."""
+    """A point with its intervals, tooltip (says), and the name written beside it."""
 
     x: float
     y: float
@@ -33,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together. look: a number, or GREY; cloud: lesser points, (x, y); band: (x, low, high)."""
+    """A series of points. look: style number, or GREY; cloud: small points, (x, y); band: (x, low, high)."""
 
     label: str
     points: Sequence[Point]
@@ -43,12 +43,12 @@ class Series:
     cloud: Sequence[tuple[float, float]] = ()
     band: Sequence[tuple[float, float, float]] = ()
     dash: str | None = None
-    shift: float = 0.0  # px to the right, so that series with the same x stand apart
+    shift: float = 0.0  # px to the right, to separate series at the same x
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. x, y: laid out how; marks: where x has ticks; x_from: its ends, if not those of the points."""
+    """One pair of axes. x, y: spacing; marks: ticks of x; x_from: scale of x, if not from the points."""
 
     title: str
     xlabel: str
@@ -62,7 +62,7 @@ class Panel:
 
 @dataclass
 class Frame:
-    """Axes in px; what is written there, so that nothing is written over it."""
+    """Axes in px. taken: boxes that names must not overlap."""
 
     x: Scale
     y: Scale
@@ -79,11 +79,11 @@ class Frame:
         return self.height - TOP - BOTTOM
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Inside the plot, from its upper left."""
+        """Return the position of a point in px, from the plot's upper left corner."""
         return self.width * self.x.place(x), self.depth * (1 - self.y.place(y))
 
     def name_place(self, x: float, y: float, text: str) -> tuple[float, float, str] | None:
-        """Where beside a point its name can stand without touching another: x, y, anchor; None where nowhere."""
+        """Return where a point's name fits beside it without overlap: x, y, anchor; None if nowhere."""
         width = CHARACTER * len(text)
         spots = (
             (7, -5, "start"),
@@ -108,7 +108,7 @@ class Frame:
 
 
 def panel(of: Panel) -> str:
-    """The SVG of a panel; empty where it has no finite point."""
+    """Return the SVG of a panel; empty if it has no finite point."""
     points = [p for s in of.series for p in s.points]
     xs = [v for p in points for v in (p.x, *(p.x_interval or ()))] + [x for s in of.series for x, *_ in s.band]
     lines = [v for p in points for v in (p.y, *(p.y_interval or ()))]
@@ -128,11 +128,12 @@ def panel(of: Panel) -> str:
     inner += [_cloud(frame, s) for s in of.series]
     inner += [_points(frame, s) for s in of.series if s.has_markers]
     inner += [_names(frame, s) for s in of.series]
-    title = f"{of.title} ({beyond} far-off values cut)" if beyond else of.title
+    title = f"{of.title} ({beyond} outliers not shown)" if beyond else of.title
     return framed(frame, title, of.xlabel, [*_grid(frame)], inner)
 
 
 def framed(frame: Frame, title: str, xlabel: str, outer: Iterable[str], inner: Iterable[str]) -> str:
+    """Return the SVG of axes with titles. outer: parts of the whole drawing; inner: parts clipped to the plot."""
     middle, title = frame.left + frame.width / 2, elide(title, 58)
     centre = middle if CHARACTER * len(title) / 2 < WIDTH - middle else WIDTH / 2
     return "\n".join(
@@ -161,7 +162,7 @@ def _grid(frame: Frame) -> list[str]:
 
 
 def ticks_below(frame: Frame) -> list[str]:
-    """The lower axis; of ticks whose labels would touch the later ones have none."""
+    """Return the lower axis; tick labels that would overlap an earlier one are left out."""
     floor = TOP + frame.depth
     found, free = [f'<path class="axis" d="M{px(frame.left)} {TOP}V{px(floor)}H{px(WIDTH - RIGHT)}"/>'], -math.inf
     for value, label in frame.x.ticks(6):
@@ -175,7 +176,7 @@ def ticks_below(frame: Frame) -> list[str]:
 
 
 def _boxes(frame: Frame, of: Series) -> list[tuple[float, float, float, float]]:
-    """What is drawn of a series, as boxes in which no name may stand: its points, bars, and its line bit by bit."""
+    """Return boxes around a series' points, bars and line segments, which names must not overlap."""
     shown = [p for p in of.points if math.isfinite(p.x) and math.isfinite(p.y)]
     places = [frame.at(p.x, p.y) for p in shown]
     boxes = [_box(x, y, 4) for x, y in places] if of.has_markers else []
@@ -203,7 +204,7 @@ def _band(frame: Frame, of: Series) -> str:
 
 
 def _line(frame: Frame, of: Series) -> str:
-    """A line through the points; one that is not finite is a gap."""
+    """Return a line through the points, with gaps at non-finite ones."""
     path, begins = [], True
     for point in of.points:
         if not (math.isfinite(point.x) and math.isfinite(point.y)):

@@ -1,5 +1,5 @@
 "use strict";
-// Tables that sort by a click on their heads, and a filter by name for those that ask for one. Without this script all is there, too.
+// Sort tables by a click on a head, and filter tables of class `filtered` by name. Without this script the page still shows everything.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
@@ -18,7 +18,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       };
       const order = (a, b) => {
         const [x, y] = [key(a), key(b)];
-        if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1; // what was not measured stands last either way
+        if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1; // unmeasured values come last in either order
         const apart = typeof x === "number" ? x - y : x.localeCompare(y, "en");
         return falls ? -apart : apart;
       };
