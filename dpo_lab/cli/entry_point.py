@@ -159,7 +159,7 @@ def _run_here(
         return
     if parent := os.environ.get(launcher.PARENT):
         launcher.set_parent_death_signal(signal.SIGTERM, int(parent))  # a job of a sweep: it saves before it ends
-    print(f"dpo_lab: {folder}", flush=True)  # before the seconds that torch takes to load
+    print(f"dpo_lab: {folder}", flush=True)  # before torch is imported, which takes seconds
     if is_done():
         finished = run_record.read_record(folder)
         assert finished is not None

@@ -18,23 +18,12 @@ from dpo_lab.config.schema import RunConfig
 from dpo_lab.models.policy import Pretrained
 from dpo_lab.runs.run_record import OUTPUTS
 
-KEPT = (
-    "dtype",
-    "attention",
-    "trust_remote_code",
-    "gradient_checkpointing",
-)  # settings of the policy that loading the result needs too
-OF_BASE = (
-    "package",
-    "gguf_file",
-    "revision",
-    "chat_template",
-)  # with adapters also these, which say how to load the base model
-OF_MACHINE = (
-    "trainer",
-    "logger",
-    "threads",
-)  # groups of overrides that are carried over: how this machine computes and logs
+# Settings of the policy that loading the result needs too.
+KEPT = ("dtype", "attention", "trust_remote_code", "gradient_checkpointing")
+# With adapters also these, which say how to load the base model.
+OF_BASE = ("package", "gguf_file", "revision", "chat_template")
+# Groups of overrides that are carried over: how this machine computes and logs.
+OF_MACHINE = ("trainer", "logger", "threads")
 # Of those groups, the keys of a run's length, which are not carried over.
 OF_LENGTH = tuple(f"trainer.{name}" for name in ("max_steps", "max_time", "val_check_interval", "log_every_n_steps"))
 

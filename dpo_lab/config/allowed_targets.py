@@ -46,12 +46,8 @@ ALLOWED = frozenset(
 OWNERS = ("dpo_lab.", "lightning.")  # packages in which those classes are defined
 OURS = frozenset(f"hydra_plugins.dpo_lab.{name}" for name in ("CellSweeper", "StudySweeper", "RayLauncher"))
 SAMPLERS = re.compile(r"optuna\.samplers\.\w+Sampler")  # a setting of Optuna's sweeper, below hydra.sweeper
-SPECIAL = (
-    "_args_",
-    "_partial_",
-    "_recursive_",
-    "_convert_",
-)  # other keys that Hydra interprets; no config of this package has them
+# Other keys that Hydra interprets; no config of this package has them.
+SPECIAL = ("_args_", "_partial_", "_recursive_", "_convert_")
 NUMBERED = re.compile(r"\$\{\s*\.*(hydra\s*[.:]\s*)?job\.(num|id)\b")  # an interpolation of a job's number or id
 # The environment variables that a config may set: those of computing. Others decide which code is loaded.
 ENVIRONMENT = frozenset(

@@ -38,11 +38,8 @@ from dpo_lab.training.precision import check_precision
 from dpo_lab.training.trainer_arguments import advice, check_trainer
 
 PREFERENCE_KEYS = ("beta", "loss", "reference", "noise", "evals")  # not used in supervised fine-tuning
-ConfigErrors = (
-    HydraException,
-    OmegaConfBaseException,
-    YAMLError,
-)  # errors that Hydra raises before it calls the command
+# Errors that Hydra raises before it calls the command.
+ConfigErrors = (HydraException, OmegaConfBaseException, YAMLError)
 
 
 class IfExists(str, Enum):
