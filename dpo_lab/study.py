@@ -22,7 +22,7 @@ from dpo_lab.train import train
 
 COLLECTION = Path("ablations")
 # Overrides that do not change results: how a study is run.
-KEYS_WITHOUT_EFFECT = (
+EXECUTION_KEYS = (
     "launcher",
     "trainer.devices",
     "trainer.num_nodes",
@@ -31,7 +31,7 @@ KEYS_WITHOUT_EFFECT = (
     "figures",
 )
 # Overrides left out of the name of a run's folder.
-NOT_IN_FOLDER_NAME = (*KEYS_WITHOUT_EFFECT, "name", "seed", "on_change")
+NOT_IN_FOLDER_NAME = (*EXECUTION_KEYS, "name", "seed", "on_change")
 
 HELP = """Test a claim: run every arm under every seed, then report the verdicts with intervals.
 
@@ -42,8 +42,8 @@ HELP = """Test a claim: run every arm under every seed, then report the verdicts
   python -m dpo_lab.study ablations/beta.yaml policy=pretrained policy.path=... data.path=...   on your model and data
   python -m dpo_lab.study study=all                             every study of ablations/
 
-budget=NAME: one of the file's budgets (default: full). seeds=0,1,2: instead of the budget's seeds. name=NAME: the folder
-in outputs/ (default: studies). Every other key=value applies to all runs, as with python -m dpo_lab.train.
+budget=NAME: one of the file's budgets (default: full). seeds=0,1,2: instead of the budget's seeds. name=NAME: the
+folder in outputs/ (default: studies). Every other key=value applies to all runs, as with python -m dpo_lab.train.
 """
 
 
@@ -75,36 +75,40 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
 
 def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun], list[StudyRun], list[str]]:
     """Return the studies, the other studies in their folders, and the overrides of all runs."""
-    own = {"study": "", "budget": "full", "seeds": "", "name": "studies"}
+    options = {"study": "", "budget": "full", "seeds": "", "name": "studies"}
     files, more = [], []
     for word in words:
         key, is_setting, value = word.partition("=")
-        if is_setting and key in own:
-            own[key] = value
+        if is_setting and key in options:
+            options[key] = value
         else:
             (more if is_setting else files).append(word)
-    if own["study"] not in ("", "all"):
-        raise StudyError(f"study={own['study']}: type study=all, or the path of a study file")
+    if options["study"] not in ("", "all"):
+        raise StudyError(f"study={options['study']}: type study=all, or the path of a study file")
     beside = sorted(COLLECTION.glob("*.yaml"))
-    paths = [*map(Path, files), *(beside if own["study"] else [])]
+    paths = [*map(Path, files), *(beside if options["study"] else [])]
     if not paths:
         raise StudyError(f"which study? type python -m dpo_lab.study {' or '.join(map(str, beside)) or 'FILE.yaml'}")
     try:
-        seeds = [int(seed) for seed in own["seeds"].split(",")] if own["seeds"] else None
+        seeds = [int(seed) for seed in options["seeds"].split(",")] if options["seeds"] else None
     except ValueError:
-        raise StudyError(f"seeds={own['seeds']}: must be whole numbers; type e.g. seeds=0,1,2") from None
-    arms = [word for word in more if word.partition("=")[0] not in KEYS_WITHOUT_EFFECT and not word.startswith("hydra")]
-    root = run_record.OUTPUTS / run_record.name_of_folder(own["name"])
+        raise StudyError(f"seeds={options['seeds']}: must be whole numbers; type e.g. seeds=0,1,2") from None
+    arms = [word for word in more if word.partition("=")[0] not in EXECUTION_KEYS and not word.startswith("hydra")]
+    root = run_record.OUTPUTS / run_record.name_of_folder(options["name"])
     command = redact_command(["python", "-m", "dpo_lab.study", *typed])
 
     def run(path: Path) -> StudyRun:
-        return StudyRun(read(path, own["budget"], seeds, arms), path, own["budget"], arms, root, command)
+        return StudyRun(read(path, options["budget"], seeds, arms), path, options["budget"], arms, root, command)
 
     studies, beside = [run(path) for path in paths], []
     for other in sorted({other for path in paths for other in path.parent.glob("*.yaml")} - set(paths)):
         with suppress(StudyError):  # not a study, or without this budget
             beside.append(run(other))
-    return studies, beside, [f"name={own['name']}/runs/{own['budget']}", *(word for word in more if word not in arms)]
+    return (
+        studies,
+        beside,
+        [f"name={options['name']}/runs/{options['budget']}", *(word for word in more if word not in arms)],
+    )
 
 
 if __name__ == "__main__":

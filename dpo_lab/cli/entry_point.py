@@ -67,8 +67,8 @@ def run_command(hydra_main: Callable[[], None], as_record: AsRecord = schema.as_
 def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) -> float | None:
     """Validate `cfg` and call body(settings); end the process with one line and exit code 2 on errors the user can fix.
 
-    The process ends by SystemExit, since Hydra would report any other exception a second time, with the whole command line.
-    A job of a sweep raises JobFailed instead, and returns the value of its objective, if one is set.
+    The process ends by SystemExit, since Hydra would report any other exception a second time, with the whole command
+    line. A job of a sweep raises JobFailed instead, and returns the value of its objective, if one is set.
     """
     is_sweep_job = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     try:
@@ -106,8 +106,9 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
 def fast_imports() -> Iterator[None]:
     """Pause the garbage collector while a run's modules are imported; this takes a third off the time of the imports.
 
-    Imports create a million objects that live as long as the process. The garbage collector would traverse them repeatedly
-    during the imports and in every full collection later; here it is off, and afterwards ignores them (`gc.freeze`).
+    Imports create a million objects that live as long as the process. The garbage collector would traverse them
+    repeatedly during the imports and in every full collection later; here it is off, and afterwards ignores them
+    (`gc.freeze`).
     """
     gc.disable()
     try:
@@ -128,12 +129,16 @@ def run_or_spawn_ranks(
 ) -> None:
     """Call run(folder) in this process, or start as many ranks of the command `module` as the trainer has devices here.
 
-    record: the config as it is recorded. again(run record, folder): called instead if the run is done already. alone: the
-    run uses one process whatever the trainer's devices. Under --multirun the run is one job of a sweep, in a child process.
+    record: the config as it is recorded. again(run record, folder): called instead if the run is done already. alone:
+    the run uses one process whatever the trainer's devices. Under --multirun the run is one job of a sweep, in a child
+    process.
     """
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     run_record.refuse_outside(folder)
-    is_done = lambda: run_record.run_status(folder, record, schema.input_files(settings)) is run_record.RunStatus.done  # noqa: E731
+
+    def is_done() -> bool:
+        return run_record.run_status(folder, record, schema.input_files(settings)) is run_record.RunStatus.done
+
     if HydraConfig.get().mode is RunMode.MULTIRUN and not job.is_task():
         job.run_job(module, settings, None if alone else is_done)
         return

@@ -68,14 +68,14 @@ def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) ->
 def after_sft(config: RunConfig, overrides: Sequence[str], folder: Path) -> list[str]:
     """Return the command that trains the policy in `folder` of an SFT run by DPO, on the same pairs."""
     policy, settings = config.policy, {"policy": "pretrained", "policy.path": folder / "policy"}
-    kept = KEPT
+    names = KEPT
     if isinstance(policy, Pretrained) and policy.has_adapters and not policy.merge:
         settings |= {"policy": "lora", "policy.rank": policy.rank, "reference": "frozen"}
-        kept += OF_BASE
+        names += OF_BASE
         if policy.package is not None:  # a package takes precedence over the path
             settings |= {"policy.path": policy.path, "policy.adapter": folder / "policy"}
     if isinstance(policy, Pretrained):
-        settings |= _changed(policy, kept)
+        settings |= _changed(policy, names)
     data = [override for override in overrides if _key(override).partition(".")[0] == "data"]
     if config.sft.text_column is not None or config.data.has_texts:
         data = ["data.path=PAIRS.jsonl"]

@@ -80,8 +80,8 @@ def check_targets(node: Any) -> None:
 def instantiate_checked(node: Mapping[str, Any], kind: type[T], **settings: Any) -> T:
     """Instantiate a config node after checking its targets by name and, once imported, by class.
 
-    Raises TargetRefused if a name is not allowed or resolves to a class that is not a `kind` of this package or Lightning,
-    and whatever Hydra's `instantiate` raises.
+    Raises TargetRefused if a name is not allowed or resolves to a class that is not a `kind` of this package or
+    Lightning, and whatever Hydra's `instantiate` raises.
     """
     check_targets(node)
     for path, inner in _nodes(node):
@@ -97,10 +97,10 @@ def instantiate_checked(node: Mapping[str, Any], kind: type[T], **settings: Any)
 
 @contextmanager
 def only_plugins() -> Iterator[None]:
-    """Inside the context, raise TargetRefused for a `hydra` node that names more than an installed launcher and sweeper.
+    """Inside the context, raise TargetRefused for a `hydra` node with more than an installed launcher and sweeper.
 
-    Hydra instantiates those, its callbacks and its logging before a run's config is validated. It has no hook in between, so
-    the method of its config loader that all of them pass is wrapped.
+    Hydra instantiates those, its callbacks and its logging before a run's config is validated. It has no hook in
+    between, so the method of its config loader that all of them pass is wrapped.
     """
     real: Callable[..., DictConfig] = ConfigLoaderImpl.load_configuration
 
@@ -123,16 +123,16 @@ def _check_hydra(cfg: DictConfig) -> None:
         return
     if hydra.job.get("chdir"):
         raise TargetRefused(
-            "hydra.job.chdir=true: paths are relative to the folder where the command is typed, and a run's results go to its"
-            " own folder anyway; type hydra.job.chdir=false, or leave it out"
+            "hydra.job.chdir=true: paths are relative to the folder where the command is typed, and a run's results go"
+            " to its own folder anyway; type hydra.job.chdir=false, or leave it out"
         )
     of_sweeps = ("sweep.dir", "sweep.subdir") if target_of(hydra.get("sweeper")) in OURS else ()
     for key in ("run.dir", *of_sweeps):
         group, leaf = key.split(".")
         if NUMBERED.search(str(hydra[group]._get_node(leaf))):
             raise TargetRefused(
-                f"hydra.{key}: a job's number or id is not known before it starts and changes with the sweep, so the same"
-                " command would not find its runs again; leave it out: folders are named by their overrides"
+                f"hydra.{key}: a job's number or id is not known before it starts and changes with the sweep, so the"
+                " same command would not find its runs again; leave it out: folders are named by their overrides"
             )
     for key in ("callbacks", "job_logging.handlers", "hydra_logging.handlers"):
         if OmegaConf.select(hydra, key):

@@ -27,8 +27,8 @@ COMMAND_KEYS = ("run", "trained", "name")
 class EvaluateConfig(RunConfig):
     """The settings of a later evaluation.
 
-    run: the folder of a finished run; or trained: the folder of a policy, where the other settings name the initial policy
-    and the data. name: the name of the result; empty: the next number.
+    run: the folder of a finished run; or trained: the folder of a policy, where the other settings name the initial
+    policy and the data. name: the name of the result; empty: the next number.
     """
 
     run: str | None = None
@@ -70,7 +70,7 @@ def load_finished_run(folder: Path) -> dict[str, Any]:
 
 
 def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
-    """Return a run's settings with the overrides of OVERRIDABLE_KEYS applied. cfg: the config composed from `overrides`.
+    """Return a run's settings with overrides of OVERRIDABLE_KEYS. cfg: the config composed from `overrides`.
 
     Raises ConfigError if other keys are overridden, if another version of this package wrote the record, or if an input
     file has changed.
@@ -87,8 +87,8 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
             OmegaConf.update(recorded, key, value, merge=True, force_add=True)
         elif group not in COMMAND_KEYS:
             raise ConfigError(
-                f"{key}: a run is evaluated with its own settings; type run= with evals..., trainer... or threads= alone,"
-                " or trained=FOLDER in place of run="
+                f"{key}: a run is evaluated with its own settings; type run= with evals..., trainer... or threads="
+                " alone, or trained=FOLDER in place of run="
             )
     config = validate(recorded)
     if changed := changed_files(record.get("files", {}), input_files(config)):
@@ -99,7 +99,7 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
 
 
 def from_record(config_dict: Mapping[str, Any]) -> DictConfig:
-    """Return a recorded config as a typed config; settings that did not exist when it was recorded get their defaults."""
+    """Return a recorded config as a typed config; settings that it does not have get their defaults."""
     config_dict = copy.deepcopy(dict(config_dict)) | {"logger": {}, "callbacks": {}}
     cfg = OmegaConf.structured(RunConfig)
     for group, table in KINDS.items():

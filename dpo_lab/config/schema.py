@@ -1,7 +1,8 @@
 """The typed schema of a run's config, its cross-field checks, and error messages that say what to type.
 
 Most fields are the objects that a run uses: loss, reference and label noise are dataclasses defined next to their code.
-Lightning's trainer, loggers and callbacks are `_target_` nodes, see allowed_targets.py. This module does not import torch.
+Lightning's trainer, loggers and callbacks are `_target_` nodes, see allowed_targets.py. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class RunConfig:
                 )
             if target_of(self.trainer.get("strategy")) == FSDP2:
                 raise ValueError(
-                    "reference=adapter_off: a policy sharded over the ranks runs one forward pass per micro-batch, not a"
-                    " second one without adapters; type reference=cached, or trainer=ddp"
+                    "reference=adapter_off: a policy sharded over the ranks runs one forward pass per micro-batch, not"
+                    " a second one without adapters; type reference=cached, or trainer=ddp"
                 )
         check_precision(self.trainer)
         for key, seed in (("seed", self.seed), ("noise.seed", self.noise.seed)):
@@ -115,7 +116,7 @@ class RunConfig:
 
 @dataclass
 class InspectConfig(RunConfig):
-    """The settings of an inspection. show: number of pairs printed token by token; page: an .html or .png file to write."""
+    """The settings of an inspection. show: pairs to print token by token; page: an .html or .png file to write."""
 
     show: int = 3
     page: str | None = None
@@ -172,7 +173,7 @@ def validate(cfg: DictConfig) -> RunConfig:
 
 def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
     """Return the resolved config as nested dicts, with the name of each KINDS option under `kind`."""
-    config_dict: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    config_dict: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     for group, table in KINDS.items():
         chosen = attrgetter(group)(config)
         (kind,) = (name for name, schema in table.items() if type(chosen) is schema)

@@ -43,8 +43,9 @@ def map_across_ranks(parts: Sequence[P], sizes: Sequence[float], compute: Callab
     """Return compute(part) of every part, in order, on every rank; each part is computed by one rank.
 
     A collective: all ranks have to call it, with equal parts. sizes: the work of each part. A part is the input of one
-    forward pass; if the parts do not depend on the number of ranks, results are bit for bit those of one process. Results
-    are pickled and should be on the CPU. An exception is raised on its rank only; the launcher then ends the other ranks.
+    forward pass; if the parts do not depend on the number of ranks, results are bit for bit those of one process.
+    Results are pickled and should be on the CPU. An exception is raised on its rank only; the launcher then ends the
+    other ranks.
     """
     rank, world_size = rank_and_world_size()
     if world_size == 1:

@@ -36,7 +36,7 @@ RENDEZVOUS = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # by which ranks on se
 
 
 def is_rank() -> bool:
-    """Return whether this process is a rank: started by this launcher, by torchrun, or as one of several SLURM tasks."""
+    """Return whether this process is a rank: of this launcher, of torchrun, or one of several SLURM tasks."""
     return "RANK" in os.environ or "LOCAL_RANK" in os.environ or _slurm_tasks() > 1
 
 
@@ -52,7 +52,7 @@ def rank() -> int:
 
 
 def _slurm_tasks() -> int:
-    """Return the number of tasks of this process's SLURM step; 0 in an interactive job, by the job names Lightning uses."""
+    """Return the tasks of this process's SLURM step; 0 in an interactive job, by the names that Lightning uses."""
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return 0 if interactive or "SLURM_PROCID" not in os.environ else int(os.environ.get("SLURM_NTASKS", "1"))
 
@@ -97,7 +97,7 @@ def num_local_ranks(accelerator: str, devices: int | str | Sequence[int], num_no
 
 
 def set_parent_death_signal(signum: int, parent: int | None = None) -> None:
-    """Have the kernel (Linux) send this process `signum` when its parent dies; send it now if `parent` has died already.
+    """Have the kernel (Linux) send this process `signum` when its parent dies; send it now if `parent` is dead.
 
     Call it in a thread that lives as long as the process, the main thread.
     """
@@ -134,9 +134,9 @@ def run_ranks(
 
     Rank 0 inherits this process's output; rank N writes to `folder`/rank-N.log. environment: the variables of the ranks
     besides those of their rank (default: os.environ). If a rank fails, the others are stopped, and the first to fail is
-    reported. If this process is asked to stop, it forwards the signal once; the ranks have `grace` seconds to save, or until
-    a second signal; then StopSignal is raised. No process is left in either case. Raises ValueError if the variables by
-    which several nodes find each other are not set.
+    reported. If this process is asked to stop, it forwards the signal once; the ranks have `grace` seconds to save, or
+    until a second signal; then StopSignal is raised. No process is left in either case. Raises ValueError if the
+    variables by which several nodes find each other are not set.
     """
     base = dict(os.environ if environment is None else environment)
     if "SLURM_NTASKS" in base:
@@ -165,7 +165,7 @@ def run_ranks(
 
 
 def _rendezvous(base: Mapping[str, str], nodes: int, stack: ExitStack) -> tuple[int, dict[str, str]]:
-    """Return this node's rank and the variables of the rendezvous: a port locked until `stack` closes, or the user's."""
+    """Return this node's rank and the rendezvous' variables: with a port locked until `stack` closes, or the user's."""
     if nodes == 1:
         here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stack.enter_context(acquire_port()))}
         return 0, here | {STORE: "1", OPENED: "True"}

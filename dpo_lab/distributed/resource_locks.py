@@ -25,7 +25,7 @@ PORTS = range(20000, 30000)
 
 
 def visible_gpus() -> list[str] | None:
-    """Return the GPUs visible to a child process, as CUDA_VISIBLE_DEVICES names them; None if they can't be determined."""
+    """Return the GPUs visible to a child process, as CUDA_VISIBLE_DEVICES names them; None if unknown."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         names = [name.strip() for name in named.split(",")]
@@ -42,8 +42,8 @@ def visible_gpus() -> list[str] | None:
 def acquire_gpus(count: int, poll: float = 0.2) -> Iterator[list[str] | None]:
     """Lock `count` of the visible GPUs and yield their names for CUDA_VISIBLE_DEVICES; None for a count of 0.
 
-    While fewer than `count` are free it locks none and tries again every `poll` seconds. Raises ValueError if fewer than
-    `count` are visible.
+    While fewer than `count` are free it locks none and tries again every `poll` seconds. Raises ValueError if fewer
+    than `count` are visible.
     """
     if count == 0:
         yield None
@@ -89,9 +89,7 @@ def acquire_port() -> Iterator[int]:
             if _try_lock(folder / f"port-{port}.lock", stack) and _is_free(port):
                 break
         else:
-            raise OSError(
-                f"no free TCP port found between {PORTS.start} and {PORTS.stop}; end a process that listens on one of them"
-            )
+            raise OSError(f"no free TCP port found between {PORTS.start} and {PORTS.stop}; end a process that uses one")
         yield port
 
 

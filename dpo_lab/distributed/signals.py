@@ -19,8 +19,10 @@ STATUS = {signal.SIGTERM: "preempted", signal.SIGINT: "interrupted", TIME_IS_UP:
 
 
 class StopSignal(BaseException):
-    """The process was asked to stop: by a scheduler (SIGTERM, `preempted`), at the keyboard (SIGINT, `interrupted`), or by the
-    run's own time limit (TIME_IS_UP, `stopped`).
+    """The process was asked to stop.
+
+    By a scheduler (SIGTERM, status `preempted`), at the keyboard (SIGINT, `interrupted`), or by the run's own time
+    limit (TIME_IS_UP, `stopped`).
     """
 
     def __init__(self, signum: int) -> None:
@@ -58,7 +60,7 @@ def raise_on_signals(tell: Callable[[StopSignal], None] = lambda stopped: None) 
 
 @contextmanager
 def reraise_stop() -> Iterator[None]:
-    """Inside the context, raise an error that a StopSignal caused, for example in a library's clean-up, as that StopSignal.
+    """Inside the context, raise an error that a StopSignal caused, say in a library's clean-up, as that StopSignal.
 
     Except for OSError, since a disk that is full while a checkpoint is saved has to be reported.
     """
@@ -82,8 +84,8 @@ def end_on_signals() -> None:
 class StopRequest:
     """A context that records a stop signal in `signum` (None: no signal yet) instead of raising it.
 
-    The training loop checks it between two steps, saves, then calls `obey`. A second SIGINT raises StopSignal at once, for
-    a user who does not want to wait. Outside of the main thread, which receives no signals, it does nothing.
+    The training loop checks it between two steps, saves, then calls `obey`. A second SIGINT raises StopSignal at once,
+    for a user who does not want to wait. Outside of the main thread, which receives no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -117,7 +119,8 @@ class StopRequest:
     def obey(self, signum: int) -> None:
         """Stop for `signum`, a signal sent to this process or to another one of the same run.
 
-        Calls the scheduler's handler for REQUEUE, which requeues the job and exits; raises StopSignal for other signals.
+        Calls the scheduler's handler for REQUEUE, which requeues the job and exits; raises StopSignal for other
+        signals.
         """
         if signum == REQUEUE:
             handler: Callable[[int, FrameType | None], Any] | None = self._before.get(REQUEUE)

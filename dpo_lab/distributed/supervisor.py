@@ -38,8 +38,8 @@ TRACEBACK = "Traceback (most recent call last):"
 class ExitStatus:
     """How a run of several ranks ended.
 
-    code: 0, or the exit code of the rank that failed first (128 + n if signal n killed it). culprit: the number of that rank.
-    error: one line for the user, which names it. culprit and error are None if no rank failed.
+    code: 0, or the exit code of the rank that failed first (128 + n if signal n killed it). culprit: the number of that
+    rank. error: one line for the user, which names it. culprit and error are None if no rank failed.
     """
 
     code: int
@@ -48,10 +48,10 @@ class ExitStatus:
 
 
 def report_error(error: str, code: int) -> None:
-    """Report to the supervisor why this rank is about to end with exit code `code` other than 0; call it before clean-up.
+    """Report to the supervisor why this rank is about to end with exit code `code`, not 0; call it before clean-up.
 
-    The first rank to report counts as the first to fail, however long its clean-up takes. Only the first line of `error` is
-    kept. Does nothing without a supervisor or on a full disk.
+    The first rank to report counts as the first to fail, however long its clean-up takes. Only the first line of
+    `error` is kept. Does nothing without a supervisor or on a full disk.
     """
     path = os.environ.get(ERROR_FILE)
     if path is None or not error.strip() or os.path.exists(path):
@@ -234,8 +234,8 @@ def root_cause(ranks: Sequence[Rank]) -> ExitStatus:
 def _when(rank: Rank) -> tuple[bool, float]:
     """Return the key that sorts the rank that failed first to the front.
 
-    A rank that was killed comes first, since its peers may report a lost connection before the kill is seen. A rank killed
-    by SIGABRT does not: torch aborts a peer that can't reach the others.
+    A rank that was killed comes first, since its peers may report a lost connection before the kill is seen. A rank
+    killed by SIGABRT does not: torch aborts a peer that can't reach the others.
     """
     reported = rank.read_error_file()
     code = rank.code or 0

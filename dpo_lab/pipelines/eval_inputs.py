@@ -28,8 +28,8 @@ def load_judge(config: RunConfig, device: torch.device) -> Score | None:
 def trained_policy(module: BaseModule, inputs: TrainingInputs, forward: Forward) -> Policy:
     """Gather the trained policy from all ranks, in evaluation mode, on the device that it trained on.
 
-    Moves the initial policy to that device too. Lightning leaves a module on the CPU after a fit. A collective: all ranks
-    have to call it.
+    Moves the initial policy to that device too. Lightning leaves a module on the CPU after a fit. A collective: all
+    ranks have to call it.
     """
     initial = inputs.initial.model.to(forward.device)  # type: ignore[arg-type]
     return Policy(gather_model(module.model, initial, forward.device).eval(), inputs.initial.tokenizer)

@@ -29,7 +29,7 @@ def evaluate_run(
     overrides: Sequence[str],
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Evaluate the policy in `folder` against the initial policy of `config`, on its data, and write the result to `into`.
+    """Evaluate the policy in `folder` against the initial policy of `config`, on its data, and write the result.
 
     record: the record of the run that trained the policy; raises RunRefused if data, tokenizer or a policy have changed
     since that run.

@@ -103,7 +103,7 @@ def _check_inputs(inputs: TrainingInputs, what: str, config: RunConfig) -> Train
     batch_size = config.data.batch_size
     if (count := len(inputs.train)) < batch_size:
         raise ConfigError(
-            f"data.batch_size={batch_size}: there are only {count} training {what}; type data.batch_size={max(1, count)}"
+            f"data.batch_size={batch_size}: only {count} training {what}; type data.batch_size={max(1, count)}"
         )
     return inputs
 
@@ -170,7 +170,8 @@ def distinct_prompts(pairs: PairTable) -> list[list[int]]:
 def policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
     """Return the initial policy, and the policy that generates the responses of a task.
 
-    With the embedded policy the latter is always the fine-tuned one, so that a run from random weights has the same pairs.
+    With the embedded policy the latter is always the fine-tuned one, so that a run from random weights has the same
+    pairs.
     """
     if isinstance(config.policy, Pretrained):
         with policy_errors():

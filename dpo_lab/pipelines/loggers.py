@@ -29,7 +29,7 @@ TENSORBOARD, WANDB, MLFLOW = (f"lightning.pytorch.loggers.{k}Logger" for k in ("
 
 @contextmanager
 def track_run_status(trainer: Trainer, config_dict: Mapping[str, Any], folder: Path) -> Iterator[None]:
-    """Write a row of TensorBoard's HPARAMS, and at the end its status: succeeded or failed; tell other loggers of a failure.
+    """Write a row of TensorBoard's HPARAMS, at the end with its status; tell other loggers of a failure.
 
     A run that is asked to stop keeps its row without a status, since it is resumed later. Only rank 0 enters it.
     """
@@ -61,9 +61,9 @@ def add_loggers(
 ) -> None:
     """Open the metrics log and the configured loggers, and hand them to the trainer before it trains.
 
-    step: the step that the run resumes from; TensorBoard drops what an earlier attempt logged after it. started: the time
-    of the run's first attempt. charts: scalars to draw in one chart, see show_charts. Raises ConfigError if a logger can't
-    be created.
+    step: the step that the run resumes from; TensorBoard drops what an earlier attempt logged after it. started: the
+    time of the run's first attempt. charts: scalars to draw in one chart, see show_charts. Raises ConfigError if a
+    logger can't be created.
     """
     loggers: list[Logger] = [JSONLLogger(folder)]
     for key, node in config_dict["logger"].items():
@@ -82,17 +82,17 @@ def add_loggers(
 def _run_arguments(node: Mapping[str, Any], folder: Path, step: int, started: str) -> dict[str, Any]:
     """Return the arguments of a logger that depend on the run: its folder, its name and a stable id."""
     name = "/".join(folder.parts[-3:])
-    place = {} if "save_dir" in node else {"save_dir": folder}
+    save_dir = {} if "save_dir" in node else {"save_dir": folder}
     if node["_target_"] == TENSORBOARD:
-        return place | {"purge_step": step}
+        return save_dir | {"purge_step": step}
     if node["_target_"] == WANDB:
         text = f"{folder.absolute()} {started}"  # the same for all attempts of a run
-        return place | {"name": name, "id": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+        return save_dir | {"name": name, "id": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
     if node["_target_"] == MLFLOW:
         server = os.environ.get("MLFLOW_TRACKING_URI")  # never recorded: it may hold a password
         store = {} if "tracking_uri" in node else {"tracking_uri": server or MLFLOW_STORE}
-        return place | store | {"run_name": name, "tags": {"started": started}}
-    return place
+        return save_dir | store | {"run_name": name, "tags": {"started": started}}
+    return save_dir
 
 
 def log_final_metrics(

@@ -57,7 +57,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Resume:
-    """Where training resumes: the checkpoint (None: from the start), and the number of steps if training had finished."""
+    """Where training resumes: the checkpoint (None: the start), and the number of steps if it had finished."""
 
     checkpoint: Path | None = None
     trained_to: int | None = None
@@ -68,8 +68,8 @@ def open_session(
 ) -> None:
     """Set up the process and the Trainer, lock the run folder, and call body(run, trainer) on every rank.
 
-    Only rank 0 locks and writes the folder. config_dict: the config as it is recorded. If the run is done already, `body`
-    is not called.
+    Only rank 0 locks and writes the folder. config_dict: the config as it is recorded. If the run is done already,
+    `body` is not called.
     """
     setup_process(config)
     trainer = make_trainer(config, config_dict, folder)
@@ -202,8 +202,8 @@ def fit(
 ) -> None:
     """Train the module's model up to max_steps, from the first step or from a checkpoint.
 
-    A checkpoint of the last step exists when it returns. Raises StopSignal, after saving a checkpoint, when the run is asked
-    to stop. The process group stays open.
+    A checkpoint of the last step exists when it returns. Raises StopSignal, after saving a checkpoint, when the run is
+    asked to stop. The process group stays open.
     """
     data = PreferenceDataModule(
         inputs.train,
@@ -258,7 +258,7 @@ def finalize_run(
 
 @contextmanager
 def logging_to(folder: Path) -> Iterator[None]:
-    """Log this package's messages to the terminal and to the run's `run.log`, which also gets warnings and the error."""
+    """Log this package's messages to the terminal and to `run.log`, which also gets warnings and the error."""
     console, file = log_handler(), logging.FileHandler(folder / "run.log")
     file.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
     for handler in (console, file):

@@ -36,7 +36,7 @@ def train_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
     """
     if config.sft.text_column is not None and config.data.is_world:
         raise ConfigError(
-            f"sft.text_column={config.sft.text_column}: the task data.world has no columns; type data.path=FILE.jsonl too"
+            f"sft.text_column={config.sft.text_column}: the task has no columns; type data.path=FILE.jsonl too"
         )
     if config.is_embedded:
         with suppress(OSError):

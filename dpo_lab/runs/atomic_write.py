@@ -89,8 +89,8 @@ def explain_disk_error(error: BaseException) -> str | None:
     number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
     if number in FULL:
         return (
-            f"{path or 'a file'}: {os.strerror(number)}; what was written before is intact: make room, then type the same"
-            " command again"
+            f"{path or 'a file'}: {os.strerror(number)}; what was written before is intact: make room, then type the"
+            " same command again"
         )
     if number in LOCKED and (path or in_text):  # sockets raise these numbers too, without a path
         return (

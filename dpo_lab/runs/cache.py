@@ -20,8 +20,8 @@ _CHUNK = 1 << 20
 def cached(path: Path, make: Callable[[Path], None]) -> Path:
     """Return `path`; first create it with make(temporary path) if it is missing or its checksum does not match.
 
-    `make` writes a file or a folder at the path it is given. Put a hash of everything that determines the content into the
-    name. A mismatch is logged as a warning. Other processes wait for a file lock meanwhile.
+    `make` writes a file or a folder at the path it is given. Put a hash of everything that determines the content into
+    the name. A mismatch is logged as a warning. Other processes wait for a file lock meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):

@@ -1,17 +1,18 @@
 """Per-example values of a run, `examples.jsonl`, for paired tests between runs.
 
-One JSON object per line: `kind` (below), `key`, and one value per column; null if a value is not known. Two runs that were
-evaluated on the same examples have the same keys in the same order, so that their columns can be paired line by line.
+One JSON object per line: `kind` (below), `key`, and one value per column; null if a value is not known. Two runs that
+were evaluated on the same examples have the same keys in the same order, so that their columns can be paired line by
+line.
 
-    held_out, train   a pair; key: the pair's. margin: its log-ratio margin in nats, trained minus initial policy, chosen
-                      minus rejected; trained_chosen, trained_rejected, initial_chosen, initial_rejected: log-probabilities
-                      in nats; gold_margin: the true reward of chosen minus that of rejected; flipped: whether label noise
-                      swapped the sides; probability: of the label under the loss (held-out pairs, see
-                      evals/calibration.py)
-    prompt            a prompt and its samples; key: a hash of its token ids, with `#2` appended if it occurs a second time.
+    held_out, train   a pair; key: the pair's. margin: its log-ratio margin in nats, trained minus initial policy,
+                      chosen minus rejected; trained_chosen, trained_rejected, initial_chosen, initial_rejected:
+                      log-probabilities in nats; gold_margin: the true reward of chosen minus that of rejected; flipped:
+                      whether label noise swapped the sides; probability: of the label under the loss (held-out pairs,
+                      see evals/calibration.py)
+    prompt            a prompt and its samples; key: a hash of its token ids, with `#2` appended if it occurs again.
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
-                      tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win, judge_win,
-                      pairwise_win: 1, 0, or 1/2 for a tie
+                      tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win,
+                      judge_win, pairwise_win: 1, 0, or 1/2 for a tie
     candidates        a prompt and many responses of the initial policy; key: the prompt's. gold, judge: a list of their
                       rewards, rounded to four decimals
     text              a held-out text; key: a hash of its token ids. trained, initial: log-probabilities in nats; tokens
@@ -74,9 +75,9 @@ class PairExample:
     """A pair under the trained and the initial policy; chosen and rejected as labelled, after label noise.
 
     key: the pair's, the same in every run; split: train or held-out; flipped: whether label noise swapped its sides;
-    gold_margin: true reward of chosen minus that of rejected, None if it is not known; logp_*: summed log-probability under
-    the trained policy; logratio_*: the same minus the initial policy's; margin: logratio_chosen - logratio_rejected, set to 0
-    if rounding alone can explain it; all in nats and without beta; length_*: in tokens.
+    gold_margin: true reward of chosen minus that of rejected, None if it is not known; logp_*: summed log-probability
+    under the trained policy; logratio_*: the same minus the initial policy's; margin: logratio_chosen -
+    logratio_rejected, set to 0 if rounding alone can explain it; all in nats and without beta; length_*: in tokens.
     """
 
     key: str

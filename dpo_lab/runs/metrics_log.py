@@ -26,7 +26,7 @@ class MetricsLogError(RunFailed):
 
 
 def append(path: Path, step: int, metrics: Mapping[str, float]) -> None:
-    """Append a row: the number of optimizer steps and the metrics. Values that are not finite are written as strings."""
+    """Append a row: the number of optimizer steps and the metrics. NaN and infinities are written as strings."""
     row = {"step": step} | {name: _to_json(value) for name, value in metrics.items()}
     bare = json.dumps(row, allow_nan=False)[:-1]
     with path.open("ab") as file:
@@ -49,8 +49,8 @@ def rows(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
                 yield row
             else:
                 raise MetricsLogError(
-                    f"{path}:{number}: not a row of this metrics log; fix or delete the line, or delete the run's folder"
-                    " and type the same command again"
+                    f"{path}:{number}: not a row of this metrics log; fix or delete the line, or delete the run's"
+                    " folder and type the same command again"
                 )
 
 
@@ -68,8 +68,8 @@ def truncate(path: Path, to: int) -> None:
     """Remove the rows after the position `to`. Raise MetricsLogError if the file is shorter than that."""
     if (written := position(path)) < to:
         raise MetricsLogError(
-            f"{path}: {written} bytes, but the checkpoint was taken at {to}; rows are missing: restore the file, or delete"
-            " the run's folder and type the same command again"
+            f"{path}: {written} bytes, but the checkpoint was taken at {to}; rows are missing: restore the file, or"
+            " delete the run's folder and type the same command again"
         )
     if written > to:
         with path.open("rb+") as file:

@@ -24,7 +24,7 @@ _SHORTEST = 8  # characters: shorter values of environment variables would match
 
 
 def redact(value: Any) -> Any:
-    """Return a config, or part of one, without secrets: values of keys that name a secret, and secrets within strings."""
+    """Return a config, or part of one, without the values of keys that name a secret and without secrets in strings."""
     if isinstance(value, Mapping):
         return {k: REDACTED if _NAMES.search(str(k)) and v is not None else redact(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -33,7 +33,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_override(override: str) -> str:
-    """Return the override `key=value` without its value if the key names a secret, else without secrets in the value."""
+    """Return an override `key=value` without its value if the key names a secret, else without secrets in it."""
     key, equals, _ = override.partition("=")
     return f"{key}{equals}{REDACTED}" if equals and _NAMES.search(key) else redact_text(override)
 

@@ -56,7 +56,7 @@ def slug(overrides: str, limit: int = 100) -> str:
 
 
 def name_of_folder(name: str) -> str:
-    """Return the folder of all runs of a name, relative to OUTPUTS and never outside; parts as in `studies/runs/full`."""
+    """Return the folder under OUTPUTS of all runs of a name, which may have parts as in `studies/runs/full`."""
     return "/".join(slug(part) for part in name.split("/") if part) or "default"
 
 
@@ -66,8 +66,8 @@ def refuse_outside(folder: Path) -> None:
         OUTPUTS.resolve()
     ):
         raise RunRefused(
-            f"{folder}: a link in it leads to {folder.resolve()}, outside of {OUTPUTS}; type name=another, or make {OUTPUTS}"
-            " itself the link"
+            f"{folder}: a link in it leads to {folder.resolve()}, outside of {OUTPUTS}; type name=another, or make"
+            f" {OUTPUTS} itself the link"
         )
 
 
@@ -117,9 +117,9 @@ def acquire_run(
 ) -> Iterator[Run | None]:
     """Lock a folder for a run of `config` that reads `files`; yield None if that run is done already.
 
-    The record's status is `running` until the context ends, then `done`, `stopped`, `preempted`, `interrupted`, or `failed`
-    with the error. An earlier attempt of the same run is resumed; another run is never overwritten. Raises RunRefused if
-    another process holds the lock or another run is in the folder, see `run_status`.
+    The record's status is `running` until the context ends, then `done`, `stopped`, `preempted`, `interrupted`, or
+    `failed` with the error. An earlier attempt of the same run is resumed; another run is never overwritten. Raises
+    RunRefused if another process holds the lock or another run is in the folder, see `run_status`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -154,8 +154,8 @@ def acquire_run(
 def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) -> RunStatus:
     """Return whether a run of `config` that reads `files` is new in the folder, unfinished, or done.
 
-    A run with a larger trainer.max_steps than recorded is the same run, unfinished. Raises RunRefused if the folder holds
-    another run, unless on_change=restart.
+    A run with a larger trainer.max_steps than recorded is the same run, unfinished. Raises RunRefused if the folder
+    holds another run, unless on_change=restart.
     """
     record = read_record(folder)
     if record is None or not _is_worth_keeping(folder, record):
@@ -164,14 +164,14 @@ def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = 
         f"{key}: was {was!r}, now {now!r}" for key, (was, now) in difference(record["config"], redact(config)).items()
     ]
     changed += changed_files(record.get("files", {}), files)
-    were, wanted = (int(each["trainer"]["max_steps"]) for each in (record["config"], config))
-    if wanted < were:
-        changed.append(f"trainer.max_steps: was {were}, now {wanted}")
+    old_steps, new_steps = (int(each["trainer"]["max_steps"]) for each in (record["config"], config))
+    if new_steps < old_steps:
+        changed.append(f"trainer.max_steps: was {old_steps}, now {new_steps}")
     if changed:
         if config["on_change"] == "restart":
             return RunStatus.new
         raise RunRefused(_refusal(folder, changed))
-    return RunStatus.done if record["status"] == "done" and wanted == were else RunStatus.unfinished
+    return RunStatus.done if record["status"] == "done" and new_steps == old_steps else RunStatus.unfinished
 
 
 def mark_ended(folder: Path, status: str, error: str) -> None:
@@ -209,22 +209,22 @@ def _refusal(folder: Path, changed: Sequence[str]) -> str:
 
 def _resumed_entries(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries that a resumed run's record takes over from its earlier attempts."""
-    kept = {
+    entries = {
         name: earlier[name]
         for name in ("identity", "seconds", "step_zero_loss", "throughput", "started")
         if name in earlier
     }
-    were, wanted = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
-    if "steps" in earlier and were == wanted:
-        kept["steps"] = earlier["steps"]  # training had finished
-    return kept | {"starts": [*earlier.get("starts", ()), _attempt(earlier)]}
+    old_steps, new_steps = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
+    if "steps" in earlier and old_steps == new_steps:
+        entries["steps"] = earlier["steps"]  # training had finished
+    return entries | {"starts": [*earlier.get("starts", ()), _attempt(earlier)]}
 
 
 def _attempt(earlier: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is kept of an earlier attempt: how it ended and, if the run gets more steps, its results."""
     names = ("status", "error", "started", "finished", "steps", "metrics", "versions", "git")
-    kept = {name: earlier[name] for name in names if name in earlier}
-    return kept | {"max_steps": earlier["config"]["trainer"]["max_steps"]}
+    entries = {name: earlier[name] for name in names if name in earlier}
+    return entries | {"max_steps": earlier["config"]["trainer"]["max_steps"]}
 
 
 def _ending(error: BaseException) -> dict[str, Any]:

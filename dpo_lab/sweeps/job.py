@@ -1,8 +1,8 @@
 """One job of a sweep as a process of its own: the same command with the job's overrides, and how it ended.
 
 Lightning's DDP starts its ranks by repeating the command line, which under --multirun would repeat the whole sweep; the
-command line of a job's own process holds one run only. Under SLURM a job's ranks are the tasks of a SLURM job, so there it
-runs in the task's process.
+command line of a job's own process holds one run only. Under SLURM a job's ranks are the tasks of a SLURM job, so there
+it runs in the task's process.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class JobFailed(RuntimeError):
 def run_job(module: str, settings: RunConfig, is_done: Callable[[], bool] | None) -> None:
     """Run the current Hydra job of the command `module` in a child process and wait for it, unless it is done already.
 
-    is_done: whether the job's folder holds its result; None for a run without a record, whose exit code decides. Its output
-    goes to LOG in its folder. Raises JobFailed if it has no result in the end, whatever its exit code.
+    is_done: whether the job's folder holds its result; None for a run without a record, whose exit code decides. Its
+    output goes to LOG in its folder. Raises JobFailed if it has no result in the end, whatever its exit code.
     """
     hydra = HydraConfig.get()
     folder, store = Path(hydra.runtime.output_dir), _status_store()
@@ -192,7 +192,7 @@ def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess
 
 
 def _wait(child: subprocess.Popen, store: JobStatusStore) -> int:
-    """Wait for a job's process and return its exit code; forward a request to stop once, and leave no process behind."""
+    """Wait for a job's process and return its exit code; forward a request to stop once; leave no process behind."""
     deadline = None
     try:
         while True:
@@ -234,7 +234,7 @@ def _ending(
 
 @contextmanager
 def _share_of_machine(threads: int | None, trainer: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Yield the environment variables of a job's share of the machine if several run in parallel: its GPUs, CPU threads."""
+    """Yield the environment variables of a job's share of the machine, GPUs and CPU threads, if several run."""
     jobs, on_gpu = max_parallel_jobs(HydraConfig.get().launcher), trainer.get("accelerator") != "cpu"
     if jobs == 1 or not (on_gpu or threads is None):
         yield {}

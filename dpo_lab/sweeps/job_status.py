@@ -33,7 +33,7 @@ class JobStatusStore:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the folder for one sweep. Raise RunRefused, without changing anything, if another process holds the lock."""
+        """Lock the folder for one sweep. Raise RunRefused, with nothing changed, if another process holds the lock."""
         self._root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._root / "lock")
         try:

@@ -25,8 +25,8 @@ TICK = 0.5  # seconds between two reads of the jobs' status
 class ProgressMonitor:
     """A thread that polls the status of the jobs while a launcher runs in the main thread.
 
-    look: returns the outcomes of all jobs so far; changed(outcomes): called when a job has ended. When `request` holds a
-    signal, the jobs are asked once, through `store`, to stop.
+    look: returns the outcomes of all jobs so far; changed(outcomes): called when a job has ended. When `request` holds
+    a signal, the jobs are asked once, through `store`, to stop.
     """
 
     def __init__(

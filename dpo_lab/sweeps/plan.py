@@ -27,8 +27,8 @@ AsRecord = Callable[[DictConfig, schema.RunConfig], dict[str, Any]]
 class Job:
     """One run of a sweep.
 
-    title: the overrides in which it differs from other jobs; sweep: the folder of the sweep; folder: of this run; record: its
-    config as the run records it; files: the input files that it reads.
+    title: the overrides in which it differs from other jobs; sweep: the folder of the sweep; folder: of this run;
+    record: its config as the run records it; files: the input files that it reads.
     """
 
     overrides: tuple[str, ...]
@@ -53,9 +53,10 @@ def combinations(arguments: Sequence[str], loader: ConfigLoader) -> list[tuple[s
 def plan(
     wanted: Sequence[tuple[str, Sequence[str]]], master: DictConfig, loader: ConfigLoader, as_record: AsRecord
 ) -> list[Job]:
-    """Compose and validate the jobs `wanted`, (title, overrides) each. Raise ConfigError, naming the job, if one is invalid.
+    """Compose and validate the jobs `wanted`, (title, overrides) each. Raise ConfigError if one is invalid.
 
-    master: the sweep's config, whose `hydra` node applies to all jobs; as_record(cfg, settings): a job's config as recorded.
+    master: the sweep's config, whose `hydra` node applies to all jobs; as_record(cfg, settings): a job's config as
+    recorded.
     """
     titles = [title for title, _ in wanted]
     every = _named_by_what_varies([list(overrides) for _, overrides in wanted], master)
@@ -128,7 +129,7 @@ def _check_job(trainer: Mapping[str, Any], master: DictConfig) -> None:
         for key in ("devices", "num_nodes", "accelerator"):
             if trainer.get(key) != master.trainer.get(key):
                 raise schema.ConfigError(
-                    f"trainer.{key}: all jobs of a sweep request the same resources; run one sweep for each trainer.{key}"
+                    f"trainer.{key}: all jobs of a sweep request the same resources; run one sweep for each value"
                 )
 
 
@@ -140,7 +141,7 @@ def _titles(every: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _named_by_what_varies(every: Sequence[Sequence[str]], master: DictConfig) -> list[list[str]]:
-    """Return the jobs' overrides, extended so that every swept key is in the folder name, also e.g. trainer.max_steps."""
+    """Return the jobs' overrides, extended so that every swept key, also trainer.max_steps, is in the folder name."""
     left_out = list(master.hydra.job.config.override_dirname.exclude_keys)
     shared = set.intersection(*map(set, every))
     varying = {o.partition("=")[0] for overrides in every for o in overrides if o not in shared}

@@ -39,8 +39,8 @@ class ArmSpec:
 class Budget:
     """A budget of a study, by name.
 
-    settings: overrides of every arm; arms: only these arms or groups, and only predictions about them; found: a note on the
-    results under this budget (for `full` it is the study's own `found`).
+    settings: overrides of every arm; arms: only these arms or groups, and only predictions about them; found: a note on
+    the results under this budget (for `full` it is the study's own `found`).
     """
 
     seeds: list[int] = MISSING
@@ -70,8 +70,8 @@ class StudyFile:
 def read(path: Path, budget: str = "full", seeds: Sequence[int] | None = None, more: Sequence[str] = ()) -> Study:
     """Read a study from a file under one of its budgets.
 
-    seeds: used instead of the budget's; more: overrides of every arm, applied last. Raises StudyError, which names file and
-    key, if the study is invalid.
+    seeds: used instead of the budget's; more: overrides of every arm, applied last. Raises StudyError, which names file
+    and key, if the study is invalid.
     """
     try:
         config_dict = yaml.safe_load(path.read_text())
@@ -123,9 +123,9 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
     names = {name for arm in arms for name in (arm.name, arm.group)}
     if unknown := [name for name in chosen.arms if name not in names]:
         raise StudyError(f"budgets.{budget}.arms: no arm or group is called '{unknown[0]}'")
-    kept = [arm for arm in arms if not chosen.arms or arm.name in chosen.arms or arm.group in chosen.arms]
-    left = {name for arm in kept for name in (arm.name, arm.group)}
-    predictions = [p for p in file.predictions if all(n in left or n not in names for n in (p.of, p.to) if n)]
+    chosen_arms = [arm for arm in arms if not chosen.arms or arm.name in chosen.arms or arm.group in chosen.arms]
+    chosen_names = {name for arm in chosen_arms for name in (arm.name, arm.group)}
+    predictions = [p for p in file.predictions if all(n in chosen_names or n not in names for n in (p.of, p.to) if n)]
     study = Study(
         name=path.stem,
         title=file.title,
@@ -133,7 +133,7 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
         claim=file.claim,
         source=file.source,
         predictions=predictions,
-        arms=kept,
+        arms=chosen_arms,
         baseline=file.baseline,
         seeds=list(chosen.seeds if seeds is None else seeds),
         metrics=file.metrics,

@@ -19,7 +19,7 @@ from dpo_lab.sweeps.summary import Outcome, now
 
 
 class StudyRun:
-    """A study under one budget: its folder `root`/NAME/BUDGET, whose name includes the user's overrides, and its record.
+    """A study under one budget: its record and its folder `root`/NAME/BUDGET, named also by the user's overrides.
 
     Its runs are in `root`/runs/..., shared by all studies of that budget, so that equal arms run once.
     """
@@ -43,7 +43,7 @@ class StudyRun:
 
     @property
     def wanted(self) -> list[tuple[str, list[str]]]:
-        """(title, overrides) of every arm under every seed, seed by seed, so that an interrupted study has runs of all arms."""
+        """(title, overrides) of every arm, seed by seed, so that an interrupted study has runs of all arms."""
         return [
             (f"{self.study.name}: {arm.name}, seed {seed}", [*arm.overrides, f"seed={seed}"])
             for seed in self.study.seeds

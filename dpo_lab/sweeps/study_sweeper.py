@@ -23,8 +23,8 @@ NAME = "StudySweeper"
 class StudySweeper(CellSweeper):
     """A sweeper that runs the jobs of `studies`; jobs with equal overrides run once.
 
-    beside: studies that may share runs with them, whose predictions are registered too, before any run. only_plan: print the
-    jobs, their cost and the effect that they could detect, and run nothing.
+    beside: studies that may share runs with them, whose predictions are registered too, before any run. only_plan:
+    print the jobs, their cost and the effect that they could detect, and run nothing.
     """
 
     studies: ClassVar[Sequence[StudyRun]] = ()
@@ -32,7 +32,7 @@ class StudySweeper(CellSweeper):
     only_plan: ClassVar[bool] = False
 
     def sweep(self, arguments: list[str]) -> NoReturn:
-        """Run the studies and exit with the code of the sweep. arguments: overrides of all jobs, with one value each."""
+        """Run the studies and exit with the sweep's code. arguments: overrides of all jobs, with one value each."""
         arguments = self.with_params(arguments)
         console = plain_console(soft_wrap=not sys.stdout.isatty())
         parsed = OverridesParser.create(config_loader=self._context.config_loader).parse_overrides(arguments)

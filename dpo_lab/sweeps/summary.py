@@ -47,8 +47,8 @@ class Outcome:
 
 
 def outcomes(jobs: Sequence[Job], statuses: Sequence[RunStatus], store: JobStatusStore, is_over: bool) -> list[Outcome]:
-    """Return the outcomes of all jobs so far. is_over: the launcher has returned, so a job still `running` may be dead."""
-    found = []
+    """Return the outcomes of all jobs so far. is_over: the launcher has returned, so a `running` job may be dead."""
+    results = []
     for job, was in zip(jobs, statuses, strict=True):
         note = {} if was is RunStatus.done else store.read(job.folder) or {}
         status = "done" if was is RunStatus.done else note.get("status", "not started")
@@ -61,18 +61,18 @@ def outcomes(jobs: Sequence[Job], statuses: Sequence[RunStatus], store: JobStatu
                 if is_dead
                 else "it is still running; the sweep does not wait for it"
             )
-        found.append(Outcome(job, was, status, error, note.get("seconds"), note.get("log")))
-    return found
+        results.append(Outcome(job, was, status, error, note.get("seconds"), note.get("log")))
+    return results
 
 
-def exit_code(found: Sequence[Outcome], stopped_by: int | None) -> int:
+def exit_code(results: Sequence[Outcome], stopped_by: int | None) -> int:
     """Return 0 if every job is done, else 128 + the signal that stopped the sweep, else 1."""
-    if all(outcome.status == "done" for outcome in found):
+    if all(outcome.status == "done" for outcome in results):
         return 0
     return 1 if stopped_by is None else 128 + stopped_by
 
 
-def write(folder: Path, found: Sequence[Outcome], started: str, status: str, error: str | None = None) -> None:
+def write(folder: Path, results: Sequence[Outcome], started: str, status: str, error: str | None = None) -> None:
     """Write SWEEP atomically."""
     record: dict[str, Any] = {
         "status": status,
@@ -90,32 +90,32 @@ def write(folder: Path, found: Sequence[Outcome], started: str, status: str, err
                 "seconds": None if outcome.seconds is None else round(outcome.seconds, 1),
                 "log": None if outcome.log is None else os.path.relpath(outcome.log),
             }
-            for outcome in found
+            for outcome in results
         ],
     }
     write_atomic(folder / SWEEP, json.dumps(record, indent=1))
 
 
-def show(console: Console, folder: Path, found: Sequence[Outcome], error: str | None) -> None:
+def show(console: Console, folder: Path, results: Sequence[Outcome], error: str | None) -> None:
     """Print the table of jobs, the errors with the paths of their logs, and the totals."""
     table = Table("job", "", "time", box=None, header_style="dim", pad_edge=False)
-    shown = [outcome for outcome in found if len(found) <= MANY or outcome.status not in ("done", "not started")]
+    shown = [outcome for outcome in results if len(results) <= MANY or outcome.status not in ("done", "not started")]
     for outcome in shown:
         style = STYLES.get(outcome.word, "yellow")
         table.add_row(outcome.job.title, Text(outcome.word, style), duration(outcome.seconds))
     if shown:
         console.print(table)
-    for outcome in found:
+    for outcome in results:
         if outcome.error and outcome.status != "done":
             console.print(f"{outcome.job.title}: {outcome.error}", style="red")
             if outcome.log:
                 console.print(f"  {os.path.relpath(outcome.log)}", soft_wrap=True)
     if error:
         console.print(f"the launcher failed: {error}", style="red")
-    counts = Counter(outcome.word for outcome in found)
+    counts = Counter(outcome.word for outcome in results)
     total = ", ".join(f"{count} {word}" for word, count in counts.items())
-    console.print(f"{len(found)} jobs: {total}. {folder / SWEEP}", soft_wrap=True)
-    if any(outcome.status != "done" for outcome in found):
+    console.print(f"{len(results)} jobs: {total}. {folder / SWEEP}", soft_wrap=True)
+    if any(outcome.status != "done" for outcome in results):
         console.print("The same command runs the rest.")
 
 

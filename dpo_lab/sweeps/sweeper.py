@@ -48,7 +48,7 @@ class CellSweeper(Sweeper):
     as_record: plan.AsRecord
 
     def __init__(self, params: Mapping[str, Any] | None = None, **unknown: Any) -> None:
-        """params: swept values by key, from a YAML file, as in Hydra's own sweeper; the command line takes precedence."""
+        """params: swept values by key, from a YAML file, as in Hydra's sweeper; the command line takes precedence."""
         self.params, self._unknown = params or {}, unknown
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

@@ -28,9 +28,9 @@ TIME = 8  # columns of the time left
 def track(what: str, total: int, shown: bool = True, done: int = 0, least: float = 0.0) -> Iterator[Advance]:
     """Show the progress of a stage of `total` parts, `done` of them beforehand.
 
-    Yields advance(parts, figures=None): add finished parts, and set the texts after the bar, shown in order as far as they
-    fit. In a pipe or a file it prints one line without colours when the stage ends. shown: False on all ranks but one;
-    least: a stage that took fewer seconds leaves no line.
+    Yields advance(parts, figures=None): add finished parts, and set the texts after the bar, shown in order as far as
+    they fit. In a pipe or a file it prints one line without colours when the stage ends. shown: False on all ranks but
+    one; least: a stage that took fewer seconds leaves no line.
     """
     if not shown:
         yield lambda parts, figures=None: None
@@ -43,7 +43,7 @@ def track(what: str, total: int, shown: bool = True, done: int = 0, least: float
 
 
 def plain_console(**settings: Any) -> Console:
-    """Create a console that prints strings literally: brackets and colons in overrides, paths or samples are not markup.
+    """Create a console that prints strings literally: brackets and colons in overrides or paths are not markup.
 
     Give styles as `style=` or in a Text.
     """

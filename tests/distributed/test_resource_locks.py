@@ -181,7 +181,9 @@ def test_the_locks_lie_where_no_one_else_can_write(temp):
     with resource_locks.acquire_port():
         assert place.stat().st_mode & 0o777 == 0o700
     place.chmod(0o770)
-    with pytest.raises(PermissionError, match="is a folder that other users own or can access; remove it, or set TMPDIR"):
+    with pytest.raises(
+        PermissionError, match="is a folder that other users own or can access; remove it, or set TMPDIR"
+    ):
         resource_locks.acquire_port().__enter__()
     place.chmod(0o700)
     place.rename(temp / "elsewhere")

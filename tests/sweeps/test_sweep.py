@@ -124,12 +124,18 @@ def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process
     [
         (["beta=0.1,-1"], "job beta=-1: beta=-1.0: must be a positive number; type e.g. beta=0.1"),
         (["beta=0.1,x"], "job beta=x: beta=x: must be a number; type beta=..."),
-        (["beta=0.1,0.10"], "job beta=0.1: its folder outputs/dpo/beta=0.1/seed=0 is also that of job beta=0.1; leave one"),
+        (
+            ["beta=0.1,0.10"],
+            "job beta=0.1: its folder outputs/dpo/beta=0.1/seed=0 is also that of job beta=0.1; leave one",
+        ),
         (["seed=1,1"], "job seed=1: its folder outputs/dpo/default/seed=1 is also that of job seed=1; leave one"),
         (["name=a,b"], "name: a sweep has one name; run one sweep for each name"),
         (["reference=cached,nope"], "job reference=nope: reference=nope: no such choice; type reference= one of"),
         (["beta=1,2", "launcher=joblib", "trainer=ddp"], "job beta=1: trainer.devices=-1: with launcher=joblib each"),
-        (["trainer.devices=1,2", "launcher=slurm"], "job trainer.devices=2: trainer.devices: all jobs of a sweep request"),
+        (
+            ["trainer.devices=1,2", "launcher=slurm"],
+            "job trainer.devices=2: trainer.devices: all jobs of a sweep request",
+        ),
         (["beta=1,2", "hydra.sweep.subdir=${hydra.job.num}"], "hydra.sweep.subdir: a job's number or id is not known"),
     ],
 )
