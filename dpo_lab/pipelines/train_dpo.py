@@ -84,7 +84,7 @@ def _fit(
     inputs: TrainingInputs,
     timer: StageTimer,
 ) -> DPOModule:
-    """Prepare the reference, check the step before the first one, train, and return the module.
+    """Prepare the reference, check the loss at step 0, train, and return the module.
 
     Records the loss at step 0, None if the reference is not the initial policy; the memory in use; and, if training
     raises, the health findings so far.
