@@ -32,7 +32,7 @@ def _evaluate(cfg: DictConfig, settings: schema.RunConfig) -> None:
         chosen, trained = from_run.config_from_run(record, cfg, overrides), folder / "policy"
     else:
         folder, chosen, trained = Path("outputs"), settings, Path(str(settings.trained))
-    print(f"dpo_lab: {trained}", flush=True)  # before the seconds that torch takes to load
+    print(f"dpo_lab: {trained}", flush=True)  # before torch is imported, which takes seconds
     with entry_point.fast_imports():
         from dpo_lab.pipelines.evaluate_run import evaluate_run
 
@@ -40,7 +40,7 @@ def _evaluate(cfg: DictConfig, settings: schema.RunConfig) -> None:
 
 
 def as_path(argument: str) -> str:
-    """run= and trained= as Hydra reads them whole: folders of runs hold commas and equals signs."""
+    """Quote the value of run= and trained= for Hydra, since run folders contain commas and equals signs."""
     key, _, value = argument.partition("=")
     is_bare = key in ("run", "trained") and value and value[0] not in "\"'" and value != "null"
     return f"{key}={json.dumps(value, ensure_ascii=False)}" if is_bare else argument

@@ -20,7 +20,7 @@ def inspect(cfg: DictConfig) -> None:
 
 def _inspect(settings: schema.RunConfig) -> None:
     assert isinstance(settings, schema.InspectConfig)
-    print("dpo_lab: pairs", flush=True)  # before the seconds that torch takes to load
+    print("dpo_lab: pairs", flush=True)  # before torch is imported, which takes seconds
     with entry_point.fast_imports():
         from dpo_lab.inspection import report, terminal
         from dpo_lab.inspection.look import inspect_pairs

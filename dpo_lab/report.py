@@ -15,29 +15,29 @@ from dpo_lab.studies.spec import StudyError
 DESCRIPTION = """\
 Compare runs, sweeps and studies from their folders alone: nothing is trained, no model is loaded.
 
-A study is told verdict first; of other runs, those whose settings differ in nothing but the seed are one arm.
-A table goes to the terminal, and one HTML file that loads nothing is written beside the runs.
+A study is reported with its verdicts first. Other runs whose settings differ only in the seed are one arm.
+A table is printed, and one self-contained HTML page is written beside the runs.
 """
 EXAMPLES = """\
 examples:
   python -m dpo_lab.report outputs/studies/beta/full              a study: verdict, tables, page
   python -m dpo_lab.report outputs/dpo --baseline beta=0.1        all runs of one name, compared with an arm
   python -m dpo_lab.report outputs/a outputs/b --metrics gold_gain,kl,"gold_gain / kl"
-  python -m dpo_lab.report outputs/dpo --csv > arms.csv           every digit, for a program of yours
+  python -m dpo_lab.report outputs/dpo --csv > arms.csv           every digit, for further processing
   python -m dpo_lab.report outputs/studies/beta/full --keep ablations/records
   python -m dpo_lab.report --results ablations/RESULTS.md --check
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done; 1 `--check` found a difference; 2 nothing was done, the message says what to type."""
+    """Run the command and return its exit code: 0 done; 1 `--check` found a difference; 2 error, see the message."""
     options = _parser().parse_args(arguments)
     try:
         return _report(options)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of the pipe has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -54,11 +54,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="FOLDER",
-        help="of a run, a sweep, a study or of many; or a kept record (.json)",
+        help="the folder of a run, a sweep, a study, or several of them; or an archived record (.json)",
     )
     parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with")
     parser.add_argument(
-        "--metrics", metavar="A,B", default="", help="what is compared: names of run.json, or `a - b`, `a / b` of them"
+        "--metrics", metavar="A,B", default="", help="metrics to compare: names in run.json, or `a - b`, `a / b` of two"
     )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--markdown", action="store_true", help="print Markdown, write no page unless --page is given")
@@ -66,19 +66,21 @@ def _parser() -> argparse.ArgumentParser:
         "--csv", action="store_true", help="print CSV with every digit, write no page unless --page is given"
     )
     parser.add_argument(
-        "--page", type=Path, metavar="FILE", help="where the page goes (report.html in the first folder)"
+        "--page", type=Path, metavar="FILE", help="path of the page (default: report.html in the first folder)"
     )
-    kept = parser.add_argument_group("kept records")
+    kept = parser.add_argument_group("archived records")
     kept.add_argument(
-        "--keep", type=Path, metavar="DIR", help="write the small record of each study there, to be committed"
+        "--keep", type=Path, metavar="DIR", help="write a small record of each study to DIR, to be committed"
     )
     kept.add_argument(
         "--results",
         type=Path,
         metavar="FILE",
-        help="write what the kept records in records/ beside it say",
+        help="write the results in the archived records of records/ beside FILE",
     )
-    kept.add_argument("--check", action="store_true", help="with --results: change nothing, say where the file differs")
+    kept.add_argument(
+        "--check", action="store_true", help="with --results: write nothing, print where the file differs"
+    )
     return parser
 
 
@@ -95,13 +97,13 @@ def _report(options: argparse.Namespace) -> int:
 
     collections = gather(options.paths)
     if options.baseline:
-        collections = [_against(collection, options.baseline) for collection in collections]
+        collections = [_with_baseline(collection, options.baseline) for collection in collections]
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     _check_metrics(collections, metrics)
     page = None
     if options.page or not (options.markdown or options.csv or options.keep):
-        page = _page_place(options.page, collections)
-    if page:  # before anything is printed: whoever reads that may stop before its end
+        page = _page_path(options.page, collections)
+    if page:  # before printing: the reader of a pipe may close it before the end
         _write(page, collections, metrics)
     if options.keep:
         from dpo_lab.studies import archive
@@ -114,7 +116,7 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _against(collection: RunSet, baseline: str) -> RunSet:
+def _with_baseline(collection: RunSet, baseline: str) -> RunSet:
     names = [arm.name for arm in collection.arms]
     if baseline not in names:
         raise StudyError(f"--baseline {baseline}: no such arm in {collection.title}; type one of: {'; '.join(names)}")
@@ -122,7 +124,7 @@ def _against(collection: RunSet, baseline: str) -> RunSet:
 
 
 def _check_metrics(collections: Sequence[RunSet], metrics: Sequence[str]) -> None:
-    """Raises StudyError for a metric that no run has."""
+    """Raise StudyError for a metric that no run has."""
     for metric in metrics:
         if not any(collection.values(arm.name, metric) for collection in collections for arm in collection.arms):
             known = sorted({name for collection in collections for run in collection.runs for name in run.metrics})
@@ -131,18 +133,18 @@ def _check_metrics(collections: Sequence[RunSet], metrics: Sequence[str]) -> Non
             )
 
 
-def _page_place(asked: Path | None, collections: Sequence[RunSet]) -> Path:
-    """Where the page goes. Raises StudyError where something else lies there."""
+def _page_path(path: Path | None, collections: Sequence[RunSet]) -> Path:
+    """Return the path of the page. Raise StudyError if it holds another file than an earlier report."""
     from dpo_lab.reporting.comparison_page import MADE_BY
     from dpo_lab.reporting.html_page import may_be_written
 
-    page = asked or collections[0].folder / "report.html"
+    page = path or collections[0].folder / "report.html"
     try:
         if may_be_written(page, MADE_BY):
             return page
     except OSError as error:
         raise StudyError(f"{page}: {error.strerror}; type another --page FILE") from None
-    raise StudyError(f"{page}: a file that is no report of ours lies there; type another --page FILE")
+    raise StudyError(f"{page}: holds a file that is not a report; type another --page FILE")
 
 
 def _write(page: Path, collections: Sequence[RunSet], metrics: Sequence[str]) -> None:
@@ -172,7 +174,7 @@ def _print(options: argparse.Namespace, collections: Sequence[RunSet], metrics: 
 
 
 def _results(file: Path, check: bool) -> int:
-    """Write the results of the kept records beside the file, or say where it differs from what they say."""
+    """Write the results of the archived records beside the file to it, or print where it differs from them."""
     from dpo_lab.reporting.results_md import check_results, write_results
     from dpo_lab.studies.archive import FOLDER
 
@@ -185,7 +187,7 @@ def _results(file: Path, check: bool) -> int:
     for difference in differences:
         print(difference, file=sys.stderr)
     if not differences:
-        print(f"{file}: all of it is what the records say")
+        print(f"{file}: agrees with the records")
     return 1 if differences else 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_lab import report
 from dpo_lab.cli import entry_point
-from dpo_lab.runs import run_record as run_folders
+from dpo_lab.runs import run_record
 from dpo_lab.runs.redact import redact_command
 from dpo_lab.studies.spec import StudyError
 from dpo_lab.sweeps import study_sweeper
@@ -21,41 +21,38 @@ from dpo_lab.sweeps.study_run import StudyRun
 from dpo_lab.train import train
 
 COLLECTION = Path("ablations")
-VOLATILE = (
+# Overrides that do not change results: how a study is run.
+EXECUTION_KEYS = (
     "launcher",
     "trainer.devices",
     "trainer.num_nodes",
     "data.num_workers",
     "data.workers",
     "figures",
-)  # how, not what, is run
-NAMES_NO_RUN = (
-    *VOLATILE,
-    "name",
-    "seed",
-    "on_change",
-)  # a run's folder is named by all other overrides, whatever runs beside it
+)
+# Overrides left out of the name of a run's folder.
+NOT_IN_FOLDER_NAME = (*EXECUTION_KEYS, "name", "seed", "on_change")
 
-HELP = """Put a claim to the test: run every arm under every seed, then say what came out, with intervals.
+HELP = """Test a claim: run every arm under every seed, then report the verdicts with intervals.
 
-  python -m dpo_lab.study ablations/beta.yaml                   the whole study, on with it after an interruption
+  python -m dpo_lab.study ablations/beta.yaml                   the whole study; the same command resumes it
   python -m dpo_lab.study ablations/uniform_ref.yaml budget=quick    a small one, in minutes
-  python -m dpo_lab.study ablations/beta.yaml --plan            its cells, their cost, what it could show; runs nothing
-  python -m dpo_lab.study ablations/beta.yaml launcher=joblib hydra.launcher.n_jobs=4     several cells at once
+  python -m dpo_lab.study ablations/beta.yaml --plan            its jobs, their cost, detectable effects; runs nothing
+  python -m dpo_lab.study ablations/beta.yaml launcher=joblib hydra.launcher.n_jobs=4     several jobs at once
   python -m dpo_lab.study ablations/beta.yaml policy=pretrained policy.path=... data.path=...   on your model and data
   python -m dpo_lab.study study=all                             every study of ablations/
 
-budget=NAME: of the file's budgets (default: full). seeds=0,1,2: others than the budget's. name=NAME: the folder in
-outputs/ (default: studies). Every other key=value goes to all runs, as with python -m dpo_lab.train.
+budget=NAME: one of the file's budgets (default: full). seeds=0,1,2: instead of the budget's seeds. name=NAME: the
+folder in outputs/ (default: studies). Every other key=value applies to all runs, as with python -m dpo_lab.train.
 """
 
 
 def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = train) -> int:
-    """What was typed, run; gives the exit code. task: the Hydra main that one cell is a run of."""
+    """Run the command and return its exit code. task: the function decorated with `hydra.main` that runs one job."""
     parser = argparse.ArgumentParser("python -m dpo_lab.study", description=HELP, add_help=True)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("words", nargs="*", metavar="FILE or key=value", help=argparse.SUPPRESS)
-    parser.add_argument("--plan", action="store_true", help="say what would be run, and run nothing")
+    parser.add_argument("--plan", action="store_true", help="print the plan and run nothing")
     given = parser.parse_intermixed_args(arguments)
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -64,11 +61,11 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
         print(f"error: {error}", file=sys.stderr)
         return 2
     study_sweeper.register(runs, beside, given.plan)
-    named = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(NAMES_NO_RUN)}]"
-    sys.argv = [sys.argv[0], "--multirun", "hydra/sweeper=study", named, *arguments]
+    naming = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(NOT_IN_FOLDER_NAME)}]"
+    sys.argv = [sys.argv[0], "--multirun", "hydra/sweeper=study", naming, *arguments]
     try:
         return entry_point.run_command(task)
-    except SystemExit as end:  # the sweep is over
+    except SystemExit as end:  # the sweep ends by it
         code = end.code if isinstance(end.code, int) else 1
     if not given.plan and code in (0, 1):
         for run in runs:
@@ -77,39 +74,41 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
 
 
 def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun], list[StudyRun], list[str]]:
-    """The studies, those that lie beside them, and what Hydra is told of all their runs."""
-    own = {"study": "", "budget": "full", "seeds": "", "name": "studies"}
+    """Return the studies, the other studies in their folders, and the overrides of all runs."""
+    options = {"study": "", "budget": "full", "seeds": "", "name": "studies"}
     files, more = [], []
     for word in words:
         key, is_setting, value = word.partition("=")
-        if is_setting and key in own:
-            own[key] = value
+        if is_setting and key in options:
+            options[key] = value
         else:
             (more if is_setting else files).append(word)
-    if own["study"] not in ("", "all"):
-        raise StudyError(f"study={own['study']}: type study=all, or the path of a study file")
+    if options["study"] not in ("", "all"):
+        raise StudyError(f"study={options['study']}: type study=all, or the path of a study file")
     beside = sorted(COLLECTION.glob("*.yaml"))
-    paths = [*map(Path, files), *(beside if own["study"] else [])]
+    paths = [*map(Path, files), *(beside if options["study"] else [])]
     if not paths:
         raise StudyError(f"which study? type python -m dpo_lab.study {' or '.join(map(str, beside)) or 'FILE.yaml'}")
     try:
-        seeds = [int(seed) for seed in own["seeds"].split(",")] if own["seeds"] else None
+        seeds = [int(seed) for seed in options["seeds"].split(",")] if options["seeds"] else None
     except ValueError:
-        raise StudyError(f"seeds={own['seeds']}: must be whole numbers; type e.g. seeds=0,1,2") from None
-    arms = [word for word in more if word.partition("=")[0] not in VOLATILE and not word.startswith("hydra")]
-    root, command = (
-        run_folders.OUTPUTS / run_folders.name_of_folder(own["name"]),
-        redact_command(["python", "-m", "dpo_lab.study", *typed]),
-    )
+        raise StudyError(f"seeds={options['seeds']}: must be whole numbers; type e.g. seeds=0,1,2") from None
+    arms = [word for word in more if word.partition("=")[0] not in EXECUTION_KEYS and not word.startswith("hydra")]
+    root = run_record.OUTPUTS / run_record.name_of_folder(options["name"])
+    command = redact_command(["python", "-m", "dpo_lab.study", *typed])
 
     def run(path: Path) -> StudyRun:
-        return StudyRun(read(path, own["budget"], seeds, arms), path, own["budget"], arms, root, command)
+        return StudyRun(read(path, options["budget"], seeds, arms), path, options["budget"], arms, root, command)
 
-    made, beside = [run(path) for path in paths], []
+    studies, beside = [run(path) for path in paths], []
     for other in sorted({other for path in paths for other in path.parent.glob("*.yaml")} - set(paths)):
-        with suppress(StudyError):  # one that is no study, or has no such budget
+        with suppress(StudyError):  # not a study, or without this budget
             beside.append(run(other))
-    return made, beside, [f"name={own['name']}/runs/{own['budget']}", *(word for word in more if word not in arms)]
+    return (
+        studies,
+        beside,
+        [f"name={options['name']}/runs/{options['budget']}", *(word for word in more if word not in arms)],
+    )
 
 
 if __name__ == "__main__":

@@ -34,17 +34,19 @@ from dpo_lab.sweeps.plan import AsRecord
 from dpo_lab.training.loggers import tensorboard_hparams
 
 
-def run_command(door: Callable[[], None], as_record: AsRecord = schema.as_record) -> int:
-    """Call a Hydra main. Exit code: 0 done, 1 failed, 2 refused before anything was done, 130 interrupted, 142 stopped by
-    trainer.max_time, 143 preempted.
+def run_command(hydra_main: Callable[[], None], as_record: AsRecord = schema.as_record) -> int:
+    """Call a function decorated with `hydra.main`, print its error in one line, and return the exit code.
+
+    0: done; 1: failed; 2: refused before anything was done; 130: interrupted; 142: stopped by trainer.max_time; 143:
+    preempted. as_record: returns the config of a sweep's job as the run records it.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print: we print it, in one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them: we print one line
     sys.excepthook = _print_traceback
     try:
         raise_on_signals(report_stop)
         with only_plugins(), reraise_stop(), _redacted() if _shows_config() else nullcontext():
             sweeper.register(as_record)
-            door()
+            hydra_main()
     except schema.ConfigErrors as error:
         return print_error(schema.explain(error), 2)
     except (schema.ConfigError, run_record.RunRefused, TargetRefused) as error:
@@ -63,36 +65,36 @@ def run_command(door: Callable[[], None], as_record: AsRecord = schema.as_record
 
 
 def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) -> float | None:
-    """Validate `cfg`, then body(settings). What the user can mend ends the process with one line and exit code 2.
+    """Validate `cfg` and call body(settings); end the process with one line and exit code 2 on errors the user can fix.
 
-    It ends by SystemExit, since Hydra reports every other exception a second time, with all that was typed. A cell of a sweep
-    gives its objective.
+    The process ends by SystemExit, since Hydra would report any other exception a second time, with the whole command
+    line. A job of a sweep raises JobFailed instead, and returns the value of its objective, if one is set.
     """
-    is_cell = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    is_sweep_job = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         with reraise_stop():
             settings = schema.validate(cfg)
             body(settings)
-        return job.objective_value(settings.objective) if is_cell else None
+        return job.objective_value(settings.objective) if is_sweep_job else None
     except (schema.ConfigError, run_record.RunRefused, BadData, NoTemplate) as error:
-        if is_cell:
+        if is_sweep_job:
             raise job.JobFailed(str(error)) from None
         report_error(redact_text(str(error)), 2)
         sys.exit(print_error(str(error), 2))
     except run_record.RunFailed as error:
-        if is_cell:
+        if is_sweep_job:
             raise job.JobFailed(str(error)) from None
         report_error(redact_text(f"{type(error).__name__}: {error}"), 1)
         sys.exit(print_error(str(error), 1))
     except StopSignal as stopped:
-        report_stop(stopped)  # between two steps no signal handler did
+        report_stop(stopped)  # a signal that is handled between two steps has not been reported yet
         raise
     except Exception as error:
         line = explain_disk_error(error)
         report_error(redact_text(line or f"{type(error).__name__}: {error}"), 1)
-        if is_cell and line:
+        if is_sweep_job and line:
             raise job.JobFailed(line) from None
-        if is_cell:
+        if is_sweep_job:
             raise
         if line is None:
             _print_traceback(type(error), error, error.__traceback__)
@@ -102,10 +104,11 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
 
 @contextmanager
 def fast_imports() -> Iterator[None]:
-    """Import inside it what a run needs: that takes a third less time, and what is collected later takes less, too.
+    """Pause the garbage collector while a run's modules are imported; this takes a third off the time of the imports.
 
-    Imports make a million objects that live as long as the process. The garbage collector would search them again and
-    again while they grow, and in every full collection after that; here it waits, and then leaves them out for good.
+    Imports create a million objects that live as long as the process. The garbage collector would traverse them
+    repeatedly during the imports and in every full collection later; here it is off, and afterwards ignores them
+    (`gc.freeze`).
     """
     gc.disable()
     try:
@@ -124,14 +127,18 @@ def run_or_spawn_ranks(
     again: Callable[[Mapping[str, Any], Path], None],
     alone: bool = False,
 ) -> None:
-    """One run of the door `module`: run(folder) here, or on as many ranks as the trainer has devices on this machine.
+    """Call run(folder) in this process, or start as many ranks of the command `module` as the trainer has devices here.
 
-    record: the config as it is recorded; again(its record, folder): what a run that is done already has to say; alone: it
-    needs no more than one process. Under --multirun the run is one cell of a sweep, a process of its own.
+    record: the config as it is recorded. again(run record, folder): called instead if the run is done already. alone:
+    the run uses one process whatever the trainer's devices. Under --multirun the run is one job of a sweep, in a child
+    process.
     """
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     run_record.refuse_outside(folder)
-    is_done = lambda: run_record.run_status(folder, record, schema.input_files(settings)) is run_record.RunStatus.done  # noqa: E731
+
+    def is_done() -> bool:
+        return run_record.run_status(folder, record, schema.input_files(settings)) is run_record.RunStatus.done
+
     if HydraConfig.get().mode is RunMode.MULTIRUN and not job.is_task():
         job.run_job(module, settings, None if alone else is_done)
         return
@@ -149,21 +156,19 @@ def _run_here(
     again: Callable[[Mapping[str, Any], Path], None],
     alone: bool,
 ) -> None:
-    """One run in this process: as a rank, or with as many ranks as it takes."""
+    """Run in this process, or start the ranks and wait for them."""
     if launcher.is_rank():
         if parent := os.environ.get(launcher.PARENT):
             launcher.set_parent_death_signal(signal.SIGKILL, int(parent))
         run(folder)
         return
     if parent := os.environ.get(launcher.PARENT):
-        launcher.set_parent_death_signal(
-            signal.SIGTERM, int(parent)
-        )  # a cell of a sweep: it puts its work in safety first
-    print(f"dpo_lab: {folder}", flush=True)  # before the seconds that torch takes to load
+        launcher.set_parent_death_signal(signal.SIGTERM, int(parent))  # a job of a sweep: it saves before it ends
+    print(f"dpo_lab: {folder}", flush=True)  # before torch is imported, which takes seconds
     if is_done():
-        done = run_record.read_record(folder)
-        assert done is not None
-        again(done, folder)
+        finished = run_record.read_record(folder)
+        assert finished is not None
+        again(finished, folder)
         return
     trainer = settings.trainer
     try:
@@ -181,47 +186,48 @@ def _run_here(
 
 
 def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:
-    """Start the ranks and see to it that they end together; end as they did."""
+    """Start the ranks, wait until all have ended, and exit with their exit code unless it is 0."""
     cwd = Path(HydraConfig.get().runtime.cwd)
     try:
-        ended = launcher.run_ranks(job.command(module, HydraConfig.get()), ranks, folder=folder, cwd=cwd, nodes=nodes)
+        status = launcher.run_ranks(job.command(module, HydraConfig.get()), ranks, folder=folder, cwd=cwd, nodes=nodes)
     except StopSignal as stopped:
         run_record.mark_ended(folder, stopped.status, f"stopped by {stopped}")
         raise
     except ValueError as error:
         raise schema.ConfigError(str(error)) from None
-    if ended.code == 0:
+    if status.code == 0:
         return
-    if ended.code != 2:  # refused: nothing was begun
-        stopped = stopped_by(ended.code)
-        run_record.mark_ended(folder, stopped.status if stopped else "failed", str(ended.error))
+    if status.code != 2:  # 2: refused, nothing was started
+        stopped = stopped_by(status.code)
+        run_record.mark_ended(folder, stopped.status if stopped else "failed", str(status.error))
         if (run_record.read_record(folder) or {}).get("status") == "failed":
             tensorboard_hparams.end(folder, succeeded=False)
-    sys.exit(ended.code)
+    sys.exit(status.code)
 
 
 def _shows_config() -> bool:
-    """Whether Hydra is asked to print what it composed."""
-    asked, _ = get_args_parser().parse_known_args()
-    return bool(asked.cfg or asked.info)
+    """Return whether the command line asks Hydra to print the composed config (--cfg, --info)."""
+    options, _ = get_args_parser().parse_known_args()
+    return bool(options.cfg or options.info)
 
 
 @contextmanager
 def _redacted() -> Iterator[None]:
-    """What is printed inside it, a config in YAML, comes out without secrets."""
-    held = io.StringIO()
+    """Redact secrets in what is printed inside the context, a config in YAML."""
+    printed = io.StringIO()
     try:
-        with redirect_stdout(held):
+        with redirect_stdout(printed):
             yield
     finally:
-        print(redact_yaml(held.getvalue()), end="")
+        print(redact_yaml(printed.getvalue()), end="")
 
 
 def print_error(message: str, code: int) -> int:
+    """Print `message` to stderr without secrets, and return `code`."""
     print(f"error: {redact_text(message)}", file=sys.stderr)
     return code
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-    """The traceback of what nobody expected, without secrets."""
+    """Print the traceback of an unexpected error without secrets."""
     print(redact_text("".join(traceback.format_exception(kind, error, where))), end="", file=sys.stderr)

@@ -18,21 +18,25 @@ from dpo_lab.config.schema import RunConfig
 from dpo_lab.models.policy import Pretrained
 from dpo_lab.runs.run_record import OUTPUTS
 
-KEPT = ("dtype", "attention", "trust_remote_code", "gradient_checkpointing")  # that loading the result needs again
-OF_BASE = ("package", "gguf_file", "revision", "chat_template")  # the same of adapters, whose base is read as before
-OF_MACHINE = ("trainer", "logger", "threads")  # of another run's overrides: how this machine computes and logs
+# Settings of the policy that loading the result needs too.
+KEPT = ("dtype", "attention", "trust_remote_code", "gradient_checkpointing")
+# With adapters also these, which say how to load the base model.
+OF_BASE = ("package", "gguf_file", "revision", "chat_template")
+# Groups of overrides that are carried over: how this machine computes and logs.
+OF_MACHINE = ("trainer", "logger", "threads")
+# Of those groups, the keys of a run's length, which are not carried over.
 OF_LENGTH = tuple(f"trainer.{name}" for name in ("max_steps", "max_time", "val_check_interval", "log_every_n_steps"))
 
 
 def print_finished_run(record: Mapping[str, Any], folder: Path, commands: Sequence[str]) -> None:
-    """The summary of a run that is done already, from its record."""
+    """Print the summary of a run that is done already, from its record, and the commands to type next."""
     from dpo_lab.health.diagnose import print_health
     from dpo_lab.health.finding import Finding
     from dpo_lab.reporting.run_summary import print_summary
     from dpo_lab.stats.estimates import Estimate
     from dpo_lab.terminal.progress import plain_console
 
-    print(f"{folder}: this run is done already. Type name=another for a second one; its figures:")
+    print(f"{folder}: this run is done already. Type name=another to run it again. Its results:")
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
     if "health" in record:
         print_health(plain_console(), [Finding.from_record(finding) for finding in record["health"]])
@@ -40,9 +44,9 @@ def print_finished_run(record: Mapping[str, Any], folder: Path, commands: Sequen
 
 
 def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) -> list[str]:
-    """Return what to type after a run of dpo_lab.train: its curves, and the same run with one thing changed.
+    """Return the commands to type after a run of dpo_lab.train: its curves, and the same run with one setting changed.
 
-    overrides: what the run was typed with; all that the change does not replace is carried on.
+    overrides: the overrides of the run; the commands repeat those that they do not change.
     """
     commands = []
     if any("TensorBoard" in str(target_of(node)) for node in config.logger.values()):
@@ -62,29 +66,29 @@ def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) ->
 
 
 def after_sft(config: RunConfig, overrides: Sequence[str], folder: Path) -> list[str]:
-    """What trains the policy that a run left in `folder` by preferences, on the same pairs."""
+    """Return the command that trains the policy in `folder` of an SFT run by DPO, on the same pairs."""
     policy, settings = config.policy, {"policy": "pretrained", "policy.path": folder / "policy"}
-    kept = KEPT
+    names = KEPT
     if isinstance(policy, Pretrained) and policy.has_adapters and not policy.merge:
         settings |= {"policy": "lora", "policy.rank": policy.rank, "reference": "frozen"}
-        kept += OF_BASE
-        if policy.package is not None:  # it comes before any path
+        names += OF_BASE
+        if policy.package is not None:  # a package takes precedence over the path
             settings |= {"policy.path": policy.path, "policy.adapter": folder / "policy"}
     if isinstance(policy, Pretrained):
-        settings |= _changed(policy, kept)
+        settings |= _changed(policy, names)
     data = [override for override in overrides if _key(override).partition(".")[0] == "data"]
     if config.sft.text_column is not None or config.data.has_texts:
         data = ["data.path=PAIRS.jsonl"]
-    said = [f"{key}={_quoted(str(value))}" for key, value in settings.items()]
+    typed = [f"{key}={_quoted(str(value))}" for key, value in settings.items()]
     machine = [o for o in overrides if _key(o).partition(".")[0] in OF_MACHINE and _key(o) not in OF_LENGTH]
-    return [command("train", *said, *data, *machine)]
+    return [command("train", *typed, *data, *machine)]
 
 
-def command(door: str, *arguments: str) -> str:
-    """Return the line of a shell that starts dpo_lab.`door`; folders of configs that were searched here are searched there."""
+def command(module: str, *arguments: str) -> str:
+    """Return the shell command that runs dpo_lab.`module`, with the `--config-dir` folders of this command."""
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else ()
     searched = [part for s in sources if s.provider == "command-line" for part in ("--config-dir", s.path)]
-    return shlex.join(["python", "-m", f"dpo_lab.{door}", *searched, *arguments])
+    return shlex.join(["python", "-m", f"dpo_lab.{module}", *searched, *arguments])
 
 
 def _key(override: str) -> str:
@@ -92,12 +96,12 @@ def _key(override: str) -> str:
 
 
 def _without(overrides: Sequence[str], *keys: str) -> list[str]:
-    """The overrides of other keys than these and what is under them."""
+    """Return the overrides without those of `keys` and of keys under them."""
     return [o for o in overrides if _key(o) not in keys and _key(o).partition(".")[0] not in keys]
 
 
 def _changed(policy: Pretrained, names: Sequence[str]) -> dict[str, Any]:
-    """Those of these settings that are not their defaults."""
+    """Return the overrides of the policy's fields in `names` that differ from their defaults."""
     values = {spec.name: (getattr(policy, spec.name), spec.default) for spec in fields(policy) if spec.name in names}
     return {
         f"policy.{name}": value.value if isinstance(value, Enum) else value
@@ -107,5 +111,5 @@ def _changed(policy: Pretrained, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _quoted(value: str) -> str:
-    """A value as Hydra reads it back whole: folders of runs hold commas."""
+    """Quote a value where Hydra would not read it as one: run folders contain commas."""
     return value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value, ensure_ascii=False)

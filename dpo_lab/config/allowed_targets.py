@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 class TargetRefused(ValueError):
-    """A config names something to be made that it may not; the message names key and value and says what to type."""
+    """A config names a class that it may not instantiate; the message names key and value and says what to type."""
 
 
 FSDP2 = "dpo_lab.training.strategies.fsdp.FSDP2Strategy"  # shards the policy over ranks
 
-# What a run's config may instantiate, by the one name that is taken. All else of ours is built from dataclasses.
+# The classes that a run's config may instantiate, by full name. Other objects are built from dataclasses.
 ALLOWED = frozenset(
     {
         "dpo_lab.training.callbacks.progress_bar.ProgressBar",
@@ -43,12 +43,13 @@ ALLOWED = frozenset(
         "lightning.pytorch.strategies.DDPStrategy",
     }
 )
-OWNERS = ("dpo_lab.", "lightning.")  # of the modules that those classes are defined in
+OWNERS = ("dpo_lab.", "lightning.")  # packages in which those classes are defined
 OURS = frozenset(f"hydra_plugins.dpo_lab.{name}" for name in ("CellSweeper", "StudySweeper", "RayLauncher"))
-SAMPLERS = re.compile(r"optuna\.samplers\.\w+Sampler")  # what Optuna's sweeper is told, below hydra.sweeper
-SPECIAL = ("_args_", "_partial_", "_recursive_", "_convert_")  # what else Hydra reads of a node; no config of ours does
+SAMPLERS = re.compile(r"optuna\.samplers\.\w+Sampler")  # a setting of Optuna's sweeper, below hydra.sweeper
+# Other keys that Hydra interprets; no config of this package has them.
+SPECIAL = ("_args_", "_partial_", "_recursive_", "_convert_")
 NUMBERED = re.compile(r"\$\{\s*\.*(hydra\s*[.:]\s*)?job\.(num|id)\b")  # an interpolation of a job's number or id
-# What a config may set of the environment: names that decide how it computes; others decide which code is loaded.
+# The environment variables that a config may set: those of computing. Others decide which code is loaded.
 ENVIRONMENT = frozenset(
     "CUDA_VISIBLE_DEVICES GLOO_SOCKET_IFNAME HF_HUB_OFFLINE MKL_NUM_THREADS NCCL_DEBUG NCCL_IB_DISABLE NCCL_P2P_DISABLE"
     " NCCL_SOCKET_IFNAME OMP_NUM_THREADS TOKENIZERS_PARALLELISM TORCH_DISTRIBUTED_DEBUG WANDB_MODE".split()
@@ -56,11 +57,12 @@ ENVIRONMENT = frozenset(
 
 
 def target_of(node: Any) -> Any:
+    """Return the `_target_` of a config node; None if it has none or is no mapping."""
     return node.get("_target_") if isinstance(node, (dict, DictConfig)) else None
 
 
 def check_targets(node: Any) -> None:
-    """Refuse any `_target_` that is not on the list, at any depth of the resolved config. Raises TargetRefused."""
+    """Raise TargetRefused if a `_target_` at any depth of the resolved config is not in ALLOWED."""
     for _, inner in _nodes(node):
         target = inner.get("_target_")
         if target is not None and target not in ALLOWED:
@@ -76,9 +78,10 @@ def check_targets(node: Any) -> None:
 
 
 def instantiate_checked(node: Mapping[str, Any], kind: type[T], **settings: Any) -> T:
-    """The object that a node of a checked config names, of a class that is what its name on the list says.
+    """Instantiate a config node after checking its targets by name and, once imported, by class.
 
-    Raises TargetRefused where the name leads to anything else, and what Hydra's instantiate does.
+    Raises TargetRefused if a name is not allowed or resolves to a class that is not a `kind` of this package or
+    Lightning, and whatever Hydra's `instantiate` raises.
     """
     check_targets(node)
     for path, inner in _nodes(node):
@@ -87,17 +90,17 @@ def instantiate_checked(node: Mapping[str, Any], kind: type[T], **settings: Any)
             if not f"{found.__module__}.".startswith(OWNERS) or not (path or issubclass(found, kind)):
                 what = f"{found.__module__}.{found.__qualname__}"
                 raise TargetRefused(
-                    f"_target_={target}: leads to {what}, which is no {kind.__name__} of ours or Lightning's"
+                    f"_target_={target}: resolves to {what}, which is no {kind.__name__} of dpo_lab or Lightning"
                 )
     return instantiate(node, **settings)
 
 
 @contextmanager
 def only_plugins() -> Iterator[None]:
-    """Inside it Hydra composes no config whose `hydra` node names more than an installed launcher and sweeper.
+    """Inside the context, raise TargetRefused for a `hydra` node with more than an installed launcher and sweeper.
 
-    Hydra makes those, and its callbacks and logging, before a run's own config is validated. There is no hook in between; its
-    loader of configs is the one place that all of them pass. Raises TargetRefused.
+    Hydra instantiates those, its callbacks and its logging before a run's config is validated. It has no hook in
+    between, so the method of its config loader that all of them pass is wrapped.
     """
     real: Callable[..., DictConfig] = ConfigLoaderImpl.load_configuration
 
@@ -114,25 +117,26 @@ def only_plugins() -> Iterator[None]:
 
 
 def _check_hydra(cfg: DictConfig) -> None:
+    """Raise TargetRefused if the `hydra` node of a composed config sets what it may not."""
     hydra = cfg.get("hydra")
     if hydra is None:
         return
     if hydra.job.get("chdir"):
         raise TargetRefused(
-            "hydra.job.chdir=true: paths are those of the folder where the command is typed, and a run's results go to its"
-            " own folder without it; type hydra.job.chdir=false, or leave it out"
+            "hydra.job.chdir=true: paths are relative to the folder where the command is typed, and a run's results go"
+            " to its own folder anyway; type hydra.job.chdir=false, or leave it out"
         )
     of_sweeps = ("sweep.dir", "sweep.subdir") if target_of(hydra.get("sweeper")) in OURS else ()
     for key in ("run.dir", *of_sweeps):
         group, leaf = key.split(".")
         if NUMBERED.search(str(hydra[group]._get_node(leaf))):
             raise TargetRefused(
-                f"hydra.{key}: a job's number or id is not known before it starts and changes with the sweep, so the same"
-                " command would not find its runs again; leave it out, and a folder is named by its overrides"
+                f"hydra.{key}: a job's number or id is not known before it starts and changes with the sweep, so the"
+                " same command would not find its runs again; leave it out: folders are named by their overrides"
             )
     for key in ("callbacks", "job_logging.handlers", "hydra_logging.handlers"):
         if OmegaConf.select(hydra, key):
-            raise TargetRefused(f"hydra.{key}: Hydra is given nothing to call and no file to log to; leave it out")
+            raise TargetRefused(f"hydra.{key}: a config may give Hydra no callback and no log file; leave it out")
     for name in hydra.job.get("env_set") or {}:
         if name not in ENVIRONMENT:
             known = ", ".join(sorted(ENVIRONMENT))
@@ -146,12 +150,12 @@ def _check_hydra(cfg: DictConfig) -> None:
             is_plugin = path == f"hydra.{key}" and (target in OURS or target in installed)
             if target is not None and not is_plugin and not SAMPLERS.fullmatch(str(target)):
                 raise TargetRefused(
-                    f"{path}._target_={target}: no {key} that is installed; leave it out, or type launcher=local"
+                    f"{path}._target_={target}: not an installed {key}; leave it out, or type launcher=local"
                 )
 
 
 def _nodes(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every mapping in a config with its dotted path. Raises TargetRefused for a value that can't be known yet."""
+    """Yield every mapping in a config with its dotted path. Raise TargetRefused for a value that can't be resolved."""
     if isinstance(node, (dict, DictConfig)):
         yield path, node
         for key in node:

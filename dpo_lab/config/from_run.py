@@ -25,8 +25,10 @@ COMMAND_KEYS = ("run", "trained", "name")
 
 @dataclass
 class EvaluateConfig(RunConfig):
-    """run: the folder of a finished run; or trained: the folder of a policy, the other settings saying what it is compared
-    with and on what data. name: of the result; empty: the next number.
+    """The settings of a later evaluation.
+
+    run: the folder of a finished run; or trained: the folder of a policy, where the other settings name the initial
+    policy and the data. name: the name of the result; empty: the next number.
     """
 
     run: str | None = None
@@ -36,40 +38,42 @@ class EvaluateConfig(RunConfig):
         super().__post_init__()
         if (self.run is None) == (self.trained is None):
             raise ValueError(
-                "run, trained: one of the two; type run=RUN_FOLDER, or trained=FOLDER policy=pretrained policy.path=INITIAL"
-                " data.path=PAIRS.jsonl"
+                "run, trained: give exactly one of them; type run=RUN_FOLDER, or trained=FOLDER policy=pretrained"
+                " policy.path=INITIAL data.path=PAIRS.jsonl"
             )
 
 
 def register() -> None:
+    """Register the schema with Hydra."""
     ConfigStore.instance().store(name="evaluate", group="schema", node=EvaluateConfig)
 
 
 def load_finished_run(folder: Path) -> dict[str, Any]:
-    """The record of a run that can be evaluated again. Raises RunRefused where there is none."""
+    """Return the record of a finished DPO run. Raise RunRefused if the folder holds none."""
     record = run_record.read_record(folder)
     if record is None:
         raise run_record.RunRefused(
             f"run={folder}: holds no {run_record.RECORD}; type the folder that a run printed, run=outputs/..."
         )
     if record["status"] != "done":
-        door = "train" if "loss" in record["config"] else "sft"
+        module = "train" if "loss" in record["config"] else "sft"
         raise run_record.RunRefused(
             f"run={folder}: its status is {record['status']}; finish it first: type"
-            f" {shlex.join(['python', '-m', f'dpo_lab.{door}', *record['overrides']])}"
+            f" {shlex.join(['python', '-m', f'dpo_lab.{module}', *record['overrides']])}"
         )
     if "loss" not in record["config"]:
         raise run_record.RunRefused(
-            f"run={folder}: was supervised fine-tuning, which holds no preference; type trained={folder}/policy with the"
-            " policy.path= and data.path= to compare it on"
+            f"run={folder}: this run was supervised fine-tuning, without preferences; type trained={folder}/policy with"
+            " policy.path= and data.path= of the policy and the pairs to compare it with"
         )
     return record
 
 
 def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
-    """A run's settings, with those of MAY_DIFFER that were typed now. cfg: what was composed of `overrides`.
+    """Return a run's settings with overrides of OVERRIDABLE_KEYS. cfg: the config composed from `overrides`.
 
-    Raises ConfigError where others were typed, where the record is of another version, and where a file changed since.
+    Raises ConfigError if other keys are overridden, if another version of this package wrote the record, or if an input
+    file has changed.
     """
     recorded = from_record(record["config"])
     for override in overrides:
@@ -77,33 +81,33 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
         group = key.partition(".")[0]
         if group in OVERRIDABLE_KEYS:
             value = OmegaConf.select(cfg, key)
-            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value  # interpolations as they are
+            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value  # interpolations unresolved
             if key == "trainer":
-                recorded.trainer = {}  # not a mixture of two
-            OmegaConf.update(recorded, key, plain, merge=True, force_add=True)
+                recorded.trainer = {}  # replaced, not merged
+            OmegaConf.update(recorded, key, value, merge=True, force_add=True)
         elif group not in COMMAND_KEYS:
             raise ConfigError(
-                f"{key}: a run is evaluated with its own settings; type run= with evals..., trainer... or threads= alone,"
-                " or trained=FOLDER in place of run="
+                f"{key}: a run is evaluated with its own settings; type run= with evals..., trainer... or threads="
+                " alone, or trained=FOLDER in place of run="
             )
     config = validate(recorded)
     if changed := changed_files(record.get("files", {}), input_files(config)):
         raise ConfigError(
-            f"run: {'; '.join(changed)}; put back what it was trained on, or type trained= in place of run="
+            f"run: {'; '.join(changed)}; restore the files that it was trained on, or type trained= in place of run="
         )
     return config
 
 
-def from_record(plain: Mapping[str, Any]) -> DictConfig:
-    """A recorded config, typed as it was when it was composed; settings that are newer than it get their defaults."""
-    plain = copy.deepcopy(dict(plain)) | {"logger": {}, "callbacks": {}}
+def from_record(config_dict: Mapping[str, Any]) -> DictConfig:
+    """Return a recorded config as a typed config; settings that it does not have get their defaults."""
+    config_dict = copy.deepcopy(dict(config_dict)) | {"logger": {}, "callbacks": {}}
     cfg = OmegaConf.structured(RunConfig)
     for group, table in KINDS.items():
         *parents, leaf = group.split(".")
-        node = reduce(getitem, parents, plain)[leaf]
+        node = reduce(getitem, parents, config_dict)[leaf]
         OmegaConf.update(cfg, group, OmegaConf.structured(table[node.pop("kind")]))
     try:
-        merged = OmegaConf.merge(cfg, plain)
+        merged = OmegaConf.merge(cfg, config_dict)
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"run: recorded by another version of dpo_lab ({explain(error)}); type trained= with it"

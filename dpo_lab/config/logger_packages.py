@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-# Lightning's class: the module that it needs, which is the name of our extra, too.
+# Lightning's class: the module that it needs, which is also the name of the extra of this package.
 NEEDED = {"lightning.pytorch.loggers.WandbLogger": "wandb", "lightning.pytorch.loggers.MLFlowLogger": "mlflow"}
 
 
 def check_packages(loggers: Mapping[str, Any]) -> None:
-    """Raises ValueError where the config names a logger whose package is missing."""
+    """Raise ValueError if the config names a logger whose package is not installed."""
     for key, node in loggers.items():
         needed = NEEDED.get(node.get("_target_", ""))
         if needed is not None and find_spec(needed) is None:

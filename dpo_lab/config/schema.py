@@ -1,7 +1,8 @@
 """The typed schema of a run's config, its cross-field checks, and error messages that say what to type.
 
-Most fields are the very objects that run: a loss, a reference, label noise are dataclasses next to their code. Lightning's
-own (trainer, loggers, callbacks) are `_target_` nodes, see targets.py. Nothing here imports torch.
+Most fields are the objects that a run uses: loss, reference and label noise are dataclasses defined next to their code.
+Lightning's trainer, loggers and callbacks are `_target_` nodes, see allowed_targets.py. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -37,32 +38,33 @@ from dpo_lab.runs import run_record
 from dpo_lab.training.initial_policy import SFT
 from dpo_lab.training.optim import Optim
 
-PREFERENCE_KEYS = ("beta", "loss", "reference", "noise", "evals")  # settings without a say in supervised fine-tuning
-ConfigErrors = (HydraException, OmegaConfBaseException, YAMLError)  # what Hydra raises before `main` is entered
+PREFERENCE_KEYS = ("beta", "loss", "reference", "noise", "evals")  # not used in supervised fine-tuning
+# Errors that Hydra raises before it calls the command.
+ConfigErrors = (HydraException, OmegaConfBaseException, YAMLError)
 
 
 class IfExists(str, Enum):
-    """What happens where another run lies in the run's folder."""
+    """What happens if the run's folder holds another run."""
 
     refuse = "refuse"
-    restart = "restart"  # it is set aside, inside the folder
+    restart = "restart"  # the other run is moved to `earlier-N` inside the folder
 
 
 class ConfigError(Exception):
-    """A setting that can't be; the message is one line that names the key and says what to type."""
+    """A setting is invalid; the message is one line that names the key and says what to type."""
 
 
 @dataclass
 class RunConfig:
-    """One run. beta and seed stand at the root because everything is swept over them."""
+    """The settings of a run. beta and seed are at the root because most sweeps vary them."""
 
     name: str = "dpo"
     beta: float = 0.1
     seed: int = 0
-    threads: int | None = 1  # torch's intra-op threads a process; none: torch's own choice
+    threads: int | None = 1  # torch's intra-op threads per process; None: torch's default
     on_change: IfExists = IfExists.refuse
     figures: bool = True
-    objective: str | None = None  # the metric that a sweeper which looks for the best run is told
+    objective: str | None = None  # the metric that a sweeper such as Optuna optimizes
     loss: Loss = MISSING
     reference: Reference = MISSING
     noise: LabelNoise = MISSING
@@ -78,8 +80,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if (wants := self.loss.wants_reference) not in (None, self.reference.starts_at_policy):
             loss = next(f"loss={name}" for name, kind in LOSSES.items() if kind is type(self.loss))
-            says = "measures drift from the initial policy" if wants else "has no reference"
-            raise ValueError(f"{loss} {says}; type {loss} reference={'cached' if wants else 'uniform'}")
+            why = "measures drift from the initial policy" if wants else "has no reference"
+            raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if wants else 'uniform'}")
         if isinstance(self.reference, AdapterOff):
             if not self.policy.has_adapters:
                 raise ValueError(
@@ -87,13 +89,13 @@ class RunConfig:
                 )
             if isinstance(self.policy, Pretrained) and self.policy.goes_on:
                 raise ValueError(
-                    "reference=adapter_off: without its trained adapters the policy is their base, not where training"
-                    " starts; type reference=frozen (a frozen copy of the adapters) or reference=cached"
+                    "reference=adapter_off: without its trained adapters the policy is the base model, not the initial"
+                    " policy; type reference=frozen (a frozen copy of the adapters) or reference=cached"
                 )
             if target_of(self.trainer.get("strategy")) == FSDP2:
                 raise ValueError(
-                    "reference=adapter_off: a policy that is cut over the ranks makes one pass a micro-batch, not a"
-                    " second one without adapters; type reference=cached, or trainer=ddp"
+                    "reference=adapter_off: a policy sharded over the ranks runs one forward pass per micro-batch, not"
+                    " a second one without adapters; type reference=cached, or trainer=ddp"
                 )
         check_precision(self.trainer)
         for key, seed in (("seed", self.seed), ("noise.seed", self.noise.seed)):
@@ -108,13 +110,13 @@ class RunConfig:
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the policy is the embedded one and the pairs are of a world: nothing is the user's."""
+        """Whether the policy is the embedded one and the pairs are those of a task: no input is the user's."""
         return isinstance(self.policy, TinyPolicy) and self.data.is_world
 
 
 @dataclass
 class InspectConfig(RunConfig):
-    """A run's settings, to look at its pairs. show: pairs that are printed token by token; page: a file to write, too."""
+    """The settings of an inspection. show: pairs to print token by token; page: an .html or .png file to write."""
 
     show: int = 3
     page: str | None = None
@@ -127,7 +129,7 @@ class InspectConfig(RunConfig):
             raise ValueError(f"page={self.page}: must end in .html or .png; type e.g. page=report.html")
 
 
-# Groups whose choices are of different kinds, each with settings of its own.
+# Config groups whose options are different dataclasses, each with its own settings.
 KINDS: dict[str, dict[str, Any]] = {
     "loss": LOSSES,
     "reference": REFERENCES,
@@ -138,7 +140,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def register() -> None:
-    """Put the schemas where conf/*.yaml finds them, and the resolvers that run folders are named with."""
+    """Register the schemas that conf/*.yaml refers to, and the resolvers that name run folders."""
     store = ConfigStore.instance()
     store.store(name="run", group="schema", node=RunConfig)
     store.store(name="inspect", group="schema", node=InspectConfig)
@@ -150,13 +152,13 @@ def register() -> None:
 
 
 def conf_dir() -> str:
-    """The folder of YAML files: beside the package in a checkout, inside it when installed."""
+    """Return the folder of YAML files: beside the package in a checkout, inside the package when installed."""
     here = Path(__file__).resolve().parent.parent
     return str(next(c for c in (here / "conf", here.parent / "conf") if (c / "train.yaml").exists()))
 
 
 def validate(cfg: DictConfig) -> RunConfig:
-    """The composed config as the objects that run. Raises ConfigError for anything that can't be."""
+    """Convert the composed config to a RunConfig. Raise ConfigError for an invalid setting."""
     for key, known in _unknown_keys(cfg):
         raise ConfigError(f"unknown key '{key}'{_suggestion(key, known)}")
     try:
@@ -170,39 +172,41 @@ def validate(cfg: DictConfig) -> RunConfig:
 
 
 def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
-    """The resolved config as plain values, with `kind` naming the loss, the reference, the policy: fields alone don't."""
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    """Return the resolved config as nested dicts, with the name of each KINDS option under `kind`."""
+    config_dict: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     for group, table in KINDS.items():
         chosen = attrgetter(group)(config)
         (kind,) = (name for name, schema in table.items() if type(chosen) is schema)
         *parents, leaf = group.split(".")
-        node = reduce(getitem, parents, plain)
+        node = reduce(getitem, parents, config_dict)
         node[leaf] = {"kind": kind, **node[leaf]}
-    return plain
+    return config_dict
 
 
 def sft_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
-    """The same of supervised fine-tuning, without the settings that have no say there."""
-    plain = {key: value for key, value in as_record(cfg, config).items() if key not in PREFERENCE_KEYS}
+    """Return the config of supervised fine-tuning as nested dicts, without the settings that it does not use."""
+    config_dict = {key: value for key, value in as_record(cfg, config).items() if key not in PREFERENCE_KEYS}
     if not isinstance(config.policy, TinyPolicy):
-        plain["sft"] = {"text_column": config.sft.text_column}  # the rest is how the embedded policy is made
-    return plain
+        config_dict["sft"] = {
+            "text_column": config.sft.text_column
+        }  # the other settings are those of the embedded policy
+    return config_dict
 
 
 def input_files(config: RunConfig) -> list[Path]:
-    """The files of the user's that the run reads, as far as they lie on this machine."""
+    """Return the user's files that the run reads and that exist on this machine."""
     return [*config.data.files(), *config.policy.files()]
 
 
 def explain(error: Exception) -> str:
-    """What Hydra or OmegaConf says in five lines, in one line that names the key and says what to type."""
+    """Return an error of Hydra or OmegaConf as one line that names the key and says what to type."""
     text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
     if isinstance(error, YAMLError):
-        return f"a config file can't be read as YAML: {' '.join(text.split())}; mend it"
+        return f"a config file can't be read as YAML: {' '.join(text.split())}; fix it"
     if isinstance(error, OverrideParseException):
         return f"can't read '{error.override}': type key=value, quoted where the value holds commas, brackets or spaces"
     if found := re.search(r"To append to your default list use (\S+)", text):
-        return f"{found[1].removeprefix('+')}: this group is added, not replaced; type {found[1]}"
+        return f"{found[1].removeprefix('+')}: this group is not in the defaults list; type {found[1]} to add it"
     if found := re.search(r"Could not find 'hydra/launcher/(?:submitit_)?(\w+)'", text):
         extra = "slurm" if found[1] == "local" else found[1]
         return f"launcher={found[1]}: its package is not installed; type pip install 'dpo_lab[{extra}]'"
@@ -220,17 +224,19 @@ def explain(error: Exception) -> str:
         if group == "trainer" and (instead := advice(leaf, typed[1] if typed else "")):
             return f"{found[1]}: {instead}"
         if f"{found[1]}={{" in text and found[1] in _known_keys():
-            return f"{found[1]}: its entries are added to those that are there; type +{found[1]}=..."
+            return f"{found[1]}: its entries are added to the existing ones; type +{found[1]}=..."
         return f"unknown key '{found[1]}'{_suggestion(found[1], _known_keys())}"
     return " ".join(text.split())
 
 
 def _full_key(text: str) -> str:
+    """Return the key that a message of OmegaConf names."""
     found = re.search(r"full_key: (\S+)", text)
     return found[1] if found else "a key"
 
 
 def _suggestion(key: str, known: list[str]) -> str:
+    """Return the end of the message about an unknown key: what to type instead."""
     group, _, leaf = key.rpartition(".")
     schemas = KINDS.get(group, {}).items()
     owners = [f"{group}={name}" for name, schema in schemas if leaf in {f.name for f in dataclasses.fields(schema)}]
@@ -241,7 +247,7 @@ def _suggestion(key: str, known: list[str]) -> str:
 
 
 def _known_keys() -> list[str]:
-    """Every dotted key of the schema, with those of every kind."""
+    """Return every dotted key of the schema, with those of every option in KINDS."""
     keys = list(_keys_of(RunConfig, ""))
     for group, schemas in KINDS.items():
         keys += [f"{group}.{f.name}" for schema in schemas.values() for f in dataclasses.fields(schema)]
@@ -252,13 +258,13 @@ def _known_keys() -> list[str]:
 def _keys_of(schema: type, prefix: str) -> Iterator[str]:
     for spec in dataclasses.fields(schema):
         yield prefix + spec.name
-        made = None if spec.default_factory is dataclasses.MISSING else spec.default_factory()
-        if dataclasses.is_dataclass(made):
-            yield from _keys_of(type(made), f"{prefix}{spec.name}.")
+        default = None if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+        if dataclasses.is_dataclass(default):
+            yield from _keys_of(type(default), f"{prefix}{spec.name}.")
 
 
 def _unknown_keys(node: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Keys that `+key=value` smuggled into a typed node, with the keys that stand there."""
+    """Yield each key that `+key=value` added to a typed node but its schema lacks, with the keys of the schema."""
     if not isinstance(node, DictConfig) or node._is_missing() or node._is_none():
         return
     schema = OmegaConf.get_type(node)

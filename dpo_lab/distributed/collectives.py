@@ -13,50 +13,51 @@ R = TypeVar("R")
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number among the ranks that compute together, and how many they are; (0, 1) where it is alone."""
+    """Return this process's rank and the number of ranks; (0, 1) without a process group."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def balance_by_size(sizes: Sequence[float], world_size: int) -> list[int]:
-    """Which rank computes each part: the largest first, each to the rank that has the least so far.
+    """Return the rank that computes each part: parts are assigned from the largest on, each to the least loaded rank.
 
-    >>> deal([1, 5, 2, 3], 2)
+    >>> balance_by_size([1, 5, 2, 3], 2)
     [0, 0, 1, 1]
     """
     loads = [(0.0, rank) for rank in range(world_size)]
-    dealt = [0] * len(sizes)
+    owners = [0] * len(sizes)
     for part in sorted(range(len(sizes)), key=lambda part: -sizes[part]):
         load, rank = heapq.heappop(loads)
-        dealt[part] = rank
+        owners[part] = rank
         heapq.heappush(loads, (load + sizes[part], rank))
-    return dealt
+    return owners
 
 
 def map_local(parts: Sequence[P], sizes: Sequence[float], compute: Callable[[P], R]) -> list[R]:
-    """compute(part) of every part, all by this process."""
+    """Return compute(part) of every part, all computed by this process."""
     return [compute(part) for part in parts]
 
 
 def map_across_ranks(parts: Sequence[P], sizes: Sequence[float], compute: Callable[[P], R]) -> list[R]:
-    """compute(part) of every part, in order, on every rank; each part is computed by one of them.
+    """Return compute(part) of every part, in order, on every rank; each part is computed by one rank.
 
-    All ranks have to call it, with equal parts; sizes: how much work each is. A part is what a forward sees: cut without a
-    look at the number of ranks, it is computed to the last bit as it would be by one process. Results travel pickled: let
-    them be on the CPU. What one rank raises, it raises alone: who started the ranks ends the others.
+    A collective: all ranks have to call it, with equal parts. sizes: the work of each part. A part is the input of one
+    forward pass; if the parts do not depend on the number of ranks, results are bit for bit those of one process.
+    Results are pickled and should be on the CPU. An exception is raised on its rank only; the launcher then ends the
+    other ranks.
     """
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return map_local(parts, sizes, compute)
-    dealt = balance_by_size(sizes, world_size)
-    mine = {place: compute(parts[place]) for place, to in enumerate(dealt) if to == rank}
-    gathered = all_gather_object(mine)
-    return [gathered[to][place] for place, to in enumerate(dealt)]
+    owners = balance_by_size(sizes, world_size)
+    local = {index: compute(parts[index]) for index, owner in enumerate(owners) if owner == rank}
+    gathered = all_gather_object(local)
+    return [gathered[owner][index] for index, owner in enumerate(owners)]
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's value, in the order of ranks; all have to call it together."""
+    """Return every rank's value, in the order of ranks. A collective: all ranks have to call it."""
     if rank_and_world_size()[1] == 1:
         return [value]
     values: list[Any] = [None] * rank_and_world_size()[1]
@@ -65,8 +66,8 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of the ranks' numbers.
+    """Return the largest of the ranks' numbers. A collective.
 
-    It travels as an object, for which torch takes the device that the group's backend serves: NCCL has none but GPUs.
+    It is gathered as an object, for which torch chooses a device that the group's backend supports (NCCL: only GPUs).
     """
     return max(all_gather_object(number))

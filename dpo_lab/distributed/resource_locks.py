@@ -20,18 +20,17 @@ from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
-# Below the ports that the kernel hands out by itself, so that none is taken between the lease and the start of its user.
+# Below the kernel's ephemeral ports, so that the kernel gives none of them away between the lock and its use.
 PORTS = range(20000, 30000)
 
 
 def visible_gpus() -> list[str] | None:
-    """The GPUs that a process started here would see, as CUDA_VISIBLE_DEVICES names them; None where nothing can tell."""
+    """Return the GPUs visible to a child process, as CUDA_VISIBLE_DEVICES names them; None if unknown."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         names = [name.strip() for name in named.split(",")]
-        end = next(
-            (i for i, name in enumerate(names) if name in ("", "-1")), len(names)
-        )  # CUDA itself reads no further
+        # CUDA ignores what comes after an empty name or -1.
+        end = next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
         return names[:end]
     if shutil.which("nvidia-smi") is None:
         return None
@@ -41,10 +40,10 @@ def visible_gpus() -> list[str] | None:
 
 @contextmanager
 def acquire_gpus(count: int, poll: float = 0.2) -> Iterator[list[str] | None]:
-    """Hold `count` of the visible GPUs, named as CUDA_VISIBLE_DEVICES takes them; None for a count of 0.
+    """Lock `count` of the visible GPUs and yield their names for CUDA_VISIBLE_DEVICES; None for a count of 0.
 
-    All or nothing: while others hold too many of them it keeps none and tries again every `poll` seconds. Raises ValueError
-    when the machine has fewer than `count`.
+    While fewer than `count` are free it locks none and tries again every `poll` seconds. Raises ValueError if fewer
+    than `count` are visible.
     """
     if count == 0:
         yield None
@@ -56,58 +55,59 @@ def acquire_gpus(count: int, poll: float = 0.2) -> Iterator[list[str] | None]:
             if gpus
             else f"trainer.devices={count}: no GPU is visible; type trainer=cpu, or set CUDA_VISIBLE_DEVICES"
         )
-    folder, told = _folder(), False
-    with ExitStack() as held:
-        while (leased := _try_gpus(folder, gpus, count, held)) is None:
-            if not told:
-                log.info("waiting for %d of the GPUs %s to be free: other runs hold them", count, ",".join(gpus))
-                told = True
+    folder, is_logged = _folder(), False
+    with ExitStack() as stack:
+        while (locked := _try_gpus(folder, gpus, count, stack)) is None:
+            if not is_logged:
+                log.info("waiting for %d of the GPUs %s, which other runs use", count, ",".join(gpus))
+                is_logged = True
             time.sleep(poll)
-        yield leased
+        yield locked
 
 
-def _try_gpus(folder: Path, gpus: list[str], count: int, held: ExitStack) -> list[str] | None:
-    """`count` of the GPUs, locked until `held` closes; None, and no lock kept, where fewer are free."""
+def _try_gpus(folder: Path, gpus: list[str], count: int, stack: ExitStack) -> list[str] | None:
+    """Lock `count` of the GPUs until `stack` closes; return None, with none locked, if fewer are free."""
     with ExitStack() as trying:
-        trying.enter_context(FileLock(folder / "gpus.lock"))  # one at a time: two halves never block each other
-        leased, locks = [], trying.enter_context(ExitStack())
+        # One process at a time, so that two never hold half of what they need.
+        trying.enter_context(FileLock(folder / "gpus.lock"))
+        locked, locks = [], trying.enter_context(ExitStack())
         for gpu in gpus:
-            if _take(folder / ("gpu-" + re.sub(r"[^-\w]", "_", gpu) + ".lock"), locks):
-                leased.append(gpu)
-            if len(leased) == count:
-                held.push(locks.pop_all())
-                return leased
+            if _try_lock(folder / ("gpu-" + re.sub(r"[^-\w]", "_", gpu) + ".lock"), locks):
+                locked.append(gpu)
+            if len(locked) == count:
+                stack.push(locks.pop_all())
+                return locked
     return None
 
 
 @contextmanager
 def acquire_port() -> Iterator[int]:
-    """Hold a TCP port that nobody listens on. No other lease of this user gets it meanwhile. Raises OSError if none is free."""
+    """Lock a free TCP port against other runs of this user and yield it. Raise OSError if none is free."""
     folder = _folder()
-    with ExitStack() as held:
-        for port in random.SystemRandom().sample(PORTS, 200):  # the seeded generators are the experiments'
-            if _take(folder / f"port-{port}.lock", held) and _is_free(port):
+    with ExitStack() as stack:
+        for port in random.SystemRandom().sample(PORTS, 200):  # leaves the seeded generators alone
+            if _try_lock(folder / f"port-{port}.lock", stack) and _is_free(port):
                 break
         else:
-            raise OSError(f"no free TCP port found between {PORTS.start} and {PORTS.stop}; end what listens on them")
+            raise OSError(f"no free TCP port found between {PORTS.start} and {PORTS.stop}; end a process that uses one")
         yield port
 
 
-def threads_per_job(cells: int) -> int:
-    """Threads that each of `cells` runs side by side may use, at least 1: its share of the CPUs this process may use."""
+def threads_per_job(jobs: int) -> int:
+    """Return the threads for each of `jobs` parallel runs, at least 1: its share of the CPUs this process may use."""
     counts: list[float] = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     counts += _quotas(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    return max(1, int(min(counts)) // cells)
+    return max(1, int(min(counts)) // jobs)
 
 
 def _quotas(root: Path, membership: Path) -> Iterator[float]:
-    """CPUs that the process's control groups allow it (versions 1 and 2), where they set a limit."""
+    """Yield the CPU limits of the process's control groups (versions 1 and 2), in CPUs."""
     lines = membership.read_text().splitlines() if membership.exists() else []
     for controllers, group in (line.split(":", 2)[1:] for line in lines):
         if controllers and "cpu" not in controllers.split(","):
             continue
         place = Path(controllers and "cpu") / group.lstrip("/")
-        for folder in (root / place, *(root / parent for parent in place.parents)):  # a limit above holds below
+        for folder in (root / place, *(root / parent for parent in place.parents)):  # limits of parent groups apply too
             try:
                 if controllers:
                     quota, period = (
@@ -121,14 +121,14 @@ def _quotas(root: Path, membership: Path) -> Iterator[float]:
                 yield int(quota) / int(period)
 
 
-def _take(path: Path, held: ExitStack) -> bool:
-    """Lock `path` until `held` closes, unless somebody else has it. Started processes don't inherit the lock."""
+def _try_lock(path: Path, stack: ExitStack) -> bool:
+    """Lock `path` until `stack` closes; return whether it was free. Child processes don't inherit the lock."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return False
-    held.callback(lock.release)
+    stack.callback(lock.release)
     return True
 
 
@@ -141,12 +141,14 @@ def _is_free(port: int) -> bool:
 
 
 def _folder() -> Path:
-    """Where this user's locks lie; no one else can write there. Raises PermissionError where someone else could."""
+    """Return the folder of this user's locks. Raise PermissionError if other users can access it."""
     user = os.getuid()
     folder = Path(tempfile.gettempdir()) / f"dpo_lab-{user}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o077:
-        raise PermissionError(f"{folder} is not a folder of yours alone; remove it, or set TMPDIR to another folder")
+        raise PermissionError(
+            f"{folder} is a folder that other users own or can access; remove it, or set TMPDIR to another folder"
+        )
     return folder

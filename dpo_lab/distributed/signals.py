@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # what asks a process to stop
-REQUEUE = signal.SIGUSR2  # what a scheduler announces the end of a job with; heeded where it has a handler of its own
-TIME_IS_UP = signal.SIGALRM  # a run's own time limit: lends it its number and exit code, and is never sent
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the signals that ask a process to stop
+# By which a scheduler announces the end of a job; used only if the scheduler has installed a handler.
+REQUEUE = signal.SIGUSR2
+TIME_IS_UP = signal.SIGALRM  # stands for the run's own time limit, for its number and exit code; it is never sent
 STATUS = {signal.SIGTERM: "preempted", signal.SIGINT: "interrupted", TIME_IS_UP: "stopped"}
 
 
 class StopSignal(BaseException):
-    """The process was asked to stop: by a scheduler (SIGTERM, `preempted`), at the keyboard (SIGINT, `interrupted`), or by the
-    run's own time limit (TIME_IS_UP, `stopped`).
+    """The process was asked to stop.
+
+    By a scheduler (SIGTERM, status `preempted`), at the keyboard (SIGINT, `interrupted`), or by the run's own time
+    limit (TIME_IS_UP, `stopped`).
     """
 
     def __init__(self, signum: int) -> None:
@@ -36,16 +39,17 @@ class StopSignal(BaseException):
 
 
 def stopped_by(code: int) -> StopSignal | None:
-    """What a process was stopped by that ended with this exit code, 128 + n or, where it took no notice, -n; else None."""
+    """Return the StopSignal of an exit code, 128 + n or -n (killed by signal n); None if it is not that of a stop."""
     signum = -code if code < 0 else code - 128
     return StopSignal(signum) if signum in STATUS else None
 
 
 def raise_on_signals(tell: Callable[[StopSignal], None] = lambda stopped: None) -> None:
-    """From now on SIGTERM and SIGINT raise StopSignal in this process's main thread, after `tell` was called with it."""
+    """Make SIGTERM and SIGINT raise StopSignal in the main thread, after calling `tell` with it."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is still written is not to be cut short
+        # Ignore further ones, so that a write in progress is not interrupted.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         stopped = StopSignal(signum)
         tell(stopped)
         raise stopped
@@ -56,9 +60,9 @@ def raise_on_signals(tell: Callable[[StopSignal], None] = lambda stopped: None) 
 
 @contextmanager
 def reraise_stop() -> Iterator[None]:
-    """Inside it an error that came of a StopSignal is that StopSignal: a library that tidies up what was cut short may stumble.
+    """Inside the context, raise an error that a StopSignal caused, say in a library's clean-up, as that StopSignal.
 
-    But for errors of the operating system: a disk that is full while work is put in safety is news.
+    Except for OSError, since a disk that is full while a checkpoint is saved has to be reported.
     """
     try:
         yield
@@ -72,17 +76,16 @@ def reraise_stop() -> Iterator[None]:
 
 
 def end_on_signals() -> None:
-    """From now on SIGTERM and SIGINT end this process without a word: its work is done, and all that is left is its exit."""
+    """Restore the default of SIGTERM and SIGINT: they end this process silently, since its work is done."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_DFL)
 
 
 class StopRequest:
-    """A context in which a signal is noted and not obeyed: `signum` says which one came, None so far.
+    """A context that records a stop signal in `signum` (None: no signal yet) instead of raising it.
 
-    The one who opened it looks between two steps, puts its work in safety, then calls `obey`. A second SIGINT raises
-    StopSignal at once: someone at the keyboard has lost patience. Outside the main thread, where no signal arrives, it notes
-    nothing.
+    The training loop checks it between two steps, saves, then calls `obey`. A second SIGINT raises StopSignal at once,
+    for a user who does not want to wait. Outside of the main thread, which receives no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -92,13 +95,13 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             requeue = signal.getsignal(REQUEUE)
-            heeded = (*STOP_SIGNALS, REQUEUE) if callable(requeue) else STOP_SIGNALS
-            self._before = {signum: signal.getsignal(signum) for signum in heeded}
+            handled = (*STOP_SIGNALS, REQUEUE) if callable(requeue) else STOP_SIGNALS
+            self._before = {signum: signal.getsignal(signum) for signum in handled}
             self.listen()
         return self
 
     def listen(self) -> None:
-        """Take the signals, once more where a library took them over inside the context."""
+        """Install the signal handlers, again if a library has replaced them inside the context."""
         for signum in self._before:
             signal.signal(signum, self._note)
 
@@ -109,14 +112,15 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def ask(self, signum: int) -> None:
-        """Note a request of this process's own, unless one came already."""
+        """Record a stop that this process requests itself, unless a signal was recorded before."""
         if self.signum is None:
             self.signum = signum
 
     def obey(self, signum: int) -> None:
-        """Stop for `signum`, which this process or another one of the same run was sent.
+        """Stop for `signum`, a signal sent to this process or to another one of the same run.
 
-        Hands REQUEUE to the scheduler's own handler, which puts the job back into its queue and leaves; else raises StopSignal.
+        Calls the scheduler's handler for REQUEUE, which requeues the job and exits; raises StopSignal for other
+        signals.
         """
         if signum == REQUEUE:
             handler: Callable[[int, FrameType | None], Any] | None = self._before.get(REQUEUE)
@@ -130,5 +134,5 @@ class StopRequest:
         if signum == signal.SIGINT and self.signum is not None:
             raise StopSignal(signum)
         if signum == signal.SIGTERM and REQUEUE in self._before:
-            signum = REQUEUE  # a scheduler that pre-empts says both: what counts is that the job comes back
+            signum = REQUEUE  # a scheduler that preempts sends both signals, and the job has to be requeued
         self.ask(signum)

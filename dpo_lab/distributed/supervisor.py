@@ -19,17 +19,18 @@ from typing import IO
 
 from dpo_lab.distributed.signals import REQUEUE, STOP_SIGNALS, TIME_IS_UP, StopRequest, StopSignal
 
-ERROR_FILE = "DPO_LAB_ERROR_FILE"  # the variable that says where a rank tells its supervisor what went wrong
-EXIT_CODES = {
-    code for signum in (*STOP_SIGNALS, TIME_IS_UP) for code in (128 + signum, -signum)
-}  # exit codes of a process that was asked to stop
+ERROR_FILE = (
+    "DPO_LAB_ERROR_FILE"  # the environment variable with the path of the file in which a rank reports its error
+)
+# Exit codes of a process that was asked to stop.
+EXIT_CODES = {code for signum in (*STOP_SIGNALS, TIME_IS_UP) for code in (128 + signum, -signum)}
 
-# Seconds. Once one rank has failed or was asked to stop, none is there 10 seconds later.
-PEER_EXIT_S = 4.0  # for the others to end by themselves, after one that was asked to stop
-TERM_TO_KILL_S = 2.5  # from our SIGTERM to SIGKILL
-DEBOUNCE_S = 0.5  # signals this close together are one request: `timeout` sends it to the process and to its group
+# Seconds. All ranks have ended within 10 seconds after one of them failed or was asked to stop.
+PEER_EXIT_S = 4.0  # for the other ranks to end by themselves after one that was asked to stop
+TERM_TO_KILL_S = 2.5  # between SIGTERM and SIGKILL
+DEBOUNCE_S = 0.5  # signals this close together are one request: `timeout` sends one to the process and one to its group
 
-TAIL = 16_384  # bytes of a log that are looked at
+TAIL = 16_384  # bytes at the end of a log that are read
 TRACEBACK = "Traceback (most recent call last):"
 
 
@@ -37,8 +38,8 @@ TRACEBACK = "Traceback (most recent call last):"
 class ExitStatus:
     """How a run of several ranks ended.
 
-    `code` is 0, or the exit code of the culprit, the rank that broke the run (128 + n where signal n killed it). `error` is
-    one line for the user, which names the culprit. Both are None if all is well.
+    code: 0, or the exit code of the rank that failed first (128 + n if signal n killed it). culprit: the number of that
+    rank. error: one line for the user, which names it. culprit and error are None if no rank failed.
     """
 
     code: int
@@ -47,10 +48,10 @@ class ExitStatus:
 
 
 def report_error(error: str, code: int) -> None:
-    """In a rank that is about to end with exit code `code` other than 0: tell its supervisor why, before any clean-up.
+    """Report to the supervisor why this rank is about to end with exit code `code`, not 0; call it before clean-up.
 
-    The first rank to tell is the culprit, however long its clean-up takes. Of `error` the first line is kept.
-    Where there is no supervisor nothing happens, nor on a full disk.
+    The first rank to report counts as the first to fail, however long its clean-up takes. Only the first line of
+    `error` is kept. Does nothing without a supervisor or on a full disk.
     """
     path = os.environ.get(ERROR_FILE)
     if path is None or not error.strip() or os.path.exists(path):
@@ -60,12 +61,12 @@ def report_error(error: str, code: int) -> None:
 
 
 def report_stop(stopped: StopSignal) -> None:
-    """The same, in a rank that was asked to stop: before its connections close, so that no peer tells of those first."""
+    """Report that this rank was asked to stop, before its connections close and peers report those as errors."""
     report_error(f"stopped by {stopped}", stopped.exit_code)
 
 
 class RepeatableStopRequest(StopRequest):
-    """A request to stop, and whether it came `again`: whoever repeats it wants no more waiting."""
+    """A stop request that also records whether it was repeated (`again`), which means: kill the ranks now."""
 
     again = False
     _first = math.inf
@@ -79,29 +80,30 @@ class RepeatableStopRequest(StopRequest):
 
 @dataclass
 class Rank:
-    """One rank's process, which leads a session of its own."""
+    """The process of a rank, which is the leader of a session of its own."""
 
     number: int
     process: subprocess.Popen
-    told: Path
-    log: IO[bytes] | None  # None for rank 0, which writes where we write
-    log_start: int  # bytes of the log that an earlier start wrote
-    wake: int | None  # a descriptor that can be read once the process has ended
+    error_file: Path
+    log: IO[bytes] | None  # None for rank 0, which inherits this process's output
+    log_start: int  # bytes of the log written by earlier attempts
+    wake: int | None  # a file descriptor that becomes readable when the process ends
     code: int | None = None
     ended: float = math.inf  # when it was seen to have ended by itself
-    stopped: bool = False  # by us: how it ended says nothing
+    stopped: bool = False  # by the supervisor: its exit code tells nothing about the failure
 
     @classmethod
     def start(cls, number: int, command: Sequence[str], folder: Path, cwd: Path, variables: dict[str, str]) -> Rank:
-        told = folder.absolute() / f".rank-{number}.error"
-        told.unlink(missing_ok=True)
+        """Start `command` with these environment variables as rank `number`."""
+        error_file = folder.absolute() / f".rank-{number}.error"
+        error_file.unlink(missing_ok=True)
         log = (folder / f"rank-{number}.log").open("ab+") if number else None
         log_start = os.fstat(log.fileno()).st_size if log else 0
         try:
             process = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env=variables | {ERROR_FILE: str(told)},
+                env=variables | {ERROR_FILE: str(error_file)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -112,10 +114,10 @@ class Rank:
                 log.close()
             raise
         wake = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None
-        return cls(number, process, told, log, log_start, wake)
+        return cls(number, process, error_file, log, log_start, wake)
 
     def is_running(self) -> bool:
-        """Whether it runs still. What it leaves behind when it ends, workers of its data loaders say, is killed."""
+        """Return whether it is running. When it has ended, kill what is left of its session, such as loader workers."""
         if self.code is None:
             self.code = self.process.poll()
             if self.code is not None:
@@ -124,7 +126,7 @@ class Rank:
         return self.code is None
 
     def stop(self, signum: int) -> None:
-        """End it: a signal to the leader alone, which answers for its own processes, but SIGKILL to all of them."""
+        """Send `signum` to the leader, which stops its own processes; SIGKILL goes to the whole session."""
         self.stopped = True
         if signum == signal.SIGKILL:
             self._kill_session()
@@ -134,9 +136,10 @@ class Rank:
             self.process.send_signal(signum)
 
     def close(self) -> None:
+        """Kill the process if it is running, and release its files."""
         if self.is_running():
             self.stop(signal.SIGKILL)
-        self.told.unlink(missing_ok=True)
+        self.error_file.unlink(missing_ok=True)
         if self.log:
             self.log.close()
         if self.wake is not None:
@@ -146,16 +149,16 @@ class Rank:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def what_it_told(self) -> tuple[float, int, str] | None:
-        """When it failed, the exit code it was to end with and the error; None if it told nothing."""
+    def read_error_file(self) -> tuple[float, int, str] | None:
+        """Return time, exit code and message of the error that the rank reported; None if it reported none."""
         try:
-            at, code, error = self.told.read_text().split(" ", 2)
+            at, code, error = self.error_file.read_text().split(" ", 2)
             return float(at), int(code), error
         except (OSError, ValueError):
             return None
 
     def end_of_log(self) -> str:
-        """The last words in its log: its tracebacks, or else some lines."""
+        """Return the end of its log from the first traceback on, or else the last 20 lines."""
         if self.log is None:
             return ""
         size = os.fstat(self.log.fileno()).st_size
@@ -166,26 +169,26 @@ class Rank:
         return "\n".join(lines[max(0, first) :])
 
 
-def supervise(ranks: Sequence[Rank], asked: RepeatableStopRequest, grace: float) -> None:
-    """Wait until all ranks have ended, and see to it that they do once one has failed or `asked` says so."""
+def supervise(ranks: Sequence[Rank], request: RepeatableStopRequest, grace: float) -> None:
+    """Wait until all ranks have ended; stop them once one has failed or `request` holds a signal."""
     forwarded = broken = False
-    ask_at = kill_at = math.inf
+    term_at = kill_at = math.inf
     while running := [rank for rank in ranks if rank.is_running()]:
         now = time.monotonic()
         codes = [rank.code for rank in ranks if rank.code]
-        if asked.signum is not None and not forwarded:
-            forwarded, ask_at, kill_at = True, math.inf, min(kill_at, now + grace)
+        if request.signum is not None and not forwarded:
+            forwarded, term_at, kill_at = True, math.inf, min(kill_at, now + grace)
             for rank in running:
-                rank.process.send_signal(signal.SIGTERM if asked.signum == REQUEUE else asked.signum)
+                rank.process.send_signal(signal.SIGTERM if request.signum == REQUEUE else request.signum)
         if not broken and any(code not in EXIT_CODES for code in codes):
-            broken, ask_at, kill_at = True, now, min(kill_at, now + TERM_TO_KILL_S)
-        elif codes and kill_at == math.inf:  # they agree on when to stop: the others are about to end too
-            ask_at, kill_at = now + PEER_EXIT_S, now + PEER_EXIT_S + TERM_TO_KILL_S
-        if now >= ask_at:
-            ask_at = math.inf
+            broken, term_at, kill_at = True, now, min(kill_at, now + TERM_TO_KILL_S)
+        elif codes and kill_at == math.inf:  # ranks agree on when to stop: the others are about to end too
+            term_at, kill_at = now + PEER_EXIT_S, now + PEER_EXIT_S + TERM_TO_KILL_S
+        if now >= term_at:
+            term_at = math.inf
             for rank in running:
                 rank.stop(signal.SIGTERM)
-        if asked.again or now >= kill_at:
+        if request.again or now >= kill_at:
             for rank in running:
                 rank.stop(signal.SIGKILL)
                 if forwarded:
@@ -196,7 +199,7 @@ def supervise(ranks: Sequence[Rank], asked: RepeatableStopRequest, grace: float)
 
 
 def _wait(running: Sequence[Rank]) -> None:
-    """Until one of them ends, for a short while."""
+    """Wait until one of them ends, for at most 0.1 seconds."""
     wakes = [rank.wake for rank in running if rank.wake is not None]
     if wakes:
         select.select(wakes, [], [], 0.1)
@@ -205,43 +208,43 @@ def _wait(running: Sequence[Rank]) -> None:
 
 
 def root_cause(ranks: Sequence[Rank]) -> ExitStatus:
-    """Who broke the run, and why. What its log says of a rank that failed is shown, with the log's path."""
+    """Return which rank failed first and why. Print the end of its log, with the log's path."""
     failed = [rank for rank in ranks if rank.code]
     if not failed:
         return ExitStatus(0)
-    culprit = min(failed, key=_when)
-    told, code = culprit.what_it_told(), culprit.code or 0
-    if told and culprit.stopped:
-        code = told[1]
-    if told:
-        error = f"rank {culprit.number}: {told[2]}"
+    failed_rank = min(failed, key=_when)
+    reported, code = failed_rank.read_error_file(), failed_rank.code or 0
+    if reported and failed_rank.stopped:
+        code = reported[1]
+    if reported:
+        error = f"rank {failed_rank.number}: {reported[2]}"
     elif code < 0:
-        error = f"rank {culprit.number} was killed by {_signal_name(-code)}"
+        error = f"rank {failed_rank.number} was killed by {_signal_name(-code)}"
     elif code in EXIT_CODES:
-        error = f"rank {culprit.number} was asked to stop by {_signal_name(code - 128)}"
-    elif line := _error_in(culprit.end_of_log()):
-        error = f"rank {culprit.number}: {line}"
+        error = f"rank {failed_rank.number} was asked to stop by {_signal_name(code - 128)}"
+    elif line := _error_in(failed_rank.end_of_log()):
+        error = f"rank {failed_rank.number}: {line}"
     else:
-        error = f"rank {culprit.number} ended with exit code {code}"
-    if culprit.log and code not in EXIT_CODES:
-        print(f"{culprit.end_of_log()}\n{error}; all that it wrote: {culprit.log.name}", file=sys.stderr)
-    return ExitStatus(code if code > 0 else 128 - code, culprit.number, error)
+        error = f"rank {failed_rank.number} ended with exit code {code}"
+    if failed_rank.log and code not in EXIT_CODES:
+        print(f"{failed_rank.end_of_log()}\n{error}; its log: {failed_rank.log.name}", file=sys.stderr)
+    return ExitStatus(code if code > 0 else 128 - code, failed_rank.number, error)
 
 
 def _when(rank: Rank) -> tuple[bool, float]:
-    """What orders ranks by their part in the failure, the culprit first.
+    """Return the key that sorts the rank that failed first to the front.
 
-    A peer of one that was killed may tell of a lost connection before we see the kill. Only SIGABRT can be a peer's end:
-    torch aborts where the others can't be reached.
+    A rank that was killed comes first, since its peers may report a lost connection before the kill is seen. A rank
+    killed by SIGABRT does not: torch aborts a peer that can't reach the others.
     """
-    told = rank.what_it_told()
+    reported = rank.read_error_file()
     code = rank.code or 0
     killed = code < 0 and not rank.stopped and code not in {*EXIT_CODES, -signal.SIGABRT}
-    return not killed, min(rank.ended, told[0] if told else math.inf)
+    return not killed, min(rank.ended, reported[0] if reported else math.inf)
 
 
 def _error_in(log: str) -> str | None:
-    """The first line of the exception that the last traceback ends with."""
+    """Return the first line of the last traceback's exception, else the last line that starts with `error: `."""
     lines = log.splitlines()
     starts = [i for i, line in enumerate(lines) if line.endswith(TRACEBACK)]
     if not starts:

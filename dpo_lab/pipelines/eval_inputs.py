@@ -18,33 +18,37 @@ from dpo_lab.training.strategies.fsdp import gather_model
 
 
 def load_judge(config: RunConfig, device: torch.device) -> Score | None:
-    """The judge that is asked for, None where none is. Raises ConfigError where it can't be had."""
+    """Load the configured judge; None if there is none. Raise ConfigError if it can't be loaded."""
     try:
         return config.evals.judge.load(device)
     except JudgeError as error:
         raise ConfigError(str(error)) from None
 
 
-def trained_policy(module: BaseModule, material: TrainingInputs, forward: Forward) -> Policy:
-    """Return the policy that the module trained, whole, in evaluation mode, on the device that it trained on.
+def trained_policy(module: BaseModule, inputs: TrainingInputs, forward: Forward) -> Policy:
+    """Gather the trained policy from all ranks, in evaluation mode, on the device that it trained on.
 
-    The initial policy is moved there, too. Lightning leaves a module on the CPU after a fit. All ranks have to call it.
+    Moves the initial policy to that device too. Lightning leaves a module on the CPU after a fit. A collective: all
+    ranks have to call it.
     """
-    initial = material.initial.model.to(forward.device)  # type: ignore[arg-type]
-    return Policy(gather_model(module.model, initial, forward.device).eval(), material.initial.tokenizer)
+    initial = inputs.initial.model.to(forward.device)  # type: ignore[arg-type]
+    return Policy(gather_model(module.model, initial, forward.device).eval(), inputs.initial.tokenizer)
 
 
 def build_eval_context(
     config: RunConfig,
-    material: TrainingInputs,
+    inputs: TrainingInputs,
     trained: Policy,
     forward: Forward,
     judge: Score | None,
 ) -> EvalContext:
-    """Prompts and texts are of the world, or of the user's held-out rows. Both policies are moved to the forward's device."""
-    for policy in (trained, material.initial):
+    """Return what the evaluators need; prompts and texts come from the task, or from the user's held-out rows.
+
+    Moves both policies to the forward's device.
+    """
+    for policy in (trained, inputs.initial):
         policy.model.to(forward.device)  # type: ignore[arg-type]
-    encoder, evals = material.encoder, config.evals
+    encoder, evals = inputs.encoder, config.evals
     if config.data.is_world:
         world = config.data.world
         prompts = world.prompts(HELD_OUT, evals.samples, config.seed)
@@ -53,15 +57,15 @@ def build_eval_context(
         texts = [(begin, encoder.response(text, begin)) for text in world.reviews(HELD_OUT, evals.texts, config.seed)]
     else:
         world = None
-        prompt_ids = distinct_prompts(material.held_out)[: evals.samples]
+        prompt_ids = distinct_prompts(inputs.held_out)[: evals.samples]
         prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
-        texts = [(pair.prompt, pair.chosen) for pair in material.held_out[: evals.texts]]
+        texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.texts]]
     return EvalContext(
         trained=trained,
-        initial=material.initial,
+        initial=inputs.initial,
         encoder=encoder,
-        pairs=material.held_out,
-        train_pairs=sample_pairs(material.train, evals.train_pairs),
+        pairs=inputs.held_out,
+        train_pairs=sample_pairs(inputs.train, evals.train_pairs),
         prompts=prompts,
         prompt_ids=prompt_ids,
         texts=texts,
@@ -73,7 +77,7 @@ def build_eval_context(
         loss=config.loss,
         reference=None
         if config.reference.starts_at_policy
-        else config.reference.prepare(material.initial.model, (), CACHE),
+        else config.reference.prepare(inputs.initial.model, (), CACHE),
         judge=judge,
         cache=CACHE,
         seed=config.seed,
@@ -81,8 +85,9 @@ def build_eval_context(
 
 
 def sample_pairs(pairs: PairTable, count: int) -> PairTable:
-    """`count` of the pairs, or all, drawn by their keys alone: of the same pairs always the same ones, more of them holding
-    the fewer.
+    """Sample `count` of the pairs, or all, by a hash of their keys.
+
+    The same pairs always give the same sample, and a larger sample contains the smaller ones.
     """
     drawn = np.argsort(hash_draws(pairs.keys, "evaluation"), kind="stable")[:count]
     return pairs.select(np.sort(drawn))

@@ -29,27 +29,27 @@ def evaluate_run(
     overrides: Sequence[str],
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Measure the policy in `folder` against the initial one of `config`, on its data; the result goes to `into`.
+    """Evaluate the policy in `folder` against the initial policy of `config`, on its data, and write the result.
 
-    record: of the run that trained it. Raises RunRefused where the data, the tokenizer or a policy are not what that run's
-    were.
+    record: the record of the run that trained the policy; raises RunRefused if data, tokenizer or a policy have changed
+    since that run.
     """
     evaluations.check(into, name)
     setup_process(config)
-    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-    trainer = make_trainer(config, {"trainer": config.trainer | alone, "callbacks": {}}, into)
-    forward, clock = forward_settings(trainer), StageTimer()
+    one_process = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    trainer = make_trainer(config, {"trainer": config.trainer | one_process, "callbacks": {}}, into)
+    forward, timer = forward_settings(trainer), StageTimer()
     judge = load_judge(config, forward.device)
-    trained = _trained(config.policy, folder)
+    trained = _load_trained(config.policy, folder)
     into.mkdir(parents=True, exist_ok=True)
     with logging_to(into):
-        material = prepare_pairs(config, CACHE, forward)
-        identity = material.identity() | {"trained_policy": weights_digest(trained.model)}
+        inputs = prepare_pairs(config, CACHE, forward)
+        identity = inputs.identity() | {"trained_policy": weights_digest(trained.model)}
         if record is not None:
             _check_identity(record, identity, config.policy)
-        clock.lap("prepare")
-        subject = build_eval_context(config, material, trained, forward, judge)
-        metrics = evaluate(subject, config.evals.evaluators())
+        timer.lap("prepare")
+        context = build_eval_context(config, inputs, trained, forward, judge)
+        metrics = evaluate(context, config.evals.evaluators())
     result = {
         "run": str(into.parent) if record is not None else None,
         "trained": str(folder),
@@ -57,16 +57,16 @@ def evaluate_run(
         "evals": asdict(config.evals),
         "identity": identity,
         "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
-        "samples": subject.side_by_side[:16],
-        "seconds": clock.lap("evaluate"),
+        "samples": context.side_by_side[:16],
+        "seconds": timer.lap("evaluate"),
         **run_record.provenance(),
     }
-    path = evaluations.commit(into, name, result, subject.examples)
-    print_summary(plain_console(), metrics, subject.side_by_side, path, ())
+    path = evaluations.commit(into, name, result, context.examples)
+    print_summary(plain_console(), metrics, context.side_by_side, path, ())
 
 
-def _trained(policy: PolicyConfig, folder: Path) -> Policy:
-    """The policy in a folder, read with the settings that the initial one was read with; adapters are merged."""
+def _load_trained(policy: PolicyConfig, folder: Path) -> Policy:
+    """Load the policy in a folder with the settings of the initial policy; adapters are merged."""
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such folder; type trained=FOLDER of a policy, or run=FOLDER of a run that has one"
@@ -76,8 +76,8 @@ def _trained(policy: PolicyConfig, folder: Path) -> Policy:
     if is_adapter(folder) and not is_adapter(Path(settings.path)):
         settings = replace(settings, adapter=str(folder))
     else:
-        elsewhere = {"adapter": None, "package": None, "gguf_file": None, "revision": None, "key_prefix": None}
-        settings = replace(settings, path=str(folder), **elsewhere)
+        unset = {"adapter": None, "package": None, "gguf_file": None, "revision": None, "key_prefix": None}
+        settings = replace(settings, path=str(folder), **unset)
     try:
         loaded = settings.load(cache=CACHE)
     except PolicyError as error:
@@ -87,10 +87,11 @@ def _trained(policy: PolicyConfig, folder: Path) -> Policy:
 
 
 def _check_identity(record: Mapping[str, Any], now: Mapping[str, str], policy: PolicyConfig) -> None:
+    """Raise RunRefused if the hashes of the inputs differ from the recorded ones."""
     was = dict(record["identity"])
-    if not policy.has_adapters:  # else merged here, and apart there
+    if not policy.has_adapters:  # adapters are merged here and separate in the run, so their hashes differ
         was["trained_policy"] = record["trained_policy"]
     if changed := [f"{name} was {value}, is {now[name]}" for name, value in was.items() if now[name] != value]:
         raise run_record.RunRefused(
-            f"this is not what the run worked on: {'; '.join(changed)}; put it back, or type trained= in place of run="
+            f"the run had other inputs: {'; '.join(changed)}; restore them, or type trained= in place of run="
         )

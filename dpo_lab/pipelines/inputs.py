@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Forward:
-    """What a model computes on, and under which autocast, before it trains: as it will when it trains."""
+    """The device and the autocast context of forward passes outside of training: the same as in training."""
 
     device: torch.device
     context: Callable[[], AbstractContextManager]
@@ -41,9 +41,9 @@ class Forward:
 
 @dataclass
 class TrainingInputs:
-    """The initial policy and the pairs as token ids; label noise is in `train` and nowhere else.
+    """The initial policy, and the training and held-out pairs as token ids; only `train` holds label noise.
 
-    Of supervised fine-tuning: chosen responses to their prompts, each once, with nothing rejected.
+    For supervised fine-tuning: chosen responses with their prompts, each once, with empty rejected responses.
     """
 
     initial: Policy
@@ -53,7 +53,7 @@ class TrainingInputs:
     counts: Counter[str]
 
     def identity(self) -> dict[str, str]:
-        """Hashes of all that training starts from: the pairs, train and held-out, the tokenizer, the initial policy."""
+        """Return hashes of the training and held-out pairs, the tokenizer and the initial policy."""
         return {
             "data": f"{self.train.digest()} {self.held_out.digest()}",
             "tokenizer": self.encoder.fingerprint,
@@ -61,76 +61,84 @@ class TrainingInputs:
         }
 
     def quality(self) -> Quality:
+        """Return the data quality of the pairs in numbers."""
         return quality_of(self.train, self.held_out, self.counts, self.encoder)
 
 
 def prepare_pairs(config: RunConfig, cache: Path, forward: Forward) -> TrainingInputs:
-    """The material of a run. Raises ConfigError where the pairs can't fill a batch."""
-    policy, respondent = policies(config, cache)
+    """Return the inputs of a DPO run. Raise ConfigError if the pairs don't fit the model or don't fill a batch."""
+    policy, response_policy = policies(config, cache)
     encoder = encoder_of(config, policy.tokenizer)
-    splits = with_noise(config, policy, load_pairs(config, encoder, respondent, cache), cache, forward)
-    material = TrainingInputs(policy, encoder, splits.train, splits.held_out, splits.counts)
-    return _checked(material, "pairs", config)
+    splits = with_noise(config, policy, load_pairs(config, encoder, response_policy, cache), cache, forward)
+    inputs = TrainingInputs(policy, encoder, splits.train, splits.held_out, splits.counts)
+    return _check_inputs(inputs, "pairs", config)
 
 
 def prepare_responses(config: RunConfig, cache: Path) -> TrainingInputs:
-    """The material of supervised fine-tuning: the chosen responses of the very pairs that `prepare` gives, or whole texts.
+    """Return the inputs of supervised fine-tuning: the chosen responses of `prepare_pairs`' pairs, or plain texts.
 
-    Raises ConfigError where the responses can't fill a batch.
+    Raises ConfigError if the responses don't fit the model or don't fill a batch.
     """
-    policy, respondent = policies(config, cache)
+    policy, response_policy = policies(config, cache)
     if config.sft.text_column is not None:
         config = replace(config, data=config.data.as_texts(config.sft.text_column))
     encoder = encoder_of(config, policy.tokenizer)
-    splits = load_pairs(config, encoder, respondent, cache)
+    splits = load_pairs(config, encoder, response_policy, cache)
     train, held_out, counts = splits.train.chosen_alone(), splits.held_out.chosen_alone(), splits.counts
     counts["train responses"], counts["held-out responses"] = len(train), len(held_out)
-    return _checked(TrainingInputs(policy, encoder, train, held_out, counts), "responses", config)
+    return _check_inputs(TrainingInputs(policy, encoder, train, held_out, counts), "responses", config)
 
 
-def _checked(material: TrainingInputs, what: str, config: RunConfig) -> TrainingInputs:
-    """The material, said in the log, whose pairs fit the model."""
-    log.info("data: %s", ", ".join(f"{what} {count:,}" for what, count in material.counts.items() if count))
+def _check_inputs(inputs: TrainingInputs, what: str, config: RunConfig) -> TrainingInputs:
+    """Log the counts, check that the pairs fit the model and fill a batch, and return the inputs."""
+    log.info("data: %s", ", ".join(f"{what} {count:,}" for what, count in inputs.counts.items() if count))
     with policy_errors():
-        limits = Limits.of(material.initial.model)
-        for pairs in (material.train, material.held_out):
-            limits.check_ids(pairs, material.initial)
+        limits = Limits.of(inputs.initial.model)
+        for pairs in (inputs.train, inputs.held_out):
+            limits.check_ids(pairs, inputs.initial)
             limits.check_rows(pairs, config.data.max_length)
         if what == "pairs" and config.evals.samples_responses:
-            prompts = distinct_prompts(material.held_out)[: config.evals.samples]
+            prompts = distinct_prompts(inputs.held_out)[: config.evals.samples]
             limits.check_samples(prompts, config.evals.max_new_tokens, "evals.max_new_tokens")
     batch_size = config.data.batch_size
-    if (count := len(material.train)) < batch_size:
+    if (count := len(inputs.train)) < batch_size:
         raise ConfigError(
-            f"data.batch_size={batch_size}: only {count} training {what} are there; type data.batch_size={max(1, count)}"
+            f"data.batch_size={batch_size}: only {count} training {what}; type data.batch_size={max(1, count)}"
         )
-    return material
+    return inputs
 
 
 def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PairTokenizer:
-    ends = not config.data.is_world or config.data.world.whole
-    return PairTokenizer(tokenizer, config.data.max_length, config.data.max_prompt_length, ends)
+    """Return the tokenizer of pairs; responses get an end token except where a task generates parts of texts."""
+    append_eos = not config.data.is_world or config.data.world.whole
+    return PairTokenizer(tokenizer, config.data.max_length, config.data.max_prompt_length, append_eos)
 
 
-def load_pairs(config: RunConfig, encoder: PairTokenizer, respondent: Policy | None, cache: Path) -> Splits:
-    """Train and held-out pairs as annotated. respondent: who writes the responses of a world; rows of the user's need none."""
+def load_pairs(config: RunConfig, encoder: PairTokenizer, response_policy: Policy | None, cache: Path) -> Splits:
+    """Return training and held-out pairs, without label noise.
+
+    response_policy: the policy that generates the responses of a task; None if the pairs are the user's rows.
+    """
     if not config.data.is_world:
         return config.data.choose(config.data.store(encoder, cache))
     world = config.data.world
 
     def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
-        assert respondent is not None
+        assert response_policy is not None
         seed = derive_seed(config.seed, stream)
         with policy_errors():
-            limits, ids = Limits.of(respondent.model), [encoder.prompt(prompt) for prompt in prompts]
+            limits, ids = Limits.of(response_policy.model), [encoder.prompt(prompt) for prompt in prompts]
             limits.check_samples(ids, world.max_new_tokens, "data.world.max_new_tokens")
-        return responses(respondent, encoder, prompts, world.max_new_tokens, seed, cache)
+        return responses(response_policy, encoder, prompts, world.max_new_tokens, seed, cache)
 
     return config.data.from_world(config.seed, annotated, encoder)
 
 
 def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: Path, forward: Forward) -> Splits:
-    """The same with label noise in `train`, and counted. policy: needed where the noise looks at the reference."""
+    """Return the splits with label noise in `train`, and count the flipped pairs.
+
+    policy: the initial policy; needed only by noise that depends on the reference's margins.
+    """
     margins = None
     if config.noise.needs_reference:
         assert policy is not None
@@ -147,7 +155,7 @@ def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: 
 
 @contextmanager
 def policy_errors() -> Iterator[None]:
-    """What a model can't do is a setting that can't be."""
+    """Raise a PolicyError from inside the context as ConfigError."""
     try:
         yield
     except PolicyError as error:
@@ -160,27 +168,28 @@ def distinct_prompts(pairs: PairTable) -> list[list[int]]:
 
 
 def policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
-    """Where training starts, and who writes the responses that the world's annotator is shown.
+    """Return the initial policy, and the policy that generates the responses of a task.
 
-    The embedded policy's responses are always its SFT'd self's, so that a run from random weights has the same pairs.
+    With the embedded policy the latter is always the fine-tuned one, so that a run from random weights has the same
+    pairs.
     """
     if isinstance(config.policy, Pretrained):
         with policy_errors():
-            policy = respondent = config.policy.load(derive_seed(config.seed, "init"), cache)
+            policy = response_policy = config.policy.load(derive_seed(config.seed, "init"), cache)
         source = config.policy.path
     else:
         assert isinstance(config.policy, TinyPolicy)
         sft = (config.sft, config.data.world, config.seed, cache)
         policy, source = initial_policy(config.policy, *sft)
-        respondent = policy
+        response_policy = policy
         if config.policy.start is not Init.sft:
-            respondent, _ = initial_policy(replace(config.policy, start=Init.sft), *sft)
+            response_policy, _ = initial_policy(replace(config.policy, start=Init.sft), *sft)
     log.info("initial policy: %s, %s parameters", source, f"{policy.model.num_parameters():,}")
-    return policy, respondent
+    return policy, response_policy
 
 
 def tokenizer_of(config: RunConfig, cache: Path) -> PreTrainedTokenizerBase:
-    """The initial policy's tokenizer, without its weights."""
+    """Return the initial policy's tokenizer without loading its weights."""
     if isinstance(config.policy, Pretrained):
         with policy_errors():
             return config.policy.tokenizer()
@@ -192,9 +201,9 @@ def tokenizer_of(config: RunConfig, cache: Path) -> PreTrainedTokenizerBase:
 def responses(
     policy: Policy, encoder: PairTokenizer, prompts: Sequence[str], max_new_tokens: int, seed: int, cache: Path
 ) -> list[str | None]:
-    """A response of the policy to each prompt, kept by content.
+    """Return one response of the policy per prompt, from the cache if the same ones were generated before.
 
-    None where one did not stop by itself; where no response `ends` (see PairTokenizer), None where one did.
+    A response that did not end with the end token is None; if `encoder.ends` is false, one that did end with it.
     """
     recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, encoder.ends, "format 4"])
     recipe += "" if uses_cache(policy.model) else "without a KV cache"
@@ -203,7 +212,7 @@ def responses(
     def make(path: Path) -> None:
         ids = [encoder.prompt(prompt) for prompt in prompts]
         samples = generate_responses(
-            policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="World responses"
+            policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="Task responses"
         )
         path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped is encoder.ends else None for s in samples]))
 

@@ -28,14 +28,14 @@ TENSORBOARD, WANDB, MLFLOW = (f"lightning.pytorch.loggers.{k}Logger" for k in ("
 
 
 @contextmanager
-def track_run_status(trainer: Trainer, plain: Mapping[str, Any], folder: Path) -> Iterator[None]:
-    """A row in HPARAMS from now on, which says in the end that the run succeeded or failed; other loggers hear of a failure.
+def track_run_status(trainer: Trainer, config_dict: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Write a row of TensorBoard's HPARAMS, at the end with its status; tell other loggers of a failure.
 
-    One that is asked to stop has done neither: it goes on later. For rank 0, from before anything can fail.
+    A run that is asked to stop keeps its row without a status, since it is resumed later. Only rank 0 enters it.
     """
-    in_tensorboard = any(node["_target_"] == TENSORBOARD for node in plain["logger"].values())
+    in_tensorboard = any(node["_target_"] == TENSORBOARD for node in config_dict["logger"].values())
     if in_tensorboard:
-        tensorboard_hparams.start(folder, tensorboard_hparams.columns(plain))
+        tensorboard_hparams.start(folder, tensorboard_hparams.columns(config_dict))
     try:
         yield
     except Exception:
@@ -43,8 +43,8 @@ def track_run_status(trainer: Trainer, plain: Mapping[str, Any], folder: Path) -
         for logger in trainer.loggers:
             try:
                 logger.finalize("failed")
-            except Exception as error:  # what the run failed of is what matters
-                log.warning("%s could not be told that the run failed: %s", type(logger).__name__, error)
+            except Exception as error:  # the run's own error is the one to report
+                log.warning("%s could not record that the run failed: %s", type(logger).__name__, error)
         raise
     if in_tensorboard:
         tensorboard_hparams.end(folder, succeeded=True)
@@ -52,46 +52,47 @@ def track_run_status(trainer: Trainer, plain: Mapping[str, Any], folder: Path) -
 
 def add_loggers(
     trainer: Trainer,
-    plain: Mapping[str, Any],
+    config_dict: Mapping[str, Any],
     folder: Path,
     step: int,
     *,
     started: str = "",
     charts: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """The run's journal and the loggers that were asked for, opened: what one of them can't do shows before training.
+    """Open the metrics log and the configured loggers, and hand them to the trainer before it trains.
 
-    step: what they hold of later steps is from a start that was cut short, and TensorBoard drops it. started: when the run
-    did, over all its starts. charts: scalars that stand together, see show_charts. Raises ConfigError.
+    step: the step that the run resumes from; TensorBoard drops what an earlier attempt logged after it. started: the
+    time of the run's first attempt. charts: scalars to draw in one chart, see show_charts. Raises ConfigError if a
+    logger can't be created.
     """
     loggers: list[Logger] = [JSONLLogger(folder)]
-    for key, node in plain["logger"].items():
+    for key, node in config_dict["logger"].items():
         try:
-            logger = instantiate_checked(node, Logger, **_of_this_run(node, folder, step, started))
+            logger = instantiate_checked(node, Logger, **_run_arguments(node, folder, step, started))
             if trainer.is_global_zero and not isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(tensorboard_hparams.columns(plain))
-        except Exception as error:  # each library has its own
+                logger.log_hyperparams(tensorboard_hparams.columns(config_dict))
+        except Exception as error:  # each library raises its own
             other = f"logger.{key}.offline=true" if node["_target_"] == WANDB else "logger=tensorboard"
-            raise ConfigError(f"logger.{key}: can't be made: {last_line(error)}; type e.g. {other}") from error
+            raise ConfigError(f"logger.{key}: can't be created: {last_line(error)}; type e.g. {other}") from error
         loggers.append(logger)
     trainer.loggers = loggers
     show_charts(trainer, charts or {})
 
 
-def _of_this_run(node: Mapping[str, Any], folder: Path, step: int, started: str) -> dict[str, Any]:
-    """What a logger is told that no config can know: where, and of which run."""
+def _run_arguments(node: Mapping[str, Any], folder: Path, step: int, started: str) -> dict[str, Any]:
+    """Return the arguments of a logger that depend on the run: its folder, its name and a stable id."""
     name = "/".join(folder.parts[-3:])
-    place = {} if "save_dir" in node else {"save_dir": folder}
+    save_dir = {} if "save_dir" in node else {"save_dir": folder}
     if node["_target_"] == TENSORBOARD:
-        return place | {"purge_step": step}
+        return save_dir | {"purge_step": step}
     if node["_target_"] == WANDB:
-        text = f"{folder.absolute()} {started}"  # the same for all starts of a run
-        return place | {"name": name, "id": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+        text = f"{folder.absolute()} {started}"  # the same for all attempts of a run
+        return save_dir | {"name": name, "id": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
     if node["_target_"] == MLFLOW:
         server = os.environ.get("MLFLOW_TRACKING_URI")  # never recorded: it may hold a password
         store = {} if "tracking_uri" in node else {"tracking_uri": server or MLFLOW_STORE}
-        return place | store | {"run_name": name, "tags": {"started": started}}
-    return place
+        return save_dir | store | {"run_name": name, "tags": {"started": started}}
+    return save_dir
 
 
 def log_final_metrics(
@@ -100,7 +101,7 @@ def log_final_metrics(
     samples: Sequence[Mapping[str, str]] = (),
     figures: Sequence[Path] = (),
 ) -> None:
-    """Final metrics under eval/ for every logger; samples as a table and figures, PNG files, for TensorBoard."""
+    """Log the final metrics under eval/ to every logger, and to TensorBoard a table of samples and PNG figures."""
     step = trainer.global_step
     for logger in trainer.loggers:
         logger.log_metrics({f"eval/{name}": e.value for name, e in metrics.items()}, step=step)
@@ -112,6 +113,6 @@ def log_final_metrics(
 
 
 def last_line(error: Exception) -> str:
-    """What a library says in several lines, in the last one."""
+    """Return the last line of a library's error message, of Hydra's errors that of their cause."""
     cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
     return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__

@@ -51,43 +51,44 @@ from dpo_lab.training.torch_setup import set_up_device, setup_torch
 
 log = logging.getLogger("dpo_lab")
 
-REFUSALS = (ConfigError, RunRefused, BadData, NoTemplate)  # what the user can mend: the door says it in one line
+REFUSALS = (ConfigError, RunRefused, BadData, NoTemplate)  # what the user can fix: the command prints it in one line
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Where training goes on: the checkpoint (none: from the start), and at how many steps it was over already, if it was."""
+    """Where training resumes: the checkpoint (None: the start), and the number of steps if it had finished."""
 
     checkpoint: Path | None = None
     trained_to: int | None = None
 
 
 def open_session(
-    config: RunConfig, plain: dict[str, Any], folder: Path, body: Callable[[run_record.Run, Trainer], None]
+    config: RunConfig, config_dict: dict[str, Any], folder: Path, body: Callable[[run_record.Run, Trainer], None]
 ) -> None:
-    """Call body(run, trainer) on every rank of a run; rank 0 holds the folder. plain: the config as it is recorded.
+    """Set up the process and the Trainer, lock the run folder, and call body(run, trainer) on every rank.
 
-    Where the run is done already nothing is called.
+    Only rank 0 locks and writes the folder. config_dict: the config as it is recorded. If the run is done already,
+    `body` is not called.
     """
     setup_process(config)
-    trainer = make_trainer(config, plain, folder)
+    trainer = make_trainer(config, config_dict, folder)
     with _process_group(trainer), ExitStack() as stack:
-        held: list[run_record.Run] = []
+        acquired: list[run_record.Run] = []  # on rank 0 the run, unless it is done already
 
-        def take() -> bool:
+        def acquire() -> bool:
             overrides = list(HydraConfig.get().overrides.task)
-            run = stack.enter_context(run_record.acquire_run(folder, plain, overrides, input_files(config)))
+            run = stack.enter_context(run_record.acquire_run(folder, config_dict, overrides, input_files(config)))
             if run is not None:
-                held.append(run)
-                stack.enter_context(track_run_status(trainer, plain, folder))
+                acquired.append(run)
+                stack.enter_context(track_run_status(trainer, config_dict, folder))
                 stack.enter_context(logging_to(folder))
-            return bool(held)
+            return bool(acquired)
 
-        if broadcast_from_rank_zero(trainer, take):
-            run = held[0] if held else run_record.Run(folder, {"config": plain}, writes=False)
-            run.update(ranks=_same_on_all_ranks(trainer, plain))
-            if held:
+        if broadcast_from_rank_zero(trainer, acquire):
+            run = acquired[0] if acquired else run_record.Run(folder, {"config": config_dict}, writes=False)
+            run.update(ranks=_same_on_all_ranks(trainer, config_dict))
+            if acquired:
                 warn_of_slow_bf16(trainer, config.policy)
             with reraise_stop():
                 body(run, trainer)
@@ -95,22 +96,17 @@ def open_session(
             print(f"{folder}: this run is done already", flush=True)
 
 
-def _same_on_all_ranks(trainer: Trainer, plain: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Who the ranks are. Raises RuntimeError where they do not all run this very config."""
-    mine = {
-        "rank": trainer.global_rank,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "config": config_digest(plain),
-    }
-    ranks = all_gather_object(mine)
+def _same_on_all_ranks(trainer: Trainer, config_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return rank, host, process id and config digest of every rank. Raise RuntimeError if their configs differ."""
+    process = {"host": socket.gethostname(), "pid": os.getpid()}
+    ranks = all_gather_object({"rank": trainer.global_rank, **process, "config": config_digest(config_dict)})
     if len({rank["config"] for rank in ranks}) > 1:
         raise RuntimeError(f"ranks run different configs: {ranks}")
     return ranks
 
 
 def broadcast_from_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
-    """What rank 0 decided, on every rank; its refusal is raised on every rank."""
+    """Call decide() on rank 0 and return its result on every rank; raise its refusal on every rank."""
     decision: Any = None
     refusal: Exception | None = None
     if trainer.is_global_zero:
@@ -124,39 +120,39 @@ def broadcast_from_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
     return decision
 
 
-def find_checkpoint(held: run_record.Run, trainer: Trainer) -> Resume:
-    """What an earlier start left to go on from. Raises CheckpointError where all it left is damaged."""
+def find_checkpoint(run: run_record.Run, trainer: Trainer) -> Resume:
+    """Return where this run resumes. Raise CheckpointError if every checkpoint of an earlier attempt is damaged."""
 
     def decide() -> Resume:
-        folder = held.folder / run_record.CHECKPOINTS
+        folder = run.folder / run_record.CHECKPOINTS
         remove_leftovers(folder)
-        return Resume(newest(folder), held.record.get("steps")) if held.resumes else Resume()
+        return Resume(newest(folder), run.record.get("steps")) if run.resumes else Resume()
 
     return broadcast_from_rank_zero(trainer, decide)
 
 
 def setup_process(config: RunConfig) -> None:
-    """Get the process ready to compute."""
+    """Check the packages that the task needs, and set up torch and the logging of libraries in this process."""
     if config.data.is_world:
         config.data.world.check()
-    disable_progress_bar()  # transformers' own bars, of milliseconds here
+    disable_progress_bar()  # transformers' progress bars last milliseconds here
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     setup_torch(config.threads, on_cpu=config.trainer.get("accelerator") == "cpu")
 
 
-def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trainer:
-    """Lightning's Trainer from its node, with callbacks, its device set up; it has no loggers until `add_loggers`."""
-    settings = dict(plain["trainer"])
+def make_trainer(config: RunConfig, config_dict: dict[str, Any], folder: Path) -> Trainer:
+    """Return Lightning's Trainer with its callbacks and without loggers. Raise ConfigError if it can't be created."""
+    settings = dict(config_dict["trainer"])
     try:
-        callbacks = [instantiate_checked(node, Callback) for node in plain["callbacks"].values()]
+        callbacks = [instantiate_checked(node, Callback) for node in config_dict["callbacks"].values()]
         callbacks += [Throughput(), TimeLimit(settings.pop("max_time", None))]
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = instantiate_checked(settings, Trainer, logger=False, callbacks=callbacks, **plan)
         check_device_precision(settings, trainer)
     except (HydraException, TargetRefused) as error:
-        raise ConfigError(f"the trainer or a callback can't be made: {last_line(error)}") from error
+        raise ConfigError(f"the trainer or a callback can't be created: {last_line(error)}") from error
     except MisconfigurationException as error:
-        raise ConfigError(f"the trainer can't be made: {last_line(error)}") from error
+        raise ConfigError(f"the trainer can't be created: {last_line(error)}") from error
     if config.data.batch_size < trainer.world_size:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size}: {trainer.world_size} devices need a pair each in every step;"
@@ -167,51 +163,51 @@ def make_trainer(config: RunConfig, plain: dict[str, Any], folder: Path) -> Trai
 
 
 def forward_settings(trainer: Trainer) -> Forward:
-    """What the trainer's forwards run on and under."""
+    """Return the device and the autocast context in which the trainer runs forward passes."""
     return Forward(trainer.strategy.root_device, trainer.precision_plugin.forward_context)
 
 
-def record_inputs(held: run_record.Run, trainer: Trainer, material: TrainingInputs) -> None:
-    """Note what the run works on. Raises RunRefused where it resumes a run that worked on something else."""
+def record_inputs(run: run_record.Run, trainer: Trainer, inputs: TrainingInputs) -> None:
+    """Record hashes of the run's inputs. Raise RunRefused if it resumes a run that had other inputs."""
 
-    def settle() -> None:
-        identity = material.identity()
-        held.settle(**identity)
-        held.update(data=dict(material.counts), initial_policy=identity["initial_policy"])
+    def record() -> None:
+        identity = inputs.identity()
+        run.settle(**identity)
+        run.update(data=dict(inputs.counts), initial_policy=identity["initial_policy"])
 
-    broadcast_from_rank_zero(trainer, settle)
+    broadcast_from_rank_zero(trainer, record)
 
 
 def train(
     config: RunConfig,
-    plain: Mapping[str, Any],
-    held: run_record.Run,
+    config_dict: Mapping[str, Any],
+    run: run_record.Run,
     trainer: Trainer,
     module: BaseModule,
-    material: TrainingInputs,
+    inputs: TrainingInputs,
 ) -> None:
-    """Train the module's model, from the start or from where an earlier start of the run was cut short."""
-    resume = find_checkpoint(held, trainer)
-    if held.resumes:
+    """Train the module's model, from the first step or from the last checkpoint of an earlier attempt."""
+    resume = find_checkpoint(run, trainer)
+    if run.resumes:
         log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
     if resume.trained_to is not None:
         trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
-    step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, held.record.get("started", "")
-    add_loggers(trainer, plain, held.folder, step, started=started, charts=module.charts)
-    fit(config, trainer, module, material, resume.checkpoint)
+    step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, run.record.get("started", "")
+    add_loggers(trainer, config_dict, run.folder, step, started=started, charts=module.charts)
+    fit(config, trainer, module, inputs, resume.checkpoint)
 
 
 def fit(
-    config: RunConfig, trainer: Trainer, module: BaseModule, material: TrainingInputs, checkpoint: Path | None = None
+    config: RunConfig, trainer: Trainer, module: BaseModule, inputs: TrainingInputs, checkpoint: Path | None = None
 ) -> None:
-    """Train the module's model on the material's token ids, up to max_steps, from the first step or on from a checkpoint.
+    """Train the module's model up to max_steps, from the first step or from a checkpoint.
 
-    A checkpoint of the last step is there when it returns. Raises StopSignal, saved, when the run is asked to stop. Ranks stay
-    joined.
+    A checkpoint of the last step exists when it returns. Raises StopSignal, after saving a checkpoint, when the run is
+    asked to stop. The process group stays open.
     """
     data = PreferenceDataModule(
-        material.train,
-        material.held_out,
+        inputs.train,
+        inputs.held_out,
         batch_size=config.data.batch_size,
         num_workers=config.data.num_workers,
         seed=config.seed,
@@ -224,63 +220,60 @@ def fit(
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
         if any(isinstance(callback, Checkpointing) and callback.owes_validation for callback in callbacks):
             trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
-    if module.request.signum is not None:  # it came when no step was left to finish
+    if module.request.signum is not None:  # the signal came after the last step
         signal.raise_signal(module.request.signum)
 
 
 def finalize_run(
-    held: run_record.Run,
+    run: run_record.Run,
     trainer: Trainer,
     metrics: Mapping[str, Estimate],
     trained: Policy,
-    clock: StageTimer,
+    timer: StageTimer,
     peak: int,
     next_commands: Sequence[str],
     samples: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Commit what the run came to, to the record and to the loggers, with its health, figures and the policy's card; say it.
+    """Write the results to the record and the loggers, draw the figures, write the model card, and print the summary.
 
-    peak: bytes of memory. For rank 0.
+    Only rank 0 calls it. peak: the peak memory in bytes.
     """
-    found = final_findings(held, trainer, metrics)
-    held.update(
+    findings = final_findings(run, trainer, metrics)
+    run.update(
         metrics={name: estimate.as_record() for name, estimate in metrics.items()},
         trained_policy=weights_digest(trained.model),
         samples=list(samples[:16]),
-        health=[finding.as_record() for finding in found],
-        seconds=clock.lap("evaluate"),
+        health=[finding.as_record() for finding in findings],
+        seconds=timer.lap("evaluate"),
         peak_memory_bytes=peak,
     )
-    remove_figures(held.folder)  # an earlier start's show other numbers
-    figures = draw_run(held.folder) if held.record["config"]["figures"] else []
+    remove_figures(run.folder)  # those of an earlier attempt
+    figures = draw_run(run.folder) if run.record["config"]["figures"] else []
     log_final_metrics(trainer, metrics, samples, [path for path in figures if path.suffix == ".png"])
-    (held.folder / "policy" / "README.md").write_text(model_card(held.record))
-    log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in held.record["seconds"].items()))
-    print_health(plain_console(), found)
-    print_summary(plain_console(), metrics, samples, held.folder, next_commands, cost_rows(held.record))
+    (run.folder / "policy" / "README.md").write_text(model_card(run.record))
+    log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in run.record["seconds"].items()))
+    print_health(plain_console(), findings)
+    print_summary(plain_console(), metrics, samples, run.folder, next_commands, cost_rows(run.record))
 
 
 @contextmanager
 def logging_to(folder: Path) -> Iterator[None]:
-    """Our own lines on the terminal and in the run's log file."""
+    """Log this package's messages to the terminal and to `run.log`, which also gets warnings and the error."""
     console, file = log_handler(), logging.FileHandler(folder / "run.log")
     file.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
     for handler in (console, file):
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    logging.captureWarnings(True)  # libraries' warnings go to the file, not between the bars
+    logging.captureWarnings(True)  # libraries' warnings go to the file, not between progress bars
     logging.getLogger("py.warnings").addHandler(file)
     logging.getLogger("py.warnings").propagate = False
     try:
         yield
     except REFUSALS:
-        raise  # the door says it in one line
-    except RunFailed as failure:
-        file.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run failed: {failure}"}))
-        raise
+        raise  # the command prints it in one line
     except Exception as error:
-        if line := explain_disk_error(error):
+        if line := str(error) if isinstance(error, RunFailed) else explain_disk_error(error):
             file.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run failed: {line}"}))
         else:
             log.exception("the run failed")
@@ -294,7 +287,7 @@ def logging_to(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _process_group(trainer: Trainer) -> Iterator[None]:
-    """The process group of all ranks, where there are several, from before anything is decided until all is done."""
+    """Initialise the process group if there are several ranks, and destroy it at the end."""
     if trainer.world_size > 1:
         trainer.strategy.setup_environment()
     try:

@@ -35,68 +35,76 @@ log = logging.getLogger("dpo_lab")
 
 
 def train_dpo(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
-    """Run `config` in `folder`, by itself or as one rank of several; a finished run is left alone."""
+    """Train and evaluate `config` in `folder`, in one process or as one rank of several.
+
+    A run that is finished already is not started again. Raises ConfigError if the data are plain texts.
+    """
     if config.sft.text_column is not None or config.data.has_texts:
         raise ConfigError(
-            "sft.text_column, data.format=text: whole texts hold no preference; type them with python -m dpo_lab.sft"
+            "sft.text_column, data.format=text: plain texts hold no preference; type python -m dpo_lab.sft to use them"
         )
-    plain = as_record(cfg, config)
-    open_session(config, plain, folder, lambda held, trainer: _whole_run(config, plain, held, trainer))
+    config_dict = as_record(cfg, config)
+    open_session(config, config_dict, folder, lambda run, trainer: _run_pipeline(config, config_dict, run, trainer))
 
 
-def _whole_run(config: RunConfig, plain: dict[str, Any], held: run_record.Run, trainer: Trainer) -> None:
-    clock = StageTimer(held.record.get("seconds"))
+def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_record.Run, trainer: Trainer) -> None:
+    """Prepare the inputs, train, gather the policy, evaluate, and write the run's record; every rank calls it."""
+    timer = StageTimer(run.record.get("seconds"))
     forward = forward_settings(trainer)
-    judge = load_judge(config, forward.device)  # before the training: one that can't be had is said now
-    material = prepare_pairs(config, CACHE, forward)
-    quality = material.quality()
+    judge = load_judge(config, forward.device)  # before training, so that a judge that can't be loaded is an error now
+    inputs = prepare_pairs(config, CACHE, forward)
+    quality = inputs.quality()
     for line in data_warnings(quality):
         log.warning("data: %s", line)
-    record_inputs(held, trainer, material)
-    held.update(data_quality=quality.as_record(), seconds=clock.lap("prepare"))
-    module = _fit(config, plain, held, trainer, material, clock)
-    held.update(steps=trainer.global_step, seconds=clock.lap("dpo"), **throughput(trainer))
-    trained = trained_policy(module, material, forward)
-    held.update(**keep_policy(trainer, trained.model))
-    if moved := moved_weights(trained.model, material.initial.model):
-        held.update(moved_weights=moved)
-    if held.writes:
-        with atomic_path(held.folder / "policy") as folder:
+    record_inputs(run, trainer, inputs)
+    run.update(data_quality=quality.as_record(), seconds=timer.lap("prepare"))
+    module = _fit(config, config_dict, run, trainer, inputs, timer)
+    run.update(steps=trainer.global_step, seconds=timer.lap("dpo"), **throughput(trainer))
+    trained = trained_policy(module, inputs, forward)
+    run.update(**keep_policy(trainer, trained.model))
+    if moved := moved_weights(trained.model, inputs.initial.model):
+        run.update(moved_weights=moved)
+    if run.writes:
+        with atomic_path(run.folder / "policy") as folder:
             config.policy.to_save(trained).save(folder)
-    subject = build_eval_context(config, material, trained, forward, judge)
-    metrics, samples = evaluate(subject, config.evals.evaluators()), subject.side_by_side
+    context = build_eval_context(config, inputs, trained, forward, judge)
+    metrics, samples = evaluate(context, config.evals.evaluators()), context.side_by_side
     peak = peak_memory(forward.device)
-    if held.writes:
-        subject.examples.write(held.folder / EXAMPLES)
-        commands = after_training(config, held.record["overrides"], held.folder)
-        finalize_run(held, trainer, metrics, trained, clock, peak, commands, samples)
+    if run.writes:
+        context.examples.write(run.folder / EXAMPLES)
+        commands = after_training(config, run.record["overrides"], run.folder)
+        finalize_run(run, trainer, metrics, trained, timer, peak, commands, samples)
 
 
 def _fit(
     config: RunConfig,
-    plain: dict[str, Any],
-    held: run_record.Run,
+    config_dict: dict[str, Any],
+    run: run_record.Run,
     trainer: Trainer,
-    material: TrainingInputs,
-    clock: StageTimer,
+    inputs: TrainingInputs,
+    timer: StageTimer,
 ) -> DPOModule:
-    """Train; gives the module. The record has the loss before the first step (None without a starting reference)."""
+    """Prepare the reference, check the loss at step 0, train, and return the module.
+
+    Records the loss at step 0, None if the reference is not the initial policy; the memory in use; and, if training
+    raises, the health findings so far.
+    """
     seed_everything(config.seed, workers=True, verbose=False)
     forward = forward_settings(trainer)
     memory = MemoryTracker(forward.device)
-    model = trainable_copy(material.initial.model).to(forward.device)  # type: ignore[arg-type]
-    pairs, tokens = material.train.joined(material.held_out), config.data.tokens_per_microbatch
+    model = trainable_copy(inputs.initial.model).to(forward.device)  # type: ignore[arg-type]
+    pairs, tokens = inputs.train.joined(inputs.held_out), config.data.tokens_per_microbatch
     reference = config.reference.prepare(model, pairs, CACHE, forward.context, tokens)
     memory.holds(model, reference_model(reference))
     step_zero_loss = None
-    batch = collate(material.train[: config.data.batch_size]).to(forward.device)
+    batch = collate(inputs.train[: config.data.batch_size]).to(forward.device)
     with forward.context():
         if config.reference.starts_at_policy:
             step_zero_loss = check_step_zero(model, config.loss, reference, batch, tokens)
             log.info("step 0: loss %.6f, policy and reference agree", step_zero_loss)
         else:
-            held.update(first_batch=first_batch(model, config.loss, reference, batch, tokens))
-    held.update(step_zero_loss=step_zero_loss, seconds=clock.lap("reference"))
+            run.update(first_batch=first_batch(model, config.loss, reference, batch, tokens))
+    run.update(step_zero_loss=step_zero_loss, seconds=timer.lap("reference"))
     module = DPOModule(
         model,
         config.loss,
@@ -107,13 +115,12 @@ def _fit(
         tokens_per_microbatch=tokens,
     )
     try:
-        train(config, plain, held, trainer, module, material)
+        train(config, config_dict, run, trainer, module, inputs)
     except BaseException:
-        held.update(health=[finding.as_record() for finding in of_folder(held.folder, held.record)])
+        run.update(health=[finding.as_record() for finding in of_folder(run.folder, run.record)])
         raise
     measured = memory.as_record()
-    if (
-        throughput(trainer) or "memory" not in held.record
-    ):  # a start that found all steps done has nothing better to say
-        held.update(memory=measured)
+    # A resumed run with no step left to train has measured nothing: it keeps the values recorded earlier.
+    if throughput(trainer) or "memory" not in run.record:
+        run.update(memory=measured)
     return module

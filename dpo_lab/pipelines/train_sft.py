@@ -30,65 +30,70 @@ from dpo_lab.training.sft_module import SFTModule
 
 
 def train_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
-    """Run `config` in `folder`, a finished run is left alone; the embedded policy is kept in the cache instead."""
+    """Train `config` in `folder`; the embedded policy goes to the cache instead. A finished run is not started again.
+
+    Raises ConfigError if the config sets label noise, or a text column of generated data.
+    """
     if config.sft.text_column is not None and config.data.is_world:
         raise ConfigError(
-            f"sft.text_column={config.sft.text_column}: a world has no columns; type data.path=FILE.jsonl with it"
+            f"sft.text_column={config.sft.text_column}: the task has no columns; type data.path=FILE.jsonl too"
         )
     if config.is_embedded:
         with suppress(OSError):
-            os.removedirs(folder)  # Hydra made it, and nothing will lie in it
+            os.removedirs(folder)  # Hydra created it, and it stays empty
         _make_initial_policy(config)
         return
     if config.noise != Symmetric(seed=config.noise.seed):
         raise ConfigError(
-            "noise: responses are learned as the annotator chose them, without label noise; type noise=none"
+            "noise: supervised fine-tuning learns chosen responses as labelled, without label noise; type noise=none"
         )
-    plain = sft_record(cfg, config)
-    open_session(config, plain, folder, lambda held, trainer: _whole_run(config, plain, held, trainer))
+    config_dict = sft_record(cfg, config)
+    open_session(config, config_dict, folder, lambda run, trainer: _run_pipeline(config, config_dict, run, trainer))
 
 
 def _make_initial_policy(config: RunConfig) -> None:
-    """The embedded initial policy alone, made unless the cache has it."""
+    """Train the embedded initial policy unless the cache holds it, and print where it is."""
     assert isinstance(config.policy, TinyPolicy)
     setup_process(config)
     policy, folder = initial_policy(config.policy, config.sft, config.data.world, config.seed, CACHE)
     print(f"initial policy of {policy.model.num_parameters():,} parameters: {folder}")
 
 
-def _whole_run(config: RunConfig, plain: dict[str, Any], held: run_record.Run, trainer: Trainer) -> None:
-    clock = StageTimer(held.record.get("seconds"))
-    material = prepare_responses(config, CACHE)
-    record_inputs(held, trainer, material)
-    held.update(seconds=clock.lap("prepare"))
-    module = _fit(config, plain, held, trainer, material)
-    held.update(steps=trainer.global_step, tokens=module.tokens, seconds=clock.lap("sft"), **throughput(trainer))
+def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_record.Run, trainer: Trainer) -> None:
+    """Prepare the inputs, train, gather the policy, measure, and write the run's record; every rank calls it."""
+    timer = StageTimer(run.record.get("seconds"))
+    inputs = prepare_responses(config, CACHE)
+    record_inputs(run, trainer, inputs)
+    run.update(seconds=timer.lap("prepare"))
+    module = _fit(config, config_dict, run, trainer, inputs)
+    run.update(steps=trainer.global_step, tokens=module.tokens, seconds=timer.lap("sft"), **throughput(trainer))
     forward = forward_settings(trainer)
-    trained = trained_policy(module, material, forward)
-    held.update(**keep_policy(trainer, trained.model))
-    if moved := moved_weights(trained.model, material.initial.model):
-        held.update(moved_weights=moved)
-    if held.writes:
-        with atomic_path(held.folder / "policy") as folder:
+    trained = trained_policy(module, inputs, forward)
+    run.update(**keep_policy(trainer, trained.model))
+    if moved := moved_weights(trained.model, inputs.initial.model):
+        run.update(moved_weights=moved)
+    if run.writes:
+        with atomic_path(run.folder / "policy") as folder:
             config.policy.to_save(trained).save(folder)
-    tokens, initial = config.data.tokens_per_microbatch, material.initial.model
-    metrics = heldout_loss(trained.model, initial, material.held_out, tokens, forward.context)
+    tokens, initial = config.data.tokens_per_microbatch, inputs.initial.model
+    metrics = heldout_loss(trained.model, initial, inputs.held_out, tokens, forward.context)
     peak = peak_memory(forward.device)
-    if held.writes:
-        commands = after_sft(config, held.record["overrides"], held.folder)
-        finalize_run(held, trainer, metrics, trained, clock, peak, commands)
+    if run.writes:
+        commands = after_sft(config, run.record["overrides"], run.folder)
+        finalize_run(run, trainer, metrics, trained, timer, peak, commands)
 
 
 def _fit(
-    config: RunConfig, plain: dict[str, Any], held: run_record.Run, trainer: Trainer, material: TrainingInputs
+    config: RunConfig, config_dict: dict[str, Any], run: run_record.Run, trainer: Trainer, inputs: TrainingInputs
 ) -> SFTModule:
+    """Train and return the module."""
     seed_everything(config.seed, workers=True, verbose=False)
-    model = trainable_copy(material.initial.model).to(forward_settings(trainer).device)  # type: ignore[arg-type]
+    model = trainable_copy(inputs.initial.model).to(forward_settings(trainer).device)  # type: ignore[arg-type]
     module = SFTModule(
         model,
         config.optim,
         total_steps=trainer.max_steps,
         tokens_per_microbatch=config.data.tokens_per_microbatch,
     )
-    train(config, plain, held, trainer, module, material)
+    train(config, config_dict, run, trainer, module, inputs)
     return module

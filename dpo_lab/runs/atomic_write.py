@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # a disk, or what of it a user may have
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # a full disk, a file size limit or a quota
 LOCKED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Put `text` at `path`, of which nobody ever sees a part, whatever dies meanwhile. An OSError names `path`."""
+    """Write `text` to `path` atomically: a crash leaves the old or the new file. Raise an OSError that names `path`."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -32,9 +32,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write a file or a folder at, which then takes the place of what is there, durable.
+    """Yield a temporary path beside `path` for a file or a folder, which is synced and then replaces `path`.
 
-    The caller holds the place: what a process that was killed meanwhile left beside it is removed.
+    The caller has to hold a lock on `path`: temporary files that a killed process left beside it are removed.
     """
     remove_leftovers(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -50,9 +50,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a process that was killed while it made `path` left beside it, `.NAME.PID`, a file or a folder.
+    """Remove the temporary files or folders `.NAME.PID` that a killed process left beside `path`.
 
-    The caller holds the place: nobody makes it now.
+    The caller has to hold a lock on `path`, so that no other process is writing it.
     """
     if not path.parent.is_dir():
         return
@@ -63,7 +63,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; nothing where neither is."""
+    """Remove a file or a folder with its contents, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -71,7 +71,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Let a file's bytes, or a folder's names, be on the disk."""
+    """Flush a file's content or a folder's entries to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -80,21 +80,21 @@ def sync(path: Path) -> None:
 
 
 def explain_disk_error(error: BaseException) -> str | None:
-    """What to say, in one line, of a file that could not be written; None of anything else.
+    """Return one line for the user about a full disk or missing permissions; None for any other error.
 
-    Libraries in Rust tell the system's number in their words alone.
+    Libraries written in Rust give the error number in the message only.
     """
     path = getattr(error, "filename", None)
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
     if number in FULL:
         return (
-            f"{path or 'a file'}: {os.strerror(number)}; what was written before is intact: make room, then type the same"
-            " command again"
+            f"{path or 'a file'}: {os.strerror(number)}; what was written before is intact: make room, then type the"
+            " same command again"
         )
-    if number in LOCKED and (path or said):  # a socket knows such numbers, too
+    if number in LOCKED and (path or in_text):  # sockets raise these numbers too, without a path
         return (
-            f"{path or 'a file'}: {os.strerror(number)}; see to it that you may read and write there, then type the same"
+            f"{path or 'a file'}: {os.strerror(number)}; get permission to read and write there, then type the same"
             " command again"
         )
     return None

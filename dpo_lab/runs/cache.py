@@ -13,15 +13,15 @@ from dpo_lab.runs.atomic_write import atomic_path
 
 log = logging.getLogger("dpo_lab")
 
-CACHE = Path("outputs/cache")  # what all runs share
+CACHE = Path("outputs/cache")  # shared by all runs
 _CHUNK = 1 << 20
 
 
 def cached(path: Path, make: Callable[[Path], None]) -> Path:
-    """`path`, made by make(beside) if it is absent or holds another byte than was put there; the latter is said.
+    """Return `path`; first create it with make(temporary path) if it is missing or its checksum does not match.
 
-    make writes a file or a folder at the place it is given. A name that holds a hash of all that went into the content is
-    what makes such a path a cache.
+    `make` writes a file or a folder at the path it is given. Put a hash of everything that determines the content into
+    the name. A mismatch is logged as a warning. Other processes wait for a file lock meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -33,29 +33,29 @@ def cached(path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether what is at `path` is, byte for byte, what was sealed there. The caller holds it."""
+    """Return whether `path` matches its checksum. The caller has to hold a lock on it."""
     if not path.exists():
         return False
     try:
-        if _seal_of(path).read_text() == _digest(path):
+        if _checksum_path(path).read_text() == _digest(path):
             return True
     except (OSError, ValueError):
-        pass  # it was never sealed, or its seal is damaged as well
-    log.warning("%s does not hold what was put there: making it anew", path)
+        pass  # the checksum is missing or damaged
+    log.warning("%s does not match its checksum: it is created again", path)
     return False
 
 
 def write_checksum(path: Path) -> None:
-    """Let what is at `path` be known as whole from now on."""
-    _seal_of(path).write_text(_digest(path))
+    """Write the checksum of `path` beside it."""
+    _checksum_path(path).write_text(_digest(path))
 
 
-def _seal_of(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.seal")
 
 
 def _digest(path: Path) -> str:
-    """A hash of a file, or of a folder's files with their names; and of its own name, so that nothing passes for another."""
+    """Return a hash of a file, or of a folder's files with their names; it includes the name of `path` itself."""
     digest = hashlib.blake2b(path.name.encode(), digest_size=16)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():

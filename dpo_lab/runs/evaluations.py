@@ -15,15 +15,15 @@ from dpo_lab.runs.run_record import RunRefused, slug
 
 
 def check(folder: Path, name: str) -> None:
-    """Raises RunRefused where a result can't have this name. An empty one can: it becomes the next number."""
+    """Raise RunRefused if a result can't have this name. An empty name is valid: it becomes the next number."""
     if name and slug(name) != name:
-        raise RunRefused(f"name={name}: is no name of a file; type name={slug(name)}")
+        raise RunRefused(f"name={name}: not a valid file name; type name={slug(name)}")
     if name and (folder / f"{name}.json").exists():
-        raise RunRefused(f"{folder / name}.json is there already; type name=another")
+        raise RunRefused(f"{folder / name}.json exists already; type name=another")
 
 
 def commit(folder: Path, name: str, record: Mapping[str, Any], examples: Examples) -> Path:
-    """Write a result, whole or not at all; gives its path. Raises RunRefused where the name was taken meanwhile."""
+    """Write a result atomically and return its path. Raise RunRefused if the name has been taken meanwhile."""
     with FileLock(folder / ".lock"):
         check(folder, name)
         taken = {path.stem for path in folder.glob("*.json")}

@@ -1,22 +1,23 @@
 """Per-example values of a run, `examples.jsonl`, for paired tests between runs.
 
-One JSON object a line: `kind` (below), `key`, and one value a column; null where a value is not known. Two runs that were
-evaluated on the same examples have the same keys in the same order, so that their columns can be paired line by line.
+One JSON object per line: `kind` (below), `key`, and one value per column; null if a value is not known. Two runs that
+were evaluated on the same examples have the same keys in the same order, so that their columns can be paired line by
+line.
 
-    held_out, train   a pair; key: the pair's. margin: its log-ratio margin in nats, of the trained to the initial policy,
-                      towards chosen; trained_chosen, trained_rejected, initial_chosen, initial_rejected: log-probabilities
-                      in nats; gold_margin: the true reward of chosen less that of rejected; flipped: whether label noise
-                      swapped the sides; probability: of the label, as the loss gives it (held-out pairs, see
-                      evals/calibration.py)
-    prompt            a prompt and its samples; key: of its token ids, `#2` behind it where it comes a second time.
+    held_out, train   a pair; key: the pair's. margin: its log-ratio margin in nats, trained minus initial policy,
+                      chosen minus rejected; trained_chosen, trained_rejected, initial_chosen, initial_rejected:
+                      log-probabilities in nats; gold_margin: the true reward of chosen minus that of rejected; flipped:
+                      whether label noise swapped the sides; probability: of the label under the loss (held-out pairs,
+                      see evals/calibration.py)
+    prompt            a prompt and its samples; key: a hash of its token ids, with `#2` appended if it occurs again.
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
-                      tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win, judge_win,
-                      pairwise_win: 1, 0, or 1/2 for a tie
+                      tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win,
+                      judge_win, pairwise_win: 1, 0, or 1/2 for a tie
     candidates        a prompt and many responses of the initial policy; key: the prompt's. gold, judge: a list of their
-                      rewards, to four decimals
-    text              a held-out text; key: of its token ids. trained, initial: log-probabilities in nats; tokens
-    bin               a bin of the reliability curve; key: its lower edge. probability: the mean that was said;
-                      frequency: the share of labels that it came true in; share: of all pairs, seen from both sides
+                      rewards, rounded to four decimals
+    text              a held-out text; key: a hash of its token ids. trained, initial: log-probabilities in nats; tokens
+    bin               a bin of the reliability curve; key: its lower edge. probability: the mean predicted one;
+                      frequency: the share of labels that are right; share: of all pairs, counted from both sides
 """
 
 from __future__ import annotations
@@ -35,28 +36,29 @@ EXAMPLES = "examples.jsonl"
 
 
 class Examples:
-    """Columns of values by kind and key, while they are measured."""
+    """The values of the examples by kind and key, collected during an evaluation."""
 
     def __init__(self) -> None:
         self._rows: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
 
     def keep(self, kind: str, keys: Sequence[str], **columns: Iterable[Any]) -> None:
-        """Add columns, each of one value a key, to the examples of a kind."""
+        """Add columns, each with one value per key, to the examples of a kind."""
         for name, values in columns.items():
             for key, value in zip(keys, values, strict=True):
-                self._rows[kind].setdefault(key, {})[name] = _plain(value)
+                self._rows[kind].setdefault(key, {})[name] = _to_json(value)
 
     def rows(self) -> list[dict[str, Any]]:
+        """Return one row per example."""
         return [{"kind": kind, "key": key} | row for kind, rows in self._rows.items() for key, row in rows.items()]
 
     def write(self, path: Path) -> None:
-        """Commit them, whole or not at all. The caller holds the folder."""
+        """Write the rows to a file atomically. The caller has to hold a lock on the folder."""
         remove_leftovers(path)
         write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows()))
 
 
 def read(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """The examples of a file: kind -> key -> values. Raises ValueError, naming the line, where one can't be read."""
+    """Read a file of examples: kind -> key -> values. Raise ValueError, naming the line, if one can't be read."""
     found: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     with path.open() as lines:
         for number, line in enumerate(lines, 1):
@@ -64,18 +66,18 @@ def read(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
                 row = json.loads(line)
                 found[row.pop("kind")][row.pop("key")] = row
             except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}:{number}: no example ({error}); evaluate the run again") from None
+                raise ValueError(f"{path}:{number}: not an example ({error}); evaluate the run again") from None
     return dict(found)
 
 
 @dataclass(frozen=True)
 class PairExample:
-    """A pair under the trained policy against the initial one, chosen and rejected as they are labelled (after noise).
+    """A pair under the trained and the initial policy; chosen and rejected as labelled, after label noise.
 
-    key: the pair's, the same in every run; split: train or held-out; flipped: label noise swapped its sides; gold_margin: true
-    reward of chosen less that of rejected, None where no truth is known; logp_*: summed log-probability under the trained
-    policy, logratio_*: that less the initial policy's, margin: logratio_chosen - logratio_rejected, with what rounding alone
-    can explain set to 0, all in nats and without beta; length_*: tokens.
+    key: the pair's, the same in every run; split: train or held-out; flipped: whether label noise swapped its sides;
+    gold_margin: true reward of chosen minus that of rejected, None if it is not known; logp_*: summed log-probability
+    under the trained policy; logratio_*: the same minus the initial policy's; margin: logratio_chosen -
+    logratio_rejected, set to 0 if rounding alone can explain it; all in nats and without beta; length_*: in tokens.
     """
 
     key: str
@@ -89,11 +91,11 @@ class PairExample:
     logp_rejected: float
     length_chosen: int
     length_rejected: int
-    probability: float | None = None  # of the label, under the loss; None: not measured
+    probability: float | None = None  # of the label under the loss; None: not measured
 
 
 def pair_examples(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[PairExample]:
-    """The pairs among a file's examples: all that are held out, and those that were trained on."""
+    """Return the pairs among a file's examples, held-out ones first, then training pairs."""
     return [
         PairExample(
             key=key,
@@ -115,16 +117,16 @@ def pair_examples(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[
 
 
 def numbered(keys: Iterable[str]) -> list[str]:
-    """The same keys, each told apart: `#2` behind one that comes a second time."""
+    """Return the keys made unique: `#2` is appended to one that occurs a second time."""
     seen: Counter[str] = Counter()
-    told = []
+    unique = []
     for key in keys:
         seen[key] += 1
-        told.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
-    return told
+        unique.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
+    return unique
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+def _to_json(value: Any) -> Any:
+    """Convert a value to one that JSON has: NaN and infinities become None."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_lab.runs.redact import redact
 
-# Settings that change no result, or only how far or on how many processes it is computed; with all that lies under them.
+# Keys, with all keys under them, that do not change results, or only how long or on how many processes a run computes.
 KEYS_WITHOUT_EFFECT = (
     "name",
     "on_change",
@@ -26,18 +26,18 @@ KEYS_WITHOUT_EFFECT = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.max_time",
-    "trainer.max_steps",  # looked at apart: it may grow
+    "trainer.max_steps",  # checked separately: it may grow
 )
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
-    """A hash of all settings that are not VOLATILE."""
+    """Return a hash of the settings without KEYS_WITHOUT_EFFECT and without secrets."""
     text = json.dumps(effective_config(redact(config)), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, VOLATILE ones left out."""
+    """Return dotted key -> (was, now) of the settings that differ, without KEYS_WITHOUT_EFFECT."""
     was, now = effective_config(was), effective_config(now)
     return {
         key: (was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)
@@ -45,12 +45,12 @@ def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
 
 def effective_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by dotted key, without the VOLATILE ones."""
-    return {key: value for key, value in flatten(config).items() if not _is_volatile(key)}
+    """Return the settings by dotted key, without KEYS_WITHOUT_EFFECT."""
+    return {key: value for key, value in flatten(config).items() if not _has_no_effect(key)}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted keys."""
+    """Flatten nested mappings to one level of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -61,27 +61,27 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprint(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Of each file its size, its time and a hash of what it holds."""
+    """Return size, modification time and content hash of each file."""
     return {str(file): {**_stat(file), "blake2b": _digest(file)} for file in files}
 
 
 def changed_files(recorded: Mapping[str, Mapping[str, Any]], files: Sequence[Path]) -> list[str]:
-    """What became of files since their fingerprint, in words; nothing where all hold what they did.
+    """Describe how files changed since their fingerprint; return an empty list if they did not.
 
-    A file of the same size and time is not read again.
+    A file with the same size and modification time is not read again.
     """
     now = {str(file): file for file in files}
     gone = [f"{name} is no longer read" for name in recorded if name not in now]
     added = [f"{name} was not read then" for name in now if name not in recorded]
-    other = [f"{name} holds something else now" for name, file in now.items() if _is_other(recorded.get(name), file)]
-    return gone + added + other
+    changed = [f"{name} has changed since" for name, file in now.items() if _has_changed(recorded.get(name), file)]
+    return gone + added + changed
 
 
-def _is_volatile(key: str) -> bool:
+def _has_no_effect(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in KEYS_WITHOUT_EFFECT)
 
 
-def _is_other(recorded: Mapping[str, Any] | None, file: Path) -> bool:
+def _has_changed(recorded: Mapping[str, Any] | None, file: Path) -> bool:
     if recorded is None:
         return False
     stat = _stat(file)

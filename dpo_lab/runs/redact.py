@@ -20,11 +20,11 @@ _LOOKS = re.compile(
     r"\b(hf_\w{16,}|sk-[\w-]{20,}|gh[opsur]_\w{30,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16})"
 )
 _IN_URL = re.compile(r"(?<=://)[^\s/@]+:[^\s/@]+(?=@)")
-_SHORTEST = 8  # characters of an environment variable's value: a shorter one would be found where it is not meant
+_SHORTEST = 8  # characters: shorter values of environment variables would match unrelated text
 
 
 def redact(value: Any) -> Any:
-    """A config, or part of one, without secrets: by the names of its keys, and in every text."""
+    """Return a config, or part of one, without the values of keys that name a secret and without secrets in strings."""
     if isinstance(value, Mapping):
         return {k: REDACTED if _NAMES.search(str(k)) and v is not None else redact(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -33,18 +33,18 @@ def redact(value: Any) -> Any:
 
 
 def redact_override(override: str) -> str:
-    """`key=value` with its value left out where the key names a secret, else without the secrets in it."""
+    """Return an override `key=value` without its value if the key names a secret, else without secrets in it."""
     key, equals, _ = override.partition("=")
     return f"{key}{equals}{REDACTED}" if equals and _NAMES.search(key) else redact_text(override)
 
 
 def redact_command(words: Sequence[str]) -> str:
-    """A command line, quoted, to be typed again, without secrets."""
+    """Return a command line, quoted for a shell, without secrets."""
     return shlex.join(redact_override(word) for word in words)
 
 
 def redact_text(text: str) -> str:
-    """A text without what looks like a token, passwords in URLs, and values of the environment's secrets."""
+    """Return a text without tokens, passwords in URLs, and the values of environment variables that name a secret."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and _NAMES.search(name) and value in text:
             text = text.replace(value, REDACTED)
@@ -52,12 +52,12 @@ def redact_text(text: str) -> str:
 
 
 def redact_yaml(text: str) -> str:
-    """A config in YAML without secrets, overrides as they were typed among it (the rest of such a line goes with them)."""
+    """Return YAML text without secrets, also in overrides listed in it; there the rest of the line is redacted too."""
     return redact_text(_ENTRY.sub(rf"\g<key>{REDACTED}", text))
 
 
 class Redacting(logging.Formatter):
-    """A formatter whose lines, tracebacks among them, hold no secrets."""
+    """A log formatter that redacts secrets in messages and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact_text(super().format(record))

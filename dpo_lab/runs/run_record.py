@@ -26,19 +26,19 @@ from dpo_lab.runs.redact import redact, redact_override, redact_text
 OUTPUTS = Path("outputs")
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
-LOGS = re.compile(r"\.lock|run\.log|output\.log|\.?rank-\d+\.\w+")  # which are in use while a folder changes hands
+LOGS = re.compile(r"\.lock|run\.log|output\.log|\.?rank-\d+\.\w+")  # files in use while a previous run is archived
 
 
 class RunRefused(Exception):
-    """The folder can't take this run; the message says why and what to type."""
+    """The folder can't be used for this run; the message says why and what to type."""
 
 
 class RunFailed(Exception):
-    """The run can't go on; the message says it all in one line: the file or the pair, and what to type."""
+    """The run can't continue; the message is one line with the file or the pair and what to type."""
 
 
 class RunStatus(str, Enum):
-    """What a folder means to a run: nothing yet, some of its way, all of it."""
+    """How far a run in a folder is: not started, started but not finished, or finished."""
 
     new = "new"
     unfinished = "unfinished"
@@ -46,7 +46,7 @@ class RunStatus(str, Enum):
 
 
 def slug(overrides: str, limit: int = 100) -> str:
-    """A folder name for a run's overrides (`a=1,b=2`): readable, at most `limit` characters, without collisions."""
+    """Return a folder name for overrides (`a=1,b=2`): readable, at most `limit` characters, unique by a hash."""
     overrides = ",".join(redact_override(override) for override in overrides.split(","))
     plain = re.sub(r"(^|,)\+", r"\1", overrides)
     clean = re.sub(r"[^\w.=,-]+", "_", plain).strip("_.")
@@ -56,23 +56,23 @@ def slug(overrides: str, limit: int = 100) -> str:
 
 
 def name_of_folder(name: str) -> str:
-    """The folder in OUTPUTS of all runs of a name, which may have parts (`studies/runs/full`); nothing leads out of there."""
+    """Return the folder under OUTPUTS of all runs of a name, which may have parts as in `studies/runs/full`."""
     return "/".join(slug(part) for part in name.split("/") if part) or "default"
 
 
 def refuse_outside(folder: Path) -> None:
-    """Raises RunRefused where a folder of OUTPUTS is in truth another place, by a link."""
+    """Raise RunRefused if a folder under OUTPUTS leads outside of OUTPUTS by a symbolic link."""
     if Path(os.path.relpath(folder)).parts[0] == OUTPUTS.name and not folder.resolve().is_relative_to(
         OUTPUTS.resolve()
     ):
         raise RunRefused(
-            f"{folder}: a link in it leads to {folder.resolve()}, outside of {OUTPUTS}; type name=another, or make {OUTPUTS}"
-            " itself the link"
+            f"{folder}: a link in it leads to {folder.resolve()}, outside of {OUTPUTS}; type name=another, or make"
+            f" {OUTPUTS} itself the link"
         )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The folder's record, None where there is none. Raises RunRefused where it can't be read."""
+    """Return the folder's record, None if there is none. Raise RunRefused if it can't be read."""
     try:
         return json.loads((folder / RECORD).read_text())
     except FileNotFoundError:
@@ -82,29 +82,30 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 class Run:
-    """A run while it goes on. The record is committed whole at every `update`, by rank 0 alone, who holds the folder.
+    """A run in progress: its folder and its record, which rank 0 writes atomically at every `update`.
 
-    resumes: whether an earlier start went some of the way.
+    resumes: whether it continues an earlier attempt; writes: whether this process is rank 0, which holds the lock.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any], resumes: bool = False, writes: bool = True) -> None:
         self.folder, self.record, self.resumes, self.writes = folder, record, resumes, writes
 
     def update(self, **entries: Any) -> None:
+        """Add entries to the record and write it, if this process writes."""
         self.record |= entries
         if self.writes:
             _commit(self.folder, self.record)
 
     def settle(self, **identity: str) -> None:
-        """Note what this run works on, by hashes: the run that it resumes must have worked on the very same.
+        """Record hashes of the run's inputs, and check them against those of the attempt that it resumes.
 
-        Raises RunRefused where it did not; with on_change=restart the earlier start is set aside instead.
+        Raises RunRefused if they differ; with on_change=restart the earlier attempt is archived instead.
         """
         was = self.record.get("identity") or {}
         changed = [f"{name} was {was[name]}, is {now}" for name, now in identity.items() if was.get(name, now) != now]
         if self.resumes and changed:
             if self.record["config"]["on_change"] != "restart":
-                raise RunRefused(_changed(self.folder, changed))
+                raise RunRefused(_refusal(self.folder, changed))
             _archive_previous(self.folder)
             self.resumes = False
         self.update(identity=was | identity)
@@ -114,45 +115,47 @@ class Run:
 def acquire_run(
     folder: Path, config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path] = ()
 ) -> Iterator[Run | None]:
-    """Take a folder for a run of `config` that reads `files`; None where that run is done already.
+    """Lock a folder for a run of `config` that reads `files`; yield None if that run is done already.
 
-    The record says `running` until the body ends: then `done`, `preempted`, `interrupted`, or `failed` with the error. What
-    an earlier start of the same run left is gone on from, that of another run is never overwritten. Raises RunRefused when
-    another process holds the folder, or another run lies in it, see `standing`.
+    The record's status is `running` until the context ends, then `done`, `stopped`, `preempted`, `interrupted`, or
+    `failed` with the error. An earlier attempt of the same run is resumed; another run is never overwritten. Raises
+    RunRefused if another process holds the lock or another run is in the folder, see `run_status`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        where = run_status(folder, config, files)
-        if where is RunStatus.done:
+        status = run_status(folder, config, files)
+        if status is RunStatus.done:
             yield None
             return
         remove_leftovers(folder / RECORD)
-        resumes = where is RunStatus.unfinished
+        resumes = status is RunStatus.unfinished
         earlier = read_record(folder)
         if not resumes and earlier is not None and _is_worth_keeping(folder, earlier):
             _archive_previous(folder)
             earlier = None
-        record = _opening(config, overrides, files)
+        record = _new_record(config, overrides, files)
         if earlier is not None:
             record |= (
-                _gone_on(earlier, record) if resumes else {"starts": [*earlier.get("starts", ()), _start(earlier)]}
+                _resumed_entries(earlier, record)
+                if resumes
+                else {"starts": [*earlier.get("starts", ()), _attempt(earlier)]}
             )
         run = Run(folder, record, resumes)
         run.update(status="running")
         try:
             yield run
         except BaseException as error:
-            with suppress(OSError):  # where the disk takes no record what the run failed of is what matters
+            with suppress(OSError):  # if the record can't be written, the run's own error is the one to raise
                 run.update(**_ending(error))
             raise
         run.update(status="done", finished=_now())
 
 
 def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) -> RunStatus:
-    """Whether a run of `config` that reads `files` is new to the folder, has begun there, or is done.
+    """Return whether a run of `config` that reads `files` is new in the folder, unfinished, or done.
 
-    More trainer.max_steps than before are more of the same run. Raises RunRefused where another run lies there, unless
-    on_change=restart.
+    A run with a larger trainer.max_steps than recorded is the same run, unfinished. Raises RunRefused if the folder
+    holds another run, unless on_change=restart.
     """
     record = read_record(folder)
     if record is None or not _is_worth_keeping(folder, record):
@@ -161,18 +164,18 @@ def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = 
         f"{key}: was {was!r}, now {now!r}" for key, (was, now) in difference(record["config"], redact(config)).items()
     ]
     changed += changed_files(record.get("files", {}), files)
-    were, wanted = (int(each["trainer"]["max_steps"]) for each in (record["config"], config))
-    if wanted < were:
-        changed.append(f"trainer.max_steps: was {were}, now {wanted}")
+    old_steps, new_steps = (int(each["trainer"]["max_steps"]) for each in (record["config"], config))
+    if new_steps < old_steps:
+        changed.append(f"trainer.max_steps: was {old_steps}, now {new_steps}")
     if changed:
         if config["on_change"] == "restart":
             return RunStatus.new
-        raise RunRefused(_changed(folder, changed))
-    return RunStatus.done if record["status"] == "done" and wanted == were else RunStatus.unfinished
+        raise RunRefused(_refusal(folder, changed))
+    return RunStatus.done if record["status"] == "done" and new_steps == old_steps else RunStatus.unfinished
 
 
 def mark_ended(folder: Path, status: str, error: str) -> None:
-    """Say how a run ended whose rank 0 could not say so itself, or did not know: another rank's error came first."""
+    """Record how a run ended if its rank 0 could not, or did not know because another rank failed first."""
     with _locked(folder):
         record = read_record(folder)
         if record is not None and record["status"] != "done":
@@ -193,48 +196,49 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_worth_keeping(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a run went so far that another one may not take its place."""
+    """Return whether a run is done or has a checkpoint, so that another one may not replace it."""
     return record["status"] == "done" or any((folder / CHECKPOINTS).glob("*.ckpt"))
 
 
-def _changed(folder: Path, changed: Sequence[str]) -> str:
+def _refusal(folder: Path, changed: Sequence[str]) -> str:
     return (
-        f"{folder} holds another run ({'; '.join(changed)}); type name=another, or on_change=restart to set it aside and"
-        " start anew"
+        f"{folder} holds another run ({'; '.join(changed)}); type name=another, or on_change=restart to archive it and"
+        " start again"
     )
 
 
-def _gone_on(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the record of a run that goes on takes over from its earlier starts."""
-    kept = {
+def _resumed_entries(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that a resumed run's record takes over from its earlier attempts."""
+    entries = {
         name: earlier[name]
         for name in ("identity", "seconds", "step_zero_loss", "throughput", "started")
         if name in earlier
     }
-    were, wanted = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
-    if "steps" in earlier and were == wanted:
-        kept["steps"] = earlier["steps"]  # it was trained to its end
-    return kept | {"starts": [*earlier.get("starts", ()), _start(earlier)]}
+    old_steps, new_steps = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
+    if "steps" in earlier and old_steps == new_steps:
+        entries["steps"] = earlier["steps"]  # training had finished
+    return entries | {"starts": [*earlier.get("starts", ()), _attempt(earlier)]}
 
 
-def _start(earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of an earlier start: how it ended and, where the run is lengthened, what it had come to."""
+def _attempt(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is kept of an earlier attempt: how it ended and, if the run gets more steps, its results."""
     names = ("status", "error", "started", "finished", "steps", "metrics", "versions", "git")
-    kept = {name: earlier[name] for name in names if name in earlier}
-    return kept | {"max_steps": earlier["config"]["trainer"]["max_steps"]}
+    entries = {name: earlier[name] for name in names if name in earlier}
+    return entries | {"max_steps": earlier["config"]["trainer"]["max_steps"]}
 
 
 def _ending(error: BaseException) -> dict[str, Any]:
+    """Return status, error and time of a run that an exception ended."""
     if isinstance(error, StopSignal):
         return {"status": error.status, "error": f"stopped by {error}", "finished": _now()}
-    if isinstance(error, SystemExit):  # how a scheduler's handler leaves that has put the job back into the queue
-        return {"status": "preempted", "error": "put back into the queue", "finished": _now()}
+    if isinstance(error, SystemExit):  # how a scheduler's handler exits after it has requeued the job
+        return {"status": "preempted", "error": "requeued by the scheduler", "finished": _now()}
     stopped = isinstance(error, KeyboardInterrupt)
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return {"status": "interrupted" if stopped else "failed", "error": redact_text(what), "finished": _now()}
 
 
-def _opening(config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
+def _new_record(config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
     return {
         "status": "running",
         "started": _now(),
@@ -247,7 +251,7 @@ def _opening(config: Mapping[str, Any], overrides: Sequence[str], files: Sequenc
 
 
 def provenance() -> dict[str, Any]:
-    """What a result came from: versions of the packages, and the commit of this one."""
+    """Return the versions of the packages and the git commit that a result comes from."""
     return {"versions": _versions(), "git": _git_state()}
 
 
@@ -256,7 +260,7 @@ def _commit(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _archive_previous(folder: Path) -> None:
-    """Keep what an earlier run left, in `earlier-N` inside the folder."""
+    """Move what an earlier run left to `earlier-N` inside the folder."""
     left = [p for p in folder.iterdir() if not (LOGS.fullmatch(p.name) or p.name.startswith("earlier-"))]
     aside = folder / f"earlier-{1 + sum(p.name.startswith('earlier-') for p in folder.iterdir())}"
     aside.mkdir()
@@ -274,7 +278,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the package's checkout and whether it was changed; None outside a checkout."""
+    """Return the commit of the package's checkout and whether it has changes; None outside of a checkout."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]

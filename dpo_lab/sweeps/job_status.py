@@ -16,14 +16,14 @@ from filelock import FileLock, Timeout
 from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
 from dpo_lab.runs.run_record import RunRefused
 
-SWEEP = "sweep.json"  # what the sweep itself keeps of its cells
+SWEEP = "sweep.json"  # the sweep's own record of its jobs
 
 
 class JobStatusStore:
-    """`folder`/.sweep, through which the sweep and the processes that run its cells, wherever they are, hear of each other.
+    """The files in `folder`/.sweep, by which a sweep and the processes that run its jobs communicate, on any machine.
 
-    A note is what is known of one cell's latest start: `status` (running, done, failed, interrupted, preempted or requeued),
-    `error`, `seconds`, `log`, and the `host` and `pid` of the process that sees to it.
+    A status entry describes a job's last attempt: `status` (running, done, failed, interrupted, preempted or requeued),
+    `error`, `seconds`, `log`, and `host` and `pid` of the process that supervises it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class JobStatusStore:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder as its one sweep. Raises RunRefused while another process does, and touches nothing then."""
+        """Lock the folder for one sweep. Raise RunRefused, with nothing changed, if another process holds the lock."""
         self._root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._root / "lock")
         try:
@@ -43,7 +43,7 @@ class JobStatusStore:
                 f"{self.folder}: another sweep is at work here; wait for it, or type name=another"
             ) from None
         try:
-            self._stop.unlink(missing_ok=True)  # of a sweep that is over
+            self._stop.unlink(missing_ok=True)  # of an earlier sweep
             for path in (self._stop, self.folder / SWEEP):
                 remove_leftovers(path)
             yield
@@ -51,43 +51,45 @@ class JobStatusStore:
             lock.release()
 
     def ask_to_stop(self, signum: int) -> None:
-        """Ask the cells that run to end as if they had been sent `signum`, and the others not to begin."""
+        """Ask running jobs to end as if they had received `signum`, and other jobs not to start."""
         write_atomic(self._stop, str(int(signum)))
 
     def asked_to_stop(self) -> int | None:
-        """The signal that the cells were asked to stop for."""
+        """Return the signal with which the jobs were asked to stop; None if they were not."""
         try:
             return int(self._stop.read_text())
         except FileNotFoundError:
             return None
 
     def note(self, run: Path, **entries: Any) -> None:
-        self._note(run).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._note(run), json.dumps(entries))
+        """Write the status entry of the job in the folder `run`."""
+        self._path(run).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path(run), json.dumps(entries))
 
     def read(self, run: Path) -> dict[str, Any] | None:
-        """The note on the cell whose run lies in `run`; None where it never started."""
+        """Return the status entry of the job in the folder `run`; None if it never started."""
         try:
-            return json.loads(self._note(run).read_text())
+            return json.loads(self._path(run).read_text())
         except FileNotFoundError:
             return None
 
     def forget(self, run: Path) -> None:
-        remove_leftovers(self._note(run))
-        self._note(run).unlink(missing_ok=True)
+        """Remove the status entry of the job in the folder `run`."""
+        remove_leftovers(self._path(run))
+        self._path(run).unlink(missing_ok=True)
 
-    def _note(self, run: Path) -> Path:
-        inside = os.path.relpath(run, self.folder)
-        return self._root / "cells" / f"{hashlib.blake2b(inside.encode(), digest_size=12).hexdigest()}.json"
+    def _path(self, run: Path) -> Path:
+        relative = os.path.relpath(run, self.folder)
+        return self._root / "cells" / f"{hashlib.blake2b(relative.encode(), digest_size=12).hexdigest()}.json"
 
 
 def whereabouts() -> dict[str, Any]:
-    """What a note says of the process that writes it."""
+    """Return host and process id of this process, for a status entry."""
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def is_process_dead(note: Mapping[str, Any]) -> bool | None:
-    """Whether the process that wrote the note is no more; None where it is of another machine, which can't be told."""
+    """Return whether the process that wrote a status entry has ended; None if it is on another machine."""
     if note["host"] != socket.gethostname():
         return None
     try:
@@ -98,7 +100,7 @@ def is_process_dead(note: Mapping[str, Any]) -> bool | None:
 
 
 def tail(path: Path, size: int = 1 << 14) -> list[str]:
-    """The last lines of a text file; none where it is not there."""
+    """Return the lines in the last `size` bytes of a text file; an empty list if it does not exist."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - size))
@@ -108,6 +110,6 @@ def tail(path: Path, size: int = 1 << 14) -> list[str]:
 
 
 def first_line(error: BaseException | str | None) -> str:
-    """What an error says in one line."""
+    """Return the first line of an error's message."""
     text = str(error or "").strip()
     return text.splitlines()[0] if text else ""

@@ -19,26 +19,26 @@ from dpo_lab.distributed.signals import StopRequest
 from dpo_lab.sweeps.job_status import JobStatusStore, tail
 from dpo_lab.sweeps.summary import Outcome, duration
 
-TICK = 0.5  # seconds between two looks at the cells
+TICK = 0.5  # seconds between two reads of the jobs' status
 
 
 class ProgressMonitor:
-    """A thread that looks at the cells' notes while a launcher, of whatever kind, is at work in the main thread.
+    """A thread that polls the status of the jobs while a launcher runs in the main thread.
 
-    look: gives what is known of all cells by now; changed(outcomes): called whenever a cell ended. When `request` holds a
-    signal it is passed on to the cells, through the desk, once.
+    look: returns the outcomes of all jobs so far; changed(outcomes): called when a job has ended. When `request` holds
+    a signal, the jobs are asked once, through `store`, to stop.
     """
 
     def __init__(
         self,
         console: Console,
-        desk: JobStatusStore,
+        store: JobStatusStore,
         look: Callable[[], list[Outcome]],
         changed: Callable[[Sequence[Outcome]], None],
         request: StopRequest,
     ) -> None:
-        self._console, self._desk, self._look, self._changed, self._request = console, desk, look, changed, request
-        self._told = {id(o.cell) for o in look() if o.status == "done"}
+        self._console, self._store, self._look, self._changed, self._request = console, store, look, changed, request
+        self._reported = {id(o.job) for o in look() if o.status == "done"}
         self._most_at_once = 1
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -54,32 +54,31 @@ class ProgressMonitor:
         self._thread.join()
 
     def _run(self) -> None:
-        asked = False
+        forwarded = False
         with self._live() as live:
             while True:
-                over = self._over.wait(TICK / 5 if self._request.signum and not asked else TICK)
-                if self._request.signum is not None and not asked:
-                    asked = True
-                    self._desk.ask_to_stop(self._request.signum)
-                    self._console.print(
-                        "Stopping: the cells that run save and end. The same command goes on from there."
-                    )
-                found = self._look()
-                self._tell(found)
+                over = self._over.wait(TICK / 5 if self._request.signum and not forwarded else TICK)
+                if self._request.signum is not None and not forwarded:
+                    forwarded = True
+                    self._store.ask_to_stop(self._request.signum)
+                    self._console.print("Stopping: running jobs save and end. The same command resumes them.")
+                outcomes = self._look()
+                self._report(outcomes)
                 if live is not None:
-                    live.update(self._view(found), refresh=True)
+                    live.update(self._view(outcomes), refresh=True)
                 if over:
                     return
 
-    def _tell(self, found: Sequence[Outcome]) -> None:
-        ended = [o for o in found if id(o.cell) not in self._told and o.status not in ("not started", "running")]
+    def _report(self, outcomes: Sequence[Outcome]) -> None:
+        ended = [o for o in outcomes if id(o.job) not in self._reported and o.status not in ("not started", "running")]
         for outcome in ended:
-            self._told.add(id(outcome.cell))
+            self._reported.add(id(outcome.job))
             why = f": {outcome.error}" if outcome.error else ""
-            line = f"[{len(self._told)}/{len(found)}] {outcome.word}  {outcome.cell.title}  {duration(outcome.seconds)}{why}"
+            count = f"[{len(self._reported)}/{len(outcomes)}]"
+            line = f"{count} {outcome.word}  {outcome.job.title}  {duration(outcome.seconds)}{why}"
             self._console.print(line, soft_wrap=True)
         if ended:
-            self._changed(found)
+            self._changed(outcomes)
 
     @contextmanager
     def _live(self) -> Iterator[Live | None]:
@@ -89,35 +88,35 @@ class ProgressMonitor:
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
             yield live
 
-    def _view(self, found: Sequence[Outcome]) -> Group:
-        running = [o for o in found if o.status == "running"]
+    def _view(self, outcomes: Sequence[Outcome]) -> Group:
+        running = [o for o in outcomes if o.status == "running"]
         self._most_at_once = max(self._most_at_once, len(running))
-        done, failed = (sum(o.status == status for o in found) for status in ("done", "failed"))
+        done, failed = (sum(o.status == status for o in outcomes) for status in ("done", "failed"))
         bar = Table.grid(padding=(0, 2))
         bar.add_row(
-            Text(f"cells {done}/{len(found)}"),
-            ProgressBar(total=len(found), completed=done + failed, width=30),
+            Text(f"jobs {done}/{len(outcomes)}"),
+            ProgressBar(total=len(outcomes), completed=done + failed, width=30),
             Text(f"{failed} failed" if failed else "", style="red"),
-            Text(time_left(found, self._most_at_once), style="dim"),
+            Text(time_left(outcomes, self._most_at_once), style="dim"),
         )
-        lines = [Text(f"  {o.cell.title}  {_stage(o.cell.folder)}", style="dim") for o in running]
+        lines = [Text(f"  {o.job.title}  {_stage(o.job.folder)}", style="dim") for o in running]
         return Group(bar, *lines)
 
 
-def time_left(found: Sequence[Outcome], at_once: int) -> str:
-    """What the cells that ended took, for those that did not; nothing before one has."""
-    took = [o.seconds for o in found if o.seconds is not None and o.status == "done"]
-    left = sum(o.status in ("not started", "running") for o in found)
+def time_left(outcomes: Sequence[Outcome], at_once: int) -> str:
+    """Return the estimated time left, from the mean time of finished jobs; an empty text before the first."""
+    took = [o.seconds for o in outcomes if o.seconds is not None and o.status == "done"]
+    left = sum(o.status in ("not started", "running") for o in outcomes)
     if not took or not left:
         return ""
     return f"about {duration(left * sum(took) / len(took) / at_once)} left"
 
 
 def _stage(folder: Path) -> str:
-    """How far a running cell is, by its journal."""
+    """Return the last step in a running job's metrics log; an empty text before the first."""
     for line in reversed(tail(folder / "metrics.jsonl")):
         try:
             return f"step {json.loads(line)['step']}"
         except (ValueError, KeyError, TypeError):
-            continue  # the last line may be half written
+            continue  # the last line may be incomplete
     return ""

@@ -25,22 +25,26 @@ AsRecord = Callable[[DictConfig, schema.RunConfig], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep. title: the overrides that tell it from the others; record: its config as it is recorded."""
+    """One run of a sweep.
+
+    title: the overrides in which it differs from other jobs; sweep: the folder of the sweep; folder: of this run;
+    record: its config as the run records it; files: the input files that it reads.
+    """
 
     overrides: tuple[str, ...]
     title: str
-    sweep: Path  # the folder of the whole
+    sweep: Path
     folder: Path
     record: Mapping[str, Any]
     files: tuple[Path, ...]
 
-    def standing(self) -> run_record.RunStatus:
-        """How far the run is. Raises RunRefused where another one lies in its folder."""
+    def run_status(self) -> run_record.RunStatus:
+        """Return how far the run is. Raise RunRefused if its folder holds another run."""
         return run_record.run_status(self.folder, self.record, self.files)
 
 
 def combinations(arguments: Sequence[str], loader: ConfigLoader) -> list[tuple[str, list[str]]]:
-    """(title, overrides) of every combination of the swept values; the title is what tells it from the others."""
+    """Return (title, overrides) of every combination of the swept values; the title is what differs between them."""
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
     (every,) = BasicSweeper.split_arguments(parsed, None)
     return list(zip(_titles(every), map(list, every), strict=True))
@@ -49,50 +53,52 @@ def combinations(arguments: Sequence[str], loader: ConfigLoader) -> list[tuple[s
 def plan(
     wanted: Sequence[tuple[str, Sequence[str]]], master: DictConfig, loader: ConfigLoader, as_record: AsRecord
 ) -> list[Job]:
-    """The cells of `wanted`, (title, overrides) each. Raises ConfigError, naming the cell, if any can't be run.
+    """Compose and validate the jobs `wanted`, (title, overrides) each. Raise ConfigError if one is invalid.
 
-    master: the sweep's own config, whose `hydra` node holds for all cells; as_record(cfg, settings): what is recorded of one.
+    master: the sweep's config, whose `hydra` node applies to all jobs; as_record(cfg, settings): a job's config as
+    recorded.
     """
     titles = [title for title, _ in wanted]
     every = _named_by_what_varies([list(overrides) for _, overrides in wanted], master)
     known = [as_record.__name__, str(master.hydra.job.config_name), *raw_overrides(master.hydra.overrides.hydra), "--"]
-    memory = PlanCache(
+    cache = PlanCache(
         CACHE / "plans", digest_of_sources(master.hydra.runtime.config_sources, Path(schema.__file__).parent.parent)
     )
-    cells = []
+    jobs = []
     for overrides, title in zip(every, titles, strict=True):
-        found = memory.recall([*known, *overrides])
+        found = cache.recall([*known, *overrides])
         if found is None:
             found = _compose(overrides, title, master, loader, as_record)
-            if redact(found["record"]) == found["record"]:  # a secret is in no file of ours
-                memory.remember([*known, *overrides], found, found["files"])
+            if redact(found["record"]) == found["record"]:  # the cache holds no secrets
+                cache.remember([*known, *overrides], found, found["files"])
         sweep, folder, files = Path(found["sweep"]), Path(found["folder"]), tuple(map(Path, found["files"]))
         run_record.refuse_outside(folder)
-        cells.append(Job(tuple(overrides), title, sweep, folder, found["record"], files))
-    memory.save()
-    _refuse_shared_folders(cells)
-    return cells
+        jobs.append(Job(tuple(overrides), title, sweep, folder, found["record"], files))
+    cache.save()
+    _check_folders(jobs)
+    return jobs
 
 
-def each(cells: Sequence[Job], ask: Callable[[Job], run_record.RunStatus]) -> list[run_record.RunStatus]:
-    """ask(cell) of all cells; a refusal names the cell where there are several."""
-    answers = []
-    for cell in cells:
+def each(jobs: Sequence[Job], ask: Callable[[Job], run_record.RunStatus]) -> list[run_record.RunStatus]:
+    """Return ask(job) of all jobs; if there are several, a RunRefused names the job."""
+    statuses = []
+    for job in jobs:
         try:
-            answers.append(ask(cell))
+            statuses.append(ask(job))
         except run_record.RunRefused as error:
-            raise run_record.RunRefused(f"cell {cell.title}: {error}" if len(cells) > 1 else str(error)) from None
-    return answers
+            raise run_record.RunRefused(f"job {job.title}: {error}" if len(jobs) > 1 else str(error)) from None
+    return statuses
 
 
 def _compose(
     overrides: Sequence[str], title: str, master: DictConfig, loader: ConfigLoader, as_record: AsRecord
 ) -> dict[str, Any]:
-    holder = HydraConfig.instance()
-    held = holder.cfg
+    """Compose and validate the config of one job, under its own `hydra` node."""
+    singleton = HydraConfig.instance()
+    sweep_cfg = singleton.cfg
     try:
         cfg = loader.load_sweep_config(master, list(overrides))
-        holder.set_config(cfg)
+        singleton.set_config(cfg)
         sweep = Path(cfg.hydra.sweep.dir)
         folder = sweep / cfg.hydra.sweep.subdir
         with read_write(cfg), open_dict(cfg):
@@ -101,41 +107,41 @@ def _compose(
         record = as_record(cfg, settings)
         _check_job(record["trainer"], master)
     except schema.ConfigErrors as error:
-        raise schema.ConfigError(f"cell {title}: {schema.explain(error)}") from None
+        raise schema.ConfigError(f"job {title}: {schema.explain(error)}") from None
     except schema.ConfigError as error:
-        raise schema.ConfigError(f"cell {title}: {error}") from None
+        raise schema.ConfigError(f"job {title}: {error}") from None
     finally:
-        holder.cfg = held
+        singleton.cfg = sweep_cfg
     files = [str(file) for file in schema.input_files(settings)]
     return {"sweep": str(sweep), "folder": str(folder), "record": record, "files": files}
 
 
 def _check_job(trainer: Mapping[str, Any], master: DictConfig) -> None:
-    """A cell must fit what the launcher gives to each."""
+    """Raise ConfigError if a job does not fit the resources that the launcher gives to each job."""
     launcher = str(OmegaConf.select(master, "hydra.launcher._target_"))
     devices = trainer.get("devices")
     if "joblib" in launcher and trainer.get("accelerator") != "cpu" and not (isinstance(devices, int) and devices > 0):
         raise schema.ConfigError(
-            f"trainer.devices={devices}: with launcher=joblib each cell takes GPUs of its own; type trainer.devices=1,"
-            " or as many as a cell needs"
+            f"trainer.devices={devices}: with launcher=joblib each job uses GPUs of its own; type trainer.devices=1,"
+            " or as many as a job needs"
         )
     if "submitit" in launcher or "Ray" in launcher:
         for key in ("devices", "num_nodes", "accelerator"):
             if trainer.get(key) != master.trainer.get(key):
                 raise schema.ConfigError(
-                    f"trainer.{key}: the cells of one sweep are jobs of one size; run a sweep for each trainer.{key}"
+                    f"trainer.{key}: all jobs of a sweep request the same resources; run one sweep for each value"
                 )
 
 
 def _titles(every: Sequence[Sequence[str]]) -> list[str]:
-    """Each cell's overrides that are not all cells'."""
+    """Return each job's overrides that not all jobs share, as a title."""
     shared = set.intersection(*map(set, every)) if len(every) > 1 else set()
     own = [[o for o in overrides if o not in shared] or list(overrides) for overrides in every]
-    return [" ".join(map(redact_override, overrides)) or "alone" for overrides in own]
+    return [" ".join(map(redact_override, overrides)) or "no overrides" for overrides in own]
 
 
 def _named_by_what_varies(every: Sequence[Sequence[str]], master: DictConfig) -> list[list[str]]:
-    """The cells, told to name their folders by every key that is swept: trainer.max_steps, say, which else names none."""
+    """Return the jobs' overrides, extended so that every swept key, also trainer.max_steps, is in the folder name."""
     left_out = list(master.hydra.job.config.override_dirname.exclude_keys)
     shared = set.intersection(*map(set, every))
     varying = {o.partition("=")[0] for overrides in every for o in overrides if o not in shared}
@@ -146,13 +152,14 @@ def _named_by_what_varies(every: Sequence[Sequence[str]], master: DictConfig) ->
     return [[*overrides, f"hydra.job.config.override_dirname.exclude_keys=[{kept}]"] for overrides in every]
 
 
-def _refuse_shared_folders(cells: Sequence[Job]) -> None:
-    if len({cell.sweep for cell in cells}) > 1:
-        raise schema.ConfigError("name: one sweep has one name; run a sweep for each name")
+def _check_folders(jobs: Sequence[Job]) -> None:
+    """Raise ConfigError if two jobs share a folder, or if not all are in the same sweep folder."""
+    if len({job.sweep for job in jobs}) > 1:
+        raise schema.ConfigError("name: a sweep has one name; run one sweep for each name")
     first: dict[Path, Job] = {}
-    for cell in cells:
-        other = first.setdefault(cell.folder, cell)
-        if other is not cell:
+    for job in jobs:
+        other = first.setdefault(job.folder, job)
+        if other is not job:
             raise schema.ConfigError(
-                f"cell {cell.title}: it lies in {cell.folder}, as cell {other.title} does; leave one of them out"
+                f"job {job.title}: its folder {job.folder} is also that of job {other.title}; leave one of them out"
             )

@@ -15,17 +15,17 @@ from hydra import __version__ as hydra_version
 
 from dpo_lab.runs.atomic_write import write_atomic
 
-LIMIT = 2000  # cells that are remembered, the latest planned ones
-KEPT = 4  # states of the sources of which plans are kept
+LIMIT = 2000  # jobs per file: the most recently planned ones
+KEPT = 4  # files: the most recent states of the sources
 
-# Resolvers whose value the config alone decides; a config that names another one may mean something else tomorrow.
-SETTLED = frozenset(
+# Resolvers that depend on the config only; a config with any other resolver may change its value and is not cached.
+DETERMINISTIC = frozenset(
     {"hydra", "run_name", "run_slug", "gpus_per_node", "oc.select", "oc.decode", "oc.dict.keys", "oc.dict.values"}
 )
 
 
 class PlanCache:
-    """What cells came to, by their overrides, as long as no YAML file and no source of the package changes."""
+    """Composed jobs by their overrides, valid as long as no YAML file and no source file of the package changes."""
 
     def __init__(self, root: Path, sources: str | None) -> None:
         self._path = None if sources is None else root / f"{sources}.json"
@@ -34,11 +34,11 @@ class PlanCache:
             try:
                 self._known = json.loads(self._path.read_text())
             except ValueError:
-                self._known = {}  # planned anew
+                self._known = {}  # unreadable: all jobs are composed again
         self._fresh: dict[str, Any] = {}
 
     def recall(self, overrides: Sequence[str]) -> dict[str, Any] | None:
-        """What `remember` was given for these overrides, if the folders it looked into are as they were."""
+        """Return what `remember` stored for these overrides, if no file was added or removed beside its input files."""
         key = _digest(json.dumps(list(overrides)).encode())
         found = self._known.get(key)
         if found is None or found["folders"] != _times(found["folders"]):
@@ -46,14 +46,14 @@ class PlanCache:
         self._fresh[key] = found
         return found["cell"]
 
-    def remember(self, overrides: Sequence[str], cell: Mapping[str, Any], files: Iterable[str]) -> None:
-        """Keep `cell`, plain values, for as long as no file comes or goes in the folders of `files`."""
+    def remember(self, overrides: Sequence[str], job: Mapping[str, Any], files: Iterable[str]) -> None:
+        """Store a job as plain values, valid until a file is added to or removed from the folders of `files`."""
         if self._path is not None and not any(_may_vary(text) for text in overrides):
             folders = _times({str(Path(file).parent) for file in files})
-            self._fresh[_digest(json.dumps(list(overrides)).encode())] = {"cell": dict(cell), "folders": folders}
+            self._fresh[_digest(json.dumps(list(overrides)).encode())] = {"cell": dict(job), "folders": folders}
 
     def save(self) -> None:
-        """Write down what is new, whole, beside what another sweep wrote meanwhile; forget the oldest."""
+        """Write new jobs atomically, merged with those another sweep has written meanwhile; drop the oldest."""
         if self._path is None or self._fresh.keys() <= self._known.keys():
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,9 @@ class PlanCache:
 
 
 def digest_of_sources(config_sources: Iterable[Any], package: Path) -> str | None:
-    """A hash of everything but the overrides that a cell's config comes from. None where it can't be told, or may vary.
+    """Return a hash of all that determines a job's config besides its overrides; None if it is unknown or may vary.
 
-    config_sources: Hydra's, each with a schema and a path.
+    config_sources: those of Hydra, each with a schema and a path.
     """
     files = [*package.rglob("*.py")]
     for source in config_sources:
@@ -87,7 +87,7 @@ def digest_of_sources(config_sources: Iterable[Any], package: Path) -> str | Non
 
 
 def _may_vary(text: str) -> bool:
-    return any(name not in SETTLED for name in re.findall(r"\$\{\s*([\w.]+)\s*:", text))
+    return any(name not in DETERMINISTIC for name in re.findall(r"\$\{\s*([\w.]+)\s*:", text))
 
 
 def _times(folders: Iterable[str]) -> dict[str, int]:

@@ -20,10 +20,10 @@ from dpo_lab.config.schema import ConfigError
 
 
 class RayLauncher(Launcher):
-    """init: what ray.init is given; remote: what each cell reserves (num_cpus, num_gpus)."""
+    """A launcher for Ray. init: arguments of ray.init; remote: the resources of each job (num_cpus, num_gpus)."""
 
     def __init__(self, init: DictConfig, remote: DictConfig) -> None:
-        self._init, self._remote = (_plain(node) for node in (init, remote))
+        self._init, self._remote = (_to_dict(node) for node in (init, remote))
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config
@@ -43,13 +43,13 @@ class RayLauncher(Launcher):
 
 
 def check() -> None:
-    """Raises ConfigError where Ray is not installed."""
+    """Raise ConfigError if Ray is not installed."""
     if find_spec("ray") is None:
         raise ConfigError("launcher=ray: its package is not installed; type pip install 'dpo_lab[ray]'")
 
 
 def _run(shared: tuple[Any, ...], overrides: list[str], number: int) -> JobReturn:
-    """One Hydra job in a process of Ray's."""
+    """Run one Hydra job in a worker process of Ray."""
     context, config, task, state = shared
     setup_globals()
     Singleton.set_state(state)
@@ -68,7 +68,7 @@ def _run(shared: tuple[Any, ...], overrides: list[str], number: int) -> JobRetur
 
 
 def _result(ray: Any, task: Any) -> JobReturn:
-    """What a task gave; its crash is its own, the others go on."""
+    """Return the result of a task; a crash becomes its failed result, and the other tasks continue."""
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:
@@ -77,12 +77,12 @@ def _result(ray: Any, task: Any) -> JobReturn:
 
 @contextmanager
 def _signals_kept():
-    """Ray takes SIGTERM over; the sweep wants to hear of it itself."""
+    """Restore this process's handler of SIGTERM, which ray.init replaces."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
-def _plain(node: DictConfig) -> dict[str, Any]:
-    plain: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
-    return {key: value for key, value in plain.items() if value is not None}
+def _to_dict(node: DictConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    return {key: value for key, value in settings.items() if value is not None}

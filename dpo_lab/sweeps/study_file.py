@@ -23,9 +23,9 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass
 class ArmSpec:
-    """An arm, or with `sweep` one arm for every combination of an axis' values: setting -> numbers.
+    """An arm; or with `sweep`, setting -> numbers, one arm for every combination of the numbers.
 
-    An arm of a sweep is called after its group and its values, which are its place on the axes.
+    An arm of a sweep is named by its group and its values; the values are also its coordinates (`at`).
     """
 
     name: str = ""
@@ -37,8 +37,10 @@ class ArmSpec:
 
 @dataclass
 class Budget:
-    """How much a study may cost. settings: overrides of every arm; arms: only these arms or groups; predictions that need
-    another are left out; found: what came out under this budget, of `full` it stands in the study's own `found`.
+    """A budget of a study, by name.
+
+    settings: overrides of every arm; arms: only these arms or groups, and only predictions about them; found: a note on
+    the results under this budget (for `full` it is the study's own `found`).
     """
 
     seeds: list[int] = MISSING
@@ -49,7 +51,7 @@ class Budget:
 
 @dataclass
 class StudyFile:
-    """What a study file holds; see results/study.py for the rest. settings: overrides of every arm."""
+    """The keys of a study file, see also studies/spec.py. settings: overrides of every arm."""
 
     title: str = MISSING
     question: str = MISSING
@@ -66,46 +68,47 @@ class StudyFile:
 
 
 def read(path: Path, budget: str = "full", seeds: Sequence[int] | None = None, more: Sequence[str] = ()) -> Study:
-    """The study in a file under one of its budgets. seeds: others than the budget's; more: overrides of every arm, last.
+    """Read a study from a file under one of its budgets.
 
-    Raises StudyError, naming file and key, where it can't be.
+    seeds: used instead of the budget's; more: overrides of every arm, applied last. Raises StudyError, which names file
+    and key, if the study is invalid.
     """
     try:
-        plain = yaml.safe_load(path.read_text())
+        config_dict = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         near = sorted(str(other) for other in path.parent.glob("*.yaml"))
         raise StudyError(f"{path}: no such file; type {' or '.join(near) or 'the path of a study file'}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise StudyError(f"{path}: can't be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(plain, dict):
-        raise StudyError(f"{path}: holds no keys; it needs title, question, claim, source, predictions, arms, ...")
+    if not isinstance(config_dict, dict):
+        raise StudyError(f"{path}: has no keys; it needs title, question, claim, source, predictions, arms, ...")
     try:
-        return _study(path, _typed(plain), budget, seeds, more)
+        return _study(path, _typed(config_dict), budget, seeds, more)
     except StudyError as error:
         raise StudyError(f"{path}: {error}") from None
 
 
-def _typed(plain: Mapping[str, Any]) -> StudyFile:
+def _typed(config_dict: Mapping[str, Any]) -> StudyFile:
     known = [spec.name for spec in fields(StudyFile)]
-    for key in plain:
+    for key in config_dict:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
             raise StudyError(f"unknown key '{key}': did you mean '{near[0]}'?")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(StudyFile), OmegaConf.create(dict(plain)))
+        merged = OmegaConf.merge(OmegaConf.structured(StudyFile), OmegaConf.create(dict(config_dict)))
         missing = sorted(key for key in OmegaConf.missing_keys(merged))
         if missing:
             raise StudyError(f"{missing[0]}: is missing")
-        made = OmegaConf.to_object(merged)
+        file = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise StudyError(explain(error)) from None
-    assert isinstance(made, StudyFile)
-    return made
+    assert isinstance(file, StudyFile)
+    return file
 
 
 def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None, more: Sequence[str]) -> Study:
     if NAME.fullmatch(path.stem) is None:
-        raise StudyError("a study's file is named in small letters, digits and _, as in my_question.yaml")
+        raise StudyError("a study file's name has small letters, digits and _ only, as in my_question.yaml")
     if budget not in file.budgets:
         raise StudyError(
             f"budget={budget}: the study has no such budget; type budget={' or budget='.join(file.budgets)}"
@@ -120,28 +123,29 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
     names = {name for arm in arms for name in (arm.name, arm.group)}
     if unknown := [name for name in chosen.arms if name not in names]:
         raise StudyError(f"budgets.{budget}.arms: no arm or group is called '{unknown[0]}'")
-    kept = [arm for arm in arms if not chosen.arms or arm.name in chosen.arms or arm.group in chosen.arms]
-    left = {name for arm in kept for name in (arm.name, arm.group)}
-    predictions = [p for p in file.predictions if all(n in left or n not in names for n in (p.of, p.to) if n)]
-    made = Study(
+    chosen_arms = [arm for arm in arms if not chosen.arms or arm.name in chosen.arms or arm.group in chosen.arms]
+    chosen_names = {name for arm in chosen_arms for name in (arm.name, arm.group)}
+    predictions = [p for p in file.predictions if all(n in chosen_names or n not in names for n in (p.of, p.to) if n)]
+    study = Study(
         name=path.stem,
         title=file.title,
         question=file.question,
         claim=file.claim,
         source=file.source,
         predictions=predictions,
-        arms=kept,
+        arms=chosen_arms,
         baseline=file.baseline,
         seeds=list(chosen.seeds if seeds is None else seeds),
         metrics=file.metrics,
         figures=file.figures,
         found=(file.found if budget == "full" else chosen.found).strip(),
     )
-    check(made)
-    return made
+    check(study)
+    return study
 
 
 def _arms(spec: ArmSpec) -> Iterator[Arm]:
+    """Yield the arms that an entry of a study file describes."""
     if not spec.sweep:
         if not spec.name:
             raise StudyError("arms: one has neither a name nor a sweep")
@@ -153,7 +157,7 @@ def _arms(spec: ArmSpec) -> Iterator[Arm]:
         if not isinstance(values, list) or not values or not all(type(value) in (int, float) for value in values):
             raise StudyError(f"arms: sweep of {key}: needs numbers, as in {key}: [0.1, 1]")
     for values in product(*spec.sweep.values()):
-        place = dict(zip(spec.sweep, map(float, values), strict=True))
-        said = [f"{key}={value:g}" for key, value in place.items()]
-        name = ", ".join([spec.group, *said] if spec.group else said)
-        yield Arm(name, [*spec.overrides, *said], spec.group, dict(spec.at) | place)
+        coordinates = dict(zip(spec.sweep, map(float, values), strict=True))
+        overrides = [f"{key}={value:g}" for key, value in coordinates.items()]
+        name = ", ".join([spec.group, *overrides] if spec.group else overrides)
+        yield Arm(name, [*spec.overrides, *overrides], spec.group, dict(spec.at) | coordinates)

@@ -19,9 +19,9 @@ from dpo_lab.sweeps.summary import Outcome, now
 
 
 class StudyRun:
-    """A study on its way: under `root`/NAME/BUDGET, with the user's overrides in the name where there are any.
+    """A study under one budget: its record and its folder `root`/NAME/BUDGET, named also by the user's overrides.
 
-    Its runs lie in `root`/runs/..., shared by all studies of that budget: equal arms are run once.
+    Its runs are in `root`/runs/..., shared by all studies of that budget, so that equal arms run once.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StudyRun:
 
     @property
     def wanted(self) -> list[tuple[str, list[str]]]:
-        """(title, overrides) of every arm under every seed, seeds first: a study cut short has some of every arm."""
+        """(title, overrides) of every arm, seed by seed, so that an interrupted study has runs of all arms."""
         return [
             (f"{self.study.name}: {arm.name}, seed {seed}", [*arm.overrides, f"seed={seed}"])
             for seed in self.study.seeds
@@ -51,16 +51,17 @@ class StudyRun:
         ]
 
     def earlier(self) -> RunSet | None:
-        """What is known of the study's runs: those in its folder, else the record that is kept beside its file."""
-        kept = path_of(self._file.parent / FOLDER, self.study.name, self._record["budget"])
-        for path in (self.folder, kept):
+        """Return the runs in the study's folder, else those in the archived record beside its file, else None."""
+        archived = path_of(self._file.parent / FOLDER, self.study.name, self._record["budget"])
+        for path in (self.folder, archived):
             if (path / RECORD).exists() or path.is_file():
                 return gather([path])[0]
         return None
 
     def register(self) -> None:
-        """Write down what is predicted, before the first run. What was registered before stays; a changed prediction is
-        registered beside it, with its own time.
+        """Record the study's predictions before the first run.
+
+        Earlier registrations are kept; a changed study is registered in addition, with its own time.
         """
         registered = self._earlier().get("registrations", [])
         digest = self.study.digest()
@@ -70,25 +71,25 @@ class StudyRun:
         self._write()
 
     def register_first(self) -> None:
-        """The same, unless something was registered before."""
+        """Register the study unless it was registered before."""
         if not self._earlier():
             self.register()
 
     def note(self, status: str, outcomes: Sequence[tuple[Job, Outcome | None]]) -> None:
-        """Note where its cells lie and what became of them, in the order of `wanted`."""
+        """Record the status of the study and the folders and outcomes of its jobs, in the order of `wanted`."""
         places = [(arm.name, seed) for seed in self.study.seeds for arm in self.study.arms]
         self._record["status"] = status
         self._record["cells"] = [
             {
                 "arm": arm,
                 "seed": seed,
-                "folder": os.path.relpath(cell.folder, self.folder),
-                "overrides": [redact_override(override) for override in cell.overrides],
+                "folder": os.path.relpath(job.folder, self.folder),
+                "overrides": [redact_override(override) for override in job.overrides],
                 "status": outcome.status if outcome else "not started",
                 "error": outcome.error if outcome else None,
                 "log": os.path.relpath(outcome.log, self.folder) if outcome and outcome.log else None,
             }
-            for (arm, seed), (cell, outcome) in zip(places, outcomes, strict=True)
+            for (arm, seed), (job, outcome) in zip(places, outcomes, strict=True)
         ]
         self._write()
 
@@ -99,7 +100,9 @@ class StudyRun:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise StudyError(f"{path}: can't be read ({error}); move it away, its runs stay where they are") from None
+            raise StudyError(
+                f"{path}: can't be read ({error}); move it away, which leaves the runs unchanged"
+            ) from None
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,10 @@ NAME = "StudySweeper"
 
 
 class StudySweeper(CellSweeper):
-    """Runs the cells of `studies`, each once though several need it; what a cell is, its overrides alone say.
+    """A sweeper that runs the jobs of `studies`; jobs with equal overrides run once.
 
-    beside: studies that may share runs with them: what they predict is registered too, before any run. only_plan: say what
-    would be run, what it may cost and what it could show, and run nothing.
+    beside: studies that may share runs with them, whose predictions are registered too, before any run. only_plan:
+    print the jobs, their cost and the effect that they could detect, and run nothing.
     """
 
     studies: ClassVar[Sequence[StudyRun]] = ()
@@ -32,42 +32,43 @@ class StudySweeper(CellSweeper):
     only_plan: ClassVar[bool] = False
 
     def sweep(self, arguments: list[str]) -> NoReturn:
-        """Ends the process, with the exit code of the sweep. arguments: what holds for all cells, none of it swept."""
+        """Run the studies and exit with the sweep's code. arguments: overrides of all jobs, with one value each."""
         arguments = self.with_params(arguments)
         console = plain_console(soft_wrap=not sys.stdout.isatty())
         parsed = OverridesParser.create(config_loader=self._context.config_loader).parse_overrides(arguments)
         if swept := [override.input_line for override in parsed if override.is_sweep_override()]:
             raise ConfigError(
-                f"{swept[0]}: a study's arms are those of its file; type one value, or put it there as a sweep"
+                f"{swept[0]}: the arms of a study are those in its file; type one value, or add a sweep to the file"
             )
         for study in self.studies:
-            _refuse_swept(study, self._context.config_loader)
+            _check_arms(study, self._context.config_loader)
         wanted = [(title, [*arguments, *own]) for study in self.studies for title, own in study.wanted]
         unique: dict[tuple[str, ...], tuple[str, list[str]]] = {}
         for title, overrides in wanted:
             unique.setdefault(tuple(sorted(overrides)), (title, overrides))
-        cells = self.plan(list(unique.values()), console)
-        of = dict(zip(unique, cells, strict=True))
-        places = iter([of[tuple(sorted(overrides))] for _, overrides in wanted])
-        parts = [(study, [next(places) for _ in study.wanted]) for study in self.studies]
+        jobs = self.plan(list(unique.values()), console)
+        by_overrides = dict(zip(unique, jobs, strict=True))
+        in_order = iter([by_overrides[tuple(sorted(overrides))] for _, overrides in wanted])
+        parts = [(study, [next(in_order) for _ in study.wanted]) for study in self.studies]
         if self.only_plan:
-            show_outlook(console, cells, parts)
+            show_outlook(console, jobs, parts)
             sys.exit(0)
         for study in self.beside:
             study.register_first()
         for study, own in parts:
             study.register()
-            study.note("running", [(cell, None) for cell in own])
-        code, outcomes = self.run(cells, console)
-        by_cell = {id(outcome.cell): outcome for outcome in outcomes}
+            study.note("running", [(job, None) for job in own])
+        code, outcomes = self.run(jobs, console)
+        by_job = {id(outcome.job): outcome for outcome in outcomes}
         for study, own in parts:
-            found = [(cell, by_cell[id(cell)]) for cell in own]
-            whole = all(outcome.status == "done" for _, outcome in found)
-            study.note("done" if whole else "failed" if code == 1 else "stopped", found)
+            results = [(job, by_job[id(job)]) for job in own]
+            is_done = all(outcome.status == "done" for _, outcome in results)
+            study.note("done" if is_done else "failed" if code == 1 else "stopped", results)
         sys.exit(code)
 
 
-def _refuse_swept(study: StudyRun, loader: plan.ConfigLoader) -> None:
+def _check_arms(study: StudyRun, loader: plan.ConfigLoader) -> None:
+    """Raise StudyError if an override of an arm has several values."""
     for arm in study.study.arms:
         for override in OverridesParser.create(config_loader=loader).parse_overrides(arm.overrides):
             if override.is_sweep_override():
@@ -75,6 +76,6 @@ def _refuse_swept(study: StudyRun, loader: plan.ConfigLoader) -> None:
 
 
 def register(studies: Sequence[StudyRun], beside: Sequence[StudyRun], only_plan: bool) -> None:
-    """Make the sweeper known to Hydra as the one of these studies."""
+    """Register the sweeper with Hydra, for these studies."""
     StudySweeper.studies, StudySweeper.beside, StudySweeper.only_plan = studies, beside, only_plan
     Plugins.instance().class_name_to_class[f"{NAMESPACE}.{NAME}"] = StudySweeper

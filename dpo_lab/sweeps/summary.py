@@ -24,14 +24,14 @@ from dpo_lab.sweeps.plan import Job
 
 STYLES = {"done": "green", "resumed": "green", "skipped": "dim", "failed": "red", "not started": "yellow"}
 
-MANY = 60  # cells; of more the table shows those that stand out
+MANY = 60  # jobs: with more of them the table omits those that are done or not started
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one cell. was: how far it had been before; status: as in its record, or `not started`."""
+    """The outcome of one job. was: its run status before the sweep; status: as in its record, or `not started`."""
 
-    cell: Job
+    job: Job
     was: RunStatus
     status: str
     error: str | None = None
@@ -40,35 +40,40 @@ class Outcome:
 
     @property
     def word(self) -> str:
+        """The status as it is printed: for a job that is done also whether it was resumed or skipped."""
         if self.status == "done":
             return {RunStatus.new: "done", RunStatus.unfinished: "resumed", RunStatus.done: "skipped"}[self.was]
         return self.status
 
 
-def outcomes(cells: Sequence[Job], were: Sequence[RunStatus], desk: JobStatusStore, is_over: bool) -> list[Outcome]:
-    """What is known of all cells by now. is_over: the launcher is at its end, so that what still seems to run may not."""
-    found = []
-    for cell, was in zip(cells, were, strict=True):
-        note = {} if was is RunStatus.done else desk.read(cell.folder) or {}
+def outcomes(jobs: Sequence[Job], statuses: Sequence[RunStatus], store: JobStatusStore, is_over: bool) -> list[Outcome]:
+    """Return the outcomes of all jobs so far. is_over: the launcher has returned, so a `running` job may be dead."""
+    results = []
+    for job, was in zip(jobs, statuses, strict=True):
+        note = {} if was is RunStatus.done else store.read(job.folder) or {}
         status = "done" if was is RunStatus.done else note.get("status", "not started")
         error = note.get("error")
         if is_over and status == "running":
-            gone = is_process_dead(note)
-            status = "failed" if gone else "running"
-            error = "the process that ran it was killed" if gone else "it runs on, where the sweep does not see it"
-        found.append(Outcome(cell, was, status, error, note.get("seconds"), note.get("log")))
-    return found
+            is_dead = is_process_dead(note)
+            status = "failed" if is_dead else "running"
+            error = (
+                "the process that ran it was killed"
+                if is_dead
+                else "it is still running; the sweep does not wait for it"
+            )
+        results.append(Outcome(job, was, status, error, note.get("seconds"), note.get("log")))
+    return results
 
 
-def exit_code(found: Sequence[Outcome], stopped_by: int | None) -> int:
-    """0: every cell is done; 128 + the signal that the sweep was stopped by; else 1."""
-    if all(outcome.status == "done" for outcome in found):
+def exit_code(results: Sequence[Outcome], stopped_by: int | None) -> int:
+    """Return 0 if every job is done, else 128 + the signal that stopped the sweep, else 1."""
+    if all(outcome.status == "done" for outcome in results):
         return 0
     return 1 if stopped_by is None else 128 + stopped_by
 
 
-def write(folder: Path, found: Sequence[Outcome], started: str, status: str, error: str | None = None) -> None:
-    """Commit SWEEP."""
+def write(folder: Path, results: Sequence[Outcome], started: str, status: str, error: str | None = None) -> None:
+    """Write SWEEP atomically."""
     record: dict[str, Any] = {
         "status": status,
         "error": error,
@@ -77,45 +82,45 @@ def write(folder: Path, found: Sequence[Outcome], started: str, status: str, err
         "finished": None if status == "running" else now(),
         "cells": [
             {
-                "overrides": [redact_override(override) for override in outcome.cell.overrides],
-                "folder": os.path.relpath(outcome.cell.folder),
+                "overrides": [redact_override(override) for override in outcome.job.overrides],
+                "folder": os.path.relpath(outcome.job.folder),
                 "was": outcome.was.value,
                 "status": outcome.status,
                 "error": outcome.error,
                 "seconds": None if outcome.seconds is None else round(outcome.seconds, 1),
                 "log": None if outcome.log is None else os.path.relpath(outcome.log),
             }
-            for outcome in found
+            for outcome in results
         ],
     }
     write_atomic(folder / SWEEP, json.dumps(record, indent=1))
 
 
-def show(console: Console, folder: Path, found: Sequence[Outcome], error: str | None) -> None:
-    """Print the table, of many cells only those that are not done, and under it what failed, with the path of its log."""
-    table = Table("cell", "", "time", box=None, header_style="dim", pad_edge=False)
-    shown = [outcome for outcome in found if len(found) <= MANY or outcome.status not in ("done", "not started")]
+def show(console: Console, folder: Path, results: Sequence[Outcome], error: str | None) -> None:
+    """Print the table of jobs, the errors with the paths of their logs, and the totals."""
+    table = Table("job", "", "time", box=None, header_style="dim", pad_edge=False)
+    shown = [outcome for outcome in results if len(results) <= MANY or outcome.status not in ("done", "not started")]
     for outcome in shown:
         style = STYLES.get(outcome.word, "yellow")
-        table.add_row(outcome.cell.title, Text(outcome.word, style), duration(outcome.seconds))
+        table.add_row(outcome.job.title, Text(outcome.word, style), duration(outcome.seconds))
     if shown:
         console.print(table)
-    for outcome in found:
+    for outcome in results:
         if outcome.error and outcome.status != "done":
-            console.print(f"{outcome.cell.title}: {outcome.error}", style="red")
+            console.print(f"{outcome.job.title}: {outcome.error}", style="red")
             if outcome.log:
                 console.print(f"  {os.path.relpath(outcome.log)}", soft_wrap=True)
     if error:
         console.print(f"the launcher failed: {error}", style="red")
-    counts = Counter(outcome.word for outcome in found)
+    counts = Counter(outcome.word for outcome in results)
     total = ", ".join(f"{count} {word}" for word, count in counts.items())
-    console.print(f"{len(found)} cells: {total}. {folder / SWEEP}", soft_wrap=True)
-    if any(outcome.status != "done" for outcome in found):
-        console.print("The same command runs what is missing.")
+    console.print(f"{len(results)} jobs: {total}. {folder / SWEEP}", soft_wrap=True)
+    if any(outcome.status != "done" for outcome in results):
+        console.print("The same command runs the rest.")
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a reader likes them: 12 s, 3 min 20 s, 2 h 05 min."""
+    """Format seconds: 12 s, 3 min 20 s, 2 h 05 min."""
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -125,9 +130,11 @@ def duration(seconds: float | None) -> str:
 
 
 def now() -> str:
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _module() -> str:
+    """Return the module that the command line started."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec is not None else Path(sys.argv[0]).name

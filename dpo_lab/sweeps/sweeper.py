@@ -27,14 +27,14 @@ from dpo_lab.sweeps.monitor import ProgressMonitor
 from dpo_lab.sweeps.ray_launcher import RayLauncher, check
 from dpo_lab.terminal.progress import plain_console
 
-# Hydra takes plugins from its own namespaces only; the files in conf/hydra say these names.
+# Hydra accepts plugins from its own namespace only; the files in conf/hydra use these names.
 NAMESPACE = "hydra_plugins.dpo_lab"
 
 
 def register(as_record: plan.AsRecord) -> None:
-    """Make our plugins known to Hydra, and the resolver that the launchers' YAML files use.
+    """Register this package's plugins with Hydra, and the resolver that the launchers' YAML files use.
 
-    as_record: how the runs of this door record their config.
+    as_record: returns the config as the runs of this command record it.
     """
     CellSweeper.as_record = staticmethod(as_record)
     for plugin in (CellSweeper, RayLauncher):
@@ -43,26 +43,26 @@ def register(as_record: plan.AsRecord) -> None:
 
 
 class CellSweeper(Sweeper):
-    """Runs every combination of the swept values that is not done yet, by the launcher that was chosen."""
+    """A sweeper that runs every combination of the swept values that is not done yet, on the chosen launcher."""
 
     as_record: plan.AsRecord
 
     def __init__(self, params: Mapping[str, Any] | None = None, **unknown: Any) -> None:
-        """params: swept values by key, as Hydra's own sweeper takes them from a YAML file; the command line comes first."""
+        """params: swept values by key, from a YAML file, as in Hydra's sweeper; the command line takes precedence."""
         self.params, self._unknown = params or {}, unknown
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         for key, value in self._unknown.items():
             raise ConfigError(
-                f"hydra.sweeper.{key}={value}: this sweeper has the setting hydra.sweeper.params alone; leave it out, or"
+                f"hydra.sweeper.{key}={value}: this sweeper's only setting is hydra.sweeper.params; leave it out, or"
                 " type hydra/sweeper=basic"
             )
         self._context, self._task, self._config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> NoReturn:
-        """Ends the process: exit code 0 when all cells are done, 1 when some are not, 128 + signal when it was stopped.
+        """Run the sweep and exit: code 0 if all jobs are done, 1 if some are not, 128 + signal if it was stopped.
 
-        Raises ConfigError and RunRefused before anything was done.
+        Raises ConfigError and RunRefused before any job starts.
         """
         console = plain_console(soft_wrap=not sys.stdout.isatty())
         wanted = plan.combinations(self.with_params(arguments), self._context.config_loader)
@@ -70,78 +70,81 @@ class CellSweeper(Sweeper):
         sys.exit(code)
 
     def with_params(self, arguments: Sequence[str]) -> list[str]:
-        """Return the overrides of `params`, then those of the command line, which replace them key by key."""
+        """Return the overrides in `params`, then those of the command line, which take precedence."""
         return [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
 
     def plan(self, wanted: Sequence[tuple[str, Sequence[str]]], console: Console) -> list[plan.Job]:
-        """The cells of `wanted`, (title, overrides) each."""
-        with console.status("planning the cells"):
+        """Return the jobs for `wanted`, (title, overrides) each."""
+        with console.status("planning the jobs"):
             return plan.plan(wanted, self._config, self._context.config_loader, self.as_record)
 
-    def run(self, cells: list[plan.Job], console: Console) -> tuple[int, list[summary.Outcome]]:
-        """Run what is not done of the cells; gives the exit code, and what became of each."""
-        desk = JobStatusStore(cells[0].sweep)
-        with desk.held():
-            return self._run(cells, plan.each(cells, plan.Job.standing), desk, console)
+    def run(self, jobs: list[plan.Job], console: Console) -> tuple[int, list[summary.Outcome]]:
+        """Run the jobs that are not done; return the exit code and the outcome of each job."""
+        store = JobStatusStore(jobs[0].sweep)
+        with store.held():
+            return self._run(jobs, plan.each(jobs, plan.Job.run_status), store, console)
 
     def _run(
-        self, cells: list[plan.Job], were: list[RunStatus], desk: JobStatusStore, console: Console
+        self, jobs: list[plan.Job], statuses: list[RunStatus], store: JobStatusStore, console: Console
     ) -> tuple[int, list[summary.Outcome]]:
-        todo = [cell for cell, was in zip(cells, were, strict=True) if was is not RunStatus.done]
+        """Run the jobs that are not done while the folder of the sweep is locked."""
+        todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
         launcher = self._launcher(len(todo)) if todo else None
-        folder, started, error = desk.folder, summary.now(), None
-        console.print(f"{folder}: {_count(were)}")
-        for cell in todo:
-            desk.forget(cell.folder)
-        look = lambda is_over=False: summary.outcomes(cells, were, desk, is_over)  # noqa: E731
-        keep = lambda found: summary.write(folder, found, started, "running")  # noqa: E731
+        folder, started, error = store.folder, summary.now(), None
+        console.print(f"{folder}: {_counts(statuses)}")
+        for job in todo:
+            store.forget(job.folder)
+        look = lambda is_over=False: summary.outcomes(jobs, statuses, store, is_over)  # noqa: E731
+        save = lambda outcomes: summary.write(folder, outcomes, started, "running")  # noqa: E731
         with StopRequest() as request:
-            keep(look())
+            save(look())
             if launcher is not None:
-                with ProgressMonitor(console, desk, look, keep, request):
+                with ProgressMonitor(console, store, look, save, request):
                     error = _launch(launcher, todo)
-                    while error and not request.signum and any(_is_here(desk.read(cell.folder)) for cell in todo):
-                        time.sleep(1)  # a job ended it for all, though the others go on
-            found = look(is_over=True)
-        code = summary.exit_code(found, request.signum)
+                    while error and not request.signum and any(_runs_here(store.read(job.folder)) for job in todo):
+                        time.sleep(1)  # an error of one job ended the launcher while others still run
+            outcomes = look(is_over=True)
+        code = summary.exit_code(outcomes, request.signum)
         status = {0: "done", 1: "failed"}.get(code, "stopped")
-        summary.write(folder, found, started, status, error)
-        summary.show(console, folder, found, error)
-        return code, found
+        summary.write(folder, outcomes, started, status, error)
+        summary.show(console, folder, outcomes, error)
+        return code, outcomes
 
-    def _launcher(self, jobs: int) -> Launcher:
+    def _launcher(self, count: int) -> Launcher:
+        """Return the chosen launcher, with at most `count` workers."""
         node = self._config.hydra.launcher
         if "Ray" in node._target_:
             check()
         if "n_jobs" in node:
-            node.n_jobs = min(max_parallel_jobs(node), jobs)  # no worker without a cell
+            node.n_jobs = min(max_parallel_jobs(node), count)
         return Plugins.instance().instantiate_launcher(
             hydra_context=self._context, task_function=self._task, config=self._config
         )
 
 
-def _launch(launcher: Launcher, cells: Sequence[plan.Job]) -> str | None:
-    """Hand the cells to the launcher; gives what the launcher itself, not a cell, failed of."""
+def _launch(launcher: Launcher, jobs: Sequence[plan.Job]) -> str | None:
+    """Launch the jobs; return the error of the launcher itself, None if there is none."""
     try:
-        launcher.launch([list(cell.overrides) for cell in cells], initial_job_idx=0)  # how they ended is in their notes
+        # Their outcomes are in their status entries.
+        launcher.launch([list(job.overrides) for job in jobs], initial_job_idx=0)
     except StopSignal:
-        pass  # a second SIGINT: the summary says how far the cells came
+        pass  # a second SIGINT: the summary shows how far the jobs are
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
-def _is_here(note: Mapping[str, Any] | None) -> bool:
-    """Whether a cell runs on this machine."""
+def _runs_here(note: Mapping[str, Any] | None) -> bool:
+    """Return whether a job is running on this machine."""
     return note is not None and note["status"] == "running" and is_process_dead(note) is False
 
 
-def _count(were: Sequence[RunStatus]) -> str:
+def _counts(statuses: Sequence[RunStatus]) -> str:
     words = {RunStatus.done: "done already", RunStatus.unfinished: "to be resumed", RunStatus.new: "new"}
-    counts = {word: were.count(standing) for standing, word in words.items()}
-    return f"{len(were)} cells: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    counts = {word: statuses.count(status) for status, word in words.items()}
+    return f"{len(statuses)} jobs: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
 def _gpus_per_node(accelerator: str, devices: Any) -> int | None:
-    """What SLURM is asked for: as many GPUs as ranks a node, none for CPU ranks."""
+    """Return the GPUs per node to request from SLURM: one per rank, None for ranks on CPUs."""
     return None if accelerator == "cpu" else int(devices)

@@ -26,11 +26,11 @@ TIME = 8  # columns of the time left
 
 @contextmanager
 def track(what: str, total: int, shown: bool = True, done: int = 0, least: float = 0.0) -> Iterator[Advance]:
-    """A stage of `total` parts, `done` of them beforehand. Gives advance(parts, figures=None): so many parts more, and texts
-    to stand behind the bar, of which as many are shown as fit, the first ones first.
+    """Show the progress of a stage of `total` parts, `done` of them beforehand.
 
-    In a pipe or a file it is one line without colours, when the stage is over. shown: of several ranks' bars one is enough;
-    least: a stage that took fewer seconds leaves nothing behind.
+    Yields advance(parts, figures=None): add finished parts, and set the texts after the bar, shown in order as far as
+    they fit. In a pipe or a file it prints one line without colours when the stage ends. shown: False on all ranks but
+    one; least: a stage that took fewer seconds leaves no line.
     """
     if not shown:
         yield lambda parts, figures=None: None
@@ -43,20 +43,20 @@ def track(what: str, total: int, shown: bool = True, done: int = 0, least: float
 
 
 def plain_console(**settings: Any) -> Console:
-    """Create a console that prints a string as it is: brackets and colons in an override, a path or a sample are no markup.
+    """Create a console that prints strings literally: brackets and colons in overrides or paths are not markup.
 
-    Styles are given as `style=` or in a Text.
+    Give styles as `style=` or in a Text.
     """
     return Console(markup=False, emoji=False, highlight=False, **settings)
 
 
 def is_watched() -> bool:
-    """Whether standard output is a terminal that can redraw a line."""
+    """Return whether standard output is a terminal that can redraw a line."""
     return sys.stdout.isatty() and get_console().is_interactive
 
 
 def log_handler() -> logging.Handler:
-    """Where log lines go on the terminal: above the bar and wrapped there; whole, one a line, in a pipe or a file."""
+    """Return the handler of log messages: on a terminal above the progress bar, else one message per line."""
     if is_watched():
         handler: logging.Handler = RichHandler(show_path=False, log_time_format="%X")
         handler.setFormatter(Redacting("%(message)s"))
@@ -71,7 +71,7 @@ def _bar(what: str, total: int, done: int, least: float) -> Iterator[Advance]:
     console, started = get_console(), time.monotonic()
     is_narrow = console.width < NARROW
     title, width = (what, 8) if is_narrow else (f"{what:<20}", 20)
-    taken = len(title) + width + len(f"{total}/{total}") + TIME + 4  # a blank between two columns
+    taken = len(title) + width + len(f"{total}/{total}") + TIME + 4  # plus a space between columns
     with Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
         BarColumn(bar_width=width),
@@ -101,21 +101,21 @@ def _line(what: str, total: int, done: int, least: float) -> Iterator[Advance]:
         if figures is not None:
             newest = ", ".join(figures)
 
-    def say(how: str, seconds: float) -> None:
-        behind = f"; {newest}" if newest else ""
-        print(f"{what}: {how} {timedelta(seconds=round(seconds))}{behind}", flush=True)
+    def print_line(state: str, seconds: float) -> None:
+        suffix = f"; {newest}" if newest else ""
+        print(f"{what}: {state} {timedelta(seconds=round(seconds))}{suffix}", flush=True)
 
     try:
         yield advance
     except BaseException:
-        say(f"stopped at {done} of {total} after", time.monotonic() - started)
+        print_line(f"stopped at {done} of {total} after", time.monotonic() - started)
         raise
     if (seconds := time.monotonic() - started) >= least:
-        say(f"{done} of {total} in", seconds)
+        print_line(f"{done} of {total} in", seconds)
 
 
 def fitting(figures: Sequence[str], room: int) -> str:
-    """As many of the figures, in order, as fit into `room` columns.
+    """Join as many of the figures, in order, as fit into `room` columns.
 
     >>> fitting(["loss 0.693", "margin 0.012", "1,024 tokens/s"], 26)
     'loss 0.693  margin 0.012'

@@ -162,7 +162,7 @@ def test_running_a_finished_run_again_changes_nothing(baseline, workshop):
     result = python_m("dpo_lab.train", *SMALL, "name=base", cwd=workshop, PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 0
     assert "done already" in result.stdout
-    assert "World responses" not in result.stdout
+    assert "Task responses" not in result.stdout
     assert "hydra" in result.stderr
     assert "| torch\n" not in result.stderr  # it answers from the record
     after = {

@@ -50,7 +50,7 @@ def test_the_collector_goes_on_where_an_import_fails(unfrozen):
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "outputs/a/.lock"),
-            "error: outputs/a/.lock: Permission denied; see to it that you may read and write there, then type the same"
+            "error: outputs/a/.lock: Permission denied; get permission to read and write there, then type the same"
             " command again\n",
         ),
     ],

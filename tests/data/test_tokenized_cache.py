@@ -195,7 +195,7 @@ def test_a_damaged_store_is_seen_and_made_anew(name, damage, tmp_path, caplog):
         data[len(data) // 2] ^= 1
         file.write_bytes(data if damage == "flip" else data[: len(data) // 2])
     assert contents(store_of(cache, path)) == whole
-    assert "does not hold what was put there: making it anew" in caplog.text
+    assert "does not match its checksum: it is created again" in caplog.text
 
 
 def test_many_hands_make_the_same(tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def test_a_killed_process_frees_its_gpus_though_its_child_lives_on():
             if name == "a":
                 os.close(child)
         leasers.line("c")
-        assert leasers.next()["line"] == "waiting for 2 of the GPUs 0,1,2,3 to be free: other runs hold them"
+        assert leasers.next()["line"] == "waiting for 2 of the GPUs 0,1,2,3, which other runs use"
         freed = leasers.held.pop("b")
         leasers.processes["b"].kill()
         report = leasers.next()
@@ -181,12 +181,14 @@ def test_the_locks_lie_where_no_one_else_can_write(temp):
     with resource_locks.acquire_port():
         assert place.stat().st_mode & 0o777 == 0o700
     place.chmod(0o770)
-    with pytest.raises(PermissionError, match="is not a folder of yours alone; remove it, or set TMPDIR"):
+    with pytest.raises(
+        PermissionError, match="is a folder that other users own or can access; remove it, or set TMPDIR"
+    ):
         resource_locks.acquire_port().__enter__()
     place.chmod(0o700)
     place.rename(temp / "elsewhere")
     place.symlink_to(temp / "elsewhere")
-    with pytest.raises(PermissionError, match="is not a folder of yours alone"):
+    with pytest.raises(PermissionError, match="is a folder that other users own or can access"):
         resource_locks.acquire_port().__enter__()
 
 

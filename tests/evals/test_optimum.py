@@ -147,7 +147,7 @@ def test_a_file_that_does_not_hold_what_it_should_is_made_anew(damage, subject, 
     with caplog.at_level("WARNING", logger="dpo_lab"):
         assert rewards(subject) == first
     assert sampled == [8, 8]
-    assert "making it anew" in caplog.text
+    assert "it is created again" in caplog.text
     assert kept(subject).read_text() == whole
 
 

@@ -134,7 +134,9 @@ def test_39_a_config_makes_nothing_that_is_not_on_the_list(overrides, monkeypatc
 def test_39_a_name_of_the_list_that_leads_elsewhere_makes_nothing(monkeypatch):
     """The object decides: were the name of a logger bound to something else by now, it would not be called."""
     monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger", Payload)
-    with pytest.raises(TargetRefused, match=r"CSVLogger: leads to tests.faults.canaries.Payload, which is no Logger"):
+    with pytest.raises(
+        TargetRefused, match=r"CSVLogger: resolves to tests.faults.canaries.Payload, which is no Logger"
+    ):
         instantiate_checked({"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "x"}, Logger)
     with pytest.raises(TargetRefused, match="which is no Callback"):  # one of the list, where another kind is wanted
         instantiate_checked({"_target_": "lightning.pytorch.Trainer"}, Callback)

@@ -116,7 +116,7 @@ def test_07_what_fails_while_it_stops_is_shown(tmp_path):
         group.supervisor.send_signal(signal.SIGTERM)
         code, _, errors = group.gone()
     assert code == 143
-    assert "rank 1: OSError: no space left; all that it wrote: " in errors
+    assert "rank 1: OSError: no space left; its log: " in errors
 
 
 def test_09_a_rank_that_raises_ends_a_stuck_one_and_its_traceback_is_shown(tmp_path):
@@ -128,7 +128,7 @@ def test_09_a_rank_that_raises_ends_a_stuck_one_and_its_traceback_is_shown(tmp_p
     lines = errors.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     assert "OSError: the cause" in lines
-    assert lines[-2:] == ["second line", f"rank 1: ValueError: boom; all that it wrote: {group.folder}/rank-1.log"]
+    assert lines[-2:] == ["second line", f"rank 1: ValueError: boom; its log: {group.folder}/rank-1.log"]
 
 
 @pytest.mark.parametrize(("culprit", "other"), [(0, "is_stuck"), (1, "waits")])

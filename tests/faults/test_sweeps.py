@@ -44,11 +44,11 @@ def test_34_cells_that_raise_or_are_killed_or_exit_0_early_fail_alone_and_are_na
         assert cell["error"] == error
         assert f"{cell['overrides'][0]}: {error}\n  {cell['log']}\n" in result.stdout
         assert (tmp_path / cell["log"]).exists()
-    assert "4 cells: 3 failed, 1 done." in result.stdout
+    assert "4 jobs: 3 failed, 1 done." in result.stdout
     behaves(tmp_path)
     again = sweep(tmp_path, "beta=0.1,0.2,0.3,0.4")
     assert again.returncode == 0
-    assert "4 cells: 3 resumed, 1 skipped." in again.stdout
+    assert "4 jobs: 3 resumed, 1 skipped." in again.stdout
     assert len(starts(tmp_path)) == 7
 
 
@@ -74,6 +74,6 @@ def test_35_after_the_driver_was_killed_what_is_done_is_kept_and_the_rest_resume
     (tmp_path / "go").touch()
     result = sweep(tmp_path, "beta=0.1,0.2,0.3")
     assert result.returncode == 0
-    assert "3 cells: 1 skipped, 1 resumed, 1 done." in result.stdout
+    assert "3 jobs: 1 skipped, 1 resumed, 1 done." in result.stdout
     assert contents(tmp_path / "outputs/dpo/beta=0.1") == done
     assert [s["argv"][2] for s in starts(tmp_path)] == ["beta=0.1", "beta=0.2", "beta=0.2", "beta=0.3"]

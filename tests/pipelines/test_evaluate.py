@@ -185,7 +185,7 @@ def test_a_file_that_changed_since_is_refused(tmp_path):
         "config": recorded(f"data.path={data}"),
         "files": {str(data): {"bytes": 9, "mtime_ns": 1, "blake2b": "x"}},
     }
-    with pytest.raises(schema.ConfigError, match=r"pairs.jsonl holds something else now; put back"):
+    with pytest.raises(schema.ConfigError, match=r"pairs.jsonl has changed since; restore the files"):
         config_from_run(record, composed("run=folder", name="evaluate"), ["run=folder"])
 
 
@@ -193,7 +193,7 @@ def test_results_are_numbered_and_never_overwritten(tmp_path):
     for name in ("", "mine", ""):
         evaluations.commit(tmp_path, name, {"metrics": {}}, Examples())
     assert {path.name for path in tmp_path.glob("*.json")} == {"1.json", "2.json", "mine.json"}
-    with pytest.raises(RunRefused, match=r"mine.json is there already; type name=another"):
+    with pytest.raises(RunRefused, match=r"mine.json exists already; type name=another"):
         evaluations.check(tmp_path, "mine")
-    with pytest.raises(RunRefused, match=r"is no name of a file; type name="):
+    with pytest.raises(RunRefused, match=r"not a valid file name; type name="):
         evaluations.check(tmp_path, "../mine")

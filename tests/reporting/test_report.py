@@ -291,7 +291,7 @@ def test_results_are_written_and_checked(folder, tmp_path, capsys):
     said(capsys, folder, "--keep", tmp_path / "records")
     results = tmp_path / "RESULTS.md"
     said(capsys, "--results", results)
-    assert "all of it is what the records say" in said(capsys, "--results", results, "--check")
+    assert "agrees with the records" in said(capsys, "--results", results, "--check")
     text = results.read_text()
     figure = re.search(r"\d\.\d\d", text)
     assert figure is not None

@@ -60,7 +60,7 @@ def columns(desk) -> dict[str, Any]:
 def test_each_cell_is_a_run_and_a_failing_one_fails_the_sweep_and_no_other(swept):
     result, outputs = swept
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "3 cells: 2 done, 1 failed" in result.stdout
+    assert "3 jobs: 2 done, 1 failed" in result.stdout
     assert "is not finite" in result.stdout
     records = {run: json.loads((outputs / run / "run.json").read_text()) for run in RUNS}
     crash, noisy, uniform = (records[run] for run in sorted(RUNS))

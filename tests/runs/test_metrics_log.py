@@ -68,7 +68,7 @@ def test_a_rewind_forgets_what_came_after(path):
     assert list(rows(path)) == []
     assert position(path.with_name("none")) == 0
     truncate(path.with_name("none"), 0)
-    with pytest.raises(MetricsLogError, match="0 bytes, but the checkpoint was taken at 7; rows are lost"):
+    with pytest.raises(MetricsLogError, match="0 bytes, but the checkpoint was taken at 7; rows are missing"):
         truncate(path.with_name("none"), 7)
 
 

@@ -312,7 +312,7 @@ def test_once_makes_a_file_once_and_anew_when_it_is_not_what_was_put_there(tmp_p
     path.write_text("another")
     (path.parent / f".{path.name}.4711").mkdir()  # left by a process that was killed
     assert cached(path, make).read_text() == "version 2"
-    assert "does not hold what was put there: making it anew" in caplog.text
+    assert "does not match its checksum: it is created again" in caplog.text
     (path.parent / f".{path.name}.seal").unlink()
     assert cached(path, make).read_text() == "version 3"
     assert sorted(p.name for p in path.parent.iterdir()) == [".file.seal", "file", "file.lock"]

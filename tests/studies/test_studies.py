@@ -210,8 +210,8 @@ def studied(tmp_path_factory) -> Path:
     behaves(folder, **{"beta_1/seed_1": "fails"})
     result = study(folder, "study=all")
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "10 cells" not in result.stdout  # the arm in common is run once
-    assert "outputs/studies/runs/full: 8 cells: 8 new" in result.stdout
+    assert "10 jobs" not in result.stdout  # the arm in common is run once
+    assert "outputs/studies/runs/full: 8 jobs: 8 new" in result.stdout
     assert (folder / "outputs/studies/other/full/report.html").exists()
     return folder
 
@@ -253,8 +253,8 @@ def test_a_plan_runs_nothing(studied, tmp_path):
     written(tmp_path / "new")
     result = study(tmp_path / "new", "ablations/small.yaml", "--plan")
     assert result.returncode == 0, result.stderr
-    assert "3 arms x 2 seeds: 6 cells, 6 new" in result.stdout
-    assert "6 of 6 cells are to be run: what that takes is not known before a first cell is done" in result.stdout
+    assert "3 arms x 2 seeds: 6 jobs, 6 new" in result.stdout
+    assert "6 of 6 jobs are left to run: the time is unknown until the first job is done" in result.stdout
     assert not (tmp_path / "new" / "outputs" / "studies").exists()
 
 
@@ -271,7 +271,7 @@ def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path):
     (tmp_path / "behaviour.json").unlink()
     result = study(tmp_path, "ablations/small.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 cells: 1 done already, 1 to be resumed, 4 new" in result.stdout
+    assert "6 jobs: 1 done already, 1 to be resumed, 4 new" in result.stdout
     assert record(tmp_path)["status"] == "done"
 
 

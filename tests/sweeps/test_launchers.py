@@ -86,7 +86,7 @@ def test_joblib_runs_two_cells_at_once_and_stops_them_together(tmp_path):
     (tmp_path / "go").touch()
     again = sweep(tmp_path, "beta=0.1,0.2,0.3", "launcher=joblib")
     assert again.returncode == 0, again.stdout
-    assert "3 cells: 2 resumed, 1 done." in again.stdout
+    assert "3 jobs: 2 resumed, 1 done." in again.stdout
 
 
 def test_joblib_whose_driver_is_killed_leaves_no_process(tmp_path):

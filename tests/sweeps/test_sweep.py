@@ -51,7 +51,7 @@ def swept(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("swept")
     result = sweep(folder, "beta=0.1,0.2", "+ablation=[uniform_ref,label_noise]")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "outputs/dpo: 2 cells: 2 new" in result.stdout
+    assert "outputs/dpo: 2 jobs: 2 new" in result.stdout
     assert re.search(r"^\[2/2\] done  beta=0.2  \d+ s$", result.stdout, re.M)
     return folder
 
@@ -89,7 +89,7 @@ def test_a_finished_sweep_starts_nothing_and_leaves_its_runs_alone(swept):
     before, runs = len(starts(swept)), contents(swept / told(swept)["cells"][0]["folder"])
     result = sweep(swept, "beta=0.1,0.2", "+ablation=[uniform_ref,label_noise]")
     assert result.returncode == 0
-    assert "2 cells: 2 skipped." in result.stdout
+    assert "2 jobs: 2 skipped." in result.stdout
     assert len(starts(swept)) == before
     assert contents(swept / told(swept)["cells"][0]["folder"]) == runs
 
@@ -116,20 +116,26 @@ def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process
             folder.mkdir(parents=True, exist_ok=True)
             finished = {"status": "done", "config": entry["cell"]["record"], "files": {}}
             (folder / "run.json").write_text(json.dumps(finished))
-    assert "12 cells: 12 skipped." in result.stdout
+    assert "12 jobs: 12 skipped." in result.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["beta=0.1,-1"], "cell beta=-1: beta=-1.0: must be a positive number; type e.g. beta=0.1"),
-        (["beta=0.1,x"], "cell beta=x: beta=x: must be a number; type beta=..."),
-        (["beta=0.1,0.10"], "cell beta=0.1: it lies in outputs/dpo/beta=0.1/seed=0, as cell beta=0.1 does; leave one"),
-        (["seed=1,1"], "cell seed=1: it lies in outputs/dpo/default/seed=1, as cell seed=1 does; leave one"),
-        (["name=a,b"], "name: one sweep has one name; run a sweep for each name"),
-        (["reference=cached,nope"], "cell reference=nope: reference=nope: no such choice; type reference= one of"),
-        (["beta=1,2", "launcher=joblib", "trainer=ddp"], "cell beta=1: trainer.devices=-1: with launcher=joblib each"),
-        (["trainer.devices=1,2", "launcher=slurm"], "cell trainer.devices=2: trainer.devices: the cells of one sweep"),
+        (["beta=0.1,-1"], "job beta=-1: beta=-1.0: must be a positive number; type e.g. beta=0.1"),
+        (["beta=0.1,x"], "job beta=x: beta=x: must be a number; type beta=..."),
+        (
+            ["beta=0.1,0.10"],
+            "job beta=0.1: its folder outputs/dpo/beta=0.1/seed=0 is also that of job beta=0.1; leave one",
+        ),
+        (["seed=1,1"], "job seed=1: its folder outputs/dpo/default/seed=1 is also that of job seed=1; leave one"),
+        (["name=a,b"], "name: a sweep has one name; run one sweep for each name"),
+        (["reference=cached,nope"], "job reference=nope: reference=nope: no such choice; type reference= one of"),
+        (["beta=1,2", "launcher=joblib", "trainer=ddp"], "job beta=1: trainer.devices=-1: with launcher=joblib each"),
+        (
+            ["trainer.devices=1,2", "launcher=slurm"],
+            "job trainer.devices=2: trainer.devices: all jobs of a sweep request",
+        ),
         (["beta=1,2", "hydra.sweep.subdir=${hydra.job.num}"], "hydra.sweep.subdir: a job's number or id is not known"),
     ],
 )
@@ -208,12 +214,12 @@ def test_a_sweep_that_is_stopped_lets_its_cell_save_starts_no_other_and_goes_on_
     assert record(tmp_path, "beta=0.1/seed=0")["status"] == status
     assert told(tmp_path)["status"] == "stopped"
     assert statuses(tmp_path) == [status, "not started"]
-    assert "The same command runs what is missing." in (tmp_path / "terminal.log").read_text()
+    assert "The same command runs the rest." in (tmp_path / "terminal.log").read_text()
     if signum == signal.SIGTERM:
         (tmp_path / "go").touch()
         again = sweep(tmp_path, "beta=0.1,0.2")
         assert again.returncode == 0
-        assert "2 cells: 1 resumed, 1 done." in again.stdout
+        assert "2 jobs: 1 resumed, 1 done." in again.stdout
 
 
 def test_at_a_terminal_a_bar_shows_the_cells_that_run(tmp_path):
@@ -229,11 +235,11 @@ def test_at_a_terminal_a_bar_shows_the_cells_that_run(tmp_path):
             shown += os.read(ours, 4096).decode()
         except OSError:
             break  # the other end is closed
-        if "cells 1/2" in shown and re.search(r"about \d+ s left", shown):
+        if "jobs 1/2" in shown and re.search(r"about \d+ s left", shown):
             (tmp_path / "go").touch()
     os.close(ours)
     assert process.wait(patience(60)) == 0
-    assert re.search(r"cells 1/2.*about \d+ s left", shown, re.S)
+    assert re.search(r"jobs 1/2.*about \d+ s left", shown, re.S)
     assert "[2/2] done  beta=0.2" in shown
 
 
@@ -293,7 +299,7 @@ def test_a_sweeper_that_optimises_is_told_the_objective(tmp_path, monkeypatch):
     )
     assert objective_value(None) is None
     assert objective_value("gold") == 1.5
-    with pytest.raises(JobFailed, match="objective=glod: .* measured no such thing; type one of gold"):
+    with pytest.raises(JobFailed, match="objective=glod: .* has no such metric; type one of gold"):
         objective_value("glod")
 
 

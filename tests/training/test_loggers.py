@@ -99,5 +99,5 @@ def test_wandb_without_a_network(tmp_path):
 
 def test_a_logger_that_cannot_be_opened_is_refused_before_training(tmp_path):
     node = {"_target_": "lightning.pytorch.loggers.CSVLogger", "name": "", "version": "", "colour": "red"}
-    with pytest.raises(ConfigError, match=r"logger.csv: can't be made: .*colour.*; type e.g. logger=tensorboard"):
+    with pytest.raises(ConfigError, match=r"logger.csv: can't be created: .*colour.*; type e.g. logger=tensorboard"):
         log(tmp_path / "run", {"logger": {"csv": node}})

@@ -422,14 +422,19 @@ def test_a_sweep(shop):
 
 
 REFUSED = [
-    (train_sft, ["noise=symmetric"], "noise: responses are learned as the annotator chose them", "type noise=none"),
-    (train_sft, ["sft.text_column=body", "data.path=null"], "sft.text_column=body: a world", "type data.path="),
-    (train_dpo, ["sft.text_column=prompt"], "whole texts hold no preference", "python -m dpo_lab.sft"),
-    (train_dpo, ["data.format=text"], "whole texts hold no preference", "python -m dpo_lab.sft"),
+    (
+        train_sft,
+        ["noise=symmetric"],
+        "noise: supervised fine-tuning learns chosen responses as labelled",
+        "type noise=none",
+    ),
+    (train_sft, ["sft.text_column=body", "data.path=null"], "sft.text_column=body: the task", "type data.path="),
+    (train_dpo, ["sft.text_column=prompt"], "plain texts hold no preference", "python -m dpo_lab.sft"),
+    (train_dpo, ["data.format=text"], "plain texts hold no preference", "python -m dpo_lab.sft"),
     (
         train_dpo,
         ["data=mix", "+data.sources={a: {path: a, format: text}}"],
-        "whole texts hold",
+        "plain texts hold",
         "python -m dpo_lab.sft",
     ),
 ]
@@ -452,7 +457,7 @@ def test_refused_before_anything_is_made(door, overrides, what, advice, shop, tm
             ["sft.text_column=body"],
             "pairs.jsonl:1: field 'body' is missing (the row has 'prompt', 'chosen', 'rejected')",
         ),
-        (["data.batch_size=500"], "training responses are there; type data.batch_size=3"),
+        (["data.batch_size=500"], "training responses; type data.batch_size=3"),
     ],
 )
 def test_refused_at_the_door(overrides, what, shop):

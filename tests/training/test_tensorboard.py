@@ -119,7 +119,7 @@ def test_a_logger_that_fails_with_the_run_does_not_hide_why(tmp_path, caplog):
         trainer: Any = SimpleNamespace(loggers=[Broken()])
         with track_run_status(trainer, PLAIN, tmp_path):
             raise ValueError("boom")
-    assert "Broken could not be told that the run failed: no network" in caplog.text
+    assert "Broken could not record that the run failed: no network" in caplog.text
 
 
 def test_a_run_that_fails_while_it_is_prepared_is_a_failure(tmp_path):
