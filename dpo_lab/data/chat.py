@@ -116,7 +116,9 @@ class Chat:
 
     @cached_property
     def _probe(self) -> str:
-        """A chat of a user and the assistant as rendered, with a system message where the template wants one; else empty."""
+        """A chat of a user and the assistant as rendered, with a system message where the template wants one; else
+        empty.
+        """
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
         for probe in (chat, [{"role": "system", "content": "b"}, *chat]):
             try:
@@ -127,7 +129,9 @@ class Chat:
 
     @cached_property
     def _takes_text(self) -> bool:
-        """Whether the template takes the arguments of a tool call as JSON text: an object it refuses, or prints as Python."""
+        """Whether the template takes the arguments of a tool call as JSON text: an object it refuses, or prints as
+        Python.
+        """
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}]
         for is_text in (False, True):
             try:

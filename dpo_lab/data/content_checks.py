@@ -27,8 +27,9 @@ class BadChat(ValueError):
 def check_content(pair: Pair, prompt: str, wholes: Sequence[str], start: int, counts: Counter[str]) -> None:
     """Raise BadChat where a rendered text lacks part of a message.
 
-    prompt, wholes: the chat up to the answer, and with each of both answers, as rendered; start: where the answers begin.
-    The reasoning of earlier turns may be left out, which is counted; that of an answer, which is scored, may not.
+    prompt, wholes: the chat up to the answer, and with each of both answers, as rendered; start: where the answers
+    begin. The reasoning of earlier turns may be left out, which is counted; that of an answer, which is scored, may
+    not.
     """
     loses_reasoning = False
     for number, message in enumerate(_messages(pair.prompt), start=1):
@@ -82,8 +83,8 @@ def _refuse(where: str, lost: Sequence[Part]) -> None:
 def _lost(message: Message, text: str, start: int) -> list[Part]:
     """The parts of a message that are not in text[start:].
 
-    Compared without white space at both ends, and also as JSON writes a string. Reasoning tags are left to the template,
-    which may write other ones.
+    Compared without white space at both ends, and also as JSON writes a string. Reasoning tags are left to the
+    template, which may write other ones.
     """
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and text.find(content.strip(), start) >= 0:

@@ -18,11 +18,13 @@ from dpo_lab.distributed.launcher import set_parent_death_signal
 
 
 class StepSampler(Sampler[list[int]]):
-    """One rank's pairs of every optimizer step: `batch_size` pairs over all ranks, whatever their number; without an end.
+    """One rank's pairs of every optimizer step: `batch_size` pairs over all ranks, whatever their number; without an
+    end.
 
-    Epoch e is a permutation drawn from (seed, e), cut into `steps_per_epoch` steps of batch_size. Within a step pairs are
-    sorted by size and dealt to the ranks so that all have about as many tokens; the draw itself knows nothing of sizes. Any
-    step can be had without those before it. Pairs that don't fill a last step wait for the next epoch's permutation.
+    Epoch e is a permutation drawn from (seed, e), cut into `steps_per_epoch` steps of batch_size. Within a step pairs
+    are sorted by size and dealt to the ranks so that all have about as many tokens; the draw itself knows nothing of
+    sizes. Any step can be had without those before it. Pairs that don't fill a last step wait for the next epoch's
+    permutation.
     """
 
     def __init__(
@@ -115,7 +117,9 @@ class PreferenceDataModule(LightningDataModule):
 
 
 def _live_with_the_rank(worker: int) -> None:
-    """A worker dies with its rank, however that dies, and not before: a rank that is asked to stop has a step to finish."""
+    """A worker dies with its rank, however that dies, and not before: a rank that is asked to stop has a step to
+    finish.
+    """
     set_parent_death_signal(signal.SIGKILL)
     for signum in (signal.SIGTERM, signal.SIGINT):  # what a terminal or a scheduler sends to the whole group
         signal.signal(signum, signal.SIG_IGN)

@@ -72,10 +72,10 @@ class NoPair(Exception):
 class Shape:
     """How the rows of a source are read as pairs.
 
-    columns: our name -> the row's, a dotted path where it lies deeper (`summaries.0.text`). `system`, `tools` and scores
-    are found by their usual names too; a label is read only where `columns` names it, for it may turn the pair around.
-    pick: which pairs rated responses make; label_is: how a label is meant. as_chat: plain strings become messages, the
-    prompt the user's (after `system`, where the row has one) and a response the assistant's.
+    columns: our name -> the row's, a dotted path where it lies deeper (`summaries.0.text`). `system`, `tools` and
+    scores are found by their usual names too; a label is read only where `columns` names it, for it may turn the pair
+    around. pick: which pairs rated responses make; label_is: how a label is meant. as_chat: plain strings become
+    messages, the prompt the user's (after `system`, where the row has one) and a response the assistant's.
     """
 
     format: Format = Format.auto

@@ -30,9 +30,9 @@ class TextChat(NamedTuple):
 def read_json_text(found: Mapping[str, Any], counts: Counter[str]) -> dict[str, Any]:
     """Messages by name (prompt, chosen, rejected; tools) of those values of a row that are the JSON of a chat.
 
-    A prompt is read where all of it is a chat. Responses are read where both are chats that end with the assistant, and the
-    prompt is a chat, is not there, or is one of their messages: an answer to a question in words may well be JSON. What
-    looks like JSON of messages and is not read so is counted.
+    A prompt is read where all of it is a chat. Responses are read where both are chats that end with the assistant, and
+    the prompt is a chat, is not there, or is one of their messages: an answer to a question in words may well be JSON.
+    What looks like JSON of messages and is not read so is counted.
     """
     chats = {name: chat for name, value in found.items() if (chat := chat_of(value)) is not None}
     prompt, sides = found.get("prompt"), [chats[name] for name in ("chosen", "rejected") if name in chats]
@@ -51,9 +51,9 @@ def read_json_text(found: Mapping[str, Any], counts: Counter[str]) -> dict[str, 
 def chat_of(text: Any) -> TextChat | None:
     """The chat that a text is as a whole, None where it is none.
 
-    A chat is a message, a list of messages, or an object that holds such a list under one of LISTS. A message has a known
-    role and a content or tool calls, or is from one of ShareGPT's speakers. Text as Python prints it counts too: pandas
-    writes it into CSV.
+    A chat is a message, a list of messages, or an object that holds such a list under one of LISTS. A message has a
+    known role and a content or tool calls, or is from one of ShareGPT's speakers. Text as Python prints it counts too:
+    pandas writes it into CSV.
     """
     if not isinstance(text, str) or not BEGINS.match(text):
         return None

@@ -29,7 +29,9 @@ def check_media(row: Mapping[str, Any], read: Collection[str], pairs: Iterable[P
 
 
 def is_media(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds bytes: alone, with their path as `datasets` stores them, or lists of such."""
+    """Whether a column of this Arrow type holds bytes: alone, with their path as `datasets` stores them, or lists of
+    such.
+    """
     import pyarrow.types as types
 
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):

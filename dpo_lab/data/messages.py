@@ -23,11 +23,12 @@ def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def shared_words(a: str, b: str) -> int:
-    """How many first characters of both are the prompt that the row leaves unsaid: the longest common run of whole words.
+    """How many first characters of both are the prompt that the row leaves unsaid: the longest common run of whole
+    words.
 
-    The cut lies where both go on with whitespace, which stays with the responses, and leaves both something to say. It is
-    made in characters: a common run of tokens would depend on the tokenizer, and may end inside a word, where prompt and
-    response encoded apart are other tokens than the whole.
+    The cut lies where both go on with whitespace, which stays with the responses, and leaves both something to say. It
+    is made in characters: a common run of tokens would depend on the tokenizer, and may end inside a word, where prompt
+    and response encoded apart are other tokens than the whole.
 
     >>> shared_words("The sky is blue.", "The sky is blurred.")
     10
@@ -50,8 +51,8 @@ def merge_messages(given: list[Message], shared: list[Message]) -> list[Message]
 def message(value: Any, where: str) -> Message:
     """One message: a role, and a string as its content unless it calls tools. ShareGPT's names are translated.
 
-    A null in a field of a message, of a tool call or of its function says that the field is absent, as in OpenAI's API. A
-    null inside the arguments of a call is a value and is kept.
+    A null in a field of a message, of a tool call or of its function says that the field is absent, as in OpenAI's API.
+    A null inside the arguments of a call is a value and is kept.
     """
     if not isinstance(value, dict):
         raise field_error(where, f"holds {type(value).__name__} where a message should be")

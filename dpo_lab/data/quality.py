@@ -27,8 +27,8 @@ BLOCK = 1 << 18  # tokens that are looked at at once: what fits a core's cache
 class Lengths:
     """Tokens of one part of all pairs. histogram: pairs in each bin, see Quality.bins.
 
-    truncated: the share of responses that were cut at their end; of prompts the share of those as long as a prompt may be,
-    nearly all of which were cut at their start.
+    truncated: the share of responses that were cut at their end; of prompts the share of those as long as a prompt may
+    be, nearly all of which were cut at their start.
     """
 
     mean: float
@@ -54,12 +54,13 @@ class Margins:
 class Side:
     """One split of the pairs, as they are labelled now, label noise included. Equality is that of token ids.
 
-    prompts: distinct ones; most_of_a_prompt: pairs of the most frequent one; repeated: pairs that say what another says;
-    contradictions: pairs whose contrary is there as well, counted once for both; responses: distinct ones;
-    shared_responses: share of responses that stand in another pair too; special_inside: responses that hold a special token
-    before their end; lengths: of each of PARTS; chosen_longer: share of pairs whose chosen has more tokens, a tie half,
-    pairs of one prompt being alike; same_length: share of ties; difference: tokens of chosen less those of rejected, mean;
-    differences: the histogram of that; scores: those that came with the pairs; truth: the world's gold reward.
+    prompts: distinct ones; most_of_a_prompt: pairs of the most frequent one; repeated: pairs that say what another
+    says; contradictions: pairs whose contrary is there as well, counted once for both; responses: distinct ones;
+    shared_responses: share of responses that stand in another pair too; special_inside: responses that hold a special
+    token before their end; lengths: of each of PARTS; chosen_longer: share of pairs whose chosen has more tokens, a tie
+    half, pairs of one prompt being alike; same_length: share of ties; difference: tokens of chosen less those of
+    rejected, mean; differences: the histogram of that; scores: those that came with the pairs; truth: the world's gold
+    reward.
     """
 
     pairs: int
@@ -99,8 +100,8 @@ class Quality:
     """What is to be known of train and held-out pairs before a fit.
 
     counts: rows, and what became of them; leaks_dropped: training rows left out because their prompt is held out;
-    leaks: training pairs left whose prompt, as the tokens that the model sees, is held out all the same; bins: edges of the
-    histograms of prompts, responses and differences, the first inside a bin, the next outside.
+    leaks: training pairs left whose prompt, as the tokens that the model sees, is held out all the same; bins: edges of
+    the histograms of prompts, responses and differences, the first inside a bin, the next outside.
     """
 
     counts: dict[str, int]

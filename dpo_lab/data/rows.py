@@ -24,8 +24,8 @@ class BadData(ValueError):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows: of `place`, numbered from 1 (lines of a text file, else rows). A row is an object, or a line of JSON yet to
-    be read. amount: how much of Rows.total it is.
+    """Some rows: of `place`, numbered from 1 (lines of a text file, else rows). A row is an object, or a line of JSON
+    yet to be read. amount: how much of Rows.total it is.
     """
 
     place: str
@@ -168,8 +168,8 @@ def _from_json(feature: Any, value: Any) -> Any:
 def _data_set(path: str, name: str | None, split: str | None, revision: str | None) -> Rows:
     """A data set's name on the hub, a folder of that form, or what save_to_disk wrote.
 
-    The library says which files of a folder belong to a split. We read them ourselves where we can, row by row, each with
-    its place; it would make a copy of them, and ends the process with some that are damaged.
+    The library says which files of a folder belong to a split. We read them ourselves where we can, row by row, each
+    with its place; it would make a copy of them, and ends the process with some that are damaged.
     """
     import datasets
 
@@ -218,7 +218,9 @@ def _files_of_splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
 
 
 def _may_be_on_the_hub(path: str) -> bool:
-    """Whether a path that does not exist has the form of a name on the hub: name or owner/name, no suffix of a data file."""
+    """Whether a path that does not exist has the form of a name on the hub: name or owner/name, no suffix of a data
+    file.
+    """
     parts = path.split("/")
     is_file = suffix(Path(path)) in READERS or Path(path).suffix.lower() in COMPRESSED
     return len(parts) <= 2 and all(parts) and not is_file and not path.startswith((".", "~"))

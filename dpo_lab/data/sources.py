@@ -85,11 +85,12 @@ class Source(Shape):
 class Data(Source):
     """Settings of the pairs and of how they are fed: of one source's, or of several mixed by weight, or of a world's.
 
-    validation_path, validation_split: where held-out pairs come from; neither: validation_fraction of all, by a hash of the
-    prompt. At most validation_pairs are held out. fraction: of the training pairs only so much, a smaller one inside a
-    larger. batch_size: pairs an optimizer step, over all devices; tokens_per_microbatch: at most so many go through the
-    model at once (a pair of more tokens goes alone), in training and wherever else its log-probabilities are computed:
-    memory depends on it, results do not. workers: processes that read and tokenise many rows; none: one a core.
+    validation_path, validation_split: where held-out pairs come from; neither: validation_fraction of all, by a hash of
+    the prompt. At most validation_pairs are held out. fraction: of the training pairs only so much, a smaller one
+    inside a larger. batch_size: pairs an optimizer step, over all devices; tokens_per_microbatch: at most so many go
+    through the model at once (a pair of more tokens goes alone), in training and wherever else its log-probabilities
+    are computed: memory depends on it, results do not. workers: processes that read and tokenise many rows; none: one a
+    core.
     """
 
     sources: dict[str, Source] = field(default_factory=dict)
@@ -200,8 +201,8 @@ class Data(Source):
         )
 
     def choose(self, store: TokenizedPairs) -> Splits:
-        """Train and held-out pairs of the store, no prompt on both sides. Raises BadData where pairs contradict each other,
-        unless that is allowed, and where a split is empty.
+        """Train and held-out pairs of the store, no prompt on both sides. Raises BadData where pairs contradict each
+        other, unless that is allowed, and where a split is empty.
         """
         counts = Counter(store.counts)
         kept = self._without_contradictions(store, counts) & self._mixed(store, counts)

@@ -27,7 +27,9 @@ Numbered = Iterator[tuple[int, Any, int]]  # a row's number, the row, and how mu
 
 
 def decompressed(file: Path, raw: Any) -> io.BufferedIOBase:
-    """The content of an open file, decompressed by the file's suffix. To be held: what is let go closes the file under it."""
+    """The content of an open file, decompressed by the file's suffix. To be held: what is let go closes the file under
+    it.
+    """
     match file.suffix.lower():
         case ".gz":
             return gzip.GzipFile(fileobj=raw)
@@ -155,7 +157,9 @@ class JsonArrayReader:
 
 
 def table(opened: io.BufferedIOBase, delimiter: str) -> Numbered:
-    """Rows of CSV by the names in the first, each with the line that it begins on; cells beyond the names are under None."""
+    """Rows of CSV by the names in the first, each with the line that it begins on; cells beyond the names are under
+    None.
+    """
     # what is not UTF-8 goes on as lone surrogates, which are refused with the row's number
     text = io.TextIOWrapper(opened, "utf-8-sig", "surrogateescape", newline="")  # type: ignore[arg-type]
     csv.field_size_limit(LONGEST)

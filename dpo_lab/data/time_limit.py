@@ -18,10 +18,11 @@ class TimeLimitExceeded(Exception):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeIsUp inside, once so much time has passed. Costs microseconds; only a process's main thread can be told.
+    """Raises TimeIsUp inside, once so much time has passed. Costs microseconds; only a process's main thread can be
+    told.
 
-    A single operation of Python's own that does not end (a power of huge numbers) can't be interrupted: the process is ended
-    by SIGPROF then, whose default is to end it.
+    A single operation of Python's own that does not end (a power of huge numbers) can't be interrupted: the process is
+    ended by SIGPROF then, whose default is to end it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -29,16 +29,17 @@ SHOWN = 20  # characters of a text that an error shows
 class PairTokenizer:
     """Token ids of prompts and responses.
 
-    A prompt of plain text is what the tokenizer begins every text with (a begin token, or nothing) and the prompt's last
-    tokens, at most max_prompt_length in all; a response is its first tokens and the end token, as many as fit into
-    max_length with the prompt. Both responses of a pair keep the same prompt. A truncated response loses its end token: it
-    does not end there. A chat is rendered by the tokenizer's template: its prompt ends where the assistant's answer
-    begins, a response is the answer and the token that ends its turn; what a template writes after that is left out. Without
-    `ends` no response of plain text has an end token: all were cut before they came here.
+    A prompt of plain text is what the tokenizer begins every text with (a begin token, or nothing) and the prompt's
+    last tokens, at most max_prompt_length in all; a response is its first tokens and the end token, as many as fit into
+    max_length with the prompt. Both responses of a pair keep the same prompt. A truncated response loses its end token:
+    it does not end there. A chat is rendered by the tokenizer's template: its prompt ends where the assistant's answer
+    begins, a response is the answer and the token that ends its turn; what a template writes after that is left out.
+    Without `ends` no response of plain text has an end token: all were cut before they came here.
 
-    No token lies across the border of prompt and response, and both together decode to what the two strings make together.
-    So both sides of a pair have the same prompt tokens, those that sampling begins with. A response is tokenised as it stands
-    in the middle of a text, not as a text of its own, before which SentencePiece would put a space.
+    No token lies across the border of prompt and response, and both together decode to what the two strings make
+    together. So both sides of a pair have the same prompt tokens, those that sampling begins with. A response is
+    tokenised as it stands in the middle of a text, not as a text of its own, before which SentencePiece would put a
+    space.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -124,7 +125,9 @@ class PairTokenizer:
         return [pair for pair in encoded if pair is not None]
 
     def tokenised(self, pairs: Iterable[Pair], counts: Counter[str]) -> list[tuple[Pair, tuple[Ids, Ids, Ids]]]:
-        """Each pair with the ids of its prompt, chosen and rejected, all of them before truncation, without begin and end."""
+        """Each pair with the ids of its prompt, chosen and rejected, all of them before truncation, without begin and
+        end.
+        """
         pairs = list(pairs)
         texts = [self._texts(pair, counts) for pair in pairs]
         prompts = self._batch([prompt for prompt, *_ in texts])
@@ -183,8 +186,8 @@ class PairTokenizer:
         return prompt, chosen, rejected
 
     def _without_opening(self, pair: Pair, prompt: str, wholes: list[str]) -> tuple[str, int]:
-        """The prompt up to where answers and the opening of an answer part: a '<think>' that no answer has, say; and where
-        the question ends.
+        """The prompt up to where answers and the opening of an answer part: a '<think>' that no answer has, say; and
+        where the question ends.
         """
         closed = self._chat.render(_messages(pair.prompt), pair.tools)
         if not all(whole.startswith(closed) for whole in wholes):
@@ -223,7 +226,9 @@ class PairTokenizer:
 
     @cached_property
     def _starts_plainly(self) -> bool:
-        """Whether a text's first word is tokenised as it is after a line break, and joins what comes before it as text does."""
+        """Whether a text's first word is tokenised as it is after a line break, and joins what comes before it as text
+        does.
+        """
         alone = {text: self._ids(text) for text in ("a", " a")}
         return all(
             self._ids("a\n" + text)[-len(ids) :] == ids and self._decoded(alone["a"] + ids).endswith("a" + text)

@@ -33,7 +33,9 @@ MOST_REPEATED = 0.5  # of the pairs; that many can't all begin their answers wit
 
 @dataclass(frozen=True)
 class BadRows:
-    """What to do with rows that are no pair: skip them, as long as they are at most this share of all, or stop at the first."""
+    """What to do with rows that are no pair: skip them, as long as they are at most this share of all, or stop at the
+    first.
+    """
 
     skip: bool
     most: float
@@ -44,8 +46,8 @@ class TokenizedPairs:
     """All pairs of some sources, each once, in order.
 
     splits [N]: the hash of the prompt that decides on its split; sources [N]: which source a pair is of; places [N] and
-    numbers [N]: where its row stands, see `where`; opposite [N]: the pair that says the contrary, -1 where none does; counts:
-    rows, and what became of those that are no pair here.
+    numbers [N]: where its row stands, see `where`; opposite [N]: the pair that says the contrary, -1 where none does;
+    counts: rows, and what became of those that are no pair here.
     """
 
     table: PairTable

@@ -21,9 +21,9 @@ MODALITIES = ("vision", "visual", "image", "audio", "speech", "multi_modal", "mu
 def check_keys(model: nn.Module, info: Mapping[str, Collection[Any]], key: str, prefix_key: str | None = None) -> None:
     """Raise PolicyError where weights were drawn at random, or weights of the model's own parts were left out.
 
-    info: what from_pretrained gives with output_loading_info; key: what the user typed, as policy.path=FOLDER; prefix_key:
-    the key that takes a prefix off the names. Whole parts that the model does not have (a reward head, a value head, a
-    vision tower) are left out with a warning.
+    info: what from_pretrained gives with output_loading_info; key: what the user typed, as policy.path=FOLDER;
+    prefix_key: the key that takes a prefix off the names. Whole parts that the model does not have (a reward head, a
+    value head, a vision tower) are left out with a warning.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     mismatched = [f"{name} {list(file)} instead of {list(own)}" for name, file, own in sorted(info["mismatched_keys"])]

@@ -49,7 +49,9 @@ def sample_without_cache(model: PreTrainedModel) -> None:
 
 
 class FullRows:
-    """Each step forwards whole rows, those of equal length together: no padding, no cache, right for every causal model."""
+    """Each step forwards whole rows, those of equal length together: no padding, no cache, right for every causal
+    model.
+    """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Tokens]) -> None:
         self.model = model

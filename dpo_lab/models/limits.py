@@ -26,8 +26,8 @@ DEPENDS_ON_THE_BATCH = {"dynamic": "max_position_embeddings", "longrope": "origi
 
 @dataclass(frozen=True)
 class Limits:
-    """rows: of the embedding; positions: how many the model was made for, None where it has no such limit; why_hard: why
-    more than that can't be computed, None where they can.
+    """rows: of the embedding; positions: how many the model was made for, None where it has no such limit; why_hard:
+    why more than that can't be computed, None where they can.
     """
 
     rows: int

@@ -82,8 +82,8 @@ def read_policy(settings: Pretrained, seed: int) -> Policy:
 
 
 def check_behaviour(policy: Policy, settings: Pretrained, cache: Path | None) -> None:
-    """Look at what the model says of made-up tokens: raise PolicyError where it can't be trusted, and sample without a KV
-    cache where the cache can't be. cache: a folder to keep what was seen in.
+    """Look at what the model says of made-up tokens: raise PolicyError where it can't be trusted, and sample without a
+    KV cache where the cache can't be. cache: a folder to keep what was seen in.
     """
     behaviour = behaviour_of(policy.model, cache)
     if behaviour.refused is not None:

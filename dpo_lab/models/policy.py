@@ -122,8 +122,8 @@ def _saved_by_this_rank(model: PreTrainedModel) -> Iterator[None]:
 class Dtype(str, Enum):
     """What weights are kept in. trainer.precision says what is computed in.
 
-    bfloat16 takes 2 bytes a frozen weight. A trained one takes 16 either way: 2 for itself, 2 for its gradient, and 12 for the
-    float32 master copy and moments that AdamW keeps of it, see training/master_weights.py.
+    bfloat16 takes 2 bytes a frozen weight. A trained one takes 16 either way: 2 for itself, 2 for its gradient, and 12
+    for the float32 master copy and moments that AdamW keeps of it, see training/master_weights.py.
     """
 
     float32 = "float32"
@@ -134,18 +134,20 @@ class Dtype(str, Enum):
 class Pretrained(PolicyConfig):
     """A causal language model of your own: a Hugging Face folder, or a name on the hub.
 
-    revision: a branch, tag or commit on the hub; gguf_file: a GGUF file in it, whose weights are dequantised; package: a
-    Python package that carries the model as a GGUF file, taken instead of `path` where it is installed; dtype: what weights
-    are kept and trained in; attention: transformers' name of one (none: its own choice), for models that take padded rows;
-    chat_template: a Jinja file in place of the tokenizer's own template; key_prefix: what is taken off the front of the
-    weights' names, as torch.compile and wrappers put it there ('_orig_mod.').
+    revision: a branch, tag or commit on the hub; gguf_file: a GGUF file in it, whose weights are dequantised; package:
+    a Python package that carries the model as a GGUF file, taken instead of `path` where it is installed; dtype: what
+    weights are kept and trained in; attention: transformers' name of one (none: its own choice), for models that take
+    padded rows; chat_template: a Jinja file in place of the tokenizer's own template; key_prefix: what is taken off the
+    front of the weights' names, as torch.compile and wrappers put it there ('_orig_mod.').
 
-    rank: none trains the whole model; a number trains low-rank adapters alone, W + alpha / rank B A with B = 0 at the start
-    (Hu et al. 2021, arXiv:2106.09685, equation 3). targets: names of the matrices that get one, or all-linear: all but the
-    LM head. adapter: a folder of trained adapters, which `path` may be too: merged into their base where the whole model is
-    trained, gone on with where rank is set. merge: the trained policy is saved whole instead of as adapters.
+    rank: none trains the whole model; a number trains low-rank adapters alone, W + alpha / rank B A with B = 0 at the
+    start (Hu et al. 2021, arXiv:2106.09685, equation 3). targets: names of the matrices that get one, or all-linear:
+    all but the LM head. adapter: a folder of trained adapters, which `path` may be too: merged into their base where
+    the whole model is trained, gone on with where rank is set. merge: the trained policy is saved whole instead of as
+    adapters.
 
-    Only safetensors and GGUF are read, unless pickled_weights; no code of the model's own is run, unless trust_remote_code.
+    Only safetensors and GGUF are read, unless pickled_weights; no code of the model's own is run, unless
+    trust_remote_code.
     """
 
     path: str = ""
@@ -198,8 +200,8 @@ class Pretrained(PolicyConfig):
     def load(self, seed: int = 0, cache: Path | None = None, known: bool = False) -> Policy:
         """The model, on the fastest forward path that is proven for it, and its tokenizer.
 
-        seed: of what is drawn anew; cache: a folder to keep in how the model behaves, which is looked at once, unless it is
-        known to be as it should. Raises PolicyError where they can't be had or can't be trained.
+        seed: of what is drawn anew; cache: a folder to keep in how the model behaves, which is looked at once, unless
+        it is known to be as it should. Raises PolicyError where they can't be had or can't be trained.
         """
         from dpo_lab.models.forward import select_forward
         from dpo_lab.models.load import check_behaviour, read_policy
@@ -225,7 +227,9 @@ def is_adapter(folder: Path) -> bool:
 
 
 def trainable_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose training leaves `model` as it is. What is frozen is shared: under LoRA the base stands in memory once."""
+    """A copy whose training leaves `model` as it is. What is frozen is shared: under LoRA the base stands in memory
+    once.
+    """
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
@@ -235,7 +239,9 @@ def load_policy(folder: Path) -> Policy:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A hash of all weights: names, shapes, dtypes and values. Adapters that are still zero count as none, however drawn."""
+    """A hash of all weights: names, shapes, dtypes and values. Adapters that are still zero count as none, however
+    drawn.
+    """
     import torch
 
     weights = model.state_dict()

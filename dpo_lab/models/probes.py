@@ -33,7 +33,9 @@ LEAK_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 
 @dataclass(frozen=True)
 class Behaviour:
-    """refused: why nothing that a model says can be trusted; uncached: why its samples take no cache; None where they can."""
+    """refused: why nothing that a model says can be trusted; uncached: why its samples take no cache; None where they
+    can.
+    """
 
     refused: str | None = None
     uncached: str | None = None
@@ -92,7 +94,9 @@ def ropes_of(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """A hash of versions, class, config, and of each weight's name, shape, dtype and some of its values: read in no time."""
+    """A hash of versions, class, config, and of each weight's name, shape, dtype and some of its values: read in no
+    time.
+    """
     versions = [FORMAT, transformers.__version__, torch.__version__]
     config = causal_lm(model).config.to_json_string()
     digest = hashlib.blake2b(json.dumps([*versions, str(type(causal_lm(model))), config]).encode(), digest_size=8)

@@ -66,10 +66,10 @@ def sample(
     """One response for each prompt (token ids), drawn from the model's full distribution at temperature 1.
 
     Each prompt has its own uniform numbers, a function of (seed, its place in `prompts`): how prompts are batched does
-    not change what is drawn, but for a rounding at the edge of a token's share. by_ranks: all ranks call this, share the
-    batches out and get all samples; a batch holds the same prompts whatever their number, so the draws are the same to the
-    last bit. progress is called with the number of responses finished since the last call, the other ranks taken to be as
-    far as this one.
+    not change what is drawn, but for a rounding at the edge of a token's share. by_ranks: all ranks call this, share
+    the batches out and get all samples; a batch holds the same prompts whatever their number, so the draws are the same
+    to the last bit. progress is called with the number of responses finished since the last call, the other ranks taken
+    to be as far as this one.
     """
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)

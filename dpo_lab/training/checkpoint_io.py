@@ -35,8 +35,8 @@ class CheckpointError(RunFailed):
 class VerifiedCheckpointIO(CheckpointIO):
     """Checkpoints with their checksum in the zip archive's comment, so that plain torch.load reads them, mapped or not.
 
-    A file is streamed to a temporary sibling, so neither memory nor another file system holds it a second time, and a crash
-    at any point leaves the old file or the new one.
+    A file is streamed to a temporary sibling, so neither memory nor another file system holds it a second time, and a
+    crash at any point leaves the old file or the new one.
     """
 
     def save_checkpoint(self, checkpoint: Mapping[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -166,7 +166,9 @@ def newest(folder: Path) -> Path | None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what saves that a crash cut short left behind, and nothing else; gives what it was. The caller holds `folder`."""
+    """Remove what saves that a crash cut short left behind, and nothing else; gives what it was. The caller holds
+    `folder`.
+    """
     left = sorted(path for path in folder.glob(".*.tmp") if _LEFTOVER.fullmatch(path.name) and path.is_file())
     for path in left:
         path.unlink()

@@ -21,8 +21,8 @@ from dpo_lab.training.optim import Optim
 class SFT:
     """Settings of supervised fine-tuning on the world's reviews: `steps` steps of `batch_size` reviews, each seen once.
 
-    On rows of the user's the steps are trainer.max_steps, their optimiser optim, and only this holds: text_column, the column
-    of whole texts (none: the rows are pairs, whose chosen responses are learned).
+    On rows of the user's the steps are trainer.max_steps, their optimiser optim, and only this holds: text_column, the
+    column of whole texts (none: the rows are pairs, whose chosen responses are learned).
     """
 
     steps: int = 256

@@ -16,9 +16,9 @@ MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 class MasterAdamW(AdamW):
     """AdamW whose state holds a float32 master copy of every weight that is kept in fewer bits.
 
-    bfloat16 has 8 significant bits, so an update of less than 1/512 of a weight would be lost each time. Here updates add
-    up in the master copy; after each step the weight is the master copy, rounded. Moments are float32, too: a weight takes
-    12 bytes of state. Weights that are float32 already are updated in place.
+    bfloat16 has 8 significant bits, so an update of less than 1/512 of a weight would be lost each time. Here updates
+    add up in the master copy; after each step the weight is the master copy, rounded. Moments are float32, too: a
+    weight takes 12 bytes of state. Weights that are float32 already are updated in place.
     """
 
     @torch.no_grad()

@@ -21,11 +21,12 @@ _earlier: dict[str, int] = {}  # by kind of device: the highest peak before the 
 
 
 class MemoryTracker:
-    """The memory of one training, from before its policy is made until its last step. All ranks have to use it together.
+    """The memory of one training, from before its policy is made until its last step. All ranks have to use it
+    together.
 
-    What stood in memory when it was made is not the training's: what SFT and the sampling of pairs left in the same process is
-    given back first, and the initial policy, which the evaluation needs, is there already. Code that the first step loads
-    counts where nothing loaded it before, some 10 MB: of a policy of that size a peak says little.
+    What stood in memory when it was made is not the training's: what SFT and the sampling of pairs left in the same
+    process is given back first, and the initial policy, which the evaluation needs, is there already. Code that the
+    first step loads counts where nothing loaded it before, some 10 MB: of a policy of that size a peak says little.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,9 +39,10 @@ class MemoryTracker:
         self.weight_bytes = bytes_of_weights([policy] if reference is None else [policy, reference])
 
     def as_record(self) -> dict[str, Any]:
-        """`weights`: of policy and reference together, `peak_growth`: by how much more memory was in use than before at the
-        worst moment, of the worst rank, both in units of the policy's own weights, `policy_bytes`. peak_growth holds gradients,
-        the optimizer's state and activations too; it is None where the system does not let a peak count anew.
+        """`weights`: of policy and reference together, `peak_growth`: by how much more memory was in use than before at
+        the worst moment, of the worst rank, both in units of the policy's own weights, `policy_bytes`. peak_growth
+        holds gradients, the optimizer's state and activations too; it is None where the system does not let a peak
+        count anew.
         """
         growth = _peak(self.device) - self.before if self.before is not None else -1
         largest = all_reduce_max(growth)
@@ -58,7 +60,9 @@ def bytes_of_weights(models: Iterable[nn.Module]) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory, bytes, that any rank has used so far: on its GPU, without one of the process. All have to call it."""
+    """The most memory, bytes, that any rank has used so far: on its GPU, without one of the process. All have to call
+    it.
+    """
     return all_reduce_max(max(_peak(device), _earlier.get(device.type, 0)))
 
 

@@ -26,8 +26,9 @@ def nonfinite_pairs(
 ) -> list[str]:
     """Keys of the pairs of a batch that have a loss that is not finite, or, if none has, a gradient.
 
-    losses: of the parts, as they were trained on. Pairs are tried one by one; where each is finite alone, the whole part is
-    named. Without `parameters` (none that a rank could go backward to by itself) it is the parts by their losses.
+    losses: of the parts, as they were trained on. Pairs are tried one by one; where each is finite alone, the whole
+    part is named. Without `parameters` (none that a rank could go backward to by itself) it is the parts by their
+    losses.
     """
     wrong = [part for part, loss in zip(parts, losses, strict=True) if not torch.isfinite(loss)]
     if not parameters:

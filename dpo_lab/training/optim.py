@@ -59,8 +59,8 @@ class Optim:
     ) -> tuple[Optimizer, LRScheduler]:
         """The optimiser over the parameters that train, and its schedule over `total_steps` optimizer steps.
 
-        Weights kept in 16 bits are trained through float32 master copies. fused: one pass over memory instead of ten; rounds
-        differently.
+        Weights kept in 16 bits are trained through float32 master copies. fused: one pass over memory instead of ten;
+        rounds differently.
         """
         from torch.optim import AdamW
         from torch.optim.lr_scheduler import LambdaLR
@@ -77,7 +77,9 @@ class Optim:
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Scale gradients down to max_grad_norm; gives their norm from before, which is not finite if one of them is not."""
+        """Scale gradients down to max_grad_norm; gives their norm from before, which is not finite if one of them is
+        not.
+        """
         from torch.nn.utils import clip_grad_norm_, get_total_norm
 
         if self.max_grad_norm is not None:

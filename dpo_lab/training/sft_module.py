@@ -18,7 +18,8 @@ from dpo_lab.training.optim import Optim
 class SFTModule(BaseModule):
     """Trains `model` to say chosen responses: by the mean over all response tokens of a step, all ranks' together.
 
-    A long response weighs as much as its tokens. Batches are of pairs whose rejected side is empty, see PairTable.chosen_alone.
+    A long response weighs as much as its tokens. Batches are of pairs whose rejected side is empty, see
+    PairTable.chosen_alone.
     """
 
     title = "SFT"
@@ -27,7 +28,7 @@ class SFTModule(BaseModule):
         super().__init__(model, optim, TokenLoss, total_steps=total_steps, tokens_per_microbatch=tokens_per_microbatch)
         self.tokens = 0  # that were trained on
 
-    def size(self, batch: PairBatch) -> int:
+    def normalizer(self, batch: PairBatch) -> int:
         tokens = int(self.trainer.strategy.reduce(batch.lengths[:, 1].sum(), reduce_op="sum"))
         self.tokens += tokens
         return tokens
@@ -51,7 +52,9 @@ class SFTModule(BaseModule):
 
 
 class TokenLoss(FixedDtypeMetric):
-    """Negative log-likelihood, nats, of a response token: a mean over all that were seen, added up over batches and ranks."""
+    """Negative log-likelihood, nats, of a response token: a mean over all that were seen, added up over batches and
+    ranks.
+    """
 
     nats: Tensor
     tokens: Tensor

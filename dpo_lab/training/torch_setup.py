@@ -31,8 +31,8 @@ def setup_torch(threads: int | None, on_cpu: bool) -> None:
 def set_up_device(strategy: Strategy) -> None:
     """Make the strategy's device this process's own and initialise it. Call before anything else asks for it.
 
-    Lightning does so when a fit starts, too late here: the reference is computed, and memory counted, before. On the CPU
-    nothing happens.
+    Lightning does so when a fit starts, too late here: the reference is computed, and memory counted, before. On the
+    CPU nothing happens.
     """
     assert strategy.accelerator is not None
     strategy.accelerator.setup_device(strategy.root_device)
@@ -62,7 +62,9 @@ def keep_memory() -> bool:
 
 
 def release_free_memory() -> None:
-    """Let the system have, once, what this process has freed and kept; nothing happens where the C library is not glibc."""
+    """Let the system have, once, what this process has freed and kept; nothing happens where the C library is not
+    glibc.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)

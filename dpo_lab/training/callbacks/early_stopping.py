@@ -18,8 +18,8 @@ BEST, LAST = "best", "last"
 class EarlyStopping(callbacks.EarlyStopping):
     """Stops as Lightning's does, and remembers which validation was the best.
 
-    policy_to_keep: `best` or `last`, the policy that is saved and evaluated when training ends, stopped early or not. For
-    `best` a checkpoint is saved before every validation, and that of the best one stays until the run has another.
+    policy_to_keep: `best` or `last`, the policy that is saved and evaluated when training ends, stopped early or not.
+    For `best` a checkpoint is saved before every validation, and that of the best one stays until the run has another.
     """
 
     def __init__(self, monitor: str, policy_to_keep: str = BEST, **settings: Any) -> None:

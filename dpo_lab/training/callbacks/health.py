@@ -25,8 +25,8 @@ LIVE, FINAL = "health/live", "health"  # tags in TensorBoard
 class Health(Callback):
     """Looks at the run's record and journal, as anyone can afterwards, whenever figures were logged; on rank 0.
 
-    What was said is in the checkpoint: a run that goes on does not say it again, and shows again only what TensorBoard has
-    forgotten by going back to the checkpoint's step.
+    What was said is in the checkpoint: a run that goes on does not say it again, and shows again only what TensorBoard
+    has forgotten by going back to the checkpoint's step.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,8 @@ log = logging.getLogger("dpo_lab")
 
 
 class TimeLimit(Callback):
-    """Ends a start after `max_time` of training as SIGTERM would: the step is finished and saved, and the run can go on.
+    """Ends a start after `max_time` of training as SIGTERM would: the step is finished and saved, and the run can go
+    on.
 
     Every start has all of the time, and does one step at least. The time is not looked at before the last step.
     """

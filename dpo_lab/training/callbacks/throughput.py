@@ -15,8 +15,8 @@ from dpo_lab.distributed.collectives import all_gather_object
 class Throughput(Callback):
     """Counts what this start of the run trains on and for how long: from the first step to the last, validation aside.
 
-    A pair's tokens are its prompt's, counted once, and both responses'; supervised fine-tuning counts each response as a
-    pair that has one side.
+    A pair's tokens are its prompt's, counted once, and both responses'; supervised fine-tuning counts each response as
+    a pair that has one side.
     """
 
     def __init__(self) -> None:

@@ -56,7 +56,9 @@ def show_histogram(trainer: Trainer, name: str, counted: HistogramCounts, step: 
 
 
 def show_samples(loggers: Iterable[Logger], samples: Sequence[Mapping[str, str]], step: int, most: int = 16) -> None:
-    """The first samples, as many as `most`, side by side: what the initial and the trained policy say to the same prompts."""
+    """The first samples, as many as `most`, side by side: what the initial and the trained policy say to the same
+    prompts.
+    """
     if not samples:
         return
     rows = [[sample[key] for key in ("prompt", "initial", "trained")] for sample in samples[:most]]

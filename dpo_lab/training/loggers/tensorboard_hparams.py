@@ -1,7 +1,7 @@
 """A run's row in TensorBoard's HPARAMS table: settings at the start, metrics and status at the end.
 
-TensorBoard believes the first word that a folder says about a run. So a run's end is a file that its next start takes away,
-and no list of columns is written: TensorBoard then takes them from all runs.
+TensorBoard believes the first word that a folder says about a run. So a run's end is a file that its next start takes
+away, and no list of columns is written: TensorBoard then takes them from all runs.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -33,7 +33,9 @@ START, END = "settings", "end"  # how the names of the two files end
 
 
 def columns(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """The settings that runs are compared by, by dotted key, without secrets and what is not set; lists are spelled out."""
+    """The settings that runs are compared by, by dotted key, without secrets and what is not set; lists are spelled
+    out.
+    """
     settings = {k: v for k, v in flatten(redact(config)).items() if v is not None and not _is_hidden(k)}
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
 
