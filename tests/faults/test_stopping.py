@@ -216,7 +216,7 @@ def test_10_a_loss_or_gradient_that_is_not_finite_ends_the_fit_before_the_step(k
     assert said.startswith(
         f"step {step}: the loss or its gradient is not finite (pair {Poisoned.bad}). It was not trained"
     )
-    assert f"the last checkpoint, from before it, is {last}." in said
+    assert f"the last checkpoint before it is {last}." in said
     assert "optim.lr" in said
     assert "\n" not in said
     assert newest(tmp_path / CHECKPOINTS) == last
