@@ -437,7 +437,7 @@ BAD = [
         "field 'summaries.first' is missing ('summaries' has 1 items)",
     ),
     (ROW, {"columns": {"system": "persona"}}, "field 'persona' is missing"),
-    (ROW, {"format": "transcript"}, r"field 'chosen' is no transcript: it must begin with '\n\nHuman:'"),
+    (ROW, {"format": "transcript"}, r"field 'chosen' is not a transcript: it must begin with '\n\nHuman:'"),
     (
         {"chosen": dialogue("Hi", "a", "And?", "b"), "rejected": dialogue("Hi", "a")},
         {},

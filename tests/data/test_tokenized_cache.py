@@ -81,7 +81,7 @@ def test_pairs_that_say_the_contrary_know_each_other(tmp_path):
 def test_a_bad_row_stops_it_and_leaves_nothing_behind(tmp_path):
     path = written(tmp_path / "x.jsonl", row(1), {"prompt": "p"}, row(2))
     with pytest.raises(
-        BadData, match=r"x.jsonl:2: field 'chosen' is missing .*; mend the row, or type data.on_bad_row=skip"
+        BadData, match=r"x.jsonl:2: field 'chosen' is missing .*; fix the row, or type data.on_bad_row=skip"
     ):
         store_of(tmp_path / "cache", path)
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
