@@ -209,18 +209,16 @@ class Shape:
         if not self.as_chat and all(isinstance(text, str) for text in (prompt, chosen, rejected)):
             for name, value in (("system", system), ("tools", tools)):
                 if value:
-                    raise field_error(
-                        self._column(name), "can't be used with plain text; type data.as_chat=true for messages"
-                    )
+                    what = "can't be used with plain text; type data.as_chat=true for messages"
+                    raise field_error(self._column(name), what)
             return Pair(prompt, chosen, rejected)
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in (chosen, rejected)]
         common = shared(*sides)
         messages = merge_messages(given, sides[0][:common])
         if not messages:
-            raise field_error(
-                "prompt", f"is missing, or empty, and both sides share no first message (the row {describe(row)})"
-            )
+            what = f"is missing, or empty, and both sides share no first message (the row {describe(row)})"
+            raise field_error("prompt", what)
         if system and all(turn["role"] != "system" for turn in messages):
             messages = [{"role": "system", "content": system}, *messages]
         for name, side in zip(SIDES, sides, strict=True):
