@@ -117,7 +117,7 @@ class _Head:
         return (shifted + probabilities.amax(-1, keepdim=True).log())[:, 0]  # the highest has probability 1 / sum
 
     def add_gradient(self, chunk: slice, derivative: Tensor) -> None:
-        """Add the gradients of the chunk that was scored last; derivative [rows]: of the loss by each log-probability."""
+        """Add the gradients of the chunk scored last; derivative [rows]: of the loss by each log-probability."""
         hidden, targets = self.hidden[chunk], self.targets[chunk, None]
         logits, residual = self.logits[: len(hidden)], self.probabilities[: len(hidden)]
         residual.scatter_add_(1, targets, residual.new_full(targets.shape, -1.0))  # d logp / d logits, negated

@@ -56,7 +56,7 @@ class Pair:
 
     @property
     def decides_split(self) -> Text:
-        """The text that decides the split and must not be in both parts: the prompt, or the text if there is no prompt."""
+        """The text that decides the split: the prompt, or the text if there is no prompt; it is never in both splits."""
         return self.prompt if self.rejected else self.chosen
 
 

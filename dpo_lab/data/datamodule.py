@@ -96,7 +96,7 @@ class PreferenceDataModule(LightningDataModule):
         return self._loader(self.held_out, batches, 0)
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the worker processes: a trainer that fails during validation does not, and would wait for them at exit."""
+        """End the workers: a trainer that fails during validation does not, and would wait for them at exit."""
         if self.trainer:
             self.trainer.fit_loop.teardown()
 

@@ -204,7 +204,7 @@ class Shape:
         return rated
 
     def _pair(self, row: Row, prompt: Text, chosen: Text, rejected: Text) -> Pair:
-        """Build a pair of text if all is text, else of chat; messages that both responses share belong to the prompt."""
+        """Build a pair of text if all is text, else of chat; shared first messages belong to the prompt."""
         system, tools = self._system(row), self._tools(row)
         if not self.as_chat and all(isinstance(text, str) for text in (prompt, chosen, rejected)):
             for name, value in (("system", system), ("tools", tools)):
@@ -237,7 +237,7 @@ class Shape:
         return name in self.columns or name in row
 
     def _get(self, row: Row, name: str, default: Any = REQUIRED) -> Any:
-        """Return the row's value of a column; `default`, if given, when it is missing and `columns` does not name it."""
+        """Return the value of a column; `default`, if given, if it is missing and `columns` does not name it."""
         path = self._column(name)
         if path in row:
             return row[path]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-# Given to templates that ask for the current date, so that tokens are the same on every day; the fallback of Llama's templates
+# Given to templates that ask for the current date, so that tokens don't depend on the day; the fallback of Llama's
 DATE = datetime(2024, 7, 26)
 
 BEGUN = "prompts that hold the begin token already"

@@ -19,7 +19,7 @@ SHOWN = 300  # characters of a library's error to show
 
 
 class BadData(ValueError):
-    """Raised for data that can't be read or are not pairs; the message is one line with the location and what to type."""
+    """Raised for data that can't be read or are not pairs; the message is one line with location and what to type."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _files_of_splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
 
 
 def _may_be_on_the_hub(path: str) -> bool:
-    """Return whether a path has the form of a name on the hub: name or owner/name, without the suffix of a data file."""
+    """Return whether a path may be a name on the hub: name or owner/name, without the suffix of a data file."""
     parts = path.split("/")
     is_file = suffix(Path(path)) in READERS or Path(path).suffix.lower() in COMPRESSED
     return len(parts) <= 2 and all(parts) and not is_file and not path.startswith((".", "~"))

@@ -27,7 +27,7 @@ Numbered = Iterator[tuple[int, Any, int]]  # number of a row, the row, and its s
 
 
 def decompressed(file: Path, raw: Any) -> io.BufferedIOBase:
-    """Return an open file decompressed by its suffix. Keep a reference to it: it closes the file when it is collected."""
+    """Return an open file decompressed by its suffix. Keep a reference: it closes the file when collected."""
     match file.suffix.lower():
         case ".gz":
             return gzip.GzipFile(fileobj=raw)

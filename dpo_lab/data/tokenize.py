@@ -72,7 +72,7 @@ class PairTokenizer:
         return self._ids("a")
 
     def cut(self, prompt: Any, response: Any, last: Any) -> np.ndarray:
-        """Return which responses were truncated, from the lengths of prompt and response and the response's last token."""
+        """Return which responses were truncated, from the lengths of prompt and response and the last token."""
         return (
             np.isin(last, self.end_ids, invert=True) if self.ends else np.asarray(prompt + response >= self.max_length)
         )
@@ -124,7 +124,7 @@ class PairTokenizer:
         return [pair for pair in encoded if pair is not None]
 
     def tokenised(self, pairs: Iterable[Pair], counts: Counter[str]) -> list[tuple[Pair, tuple[Ids, Ids, Ids]]]:
-        """Return each pair with the ids of prompt, chosen and rejected, not truncated and without begin and end tokens."""
+        """Return each pair with the ids of prompt, chosen and rejected, before truncation, begin and end tokens."""
         pairs = list(pairs)
         texts = [self._texts(pair, counts) for pair in pairs]
         prompts = self._batch([prompt for prompt, *_ in texts])
@@ -224,7 +224,7 @@ class PairTokenizer:
 
     @cached_property
     def _adds_no_space(self) -> bool:
-        """Whether the first word of a text is tokenized as after a line break, and decodes without a space before it."""
+        """Whether the first word of a text is tokenized as after a line break, and decodes without a space."""
         ids_of = {text: self._ids(text) for text in ("a", " a")}
         return all(
             self._ids("a\n" + text)[-len(ids) :] == ids and self._decoded(ids_of["a"] + ids).endswith("a" + text)
@@ -261,7 +261,7 @@ class PairTokenizer:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def _fit_prompt(self, begin: Ids, ids: Ids) -> Ids:
-        """Return begin tokens and the last ids; one special token if both are empty, since a response needs a prompt."""
+        """Return begin tokens and the last ids; if both are empty one special token, as the prompt."""
         fitted = begin + ids[max(0, len(ids) - self.max_prompt_length + len(begin)) :]
         return fitted or self._bos or [self.eos_id]
 

@@ -167,7 +167,7 @@ class EvalContext:
 
     @cached_property
     def sample_logps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities (nats) of the trained policy's samples under the trained and the initial policy, [N] each."""
+        """Log-probabilities (nats) of the trained policy's samples under trained and initial policy, [N] each."""
         return self._logps_under_both(self.prompt_ids, [s.tokens for s in self.samples])
 
     @cached_property

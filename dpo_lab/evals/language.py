@@ -69,7 +69,7 @@ def distinct(texts: Sequence[str], n: int) -> Estimate:
 
 
 def repeated(texts: Sequence[str], n: int) -> Estimate | None:
-    """Return the share of n-grams of words that repeat an earlier one of the same text; None if there are no n-grams."""
+    """Return the share of n-grams of words that repeat one of the same text; None if there are no n-grams."""
     totals = [len(_grams(text, n)) for text in texts]
     repeats = [total - len(set(_grams(text, n))) for total, text in zip(totals, texts, strict=True)]
     return ratio(repeats, totals) if sum(totals) else None

@@ -49,7 +49,7 @@ class WinRate:
 def in_both_orders(
     judge: PairwiseJudge, prompts: Sequence[str], trained: Sequence[str], initial: Sequence[str]
 ) -> np.ndarray:
-    """Return wins of the trained policy, [N], averaged over both orders, so that a position bias of the judge cancels."""
+    """Return wins of the trained policy, [N], averaged over both orders, so that position bias cancels."""
     return np.array(
         [(judge(p, a, b) + 1 - judge(p, b, a)) / 2 for p, a, b in zip(prompts, trained, initial, strict=True)],
         np.float64,

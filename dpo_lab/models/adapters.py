@@ -21,7 +21,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_e
 
 
 def base_of(folder: Path) -> str:
-    """Return the base model of the adapters in a folder, as their config names it; raise PolicyError if it names none."""
+    """Return the base model that a folder of adapters names in its config; raise PolicyError if it names none."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:

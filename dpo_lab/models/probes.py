@@ -25,8 +25,8 @@ PROMPTS = (4, 1)  # lengths of the prompts of made-up tokens
 STEPS = 3  # number of tokens that continue each prompt
 FORMAT = "1"  # increase it when a change of the code changes the cached results
 # The largest difference by rounding, relative to the standard deviation of the logits, by dtype of the weights.
-# Measured with a KV cache in 65 architectures and SmolLM2: at most 1e-5 in float32 and .033 in bfloat16; with wrong caches
-# .05 to 4.
+# Measured with a KV cache in 65 architectures and SmolLM2: at most 1e-5 in float32 and .033 in bfloat16; with wrong
+# caches .05 to 4.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
 # The same between equal shapes. Measured: 0; with attention to later tokens 4e-3 and more, at random weights.
 LEAK_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
@@ -185,7 +185,7 @@ def _maximum(logits: Tensor, expected: Tensor) -> float:
 
 
 def _median(logits: Tensor, expected: Tensor) -> float:
-    """Return the median relative difference of T, so that a token that rounding routes to another expert has no effect."""
+    """Return the median relative difference of T, which ignores single tokens that are routed to another expert."""
     return float(_relative_differences(logits, expected).median())
 
 

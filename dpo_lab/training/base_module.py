@@ -185,7 +185,8 @@ class BaseModule(LightningModule):
             self.stopping = signum
             return bool(flag)
         message = torch.stack((flag.long(), torch.tensor(signum, device=flag.device)))
-        is_set, self.stopping = self.trainer.strategy.reduce(message, reduce_op="max").tolist()  # type: ignore[union-attr]
+        reduced: Tensor = self.trainer.strategy.reduce(message, reduce_op="max")  # type: ignore[assignment]
+        is_set, self.stopping = reduced.tolist()
         return bool(is_set)
 
     def _raise_not_finite(self, parts: Sequence[PairBatch], losses: Sequence[Tensor]) -> None:

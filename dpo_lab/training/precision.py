@@ -48,7 +48,7 @@ def check_precision(trainer: Mapping[str, Any]) -> None:
 
 
 def check_device_precision(settings: Mapping[str, Any], trainer: Trainer) -> None:
-    """Raise MisconfigurationException if Lightning selected another precision than requested for the device it found."""
+    """Raise MisconfigurationException if Lightning selected another precision than requested for its device."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     asked, chosen = canonical(settings.get("precision")), trainer.precision_plugin.precision

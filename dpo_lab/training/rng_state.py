@@ -14,7 +14,7 @@ from dpo_lab.core.seeds import derive_seed
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of every random generator as plain values, that of the GPU included if the rank computes on one."""
+    """Return the state of all random generators as plain values, the GPU's included if the rank uses one."""
     _, words, at, has_gauss, gauss = np.random.get_state(legacy=True)
     version, state, next_gauss = random.getstate()
     states = {

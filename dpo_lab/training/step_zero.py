@@ -16,8 +16,8 @@ from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.reference import TOKENS, ReferenceLogps
 from dpo_lab.runs.run_record import RunFailed
 
-# Tolerance in nats per token between two valid computations of the log-probability of a response of one token; for n tokens
-# it is divided by sqrt(n), since rounding errors average out. Keyed by the dtype of matrix products. At least twice the
+# Tolerance in nats per token between two valid computations of a one-token response's log-probability; for n tokens it
+# is divided by sqrt(n), since rounding errors average out. Keyed by the dtype of matrix products. At least twice the
 # largest difference in benchmarks/STEP_ZERO.md; for float64 and float16 derived from their rounding error.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 0.8, torch.float16: 0.1}
 
@@ -97,7 +97,7 @@ def _reference_in_float32(
 
 
 def _differences(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """Return absolute differences in nats per token, and numbers of tokens, of both responses of each pair, [2 B] each."""
+    """Return absolute differences in nats per token, and lengths, of both responses of each pair, [2 B] each."""
     lengths = torch.stack((policy.chosen_length, policy.rejected_length), 1).flatten().double().clamp(min=1)
     difference = policy - reference
     return torch.stack((difference.chosen, difference.rejected), 1).flatten().double().abs() / lengths, lengths

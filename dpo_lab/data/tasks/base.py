@@ -4,8 +4,9 @@ reward.
 A task provides what a controlled experiment needs and real preference data lack:
 
 - gold reward: a reward that can be computed for any text, so that gains are measured.
-- an annotator: prefers response `a` to `b` with probability sigma((gold(a) - gold(b)) / temperature), Bradley-Terry. The
-  reward that DPO can recover is therefore gold / temperature; its optimum is reference x exp(gold / (temperature beta)).
+- an annotator: prefers response `a` to `b` with probability sigma((gold(a) - gold(b)) / temperature), Bradley-Terry.
+  The reward that DPO can recover is therefore gold / temperature; its optimum is reference x exp(gold / (temperature
+  beta)).
 - splits that never overlap: a hash of its text decides the split of a prompt or review, for all seeds.
 - the true preference of every pair: `Pair.gold_margin`, for evaluation only.
 """
