@@ -88,7 +88,7 @@ def _on_truncation(quality: Quality) -> Iterator[str]:
 def _on_splits(quality: Quality) -> Iterator[str]:
     if quality.leaks:
         yield (
-            f"{_count(quality.leaks, 'training pair')} with a prompt whose tokens, after truncation, are held out too:"
+            f"{_count(quality.leaks, 'training pair')} with a prompt that, after truncation, is held out too:"
             " such prompts differ only in the truncated part; type a larger data.max_prompt_length="
         )
     if quality.held_out is not None and (pairs := quality.held_out.pairs) < FEWEST_HELD_OUT:
