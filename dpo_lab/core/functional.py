@@ -54,11 +54,11 @@ def dpo_loss(
     ref_rejected_logps: Tensor,
     beta: float = 0.1,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The DPO loss, a mean over pairs, and what it says of them.
+    """Return the DPO loss, averaged over pairs, and its metrics.
 
-    All four [B]: log-probabilities of whole responses, in nats. metrics: `loss`; `chosen_rewards` and `rejected_rewards`,
-    mean log-ratios to the reference without beta; `reward_margin`, their difference times beta; `accuracy`, the share of
-    pairs with a positive margin, ties half.
+    The four tensors, [B] each, hold log-probabilities summed over a response's tokens, in nats. Metrics: `loss`;
+    `chosen_rewards` and `rejected_rewards`, mean log-ratios to the reference without beta; `reward_margin`, their
+    difference times beta; `accuracy`, the share of pairs with a positive margin, where a tie counts half.
     """
     from dpo_lab.core.metrics import LABELLED, pair_values
 

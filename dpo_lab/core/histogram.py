@@ -9,13 +9,13 @@ from torch import Tensor
 
 from dpo_lab.core.metrics import FixedDtypeMetric
 
-# Upper ends of buckets, each 1.1 times the one before, on both sides of one bucket around 0; the last takes the rest.
+# Upper edges of buckets, growing by a factor of 1.1 on both sides of one bucket around 0; the last bucket is unbounded.
 _POSITIVE = [1e-3 * 1.1**i for i in range(170)]  # to 1e4
 EDGES = [*(-edge for edge in reversed(_POSITIVE)), *_POSITIVE, float("inf")]
 
 
 class HistogramCounts(NamedTuple):
-    """Values that were counted: how many in each bucket of EDGES, their number, range, sum and sum of squares."""
+    """The counts of a histogram: values in each bucket of EDGES; their number, range, sum and sum of squares."""
 
     counts: list[int]
     number: int
@@ -26,9 +26,9 @@ class HistogramCounts(NamedTuple):
 
 
 class Histogram(FixedDtypeMetric):
-    """Counts values; of any number of ranks, each having seen its part, all get the same.
+    """A metric that counts values in buckets, summed over batches and ranks; `compute` returns HistogramCounts.
 
-    compute returns Counted. Values that are not finite are left out.
+    Values that are not finite are left out.
     """
 
     counts: Tensor
@@ -45,7 +45,7 @@ class Histogram(FixedDtypeMetric):
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
-        """values [B]."""
+        """Count values [B]."""
         values = values[values.isfinite()].double()
         if not len(values):
             return

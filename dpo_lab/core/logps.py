@@ -11,19 +11,19 @@ IGNORE = -100
 
 
 def pad_rows(tokens: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
-    """A flat stream as K * B padded rows, all first responses, then all second, ...: (input_ids, labels), [K * B, T] each.
+    """Unpack a stream to padded rows: (input_ids, labels), [K * B, T] each; all first responses, then all second, ...
 
-    tokens [N]: prompt and K responses of item 0, then of item 1, ...; lengths [B, 1 + K]: tokens of each.
-    labels hold the token itself where it is a response token, IGNORE elsewhere. Pads stand right of all real tokens,
-    where a causal model doesn't look, so rows need no attention mask.
+    tokens [N]: prompt and K responses of item 0, then of item 1, ...; lengths [B, 1 + K]: the length of each in tokens.
+    labels hold the token at response tokens, IGNORE elsewhere. Padding is on the right, where a causal model does not
+    attend, so rows need no attention mask.
 
     >>> pad_rows(torch.tensor([1, 2, 7, 8, 9]), torch.tensor([[2, 1, 2]]), pad_id=0)   # 1 2 | 7 | 8 9
     input_ids  [[1, 2, 7, 0], [1, 2, 8, 9]]
     labels     [[I, I, 7, I], [I, I, 8, 9]]
     """
     ends = lengths.cumsum(1)
-    item = ends[:, -1].cumsum(0) - ends[:, -1]  # [B], where each begins in the stream
-    start = (item[:, None] + ends[:, :-1]).T.reshape(-1, 1)  # [K * B, 1], where each response begins
+    item = ends[:, -1].cumsum(0) - ends[:, -1]  # [B], start of each item in the stream
+    start = (item[:, None] + ends[:, :-1]).T.reshape(-1, 1)  # [K * B, 1], start of each response
     response = lengths[:, 1:].T.reshape(-1, 1)
     responses = lengths.shape[1] - 1
     prompt, item = lengths[:, 0].repeat(responses)[:, None], item.repeat(responses)[:, None]
@@ -35,9 +35,9 @@ def pad_rows(tokens: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tens
 
 
 def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of log-probabilities of the labelled tokens and their number, [S] each, from logits [S, T, V].
+    """Return summed log-probabilities of the labelled tokens and the number of these, [S] each, from logits [S, T, V].
 
-    logits at t predict the label at t + 1; labels of IGNORE are not scored; a row without labels has sum 0 and count 0.
+    Logits at t predict the label at t + 1; labels of IGNORE are not scored; a row without labels has sum 0 and count 0.
     Sums are float32, or float64 for float64 logits.
     """
     labels, logits = labels[:, 1:], logits[:, :-1]
@@ -51,11 +51,11 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class StreamRows:
-    """Where a flat stream's tokens stand in their texts, and which rows predict which response tokens.
+    """Position ids of a packed stream, and which of its rows predict which response tokens.
 
-    positions [N]: a token's place in prompt + its own response; rows [R]: index of the stream's row that predicts a
-    response token (the prompt's last row predicts the first token of every response); targets [R]: that token.
-    R counts response tokens in the stream's order.
+    positions [N]: position of each token in its prompt + response; rows [R]: index of the row of the stream that
+    predicts each response token (the last row of a prompt predicts the first token of all its responses); targets [R]:
+    that token. R counts response tokens in the order of the stream.
     """
 
     positions: Tensor
@@ -64,7 +64,7 @@ class StreamRows:
 
 
 def stream_rows(tokens: Tensor, lengths: Tensor) -> StreamRows:
-    """The rows of a flat stream, see pad_rows for `tokens` and `lengths`.
+    """Return positions, rows and targets of a packed stream; for `tokens` and `lengths` see pad_rows.
 
     >>> stream_rows(torch.tensor([1, 2, 7, 8, 9]), torch.tensor([[2, 1, 2]]))
     positions [0, 1, 2, 2, 3], rows [1, 1, 3], targets [7, 8, 9]
@@ -83,8 +83,8 @@ def stream_rows(tokens: Tensor, lengths: Tensor) -> StreamRows:
 
 
 def sum_responses(token_logps: Tensor, lengths: Tensor) -> Tensor:
-    """Sums over each response, [B, K], of token log-probabilities [R] in the stream's order."""
+    """Sum token log-probabilities [R], in the order of the stream, over each response: [B, K]."""
     counts = lengths[:, 1:].reshape(-1, 1)
     mask = torch.arange(int(counts.max()), device=counts.device) < counts
     rows = token_logps.new_zeros(mask.shape).masked_scatter(mask, token_logps)
-    return rows.sum(1).view(len(lengths), -1)  # pairwise; index_add would go one by one and round ten times as much
+    return rows.sum(1).view(len(lengths), -1)  # pairwise summation; index_add's rounding error is ten times as large

@@ -1,9 +1,9 @@
 """The losses: one small dataclass each, which is both its config schema and its formula, all in one table.
 
-A loss takes the policy's and the reference's `PairLogps` and returns one loss per pair, [B]. h stands for the log-ratio
-margin (log pi - log ref)(chosen) - (log pi - log ref)(rejected), w for chosen, l for rejected, sigma for the logistic function.
+A loss takes the `PairLogps` of policy and reference and returns one loss per pair, [B]. In formulas h is the log-ratio
+margin (log pi - log ref)(chosen) - (log pi - log ref)(rejected), w chosen, l rejected, and sigma the logistic function.
 
-Nothing here imports torch at the top: formulas use tensor methods, so a config is checked without loading torch.
+This module does not import torch when it is imported, so that a config is checked without loading torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    """log sigma(x), finite in value and gradient at any x."""
+    """Return log sigma(x); value and gradient are finite at any x."""
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(x)
@@ -27,11 +27,11 @@ def log_sigmoid(x: Tensor) -> Tensor:
 
 @dataclass
 class Loss:
-    """What all losses share. beta: how strongly the policy is held to the reference; its unit is the loss's own.
+    """The base class of losses. beta: strength of the regularisation towards the reference, in units of the loss.
 
-    wants_reference: whether the loss needs one that starts where the policy starts (True), has none and takes
-    reference=uniform (False), or takes any (None). rates_pairs: whether beta scales what the loss compares, so that
-    sigma(beta h) is a probability that the loss gave a label, and not only a number.
+    wants_reference: True if the loss requires a reference that equals the initial policy, False if it requires
+    reference=uniform, None if it takes any. rates_pairs: whether sigma(beta h) is the loss's probability of a label, as
+    under the model of Bradley and Terry.
     """
 
     wants_reference: ClassVar[bool | None] = None
@@ -43,10 +43,11 @@ class Loss:
             raise ValueError(f"beta={self.beta}: must be a positive number; type e.g. beta=0.1")
 
     def log_ratios(self, policy: PairLogps, reference: PairLogps) -> PairLogps:
-        """What the loss compares; rewards are beta times this."""
+        """Return the log-ratios that the loss compares; rewards are beta times these."""
         return policy - reference
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        """Return the loss of each pair, [B]."""
         raise NotImplementedError
 
 
@@ -68,10 +69,10 @@ class DPO(Loss):
 
 @dataclass
 class CDPO(Loss):
-    """Conservative DPO, a smoothed label: -(1 - eps) log sigma(beta h) - eps log sigma(-beta h).
+    """Conservative DPO (label smoothing): -(1 - eps) log sigma(beta h) - eps log sigma(-beta h).
 
-    Mitchell 2023, "A note on DPO with noisy preferences", equation 5. eps: label_smoothing, the share of labels taken
-    to be wrong; at 1/2 the loss is symmetric in the two sides.
+    Mitchell 2023, "A note on DPO with noisy preferences", equation 5. eps: label_smoothing, the assumed share of wrong
+    labels; at 1/2 the loss is symmetric in chosen and rejected.
     """
 
     label_smoothing: float = 0.1
@@ -91,9 +92,10 @@ class CDPO(Loss):
 
 @dataclass
 class RDPO(Loss):
-    """Robust DPO, unbiased under flips at rate eps: [(1 - eps) l(h) - eps l(-h)] / (1 - 2 eps), l(h) = -log sigma(beta h).
+    """Robust DPO: [(1 - eps) l(h) - eps l(-h)] / (1 - 2 eps), l(h) = -log sigma(beta h), eps = flip_rate.
 
-    Chowdhury et al. 2024 (arXiv:2403.00409), equation 12. May be negative. Not label smoothing: see CDPO.
+    Chowdhury et al. 2024 (arXiv:2403.00409), equation 12. An unbiased estimate of the loss on clean labels if labels
+    are flipped at rate eps. May be negative. For label smoothing see CDPO.
     """
 
     flip_rate: float = 0.1
@@ -115,7 +117,9 @@ class RDPO(Loss):
 
 @dataclass
 class IPOSum(Loss):
-    """(h - 1 / (2 beta))^2 over summed log-ratios. Azar et al. 2023 (arXiv:2310.12036), equation 17; beta is its tau."""
+    """IPO on summed log-ratios, (h - 1 / (2 beta))^2. Azar et al. 2023 (arXiv:2310.12036), equation 17; beta is its
+    tau.
+    """
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         h = self.log_ratios(policy, reference).margin
@@ -124,7 +128,7 @@ class IPOSum(Loss):
 
 @dataclass
 class IPOMean(PerToken):
-    """(h - 1 / (2 beta))^2 over per-token log-ratios: what TRL and LLaMA-Factory call IPO."""
+    """IPO on per-token log-ratios, (h - 1 / (2 beta))^2, as TRL and LLaMA-Factory implement it."""
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         h = self.log_ratios(policy, reference).margin
@@ -142,10 +146,11 @@ class Hinge(Loss):
 
 @dataclass
 class SimPO(PerToken):
-    """-log sigma(beta h - gamma) over per-token log-probabilities, no reference: h is the policy's own margin.
+    """SimPO, -log sigma(beta h - gamma) on per-token log-probabilities without a reference: h is the policy's own
+    margin.
 
-    Meng et al. 2024 (arXiv:2405.14734), equation 6. gamma is the target margin in units of the reward (beta times a mean
-    log-probability); others state gamma / beta. Needs reference=uniform.
+    Meng et al. 2024 (arXiv:2405.14734), equation 6. gamma is the target margin in units of the reward (beta times a
+    mean log-probability); some implementations set gamma / beta instead. Requires reference=uniform.
     """
 
     wants_reference: ClassVar[bool | None] = False
@@ -163,11 +168,11 @@ class SimPO(PerToken):
 
 @dataclass
 class SFTChosen(Loss):
-    """-log pi(w), nats a response: supervised fine-tuning on the chosen responses alone, the baseline "Preferred-FT" of
+    """-log pi(w), in nats per response: supervised fine-tuning on the chosen responses, the baseline "Preferred-FT" of
     Rafailov et al. 2023 (arXiv:2305.18290), section 6.
 
-    Needs reference=uniform. beta has no say in it, it only scales the logged rewards. A sum over tokens, so that every token
-    of a step weighs the same.
+    Requires reference=uniform. The loss does not depend on beta, which only scales the logged rewards. It is summed
+    over tokens, so that every token of a step has the same weight.
     """
 
     wants_reference: ClassVar[bool | None] = False
@@ -179,11 +184,11 @@ class SFTChosen(Loss):
 
 @dataclass
 class Unlikelihood(Loss):
-    """-log pi(w) + alpha log pi(l), nats: the baseline "Unlikelihood" of Rafailov et al. 2023 (arXiv:2305.18290), section 6,
-    after Welleck et al. 2019 (arXiv:1908.04319), whose penalty is -log(1 - p) of each token.
+    """-log pi(w) + alpha log pi(l), in nats: the baseline "Unlikelihood" of Rafailov et al. 2023 (arXiv:2305.18290),
+    section 6, after Welleck et al. 2019 (arXiv:1908.04319), whose penalty is -log(1 - p) per token.
 
-    Needs reference=uniform. beta has no say in it, it only scales the logged rewards. alpha 0 is SFTChosen; above it there is
-    no lowest loss: the rejected responses can always become less likely.
+    Requires reference=uniform. The loss does not depend on beta, which only scales the logged rewards. alpha=0 is
+    SFTChosen; for alpha above 0 the loss has no minimum: the rejected responses can always become less likely.
     """
 
     wants_reference: ClassVar[bool | None] = False
@@ -201,10 +206,11 @@ class Unlikelihood(Loss):
 
 @dataclass
 class RPO(Loss):
-    """-log sigma(beta h) - alpha log pi(w) / |w|: DPO and the negative log-likelihood of the chosen response, nats a token.
+    """RPO, -log sigma(beta h) - alpha log pi(w) / |w|: DPO plus alpha times the mean negative log-likelihood per token
+    of the chosen response, in nats.
 
-    Pang et al. 2024 (arXiv:2404.19733), equation 1; Liu et al. 2024 (arXiv:2405.16436) derive the term as a guard against
-    over-optimisation. At a margin of 0 it is ln 2 and alpha times what the policy loses on a token.
+    Pang et al. 2024 (arXiv:2404.19733), equation 1; Liu et al. 2024 (arXiv:2405.16436) derive the term as a guard
+    against over-optimisation. At a margin of 0 the loss is ln 2 plus alpha times that negative log-likelihood.
     """
 
     alpha: float = 1.0
@@ -220,10 +226,11 @@ class RPO(Loss):
 
 @dataclass
 class DPOP(Loss):
-    """DPO-Positive, -log sigma(beta (h - lambda max(0, (log ref - log pi)(w)))): a chosen response that became less likely
-    than under the reference costs its pair lambda times that in margin. Pal et al. 2024 (arXiv:2402.13228), equation 3.
+    """DPO-Positive, -log sigma(beta (h - lambda max(0, (log ref - log pi)(w)))): where a chosen response is less likely
+    than under the reference, lambda times the difference is subtracted from the margin. Pal et al. 2024
+    (arXiv:2402.13228), equation 3.
 
-    penalty: lambda. Margins and rewards are logged as DPO's, without it. At the start it is ln 2.
+    penalty: lambda. Margins and rewards are logged without the penalty, as for DPO. At the start the loss is ln 2.
     """
 
     penalty: float = 5.0
@@ -239,16 +246,17 @@ class DPOP(Loss):
 
 @dataclass
 class DPOKL(Loss):
-    """-log sigma(beta h) + kl_weight (r(w)^2 + r(l)^2) / 4, r = log pi - log ref: DPO and an explicit price on drift.
+    """-log sigma(beta h) + kl_weight (r(w)^2 + r(l)^2) / 4, r = log pi - log ref: DPO with an explicit KL penalty.
 
-    r^2 / 2 is Schulman's k2 ("Approximating KL divergence", 2020), here its mean over the pair's two responses. Over samples of
-    the reference, which a world's pairs are, taken together whichever is chosen, E[r^2 / 2] is KL(ref || pi) - E[r^3] / 6 + ...
-    and KL(pi || ref) - E[r^3] / 3 + ...: both to second order, so exact near the start and less so far away. What the policy
-    puts where no pair is it does not see. On pairs that others wrote it is a pull to the reference and estimates nothing.
+    r^2 / 2 is Schulman's k2 ("Approximating KL divergence", 2020), here averaged over the two responses of a pair. If
+    the responses are samples of the reference, as the pairs of a task are, E[r^2 / 2] over both of them is KL(ref ||
+    pi) - E[r^3] / 6 + ... and KL(pi || ref) - E[r^3] / 3 + ...: an approximation to second order, exact near the start
+    and less so far from it. It misses probability that the policy moves to responses that are in no pair. On pairs from
+    another source it is a regulariser towards the reference, not an estimate of a KL divergence.
 
-    Why this one: it is never negative and draws every r to 0. -r, unbiased for KL(ref || pi), would make both responses
-    likelier without end, and what is unbiased for KL(pi || ref) has weights e^r.
-    Needs a reference that starts at the policy. At the start it is ln 2.
+    Why k2: it is never negative and pulls every r towards 0. -r, unbiased for KL(ref || pi), would increase both
+    log-probabilities without bound, and estimators that are unbiased for KL(pi || ref) have weights e^r.
+    Requires a reference that equals the initial policy. At the start the loss is ln 2.
     """
 
     wants_reference: ClassVar[bool | None] = True

@@ -13,28 +13,28 @@ from torchmetrics import Metric
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
 
-# One column of the state each. Rewards carry beta, log-ratios do not.
+# One column of the state each. Rewards include the factor beta, log-ratios do not.
 LABELLED = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
     "rewards/margins",
-    "rewards/accuracies",  # share of pairs with a positive margin; a tie counts half, see settle
+    "rewards/accuracies",  # share of pairs with a positive margin; a tie counts half, see zero_out_rounding
     "rewards/ties",
     "logratio/chosen",
     "logratio/rejected",
     "logps/chosen",
     "logps/rejected",
 )
-TRUE = ("true/rewards/margins", "true/rewards/accuracies")  # towards the side with more gold reward
+TRUE = ("true/rewards/margins", "true/rewards/accuracies")  # with the response of higher gold reward as chosen
 ROUNDING = 1e-6  # relative error of a float32 sum of log-probabilities
 GROUPS = ("", "clean/", "flipped/")
 
 
 class FixedDtypeMetric(Metric):
-    """Keeps its state in the dtype it was declared in: casting the module around it (`module.to(bfloat16)`) moves it only.
+    """A metric whose state keeps its dtype when the module that holds it is cast, as by `module.to(bfloat16)`.
 
-    torchmetrics guards against `half()` and `float()`, but not against `to(dtype)`, which is what Lightning calls.
+    torchmetrics ignores `half()` and `float()`, but not `to(dtype)`, which Lightning calls.
     """
 
     full_state_update = False
@@ -44,11 +44,11 @@ class FixedDtypeMetric(Metric):
 
 
 class PreferenceMetrics(FixedDtypeMetric):
-    """Means over pairs of every LABELLED quantity in every group, and of every TRUE quantity where the truth is known.
+    """Means over pairs: of every LABELLED quantity in every group, and of every TRUE quantity over pairs with a gold
+    margin.
 
-    Sums and counts are added up over batches and ranks, so any number of ranks gives the same means. compute returns
-    {name: mean}, without the names that no pair counted for. One truth: it knows no gold, or a tie in gold, as neither
-    side's and leaves such pairs out of TRUE.
+    Sums and counts are summed over batches and ranks, so any number of ranks gives the same means. `compute` returns
+    {name: mean}, without names that no pair counts for. Pairs whose gold margin is unknown or 0 are left out of TRUE.
     """
 
     sums: Tensor
@@ -66,7 +66,7 @@ class PreferenceMetrics(FixedDtypeMetric):
 
     @torch.no_grad()
     def update(self, loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps, batch: PairBatch) -> None:
-        """losses [B]; policy and reference are those that the loss was computed from."""
+        """Add a batch. losses [B] were computed by `loss` from `policy` and `reference`."""
         columns = pair_values(loss, losses, policy, reference)  # [B, K]
         groups = torch.stack((torch.ones_like(batch.flipped), ~batch.flipped, batch.flipped)).double()  # [3, B]
         self.sums += groups @ columns
@@ -93,7 +93,7 @@ class PreferenceMetrics(FixedDtypeMetric):
 
 
 def pair_values(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
-    """Every LABELLED quantity of every pair, [B, K] float64. The one home of the reward."""
+    """Return every LABELLED quantity of every pair, [B, K] float64."""
     ratios = loss.log_ratios(policy, reference)
     margins = reward_margins(loss, policy, reference)
     columns = {
@@ -112,19 +112,19 @@ def pair_values(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLo
 
 
 def reward_margins(loss: Loss, policy: PairLogps, reference: PairLogps) -> Tensor:
-    """The reward of chosen less that of rejected, of every pair, [B]; 0 for ties."""
+    """Return the reward of chosen minus that of rejected for each pair, [B]; 0 for ties."""
     return loss.beta * zero_out_rounding(loss.log_ratios(policy, reference).margin, policy, reference)
 
 
 def zero_out_rounding(margins: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
-    """Log-ratio margins, with those set to 0 that float32 rounding of the four log-probabilities alone can explain.
+    """Set log-ratio margins to 0 where they lie within the float32 rounding error of the four log-probabilities.
 
-    Without this a policy equal to its reference would prefer sides at random instead of tying.
+    Otherwise a policy that equals its reference would prefer one of two responses at random instead of tying.
     """
     magnitude = policy.chosen.abs() + policy.rejected.abs() + reference.chosen.abs() + reference.rejected.abs()
     return margins.masked_fill(margins.abs() <= ROUNDING * magnitude, 0.0)
 
 
 def half_ties(margins: Tensor) -> Tensor:
-    """1 where the margin is positive, 1/2 where it is 0, else 0."""
+    """Return 1 where the margin is positive, 1/2 where it is 0, else 0."""
     return (margins.sign() + 1) / 2

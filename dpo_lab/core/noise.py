@@ -13,27 +13,28 @@ from dpo_lab.core.pair_table import PairTable
 
 @dataclass
 class LabelNoise:
-    """What all kinds share: pair i is flipped iff hash(seed, its key) / 2^64 < rates[i].
+    """The base class of label noise: pair i is flipped iff hash(seed, key of the pair) / 2^64 < rates[i].
 
-    So the flipped set depends on no order, worker, rank or subset, and the set at lower rates lies inside that at higher ones.
+    So which pairs are flipped does not depend on order, worker, rank or subset, and pairs flipped at a lower rate are
+    also flipped at a higher one.
     """
 
     seed: int = 0
 
     @property
     def needs_reference(self) -> bool:
-        """Whether `rates` asks for the initial policy's log-probabilities."""
+        """Whether `rates` needs `reference_margins`."""
         return False
 
     def rates(self, pairs: PairTable, reference_margins: np.ndarray | None = None) -> np.ndarray:
-        """The probability that each pair is flipped, [N].
+        """Return the probability that each pair is flipped, [N].
 
-        reference_margins [N]: log-probability of chosen less that of rejected under the initial policy, nats.
+        reference_margins [N]: log-probability of chosen minus that of rejected under the initial policy, nats.
         """
         raise NotImplementedError
 
     def flips(self, pairs: PairTable, reference_margins: np.ndarray | None = None) -> np.ndarray:
-        """Which pairs are flipped, [N] bool. Raises ValueError where a rate can't be known."""
+        """Return which pairs are flipped, [N] bool. Raises ValueError if a rate is unknown."""
         rates = self.rates(pairs, reference_margins).tolist()
         return np.array(
             [rate > 0 and self._draw(key) < rate * 2.0**64 for key, rate in zip(pairs.keys, rates, strict=True)], bool
@@ -46,7 +47,7 @@ class LabelNoise:
 
 @dataclass
 class Symmetric(LabelNoise):
-    """Every pair is flipped with the same probability."""
+    """Symmetric noise: every pair is flipped with the same probability."""
 
     rate: float = 0.0
 
@@ -58,18 +59,18 @@ class Symmetric(LabelNoise):
 
 
 class Gap(str, Enum):
-    """What says how far apart the two responses of a pair are."""
+    """How the gap between the two responses of a pair is measured."""
 
-    scores = "scores"  # the world's gold reward, else the scores that came with the pairs
+    scores = "scores"  # the gold reward of the task, else the scores that came with the pairs
     reference = "reference"  # the initial policy's log-probabilities, nats
 
 
 @dataclass
 class Uncertainty(LabelNoise):
-    """An annotator who errs where the choice is hard: a pair is flipped with probability sigma(-|gap| / temperature).
+    """Noise on hard pairs: a pair is flipped with probability sigma(-|gap| / temperature).
 
-    That is Bradley and Terry's (1952) chance of preferring the worse of two whose worths differ by gap / temperature: 1/2 at
-    no gap, 0 at a wide one.
+    This is the probability of preferring the worse of two responses in the model of Bradley and Terry (1952): 1/2 at a
+    gap of 0, towards 0 at large gaps.
     """
 
     temperature: float = 0.25
@@ -96,14 +97,14 @@ class Uncertainty(LabelNoise):
             )
         if missing := int(np.isnan(gaps).sum()):
             raise ValueError(
-                f"noise=uncertainty: {missing:,} of {len(gaps):,} pairs came without scores, so nothing says how hard they are;"
+                f"noise=uncertainty: {missing:,} of {len(gaps):,} pairs came without scores, so their gaps are unknown;"
                 " type noise.gap=reference, or name the columns of the scores in data.columns"
             )
         return 1 / (1 + np.exp(np.minimum(gaps / self.temperature, 700)))
 
 
 class Side(str, Enum):
-    """Which pairs one-sided noise may flip."""
+    """The pairs that one-sided noise may flip."""
 
     chosen_shorter = "chosen_shorter"
     chosen_longer = "chosen_longer"
@@ -111,7 +112,9 @@ class Side(str, Enum):
 
 @dataclass
 class OneSided(LabelNoise):
-    """An annotator with a bias: of the pairs whose chosen response has fewer tokens (or more) each is flipped at `rate`."""
+    """Noise with a length bias: pairs whose chosen response is the shorter (or longer) one in tokens are flipped at
+    `rate`.
+    """
 
     rate: float = 0.2
     only: Side = Side.chosen_shorter

@@ -18,11 +18,12 @@ from dpo_lab.core.pairs import EncodedPair
 
 @dataclass(frozen=True)
 class PairTable(Sequence[EncodedPair]):
-    """N pairs, each an EncodedPair when it is looked at.
+    """A sequence of N pairs stored as columns; indexing returns an EncodedPair.
 
-    keys [N] (ASCII bytes); tokens [T] int32: of all pairs, maybe of others too; starts [N]: where in `tokens` a pair begins;
-    lengths [N, 3]: tokens of prompt, chosen and rejected as annotated, which stand there one after the other; gold_margin,
-    score_margin [N]: see Pair, as annotated; flipped [N]: sides swapped by label noise.
+    keys [N] (ASCII bytes); tokens [T] int32: token ids of all pairs, possibly of others too; starts [N]: offset of each
+    pair in `tokens`; lengths [N, 3]: number of tokens of prompt, chosen and rejected as annotated, stored in that
+    order; gold_margin, score_margin [N]: see Pair, as annotated; flipped [N]: whether label noise swapped chosen and
+    rejected.
     """
 
     keys: np.ndarray
@@ -35,7 +36,7 @@ class PairTable(Sequence[EncodedPair]):
 
     @classmethod
     def of(cls, pairs: Iterable[EncodedPair], score_margins: Iterable[float] = ()) -> PairTable:
-        """The same pairs as columns; score_margins: one a pair, or none known."""
+        """Build a table from pairs; score_margins: one per pair, or empty if unknown."""
         pairs = list(pairs)
         as_annotated = [p.flip() if p.flipped else p for p in pairs]
         lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in as_annotated], np.int32)
@@ -72,36 +73,37 @@ class PairTable(Sequence[EncodedPair]):
         return pair.flip() if self.flipped[at] else pair
 
     def key(self, at: int) -> str:
+        """Return the key of a pair as a string."""
         return self.keys[at].decode()
 
     @property
     def sizes(self) -> np.ndarray:
-        """Tokens of each pair, the prompt's counted once, [N]."""
+        """Number of tokens of each pair, prompt counted once, [N]."""
         return self.lengths.sum(1)
 
     @property
     def sides(self) -> np.ndarray:
-        """Tokens of chosen and rejected as they are labelled now, [N, 2]."""
+        """Number of tokens of chosen and rejected under the current labels, [N, 2]."""
         return np.where(self.flipped[:, None], self.lengths[:, :0:-1], self.lengths[:, 1:])
 
     def select(self, rows: slice | np.ndarray) -> PairTable:
-        """Some of the pairs, by place or by a mask; the tokens are not copied."""
+        """Return some of the pairs, by index or mask, without copying tokens."""
         return PairTable(self.keys[rows], self.tokens, *(column[rows] for column in self._columns))
 
     def flip(self, mask: np.ndarray) -> PairTable:
-        """The same pairs with the sides of those under the mask swapped."""
+        """Return the same pairs with chosen and rejected swapped where the mask is True."""
         return replace(self, flipped=self.flipped ^ mask)
 
     def joined(self, other: PairTable) -> PairTable:
-        """These pairs and the others."""
+        """Return the concatenation of two tables."""
         shared = self.tokens is other.tokens
         tokens = self.tokens if shared else np.concatenate([self.tokens, other.tokens])
-        moved = other if shared else replace(other, starts=other.starts + len(self.tokens))
-        both = zip(self._columns, moved._columns, strict=True)
-        return PairTable(np.concatenate([self.keys, other.keys]), tokens, *(np.concatenate(pair) for pair in both))
+        shifted = other if shared else replace(other, starts=other.starts + len(self.tokens))
+        columns = zip(self._columns, shifted._columns, strict=True)
+        return PairTable(np.concatenate([self.keys, other.keys]), tokens, *(np.concatenate(pair) for pair in columns))
 
     def chosen_alone(self) -> PairTable:
-        """The responses that were chosen, before label noise, each prompt and response once; rejected sides are empty."""
+        """Return the distinct chosen responses, before label noise, with empty rejected responses."""
         lengths = self.lengths * np.array([1, 1, 0], np.int32)
         ends = self.starts + lengths.sum(1)
         content = [
@@ -109,25 +111,25 @@ class PairTable(Sequence[EncodedPair]):
             for prompt, start, end in zip(lengths[:, 0].tolist(), self.starts.tolist(), ends.tolist(), strict=True)
         ]
         _, first = np.unique(np.array(content, "S32"), return_index=True)
-        alone = replace(self, lengths=lengths, flipped=np.zeros(len(self), bool))
-        return alone.select(np.sort(first))
+        chosen = replace(self, lengths=lengths, flipped=np.zeros(len(self), bool))
+        return chosen.select(np.sort(first))
 
     def digest(self) -> str:
-        """A hash of which pairs these are, in order, of their token ids and of which of them label noise flipped."""
-        columns = hashlib.blake2b(digest_size=16)
+        """Return a hash of the keys in order, of the token ids, and of which pairs label noise flipped."""
+        digest = hashlib.blake2b(digest_size=16)
         for column in (self.keys, self.lengths, self.flipped):
-            columns.update(np.ascontiguousarray(column).tobytes())
-        tokens = np.asarray(self.tokens)  # a mapped file, too: slices of a memmap are slow to make
+            digest.update(np.ascontiguousarray(column).tobytes())
+        tokens = np.asarray(self.tokens)  # not a memmap, whose slices are slow to create
         for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True):
-            columns.update(tokens[start : start + size].tobytes())
-        return columns.hexdigest()
+            digest.update(tokens[start : start + size].tobytes())
+        return digest.hexdigest()
 
     @property
     def _columns(self) -> tuple[np.ndarray, ...]:
         return self.starts, self.lengths, self.gold_margin, self.score_margin, self.flipped
 
     def __getstate__(self) -> dict[str, Any]:
-        """To another process a mapped file goes by name."""
+        """Return the state for pickling, in which a memory-mapped file is replaced by its path."""
         state = dict(self.__dict__)
         if isinstance(self.tokens, np.memmap):
             state["tokens"] = Path(str(self.tokens.filename))
@@ -140,11 +142,11 @@ class PairTable(Sequence[EncodedPair]):
 
 
 def flat(parts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
-    """Token ids of all parts in one row, int32."""
+    """Concatenate token ids, as int32."""
     return np.concatenate([np.empty(0, np.int32), *parts], dtype=np.int32, casting="unsafe")
 
 
 def starts_of(lengths: np.ndarray) -> np.ndarray:
-    """Where each pair begins, when pairs of these lengths [N, 3] stand one after the other, [N] int64."""
+    """Return the offset of each pair when pairs of these lengths [N, 3] are concatenated, [N] int64."""
     sizes = lengths.sum(1, dtype=np.int64)
     return np.cumsum(sizes) - sizes

@@ -17,22 +17,25 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
 
-Message = dict[str, Any]  # as chat templates take it: "role", "content" and what else the template knows
+Message = dict[
+    str, Any
+]  # a message as a chat template takes it: "role", "content" and other keys that the template reads
 Text = str | list[Message]
 Tokens = Sequence[int] | np.ndarray  # token ids
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference: for `prompt`, an annotator took `chosen` over `rejected`.
+    """A preference pair: for `prompt`, an annotator preferred `chosen` to `rejected`.
 
-    All three are plain text, or all three are lists of chat messages: a prompt of any number, each response of one by the
-    assistant. tools: descriptions of the tools that the chat template shows. A whole text, for supervised fine-tuning alone,
-    is chosen over an empty string after an empty prompt.
+    All three are plain text, or all three are lists of chat messages: any number for the prompt, one assistant message
+    for each response. tools: tool descriptions that the chat template renders. A text without a prompt, for supervised
+    fine-tuning only, is `chosen` with an empty prompt and an empty `rejected`.
 
-    gold_margin is the true reward of chosen less that of rejected (NaN where no truth is known). Its sign is the true
-    preference; it is for evaluation only and never reaches a loss. score_margin is the same by the scores that came with
-    the pair, an annotator's ratings say (NaN where none came). The key is a hash of what the pair says, scores aside.
+    gold_margin is the true reward of chosen minus that of rejected (NaN if unknown). Its sign is the true preference;
+    it is used in evaluation only and never enters a loss. score_margin is the same difference in the scores that came
+    with the pair, such as an annotator's ratings (NaN if there are none). key is a hash of the pair's content without
+    scores.
     """
 
     prompt: Text
@@ -53,19 +56,19 @@ class Pair:
 
     @property
     def decides_split(self) -> Text:
-        """What must not stand on both sides of a split: the prompt, and of a whole text the text."""
+        """The text that decides the split: the prompt, or the text if there is no prompt; it is never in both splits."""
         return self.prompt if self.rejected else self.chosen
 
 
 def content_hash(content: Any) -> str:
-    """32 hexadecimal digits of what plain values say; the same for equal values, whatever the order of their keys."""
+    """Return a hash of JSON values as 32 hexadecimal digits, independent of the order of keys."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as token ids, special tokens included; rejected may be empty in supervised fine-tuning. `flipped` says that label
-    noise swapped the two sides.
+    """A pair as token ids, special tokens included; rejected may be empty in supervised fine-tuning. flipped: whether
+    label noise swapped chosen and rejected.
     """
 
     key: str
@@ -77,11 +80,11 @@ class EncodedPair:
 
     @property
     def size(self) -> int:
-        """Tokens, the prompt's counted once."""
+        """Number of tokens, prompt counted once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
     def flip(self) -> EncodedPair:
-        """The same pair with the other side chosen; twice is the pair itself."""
+        """Return the pair with chosen and rejected swapped; flipping twice returns the original pair."""
         return replace(
             self,
             chosen=self.rejected,
@@ -93,10 +96,10 @@ class EncodedPair:
 
 @dataclass
 class PairBatch:
-    """One step's pairs, without padding: how rows are laid out is the forward pass's business.
+    """The pairs of a step, without padding; the forward pass pads them if it needs to.
 
-    tokens [N]: prompt, chosen, rejected of pair 0, then of pair 1, ...; lengths [B, 3]: tokens of each of the three;
-    flipped [B]: swapped by label noise; gold_margin [B]: see Pair; keys: B pair keys.
+    tokens [N]: prompt, chosen, rejected of pair 0, then of pair 1, ...; lengths [B, 3]: number of tokens of each;
+    flipped [B]: whether label noise swapped chosen and rejected; gold_margin [B]: see Pair; keys: B pair keys.
     """
 
     keys: list[str]
@@ -109,7 +112,7 @@ class PairBatch:
         return len(self.keys)
 
     def split(self, tokens: int) -> list[PairBatch]:
-        """Micro-batches of neighbouring pairs, see `cut`."""
+        """Split into micro-batches of consecutive pairs, see `chunk_by_size`."""
         sizes = self.lengths.sum(1).tolist()
         parts = chunk_by_size(sizes, tokens)
         streams = self.tokens.split([sum(sizes[part]) for part in parts])
@@ -131,26 +134,26 @@ class PairBatch:
 
 
 def chunk_by_size(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Neighbours together as long as their sizes add up to at most `limit`; one that is larger stands alone.
+    """Split a sequence into chunks whose sizes sum to at most `limit`; an item above the limit is a chunk of its own.
 
-    >>> cut([3, 4, 2, 9, 1], 7)
+    >>> chunk_by_size([3, 4, 2, 9, 1], 7)
     [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
     """
-    parts, first, held = [], 0, 0
+    chunks, first, total = [], 0, 0
     for i, size in enumerate(sizes):
-        if i > first and held + size > limit:
-            parts.append(slice(first, i))
-            first, held = i, 0
-        held += size
-    return [*parts, slice(first, len(sizes))] if sizes else []
+        if i > first and total + size > limit:
+            chunks.append(slice(first, i))
+            first, total = i, 0
+        total += size
+    return [*chunks, slice(first, len(sizes))] if sizes else []
 
 
 @dataclass
 class PairLogps:
-    """Log-probabilities of both responses of B pairs, or log-ratios of two models' (`policy - reference`).
+    """Log-probabilities of both responses of B pairs, or log-ratios of two models (`policy - reference`).
 
-    chosen, rejected [B]: nats, summed over the response's tokens, its end-of-sequence token included;
-    chosen_length, rejected_length [B]: how many tokens those are.
+    chosen, rejected [B]: in nats, summed over the tokens of the response, end-of-sequence token included;
+    chosen_length, rejected_length [B]: the number of these tokens.
     """
 
     chosen: Tensor
@@ -160,19 +163,19 @@ class PairLogps:
 
     @classmethod
     def of(cls, sums: Tensor, lengths: Tensor) -> PairLogps:
-        """From sums [B, 2], chosen and rejected, and a batch's lengths [B, 3]."""
+        """Build from sums [B, 2] of chosen and rejected, and the lengths [B, 3] of a batch."""
         return cls(*sums.unbind(1), *lengths[:, 1:].unbind(1))
 
     @property
     def margin(self) -> Tensor:
-        """chosen less rejected, [B], nats."""
+        """chosen - rejected, [B], nats."""
         return self.chosen - self.rejected
 
     def __sub__(self, other: PairLogps) -> PairLogps:
         return replace(self, chosen=self.chosen - other.chosen, rejected=self.rejected - other.rejected)
 
     def per_token(self) -> PairLogps:
-        """The same, as means over each response's tokens."""
+        """Divide by the number of tokens of each response."""
         return replace(self, chosen=self.chosen / self.chosen_length, rejected=self.rejected / self.rejected_length)
 
     def __getitem__(self, pairs: slice) -> PairLogps:

@@ -6,5 +6,5 @@ import hashlib
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for `name` (\"order\", \"samples\", ...); arms with one seed share every stream."""
+    """Derive a 63-bit seed for `name` ("order", "samples", ...); arms with the same seed share all streams."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") >> 1

@@ -19,21 +19,21 @@ from dpo_lab.data.time_limit import TimeLimitExceeded, time_limit
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ANSWER = "xyzzy"  # what the probing of a template looks for
-VALUE = "plugh"  # the argument of the tool call that it looks for
+ANSWER = "xyzzy"  # the answer in the chat that probes a template
+VALUE = "plugh"  # the tool-call argument in the chat that probes a template
 CALL = {"id": "a", "type": "function", "function": {"name": "find", "arguments": {"place": VALUE}}}
 NOW = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(['"])([^'"]*)\1\s*\)""")
-# How marks of turns are written: <|user|>, <start_of_turn>, [INST], <<SYS>>
+# Marks of turns: <|user|>, <start_of_turn>, [INST], <<SYS>>
 MARK = re.compile(r"<\|[^|<>]{1,40}\|>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
-SECONDS = 5.0  # for one chat; templates take a thousandth of one
-SHOWN = 200  # characters of what a template complains of
-LONGEST = 10_000_000  # characters that a template may make of one chat
-# What a template does with a chat that it is not made for
+SECONDS = 5.0  # time limit per chat; templates take about a millisecond
+SHOWN = 200  # characters of a template's error to show
+LONGEST = 10_000_000  # the most characters of a rendered chat
+# Errors of a template on a chat that it does not support
 TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError, ValueError, ZeroDivisionError, RecursionError)
 
 
 class NoTemplate(Exception):
-    """Chats, and a tokenizer without a chat template that can be used; the message says what to type."""
+    """Raised for chats if the tokenizer has no chat template that can be used; the message says what to type."""
 
 
 @dataclass
@@ -47,11 +47,14 @@ class Chat:
         return bool(self.tokenizer.chat_template)  # type: ignore[attr-defined]
 
     def render(self, messages: Sequence[Message], tools: Any = None, answer_next: bool = False) -> str:
-        """The text of a chat; answer_next: up to where the assistant's answer begins."""
+        """Render a chat to text; answer_next: with the opening of the assistant's answer (add_generation_prompt).
+
+        Raises BadChat if the template does not support the chat, NoTemplate if no chat can be rendered.
+        """
         if not self.has_template:
             raise NoTemplate(
-                "the pairs are chats, and the policy's tokenizer has no chat template; type policy.chat_template=FILE.jinja,"
-                " or policy.path= of a model that was trained on chats"
+                "the pairs are chats, and the policy's tokenizer has no chat template; type"
+                " policy.chat_template=FILE.jinja, or policy.path= of a model that was trained on chats"
             )
         if any(message.get("tool_calls") for message in messages) and self._takes_text:
             messages = [_with_text(message) for message in messages]
@@ -70,27 +73,28 @@ class Chat:
                 )
         except TEMPLATE_ERRORS as error:
             reason = " ".join(str(error).split())[:SHOWN]
-            raise BadChat(f"the chat template does not take it ({reason})") from None
+            raise BadChat(f"the chat template can't render it ({reason})") from None
         except (TimeLimitExceeded, MemoryError, OverflowError) as error:
             is_slow = isinstance(error, TimeLimitExceeded)
-            what = f"works for more than {SECONDS:g} s" if is_slow else f"fails ({type(error).__name__})"
+            what = f"takes more than {SECONDS:g} s" if is_slow else f"fails ({type(error).__name__})"
             raise NoTemplate(
                 f"the chat template {what} on one chat; type another policy.chat_template=FILE.jinja"
             ) from None
         if len(text) > LONGEST:
             raise NoTemplate(
-                f"the chat template makes {len(text):,} characters of one chat; type another policy.chat_template=FILE.jinja"
+                f"the chat template writes {len(text):,} characters on one chat;"
+                " type another policy.chat_template=FILE.jinja"
             )
         return str(text)
 
     def until_turn_end(self, answer: str) -> str:
-        """An answer as rendered, up to and including the token that ends its turn."""
+        """Truncate a rendered answer after the token that ends its turn."""
         after = self._after_answer
         return answer.removesuffix(after) + self.turn_end if after and answer.endswith(after) else answer
 
     @cached_property
     def turn_end(self) -> str:
-        """What ends an answer: the template's text after it, up to its first special token; empty where there is none."""
+        """The template's text after an answer, up to and including its first special token; empty without one."""
         special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(self.tokenizer.all_special_tokens)
         ends = [self._after_answer.find(token) + len(token) for token in special if token in self._after_answer]
@@ -98,7 +102,7 @@ class Chat:
 
     @cached_property
     def marks(self) -> tuple[list[str], list[str]]:
-        """What the template writes around messages: marks of a turn, and tokens that begin or end a whole text."""
+        """The marks that the template writes around messages: those of a turn, and begin and end tokens of a text."""
         special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(self.tokenizer.all_special_tokens)
         written = {token for token in special if token in self._probe} | set(MARK.findall(self._probe))
@@ -111,12 +115,14 @@ class Chat:
 
     @property
     def _after_answer(self) -> str:
-        """The template's text after an answer that is the last message."""
+        """The template's text after an answer in the last message."""
         return self._probe.rpartition(ANSWER)[2]
 
     @cached_property
     def _probe(self) -> str:
-        """A chat of a user and the assistant as rendered, with a system message where the template wants one; else empty."""
+        """A rendered chat of a user and the assistant, with a system message if the template requires one; "" if
+        neither can be rendered.
+        """
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
         for probe in (chat, [{"role": "system", "content": "b"}, *chat]):
             try:
@@ -127,7 +133,9 @@ class Chat:
 
     @cached_property
     def _takes_text(self) -> bool:
-        """Whether the template takes the arguments of a tool call as JSON text: an object it refuses, or prints as Python."""
+        """Whether the template needs the arguments of a tool call as JSON text: it rejects an object, or prints it as
+        Python does.
+        """
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}]
         for is_text in (False, True):
             try:
@@ -141,18 +149,18 @@ class Chat:
 
 @cache
 def _dated(template: str) -> str:
-    """The template with DATE in place of the current date."""
+    """Replace the current date in a template by DATE; raise NoTemplate if its format is not a literal."""
     dated = NOW.sub(lambda call: json.dumps(DATE.strftime(call[2])), template)
     if "strftime_now(" in dated.replace(" ", ""):
         raise NoTemplate(
-            "the chat template asks for the current date in a format that it computes, and the tokens would be others on"
-            " every day; write a date into a copy of it and type policy.chat_template=FILE.jinja"
+            "the chat template asks for the current date in a format that it computes, so the tokens would differ from day"
+            " to day; write a date into a copy of it and type policy.chat_template=FILE.jinja"
         )
     return dated
 
 
 def _with_text(message: Message) -> Message:
-    """The message with the arguments of its tool calls as JSON text."""
+    """Return the message with the arguments of its tool calls as JSON text."""
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [_as_text(call) for call in calls]} if calls else message
 

@@ -12,7 +12,7 @@ from dpo_lab.core.pairs import EncodedPair, PairBatch, Tokens
 
 
 def collate(pairs: Sequence[EncodedPair]) -> PairBatch:
-    """All tokens in one flat stream, nothing padded.
+    """Collate pairs to one packed stream of tokens, without padding.
 
     >>> collate([EncodedPair("k", prompt=[1, 2], chosen=[7], rejected=[8, 9])])
     PairBatch(keys=["k"], tokens=[1, 2, 7, 8, 9], lengths=[[2, 1, 2]], flipped=[False], gold_margin=[nan])
@@ -29,7 +29,7 @@ def collate(pairs: Sequence[EncodedPair]) -> PairBatch:
 
 
 def collate_responses(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-    """Single responses to their prompts as a flat stream: (tokens [N], lengths [S, 2])."""
-    both = list(zip(prompts, responses, strict=True))
-    tokens = torch.from_numpy(flat([part for pair in both for part in pair])).long()
-    return tokens, torch.tensor([[len(prompt), len(response)] for prompt, response in both])
+    """Collate prompts with one response each to a packed stream: (tokens [N], lengths [S, 2])."""
+    items = list(zip(prompts, responses, strict=True))
+    tokens = torch.from_numpy(flat([part for item in items for part in item])).long()
+    return tokens, torch.tensor([[len(prompt), len(response)] for prompt, response in items])

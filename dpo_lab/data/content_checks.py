@@ -14,21 +14,22 @@ from dpo_lab.data import row_faults
 THOUGHT = "the reasoning"
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TAGS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|scratchpad)>|\[(/?)THINK\]")
-PYTHON = {"true": "True", "false": "False", "null": "None"}  # as some templates print what JSON calls otherwise
-SHOWN = 40  # characters of what is missing
+PYTHON = {"true": "True", "false": "False", "null": "None"}  # JSON values as some templates print them
+SHOWN = 40  # characters of a missing part to show
 
-Part = tuple[str, str]  # what it is, its words
+Part = tuple[str, str]  # name and text of a part of a message
 
 
 class BadChat(ValueError):
-    """A chat that the template does not take, or does not write whole; the message says why."""
+    """Raised where the template can't render a chat, or leaves out a part of it; the message says why."""
 
 
 def check_content(pair: Pair, prompt: str, wholes: Sequence[str], start: int, counts: Counter[str]) -> None:
-    """Raise BadChat where a rendered text lacks part of a message.
+    """Raise BadChat if a rendered text lacks a part of a message.
 
-    prompt, wholes: the chat up to the answer, and with each of both answers, as rendered; start: where the answers begin.
-    The reasoning of earlier turns may be left out, which is counted; that of an answer, which is scored, may not.
+    prompt, wholes: the rendered chat up to the answer, and with each of the two answers; start: offset of the answers.
+    The template may leave out the reasoning of earlier turns, which is counted, but not that of an answer, which is
+    scored.
     """
     loses_reasoning = False
     for number, message in enumerate(_messages(pair.prompt), start=1):
@@ -46,17 +47,17 @@ def check_content(pair: Pair, prompt: str, wholes: Sequence[str], start: int, co
 
 
 def check_marks(pair: Pair, turns: Sequence[str], ends: Sequence[str], counts: Counter[str]) -> None:
-    """Raise BadChat where a message holds a mark that begins a turn under the template: it was rendered before.
+    """Raise BadChat if a message contains a mark of a turn of the template, so was probably rendered already.
 
-    turns: such marks; ends: tokens that begin or end a whole text, which are counted in prompts. Those may be HTML.
+    turns: these marks; ends: begin and end tokens of a text, which are only counted in prompts since they may be HTML.
     """
     has_ends = False
     for name, messages in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
         for content in (message.get("content") or "" for message in _messages(messages)):
             if mark := next((mark for mark in turns if mark in content), None):
                 raise BadChat(
-                    f"a message of '{name}' holds {mark!r}, which the chat template writes around messages itself: was it"
-                    " rendered already? Give the bare text, or all of it as plain strings"
+                    f"a message of '{name}' holds {mark!r}, which the chat template writes around messages itself: was"
+                    " it rendered already? Give messages without a template's marks, or all of it as plain strings"
                 )
             has_ends |= name == "prompt" and any(mark in content for mark in ends)
     if has_ends:
@@ -75,19 +76,20 @@ def _refuse(where: str, lost: Sequence[Part]) -> None:
         shown = line if len(line) <= SHOWN else f"{line[:SHOWN]}..."
         remedy = ", or leave the reasoning out of the rows" if what == THOUGHT else ""
         raise BadChat(
-            f"the chat template leaves out {what} of {where} ({shown!r}); type another policy.chat_template=FILE.jinja{remedy}"
+            f"the chat template leaves out {what} of {where} ({shown!r});"
+            f" type another policy.chat_template=FILE.jinja{remedy}"
         )
 
 
 def _lost(message: Message, text: str, start: int) -> list[Part]:
-    """The parts of a message that are not in text[start:].
+    """Return the parts of a message that are not in text[start:].
 
-    Compared without white space at both ends, and also as JSON writes a string. Reasoning tags are left to the template,
-    which may write other ones.
+    Parts are compared without white space at both ends, and also as JSON strings. Reasoning tags are not compared: the
+    template may write other ones.
     """
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and text.find(content.strip(), start) >= 0:
-        return []  # nothing but role and content, as nearly all have it
+        return []  # the common case: only role and content
     return [part for part in _parts(message) if not _is_in(part[1], text, start)]
 
 
@@ -111,13 +113,13 @@ def _parts(message: Message) -> Iterator[Part]:
 
 
 def _function_name(tool: dict[str, Any]) -> str | None:
-    """Of a tool, or of a call of one."""
+    """Return the function name of a tool or of a tool call, or None."""
     function = tool["function"] if isinstance(tool.get("function"), dict) else tool
     return function["name"] if isinstance(function.get("name"), str) else None
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Keys and values of tool arguments, as text: their order and spacing are the template's."""
+    """Yield keys and values of tool arguments as text; the template chooses their order and spacing."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield key

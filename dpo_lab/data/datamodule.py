@@ -18,17 +18,18 @@ from dpo_lab.distributed.launcher import set_parent_death_signal
 
 
 class StepSampler(Sampler[list[int]]):
-    """One rank's pairs of every optimizer step: `batch_size` pairs over all ranks, whatever their number; without an end.
+    """An endless sampler of one rank's pairs of every optimizer step, which has `batch_size` pairs over all ranks.
 
-    Epoch e is a permutation drawn from (seed, e), cut into `steps_per_epoch` steps of batch_size. Within a step pairs are
-    sorted by size and dealt to the ranks so that all have about as many tokens; the draw itself knows nothing of sizes. Any
-    step can be had without those before it. Pairs that don't fill a last step wait for the next epoch's permutation.
+    Epoch e is a permutation drawn from (seed, e), split into `steps_per_epoch` steps of batch_size pairs; the remainder
+    is left out in that epoch. Within a step pairs are sorted by size and divided over ranks so that all have about as
+    many tokens; which pairs make up a step does not depend on sizes. Any step can be computed without the steps before
+    it.
     """
 
     def __init__(
         self, sizes: Sequence[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0
     ) -> None:
-        """sizes: tokens of each pair; start: the step, 0 for a run's first, that iteration begins with."""
+        """Create a sampler. sizes: tokens of each pair; start: the step (0-based) that iteration starts with."""
         self.sizes, self.batch_size, self.seed = sizes, batch_size, seed
         self.rank, self.world_size, self.start = rank, world_size, start
 
@@ -44,27 +45,27 @@ class StepSampler(Sampler[list[int]]):
         return len(self.sizes) // self.batch_size
 
     def step(self, step: int) -> list[int]:
-        """This rank's pairs of one step."""
-        epoch, of_epoch = divmod(step, self.steps_per_epoch)
-        return self._share(self._order(epoch), of_epoch)
+        """Return this rank's pairs of one step."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        return self._share(self._order(epoch), step_of_epoch)
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, f"order/{epoch}"))
         return torch.randperm(len(self.sizes), generator=generator).tolist()
 
     def _share(self, order: list[int], step: int) -> list[int]:
-        of_step = order[step * self.batch_size : (step + 1) * self.batch_size]
-        longest_first = sorted(of_step, key=lambda pair: -self.sizes[pair])
-        return [pair for i, pair in enumerate(longest_first) if self._dealt_to(i) == self.rank]
+        pairs = order[step * self.batch_size : (step + 1) * self.batch_size]
+        longest_first = sorted(pairs, key=lambda pair: -self.sizes[pair])
+        return [pair for i, pair in enumerate(longest_first) if self._rank_of(i) == self.rank]
 
-    def _dealt_to(self, place: int) -> int:
-        """Ranks 0 to W - 1, then W - 1 to 0, and so on: each has as many long pairs as short ones."""
-        lap, seat = divmod(place, self.world_size)
-        return seat if lap % 2 == 0 else self.world_size - 1 - seat
+    def _rank_of(self, index: int) -> int:
+        """Assign ranks 0 to W - 1, then W - 1 to 0, and so on, so that each has as many long pairs as short ones."""
+        turn, position = divmod(index, self.world_size)
+        return position if turn % 2 == 0 else self.world_size - 1 - position
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Train and held-out loaders over encoded pairs; each held-out pair is read by exactly one rank."""
+    """Loaders of training and held-out pairs; each held-out pair is read by exactly one rank."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class PreferenceDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
 
     def train_dataloader(self) -> DataLoader:
-        """From the next step on: of a run that goes on from a checkpoint the trainer knows it already."""
+        """Return a loader that starts with the next step, which the trainer knows when a run is resumed."""
         rank, world_size = self._rank_and_world_size()
         start = self.trainer.global_step if self.trainer else 0
         sampler = StepSampler(self.train.sizes.tolist(), self.batch_size, self.seed, rank, world_size, start)
@@ -88,14 +89,14 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self._rank_and_world_size()
-        mine = range(rank, len(self.held_out), world_size)
-        of_fullest_rank = range(0, len(self.held_out), world_size)
-        # a rank without pairs still takes part, in each batch, when the others add theirs up
-        batches = [mine[start : start + 64] for start in range(0, len(of_fullest_rank), 64)]
+        own = range(rank, len(self.held_out), world_size)
+        most = len(range(0, len(self.held_out), world_size))  # pairs of rank 0, which has the most
+        # all ranks have the same number of batches, maybe empty ones: each batch has collectives
+        batches = [own[start : start + 64] for start in range(0, most, 64)]
         return self._loader(self.held_out, batches, 0)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Let the workers go: a trainer that fails in a validation would leave them, and wait for them at exit."""
+        """End the workers: a trainer that fails during validation does not, and would wait for them at exit."""
         if self.trainer:
             self.trainer.fit_loop.teardown()
 
@@ -106,16 +107,16 @@ class PreferenceDataModule(LightningDataModule):
             collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_live_with_the_rank,
-            generator=torch.Generator().manual_seed(0),  # else every start draws from the run's own
+            worker_init_fn=_init_worker,
+            generator=torch.Generator().manual_seed(0),  # else each loader draws from the global generator
         )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-def _live_with_the_rank(worker: int) -> None:
-    """A worker dies with its rank, however that dies, and not before: a rank that is asked to stop has a step to finish."""
+def _init_worker(worker: int) -> None:
+    """Make a worker end with its rank and not before: a rank that is asked to stop has to finish its step."""
     set_parent_death_signal(signal.SIGKILL)
-    for signum in (signal.SIGTERM, signal.SIGINT):  # what a terminal or a scheduler sends to the whole group
+    for signum in (signal.SIGTERM, signal.SIGINT):  # sent to the whole process group by terminals and schedulers
         signal.signal(signum, signal.SIG_IGN)

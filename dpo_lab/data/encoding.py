@@ -22,17 +22,17 @@ from dpo_lab.data.rows import Chunk, Rows, parse
 from dpo_lab.data.splits import split_hash
 from dpo_lab.data.tokenize import PairTokenizer
 
-FEWEST_REPEATED = 8  # characters of a prompt; an answer may well begin with a shorter one
-MIN_ROWS_FOR_WORKERS = 8  # chunks at most; more are worth the start of other processes
+FEWEST_REPEATED = 8  # characters of a prompt; a response may start with a shorter one by chance
+MIN_ROWS_FOR_WORKERS = 8  # chunks; for fewer, worker processes are not worth their start
 
 Source = tuple[Rows, Shape]
 
 
 @dataclass
 class Encoded:
-    """What became of a chunk: its pairs as columns, counts, and its bad rows as (number, what is wrong).
+    """An encoded chunk: its pairs as columns, counts, and its bad rows as (row number, error).
 
-    repeats: the number of the first row whose sides both begin with the prompt; 0 where there is none.
+    repeats: number of the first row whose responses both begin with the prompt; 0 without one.
     """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
@@ -48,7 +48,7 @@ class Encoded:
 
 
 def encode_chunk(chunk: Chunk, shape: Shape, encoder: PairTokenizer) -> Encoded:
-    """Rows to pairs to token ids."""
+    """Read the rows of a chunk as pairs and encode these to token ids."""
     encoded = Encoded()
     counts = encoded.counts
     found: list[tuple[int, Pair]] = []
@@ -70,11 +70,11 @@ def encode_chunk(chunk: Chunk, shape: Shape, encoder: PairTokenizer) -> Encoded:
                 encoded.repeats = encoded.repeats or number
     kept = []
     for (number, pair), (_, ids) in zip(found, _tokenize(found, encoder, encoded), strict=True):
-        made = encoder.encode(pair, ids, counts) if ids is not None else None
-        if made is not None:
-            kept.append((number, pair, made))
+        ids_of_pair = encoder.encode(pair, ids, counts) if ids is not None else None
+        if ids_of_pair is not None:
+            kept.append((number, pair, ids_of_pair))
     if kept:
-        parts = [part for *_, made in kept for part in (made.prompt, made.chosen, made.rejected)]
+        parts = [part for *_, ids in kept for part in (ids.prompt, ids.chosen, ids.rejected)]
         encoded.tokens = flat(parts)
         encoded.lengths = np.array([len(part) for part in parts], np.int32).reshape(-1, 3)
         encoded.keys = np.array([pair.key.encode() for _, pair, _ in kept], "S32")
@@ -86,31 +86,35 @@ def encode_chunk(chunk: Chunk, shape: Shape, encoder: PairTokenizer) -> Encoded:
 
 
 def _tokenize(found: list[tuple[int, Pair]], encoder: PairTokenizer, encoded: Encoded) -> Iterable[tuple[Pair, Any]]:
-    """Ids of all pairs; of a pair whose chat can't be rendered None, and its row is bad."""
+    """Return each pair with its token ids, None for a pair whose chat can't be rendered; its row is added to the bad
+    ones.
+    """
     counts: Counter[str] = Counter()
     try:
-        all_of_them = encoder.tokenised([pair for _, pair in found], counts)
+        tokenized = encoder.tokenised([pair for _, pair in found], counts)
     except ValueError:
-        pass  # one of them: find out which
+        pass  # tokenize one by one, to find the bad pairs
     else:
         encoded.counts.update(counts)
-        return all_of_them
-    each: list[tuple[Pair, Any]] = []
+        return tokenized
+    one_by_one: list[tuple[Pair, Any]] = []
     for number, pair in found:
         try:
-            each += encoder.tokenised([pair], encoded.counts)
+            one_by_one += encoder.tokenised([pair], encoded.counts)
         except ValueError as error:
-            if not encoded.bad or encoded.bad[-1][0] != number:  # another pair of that row is already there
+            if not encoded.bad or encoded.bad[-1][0] != number:  # unless another pair of this row was bad
                 encoded.bad.append((number, str(error)))
-            each.append((pair, None))
+            one_by_one.append((pair, None))
     encoded.bad.sort()
-    return each
+    return one_by_one
 
 
 def encoded_chunks(
     sources: Sequence[Source], encoder: PairTokenizer, workers: int
 ) -> Iterator[tuple[int, Chunk, Encoded]]:
-    """Every chunk of every source, encoded, in order: by this process where they are few, else by several."""
+    """Yield (index of the source, chunk, encoded chunk) of all sources in order; encode many chunks in worker
+    processes.
+    """
     shapes = [shape for _, shape in sources]
     chunks = ((at, chunk) for at, (rows, _) in enumerate(sources) for chunk in rows.chunks())
     first = list(islice(chunks, MIN_ROWS_FOR_WORKERS))
@@ -119,7 +123,7 @@ def encoded_chunks(
             for at, chunk in part:
                 yield at, chunk, encode_chunk(chunk, shapes[at], encoder)
         return
-    # a fork would inherit the locks of torch's and the tokenizer's threads
+    # spawn: a fork would inherit locks held by threads of torch and of the tokenizer
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, _start_worker, (shapes, encoder)) as pool:
         ahead: deque = deque()
@@ -138,7 +142,7 @@ def encoded_chunks(
 
 def _start_worker(shapes: list[Shape], encoder: PairTokenizer) -> None:
     global _SHAPES, _ENCODER
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker process uses one core
     _SHAPES, _ENCODER = shapes, encoder
 
 
@@ -147,11 +151,11 @@ def _work(at: int, chunk: Chunk) -> Encoded:
 
 
 def repeats_prompt(pair: Pair) -> bool:
-    """Whether both sides begin with the prompt, of a chat with its last message."""
+    """Return whether both responses begin with the prompt or, in a chat, with the prompt's last message."""
     prompt, *sides = (content_of(text).strip() for text in (pair.prompt, pair.chosen, pair.rejected))
     return len(prompt) >= FEWEST_REPEATED and all(side.startswith(prompt) for side in sides)
 
 
 def _unordered(pair: Pair) -> bytes:
-    """A hash of the prompt and the two responses, whichever of them is chosen."""
+    """Return a hash of the prompt and both responses that does not depend on which one is chosen."""
     return content_hash([pair.prompt, sorted([content_hash(pair.chosen), content_hash(pair.rejected)])]).encode()

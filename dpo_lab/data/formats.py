@@ -22,11 +22,11 @@ from dpo_lab.data.messages import (
     merge_messages,
     message,
     number,
-    plain,
     readable,
     shared,
     shared_words,
     shorten,
+    show_role,
 )
 from dpo_lab.data.transcript import parted
 
@@ -40,42 +40,44 @@ REQUIRED: Any = object()
 
 
 class Format(str, Enum):
-    """The shape of a row; auto finds it from the row's fields."""
+    """The format of a row; auto recognises it from the row's fields."""
 
     auto = "auto"
-    preference = "preference"  # prompt, chosen, rejected: text or chat; without prompt, what both sides share
-    transcript = "transcript"  # chosen, rejected: a whole dialogue each, "\n\nHuman: ...\n\nAssistant: ..."
+    preference = (
+        "preference"  # prompt, chosen, rejected: text or chat; without prompt their common beginning is the prompt
+    )
+    transcript = "transcript"  # chosen, rejected: complete dialogues "\n\nHuman: ...\n\nAssistant: ..."
     ratings = "ratings"  # prompt, responses, ratings
-    text = "text"  # text: a whole one, for supervised fine-tuning alone
+    text = "text"  # text without a prompt, for supervised fine-tuning only
 
 
 class Pick(str, Enum):
-    """How rated responses become pairs; of equally rated ones the first is taken."""
+    """How rated responses become pairs; among equal ratings the first is the best."""
 
-    best_worst = "best_worst"  # the best against the worst: one pair a row
-    best_rest = "best_rest"  # the best against every other
-    all = "all"  # every two with different ratings
+    best_worst = "best_worst"  # the best against the worst: one pair per row
+    best_rest = "best_rest"  # the best against each other one
+    all = "all"  # all pairs with different ratings
 
 
 class Label(Enum):
-    """What a label of 1 says of two responses that stand in no order. (No str: that has an `index` of its own.)"""
+    """The meaning of a label of 1 for two unordered responses. (Not a str enum: str has a method `index`.)"""
 
     first = "first"  # the first is preferred (0: the second)
     index = "index"  # the one with index 1, the second, is preferred (0: the first)
 
 
 class NoPair(Exception):
-    """A well-formed row that holds no preference; the message is the reason to count."""
+    """Raised for a well-formed row without a preference; the message is the reason, which is counted."""
 
 
 @dataclass
 class Shape:
     """How the rows of a source are read as pairs.
 
-    columns: our name -> the row's, a dotted path where it lies deeper (`summaries.0.text`). `system`, `tools` and scores
-    are found by their usual names too; a label is read only where `columns` names it, for it may turn the pair around.
-    pick: which pairs rated responses make; label_is: how a label is meant. as_chat: plain strings become messages, the
-    prompt the user's (after `system`, where the row has one) and a response the assistant's.
+    columns: name here -> name in the rows, or a dotted path to a nested value (`summaries.0.text`). `system`, `tools`
+    and scores are found by their usual names too; a label is read only if `columns` names it, since it may swap the
+    pair. pick: which pairs to form of rated responses; label_is: the meaning of a label. as_chat: plain strings become
+    messages, the prompt one of the user (after `system`, if the row has one) and each response one of the assistant.
     """
 
     format: Format = Format.auto
@@ -90,13 +92,13 @@ class Shape:
                 raise ValueError(f"data.columns.{name}: no such column; type one of {', '.join(COLUMNS)}")
 
     def read(self, row: Row, counts: Counter[str] | None = None) -> list[Pair]:
-        """All pairs of a row. counts: gains what is noteworthy of the row, see `faults`.
+        """Return all pairs of a row and count its faults in `counts`, see row_faults.py.
 
-        Raises ValueError, naming the field, for a bad row; NoPair where it is good but holds no preference.
+        Raises ValueError, naming the field, for a bad row, and NoPair for a row without a preference.
         """
         counts = Counter() if counts is None else counts
         if self.format is Format.text:
-            return [self._whole(row)]
+            return [self._text_row(row)]
         pairs = self._pairs(self._parsed(row, counts))
         check_media(row, {self._column(name) for name in COLUMNS}, pairs, counts)
         return pairs
@@ -114,9 +116,8 @@ class Shape:
         return [pair]
 
     def _parsed(self, row: Row, counts: Counter[str]) -> Row:
-        """The row with messages, and the tools beside them, in place of their JSON text."""
-        found = {name: self._get(row, name, None) for name in ("prompt", *SIDES)}
-        parsed = read_json_text(found, counts)
+        """Return the row with JSON text of messages and tools replaced by what it stores."""
+        parsed = read_json_text({name: self._get(row, name, None) for name in ("prompt", *SIDES)}, counts)
         if "tools" in parsed and self._tools(row):
             del parsed["tools"]
         return {**row, **{self._column(name): value for name, value in parsed.items()}} if parsed else row
@@ -137,11 +138,11 @@ class Shape:
             return self._pair(row, [], chosen, rejected)
         if chosen == rejected:
             raise NoPair("identical sides")
-        cut = shared_words(chosen, rejected)
-        if not cut:
+        length = shared_words(chosen, rejected)
+        if not length:
             raise ValueError(f"field 'prompt' is missing and both sides share no first word (the row {describe(row)})")
-        sides = [side[cut:].lstrip() if self.as_chat else side[cut:] for side in (chosen, rejected)]
-        return self._pair(row, chosen[:cut], *sides)
+        sides = [side[length:].lstrip() if self.as_chat else side[length:] for side in (chosen, rejected)]
+        return self._pair(row, chosen[:length], *sides)
 
     def _transcript(self, row: Row) -> Pair:
         texts = {self._column(name): self._text(row, name) for name in SIDES}
@@ -170,7 +171,7 @@ class Shape:
             raise NoPair("identical sides" if ranked else "tied ratings")
         return [replace(self._pair(row, prompt, a, b), score_margin=high - low) for (a, high), (b, low) in distinct]
 
-    def _whole(self, row: Row) -> Pair:
+    def _text_row(self, row: Row) -> Pair:
         text, where = self._get(row, "text"), self._column("text")
         if not isinstance(text, str):
             raise field_error(where, f"is {type(text).__name__}, not a string")
@@ -179,7 +180,7 @@ class Shape:
         return Pair("", readable(text, where), "")
 
     def _responses(self, row: Row) -> list[tuple[str, float]]:
-        """The responses that have a rating, with it."""
+        """Return the responses that have a rating, with their rating."""
         responses, where = self._get(row, "responses"), self._column("responses")
         if not isinstance(responses, list):
             raise field_error(where, f"is {type(responses).__name__}, not a list")
@@ -203,30 +204,28 @@ class Shape:
         return rated
 
     def _pair(self, row: Row, prompt: Text, chosen: Text, rejected: Text) -> Pair:
-        """The pair as text where all is text, else as chat; messages that both sides begin with belong to the prompt."""
+        """Build a pair of text if all is text, else of chat; shared first messages belong to the prompt."""
         system, tools = self._system(row), self._tools(row)
         if not self.as_chat and all(isinstance(text, str) for text in (prompt, chosen, rejected)):
             for name, value in (("system", system), ("tools", tools)):
                 if value:
-                    raise field_error(
-                        self._column(name), "has no place in plain text; type data.as_chat=true for messages"
-                    )
+                    what = "can't be used with plain text; type data.as_chat=true for messages"
+                    raise field_error(self._column(name), what)
             return Pair(prompt, chosen, rejected)
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in (chosen, rejected)]
         common = shared(*sides)
         messages = merge_messages(given, sides[0][:common])
         if not messages:
-            raise field_error(
-                "prompt", f"is missing, or empty, and both sides share no first message (the row {describe(row)})"
-            )
+            what = f"is missing, or empty, and both sides share no first message (the row {describe(row)})"
+            raise field_error("prompt", what)
         if system and all(turn["role"] != "system" for turn in messages):
             messages = [{"role": "system", "content": system}, *messages]
         for name, side in zip(SIDES, sides, strict=True):
-            roles = [plain(turn["role"]) for turn in side[common:]]
+            roles = [show_role(turn["role"]) for turn in side[common:]]
             if roles != ["assistant"]:
                 what = f"holds {len(roles)} messages after the prompt (roles {', '.join(roles[:MOST])})"
-                raise field_error(self._column(name), f"{what}: only one answer of the assistant can be scored")
+                raise field_error(self._column(name), f"{what}: a response must be one message of the assistant")
             if not (side[-1].get("content", "").strip() or side[-1].get("tool_calls")):
                 raise field_error(self._column(name), "is empty")
         return Pair(messages, sides[0][common:], sides[1][common:], tools=tools)
@@ -238,7 +237,7 @@ class Shape:
         return name in self.columns or name in row
 
     def _get(self, row: Row, name: str, default: Any = REQUIRED) -> Any:
-        """The row's value under our name; the default where there is one and `columns` does not promise a value."""
+        """Return the value of a column; `default`, if given, if it is missing and `columns` does not name it."""
         path = self._column(name)
         if path in row:
             return row[path]
@@ -257,7 +256,7 @@ class Shape:
         return value
 
     def _text(self, row: Row, name: str) -> Text:
-        """A prompt or a side as the row has it, checked; a side is not empty."""
+        """Return a prompt or a response of the row, checked; a response must not be empty."""
         value, where = self._get(row, name), self._column(name)
         if not isinstance(value, str | list | dict):
             raise field_error(where, f"is {type(value).__name__}, not a string or a list of messages")
@@ -293,7 +292,7 @@ class Shape:
         return next((number(row[key], key) for key in SCORES[side] if key in row), math.nan)
 
     def _second_is_better(self, row: Row) -> bool:
-        """Whether a label says that the response under `rejected` is the preferred one."""
+        """Return whether the label prefers the response in the column `rejected`."""
         if "label" not in self.columns:
             return False
         label = self._get(row, "label")

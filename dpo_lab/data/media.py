@@ -11,16 +11,16 @@ from dpo_lab.core.pairs import Pair
 from dpo_lab.data.messages import field_error
 from dpo_lab.data.row_faults import MEDIA
 
-UNREAD = b"not read"  # stands in a row for bytes that were left where they are
+UNREAD = b"not read"  # placeholder in a row for bytes that are not read
 COLUMN = re.compile(
     r"(?:\w*_)?(?:image|img|picture|photo|audio|sound|speech|video)s?(?:_(?:path|url|file|bytes)s?)?", re.I
 )
-# Where a text says that an image, a sound or a video belongs: <image>, <|audio|>, <image_1>, <|vision_start|>, [IMG], ...
+# Placeholders of images, sound or video in a text: <image>, <|audio|>, <image_1>, <|vision_start|>, [IMG], ...
 PLACE = re.compile(r"<\|?(?:start_of_)?(?:image|img|audio|video|vision)[\w-]*\|?>|\[IMG\]", re.I)
 
 
 def check_media(row: Mapping[str, Any], read: Collection[str], pairs: Iterable[Pair], counts: Counter[str]) -> None:
-    """Count a row with columns of media; read: columns that hold text. Raises ValueError where its text refers to them."""
+    """Count a row that has columns of media; raise ValueError if its text refers to them. read: the columns of text."""
     names = (name for name, value in row.items() if isinstance(name, str) and name not in read and _holds(name, value))
     if name := next(names, None):
         counts[MEDIA] += 1
@@ -29,7 +29,7 @@ def check_media(row: Mapping[str, Any], read: Collection[str], pairs: Iterable[P
 
 
 def is_media(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds bytes: alone, with their path as `datasets` stores them, or lists of such."""
+    """Return whether an Arrow type holds bytes: bytes, bytes with their path as in `datasets`, or lists of these."""
     import pyarrow.types as types
 
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
@@ -53,7 +53,7 @@ def _is_there(value: Any) -> bool:
 
 
 def _place_in(pair: Pair) -> str | None:
-    """The mark in the pair's text at which an image, a sound or a video would stand."""
+    """Return the first placeholder of an image, a sound or a video in the pair's text, or None."""
     for text in (pair.prompt, pair.chosen, pair.rejected):
         for words in [text] if isinstance(text, str) else [str(message.get("content", "")) for message in text]:
             if found := PLACE.search(words):

@@ -12,22 +12,22 @@ from dpo_lab.core.pairs import Message, Text
 
 ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", system="system", tool="tool")
 UNREADABLE = re.compile("[\0\ud800-\udfff]")
-LARGEST = 1e37  # of a number: differences of such are kept in 32 bits
-MOST, LONGEST = 20, 80  # names, and characters of a value, that an error shows
+LARGEST = 1e37  # the largest number: differences are stored in 32 bits
+MOST, LONGEST = 20, 80  # names, and characters of a value, to show in an error
 
 
 def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many first items both share; the last one of each is never among them."""
+    """Return the length of the common prefix of two sequences, without the last item of either."""
     most = min(len(a), len(b)) - 1
     return next((i for i in range(most) if a[i] != b[i]), max(most, 0))
 
 
 def shared_words(a: str, b: str) -> int:
-    """How many first characters of both are the prompt that the row leaves unsaid: the longest common run of whole words.
+    """Return the length in characters of the longest common prefix of whole words, the implicit prompt of two texts.
 
-    The cut lies where both go on with whitespace, which stays with the responses, and leaves both something to say. It is
-    made in characters: a common run of tokens would depend on the tokenizer, and may end inside a word, where prompt and
-    response encoded apart are other tokens than the whole.
+    Both texts continue with white space after it, which belongs to the responses, and neither response is empty. It is
+    measured in characters: a common prefix of tokens would depend on the tokenizer and could end inside a word, where
+    prompt and response have other tokens than the complete text.
 
     >>> shared_words("The sky is blue.", "The sky is blurred.")
     10
@@ -38,20 +38,20 @@ def shared_words(a: str, b: str) -> int:
 
 
 def merge_messages(given: list[Message], shared: list[Message]) -> list[Message]:
-    """The prompt's messages and then those that both sides begin with, without saying the prompt twice."""
-    said, again = ([{**m, "content": m.get("content", "").strip()} for m in messages] for messages in (given, shared))
-    is_whole = bool(again) and again[0]["role"] != "assistant"  # a dialogue from its start may hold the prompt
-    if is_whole and any(again[i : i + len(said)] == said for i in range(len(again) - len(said) + 1)):
+    """Return the prompt's messages followed by those that both responses share, without repeating the prompt."""
+    first, second = ([{**m, "content": m.get("content", "").strip()} for m in part] for part in (given, shared))
+    is_dialogue = bool(second) and second[0]["role"] != "assistant"  # a complete dialogue may contain the prompt
+    if is_dialogue and any(second[i : i + len(first)] == first for i in range(len(second) - len(first) + 1)):
         return shared
-    overlap = next(n for n in range(len(again), -1, -1) if again[:n] == said[max(len(said) - n, 0) :])
+    overlap = next(n for n in range(len(second), -1, -1) if second[:n] == first[max(len(first) - n, 0) :])
     return given + shared[overlap:]
 
 
 def message(value: Any, where: str) -> Message:
-    """One message: a role, and a string as its content unless it calls tools. ShareGPT's names are translated.
+    """Check a message and translate ShareGPT's names: it has a role and a string as content, unless it calls tools.
 
-    A null in a field of a message, of a tool call or of its function says that the field is absent, as in OpenAI's API. A
-    null inside the arguments of a call is a value and is kept.
+    A field of a message, of a tool call or of its function that is null is treated as absent, as in OpenAI's API. A
+    null in the arguments of a call is a value and is kept. Raises ValueError, naming the field.
     """
     if not isinstance(value, dict):
         raise field_error(where, f"holds {type(value).__name__} where a message should be")
@@ -74,16 +74,16 @@ def message(value: Any, where: str) -> Message:
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as objects. Calls, and arguments, may come as JSON text."""
+    """Check tool calls and parse their arguments to objects; calls and arguments may be JSON text."""
     calls = _from_json(calls, where, "tool_calls")
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise field_error(where, "has tool_calls that are no list of objects")
-    found = []
+        raise field_error(where, "has tool_calls that are not a list of objects")
+    parsed = []
     for call in map(_without_nulls, calls):
         if isinstance(call.get("function"), dict):
             call["function"] = _with_arguments(_without_nulls(call["function"]), where)
-        found.append(_with_arguments(call, where))
-    return found
+        parsed.append(_with_arguments(call, where))
+    return parsed
 
 
 def _with_arguments(function: dict[str, Any], where: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _with_arguments(function: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _from_json(value: Any, where: str, what: str) -> Any:
-    """The value, parsed where it is JSON text."""
+    """Return the value, parsed if it is JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -119,7 +119,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def readable(value: Any, where: str) -> Any:
-    """The value, every string in it checked, keys as well."""
+    """Check all strings in a value, keys included, and return it; raise ValueError for NUL or lone surrogates."""
     if isinstance(value, str):
         if found := UNREADABLE.search(value):
             what = "NUL character" if found[0] == "\0" else "lone surrogate"
@@ -134,11 +134,12 @@ def readable(value: Any, where: str) -> Any:
 
 
 def content_of(text: Text) -> str:
-    """Plain text, or the content of a chat's last message."""
+    """Return a plain text, or the content of the last message of a chat."""
     return text if isinstance(text, str) else str((text[-1].get("content") if text else "") or "")
 
 
 def describe(value: Any) -> str:
+    """Describe a value in an error: the names in an object, the length of a list, or the type."""
     if isinstance(value, Mapping):
         names = ", ".join(map(shorten, list(value)[:MOST])) or "none"
         return f"has {names[: 8 * LONGEST]}{', ...' if len(value) > MOST or len(names) > 8 * LONGEST else ''}"
@@ -146,21 +147,23 @@ def describe(value: Any) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value as an error shows it, however long it is."""
+    """Return the repr of a value, truncated for an error message."""
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-def plain(role: str) -> str:
+def show_role(role: str) -> str:
+    """Return a role as an error shows it."""
     return role if role in ROLES else shorten(role)
 
 
 def field_error(where: str, what: str) -> ValueError:
+    """Return the error of a field. where: its name; what: what is wrong, with a verb."""
     return ValueError(f"field '{where}' {what}")
 
 
 def number(value: Any, where: str) -> float:
-    """A number, or one in writing; NaN for None."""
+    """Convert a number, or text of one, to float; None to NaN."""
     try:
         number = math.nan if value is None else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -171,6 +174,7 @@ def number(value: Any, where: str) -> float:
 
 
 def first(item: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
+    """Return the value of the first of `names` that the item has."""
     for name in names:
         if name in item:
             return item[name]

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 PARTS = ("prompt", "chosen", "rejected")
 BINS = 24
-BLOCK = 1 << 18  # tokens that are looked at at once: what fits a core's cache
+BLOCK = 1 << 18  # tokens to process at once, which fit into the cache of a core
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one part of all pairs. histogram: pairs in each bin, see Quality.bins.
+    """Lengths in tokens of prompts, of chosen or of rejected responses. histogram: pairs per bin, see Quality.bins.
 
-    truncated: the share of responses that were cut at their end; of prompts the share of those as long as a prompt may be,
-    nearly all of which were cut at their start.
+    truncated: the share of responses that were truncated at their end; for prompts the share of those with the maximum
+    length, nearly all of which were truncated at their start.
     """
 
     mean: float
@@ -41,7 +41,9 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Margins:
-    """Scores of chosen less those of rejected, where they are known; negative, zero: shares of those."""
+    """Statistics of the score of chosen minus that of rejected, over pairs where both are known; negative, zero:
+    shares.
+    """
 
     known: int
     mean: float
@@ -52,14 +54,16 @@ class Margins:
 
 @dataclass(frozen=True)
 class Side:
-    """One split of the pairs, as they are labelled now, label noise included. Equality is that of token ids.
+    """Statistics of one split of the pairs under their current labels, label noise included. Texts are compared as
+    token ids.
 
-    prompts: distinct ones; most_of_a_prompt: pairs of the most frequent one; repeated: pairs that say what another says;
-    contradictions: pairs whose contrary is there as well, counted once for both; responses: distinct ones;
-    shared_responses: share of responses that stand in another pair too; special_inside: responses that hold a special token
-    before their end; lengths: of each of PARTS; chosen_longer: share of pairs whose chosen has more tokens, a tie half,
-    pairs of one prompt being alike; same_length: share of ties; difference: tokens of chosen less those of rejected, mean;
-    differences: the histogram of that; scores: those that came with the pairs; truth: the world's gold reward.
+    prompts: number of distinct prompts; most_of_a_prompt: pairs of the most frequent prompt; repeated: pairs that
+    repeat another; contradictions: pairs with a contradicting pair, where both count as one; responses: number of
+    distinct responses; shared_responses: share of responses that occur in another pair too; special_inside: responses
+    with a special token before their end; lengths: for each of PARTS; chosen_longer: share of pairs whose chosen
+    response has more tokens, where a tie counts half, with an interval clustered by prompt; same_length: share of ties;
+    difference: mean of tokens of chosen minus tokens of rejected; differences: its histogram; scores: margins of the
+    scores that came with the pairs; truth: margins of the task's gold reward.
     """
 
     pairs: int
@@ -81,9 +85,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Noise:
-    """What label noise did to the training pairs, by which response was the longer one before it came.
+    """The effect of label noise on the training pairs, by which response was the longer one before.
 
-    flipped: {"chosen longer": [pairs, flipped ones]}, and so on; chosen_longer: see Side, before it.
+    flipped: {"chosen longer": [pairs, flipped ones], ...}; chosen_longer: see Side, before label noise.
     """
 
     flipped: dict[str, list[int]]
@@ -96,11 +100,11 @@ class Noise:
 
 @dataclass(frozen=True)
 class Quality:
-    """What is to be known of train and held-out pairs before a fit.
+    """The quality of training and held-out pairs.
 
-    counts: rows, and what became of them; leaks_dropped: training rows left out because their prompt is held out;
-    leaks: training pairs left whose prompt, as the tokens that the model sees, is held out all the same; bins: edges of the
-    histograms of prompts, responses and differences, the first inside a bin, the next outside.
+    counts: number of rows, and of dropped ones by reason; leaks_dropped: training rows left out because their prompt is
+    held out; leaks: remaining training pairs whose prompt has the same token ids as a held-out one; bins: edges of the
+    histograms of prompts, responses and differences; a bin includes its lower edge.
     """
 
     counts: dict[str, int]
@@ -115,24 +119,24 @@ class Quality:
 
     @property
     def sides(self) -> dict[str, Side]:
-        """Train, and held-out where there is any."""
+        """The statistics by split, without held-out pairs if there are none."""
         return {"train": self.train} | ({"held-out": self.held_out} if self.held_out else {})
 
     def as_record(self) -> dict[str, Any]:
-        """As plain values, for a run's record."""
+        """Return plain values for the run record."""
         return asdict(self)
 
 
 def quality_of(train: PairTable, held_out: PairTable, counts: Mapping[str, int], encoder: PairTokenizer) -> Quality:
-    """The quality of pairs under the encoder that made them. counts: see Splits."""
-    both = [table for table in (train, held_out) if len(table)]
+    """Compute the quality of pairs, encoded by `encoder`. counts: see Splits."""
+    tables = [table for table in (train, held_out) if len(table)]
     bins = {
-        "prompt": _edges(max(int(t.lengths[:, 0].max()) for t in both)),
-        "response": _edges(max(int(t.lengths[:, 1:].max()) for t in both)),
-        "difference": _edges_around_zero(max(int(np.abs(_differences(t)).max()) for t in both)),
+        "prompt": _edges(max(int(t.lengths[:, 0].max()) for t in tables)),
+        "response": _edges(max(int(t.lengths[:, 1:].max()) for t in tables)),
+        "difference": _edges_around_zero(max(int(np.abs(_differences(t)).max()) for t in tables)),
     }
-    looks = [_QualityPass(table, encoder) for table in both]
-    leaks = np.isin(looks[0].hashes[:, 0], looks[1].hashes[:, 0]) if len(looks) > 1 else np.zeros(0, bool)
+    passes = [_QualityPass(table, encoder) for table in tables]
+    leaks = np.isin(passes[0].hashes[:, 0], passes[1].hashes[:, 0]) if len(passes) > 1 else np.zeros(0, bool)
     return Quality(
         counts={what: int(count) for what, count in counts.items()},
         max_length=encoder.max_length,
@@ -140,17 +144,17 @@ def quality_of(train: PairTable, held_out: PairTable, counts: Mapping[str, int],
         leaks_dropped=int(counts.get("dropped: prompt is held out", 0)),
         leaks=int(leaks.sum()),
         bins=bins,
-        train=looks[0].side(bins),
-        held_out=looks[1].side(bins) if len(looks) > 1 else None,
-        noise=looks[0].noise(),
+        train=passes[0].side(bins),
+        held_out=passes[1].side(bins) if len(passes) > 1 else None,
+        noise=passes[0].noise(),
     )
 
 
 class _QualityPass:
-    """A table, and what one pass over its tokens found.
+    """A table of pairs with the results of one pass over its tokens.
 
-    hashes [N, 3]: of the token ids of prompt, chosen and rejected as annotated; special [N, 3]: special tokens in each;
-    groups [N]: the number of each pair's prompt.
+    hashes [N, 3]: hashes of the token ids of prompt, chosen and rejected as annotated; special [N, 3]: number of
+    special tokens in each; groups [N]: index of each pair's prompt among the distinct ones.
     """
 
     def __init__(self, table: PairTable, encoder: PairTokenizer) -> None:
@@ -166,8 +170,8 @@ class _QualityPass:
     def side(self, bins: Mapping[str, list[int]]) -> Side:
         table = self.table
         prompt, chosen, rejected = self.hashes.T
-        said = len(_runs(_mixed(prompt, chosen, rejected)))
-        compared = len(_runs(_mixed(prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected))))
+        distinct = len(_runs(_mixed(prompt, chosen, rejected)))
+        unordered = len(_runs(_mixed(prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected))))
         of_a_response = _runs(self.hashes[:, 1:].ravel())
         differences = _differences(table)
         cut = np.where(table.flipped[:, None], self.cut[:, ::-1], self.cut)
@@ -181,8 +185,8 @@ class _QualityPass:
             pairs=len(table),
             prompts=len(self.of_a_prompt),
             most_of_a_prompt=int(self.of_a_prompt.max()),
-            repeated=len(table) - said,
-            contradictions=said - compared,  # two responses are compared one way, or both ways
+            repeated=len(table) - distinct,
+            contradictions=distinct - unordered,
             responses=len(of_a_response),
             shared_responses=float(of_a_response[of_a_response > 1].sum()) / (2 * len(table)),
             special_inside=int((self.special[:, 1:] > 0).sum()),
@@ -206,13 +210,13 @@ class _QualityPass:
 
 
 def _pass_over(table: PairTable, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """64-bit hashes of the three parts of each pair, and how many special tokens each part holds, both [N, 3].
+    """Return 64-bit hashes of the three parts of each pair, and the number of special tokens in each part, both [N, 3].
 
-    A hash is the sum over a part's tokens of a random number of the token times a random odd number of its place.
+    A hash is the sum over tokens of a random number of the token id times a random odd number of the position.
     """
     vocabulary, longest = 1 + max(int(table.tokens.max()), int(special.max(initial=0))), int(table.lengths.max())
     of_token = _scrambled(np.arange(vocabulary, dtype=np.uint64))
-    of_place = _scrambled(np.arange(longest, dtype=np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
+    of_position = _scrambled(np.arange(longest, dtype=np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
     is_special = np.zeros(vocabulary, np.int64)
     is_special[special] = 1
     lengths = table.lengths.astype(np.int64)
@@ -222,18 +226,18 @@ def _pass_over(table: PairTable, special: np.ndarray) -> tuple[np.ndarray, np.nd
     for first, end in pairwise(borders):
         block = lengths[first:end].ravel()
         sizes = lengths[first:end].sum(1)
-        starts = np.cumsum(block) - block  # of each part, in the block
+        starts = np.cumsum(block) - block  # start of each part in the block
         row = np.arange(int(sizes.sum()))
         ids = table.tokens[row + np.repeat(table.starts[first:end] - starts[::3], sizes)]
-        place = row - np.repeat(starts, block)
-        there = block > 0  # reduceat gives no 0 for an empty part
-        for out, values in ((hashes, of_token[ids] * of_place[place]), (specials, is_special[ids])):
-            out[first:end].reshape(-1)[there] = np.add.reduceat(values, starts[there])
+        position = row - np.repeat(starts, block)
+        is_filled = block > 0  # reduceat does not return 0 for an empty part
+        for out, values in ((hashes, of_token[ids] * of_position[position]), (specials, is_special[ids])):
+            out[first:end].reshape(-1)[is_filled] = np.add.reduceat(values, starts[is_filled])
     return hashes, specials
 
 
 def _scrambled(numbers: np.ndarray) -> np.ndarray:
-    """64-bit numbers to such as look random (splitmix64: Steele, Lea and Flood 2014)."""
+    """Map 64-bit numbers to pseudo-random ones (splitmix64: Steele, Lea and Flood 2014)."""
     z = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -241,30 +245,30 @@ def _scrambled(numbers: np.ndarray) -> np.ndarray:
 
 
 def _mixed(prompt: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """A hash of three hashes in this order."""
+    """Combine three hashes; the result depends on their order."""
     return _scrambled(_scrambled(_scrambled(prompt) ^ first) ^ second)
 
 
 def _runs(hashes: np.ndarray) -> np.ndarray:
-    """How often each distinct value is there. By sorting, which takes a tenth of np.unique's time."""
+    """Return the count of each distinct value, by sorting, which takes a tenth of the time of np.unique."""
     ordered = np.sort(hashes)
     return np.diff(np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1], True]))
 
 
 def _differences(table: PairTable, before_noise: bool = False) -> np.ndarray:
-    """Tokens of chosen less those of rejected, [N]."""
+    """Return tokens of chosen minus tokens of rejected, [N]."""
     sides = table.lengths[:, 1:] if before_noise else table.sides
     return sides[:, 0].astype(np.int64) - sides[:, 1]
 
 
 def _edges(most: int) -> list[int]:
-    """Edges of at most BINS bins of equal whole width for 0 .. most."""
+    """Return edges of at most BINS bins of equal integer width for 0 .. most."""
     width = math.ceil((most + 1) / BINS)
     return list(range(0, most + width + 1, width))
 
 
 def _edges_around_zero(most: int) -> list[int]:
-    """Edges of at most BINS bins of equal odd width for -most .. most, one of which has 0 in its middle."""
+    """Return edges of at most BINS bins of equal odd width for -most .. most, one of which is centred at 0."""
     half = math.ceil(max(0, 2 * most - BINS + 2) / (2 * BINS - 2))
     width = 2 * half + 1
     a_side = math.ceil(max(0, most - half) / width)

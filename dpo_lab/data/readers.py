@@ -23,13 +23,13 @@ from dpo_lab.data.text import (
 
 CHUNK = 1024  # rows
 
-Read = Iterator[tuple[Sequence[int], Sequence[Any], int]]  # numbers, rows, how many bytes of the file were read so far
+Read = Iterator[tuple[Sequence[int], Sequence[Any], int]]  # numbers, rows, bytes of the file read so far
 
 
 def read(file: Path) -> Read:
-    """The rows of a file, by its suffix; of one that says nothing they are lines of JSON, each yet to be read.
+    """Read the rows of a file by its suffix; with an unknown suffix they are JSON lines, which are not parsed yet.
 
-    Raises what the system, a codec or pyarrow raises of a file that is none of its kind, and ValueError.
+    Raises ValueError, and the errors of the system, of a codec or of pyarrow for a file that they can't read.
     """
     return READERS.get(suffix(file), _json_lines)(file)
 
@@ -39,7 +39,7 @@ def _json_lines(file: Path) -> Read:
 
 
 def _json(file: Path) -> Read:
-    """One array of objects; what is no array is read as JSON lines."""
+    """Read an array of objects; a file that is not an array is read as JSON lines."""
     with file.open("rb") as raw:
         opened = decompressed(file, raw)
         is_array = begins_array(opened)
@@ -53,16 +53,16 @@ def _csv(file: Path) -> Read:
 def _text(file: Path, rows: Callable[[io.BufferedIOBase], Numbered]) -> Read:
     numbers: list[int] = []
     chunk: list[Any] = []
-    held = 0
+    total = 0
     with file.open("rb") as raw:
         opened = decompressed(file, raw)
         for number, row, size in rows(opened):
             numbers.append(number)
             chunk.append(row)
-            held += size
-            if len(chunk) == CHUNK or held > LONGEST:
+            total += size
+            if len(chunk) == CHUNK or total > LONGEST:
                 yield numbers, chunk, raw.tell()
-                numbers, chunk, held = [], [], 0
+                numbers, chunk, total = [], [], 0
         if chunk:
             yield numbers, chunk, raw.tell()
 
@@ -71,16 +71,16 @@ def _parquet(file: Path) -> Read:
     import pyarrow.parquet
 
     opened = pyarrow.parquet.ParquetFile(file)
-    told = opened.metadata
+    metadata = opened.metadata
     media = [field.name for field in opened.schema_arrow if is_media(field.type)]
     columns = [name for name in opened.schema_arrow.names if name not in media]
-    largest = max((_bytes_a_row(told.row_group(i), media) for i in range(told.num_row_groups)), default=0)
+    largest = max((_bytes_per_row(metadata.row_group(i), media) for i in range(metadata.num_row_groups)), default=0)
     batches = opened.iter_batches(rows_at_once(largest), columns=columns)
-    for numbers, rows, position in _batches(batches, file.stat().st_size / max(1, told.num_rows)):
+    for numbers, rows, position in _batches(batches, file.stat().st_size / max(1, metadata.num_rows)):
         yield numbers, [row | dict.fromkeys(media, UNREAD) for row in rows], position
 
 
-def _bytes_a_row(group: Any, media: Sequence[str]) -> float:
+def _bytes_per_row(group: Any, media: Sequence[str]) -> float:
     columns = [group.column(i) for i in range(group.num_columns)]
     read = [column for column in columns if column.path_in_schema.split(".")[0] not in media]
     return sum(column.total_uncompressed_size for column in read) / max(1, group.num_rows)
@@ -99,41 +99,41 @@ def _arrow(file: Path) -> Read:
         yield from _batches(batches, 0)
 
 
-def _batches(batches: Iterator[Any], bytes_a_row: float) -> Read:
+def _batches(batches: Iterator[Any], bytes_per_row: float) -> Read:
     done = 0
     for batch in batches:
         for rows in rows_of(batch):
             numbers = range(done + 1, done + 1 + len(rows))
             done += len(rows)
-            yield numbers, rows, int(done * bytes_a_row)
+            yield numbers, rows, int(done * bytes_per_row)
 
 
 def rows_of(batch: Any) -> Iterator[list[dict[str, Any]]]:
-    """The rows of an Arrow table or batch, so many at once. Bytes stay where they are, UNREAD in their place.
+    """Yield the rows of an Arrow table or batch in chunks, with UNREAD in place of bytes.
 
-    Nulls inside a value are left out: Arrow puts them where one row lacks what another has.
+    Nulls inside a value are left out: Arrow adds them to a row for fields that only other rows have.
     """
-    batch.validate(full=True)  # what is read is believed otherwise, offsets beyond its end as well
+    batch.validate(full=True)  # else invalid offsets of a damaged file would be followed
     media = [field.name for field in batch.schema if is_media(field.type)]
-    there = [_is_there(batch.column(name)) for name in media]
+    present = [_is_present(batch.column(name)) for name in media]
     text = batch.select([name for name in batch.schema.names if name not in media])
     step = rows_at_once(text.nbytes / max(1, batch.num_rows))
     for start in range(0, batch.num_rows, step):
         rows = [{name: _unpadded(value) for name, value in row.items()} for row in text.slice(start, step).to_pylist()]
-        for name, valid in zip(media, there, strict=True):
-            for row, is_there in zip(rows, valid[start : start + step], strict=True):
-                row[name] = UNREAD if is_there else None
+        for name, valid in zip(media, present, strict=True):
+            for row, is_present in zip(rows, valid[start : start + step], strict=True):
+                row[name] = UNREAD if is_present else None
         yield rows
 
 
-def _is_there(column: Any) -> list[bool]:
-    """Whether each row of a column has a value; an empty list is none."""
+def _is_present(column: Any) -> list[bool]:
+    """Return whether each row of a column has a value; an empty list counts as no value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    found = pc.call_function("list_value_length", [column]) if is_list else column.is_valid()
-    return [bool(value) for value in found.to_pylist()]
+    values = pc.call_function("list_value_length", [column]) if is_list else column.is_valid()
+    return [bool(value) for value in values.to_pylist()]
 
 
 def _unpadded(value: Any) -> Any:
@@ -142,11 +142,11 @@ def _unpadded(value: Any) -> Any:
     return [_unpadded(item) for item in value] if isinstance(value, list) else value
 
 
-def rows_at_once(bytes_a_row: float) -> int:
-    """As many rows as are held at a time. Raises ValueError where one alone is too long."""
-    if bytes_a_row > LONGEST:
+def rows_at_once(bytes_per_row: float) -> int:
+    """Return the number of rows per chunk; raise ValueError if a single row is too long."""
+    if bytes_per_row > LONGEST:
         raise ValueError(f"rows are {TOO_LONG}")
-    return max(1, min(CHUNK, int(LONGEST / max(1, bytes_a_row))))
+    return max(1, min(CHUNK, int(LONGEST / max(1, bytes_per_row))))
 
 
 READERS: dict[str, Callable[[Path], Read]] = {
@@ -162,5 +162,5 @@ READERS: dict[str, Callable[[Path], Read]] = {
 
 
 def suffix(file: Path) -> str:
-    """What says how a file is read: its suffix, before that of compression."""
+    """Return the suffix that decides how a file is read, without that of a compression."""
     return (Path(file.stem) if file.suffix.lower() in COMPRESSED else file).suffix.lower()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-# Given to templates that ask for the current date, so that a run has the same tokens on every day: what Llama's fall back to
+# Given to templates that ask for the current date, so that tokens don't depend on the day; the fallback of Llama's
 DATE = datetime(2024, 7, 26)
 
 BEGUN = "prompts that hold the begin token already"
@@ -18,31 +18,29 @@ MEDIA = "rows with images, sound or video, which are not read"
 JSON_READ = "rows of messages as JSON text"
 JSON_LEFT = "rows of JSON of messages, left as plain text"
 
-# What an expert would want to know of each; {n} is how many.
+# The warning for each; {n} is the count with its name.
 SAID = {
     BEGUN: (
-        "{n}: the tokenizer begins every text with that token, which is not put there twice; the prompts may be rendered by a"
-        " chat template already"
+        "{n}: the tokenizer begins every text with that token, so it is not added again; the prompts may already be"
+        " rendered by a chat template"
     ),
     SPECIAL: (
-        "{n}: was a chat template written into the text? If the policy has one, give messages or the bare text"
-        " (data.as_chat=true); else see that it is the policy's own (show=3)"
+        "{n}: was the text rendered by a chat template? If the policy has one, give messages or text without its tokens"
+        " (data.as_chat=true); else check that it is the policy's own template (show=3)"
     ),
-    UNKNOWN: "{n}: they become its unknown token, and what they said is lost; is it the policy's own tokenizer?",
-    REASONING: "{n}: the chat template leaves it out, as it would when the policy is asked; answers keep theirs",
+    UNKNOWN: "{n}: they become its unknown token and are lost; is it the policy's own tokenizer?",
+    REASONING: "{n}: the chat template leaves it out, as it does at inference; answers keep theirs",
     TOOLS: (
-        "{n}: the chat template does not write them, so that answers call what was not offered; type another"
+        "{n}: the chat template does not render them, so answers call tools that the prompt does not offer; type another"
         " policy.chat_template=FILE.jinja"
     ),
     DATED: (
-        f"{{n}}: the chat template writes the current date, and is given {DATE:%d %B %Y} in its place, so that a run has the"
-        " same tokens on every day; for another date, write it into a copy of the template and type"
+        f"{{n}}: the chat template writes the current date, which is replaced by {DATE:%d %B %Y}, so that tokens are the"
+        " same on every day; for another date, write it into a copy of the template and type"
         " policy.chat_template=FILE.jinja"
     ),
-    REPEATED: "{n}: the prompt would be there twice; leave it out of the two sides",
-    MEDIA: (
-        "{n}: only text trains, so that answers about what is seen or heard have nothing to stand on; leave such rows out"
-    ),
+    REPEATED: "{n}: the prompt would be repeated; leave it out of chosen and rejected",
+    MEDIA: "{n}: only text is trained on, so answers about images or sound have no basis; leave such rows out",
     JSON_READ: "{n}: they are read as messages",
-    JSON_LEFT: "{n}: they train as they stand; where messages are meant, store prompt and both sides alike, as JSON",
+    JSON_LEFT: "{n}: they train as plain text; if they are messages, store prompt, chosen and rejected alike, as JSON",
 }

@@ -14,18 +14,18 @@ from typing import Any, Protocol
 from dpo_lab.data.readers import CHUNK, READERS, read, rows_of, suffix
 from dpo_lab.data.text import COMPRESSED, from_json
 
-SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # what save_to_disk writes beside the rows
-SHOWN = 300  # characters of what a library says of a file
+SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # files that save_to_disk writes besides the rows
+SHOWN = 300  # characters of a library's error to show
 
 
 class BadData(ValueError):
-    """Data that can't be had or are no pairs; the message is one line that names the place and says what to type."""
+    """Raised for data that can't be read or are not pairs; the message is one line with location and what to type."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows: of `place`, numbered from 1 (lines of a text file, else rows). A row is an object, or a line of JSON yet to
-    be read. amount: how much of Rows.total it is.
+    """Consecutive rows of `place`, numbered from 1 (by lines in a text file, else by rows). A row is an object, or a
+    line of JSON that is not parsed yet. amount: the part of Rows.total that was read.
     """
 
     place: str
@@ -35,19 +35,24 @@ class Chunk:
 
 
 class Rows(Protocol):
-    """What rows come from. total: how much there is, in the unit of Chunk.amount."""
+    """A source of rows. total: its size in the unit of Chunk.amount."""
 
     total: int
 
-    def chunks(self) -> Iterator[Chunk]: ...
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield all rows in chunks."""
+        ...
 
     def digest(self) -> str:
-        """A hash of the content, whatever its place is called."""
+        """Return a hash of the content, which does not depend on paths or names."""
         ...
 
 
 def open_rows(path: str | Sequence[str], name: str | None, split: str | None, revision: str | None) -> Rows:
-    """The rows of files (a path, a glob, or several) or of a data set (a folder, or a name on the hub)."""
+    """Open files (a path, a pattern, or several) or a data set (a folder, or a name on the hub).
+
+    Raises BadData if there is none.
+    """
     paths = [path] if isinstance(path, str) else list(path)
     files: list[Path] = []
     for each in paths:
@@ -63,21 +68,21 @@ def open_rows(path: str | Sequence[str], name: str | None, split: str | None, re
 
 
 def local_files(path: str | Sequence[str]) -> list[Path]:
-    """The files behind a path, a pattern, a folder or several of them; a name on the hub has none."""
+    """Return the local files of a path, a pattern, a folder or several of these; none for a name on the hub."""
     paths = [path] if isinstance(path, str) else list(path)
     found = [file for each in paths for file in _matching(each)]
     return [file for each in found for file in (sorted(each.rglob("*")) if each.is_dir() else [each]) if file.is_file()]
 
 
 def _matching(path: str) -> list[Path]:
-    """The file or folder of that very name; where there is none and the path is a pattern, what matches it."""
+    """Return the file or folder of this name; if it does not exist and is a pattern, the matching ones."""
     if glob.has_magic(path) and not os.path.exists(path):
-        return [Path(found) for found in sorted(glob.glob(path, recursive=True))]
+        return [Path(match) for match in sorted(glob.glob(path, recursive=True))]
     return [Path(path)]
 
 
 def parse(row: Any) -> Mapping[str, Any]:
-    """A row as an object. Raises ValueError where it is none."""
+    """Return a row as an object; raise ValueError if it is not one."""
     if isinstance(row, bytes):
         row = from_json(row)
     if not isinstance(row, Mapping):
@@ -88,7 +93,7 @@ def parse(row: Any) -> Mapping[str, Any]:
 
 
 class FileRows:
-    """JSON lines, JSON, Parquet, CSV and Arrow files, by their suffix, as they are or under gzip, zstd, bzip2 or xz."""
+    """The rows of JSON lines, JSON, Parquet, CSV and Arrow files, plain or compressed with gzip, zstd, bzip2 or xz."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
@@ -96,15 +101,15 @@ class FileRows:
 
     def chunks(self) -> Iterator[Chunk]:
         for file in self.files:
-            size, number, held = file.stat().st_size, 0, 0
+            size, number, done = file.stat().st_size, 0, 0
             try:
                 for numbers, chunk, position in read(file):
                     number = numbers[-1]
-                    yield Chunk(str(file), numbers, chunk, position - held)
-                    held = position
-            except Exception as error:  # of a dozen kinds, from system, codecs and pyarrow
+                    yield Chunk(str(file), numbers, chunk, position - done)
+                    done = position
+            except Exception as error:  # many types, from system, codecs and pyarrow
                 raise _unreadable(file, f" after {number}", error) from error
-            yield Chunk(str(file), [], [], size - held)
+            yield Chunk(str(file), [], [], size - done)
 
     def digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
@@ -118,14 +123,14 @@ class FileRows:
 
 
 class DatasetRows:
-    """A data set as the `datasets` library holds it."""
+    """The rows of a data set of the `datasets` library."""
 
     def __init__(self, path: str, place: str, data: Any) -> None:
         self.path, self.place, self.data = path, place, data
         self.total = len(data)
 
     def chunks(self) -> Iterator[Chunk]:
-        """As Arrow holds them: the library's decoding would open every image and sound."""
+        """Yield all rows in chunks, read from Arrow: the library's decoding would open every image and sound."""
         stored, done = self.data.with_format("arrow"), 0
         json_columns = {name: feature for name, feature in self.data.features.items() if _holds_json(feature)}
         try:
@@ -144,19 +149,19 @@ class DatasetRows:
         files = [Path(file["filename"]) for file in self.data.cache_files]
         for file in files:
             add_file(digest, file)
-        if not files:  # held in memory
+        if not files:  # a data set in memory
             digest.update(self.data._fingerprint.encode())
         return digest.hexdigest()
 
 
 def _holds_json(feature: Any) -> bool:
-    """Whether a feature of `datasets` stores JSON text for values that Arrow has no type for."""
+    """Return whether a feature of `datasets` stores JSON text, for values that Arrow has no type for."""
     inside = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
     return type(feature).__name__ == "Json" or any(each is not None and _holds_json(each) for each in inside)
 
 
 def _from_json(feature: Any, value: Any) -> Any:
-    """A value as Arrow holds it, with what was stored as JSON parsed."""
+    """Return a value from Arrow with its JSON text parsed."""
     if type(feature).__name__ == "Json":
         return json.loads(value) if isinstance(value, str) else value
     if isinstance(feature, dict) and isinstance(value, dict):
@@ -166,10 +171,10 @@ def _from_json(feature: Any, value: Any) -> Any:
 
 
 def _data_set(path: str, name: str | None, split: str | None, revision: str | None) -> Rows:
-    """A data set's name on the hub, a folder of that form, or what save_to_disk wrote.
+    """Open a data set on the hub, a folder that is structured like one, or a folder of save_to_disk.
 
-    The library says which files of a folder belong to a split. We read them ourselves where we can, row by row, each with
-    its place; it would make a copy of them, and ends the process with some that are damaged.
+    The library finds which files of a folder belong to a split. They are read by FileRows if it can read all of them,
+    with the location of each row; the library would copy them, and some damaged files make it end the process.
     """
     import datasets
 
@@ -178,8 +183,8 @@ def _data_set(path: str, name: str | None, split: str | None, revision: str | No
     is_saved = any((folder / name).exists() for name in SAVED[:2])
     if is_folder and not is_saved and glob.has_magic(str(folder.resolve())):
         raise BadData(
-            f"data.path={path}: the datasets library takes the brackets or stars in a folder's path for a pattern; rename the"
-            " folder, or type the paths of its files (data.path=[FILE, ...])"
+            f"data.path={path}: the datasets library takes the brackets or stars in a folder's path for a pattern; rename"
+            " the folder, or type the paths of its files (data.path=[FILE, ...])"
         )
     try:
         if is_saved:
@@ -188,44 +193,44 @@ def _data_set(path: str, name: str | None, split: str | None, revision: str | No
             found = files
         else:
             found = datasets.load_dataset(str(folder.resolve()) if is_folder else path, name, revision=revision)
-    except Exception as error:  # of a dozen kinds, from hub, network, cache and files
+    except Exception as error:  # many types, from hub, network, cache and files
         if is_folder:
             raise _fault(path, "", error) from error
         raise BadData(
-            f"data.path={path}: {_reason(error)}; type the path of a file, or a data set's name on the hub (data.name= its"
-            " configuration)"
+            f"data.path={path}: {_reason(error)}; type the path of a file, or a data set's name on the hub (and data.name="
+            " its configuration)"
         ) from error
     if isinstance(found, dict):
-        wanted = split or ("train" if "train" in found else "")
-        if wanted not in found:
+        chosen_split = split or ("train" if "train" in found else "")
+        if chosen_split not in found:
             raise BadData(
                 f"data.split={split}: {path} has no such split; type data.split= one of {', '.join(map(str, found))}"
             )
-        found = found[wanted]
+        found = found[chosen_split]
     if isinstance(found, list):
         return FileRows(found)
     return DatasetRows(path, f"{path}[{split}]" if split else path, found)
 
 
 def _files_of_splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
-    """The files of a folder by their splits, none where we read not all of them."""
+    """Return the files of a folder by split; {} if one of them has a format that FileRows does not read."""
     import datasets
 
-    whole = folder.resolve()  # of "." the library makes no name
-    found = datasets.load_dataset_builder(str(whole), name).config.data_files or {}
-    files = {str(split): [folder / Path(file).relative_to(whole) for file in each] for split, each in found.items()}
+    absolute = folder.resolve()  # the library can't derive a name from "."
+    found = datasets.load_dataset_builder(str(absolute), name).config.data_files or {}
+    files = {str(split): [folder / Path(file).relative_to(absolute) for file in each] for split, each in found.items()}
     return files if all(suffix(file) in READERS for each in files.values() for file in each) else {}
 
 
 def _may_be_on_the_hub(path: str) -> bool:
-    """Whether a path that does not exist has the form of a name on the hub: name or owner/name, no suffix of a data file."""
+    """Return whether a path may be a name on the hub: name or owner/name, without the suffix of a data file."""
     parts = path.split("/")
     is_file = suffix(Path(path)) in READERS or Path(path).suffix.lower() in COMPRESSED
     return len(parts) <= 2 and all(parts) and not is_file and not path.startswith((".", "~"))
 
 
 def _fault(path: str, after: str, error: BaseException) -> BadData:
-    """What is wrong with a data set: the first damaged file of what save_to_disk wrote, or what the library says."""
+    """Return the error of a data set: of the first damaged file that save_to_disk wrote, else the library's."""
     for file in local_files(path):
         try:
             if file.name in SAVED:
@@ -233,26 +238,26 @@ def _fault(path: str, after: str, error: BaseException) -> BadData:
             elif file.suffix == ".arrow":
                 for _ in FileRows([file]).chunks():
                     pass
-        except BadData as ours:
-            return ours
-        except (OSError, ValueError, RecursionError) as wrong:
-            return _unreadable(file, "", wrong)
+        except BadData as own:
+            return own
+        except (OSError, ValueError, RecursionError) as cause:
+            return _unreadable(file, "", cause)
     while error.__cause__:
         error = error.__cause__
     return _unreadable(path, after, error)
 
 
 def _unreadable(place: Path | str, after: str, error: BaseException) -> BadData:
-    return BadData(f"{place}: can't be read{after} ({_reason(error)}); mend the file or fetch it again")
+    return BadData(f"{place}: can't be read{after} ({_reason(error)}); fix the file or download it again")
 
 
 def _reason(error: BaseException) -> str:
-    """What a library said first, as one line of a readable length."""
+    """Return the first line of a library's error, printable and truncated."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return "".join(letter if letter.isprintable() else "?" for letter in reason)[:SHOWN]
 
 
 def add_file(digest: Any, file: Path) -> None:
-    """Let a hash see a file's bytes."""
+    """Update a hash with the bytes of a file."""
     with file.open("rb") as opened:
         hashlib.file_digest(opened, lambda: digest)

@@ -34,23 +34,23 @@ Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
 
 
 class OnBadRow(str, Enum):
-    """What to do with a row that is no pair."""
+    """What to do with a row that is not a pair."""
 
     error = "error"
     skip = "skip"
 
 
 class Contradictions(str, Enum):
-    """What to do with two pairs of which each says the contrary of the other."""
+    """What to do with two pairs that contradict each other: A preferred to B, and B preferred to A."""
 
     error = "error"
-    keep = "keep"  # both: annotators differ
-    drop = "drop"  # neither
+    keep = "keep"  # keep both: annotators differ
+    drop = "drop"  # drop both
 
 
 @dataclass
 class Splits:
-    """Train and held-out pairs as token ids, and what became of the rows that are not among them."""
+    """Training and held-out pairs as token ids, and the counts of rows, of dropped ones by reason."""
 
     train: PairTable
     held_out: PairTable
@@ -59,11 +59,11 @@ class Splits:
 
 @dataclass
 class Source(Shape):
-    """Rows of the user's, and the shape they are read in.
+    """A source of the user's rows, and how they are read.
 
-    path: a file, a pattern, a list of them (JSONL, JSON, Parquet, CSV, Arrow; gzip, zstd, bzip2, xz), a folder that
-    `datasets` knows, or a name on the hub, with name (of its configuration), split and revision. weight: its share of a
-    mixture, against those of the other sources.
+    path: a file, a pattern, a list of these (JSONL, JSON, Parquet, CSV, Arrow; gzip, zstd, bzip2, xz), a folder that
+    `datasets` can read, or a name on the hub, with name (of its configuration), split and revision. weight: its
+    relative weight in a mixture of sources.
     """
 
     path: Any = None  # a string or a list of strings
@@ -78,18 +78,20 @@ class Source(Shape):
             raise ValueError(f"data.weight={self.weight}: must be above 0; type e.g. weight: 1")
 
     def rows(self) -> Rows:
+        """Open the source; raise BadData if it does not exist."""
         return open_rows(self.path, self.name, self.split, self.revision)
 
 
 @dataclass
 class Data(Source):
-    """Settings of the pairs and of how they are fed: of one source's, or of several mixed by weight, or of a world's.
+    """Settings of the pairs and their batches: pairs of one source, of several sources mixed by weight, or of a task.
 
-    validation_path, validation_split: where held-out pairs come from; neither: validation_fraction of all, by a hash of the
-    prompt. At most validation_pairs are held out. fraction: of the training pairs only so much, a smaller one inside a
-    larger. batch_size: pairs an optimizer step, over all devices; tokens_per_microbatch: at most so many go through the
-    model at once (a pair of more tokens goes alone), in training and wherever else its log-probabilities are computed:
-    memory depends on it, results do not. workers: processes that read and tokenise many rows; none: one a core.
+    validation_path, validation_split: the source of held-out pairs; without them validation_fraction of all pairs is
+    held out, by a hash of the prompt. At most validation_pairs are held out. fraction: share of the training pairs to
+    use; a smaller one is a subset of a larger. batch_size: pairs per optimizer step, over all devices;
+    tokens_per_microbatch: the most tokens per forward pass (a pair of more tokens is a micro-batch of its own), in
+    training and evaluation: memory depends on it, results do not. workers: processes that read and tokenize many rows;
+    None for one per core.
     """
 
     sources: dict[str, Source] = field(default_factory=dict)
@@ -116,8 +118,8 @@ class Data(Source):
             raise ValueError("data.path and data.sources: rows come from one or the other; type data=mix")
         if not self.sources and self.path is not None and not self.path:
             raise ValueError(
-                "data.path is empty; type data.path=FILE.jsonl, data=mix '+data.sources={a: {path: FILE.jsonl}, ...}', or"
-                " data=world for the embedded world"
+                "data.path is empty; type data.path=FILE.jsonl, data=mix '+data.sources={a: {path: FILE.jsonl}, ...}',"
+                " or data=world for the synthetic reviews"
             )
         if missing := [name for name, source in self.sources.items() if not source.path]:
             raise ValueError(
@@ -144,34 +146,34 @@ class Data(Source):
         if not 2 <= self.max_prompt_length < self.max_length:
             raise ValueError(
                 f"data.max_prompt_length={self.max_prompt_length}: must lie between 2 and"
-                f" data.max_length={self.max_length}, so that responses have room;"
+                f" data.max_length={self.max_length}, to leave room for responses;"
                 " type e.g. data.max_length=512 data.max_prompt_length=256"
             )
 
     @property
     def is_world(self) -> bool:
-        """Whether the pairs come from a world, where the truth is known."""
+        """Whether the pairs come from a task, where the gold reward is known."""
         return self.path is None and not self.sources
 
     @property
     def has_texts(self) -> bool:
-        """Whether some rows are whole texts, which hold no preference."""
+        """Whether some rows are texts without a preference."""
         return any(source.format is Format.text for source in self._sources())
 
     def files(self) -> list[Path]:
-        """The files that rows are read from, as far as they lie on this machine."""
+        """Return the local files that rows are read from."""
         sources = [] if self.is_world else [*self._held_out_sources(), *self._sources()]
         return sorted({file for source in sources for file in local_files(source.path)})
 
     def as_texts(self, column: str) -> Data:
-        """The same rows, read as whole texts."""
+        """Return the same settings with rows read as texts without a prompt."""
         shape: dict[str, Any] = {"format": Format.text, "columns": {"text": column}}
         sources = {name: replace(source, **shape) for name, source in self.sources.items()}
         return replace(self, sources=sources, **shape)
 
     def from_world(self, seed: int, sample: Sampler, encoder: PairTokenizer) -> Splits:
-        """Pairs of the world, whose prompts are of one split or of the other. sample: its source of responses, see
-        World.pairs.
+        """Return the pairs of the task, whose prompts belong to one split each. sample: samples responses, see
+        Task.pairs.
         """
         counts: Counter[str] = Counter()
         tables: dict[str, PairTable] = {}
@@ -189,10 +191,10 @@ class Data(Source):
         train = tables[TRAIN]
         if self.fraction < 1:
             train = train.select(self._fraction(train, counts))
-        return self._checked(Splits(train, tables[HELD_OUT], counts), "the world")
+        return self._checked(Splits(train, tables[HELD_OUT], counts), "the task")
 
     def store(self, encoder: PairTokenizer, cache: Path) -> TokenizedPairs:
-        """All pairs of the user's rows, before any is chosen."""
+        """Return all pairs of the user's rows, before any are selected; raise BadData for bad rows."""
         sources = [(source.rows(), source) for source in [*self._held_out_sources(), *self._sources()]]
         workers = self.workers or len(os.sched_getaffinity(0))
         return load_or_build(
@@ -200,20 +202,20 @@ class Data(Source):
         )
 
     def choose(self, store: TokenizedPairs) -> Splits:
-        """Train and held-out pairs of the store, no prompt on both sides. Raises BadData where pairs contradict each other,
-        unless that is allowed, and where a split is empty.
+        """Select training and held-out pairs, with no prompt in both; raise BadData if a split is empty, or if pairs
+        contradict each other and that is not allowed.
         """
         counts = Counter(store.counts)
         kept = self._without_contradictions(store, counts) & self._mixed(store, counts)
-        given = len(self._held_out_sources())
-        if given:
-            held_out = kept & (store.sources < given)
-            leaking = kept & (store.sources >= given) & np.isin(store.splits, store.splits[held_out])
+        held_out_sources = len(self._held_out_sources())
+        if held_out_sources:
+            held_out = kept & (store.sources < held_out_sources)
+            leaking = kept & (store.sources >= held_out_sources) & np.isin(store.splits, store.splits[held_out])
             counts["dropped: prompt is held out"] = int(leaking.sum())
             train = kept & ~held_out & ~leaking
         else:
             held_out = kept & below_fraction(store.splits, self.validation_fraction)
-            if (held_out == kept).all():  # so few rows that the hash leaves none to train on
+            if (held_out == kept).all():  # with few rows the hash may leave none for training
                 held_out[:] = False
             train = kept & ~held_out
         train[train] = self._fraction(store.table.select(train), counts)
@@ -223,7 +225,7 @@ class Data(Source):
             first = np.argsort(hash_draws(store.table.keys[chosen], "held-out"), kind="stable")[: self.validation_pairs]
             chosen = np.sort(chosen[first])
         splits = Splits(store.table.select(train), store.table.select(chosen), counts)
-        if not given and not len(chosen):
+        if not held_out_sources and not len(chosen):
             log.warning("data: no pair is held out, so nothing can be measured; type data.validation_path=FILE.jsonl")
             return self._checked(splits, ", ".join(store.names), needed=("train",))
         return self._checked(splits, ", ".join(store.names))
@@ -239,32 +241,32 @@ class Data(Source):
         return [Source(**shape, path=path, name=self.name, split=self.validation_split, revision=self.revision)]
 
     def _without_contradictions(self, store: TokenizedPairs, counts: Counter[str]) -> np.ndarray:
-        against = store.opposite >= 0
-        counts["contradictions"] = int(against.sum()) // 2
+        contradicted = store.opposite >= 0
+        counts["contradictions"] = int(contradicted.sum()) // 2
         if counts["contradictions"] and self.contradictions is Contradictions.error:
-            first = int(np.flatnonzero(against)[0])
+            first = int(np.flatnonzero(contradicted)[0])
             raise BadData(
-                f"{store.where(first)} and {store.where(int(store.opposite[first]))} say the contrary of each other"
-                f" ({counts['contradictions']:,} such contradictions); type data.contradictions=drop to leave both out, or"
-                " data.contradictions=keep"
+                f"{store.where(first)} and {store.where(int(store.opposite[first]))} contradict each other"
+                f" ({counts['contradictions']:,} such contradictions); type data.contradictions=drop to leave both out,"
+                " or data.contradictions=keep"
             )
         if self.contradictions is Contradictions.drop:
-            counts["dropped: contradiction"] = int(against.sum())
-            return ~against
-        return np.ones(len(against), bool)
+            counts["dropped: contradiction"] = int(contradicted.sum())
+            return ~contradicted
+        return np.ones(len(contradicted), bool)
 
     def _mixed(self, store: TokenizedPairs, counts: Counter[str]) -> np.ndarray:
-        """Of each source as much as its weight asks for, and of one of them all."""
+        """Return which pairs to keep so that sources are mixed by weight; of one source all pairs are kept."""
         if len(self.sources) < 2:
             return np.ones(len(store.table), bool)
-        given = len(self._held_out_sources())
-        there = np.bincount(store.sources, minlength=given + len(self.sources))[given:]
-        wanted = np.array([source.weight for source in self.sources.values()]) / np.maximum(1, there)
-        parts = np.concatenate([np.ones(given), wanted / wanted[there > 0].max(initial=1e-300)])
-        drawn = hash_draws(store.table.keys, "mixture")
-        kept = np.zeros(len(drawn), bool)
-        for at, part in enumerate(parts):
-            kept |= (store.sources == at) & below_fraction(drawn, part)
+        first = len(self._held_out_sources())
+        available = np.bincount(store.sources, minlength=first + len(self.sources))[first:]
+        wanted = np.array([source.weight for source in self.sources.values()]) / np.maximum(1, available)
+        fractions = np.concatenate([np.ones(first), wanted / wanted[available > 0].max(initial=1e-300)])
+        draws = hash_draws(store.table.keys, "mixture")
+        kept = np.zeros(len(draws), bool)
+        for source, fraction in enumerate(fractions):
+            kept |= (store.sources == source) & below_fraction(draws, fraction)
         counts["left out: by the sources' weights"] = int((~kept).sum())
         return kept
 

@@ -17,17 +17,17 @@ from typing import Any
 
 from dpo_lab.data.messages import UNREADABLE
 
-LONGEST = 1 << 23  # bytes (or characters) of a row; of a pair that is more than any model reads
-PIECE = 1 << 16  # bytes that are read at a time
+LONGEST = 1 << 23  # bytes (or characters) of a row, more than the context of any model
+PIECE = 1 << 16  # bytes to read at a time
 TOO_LONG = f"longer than {LONGEST >> 20} MiB"
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 SPACE = re.compile(r"[ \t\n\r]*")
 
-Numbered = Iterator[tuple[int, Any, int]]  # a row's number, the row, and how much of the file it took
+Numbered = Iterator[tuple[int, Any, int]]  # number of a row, the row, and its size in the file
 
 
 def decompressed(file: Path, raw: Any) -> io.BufferedIOBase:
-    """The content of an open file, decompressed by the file's suffix. To be held: what is let go closes the file under it."""
+    """Return an open file decompressed by its suffix. Keep a reference: it closes the file when collected."""
     match file.suffix.lower():
         case ".gz":
             return gzip.GzipFile(fileobj=raw)
@@ -43,7 +43,7 @@ def decompressed(file: Path, raw: Any) -> io.BufferedIOBase:
 
 
 def json_lines(opened: io.BufferedIOBase) -> Numbered:
-    """Each line that is not blank, as bytes; of one that is too long as much as shows that it is, see `from_json`."""
+    """Yield each line that is not blank, as bytes; a line that is too long is truncated, see `from_json`."""
     for number in count(1):
         line = rest = opened.readline(LONGEST + 1)
         while len(line) > LONGEST and rest and not rest.endswith(b"\n"):
@@ -57,7 +57,7 @@ def json_lines(opened: io.BufferedIOBase) -> Numbered:
 
 
 def from_json(line: bytes) -> Any:
-    """What a line of JSON says. Raises ValueError, whose message tells where it says nothing."""
+    """Parse a line of JSON; raise ValueError, with the location of the error, if that fails."""
     if len(line) > LONGEST:
         raise ValueError(TOO_LONG)
     try:
@@ -68,8 +68,8 @@ def from_json(line: bytes) -> Any:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise ValueError("not JSON that can be read (nested too deeply)") from None
-    except ValueError:  # Python's limit
-        raise ValueError("not JSON that can be read (a whole number of thousands of digits)") from None
+    except ValueError:  # Python's limit of digits
+        raise ValueError("not JSON that can be read (an integer of thousands of digits)") from None
 
 
 def begins_array(opened: io.BufferedIOBase) -> bool:
@@ -77,30 +77,30 @@ def begins_array(opened: io.BufferedIOBase) -> bool:
 
 
 def json_array(opened: io.BufferedIOBase) -> Numbered:
-    """The items of the one array that a file holds. Raises ValueError, naming the line, where it is none."""
-    ahead = JsonArrayReader(opened)
-    ahead.at += ahead.next() == "["
+    """Yield the items of the one array in a file; raise ValueError, naming the line, if it is not one array."""
+    reader = JsonArrayReader(opened)
+    reader.at += reader.next() == "["
     for number in count(1):
-        if number == 1 and ahead.next() == "]":
+        if number == 1 and reader.next() == "]":
             break
-        yield number, *ahead.value(f"row {number}")
-        if (after := ahead.next()) == "]":
+        yield number, *reader.value(f"row {number}")
+        if (after := reader.next()) == "]":
             break
         if after != ",":
-            raise ValueError(f"{ahead.line}: not JSON (',' or ']' expected after row {number})")
-        ahead.at += 1
-    ahead.at += 1
-    if ahead.next():
-        raise ValueError(f"{ahead.line}: not JSON (something follows the array)")
+            raise ValueError(f"{reader.line}: not JSON (',' or ']' expected after row {number})")
+        reader.at += 1
+    reader.at += 1
+    if reader.next():
+        raise ValueError(f"{reader.line}: not JSON (something follows the array)")
 
 
 class JsonArrayReader:
-    """The text of a file, of which no more is held than is being read. at: where in it the reader is."""
+    """A reader of JSON values that keeps only the current part of a file in memory. at: its position in `text`."""
 
     def __init__(self, opened: io.BufferedIOBase) -> None:
         self.text, self.at = "", 0
         self._opened, self._decoder, self._is_all = opened, codecs.getincrementaldecoder("utf-8")(), False
-        self._bytes = self._lines = 0  # read; left behind
+        self._bytes = self._lines = 0  # bytes read so far; lines before `text`
         self._more()
         self.at += self.text.startswith("\ufeff")
 
@@ -109,7 +109,7 @@ class JsonArrayReader:
         return f"line {1 + self._lines + self.text.count(chr(10), 0, self.at)}"
 
     def next(self) -> str:
-        """The next character that is no white space, empty at the end of the file; `at` is its place."""
+        """Advance `at` to the next character that is not white space and return it; "" at the end of the file."""
         while True:
             self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text) or self._is_all:
@@ -117,12 +117,12 @@ class JsonArrayReader:
             self._more()
 
     def value(self, name: str) -> tuple[Any, int]:
-        """The next value, and how many characters it has."""
+        """Return the next value and its number of characters."""
         self.next()
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:  # unless it only ends too early
+            except json.JSONDecodeError as error:  # maybe only because more of the file has to be read
                 if self._is_all or len(self.text) - self.at > LONGEST:
                     self.at = error.pos
                     what = f"not JSON ({error.msg}, in {name})"
@@ -131,10 +131,10 @@ class JsonArrayReader:
                     ) from None
             except RecursionError:
                 raise ValueError(f"{self.line}: {name} is nested too deeply") from None
-            except ValueError:  # Python's limit
-                raise ValueError(f"{self.line}: {name} has a whole number of thousands of digits") from None
+            except ValueError:  # Python's limit of digits
+                raise ValueError(f"{self.line}: {name} has an integer of thousands of digits") from None
             else:
-                if end < len(self.text) or self._is_all:  # a number could go on
+                if end < len(self.text) or self._is_all:  # else a number may continue in the rest of the file
                     size, self.at = end - self.at, end
                     if size > LONGEST:
                         raise ValueError(f"{self.line}: {name} is {TOO_LONG}")
@@ -142,21 +142,23 @@ class JsonArrayReader:
             self._more()
 
     def _more(self) -> None:
-        """Read on: as much again as is held, so that a long value is not read over and over."""
+        """Read more of the file: as much as is in memory, so that a long value is parsed only a few times."""
         self._lines += self.text.count("\n", 0, self.at)
         self.text, self.at = self.text[self.at :], 0
         piece = self._opened.read(max(PIECE, len(self.text)))
-        begun = self._bytes - len(self._decoder.getstate()[0])
+        start = self._bytes - len(self._decoder.getstate()[0])
         self._bytes, self._is_all = self._bytes + len(piece), not piece
         try:
             self.text += self._decoder.decode(piece, final=not piece)
         except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 at byte {begun + error.start} of the file") from None
+            raise ValueError(f"not UTF-8 at byte {start + error.start} of the file") from None
 
 
 def table(opened: io.BufferedIOBase, delimiter: str) -> Numbered:
-    """Rows of CSV by the names in the first, each with the line that it begins on; cells beyond the names are under None."""
-    # what is not UTF-8 goes on as lone surrogates, which are refused with the row's number
+    """Yield rows of CSV by the names in the first row, with the line on which each begins; extra cells have the key
+    None.
+    """
+    # bytes that are not UTF-8 become lone surrogates, which raise an error with the number of the row
     text = io.TextIOWrapper(opened, "utf-8-sig", "surrogateescape", newline="")  # type: ignore[arg-type]
     csv.field_size_limit(LONGEST)
     reader = csv.reader(_short(text), delimiter=delimiter, strict=True)
@@ -165,15 +167,15 @@ def table(opened: io.BufferedIOBase, delimiter: str) -> Numbered:
         line = reader.line_num + 1
         try:
             cells = next(reader, None)
-        except csv.Error as error:  # a quote that nothing closes swallows what follows it
+        except csv.Error as error:  # for example a quote that is not closed
             raise ValueError(f"line {line}: not CSV ({error})") from None
         if cells is None:
-            text.detach()  # it would close the file
+            text.detach()  # else it closes the file when it is collected
             return
         if cells and names is None:
             names = cells
             if any(map(UNREADABLE.search, names)):
-                raise ValueError(f"line {line}: the names there are not text in UTF-8")
+                raise ValueError(f"line {line}: the column names are not text in UTF-8")
         elif cells:
             row: dict[str | None, Any] = dict(zip_longest(names or [], cells[: len(names or [])]))
             if len(cells) > len(names or []):

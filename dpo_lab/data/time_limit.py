@@ -9,24 +9,25 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-STUCK = 4  # times the limit, in CPU time: where Python gets no turn meanwhile, the system ends the process
+STUCK = 4  # multiple of the limit, in CPU time, after which the system ends a process that can't be interrupted
 
 
 class TimeLimitExceeded(Exception):
-    """It took longer than it may."""
+    """Raised where code took longer than its limit."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeIsUp inside, once so much time has passed. Costs microseconds; only a process's main thread can be told.
+    """Raise TimeLimitExceeded in the block after `seconds`. It costs microseconds and has no effect outside of the main
+    thread.
 
-    A single operation of Python's own that does not end (a power of huge numbers) can't be interrupted: the process is ended
-    by SIGPROF then, whose default is to end it.
+    A single operation of the interpreter that takes forever (a power of huge numbers) can't be interrupted; then
+    SIGPROF, whose default action is to terminate, ends the process.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    was = signal.signal(signal.SIGALRM, _raise)
+    previous = signal.signal(signal.SIGALRM, _raise)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     signal.setitimer(signal.ITIMER_PROF, STUCK * seconds)
     try:
@@ -34,7 +35,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGALRM, was)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def _raise(signum: int, frame: FrameType | None) -> NoReturn:

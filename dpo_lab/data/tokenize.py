@@ -21,24 +21,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
-BEFORE = ("\n", "a", "0", ".", "|")  # what a text is put behind, to be tokenised as one that goes on
-SHOWN = 20  # characters of a text that an error shows
+BEFORE = ("\n", "a", "0", ".", "|")  # prefixes to tokenize a text behind, as inside a longer text
+SHOWN = 20  # characters of a text to show in an error
 
 
 @dataclass
 class PairTokenizer:
-    """Token ids of prompts and responses.
+    """Encodes prompts and responses to token ids.
 
-    A prompt of plain text is what the tokenizer begins every text with (a begin token, or nothing) and the prompt's last
-    tokens, at most max_prompt_length in all; a response is its first tokens and the end token, as many as fit into
-    max_length with the prompt. Both responses of a pair keep the same prompt. A truncated response loses its end token: it
-    does not end there. A chat is rendered by the tokenizer's template: its prompt ends where the assistant's answer
-    begins, a response is the answer and the token that ends its turn; what a template writes after that is left out. Without
-    `ends` no response of plain text has an end token: all were cut before they came here.
+    A prompt of plain text has the tokens that the tokenizer prepends to every text (a begin token, or none) and the
+    last tokens of the prompt, max_prompt_length in all at most. A response has its first tokens and the end token, as
+    many as fit into max_length after the prompt; a truncated response has no end token. Both responses of a pair have
+    the same prompt. A chat is rendered by the tokenizer's template: the prompt ends where the assistant's answer
+    begins, a response is the answer up to the token that ends its turn; text of the template after that is left out.
+    Without `ends` responses of plain text have no end token: all of them were truncated before.
 
-    No token lies across the border of prompt and response, and both together decode to what the two strings make together.
-    So both sides of a pair have the same prompt tokens, those that sampling begins with. A response is tokenised as it stands
-    in the middle of a text, not as a text of its own, before which SentencePiece would put a space.
+    No token spans prompt and response, and their tokens together decode to the concatenated text. So both responses of
+    a pair follow the same prompt tokens, which are those of sampling. A response is tokenized as inside a text, not as
+    a text of its own, to which SentencePiece would prepend a space.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -56,30 +56,30 @@ class PairTokenizer:
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end a response: the end token, and that which ends a turn under the chat template."""
+        """The tokens that end a response: the end token, and the token that ends a turn of the chat template."""
         turn = self._ids(self._chat.turn_end)[-1:] if self._chat.has_template else []
         return tuple(dict.fromkeys([self.eos_id, *turn]))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The tokens that no plain text should become."""
+        """Token ids that should not occur in plain text."""
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(self.tokenizer.all_special_ids) | {number for number, token in added if token.special}
 
     @cached_property
     def anchor(self) -> list[int]:
-        """Plain tokens to decode another one after, since the first of a text may lose its space."""
+        """Plain tokens to put before others for decoding, since the first token of a text may lose its space."""
         return self._ids("a")
 
     def cut(self, prompt: Any, response: Any, last: Any) -> np.ndarray:
-        """Which responses were truncated, by the number of tokens of prompt and response and the response's last token."""
+        """Return which responses were truncated, from the lengths of prompt and response and the last token."""
         return (
             np.isin(last, self.end_ids, invert=True) if self.ends else np.asarray(prompt + response >= self.max_length)
         )
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides which ids a text becomes."""
+        """A hash of everything that determines the token ids of a text."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
         special = sorted((name, str(token)) for name, token in self.tokenizer.special_tokens_map.items())
@@ -92,44 +92,44 @@ class PairTokenizer:
         )
 
     def text(self, tokens: Sequence[int]) -> str:
-        """A response's token ids as text, without its closing end token; any other special token in it is shown."""
-        ended = len(tokens) > 0 and tokens[-1] in self.end_ids
-        ids = list(tokens[:-1] if ended else tokens)
-        if self._starts_plainly:
+        """Decode a response, without its end token but with all other special tokens."""
+        has_end = len(tokens) > 0 and tokens[-1] in self.end_ids
+        ids = list(tokens[:-1] if has_end else tokens)
+        if self._adds_no_space:
             return str(self.tokenizer.decode(ids, skip_special_tokens=False))
         before, both = self._decoded(self.anchor), self._decoded([*self.anchor, *ids])
         return both.removeprefix(before) if both.startswith(before) else self._decoded(ids)
 
     def prompt_text(self, tokens: Sequence[int]) -> str:
-        """A prompt's token ids as text, without what the tokenizer begins every text with."""
-        begun = self._begin and list(tokens[: len(self._begin)]) == self._begin
-        return str(self.tokenizer.decode(list(tokens[len(self._begin) if begun else 0 :]), skip_special_tokens=False))
+        """Decode a prompt, without the tokens that the tokenizer prepends to every text."""
+        start = len(self._begin) if self._is_begun(list(tokens[: len(self._begin)])) else 0
+        return str(self.tokenizer.decode(list(tokens[start:]), skip_special_tokens=False))
 
     def prompt(self, text: str) -> Ids:
-        """Token ids of a prompt of plain text."""
+        """Encode a prompt of plain text."""
         ids = self._ids(text)
         return self._fit_prompt(self._begin, ids[len(self._begin) :] if self._is_begun(ids) else ids)
 
     def response(self, text: str, prompt: Sequence[int]) -> Ids:
-        """Token ids of a response of plain text to an encoded prompt."""
-        begins = self._starts_plainly or self.special_ids.issuperset(prompt)
-        return self._ended(self._ids(text) if begins else self._inside(text))[: self.max_length - len(prompt)]
+        """Encode a response of plain text to an encoded prompt."""
+        starts_text = self._adds_no_space or self.special_ids.issuperset(prompt)
+        return self._with_end(self._ids(text) if starts_text else self._inside(text))[: self.max_length - len(prompt)]
 
     def pairs(self, pairs: Iterable[Pair], counts: Counter[str]) -> list[EncodedPair]:
-        """Encode all pairs; counts gains how many were truncated or dropped, by reason.
+        """Encode all pairs and add to `counts` how many were truncated or dropped, by reason.
 
-        Raises BadChat where a chat can't be rendered, NoTemplate where no chat can.
+        Raises BadChat if a chat can't be rendered, NoTemplate if no chat can.
         """
         encoded = (self.encode(pair, ids, counts) for pair, ids in self.tokenised(pairs, counts))
         return [pair for pair in encoded if pair is not None]
 
     def tokenised(self, pairs: Iterable[Pair], counts: Counter[str]) -> list[tuple[Pair, tuple[Ids, Ids, Ids]]]:
-        """Each pair with the ids of its prompt, chosen and rejected, all of them before truncation, without begin and end."""
+        """Return each pair with the ids of prompt, chosen and rejected, before truncation, begin and end tokens."""
         pairs = list(pairs)
         texts = [self._texts(pair, counts) for pair in pairs]
         prompts = self._batch([prompt for prompt, *_ in texts])
-        sides = self._batch([s if self._starts_plainly else p + s for p, *both in texts for s in both])
-        if not self._starts_plainly:
+        sides = self._batch([s if self._adds_no_space else p + s for p, *both in texts for s in both])
+        if not self._adds_no_space:
             for i, (prompt, (_, *both)) in enumerate(zip(prompts, texts, strict=True)):
                 for j, side in enumerate(both, start=2 * i):
                     is_prefix = sides[j][: len(prompt)] == prompt
@@ -137,7 +137,7 @@ class PairTokenizer:
         return list(zip(pairs, zip(prompts, sides[::2], sides[1::2], strict=True), strict=True))
 
     def encode(self, pair: Pair, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> EncodedPair | None:
-        """Begin, truncate and end a tokenised pair; None, and counted, where its sides are the same then."""
+        """Add begin and end tokens and truncate; return None, and count it, if both responses are the same then."""
         if pair.is_chat:
             begin, text = (self._bos, ids[0][1:]) if self._bos and ids[0][:1] == self._bos else ([], ids[0])
             room = self.max_prompt_length - len(begin)
@@ -146,18 +146,18 @@ class PairTokenizer:
             if self._is_begun(text):
                 text = text[len(begin) :]
                 counts[BEGUN] += 1
-            if not self._unmeant.isdisjoint(text):
+            if not self._special_but_unknown.isdisjoint(text):
                 counts[SPECIAL] += 1
         if self._unknown and not all(map(self._unknown.isdisjoint, ids)):
             counts[UNKNOWN] += 1
         prompt = self._fit_prompt(begin, text)
-        ended = [self._ended(side) for side in ids[1:]]
-        if ended[0] == ended[1]:
+        sides = [self._with_end(side) for side in ids[1:]]
+        if sides[0] == sides[1]:
             counts["dropped: identical as tokens"] += 1
             return None
-        chosen, rejected = (side[: self.max_length - len(prompt)] for side in ended)
+        chosen, rejected = (side[: self.max_length - len(prompt)] for side in sides)
         counts["prompts truncated"] += len(text) > room
-        counts["responses truncated"] += (len(chosen) < len(ended[0])) + (len(rejected) < len(ended[1]))
+        counts["responses truncated"] += (len(chosen) < len(sides[0])) + (len(rejected) < len(sides[1]))
         if chosen == rejected:
             counts["dropped: identical after truncation"] += 1
             return None
@@ -171,7 +171,7 @@ class PairTokenizer:
             self._chat.render(_messages(pair.prompt) + _messages(side), pair.tools)
             for side in (pair.chosen, pair.rejected)
         ]
-        start = len(prompt)  # of the answers
+        start = len(prompt)  # offset of the answers
         if not all(whole.startswith(prompt) for whole in wholes):
             prompt, start = self._without_opening(pair, prompt, wholes)
             counts["prompts without the opening of an answer that the chat template takes back"] += 1
@@ -183,13 +183,14 @@ class PairTokenizer:
         return prompt, chosen, rejected
 
     def _without_opening(self, pair: Pair, prompt: str, wholes: list[str]) -> tuple[str, int]:
-        """The prompt up to where answers and the opening of an answer part: a '<think>' that no answer has, say; and where
-        the question ends.
+        """Shorten the prompt to what both rendered answers begin with, for templates that open an answer with text that
+        given answers do not have ('<think>'); return it and the offset where the question ends.
         """
         closed = self._chat.render(_messages(pair.prompt), pair.tools)
         if not all(whole.startswith(closed) for whole in wholes):
             raise BadChat(
-                "the chat template writes the prompt otherwise once it is answered; type another policy.chat_template="
+                "the chat template writes the prompt otherwise once it is answered; type another"
+                " policy.chat_template=FILE.jinja"
             )
         return _common_prefix(prompt, *wholes), len(closed)
 
@@ -199,10 +200,10 @@ class PairTokenizer:
 
     @cached_property
     def _begin(self) -> Ids:
-        """What the tokenizer itself puts before a text."""
-        bare, whole = self._ids("a"), list(self.tokenizer("a")["input_ids"])
-        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-        return whole[:at]
+        """The tokens that the tokenizer prepends to every text."""
+        without, ids = self._ids("a"), list(self.tokenizer("a")["input_ids"])
+        start = next((i for i in range(len(ids)) if ids[i : i + len(without)] == without), 0)
+        return ids[:start]
 
     @cached_property
     def _bos(self) -> Ids:
@@ -211,37 +212,38 @@ class PairTokenizer:
 
     @cached_property
     def _unknown(self) -> frozenset[int]:
-        """The token of what the vocabulary can't say, where that is no other special token as well."""
+        """The unknown token, unless it is another special token as well."""
         tokenizer = self.tokenizer
         others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, None)
         return frozenset() if tokenizer.unk_token_id in others else frozenset([int(tokenizer.unk_token_id)])  # type: ignore[arg-type]
 
     @cached_property
-    def _unmeant(self) -> frozenset[int]:
-        """Special tokens that a text becomes only where it spells them."""
+    def _special_but_unknown(self) -> frozenset[int]:
+        """Special tokens other than the unknown token, which occur only if a text spells them."""
         return self.special_ids - self._unknown
 
     @cached_property
-    def _starts_plainly(self) -> bool:
-        """Whether a text's first word is tokenised as it is after a line break, and joins what comes before it as text does."""
-        alone = {text: self._ids(text) for text in ("a", " a")}
+    def _adds_no_space(self) -> bool:
+        """Whether the first word of a text is tokenized as after a line break, and decodes without a space."""
+        ids_of = {text: self._ids(text) for text in ("a", " a")}
         return all(
-            self._ids("a\n" + text)[-len(ids) :] == ids and self._decoded(alone["a"] + ids).endswith("a" + text)
-            for text, ids in alone.items()
+            self._ids("a\n" + text)[-len(ids) :] == ids and self._decoded(ids_of["a"] + ids).endswith("a" + text)
+            for text, ids in ids_of.items()
         )
 
     def _inside(self, text: str) -> Ids:
-        """Token ids of a text as they are inside a longer one, where the tokenizer begins a text otherwise.
+        """Encode a text as inside a longer text, for tokenizers that treat the start of a text differently.
 
-        Raises ValueError where the tokenizer has none: one of whole words, and a text that begins inside a word.
+        Raises ValueError if that is not possible: a tokenizer of whole words, and a text that begins inside a word.
         """
         for before in BEFORE:
             first, both = self._batch([before, before + text])
-            joined = self._decoded(first) + text[:1]  # what comes later the tokenizer may spell otherwise, as anywhere
+            joined = self._decoded(first) + text[:1]  # only the first character: a tokenizer may normalise later ones
             if both[: len(first)] == first and self._decoded(both).casefold().startswith(joined.casefold()):
                 return both[len(first) :]
         raise ValueError(
-            f"the tokenizer has no tokens for {text[:SHOWN]!r} right after its prompt; let the prompt end where a word ends"
+            f"the tokenizer has no tokens for {text[:SHOWN]!r} right after its prompt; let the prompt end where a word"
+            " ends"
         )
 
     def _decoded(self, ids: Ids) -> str:
@@ -249,7 +251,7 @@ class PairTokenizer:
         return str(decoded)
 
     def _is_begun(self, ids: Ids) -> bool:
-        """Whether a text holds what the tokenizer begins every text with."""
+        """Return whether ids start with the tokens that the tokenizer prepends to every text."""
         return bool(self._begin) and ids[: len(self._begin)] == self._begin
 
     def _ids(self, text: str) -> Ids:
@@ -259,18 +261,18 @@ class PairTokenizer:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def _fit_prompt(self, begin: Ids, ids: Ids) -> Ids:
-        """The begin tokens and the last ids; without either, one special token: a response is predicted from something."""
+        """Return begin tokens and the last ids; if both are empty one special token, as the prompt."""
         fitted = begin + ids[max(0, len(ids) - self.max_prompt_length + len(begin)) :]
         return fitted or self._bos or [self.eos_id]
 
-    def _ended(self, ids: Ids) -> Ids:
+    def _with_end(self, ids: Ids) -> Ids:
         return ids if not self.ends or (ids and ids[-1] in self.end_ids) else [*ids, self.eos_id]
 
 
 def _common_prefix(*texts: str) -> str:
-    """What all texts begin with."""
-    letters = enumerate(zip(*texts, strict=False))
-    return texts[0][: next((i for i, column in letters if len(set(column)) > 1), min(map(len, texts)))]
+    """Return the longest common prefix."""
+    columns = enumerate(zip(*texts, strict=False))
+    return texts[0][: next((i for i, column in columns if len(set(column)) > 1), min(map(len, texts)))]
 
 
 def _messages(text: Text) -> list:

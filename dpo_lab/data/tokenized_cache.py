@@ -26,14 +26,14 @@ from dpo_lab.terminal.progress import track
 
 log = logging.getLogger(__name__)
 
-FORMAT = "4"  # to be raised whenever what a store holds would change
-SAID = 5  # bad rows that are shown
-MOST_REPEATED = 0.5  # of the pairs; that many can't all begin their answers with the prompt by chance
+FORMAT = "4"  # increase it when a change of the code changes the cached content
+SHOWN = 5  # bad rows to show
+MOST_REPEATED = 0.5  # share of pairs; above it responses do not repeat the prompt by chance
 
 
 @dataclass(frozen=True)
 class BadRows:
-    """What to do with rows that are no pair: skip them, as long as they are at most this share of all, or stop at the first."""
+    """What to do with bad rows: skip them, up to the share `most` of all rows, or raise an error at the first."""
 
     skip: bool
     most: float
@@ -41,11 +41,11 @@ class BadRows:
 
 @dataclass(frozen=True)
 class TokenizedPairs:
-    """All pairs of some sources, each once, in order.
+    """All distinct pairs of some sources, in order.
 
-    splits [N]: the hash of the prompt that decides on its split; sources [N]: which source a pair is of; places [N] and
-    numbers [N]: where its row stands, see `where`; opposite [N]: the pair that says the contrary, -1 where none does; counts:
-    rows, and what became of those that are no pair here.
+    splits [N]: the hash of the prompt that decides the split; sources [N]: the index of the source; places [N] and
+    numbers [N]: the location of the row, see `where`; opposite [N]: the index of the contradicting pair, -1 without
+    one; counts: the number of rows, and of dropped ones by reason.
     """
 
     table: PairTable
@@ -58,26 +58,27 @@ class TokenizedPairs:
     counts: Counter[str]
 
     def where(self, at: int) -> str:
+        """Return the location of a pair's row, as file:line."""
         return f"{self.names[self.places[at]]}:{self.numbers[at]}"
 
 
 def load_or_build(
     sources: Sequence[Source], encoder: PairTokenizer, bad: BadRows, workers: int, cache: Path
 ) -> TokenizedPairs:
-    """The store of these sources under this encoder, from the cache or made and put there.
+    """Return the tokenized pairs of these sources, from the cache or computed and stored there.
 
-    Raises BadData at a bad row or where too many are bad.
+    Raises BadData at a bad row or, if bad rows are skipped, if there are too many.
     """
-    content = [(rows.digest(), _recipe(shape)) for rows, shape in sources]
-    recipe = content_hash([content, encoder.fingerprint, bad.skip, bad.most, FORMAT])
-    return _open(cached(cache / f"pairs-{recipe[:16]}", lambda folder: _build(folder, sources, encoder, bad, workers)))
+    content = [(rows.digest(), _settings(shape)) for rows, shape in sources]
+    key = content_hash([content, encoder.fingerprint, bad.skip, bad.most, FORMAT])
+    return _open(cached(cache / f"pairs-{key[:16]}", lambda folder: _build(folder, sources, encoder, bad, workers)))
 
 
 def _build(folder: Path, sources: Sequence[Source], encoder: PairTokenizer, bad: BadRows, workers: int) -> None:
     folder.mkdir(parents=True)
     counts: Counter[str] = Counter()
-    wrong: list[str] = []
-    repeats = ""  # where a row stands whose sides both begin with the prompt
+    shown: list[str] = []
+    repeats = ""  # location of the first row whose responses both begin with the prompt
     names: list[str] = []
     parts: list[dict[str, np.ndarray]] = []
     with track("Pairs", 100) as advance, (folder / "tokens.bin").open("wb") as file:
@@ -86,13 +87,13 @@ def _build(folder: Path, sources: Sequence[Source], encoder: PairTokenizer, bad:
             if encoded.bad and not bad.skip:
                 number, what = encoded.bad[0]
                 raise BadData(
-                    f"{chunk.place}:{number}: {what}; mend the row, or type data.on_bad_row=skip to leave such rows out"
+                    f"{chunk.place}:{number}: {what}; fix the row, or type data.on_bad_row=skip to leave such rows out"
                 )
             counts += encoded.counts
             if encoded.repeats and not repeats:
                 repeats = f"{chunk.place}:{encoded.repeats}"
             counts["dropped: bad row"] += len(encoded.bad)
-            wrong += [f"{chunk.place}:{number}: {what}" for number, what in encoded.bad[: SAID - len(wrong)]]
+            shown += [f"{chunk.place}:{number}: {what}" for number, what in encoded.bad[: SHOWN - len(shown)]]
             if chunk.place not in names:
                 names.append(chunk.place)
             file.write(encoded.tokens.tobytes())
@@ -109,17 +110,18 @@ def _build(folder: Path, sources: Sequence[Source], encoder: PairTokenizer, bad:
                 }
             )
             advance(100 * chunk.amount / max(1, total), [f"{counts['rows']:,} rows"])
-    _say(wrong, counts, bad)
+    _report_bad_rows(shown, counts, bad)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
     if not columns or not len(columns["keys"]):
         raise BadData(
-            f"{', '.join(names) or 'data.path'}: no pair is left of {_plainly(counts)}; look at what was dropped,"
-            " and mend the file or type another data.path="
+            f"{', '.join(names) or 'data.path'}: no pair is left of {_format_counts(counts)}; look at what was dropped,"
+            " and fix the file or type another data.path="
         )
     if counts[REPEATED] > MOST_REPEATED * (pairs := len(columns["keys"])):
         raise BadData(
-            f"{repeats}: both sides begin with the prompt, as in {counts[REPEATED]:,} of {pairs:,} pairs: it would be there"
-            " twice; leave it out of both sides, or leave out the prompt's column (what both sides share is the prompt then)"
+            f"{repeats}: both sides begin with the prompt, as in {counts[REPEATED]:,} of {pairs:,} pairs: it would be"
+            " repeated; leave it out of both sides, or leave out the prompt's column (then their common beginning is the"
+            " prompt)"
         )
     columns = _drop_repeats(columns, counts)
     save_file({name: _without_text(column) for name, column in columns.items()}, folder / "columns.safetensors")
@@ -127,7 +129,7 @@ def _build(folder: Path, sources: Sequence[Source], encoder: PairTokenizer, bad:
 
 
 def _drop_repeats(columns: dict[str, np.ndarray], counts: Counter[str]) -> dict[str, np.ndarray]:
-    """The columns without repeated pairs, with where each pair's tokens start, and which pair says the contrary."""
+    """Remove repeated pairs; add the columns `starts` and `opposite`, the index of the contradicting pair."""
     columns["starts"] = starts_of(columns["lengths"])
     _, first = np.unique(columns["keys"], return_index=True)
     counts["dropped: duplicate"] += len(columns["keys"]) - len(first)
@@ -141,17 +143,17 @@ def _drop_repeats(columns: dict[str, np.ndarray], counts: Counter[str]) -> dict[
     return columns | {"opposite": opposite}
 
 
-def _say(wrong: Sequence[str], counts: Counter[str], bad: BadRows) -> None:
-    """Show the first bad rows. Raises BadData where too many are bad."""
+def _report_bad_rows(shown: Sequence[str], counts: Counter[str], bad: BadRows) -> None:
+    """Log the first bad rows; raise BadData if there are too many."""
     found, rows = counts["dropped: bad row"], counts["rows"]
-    for line in wrong:
+    for line in shown:
         log.warning("bad row: %s", line)
-    if found > len(wrong):
-        log.warning("bad rows: %s more of that kind", f"{found - len(wrong):,}")
+    if found > len(shown):
+        log.warning("bad rows: %s more", f"{found - len(shown):,}")
     if found > bad.most * rows:
         raise BadData(
-            f"{found:,} of {rows:,} rows are bad, more than data.max_bad_share={bad.most:g} (the first: {wrong[0]}); mend them,"
-            " or type a larger data.max_bad_share="
+            f"{found:,} of {rows:,} rows are bad, more than data.max_bad_share={bad.most:g} (the first: {shown[0]});"
+            " fix them, or type a larger data.max_bad_share="
         )
 
 
@@ -171,15 +173,15 @@ def _open(folder: Path) -> TokenizedPairs:
     return TokenizedPairs(table, **rest, names=record["names"], counts=Counter(record["counts"]))
 
 
-def _recipe(shape: Shape) -> dict[str, Any]:
+def _settings(shape: Shape) -> dict[str, Any]:
     values = {spec.name: getattr(shape, spec.name) for spec in fields(Shape)}
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 def _without_text(column: np.ndarray) -> np.ndarray:
-    """Bytes as numbers: safetensors knows no text."""
+    """View a column of bytes as numbers, since safetensors has no dtype for text."""
     return column.view(np.uint8).reshape(len(column), -1) if column.dtype.kind == "S" else column
 
 
-def _plainly(counts: Counter[str]) -> str:
+def _format_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{what} {count:,}" for what, count in counts.items() if count) or "0 rows"

@@ -10,18 +10,18 @@ from dpo_lab.data.messages import MOST, field_error, shared
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
-Turn = tuple[str, str]  # who speaks, what they say
+Turn = tuple[str, str]  # speaker, text
 
 
 def parted(texts: Mapping[str, Text]) -> tuple[list[Turn], list[str]]:
-    """The turns that two dialogues share, and the one answer after them of each.
+    """Return the turns that two dialogues share, and the one answer after them of each.
 
-    texts: both by the names of their fields, which errors show. Raises ValueError where one goes on otherwise.
+    texts: the dialogues by field name. Raises ValueError, naming the field, if a dialogue does not end with one answer.
     """
     sides: list[list[Turn]] = []
     for where, text in texts.items():
         if not isinstance(text, str) or not text.startswith("\n\nHuman:"):
-            raise field_error(where, r"is no transcript: it must begin with '\n\nHuman:'")
+            raise field_error(where, r"is not a transcript: it must begin with '\n\nHuman:'")
         _, *parts = TURN.split(text)
         sides.append(list(zip(parts[::2], parts[1::2], strict=True)))
     turns = sides[0][: shared(*sides)]

@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from dpo_lab.data.quality import Quality
 from dpo_lab.data.row_faults import SAID
 
-LENGTH_BIAS = 0.65  # of training labels
-TRUNCATED = 0.20  # of prompts, of chosen or of rejected
-DROPPED_SHARE = 0.20  # of rows
+LENGTH_BIAS = 0.65  # share of training labels that length predicts
+TRUNCATED = 0.20  # share of prompts, of chosen or of rejected
+DROPPED_SHARE = 0.20  # share of rows
 FEWEST_HELD_OUT = 100  # pairs
-FEWEST_TRAIN = 30  # pairs; a share of fewer is known to 18 points and more either way
-ONE_PROMPT = 0.50  # of a split's pairs
-AGAINST_SCORES = 0.05  # of training pairs with scores
+FEWEST_TRAIN = 30  # pairs; the interval of a share of fewer pairs is at least +-18 percentage points
+ONE_PROMPT = 0.50  # share of a split's pairs
+AGAINST_SCORES = 0.05  # share of training pairs with scores
 
 NAMES = {"train": "training", "held-out": "held-out"}
 
 
 def data_warnings(quality: Quality) -> list[str]:
-    """One line for each thing to look at."""
+    """Return one line for each warning."""
     return [
         *_on_labels(quality),
         *_on_truncation(quality),
@@ -38,18 +38,18 @@ def _on_labels(quality: Quality) -> Iterator[str]:
     low, high = longer.interval or (0.0, 1.0)
     if (pairs := quality.train.pairs) < FEWEST_TRAIN:
         yield (
-            f"only {_count(pairs, 'training pair')} (under {FEWEST_TRAIN}): too few to show anything of the source they are"
-            f" from, in which chosen may be the longer one in anything from {100 * low:.0f} to {100 * high:.0f} % of the pairs;"
-            " look at more of it"
+            f"only {_count(pairs, 'training pair')} (under {FEWEST_TRAIN}): too few to show anything about their source,"
+            f" where chosen may be the longer one in anything from {100 * low:.0f} to {100 * high:.0f} % of the pairs;"
+            " look at more pairs"
         )
     elif abs(longer.value - 0.5) > LENGTH_BIAS - 0.5 and not low <= 0.5 <= high:
-        word, told = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
+        word, share = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
         least, most = sorted((low, high) if longer.value > 0.5 else (1 - high, 1 - low))
         yield (
-            f"length alone tells {_percent(told)} of the training labels (over {_percent(LENGTH_BIAS)}), {100 * least:.0f} to"
-            f" {100 * most:.0f} % with 95 % confidence: the chosen response"
-            f" is the {word} one, and a policy may learn that and no more; compare with a loss that weighs by length (type"
-            " loss=ipo_mean, or +ablation=simpo), and watch `length` in the results"
+            f"length alone predicts {_percent(share)} of the training labels (over {_percent(LENGTH_BIAS)}),"
+            f" {100 * least:.0f} to {100 * most:.0f} % with 95 % confidence: the chosen response is the {word} one, and a"
+            " policy may learn only that; compare with a length-normalised loss (type loss=ipo_mean, or +ablation=simpo),"
+            " and watch `length` in the results"
         )
     if found := _contradictions(quality):
         yield (
@@ -59,13 +59,13 @@ def _on_labels(quality: Quality) -> Iterator[str]:
     scores = quality.train.scores
     if scores and scores.negative > AGAINST_SCORES and not quality.noise.total:
         yield (
-            f"{_percent(scores.negative)} of the training pairs with scores (over {_percent(AGAINST_SCORES)}) have the higher"
-            " one on the rejected side: are the sides the right way round? Look at data.label_is and data.columns"
+            f"{_percent(scores.negative)} of the training pairs with scores (over {_percent(AGAINST_SCORES)}) have the"
+            " higher score on the rejected side: are chosen and rejected swapped? Look at data.label_is and data.columns"
         )
 
 
 def _contradictions(quality: Quality) -> int:
-    """Those of the rows that are not left out, or those that came of truncation."""
+    """Return the number of contradictions among rows that are not left out, or of those that truncation created."""
     of_rows = quality.counts.get("contradictions", 0) if not quality.counts.get("dropped: contradiction") else 0
     return max(of_rows, sum(side.contradictions for side in quality.sides.values()))
 
@@ -75,33 +75,33 @@ def _on_truncation(quality: Quality) -> Iterator[str]:
     for part in ("chosen", "rejected"):
         if (cut := lengths[part].truncated) > TRUNCATED:
             yield (
-                f"{_percent(cut)} of the {part} responses (over {_percent(TRUNCATED)}) are cut at their end, so that they are"
-                f" not seen to stop; type data.max_length={2 * room}"
+                f"{_percent(cut)} of the {part} responses (over {_percent(TRUNCATED)}) are truncated at their end, so their"
+                f" end is not learned; type data.max_length={2 * room}"
             )
     if (cut := lengths["prompt"].truncated) > TRUNCATED:
         yield (
-            f"{_percent(cut)} of the prompts (over {_percent(TRUNCATED)}) fill data.max_prompt_length={limit}: they are cut"
-            f" at their start; type data.max_prompt_length={2 * limit} data.max_length={room + limit}"
+            f"{_percent(cut)} of the prompts (over {_percent(TRUNCATED)}) fill data.max_prompt_length={limit}: they are"
+            f" truncated at their start; type data.max_prompt_length={2 * limit} data.max_length={room + limit}"
         )
 
 
 def _on_splits(quality: Quality) -> Iterator[str]:
     if quality.leaks:
         yield (
-            f"{_count(quality.leaks, 'training pair')} with a prompt that is held out too, as the tokens that the model sees:"
-            " such prompts differ only where they are cut; type a larger data.max_prompt_length="
+            f"{_count(quality.leaks, 'training pair')} with a prompt that, after truncation, is held out too:"
+            " such prompts differ only in the truncated part; type a larger data.max_prompt_length="
         )
     if quality.held_out is not None and (pairs := quality.held_out.pairs) < FEWEST_HELD_OUT:
         points = 196 * (0.75 * 0.25 / pairs) ** 0.5
         yield (
-            f"only {_count(pairs, 'held-out pair')} (under {FEWEST_HELD_OUT}): an accuracy of 75 % is known to {points:.0f}"
-            " points either way; type a larger data.validation_fraction= or data.validation_pairs="
+            f"only {_count(pairs, 'held-out pair')} (under {FEWEST_HELD_OUT}): an accuracy of 75 % is uncertain by"
+            f" {points:.0f} points either way; type a larger data.validation_fraction= or data.validation_pairs="
         )
     for name, side in quality.sides.items():
         if side.pairs > 1 and side.most_of_a_prompt > ONE_PROMPT * side.pairs:
             yield (
                 f"one prompt has {_percent(side.most_of_a_prompt / side.pairs)} of the {NAMES[name]} pairs (over"
-                f" {_percent(ONE_PROMPT)}), and pairs of one prompt are alike: give rows of more prompts, or count on less"
+                f" {_percent(ONE_PROMPT)}), and these are not independent: give rows of more prompts, or expect less"
             )
 
 
@@ -116,8 +116,8 @@ def _on_rows(quality: Quality) -> Iterator[str]:
         )
     if inside := sum(side.special_inside for side in quality.sides.values()):
         yield (
-            f"{_count(inside, 'response')} with special tokens before the end: was a chat template, or an end token, written"
-            " into the text? Give the bare text; a response that ends twice teaches to go on after an end"
+            f"{_count(inside, 'response')} with special tokens before the end: was a chat template, or an end token,"
+            " written into the text? Give the bare text; a response with two end tokens teaches to continue after an end"
         )
 
 

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Calibration:
-    """Expected calibration error of the probabilities that the loss gives to labels of held-out pairs, over `bins` bins.
+    """Expected calibration error, over `bins` bins, of the loss's probabilities of the labels of held-out pairs.
 
-    The probability of a label is sigma(beta h), where h is the log-ratio margin that the loss compares: to its own reference,
-    summed or a token, without a target margin (SimPO's gamma). An error over few pairs a bin is too large by chance; no
-    interval is known. A loss that beta has no say in gives no probability, and nothing is measured.
+    The probability of a label is sigma(beta h), where h is the log-ratio margin that the loss compares: to its own
+    reference, summed or per token, without a target margin (SimPO's gamma). With few pairs per bin the error is biased
+    upwards; no interval is estimated. A loss that does not depend on beta defines no probability, and nothing is
+    measured.
     """
 
     bins: int = BINS
@@ -30,15 +31,15 @@ class Calibration:
                 f"evals.calibration.bins={self.bins}: must be 1 or more; type e.g. evals.calibration.bins=15"
             )
 
-    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        if not subject.loss.rates_pairs:
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
+        if not context.loss.rates_pairs:
             return
         import torch
 
-        held_out = subject.held_out
-        label = torch.from_numpy(held_out.rewards(subject.loss)).sigmoid().numpy()
-        subject.examples.keep("held_out", held_out.keys, probability=label)
-        curve = reliability(label, self.bins)
+        held_out = context.held_out
+        probability = torch.from_numpy(held_out.rewards(context.loss)).sigmoid().numpy()
+        context.examples.keep("held_out", held_out.keys, probability=probability)
+        curve = reliability(probability, self.bins)
         columns = {"probability": curve.probability, "frequency": curve.frequency, "share": curve.share}
-        subject.examples.keep("bin", [f"{edge:.4f}" for edge in curve.edge], **columns)
-        yield "calibration_error", Estimate(curve.error, n=len(label))
+        context.examples.keep("bin", [f"{edge:.4f}" for edge in curve.edge], **columns)
+        yield "calibration_error", Estimate(curve.error, n=len(probability))

@@ -18,7 +18,7 @@ from dpo_lab.models.sampling import generate_responses
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.runs.cache import is_intact, write_checksum
 
-FORMAT = "2"  # to be raised whenever the same key would give other texts
+FORMAT = "2"  # increase it when a change of the code changes the texts of a key
 
 
 def candidates(
@@ -33,29 +33,28 @@ def candidates(
     context: Callable[[], AbstractContextManager],
     folder: Path | None,
 ) -> list[list[str]]:
-    """`count` sampled responses of the policy, as text, to each encoded prompt: read from `folder`, or sampled and put there.
+    """Return `count` sampled responses of the policy, as text, to each encoded prompt, cached in `folder`.
 
-    The file's name is a hash of all that makes them; one that does not hold what was put there is made anew. All
-    ranks have to call this, they share the sampling; of several runs one samples while the others wait. folder: none, nothing
-    is kept.
+    The file's name is a hash of everything that determines the responses; a damaged file is replaced. All ranks have to
+    call it and share the sampling; of several runs one samples while the others wait. folder: None disables the cache.
     """
-    of_prompts = content_hash([[int(token) for token in prompt] for prompt in prompts])
-    recipe = [
+    prompts_hash = content_hash([[int(token) for token in prompt] for prompt in prompts])
+    inputs = [
         weights_digest(policy.model),
         encoder.fingerprint,
         numerics_of(policy.model, context),
-        of_prompts,
+        prompts_hash,
         count,
         max_new_tokens,
         seed,
         FORMAT,
     ]
-    key = content_hash(recipe)
+    key = content_hash(inputs)
     path = folder / f"candidates-{key[:16]}.json" if folder is not None else None
-    with _held(path):
-        found = all_gather_object(_read(path) if path is not None and rank_and_world_size()[0] == 0 else None)[0]
-        if found is not None:
-            return found
+    with _locked(path):
+        cached = all_gather_object(_read(path) if path is not None and rank_and_world_size()[0] == 0 else None)[0]
+        if cached is not None:
+            return cached
         with context():
             samples = generate_responses(
                 policy.model,
@@ -68,15 +67,15 @@ def candidates(
                 by_ranks=True,
             )
         texts = [encoder.text(sample.tokens) for sample in samples]
-        made = [texts[start : start + count] for start in range(0, len(texts), count)]
+        responses = [texts[start : start + count] for start in range(0, len(texts), count)]
         if path is not None and rank_and_world_size()[0] == 0:
-            write_atomic(path, json.dumps(made))
+            write_atomic(path, json.dumps(responses))
             write_checksum(path)
-        return made
+        return responses
 
 
-def _held(path: Path | None) -> AbstractContextManager:
-    """The file's lock, which rank 0 holds for all."""
+def _locked(path: Path | None) -> AbstractContextManager:
+    """Lock the file, on rank 0 for all ranks."""
     if path is None or rank_and_world_size()[0] != 0:
         return nullcontext()
     path.parent.mkdir(parents=True, exist_ok=True)

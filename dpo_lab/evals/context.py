@@ -34,27 +34,28 @@ from dpo_lab.terminal.progress import track
 
 
 class Evaluator(Protocol):
-    """Yields (name, estimate); a name is `thing` or `thing/part`, the same in every run. What it measured of each example it
-    leaves in subject.examples.
+    """The interface of evaluators: `run` yields (name, estimate) and adds the values per example to context.examples.
+
+    A name is `metric` or `metric/part`, the same in every run.
     """
 
-    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]: ...
+    def run(self, context: EvalContext, /) -> Iterator[tuple[str, Estimate]]: ...
 
 
 @dataclass
 class EvalContext:
-    """A trained policy under evaluation.
+    """A trained policy under evaluation, with the data, the settings and the cached results that evaluators share.
 
-    pairs: held-out pairs, never flipped; train_pairs: some that it was trained on, as it was; prompts, prompt_ids: what
-    samples answer, as text and as token ids; texts: held-out (prompt, response) of the real distribution, as token ids;
-    world: where the truth is known, else None; tokens: about how many a forward takes; batch_size: samples made side by side;
-    context: what forwards run under (autocast): a policy is sampled and scored in one and the same precision; loss: what
-    forms the implicit reward; reference: what it compares the policy with, None for the initial policy; judge: scores texts,
-    prompt and response; pairwise: compares two responses; cache: a folder to keep the initial policy's candidates in, which
-    many runs share.
+    pairs: held-out pairs, never flipped; train_pairs: some of the training pairs, as trained on; prompts, prompt_ids:
+    prompts of the samples, as text and as token ids; texts: held-out (prompt, response) of the real distribution, as
+    token ids; world: the task if there is one, which knows the gold reward, else None; tokens: approximate number of
+    tokens per forward pass; batch_size: samples generated per batch; context: context manager of forward passes
+    (autocast), so that a policy is sampled and scored in the same precision; loss: defines the implicit reward;
+    reference: its reference, None for the initial policy; judge: scores texts of prompt and response; pairwise:
+    compares two responses; cache: folder for the candidates of the initial policy, shared by many runs.
 
-    Where several ranks compute together all of them have to evaluate, equal subjects: each makes its share of the samples
-    and of the forwards, and all come to the same figures, to the last bit those of one process.
+    With several ranks, all ranks have to evaluate equal contexts: each computes its share of the samples and forward
+    passes, and all get the same results, bit for bit those of one process.
     """
 
     trained: Policy
@@ -80,68 +81,70 @@ class EvalContext:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """One response of the trained policy for each prompt."""
+        """One sampled response of the trained policy per prompt."""
         return self._sample(self.trained, "trained")
 
     @cached_property
     def initial_samples(self) -> list[Sample]:
-        """One response of the initial policy for each prompt."""
+        """One sampled response of the initial policy per prompt."""
         return self._sample(self.initial, "initial")
 
     @property
     def side_by_side(self) -> list[dict[str, str]]:
-        """Prompts and both policies' responses, as text; nothing where no evaluator asked for both."""
+        """Prompts and both policies' responses, as text; empty if no evaluator sampled both policies."""
         if not {"samples", "initial_samples"} <= self.__dict__.keys():
             return []
         columns = (self.prompts, self.responses(self.initial_samples), self.responses(self.samples))
         return [dict(zip(("prompt", "initial", "trained"), row, strict=True)) for row in zip(*columns, strict=True)]
 
     def keep_texts(self) -> None:
-        """Put prompts and responses, as text, among the examples, where both policies were sampled."""
+        """Add prompts and responses, as text, to the examples, if both policies were sampled."""
         for key, row in zip(self.prompt_keys, self.side_by_side, strict=False):
             texts = {"prompt": [row["prompt"]], "response": [row["trained"]], "initial_response": [row["initial"]]}
             self.examples.keep("prompt", [key], **texts)
 
     @cached_property
     def prompt_keys(self) -> list[str]:
-        """A name for each prompt: a hash of its token ids, and which time it comes."""
+        """A key for each prompt: a hash of its token ids, and a number that counts repeats."""
         return numbered(_hash(prompt) for prompt in self.prompt_ids)
 
     @cached_property
     def text_keys(self) -> list[str]:
-        """The same of the texts."""
+        """A key for each text, formed in the same way."""
         return numbered(_hash(prompt, response) for prompt, response in self.texts)
 
     def responses(self, samples: Sequence[Sample]) -> list[str]:
-        """Samples as text, without the end token."""
+        """Decode samples to text, without the end token."""
         return [self.encoder.text(s.tokens) for s in samples]
 
-    def reviews(self, samples: Sequence[Sample]) -> list[str]:
-        """Prompt and response as one text."""
+    def complete_texts(self, samples: Sequence[Sample]) -> list[str]:
+        """Return prompt and response of each sample as one text."""
         return [p + r for p, r in zip(self.prompts, self.responses(samples), strict=True)]
 
     @cached_property
     def rewards(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """What the trained and the initial policy's samples are worth, [N] each, by who says so: `gold`, `judge`."""
+        """Rewards of the trained and the initial policy's samples, [N] each, by source: `gold`, `judge`."""
         if self.world is None and self.judge is None:
             return {}
-        of_trained, of_initial = (self._worth(self.reviews(made)) for made in (self.samples, self.initial_samples))
-        return {name: (of_trained[name], of_initial[name]) for name in of_trained}
+        trained, initial = (
+            self._score_texts(self.complete_texts(samples)) for samples in (self.samples, self.initial_samples)
+        )
+        return {name: (trained[name], initial[name]) for name in trained}
 
     def candidate_rewards(self, prompts: int, count: int) -> tuple[list[str], dict[str, np.ndarray]]:
-        """The first `prompts` distinct prompts, by key, and what `count` responses of the initial policy to each are worth,
-        [P, count], by who says so; nothing where no one does.
+        """Return the keys of the first `prompts` distinct prompts, and the rewards of `count` responses of the initial
+        policy to each, [P, count], by source; both are empty without a task and a judge.
         """
         if self.world is None and self.judge is None:
             return [], {}
         first: dict[tuple[int, ...], int] = {}
-        for place, prompt in enumerate(self.prompt_ids):
-            first.setdefault(tuple(int(token) for token in prompt), place)
-        places = list(first.values())[:prompts]
+        for i, prompt in enumerate(self.prompt_ids):
+            first.setdefault(tuple(int(token) for token in prompt), i)
+        indices = list(first.values())[:prompts]
         responses = candidates(
             self.initial,
             self.encoder,
-            [self.prompt_ids[place] for place in places],
+            [self.prompt_ids[i] for i in indices],
             count,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
@@ -149,53 +152,55 @@ class EvalContext:
             context=self.context,
             folder=self.cache,
         )
-        worth = self._worth([self.prompts[at] + text for at, of in zip(places, responses, strict=True) for text in of])
-        rewards = {name: values.reshape(len(places), count) for name, values in worth.items()}
-        return [self.prompt_keys[place] for place in places], rewards
+        texts = [self.prompts[i] + text for i, own in zip(indices, responses, strict=True) for text in own]
+        rewards = {name: values.reshape(len(indices), count) for name, values in self._score_texts(texts).items()}
+        return [self.prompt_keys[i] for i in indices], rewards
 
-    def _worth(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """What texts, prompt and response, are worth, [N], by who says so."""
-        found: dict[str, np.ndarray] = {}
+    def _score_texts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the rewards of texts of prompt and response, [N], by source."""
+        rewards: dict[str, np.ndarray] = {}
         if self.world is not None:
-            found["gold"] = np.array([self.world.gold(text) for text in texts])
+            rewards["gold"] = np.array([self.world.gold(text) for text in texts])
         if self.judge is not None:
-            found["judge"] = np.asarray(self.judge(texts), np.float64)
-        return found
+            rewards["judge"] = np.asarray(self.judge(texts), np.float64)
+        return rewards
 
     @cached_property
     def sample_logps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities (nats) of the trained policy's samples: the trained's and the initial policy's, [N] each."""
-        return self._of_both(self.prompt_ids, [s.tokens for s in self.samples])
+        """Log-probabilities (nats) of the trained policy's samples under trained and initial policy, [N] each."""
+        return self._logps_under_both(self.prompt_ids, [s.tokens for s in self.samples])
 
     @cached_property
     def initial_sample_logps(self) -> np.ndarray:
-        """Log-probabilities (nats) of the initial policy's samples, its own, [N]."""
+        """Log-probabilities (nats) of the initial policy's samples under itself, [N]."""
         responses = [s.tokens for s in self.initial_samples]
         return self.response_logps(self.initial.model, self.prompt_ids, responses)[0].double().numpy()
 
     @cached_property
     def text_logps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities (nats) of the held-out texts: the trained's and the initial policy's, [N] each."""
-        return self._of_both([prompt for prompt, _ in self.texts], [response for _, response in self.texts])
+        """Log-probabilities (nats) of the held-out texts under the trained and the initial policy, [N] each."""
+        return self._logps_under_both([prompt for prompt, _ in self.texts], [response for _, response in self.texts])
 
     @cached_property
     def held_out(self) -> ScoredPairs:
-        """The held-out pairs under both policies."""
+        """The held-out pairs with their log-probabilities under both policies."""
         reference = None if self.reference is None else self.reference(collate(self.pairs))
         return ScoredPairs(self.pairs, *self.pair_logps, reference)
 
     @cached_property
     def train(self) -> ScoredPairs:
-        """The training pairs under both policies."""
-        both = (self._pair_logps(policy.model, self.train_pairs) for policy in (self.trained, self.initial))
-        return ScoredPairs(self.train_pairs, *both)
+        """The training pairs with their log-probabilities under both policies."""
+        logps = (self._pair_logps(policy.model, self.train_pairs) for policy in (self.trained, self.initial))
+        return ScoredPairs(self.train_pairs, *logps)
 
     @cached_property
     def pair_logps(self) -> tuple[PairLogps, PairLogps]:
-        """Of the held-out pairs: the trained policy's and the initial policy's."""
+        """Log-probabilities of the held-out pairs under the trained and the initial policy."""
         return self._pair_logps(self.trained.model, self.pairs), self._pair_logps(self.initial.model, self.pairs)
 
-    def _of_both(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray]:
+    def _logps_under_both(
+        self, prompts: Sequence[Tokens], responses: Sequence[Tokens]
+    ) -> tuple[np.ndarray, np.ndarray]:
         trained, initial = (
             self.response_logps(policy.model, prompts, responses)[0].double().numpy()
             for policy in (self.trained, self.initial)
@@ -205,19 +210,19 @@ class EvalContext:
     def response_logps(
         self, model: PreTrainedModel, prompts: Sequence[Tokens], responses: Sequence[Tokens]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed log-probability (nats) of each response to its prompt, and its number of tokens."""
+        """Return the summed log-probability (nats) of each response given its prompt, and its number of tokens."""
         return score_pairs(model, prompts, responses, self.tokens, self.context)
 
-    def _sample(self, policy: Policy, whose: str) -> list[Sample]:
+    def _sample(self, policy: Policy, name: str) -> list[Sample]:
         with self.context():
             return generate_responses(
                 policy.model,
                 self.encoder,
                 self.prompt_ids,
                 max_new_tokens=self.max_new_tokens,
-                seed=derive_seed(self.seed, f"evaluation/{whose}"),
+                seed=derive_seed(self.seed, f"evaluation/{name}"),
                 batch_size=self.batch_size,
-                what=f"Samples ({whose})",
+                what=f"Samples ({name})",
                 by_ranks=True,
             )
 
@@ -232,8 +237,8 @@ class EvalContext:
                 logps = pair_logps(model, collate(pairs[part]).to(device))
             return PairLogps(*(column.cpu() for column in _columns(logps)))
 
-        found = _across("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute)
-        return PairLogps(*(torch.cat(column) for column in zip(*map(_columns, found), strict=True)))
+        logps = _map_with_progress("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute)
+        return PairLogps(*(torch.cat(column) for column in zip(*map(_columns, logps), strict=True)))
 
 
 def _hash(*parts: Tokens) -> str:
@@ -244,21 +249,24 @@ def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
     return logps.chosen, logps.rejected, logps.chosen_length, logps.rejected_length
 
 
-def _across(what: str, parts: Sequence[P], sizes: Sequence[float], compute: Callable[[P], R]) -> list[R]:
-    """The same as `across`, with a bar called `what` on rank 0 where it takes long; it counts parts, ours as they are done."""
-    ours = 0
-    with track(what, len(parts), shown=rank_and_world_size()[0] == 0, least=1.0) as advance:
+def _map_with_progress(title: str, parts: Sequence[P], sizes: Sequence[float], compute: Callable[[P], R]) -> list[R]:
+    """Call map_across_ranks with a progress bar on rank 0, shown if it takes more than a second.
 
-        def counted(part: P) -> R:
-            nonlocal ours
-            found = compute(part)
-            ours += 1
+    The bar counts parts: those of rank 0 when each is done, those of other ranks at the end.
+    """
+    done = 0
+    with track(title, len(parts), shown=rank_and_world_size()[0] == 0, least=1.0) as advance:
+
+        def compute_and_count(part: P) -> R:
+            nonlocal done
+            result = compute(part)
+            done += 1
             advance(1)
-            return found
+            return result
 
-        found = map_across_ranks(parts, sizes, counted)
-        advance(len(parts) - ours)
-    return found
+        results = map_across_ranks(parts, sizes, compute_and_count)
+        advance(len(parts) - done)
+    return results
 
 
 @torch.no_grad()
@@ -269,22 +277,22 @@ def score_pairs(
     tokens: int,
     context: Callable[[], AbstractContextManager],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probability (nats) of each response to its prompt, and its number of tokens; see EvalContext for the rest.
+    """Return the summed log-probability (nats) of each response given its prompt, and its number of tokens.
 
-    All ranks have to call it; each computes its share, all get the whole.
+    For `tokens` and `context` see EvalContext. All ranks have to call it; each computes its share, all get all results.
     """
     device = next(model.parameters()).device
     sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
 
-    def compute(chosen: list[int]) -> torch.Tensor:
-        stream, lengths = collate_responses([prompts[i] for i in chosen], [responses[i] for i in chosen])
+    def compute(indices: list[int]) -> torch.Tensor:
+        stream, lengths = collate_responses([prompts[i] for i in indices], [responses[i] for i in indices])
         with context():
             return response_logps(model, stream.to(device), lengths.to(device))[:, 0].float().cpu()
 
     parts = [order[part] for part in chunk_by_size([sizes[i] for i in order], tokens)]
     sums = torch.empty(len(sizes))
     work = [sum(sizes[i] for i in part) for part in parts]
-    for chosen, found in zip(parts, _across("Log-probs of texts", parts, work, compute), strict=True):
-        sums[chosen] = found
+    for indices, logps in zip(parts, _map_with_progress("Log-probs of texts", parts, work, compute), strict=True):
+        sums[indices] = logps
     return sums, torch.tensor([len(response) for response in responses])

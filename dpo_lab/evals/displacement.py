@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Displacement:
-    """Share of held-out pairs whose chosen response became less probable than under the initial policy, and by how many
-    nats both sides' log-probabilities rose on average. Razin et al. 2024 (arXiv:2410.08847).
+    """Share of held-out pairs whose chosen response is less likely than under the initial policy, and the mean change
+    of log-probability, in nats, of chosen and of rejected responses. Razin et al. 2024 (arXiv:2410.08847).
     """
 
-    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        chosen, rejected = subject.held_out.change
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
+        chosen, rejected = context.held_out.change
         yield "chosen_fell", share(chosen < 0)
         yield "chosen_change", mean(chosen)
         yield "rejected_change", mean(rejected)

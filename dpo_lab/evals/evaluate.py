@@ -31,16 +31,16 @@ EVALUATORS: dict[str, Any] = {
     "language": Language,
     "optimum": Optimum,
 }
-ON_REQUEST = ("optimum",)  # the others run unless told otherwise
+ON_REQUEST = ("optimum",)  # evaluators that are not in the default of evals.run
 
 
 @dataclass
 class Evals:
     """Settings of the evaluation after training.
 
-    run: names of EVALUATORS. samples: prompts answered; texts: held-out texts; train_pairs: training pairs, chosen by their
-    keys, so that runs on the same pairs look at the same ones. batch_size: samples made side by side. Several ranks share
-    whole batches out: give them one each at least.
+    run: names of EVALUATORS. samples: number of prompts, with one response each; texts: number of held-out texts;
+    train_pairs: number of training pairs, chosen by their keys, so that runs on the same pairs measure the same ones.
+    batch_size: samples generated per batch; with several ranks there should be a batch for each.
     """
 
     run: list[str] = field(default_factory=lambda: [name for name in EVALUATORS if name not in ON_REQUEST])
@@ -68,24 +68,23 @@ class Evals:
 
     @property
     def samples_responses(self) -> bool:
-        """Whether any that run may look at samples of the policy."""
+        """Whether any of the evaluators may need samples of the policy."""
         return not {"preference", "calibration", "displacement"}.issuperset(self.run)
 
     def evaluators(self) -> list[Evaluator]:
-        """Those that run, with their settings."""
+        """Return the evaluators to run, with their settings."""
         return [getattr(self, name, None) or EVALUATORS[name]() for name in self.run]
 
 
-def evaluate(subject: EvalContext, evaluators: Iterable[Evaluator] | None = None) -> dict[str, Estimate]:
-    """All that is measured of a policy, by name; nothing where no pair is held out. evaluators: none given, those that run
-    unless told otherwise.
+def evaluate(context: EvalContext, evaluators: Iterable[Evaluator] | None = None) -> dict[str, Estimate]:
+    """Run the evaluators, by default those of `Evals()`, and return their estimates by name; {} if no pair is held out.
 
-    What was measured of each example is in subject.examples afterwards. All ranks have to call it, see EvalContext; all get the
-    same.
+    Values per example are in context.examples afterwards. All ranks have to call it, see EvalContext; all get the same
+    result.
     """
-    if not len(subject.pairs):
+    if not len(context.pairs):
         return {}
-    chosen = Evals().evaluators() if evaluators is None else evaluators
-    found = {name: estimate for evaluator in chosen for name, estimate in evaluator.run(subject)}
-    subject.keep_texts()
-    return found
+    evaluators = Evals().evaluators() if evaluators is None else evaluators
+    estimates = {name: estimate for evaluator in evaluators for name, estimate in evaluator.run(context)}
+    context.keep_texts()
+    return estimates

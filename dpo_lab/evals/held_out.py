@@ -19,16 +19,18 @@ def heldout_loss(
     tokens: int,
     context: Callable[[], AbstractContextManager],
 ) -> dict[str, Estimate]:
-    """Loss (nats a token) and perplexity of chosen responses under both models, the initial one's under `initial/`.
+    """Return loss (nats per token) and perplexity of chosen responses under both models, the initial one's as
+    `initial/...`.
 
-    Nothing where no pair is held out. tokens, context: see EvalContext. All ranks have to call it; all get the same.
+    Returns {} if no pair is held out. For `tokens` and `context` see EvalContext. All ranks have to call it; all get
+    the same.
     """
     if not len(pairs):
         return {}
     prompts, responses = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
-    found: dict[str, Estimate] = {}
+    estimates: dict[str, Estimate] = {}
     for prefix, model in (("", trained), ("initial/", initial)):
         sums, lengths = score_pairs(model, prompts, responses, tokens, context)
         nats, counts = (-sums.double()).tolist(), lengths.tolist()
-        found |= {prefix + "loss": ratio(nats, counts), prefix + "perplexity": exp_of_ratio(nats, counts)}
-    return found
+        estimates |= {prefix + "loss": ratio(nats, counts), prefix + "perplexity": exp_of_ratio(nats, counts)}
+    return estimates

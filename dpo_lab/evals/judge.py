@@ -12,18 +12,18 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-Score = Callable[[Sequence[str]], np.ndarray]  # texts, prompt and response: what each is worth
+Score = Callable[[Sequence[str]], np.ndarray]  # texts of prompt and response -> their scores
 
 
 class JudgeError(ValueError):
-    """A judge that can't be had; the message is one line that says what to type."""
+    """Raised where a judge can't be loaded; the message is one line that says what to type."""
 
 
 @dataclass
 class Judge:
-    """path: its Hugging Face folder; none: there is no judge. label: the class whose log-odds are the score, by name or
-    number (none: the last one); a model with one output scores by that output. max_length: tokens of prompt and response, the
-    first of them are read. batch_size: texts at once.
+    """Settings of the judge. path: its Hugging Face folder; None for no judge. label: the class whose log-odds are the
+    score, by name or number, by default the last one; the score of a model with one output is that output. max_length:
+    prompt and response are truncated on the right to so many tokens. batch_size: texts per forward pass.
     """
 
     path: str | None = None
@@ -39,9 +39,9 @@ class Judge:
                 )
 
     def load(self, device: torch.device | str = "cpu") -> Score | None:
-        """How it scores texts; all ranks have to call that, each computes its share. None where there is no judge.
+        """Load the judge and return its score function, which all ranks have to call; return None without a judge.
 
-        Raises JudgeError where it can't be read.
+        Each rank scores its share of the texts. Raises JudgeError where the judge can't be loaded.
         """
         if self.path is None:
             return None
@@ -65,7 +65,7 @@ class Judge:
             check_keys(model, info, f"evals.judge.path={self.path}")
         except PolicyError as error:
             raise JudgeError(str(error)) from error
-        except Exception as error:  # of a dozen kinds, from files and formats
+        except Exception as error:  # many types, depending on file and format
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise JudgeError(
                 f"evals.judge.path={self.path}: {reason}; type the folder of a classifier with safetensors"
@@ -105,8 +105,8 @@ class Judge:
 
         @torch.inference_mode()
         def compute(part: list[int]) -> torch.Tensor:
-            chosen = [texts[i] for i in part]
-            batch = tokenizer(chosen, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+            own = [texts[i] for i in part]
+            batch = tokenizer(own, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
             logits = model(**batch.to(model.device)).logits.double().cpu()
             if logits.shape[1] == 1:
                 return logits[:, 0]
@@ -115,6 +115,6 @@ class Judge:
 
         scores = np.empty(len(texts))
         sizes = [sum(len(texts[i]) for i in part) for part in parts]
-        for part, found in zip(parts, map_across_ranks(parts, sizes, compute), strict=True):
-            scores[part] = found.numpy()
+        for part, of_part in zip(parts, map_across_ranks(parts, sizes, compute), strict=True):
+            scores[part] = of_part.numpy()
         return scores

@@ -14,22 +14,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class KL:
-    """KL(trained || initial) over responses, in nats: the mean of log trained - log initial over the trained's samples.
+    """KL(trained || initial) over responses, in nats: the mean of log trained - log initial over the trained policy's
+    samples.
 
-    Unbiased, so it may come out slightly negative where the policies agree. A response cut at max_new_tokens counts up to
-    its cut. kl_per_token: nats of all samples over tokens of all samples.
+    Unbiased, so it may be slightly negative if the policies are close. A response truncated at max_new_tokens counts up
+    to there. kl_per_token: nats of all samples over tokens of all samples.
 
-    kl_forward_text: the mean of log initial - log trained over held-out texts, nats a text. It estimates by how much
-    further than the initial policy the trained one is from the texts, KL(texts || trained) - KL(texts || initial): the
-    forward KL(initial || trained) itself as far as the initial policy writes as those texts are written. May be negative.
+    kl_forward_text: the mean of log initial - log trained over held-out texts, in nats per text, an estimate of
+    KL(texts || trained) - KL(texts || initial). It equals the forward KL(initial || trained) as far as the initial
+    policy's distribution is that of the texts. May be negative.
     """
 
-    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        trained, initial = subject.sample_logps
-        lengths = [len(s.tokens) for s in subject.samples]
-        subject.examples.keep("prompt", subject.prompt_keys, kl=trained - initial)
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
+        trained, initial = context.sample_logps
+        lengths = [len(s.tokens) for s in context.samples]
+        context.examples.keep("prompt", context.prompt_keys, kl=trained - initial)
         yield "kl", mean(trained - initial)
         yield "kl_per_token", ratio(trained - initial, lengths)
-        if subject.texts:
-            trained, initial = subject.text_logps
+        if context.texts:
+            trained, initial = context.text_logps
             yield "kl_forward_text", mean(initial - trained)

@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Language:
-    """Perplexity of held-out real texts, and of the samples: variety, repetition, entropy, length, whether they stop,
-    well-formedness (where decidable).
+    """Perplexity of held-out real texts; and of the samples distinct n-grams, repetition, entropy, length, the share
+    that stopped before max_new_tokens, and the share that is well-formed (if the task has a grammar).
 
-    entropy: nats a token, the mean of -log of the policy that wrote them. Every figure for both policies: the initial one's
-    under `initial/`.
+    entropy: nats per token, the mean of -log p under the policy that sampled them. All metrics are measured for both
+    policies, those of the initial one under `initial/`.
     """
 
-    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        lengths = [len(response) for _, response in subject.texts]
-        trained, initial = subject.text_logps
-        subject.examples.keep("text", subject.text_keys, trained=trained, initial=initial, tokens=lengths)
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
+        lengths = [len(response) for _, response in context.texts]
+        trained, initial = context.text_logps
+        context.examples.keep("text", context.text_keys, trained=trained, initial=initial, tokens=lengths)
         for prefix, samples, own, texts in (
-            ("", subject.samples, subject.sample_logps[0], trained),
-            ("initial/", subject.initial_samples, subject.initial_sample_logps, initial),
+            ("", context.samples, context.sample_logps[0], trained),
+            ("initial/", context.initial_samples, context.initial_sample_logps, initial),
         ):
-            responses, tokens = subject.responses(samples), [len(s.tokens) for s in samples]
+            responses, tokens = context.responses(samples), [len(s.tokens) for s in samples]
             name = "initial_tokens" if prefix else "tokens"
-            subject.examples.keep("prompt", subject.prompt_keys, **{name: tokens})
+            context.examples.keep("prompt", context.prompt_keys, **{name: tokens})
             if lengths:
                 yield prefix + "perplexity", perplexity(texts, lengths)
             yield prefix + "distinct_1", distinct(responses, 1)
@@ -44,33 +44,35 @@ class Language:
             yield prefix + "entropy", ratio(-own, tokens)
             yield prefix + "length", mean(tokens)
             yield prefix + "stopped", share([s.stopped for s in samples])
-            if subject.world is not None and subject.world.decides_form:
-                yield prefix + "well_formed", well_formed(subject, samples)
+            if context.world is not None and context.world.decides_form:
+                yield prefix + "well_formed", well_formed(context, samples)
 
 
-def well_formed(subject: EvalContext, samples: Sequence[Sample]) -> Estimate:
-    """Share of samples that are reviews of the world and stopped by themselves."""
-    assert subject.world is not None
-    reviews = subject.reviews(samples)
-    return share([s.stopped and subject.world.well_formed(text) for s, text in zip(samples, reviews, strict=True)])
+def well_formed(context: EvalContext, samples: Sequence[Sample]) -> Estimate:
+    """Return the share of samples that ended with the end token and are well-formed in the task's grammar."""
+    assert context.world is not None
+    texts = context.complete_texts(samples)
+    return share([s.stopped and context.world.well_formed(text) for s, text in zip(samples, texts, strict=True)])
 
 
 def perplexity(logps: np.ndarray, lengths: Sequence[int]) -> Estimate:
-    """exp of the mean negative log-probability (nats) of a token; logps [N]: of whole texts, lengths [N]: their tokens."""
+    """Return exp of the mean negative log-probability per token; logps [N]: nats per text, lengths [N]: tokens per
+    text.
+    """
     return exp_of_ratio((-logps).tolist(), lengths)
 
 
 def distinct(texts: Sequence[str], n: int) -> Estimate:
-    """Different n-grams of words over all n-grams of words, in all texts together."""
-    found = [gram for text in texts for gram in _grams(text, n)]
-    return Estimate(len(set(found)) / len(found) if found else 0.0, n=len(texts))
+    """Return the number of distinct n-grams of words over that of all n-grams, in all texts together."""
+    grams = [gram for text in texts for gram in _grams(text, n)]
+    return Estimate(len(set(grams)) / len(grams) if grams else 0.0, n=len(texts))
 
 
 def repeated(texts: Sequence[str], n: int) -> Estimate | None:
-    """Share of n-grams of words that stood earlier in the same text already; None where no text holds one."""
+    """Return the share of n-grams of words that repeat one of the same text; None if there are no n-grams."""
     totals = [len(_grams(text, n)) for text in texts]
-    again = [total - len(set(_grams(text, n))) for total, text in zip(totals, texts, strict=True)]
-    return ratio(again, totals) if sum(totals) else None
+    repeats = [total - len(set(_grams(text, n))) for total, text in zip(totals, texts, strict=True)]
+    return ratio(repeats, totals) if sum(totals) else None
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:

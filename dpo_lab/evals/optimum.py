@@ -19,12 +19,13 @@ BEST_OF = (4, 16, 64)
 
 @dataclass
 class Optimum:
-    """The rewards of `candidates` samples of the initial policy for each of the first `prompts` distinct prompts: kept as
-    examples, for whoever tilts them by a reward or takes the best of some. They are the same for every run that starts there.
+    """Rewards of `candidates` samples of the initial policy for each of the first `prompts` distinct prompts, added to
+    the examples: reports compute the KL-regularised optimum from them. They are the same for all runs with that initial
+    policy.
 
-    best_of_N/gold, best_of_N/judge: the mean reward of the best of N samples by that very reward, for N of BEST_OF as far as
-    there are candidates; best_of_N/gold_gain, ...: over the mean sample, in standard deviations of all candidates. The
-    interval is over prompts.
+    best_of_N/gold, best_of_N/judge: the mean reward of the best of N samples under that reward, for each N of BEST_OF
+    up to `candidates`; best_of_N/gold_gain, ...: its difference to the mean sample, in standard deviations of all
+    candidates. The interval is over prompts.
     """
 
     candidates: int = 128
@@ -37,10 +38,10 @@ class Optimum:
                     f"evals.optimum.{name}={getattr(self, name)}: must be {least} or more; type e.g. evals.optimum.{name}=128"
                 )
 
-    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        keys, rewards = subject.candidate_rewards(self.prompts, self.candidates)
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
+        keys, rewards = context.candidate_rewards(self.prompts, self.candidates)
         for name, values in rewards.items():
-            subject.examples.keep("candidates", keys, **{name: values.round(4).tolist()})
+            context.examples.keep("candidates", keys, **{name: values.round(4).tolist()})
             sd = values.std()
             for n in BEST_OF:
                 if n <= self.candidates:
@@ -51,8 +52,10 @@ class Optimum:
 
 
 def best_of(values: np.ndarray, n: int) -> np.ndarray:
-    """The expected highest of n independent draws, [P], estimated without bias from K draws, values [P, K]: its mean over all
-    n of the K. The j-th lowest of K, j from 0, is the highest of C(j, n - 1) such sets.
+    """Return an unbiased estimate of the expected maximum of n independent draws, [P], from K draws, values [P, K].
+
+    It is the mean of the maximum over all subsets of n of the K draws; the j-th lowest of K, j from 0, is the maximum
+    of C(j, n - 1) subsets.
     """
     count = values.shape[1]
     weights = np.array([comb(j, n - 1) / comb(count, n) for j in range(count)])

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Preference:
-    """Accuracy (a tie counts half), share of ties and log-ratio margin on held-out pairs; `true_accuracy` is against the
-    side with more gold reward, `gold_correlation` the rank correlation of margins with gold margins.
+    """Accuracy (a tie counts half), share of ties and log-ratio margin on held-out pairs; `true_accuracy` is the
+    accuracy against the gold reward, `gold_correlation` the rank correlation of margins with gold margins.
 
-    On a sample of the training pairs, under `train/`, clean and flipped ones apart: both are taken as they were trained on,
-    so that a high `train/flipped/accuracy` says that label noise was memorised.
+    The same on a sample of the training pairs, under `train/`, for clean and flipped pairs separately. Both are
+    measured with the labels they were trained on, so a high `train/flipped/accuracy` means that label noise was
+    memorised.
     """
 
-    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        held_out = subject.held_out
-        subject.examples.keep("held_out", held_out.keys, **held_out.columns())
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
+        held_out = context.held_out
+        context.examples.keep("held_out", held_out.keys, **held_out.columns())
         yield "accuracy", share(half_ties(held_out.margins))
         yield "ties", share(held_out.margins == 0)
         yield "margin", mean(held_out.margins)
@@ -36,10 +37,10 @@ class Preference:
         known = ~np.isnan(held_out.gold)
         if correlation := rank_correlation(held_out.margins[known].tolist(), held_out.gold[known].tolist()):
             yield "gold_correlation", correlation
-        if not len(subject.train_pairs):
+        if not len(context.train_pairs):
             return
-        train = subject.train
-        subject.examples.keep("train", train.keys, **train.columns())
+        train = context.train
+        context.examples.keep("train", train.keys, **train.columns())
         for group, rows in (("clean", ~train.flipped), ("flipped", train.flipped)):
             if rows.any():
                 yield f"train/{group}/accuracy", share(half_ties(train.margins[rows]))
@@ -48,7 +49,7 @@ class Preference:
 
 
 def half_ties(margins: np.ndarray) -> np.ndarray:
-    """1 where the margin is positive, 1/2 where it is 0, else 0."""
+    """Return 1 where the margin is positive, 1/2 where it is 0, else 0."""
     return (np.sign(margins) + 1) / 2
 
 

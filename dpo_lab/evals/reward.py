@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reward:
-    """Mean reward of the trained and of the initial policy's samples, `gold` by the world and `judge` by a judge.
+    """Mean reward of the trained and of the initial policy's samples: `gold` is the reward of the task, `judge` the
+    score.
 
-    gold_gain, judge_gain: their difference in standard deviations of the initial policy's samples, prompt by prompt.
+    gold_gain, judge_gain: the mean difference per prompt, in standard deviations of the initial policy's rewards.
     """
 
-    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        for name, (trained, initial) in subject.rewards.items():
-            subject.examples.keep("prompt", subject.prompt_keys, **{name: trained, f"initial_{name}": initial})
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
+        for name, (trained, initial) in context.rewards.items():
+            context.examples.keep("prompt", context.prompt_keys, **{name: trained, f"initial_{name}": initial})
             yield name, mean(trained)
             yield f"initial/{name}", mean(initial)
             if sd := statistics.pstdev(initial.tolist()):

@@ -15,12 +15,12 @@ from dpo_lab.core.pairs import EncodedPair, PairLogps
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """B pairs under the trained and under the initial policy; every column [B], nats."""
+    """B pairs with their log-probabilities under the trained and the initial policy; every column is [B], in nats."""
 
     pairs: Sequence[EncodedPair]
     trained: PairLogps
     initial: PairLogps
-    reference: PairLogps | None = None  # the loss's own; None: the initial policy
+    reference: PairLogps | None = None  # the reference of the loss; None for the initial policy
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -31,7 +31,7 @@ class ScoredPairs:
 
     @cached_property
     def gold(self) -> np.ndarray:
-        """True reward of chosen less that of rejected; NaN where it is not known."""
+        """True reward of chosen minus that of rejected; NaN if unknown."""
         return np.array([pair.gold_margin for pair in self.pairs], np.float64)
 
     @cached_property
@@ -40,25 +40,27 @@ class ScoredPairs:
 
     @cached_property
     def margins(self) -> np.ndarray:
-        """Log-ratio margins towards chosen; 0 where rounding alone could explain them."""
+        """Log-ratio margins, chosen - rejected; 0 where they are within rounding error."""
         ratios = self.trained - self.initial
         return zero_out_rounding(ratios.margin, self.trained, self.initial).double().numpy()
 
     @cached_property
     def change(self) -> tuple[np.ndarray, np.ndarray]:
-        """By how much the log-probabilities of chosen and of rejected rose."""
+        """Changes of the log-probabilities of chosen and of rejected from the initial to the trained policy."""
         ratios = self.trained - self.initial
         return ratios.chosen.double().numpy(), ratios.rejected.double().numpy()
 
     def rewards(self, loss: Loss) -> np.ndarray:
-        """Return margins of the implicit reward: beta times the log-ratios to its own reference that `loss` compares."""
+        """Return margins of the implicit reward: beta times the log-ratios, to the loss's reference, that `loss`
+        compares.
+        """
         reference = self.initial if self.reference is None else self.reference
         summed = zero_out_rounding((self.trained - reference).margin, self.trained, reference)
         margins = loss.log_ratios(self.trained, reference).margin.double()
         return (loss.beta * margins).masked_fill(summed == 0, 0.0).numpy()
 
     def columns(self) -> dict[str, np.ndarray]:
-        """For the record of each example, see results/examples.py."""
+        """Return the columns for the records per example, see runs/examples.py."""
         return {
             "margin": self.margins,
             "trained_chosen": self.trained.chosen.double().numpy(),

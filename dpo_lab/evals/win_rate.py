@@ -13,40 +13,44 @@ from dpo_lab.stats.estimates import Estimate, share, share_at_zero
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
 
-PairwiseJudge = Callable[[str, str, str], float]  # (prompt, first, second): 1 first is better, 0 second is, 1/2 a tie
+PairwiseJudge = Callable[
+    [str, str, str], float
+]  # (prompt, first, second) -> 1 if first is better, 0 if second, 1/2: tie
 
 
 @dataclass
 class WinRate:
-    """Share of prompts whose trained response is worth more, a tie counts half: `win_rate` by gold reward,
-    `judge_win_rate` by a judge's score, `pairwise_win_rate` by a judge who compares two responses, asked in both orders.
+    """Share of prompts for which the trained policy's response is better, where a tie counts half: `win_rate` by gold
+    reward, `judge_win_rate` by the judge's score, `pairwise_win_rate` by a judge that compares two responses, in both
+    orders.
 
-    `..._equal_length`: the same at equal length, the share that a logistic regression of wins on the difference in tokens
-    puts at a difference of 0 (after Dubois et al. 2024, arXiv:2404.04475, of one term); left out where the samples do not
-    determine it.
+    `..._equal_length`: the length-controlled win rate, predicted at a length difference of 0 by a logistic regression
+    of wins on the difference in tokens (after Dubois et al. 2024, arXiv:2404.04475, with one term); left out if the
+    samples do not determine it.
     """
 
-    def run(self, subject: EvalContext) -> Iterator[tuple[str, Estimate]]:
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         wins = {
             "win" if name == "gold" else f"{name}_win": (np.sign(trained - initial) + 1) / 2
-            for name, (trained, initial) in subject.rewards.items()
+            for name, (trained, initial) in context.rewards.items()
         }
-        if subject.pairwise is not None:
-            trained, initial = subject.responses(subject.samples), subject.responses(subject.initial_samples)
-            wins["pairwise_win"] = in_both_orders(subject.pairwise, subject.prompts, trained, initial)
-        longer = np.array([len(s.tokens) for s in subject.samples], np.float64)
-        longer -= [len(s.tokens) for s in subject.initial_samples]
+        if context.pairwise is not None:
+            trained, initial = context.responses(context.samples), context.responses(context.initial_samples)
+            wins["pairwise_win"] = in_both_orders(context.pairwise, context.prompts, trained, initial)
+        length_difference = np.array([len(s.tokens) for s in context.samples], np.float64)
+        length_difference -= [len(s.tokens) for s in context.initial_samples]
         for name, won in wins.items():
-            subject.examples.keep("prompt", subject.prompt_keys, **{name: won})
+            context.examples.keep("prompt", context.prompt_keys, **{name: won})
             yield f"{name}_rate", share(won)
-            if (at_equal_length := share_at_zero(won, longer)) is not None:
+            if (at_equal_length := share_at_zero(won, length_difference)) is not None:
                 yield f"{name}_rate_equal_length", at_equal_length
 
 
 def in_both_orders(
-    judge: PairwiseJudge, prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str]
+    judge: PairwiseJudge, prompts: Sequence[str], trained: Sequence[str], initial: Sequence[str]
 ) -> np.ndarray:
-    """Wins of ours, [N]: the mean of the verdicts in both orders, so that a judge who likes the first best says 1/2."""
+    """Return wins of the trained policy, [N], averaged over both orders, so that position bias cancels."""
     return np.array(
-        [(judge(p, a, b) + 1 - judge(p, b, a)) / 2 for p, a, b in zip(prompts, ours, theirs, strict=True)], np.float64
+        [(judge(p, a, b) + 1 - judge(p, b, a)) / 2 for p, a, b in zip(prompts, trained, initial, strict=True)],
+        np.float64,
     )

@@ -21,7 +21,7 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_e
 
 
 def base_of(folder: Path) -> str:
-    """The model that the adapters in a folder were trained on, as their config names it."""
+    """Return the base model that a folder of adapters names in its config; raise PolicyError if it names none."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
@@ -37,6 +37,7 @@ def base_of(folder: Path) -> str:
 
 
 def with_fresh_adapters(model: PreTrainedModel, settings: Pretrained, seed: int) -> PreTrainedModel:
+    """Add new low-rank adapters to a model, initialised from `seed`."""
     peft = _peft()
     lora = peft.LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets, task_type="CAUSAL_LM"
@@ -51,13 +52,13 @@ def with_fresh_adapters(model: PreTrainedModel, settings: Pretrained, seed: int)
 
 
 def with_trained_adapters(model: PreTrainedModel, settings: Pretrained) -> PreTrainedModel:
-    """Merged into the model where it is trained whole; else trained further, as they are."""
+    """Load trained adapters: to train them further if `settings.rank` is set, else merged into the model."""
     peft = _peft()
     folder = str(settings.adapter)
     try:
         config = peft.PeftConfig.from_pretrained(folder)
         weights = peft.utils.load_peft_weights(folder, device="cpu")
-    except Exception as error:  # of a dozen kinds, from files and formats
+    except Exception as error:  # many types, depending on file and format
         raise _not_adapters_of(settings, error) from error
     if config.peft_type != peft.PeftType.LORA:
         raise PolicyError(
@@ -71,71 +72,74 @@ def with_trained_adapters(model: PreTrainedModel, settings: Pretrained) -> PreTr
     _resize(model, weights, config, folder)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below, by name
+            warnings.filterwarnings(
+                "ignore", message="Found missing adapter keys"
+            )  # _check_names raises an error for them
             adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.rank is not None)
             loaded = adapted.load_adapter(folder, "default", is_trainable=settings.rank is not None)
-    except Exception as error:  # of a dozen kinds, from files and formats
+    except Exception as error:  # many types, depending on file and format
         raise _not_adapters_of(settings, error) from error
     _check_names(loaded.missing_keys, loaded.unexpected_keys, settings)
     if settings.rank is not None:
         return adapted
     merged = adapted.merge_and_unload()
-    merged.requires_grad_(True)  # peft froze it
+    merged.requires_grad_(True)  # peft has frozen it
     _untie(merged)
     return merged
 
 
 def _resize(model: PreTrainedModel, weights: Mapping[str, Tensor], config: Any, folder: str) -> None:
-    """Give the embeddings the rows that the adapters were trained with; they come from their file.
+    """Resize the embeddings to the number of tokens that the adapters were trained with; their file holds the new rows.
 
-    Raises PolicyError where it does not hold them: at training they were drawn at random, or averaged.
+    Raises PolicyError if it does not hold them: when they were added they were initialised at random or averaged, which
+    can't be repeated.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows: int = embedding.weight.shape[0]  # type: ignore[assignment,index]
     names = {id(module): name.split(".")[-1] for name, module in model.named_modules()}
-    of_embedding = names[id(embedding)]
-    trained = _trained_tokens(config, of_embedding)
-    whole = {name: weight.shape[0] for name, weight in weights.items() if _is_embedding(name)}
-    wanted = max(rows, *whole.values(), *(token + 1 for tokens in trained.values() for token in tokens), 0)
-    if wanted == rows:
+    embedding_name = names[id(embedding)]
+    trained = _trained_tokens(config, embedding_name)
+    sizes = {name: weight.shape[0] for name, weight in weights.items() if _is_embedding(name)}
+    new_rows = max(rows, *sizes.values(), *(token + 1 for tokens in trained.values() for token in tokens), 0)
+    if new_rows == rows:
         return
-    sources = {of_embedding: ([f".{of_embedding}."], trained.get(of_embedding, []))}
+    sources = {embedding_name: ([f".{embedding_name}."], trained.get(embedding_name, []))}
     if head is not None and head.weight is embedding.weight:
-        # a tied head has the embedding's rows, but not those of a copy of it
-        copied = of_embedding in (config.modules_to_save or [])
-        of_it = f".{of_embedding}.original_module." if copied else f".{of_embedding}."
-        sources[names[id(head)]] = ([of_it, f".{names[id(head)]}."], trained.get(of_embedding, []))
+        # a tied head shares the rows of the embedding, but not those of a copy in modules_to_save
+        copied = embedding_name in (config.modules_to_save or [])
+        shared = f".{embedding_name}.original_module." if copied else f".{embedding_name}."
+        sources[names[id(head)]] = ([shared, f".{names[id(head)]}."], trained.get(embedding_name, []))
     elif head is not None:
         sources[names[id(head)]] = ([f".{names[id(head)]}."], trained.get(names[id(head)], []))
     for module, (parts, tokens) in sources.items():
-        held = any(part in name for name, size in whole.items() if size == wanted for part in parts)
-        if not held and not set(range(rows, wanted)) <= set(tokens):
+        is_stored = any(part in name for name, size in sizes.items() if size == new_rows for part in parts)
+        if not is_stored and not set(range(rows, new_rows)) <= set(tokens):
             raise PolicyError(
-                f"policy.adapter={folder}: it was trained with {wanted - rows} tokens more than the {rows:,} of its base,"
-                f" and holds no rows of {module} for them: the model that it was trained on can't be made again; save it"
+                f"policy.adapter={folder}: it was trained with {new_rows - rows} tokens more than the {rows:,} of its base,"
+                f" and holds no rows of {module} for them, so the model that it was trained on can't be restored; save it"
                 " merged where it was trained, and type policy.path= of that folder"
             )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the rows are replaced, and are a part of the weights' hash before
-        model.resize_token_embeddings(wanted, mean_resizing=False)
+        torch.manual_seed(0)  # the rows are replaced later, but until then they enter the hash of the weights
+        model.resize_token_embeddings(new_rows, mean_resizing=False)
 
 
 def _is_embedding(name: str) -> bool:
-    """Whether a weight of an adapter's file is a whole embedding or head, a row for each token."""
+    """Return whether a weight in an adapter's file is a full embedding or LM head."""
     return name.endswith(".weight") and "lora_" not in name and any(f".{part}." in name for part in EMBEDDINGS)
 
 
 def _trained_tokens(config: Any, embedding: str) -> dict[str, list[int]]:
-    """The tokens whose rows alone were trained, by the name of the module; of a bare list: the embedding's."""
-    found = getattr(config, "trainable_token_indices", None) or {}
-    if not isinstance(found, dict):
-        return {embedding: list(found)}
-    return {name.split(".")[-1]: list(tokens) for name, tokens in found.items()}
+    """Return the tokens whose embedding rows were trained, by name of the module; a plain list is for the embedding."""
+    indices = getattr(config, "trainable_token_indices", None) or {}
+    if not isinstance(indices, dict):
+        return {embedding: list(indices)}
+    return {name.split(".")[-1]: list(tokens) for name, tokens in indices.items()}
 
 
 def _check_names(missing: Sequence[str], unexpected: Sequence[str], settings: Pretrained) -> None:
-    """Raise PolicyError where the file and the adapters that its config describes are not of the same weights."""
-    # peft also saves the base's own embeddings, and rows of a tied head twice
+    """Raise PolicyError if the weights in the file are not those of the adapters that its config describes."""
+    # peft also saves the embeddings of the base, and rows of a tied head twice
     unexpected = [name for name in unexpected if not _is_embedding(name) and ".token_adapter." not in name]
     for names, what in ((missing, "missing from its file"), (unexpected, "not of those that its config describes")):
         if names:
@@ -146,7 +150,7 @@ def _check_names(missing: Sequence[str], unexpected: Sequence[str], settings: Pr
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Let the config say so where the adapters gave a tied head weights of its own, else they would not be saved."""
+    """Set tie_word_embeddings to False if the adapters untied the LM head, which would not be saved otherwise."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:  # type: ignore[union-attr]
         model.config.tie_word_embeddings = False

@@ -12,22 +12,22 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-SHARED_PROMPT = "shared_prompt"  # the name under which transformers finds it
+SHARED_PROMPT = "shared_prompt"  # name of this attention in transformers' registry
 
 
 @dataclass
 class Segments:
-    """How a flat stream is cut: lengths [B][1 + K], tokens of each item's prompt and K responses."""
+    """The segments of a packed stream: lengths [B][1 + K], numbers of tokens of each item's prompt and K responses."""
 
     lengths: Sequence[Sequence[int]]
     masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)  # shared by all layers
 
     def mask(self, prompt: int, response: int, like: Tensor) -> Tensor:
-        """[response, prompt + response], added to scores: a response token sees the prompt and what it follows."""
+        """Return an additive causal mask [response, prompt + response] over the prompt and the response itself."""
         key = (prompt, response, like.dtype)
         if key not in self.masks:
-            hidden = like.new_full((response, prompt + response), float("-inf"))
-            self.masks[key] = hidden.triu_(prompt + 1)
+            mask = like.new_full((response, prompt + response), float("-inf"))
+            self.masks[key] = mask.triu_(prompt + 1)
         return self.masks[key]
 
 
@@ -42,16 +42,16 @@ def shared_prompt_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Causal attention [1, N, heads, d] over a flat stream, from query, key, value [1, heads, N, d].
+    """Compute causal attention [1, N, heads, d] over a packed stream, from query, key, value [1, heads, N, d].
 
-    Without `segments` this is transformers' SDPA attention: the same model also pads, generates and caches.
+    Without `segments` this is transformers' SDPA attention, so the same model also runs padded rows and generation.
     """
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     grouped = query.shape[1] != key.shape[1]
-    # one split, not a slice a segment: a slice's backward writes the whole stream
+    # one split instead of a slice per segment, whose backward would write a gradient of the whole stream each
     sizes = [size for item in segments.lengths for size in (item[0] + item[1], *item[2:])]
     parts = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     outputs = []

@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Parts of a multimodal checkpoint that its language model does without, wherever they hang.
+# Prefixes of the parts of a multimodal checkpoint that its language model does not use.
 MODALITIES = ("vision", "visual", "image", "audio", "speech", "multi_modal", "multimodal", "mm_")
 
 
 def check_keys(model: nn.Module, info: Mapping[str, Collection[Any]], key: str, prefix_key: str | None = None) -> None:
-    """Raise PolicyError where weights were drawn at random, or weights of the model's own parts were left out.
+    """Raise PolicyError if weights were missing in the files, or if weights of the model's parts were not loaded.
 
-    info: what from_pretrained gives with output_loading_info; key: what the user typed, as policy.path=FOLDER; prefix_key:
-    the key that takes a prefix off the names. Whole parts that the model does not have (a reward head, a value head, a
-    vision tower) are left out with a warning.
+    info: the loading info of from_pretrained(output_loading_info=True); key: the setting to name in errors, such as
+    policy.path=FOLDER; prefix_key: the key that removes a prefix of names. Entire parts that the model does not have (a
+    reward head, a value head, a vision tower) are left out with a warning.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     mismatched = [f"{name} {list(file)} instead of {list(own)}" for name, file, own in sorted(info["mismatched_keys"])]
@@ -48,36 +48,36 @@ def check_keys(model: nn.Module, info: Mapping[str, Collection[Any]], key: str, 
             if names
         ]
         raise PolicyError(f"{key}: {', '.join(faults)}; {_remedy(model, missing)}")
-    whole_parts = {name for name in unexpected if _is_a_part_of_its_own(model, name)}
-    if left_out := [name for name in unexpected if name not in whole_parts]:
+    separate = {name for name in unexpected if _is_in_separate_part(model, name)}
+    if left_out := [name for name in unexpected if name not in separate]:
         raise PolicyError(
             f"{key}: {_count(left_out)} in the files that a {type(model).__name__} of this config.json has no place for"
             f" ({some_of(left_out)}); put the config.json that the model was trained with beside them"
         )
-    if whole_parts:
+    if separate:
         log.warning(
             "policy: %d weights are left out, and not saved with the trained policy (%s): a %s has no such part",
-            len(whole_parts),
-            some_of(sorted(whole_parts)),
+            len(separate),
+            some_of(sorted(separate)),
             type(model).__name__,
         )
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
-    """What stands before the names of most of the missing weights in the files."""
-    wanted = set(missing)
-    found: Counter[str] = Counter()
+    """Return the prefix that most of the missing weights have in the files, or None."""
+    expected = set(missing)
+    prefixes: Counter[str] = Counter()
     for name in unexpected:
         parts = name.split(".")
-        for cut in range(1, len(parts)):
-            if ".".join(parts[cut:]) in wanted:
-                found[".".join(parts[:cut]) + "."] += 1
-    (prefix, count), *_ = found.most_common(1) or [("", 0)]
+        for i in range(1, len(parts)):
+            if ".".join(parts[i:]) in expected:
+                prefixes[".".join(parts[:i]) + "."] += 1
+    (prefix, count), *_ = prefixes.most_common(1) or [("", 0)]
     return prefix if 2 * count > len(missing) else None
 
 
-def _is_a_part_of_its_own(model: nn.Module, name: str) -> bool:
-    """Whether a weight belongs to a whole part that the model does not have, instead of to one that it has."""
+def _is_in_separate_part(model: nn.Module, name: str) -> bool:
+    """Return whether a weight belongs to a part that the model does not have at all, not to one of its parts."""
     parts = name.split(".")
     base = getattr(model, "base_model_prefix", "")
     inside = len(parts) > 1 and parts[0] == base and hasattr(model, base)
@@ -88,10 +88,10 @@ def _is_a_part_of_its_own(model: nn.Module, name: str) -> bool:
 
 
 def _remedy(model: nn.Module, missing: Iterable[str]) -> str:
-    head = getattr(model, "_tied_weights_keys", None) or {}
-    if set(missing) and set(missing) <= set(head):
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    if set(missing) and set(missing) <= set(tied):
         return (
-            "where the head is the embedding, set tie_word_embeddings to true in config.json; else save the whole"
+            "if the head is tied to the embedding, set tie_word_embeddings to true in config.json; else save the full"
             " model (a ...ForCausalLM) and type the path of that folder"
         )
     return "type the path of a folder with all the weights of the model that its config.json describes"
@@ -102,6 +102,6 @@ def _count(names: Collection[str]) -> str:
 
 
 def some_of(names: Collection[str]) -> str:
-    """The first three, and that there are more."""
+    """Return the first three names, with "..." if there are more."""
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

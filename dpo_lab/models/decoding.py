@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """Rows of tokens that grow by one token a step."""
+    """A batch of token rows that grow by one token per step."""
 
     def logits(self) -> Tensor:
-        """Logits [B, V] of each row's next token. To be called once a step."""
+        """Return logits [B, V] of each row's next token; to be called once per step."""
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone; their numbers rise."""
+        """Keep only these rows, given by increasing indices."""
         ...
 
     def append(self, tokens: Tensor) -> None:
@@ -34,40 +34,42 @@ class Rows(Protocol):
 
 
 def rows_of(model: PreTrainedModel, prompts: Sequence[Tokens], pad_id: int, new_tokens: int) -> Rows:
-    """Rows that begin with the prompts and have room for `new_tokens` more."""
+    """Return rows that start with the prompts and can grow by `new_tokens`."""
     return CachedRows(model, prompts, pad_id, new_tokens) if uses_cache(model) else FullRows(model, prompts)
 
 
 def uses_cache(model: PreTrainedModel) -> bool:
-    """Whether its samples are drawn with a KV cache."""
+    """Return whether the model is sampled with a KV cache."""
     return not getattr(causal_lm(model), "samples_without_cache", False)
 
 
 def sample_without_cache(model: PreTrainedModel) -> None:
-    """Let samples of this model, and of its copies, be drawn by a full forward a step."""
+    """Mark the model, and copies of it, to be sampled without a KV cache."""
     causal_lm(model).samples_without_cache = True  # type: ignore[assignment]
 
 
 class FullRows:
-    """Each step forwards whole rows, those of equal length together: no padding, no cache, right for every causal model."""
+    """Rows without a cache: each step runs the full rows, batched by length without padding; right for any causal
+    model.
+    """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Tokens]) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.rows = [torch.tensor(list(prompt), device=self.device) for prompt in prompts]
-        takes = inspect.signature(causal_lm(model).forward).parameters
-        self.settings = {"use_cache": False} | ({"logits_to_keep": 1} if "logits_to_keep" in takes else {})
+        accepted = inspect.signature(causal_lm(model).forward).parameters
+        self.settings = {"use_cache": False} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
 
     def logits(self) -> Tensor:
         by_length: dict[int, list[int]] = {}
-        for place, row in enumerate(self.rows):
-            by_length.setdefault(len(row), []).append(place)
-        found: list[Tensor] = [torch.empty(0)] * len(self.rows)
-        for places in by_length.values():
-            logits = self.model(input_ids=torch.stack([self.rows[i] for i in places]), **self.settings).logits[:, -1]
-            for place, row in zip(places, logits, strict=True):
-                found[place] = row
-        return torch.stack(found)
+        for i, row in enumerate(self.rows):
+            by_length.setdefault(len(row), []).append(i)
+        result: list[Tensor] = [torch.empty(0)] * len(self.rows)
+        for indices in by_length.values():
+            logits = self.model(input_ids=torch.stack([self.rows[i] for i in indices]), **self.settings).logits[:, -1]
+            for i, row in zip(indices, logits, strict=True):
+                result[i] = row
+        return torch.stack(result)
 
     def keep(self, rows: Tensor) -> None:
         self.rows = [self.rows[i] for i in rows.tolist()]
@@ -77,7 +79,7 @@ class FullRows:
 
 
 class CachedRows:
-    """Rows padded on the left; each step forwards the newest token alone."""
+    """Rows with a KV cache, padded on the left; each step runs only the newest token."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Tokens], pad_id: int, new_tokens: int) -> None:
         device = next(model.parameters()).device
@@ -86,13 +88,13 @@ class CachedRows:
         self.input_ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         padding = torch.tensor([width - len(p) for p in prompts], device=device)
         real = torch.arange(width, device=device)[None, :] >= padding[:, None]
-        # without padding the model's causal attention is enough
+        # without padding no mask is needed besides the model's causal one
         self.mask = real.long() if bool(padding.any()) else None
         self.position = (torch.arange(width, device=device)[None, :] - padding[:, None]).clamp(min=0)
         self.cache = _growing_cache(model, width + new_tokens)
-        takes = inspect.signature(causal_lm(model).forward).parameters
-        # recurrent models name their cache so, and take no positions
-        self.cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
+        accepted = inspect.signature(causal_lm(model).forward).parameters
+        # recurrent models name their cache cache_params, and ignore positions
+        self.cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
 
     def logits(self) -> Tensor:
         return self.model(
@@ -105,7 +107,8 @@ class CachedRows:
         ).logits[:, -1]
 
     def keep(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows)  # type: ignore[arg-type]  # what layers with keys and layers with recurrent states both know
+        # a method that attention layers and layers with recurrent states both have
+        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
         self.position = self.position[rows]
         self.mask = self.mask[rows] if self.mask is not None else None
 
@@ -116,16 +119,16 @@ class CachedRows:
 
 
 def _growing_cache(model: PreTrainedModel, length: int) -> Cache:
-    """A cache with room for `length` tokens where the model attends to everything; else the library's own choice."""
+    """Return a cache preallocated for `length` tokens if all layers have full attention, else transformers' default."""
     config = model.config
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
         return DynamicCache(config=config)
-    return Cache(layers=[_RoomyLayer(length) for _ in range(config.num_hidden_layers)])
+    return Cache(layers=[_PreallocatedLayer(length) for _ in range(config.num_hidden_layers)])
 
 
-class _RoomyLayer(DynamicLayer):
-    """DynamicLayer with its room reserved: a new token is written in place instead of copying the whole cache."""
+class _PreallocatedLayer(DynamicLayer):
+    """A DynamicLayer with preallocated memory: a new token is written in place instead of copying the cache."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -135,21 +138,21 @@ class _RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             batch, heads, _, key_size = key_states.shape
-            self.room_keys = key_states.new_empty(batch, heads, self.length, key_size)
-            self.room_values = value_states.new_empty(batch, heads, self.length, value_states.shape[-1])
+            self.key_buffer = key_states.new_empty(batch, heads, self.length, key_size)
+            self.value_buffer = value_states.new_empty(batch, heads, self.length, value_states.shape[-1])
             self.filled = 0
         end = self.filled + key_states.shape[-2]
-        self.room_keys[:, :, self.filled : end] = key_states
-        self.room_values[:, :, self.filled : end] = value_states
+        self.key_buffer[:, :, self.filled : end] = key_states
+        self.value_buffer[:, :, self.filled : end] = value_states
         self.filled = end
-        self.keys, self.values = self.room_keys[:, :, :end], self.room_values[:, :, :end]
+        self.keys, self.values = self.key_buffer[:, :, :end], self.value_buffer[:, :, :end]
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if not self.is_initialized:
-            raise RuntimeError("the model does not fill the cache that it is given")
+            raise RuntimeError("the model does not write to the cache that is passed to it")
         rows = len(beam_idx)
-        for room in (self.room_keys, self.room_values):  # they rise, so rows move towards the front: in place
-            room[:rows, :, : self.filled] = room[beam_idx, :, : self.filled]
-        self.room_keys, self.room_values = self.room_keys[:rows], self.room_values[:rows]
-        self.keys, self.values = self.room_keys[:, :, : self.filled], self.room_values[:, :, : self.filled]
+        for buffer in (self.key_buffer, self.value_buffer):  # indices increase, so rows can be moved in place
+            buffer[:rows, :, : self.filled] = buffer[beam_idx, :, : self.filled]
+        self.key_buffer, self.value_buffer = self.key_buffer[:rows], self.value_buffer[:rows]
+        self.keys, self.values = self.key_buffer[:, :, : self.filled], self.value_buffer[:, :, : self.filled]

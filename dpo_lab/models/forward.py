@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Proven by tests/models/test_shared_prompt.py against the padded path; the class itself, no subclass of it.
+# Architectures that tests/models/test_shared_prompt.py compares with the padded path; subclasses are not included.
 PROVEN = {
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
@@ -31,11 +31,11 @@ PROVEN = {
     "SmolLM3ForCausalLM",
     "Phi3ForCausalLM",
 }
-ROPES = {"default", "linear", "llama3", "yarn"}  # angles depend on a token's position alone
+ROPES = {"default", "linear", "llama3", "yarn"}  # angles depend only on a token's position
 
 
 def select_forward(model: PreTrainedModel) -> None:
-    """Let the model take the shared-prompt path if it can; one line in the log says which path and why."""
+    """Switch the model to the shared-prompt path if it supports it; log which path it takes and why."""
     kind = type(causal_lm(model)).__name__
     if reason := why_not_shared(model):
         log.info("forward: padded rows for %s, because %s", kind, reason)
@@ -45,22 +45,22 @@ def select_forward(model: PreTrainedModel) -> None:
 
 
 def forward_name(model: PreTrainedModel) -> str:
-    """The path that the model takes, a part of what its numbers depend on."""
+    """Return the name of the path that the model takes, which is part of its numerics."""
     return "shared prompt" if _shares_prompts(model) else "padded"
 
 
 def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Why the model can't share prompts, read from its class, modules and config; None where it can."""
+    """Return why the model can't take the shared-prompt path, from its class, modules and config; None if it can."""
     bare = causal_lm(model)
     config, kind = bare.config, type(bare)
     if kind.__name__ not in PROVEN or not kind.__module__.startswith("transformers."):
-        return "this architecture is not among the proven ones"
+        return "this architecture is not among the tested ones"
     if config._attn_implementation not in ("sdpa", "eager", SHARED_PROMPT):
         return f"its attention is {config._attn_implementation}"
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return "not all its layers attend to everything"
+        return "not all its layers have full attention"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"its attention slides over a window of {config.sliding_window} tokens"
+        return f"it has a sliding attention window of {config.sliding_window} tokens"
     rope = getattr(config, "rope_parameters", None) or {}
     if (rope_type := rope.get("rope_type", "default")) not in ROPES:
         return f"its position embedding ({rope_type}) depends on the length of the whole stream"
@@ -75,32 +75,34 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
 
 
 def causal_lm(model) -> PreTrainedModel:
-    """The Hugging Face model itself, out of an adapter's wrapping."""
+    """Return the Hugging Face model, unwrapped from its adapter if it has one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def pad_id_of(model: PreTrainedModel) -> int:
-    """The token that padded rows end with; any would do, since none is scored."""
+    """Return the token id for padding; any valid id would do, since padding is not scored."""
     rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
     pad_id = getattr(causal_lm(model).config.get_text_config(), "pad_token_id", None) or 0
     return pad_id if 0 <= pad_id < rows else 0
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Evaluation mode, in which gradient checkpointing, if it was switched on, still works."""
+    """Switch to evaluation mode, but keep gradient checkpointing working if it is enabled."""
     model.eval()
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = True  # transformers checkpoints a layer in train mode only; what is in it stays as it is
+            layer.training = (
+                True  # transformers checkpoints only layers in train mode; their submodules stay in eval mode
+            )
             for name, value in vars(layer).items():
                 if "dropout" in name and isinstance(value, float):
                     setattr(layer, name, 0.0)
 
 
 def response_logps(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Log-probabilities [B, K], nats, of each item's K responses given its prompt; differentiable.
+    """Return the log-probabilities [B, K], in nats, of each item's K responses given its prompt; differentiable.
 
-    tokens [N]: a flat stream of prompt and responses; lengths [B, 1 + K]; see core/logps.py.
+    tokens [N]: a packed stream of prompts and responses; lengths [B, 1 + K]; see core/logps.py.
     """
     if _shares_prompts(model):
         hidden, weight, stream = _response_rows(model, tokens, lengths)
@@ -111,12 +113,12 @@ def response_logps(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> T
 
 
 def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
-    """Log-probabilities of both responses of every pair, by one forward; takes any causal LM."""
+    """Return the log-probabilities of both responses of every pair, by one forward pass of any causal LM."""
     return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.lengths)
 
 
 def pair_loss(model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps) -> tuple[Tensor, PairLogps]:
-    """The sum of a batch's losses, to go backward from, and the policy's log-probabilities, detached."""
+    """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached."""
     if _shares_prompts(model):
         hidden, weight, stream = _response_rows(model, batch.tokens, batch.lengths)
 
@@ -130,8 +132,9 @@ def pair_loss(model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: P
 
 
 def response_nll(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """The sum of the negative log-probabilities, nats, of all response tokens of a stream, see response_logps; to go
-    backward from.
+    """Return the negative log-likelihood, in nats, summed over all response tokens of a stream; differentiable.
+
+    For `tokens` and `lengths` see response_logps.
     """
     if _shares_prompts(model):
         hidden, weight, stream = _response_rows(model, tokens, lengths)
@@ -144,15 +147,17 @@ def _shares_prompts(model: PreTrainedModel) -> bool:
 
 
 def _response_rows(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, StreamRows]:
-    """Hidden states [R, H] of the rows that predict response tokens, the LM head [V, H], and which rows they are."""
+    """Return the hidden states [R, H] of the rows that predict response tokens, the LM head [V, H], and these rows."""
     if reason := why_not_shared(model):
-        raise RuntimeError(f"the model was changed after it chose its path: {reason}; call select_forward(model) last")
+        raise RuntimeError(
+            f"the model was changed after its path was selected: {reason}; call select_forward(model) last"
+        )
     bare = causal_lm(model)
     stream = stream_rows(tokens, lengths)
     output = bare.base_model(
         input_ids=tokens[None],
         position_ids=stream.positions[None],
-        attention_mask=tokens.new_ones(1, 1, 1, 1),  # of four dimensions: transformers hands it on and makes none
+        attention_mask=tokens.new_ones(1, 1, 1, 1),  # transformers passes on a mask of four dimensions and builds none
         use_cache=False,
         segments=Segments(lengths.tolist()),
     )

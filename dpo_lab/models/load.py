@@ -31,14 +31,17 @@ log = logging.getLogger(__name__)
 
 
 def read_tokenizer(settings: Pretrained) -> PreTrainedTokenizerBase:
-    """The tokenizer with an end token, a pad token (the end token where there is none) and the chat template asked for."""
+    """Load the tokenizer, with the end token as pad token if it has none, and with the chat template of the settings.
+
+    Raises PolicyError if it can't be loaded or has no end token.
+    """
     settings = _locate(settings)
     if settings.adapter is not None and (Path(settings.adapter) / "tokenizer_config.json").exists():
-        # what they were trained with
+        # the tokenizer that the adapters were trained with
         settings = replace(settings, path=settings.adapter, revision=None, gguf_file=None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.path, **_source(settings))
-    except Exception as error:  # of a dozen kinds, from hub, files and formats
+    except Exception as error:  # many types, depending on hub, file and format
         raise unreadable(settings, error, "tokenizer") from error
     if tokenizer.eos_token_id is None:
         raise PolicyError(
@@ -46,7 +49,7 @@ def read_tokenizer(settings: Pretrained) -> PreTrainedTokenizerBase:
             " tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # pads are masked by place, never by value
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by position, never by token id
     if settings.chat_template is not None:
         try:
             tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
@@ -58,7 +61,7 @@ def read_tokenizer(settings: Pretrained) -> PreTrainedTokenizerBase:
 
 
 def read_policy(settings: Pretrained, seed: int) -> Policy:
-    """Model and tokenizer, with adapters where they are asked for."""
+    """Load model and tokenizer, with adapters if the settings name them; raise PolicyError if they can't be loaded."""
     settings = _locate(settings)
     _check_config(settings)
     model, tokenizer = _read_model(settings), read_tokenizer(settings)
@@ -74,16 +77,18 @@ def read_policy(settings: Pretrained, seed: int) -> Policy:
         if name == "eos":
             raise PolicyError(
                 f"policy.path={settings.path}: the end token of its tokenizer is token {token}, its model's embedding has"
-                f" {rows} rows: they do not belong together; type the path of a model with its own tokenizer"
+                f" {rows} rows: the tokenizer is not that of the model; type the path of a model with its own tokenizer"
             )
-        log.info("policy: pad token %d is beyond the %d rows of the embedding; the end token pads", token, rows)
+        log.info("policy: pad token %d exceeds the %d rows of the embedding; padding with the end token", token, rows)
         tokenizer.pad_token = tokenizer.eos_token
-    return Policy(model.eval(), tokenizer)  # peft leaves adapters with their dropout on
+    return Policy(model.eval(), tokenizer)  # peft leaves adapters in train mode, with dropout
 
 
 def check_behaviour(policy: Policy, settings: Pretrained, cache: Path | None) -> None:
-    """Look at what the model says of made-up tokens: raise PolicyError where it can't be trusted, and sample without a KV
-    cache where the cache can't be. cache: a folder to keep what was seen in.
+    """Probe the model on made-up tokens: raise PolicyError if it is not causal, and disable the KV cache if it is
+    wrong.
+
+    cache: folder of cached results.
     """
     behaviour = behaviour_of(policy.model, cache)
     if behaviour.refused is not None:
@@ -91,13 +96,13 @@ def check_behaviour(policy: Policy, settings: Pretrained, cache: Path | None) ->
             f"policy.path={settings.path}: {behaviour.refused}; type the path of a causal language model (a decoder)"
         )
     if behaviour.uncached is not None:
-        log.info("sampling: a full forward a token, without a KV cache: %s", behaviour.uncached)
+        log.info("sampling: a full forward pass per token, without a KV cache: %s", behaviour.uncached)
         sample_without_cache(policy.model)
 
 
 def _locate(settings: Pretrained) -> Pretrained:
-    """The same with `path`, `gguf_file` and `adapter` naming what is read: of a package, of a folder of adapters."""
-    package = find_spec(settings.package) if settings.package else None  # found, not imported: it may want others
+    """Return the settings with `path`, `gguf_file` and `adapter` resolved for a package or a folder of adapters."""
+    package = find_spec(settings.package) if settings.package else None  # not imported: its dependencies may be missing
     if package is not None and package.origin is not None:
         files = sorted(Path(package.origin).parent.glob("*.gguf"))
         if len(files) != 1:
@@ -111,7 +116,7 @@ def _locate(settings: Pretrained) -> Pretrained:
         base = base_of(folder)
         if not Path(base).is_dir() and not _may_be_on_the_hub(base):
             raise PolicyError(
-                f"policy.path={folder}: the base of these adapters, {base}, is not there;"
+                f"policy.path={folder}: the base model of these adapters, {base}, does not exist;"
                 f" type policy.path=BASE policy.adapter={folder}"
             )
         return _locate(replace(settings, path=base, adapter=str(folder)))
@@ -126,12 +131,12 @@ def _source(settings: Pretrained) -> dict[str, Any]:
         "revision": settings.revision,
         "gguf_file": settings.gguf_file,
         "trust_remote_code": settings.trust_remote_code,
-        "local_files_only": Path(settings.path).is_dir(),  # a folder is read without asking the hub about it
+        "local_files_only": Path(settings.path).is_dir(),  # no request to the hub for a folder
     }
 
 
 def _no_report(record: logging.LogRecord) -> bool:
-    """Leave out transformers' table of missing and unexpected keys: they are told in one line."""
+    """Filter out transformers' table of missing and unexpected keys, which check_keys reports in one line."""
     message = record.getMessage()
     return "LOAD REPORT" not in message or "CONVERSION" in message
 
@@ -141,51 +146,56 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _check_config(settings: Pretrained) -> None:
-    """Raise PolicyError where config.json is not that of a causal language model; a GGUF file holds nothing else."""
+    """Raise PolicyError if config.json is not that of a causal language model, as GGUF files always are."""
     if settings.gguf_file is not None:
         return
     try:
         config = AutoConfig.from_pretrained(settings.path, **_source(settings))
-    except Exception as error:  # of a dozen kinds, from hub, files and formats
+    except Exception as error:  # many types, depending on hub, file and format
         raise unreadable(settings, error) from error
     key = f"policy.path={settings.path}"
     if getattr(config, "is_encoder_decoder", False):
         raise PolicyError(
-            f"{key}: a {config.model_type} has an encoder and a decoder, and its decoder alone is no policy; type the path"
-            " of a causal language model (a decoder)"
+            f"{key}: a {config.model_type} has an encoder and a decoder; type the path of a causal language model"
+            " (a decoder)"
         )
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise PolicyError(
-            f"{key}: a {config.model_type} is no causal language model; type the path of one (a ...ForCausalLM)"
+            f"{key}: a {config.model_type} is not a causal language model; type the path of one (a ...ForCausalLM)"
         )
     text = config.get_text_config()
     if getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0):
         log.warning(
             "policy: its config.json asks for a mixture-of-experts auxiliary loss (output_router_logits,"
-            " router_aux_loss_coef=%s), which is not a part of any loss here: nothing keeps its experts balanced",
+            " router_aux_loss_coef=%s), which no loss here includes, so its experts may become unbalanced",
             text.router_aux_loss_coef,
         )
 
 
 def _read_model(settings: Pretrained) -> PreTrainedModel:
-    how: dict[str, Any] = {"dtype": getattr(torch, settings.dtype.value), "attn_implementation": settings.attention}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, settings.dtype.value),
+        "attn_implementation": settings.attention,
+        "output_loading_info": True,  # check_keys reports missing, unexpected and mismatched weights
+        "ignore_mismatched_sizes": True,
+        **_source(settings),
+    }
     if settings.gguf_file is not None:
-        for needed in ("gguf", "accelerate"):
-            if find_spec(needed) is None:
+        for package in ("gguf", "accelerate"):
+            if find_spec(package) is None:
                 raise PolicyError(
-                    f"policy.gguf_file={settings.gguf_file}: needs {needed}; type pip install gguf accelerate"
+                    f"policy.gguf_file={settings.gguf_file}: needs {package}; type pip install gguf accelerate"
                 )
-        how["quantization_config"] = GgufConfig(dequantize=True)
+        options["quantization_config"] = GgufConfig(dequantize=True)
     elif not settings.pickled_weights:
-        how["use_safetensors"] = True
+        options["use_safetensors"] = True
     if settings.key_prefix:
-        how["key_mapping"] = {f"^{re.escape(settings.key_prefix)}": ""}
-    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are checked here, by name
+        options["key_mapping"] = {f"^{re.escape(settings.key_prefix)}": ""}
     logging.getLogger("transformers.modeling_utils").addFilter(_no_report)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(settings.path, **_source(settings), **how)  # type: ignore[misc]
-    except Exception as error:  # of a dozen kinds, from hub, files and formats
+        model, info = AutoModelForCausalLM.from_pretrained(settings.path, **options)  # type: ignore[misc]
+    except Exception as error:  # many types, depending on hub, file and format
         raise unreadable(settings, error) from error
     finally:
         logging.getLogger("transformers.modeling_utils").removeFilter(_no_report)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def numerics_of(model: PreTrainedModel, context: Callable[[], AbstractContextManager]) -> str:
-    """Describe how `model` computes where it lies now, under `context`: part of the name of every cache of its outputs.
+    """Describe how `model` computes on its device under `context`; the keys of all caches of its outputs include this.
 
-    Autocast is of a kind of device, so its dtype is that of a matrix product on the model's own device.
+    Autocast depends on the device type, so its dtype is read from a matrix product on the model's device.
     """
     device = next(model.parameters()).device
     with context():
@@ -26,8 +26,8 @@ def numerics_of(model: PreTrainedModel, context: Callable[[], AbstractContextMan
     parts = [device.type, model.dtype, product.dtype, torch.get_float32_matmul_precision()]
     parts.append(causal_lm(model).config._attn_implementation)
     parts += [] if uses_cache(model) else ["without a KV cache"]
-    if device.type == "cuda":  # scaled_dot_product_attention takes one of those that are switched on
+    if device.type == "cuda":  # scaled_dot_product_attention selects one of the enabled kernels
         kernels = torch.backends.cuda
-        on = (kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled())
-        parts += [f"{name} {enabled}" for name, enabled in zip(("cudnn", "flash", "efficient"), on, strict=True)]
+        flags = (kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled())
+        parts += [f"{name} {enabled}" for name, enabled in zip(("cudnn", "flash", "efficient"), flags, strict=True)]
     return ", ".join(str(part) for part in parts)

@@ -16,33 +16,33 @@ if TYPE_CHECKING:
 
 
 class Init(str, Enum):
-    """Where a policy starts from."""
+    """How the embedded policy is initialised."""
 
-    sft = "sft"  # supervised fine-tuning on the world's reviews
+    sft = "sft"  # supervised fine-tuning on the reviews of the task
     random = "random"  # random weights
 
 
 class PolicyError(ValueError):
-    """A policy that can't be loaded or can't be trained; the message is one line that says what to type."""
+    """Raised where a policy can't be loaded or trained; the message is one line that says what to type."""
 
 
 @dataclass
 class PolicyConfig:
-    """What all kinds share. gradient_checkpointing: less memory in training for one more forward."""
+    """The base class of policy configs. gradient_checkpointing: less memory in training for one more forward pass."""
 
     gradient_checkpointing: bool = False
 
     @property
     def has_adapters(self) -> bool:
-        """Whether low-rank adapters alone are trained."""
+        """Whether only low-rank adapters are trained."""
         return False
 
     def files(self) -> list[Path]:
-        """The files that it is read from, as far as they lie on this machine."""
+        """Return the local files that the policy is loaded from."""
         return []
 
     def to_save(self, trained: Policy) -> Policy:
-        """What a run keeps of the trained policy."""
+        """Return the policy to save after training."""
         return trained
 
 
@@ -66,12 +66,12 @@ class TinyPolicy(PolicyConfig):
             )
         if self.vocab_size < 259:
             raise ValueError(
-                f"policy.vocab_size={self.vocab_size}: 256 bytes and 3 special tokens need 259 at least;"
+                f"policy.vocab_size={self.vocab_size}: must be 259 or more, for 256 bytes and 3 special tokens;"
                 " type e.g. policy.vocab_size=1024"
             )
 
     def build(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-        """The model with random weights."""
+        """Return the model with random weights."""
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -95,13 +95,13 @@ class TinyPolicy(PolicyConfig):
 
 @dataclass
 class Policy:
-    """A model and the tokenizer that goes with it."""
+    """A model and its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder, safetensors and tokenizer, whichever rank this is."""
+        """Write a Hugging Face folder with safetensors and tokenizer; any rank may call it."""
         with _saved_by_this_rank(self.model):
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -109,8 +109,8 @@ class Policy:
 
 @contextmanager
 def _saved_by_this_rank(model: PreTrainedModel) -> Iterator[None]:
-    """Once ranks have joined transformers lets rank 0 alone write weights, and says nothing; what is made once, for the
-    cache, is made by the rank that came first.
+    """Let transformers write weights on any rank: once a process group exists, it silently saves on rank 0 only, but a
+    cache is written by the rank that takes its lock first.
     """
     vars(model)["should_save_on_this_rank"] = lambda is_main_process: is_main_process
     try:
@@ -120,10 +120,10 @@ def _saved_by_this_rank(model: PreTrainedModel) -> Iterator[None]:
 
 
 class Dtype(str, Enum):
-    """What weights are kept in. trainer.precision says what is computed in.
+    """The dtype of weights; that of computations is trainer.precision.
 
-    bfloat16 takes 2 bytes a frozen weight. A trained one takes 16 either way: 2 for itself, 2 for its gradient, and 12 for the
-    float32 master copy and moments that AdamW keeps of it, see training/master_weights.py.
+    In bfloat16 a frozen weight takes 2 bytes. A trained one takes 16 bytes in both: in bfloat16 2 for the weight, 2 for
+    its gradient, and 12 for AdamW's float32 master copy and moments, see training/master_weights.py.
     """
 
     float32 = "float32"
@@ -132,20 +132,20 @@ class Dtype(str, Enum):
 
 @dataclass
 class Pretrained(PolicyConfig):
-    """A causal language model of your own: a Hugging Face folder, or a name on the hub.
+    """A pretrained causal language model: a Hugging Face folder, or a name on the hub.
 
-    revision: a branch, tag or commit on the hub; gguf_file: a GGUF file in it, whose weights are dequantised; package: a
-    Python package that carries the model as a GGUF file, taken instead of `path` where it is installed; dtype: what weights
-    are kept and trained in; attention: transformers' name of one (none: its own choice), for models that take padded rows;
-    chat_template: a Jinja file in place of the tokenizer's own template; key_prefix: what is taken off the front of the
-    weights' names, as torch.compile and wrappers put it there ('_orig_mod.').
+    revision: branch, tag or commit on the hub; gguf_file: a GGUF file in the folder or repository, whose weights are
+    dequantised; package: a Python package that contains the model as a GGUF file, used instead of `path` if it is
+    installed; dtype: dtype of the weights; attention: transformers' name of an attention implementation (None: its
+    default), for models that take padded rows; chat_template: a Jinja file that replaces the tokenizer's template;
+    key_prefix: a prefix to remove from the names of weights, as torch.compile and wrappers add it ('_orig_mod.').
 
-    rank: none trains the whole model; a number trains low-rank adapters alone, W + alpha / rank B A with B = 0 at the start
-    (Hu et al. 2021, arXiv:2106.09685, equation 3). targets: names of the matrices that get one, or all-linear: all but the
-    LM head. adapter: a folder of trained adapters, which `path` may be too: merged into their base where the whole model is
-    trained, gone on with where rank is set. merge: the trained policy is saved whole instead of as adapters.
+    rank: None trains all weights; a number trains only low-rank adapters, W + alpha / rank B A with B = 0 at the start
+    (Hu et al. 2021, arXiv:2106.09685, equation 3). targets: names of the matrices with adapters, or all-linear: all but
+    the LM head. adapter: a folder of trained adapters (`path` may be one too); they are trained further if rank is set,
+    else merged into their base. merge: save the trained policy merged instead of as adapters.
 
-    Only safetensors and GGUF are read, unless pickled_weights; no code of the model's own is run, unless trust_remote_code.
+    Only safetensors and GGUF files are read, unless pickled_weights; no custom code is run, unless trust_remote_code.
     """
 
     path: str = ""
@@ -180,7 +180,7 @@ class Pretrained(PolicyConfig):
 
     @property
     def goes_on(self) -> bool:
-        """Whether it starts from adapters that were trained before."""
+        """Whether training starts from trained adapters."""
         return self.adapter is not None or is_adapter(Path(self.path))
 
     def files(self) -> list[Path]:
@@ -190,16 +190,17 @@ class Pretrained(PolicyConfig):
         return [file for file in files if file.is_file()]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer alone, with the chat template asked for. Raises PolicyError where it can't be had."""
+        """Load only the tokenizer, with the chat template of the config; raise PolicyError if it can't be loaded."""
         from dpo_lab.models.load import read_tokenizer
 
         return read_tokenizer(self)
 
     def load(self, seed: int = 0, cache: Path | None = None, known: bool = False) -> Policy:
-        """The model, on the fastest forward path that is proven for it, and its tokenizer.
+        """Load the model, with the shared-prompt forward path if it supports that, and its tokenizer.
 
-        seed: of what is drawn anew; cache: a folder to keep in how the model behaves, which is looked at once, unless it is
-        known to be as it should. Raises PolicyError where they can't be had or can't be trained.
+        seed: for weights that are initialised at random; cache: folder of the results of probing the model, see
+        probes.py; known: skip the probes. Raises PolicyError if model or tokenizer can't be loaded or the model can't
+        be trained.
         """
         from dpo_lab.models.forward import select_forward
         from dpo_lab.models.load import check_behaviour, read_policy
@@ -220,30 +221,30 @@ POLICIES: dict[str, type[PolicyConfig]] = {"tiny": TinyPolicy, "pretrained": Pre
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds adapters instead of a whole model."""
+    """Return whether a folder holds adapters instead of a full model."""
     return (folder / "adapter_config.json").is_file()
 
 
 def trainable_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose training leaves `model` as it is. What is frozen is shared: under LoRA the base stands in memory once."""
+    """Copy the trainable weights of a model; frozen ones are shared, so LoRA keeps one base model in memory."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
 def load_policy(folder: Path) -> Policy:
-    """Read a folder that was written here, see Pretrained; how its model behaves is known."""
+    """Load a policy from a folder that Policy.save wrote, without probing it."""
     return Pretrained(path=str(folder)).load(known=True)
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A hash of all weights: names, shapes, dtypes and values. Adapters that are still zero count as none, however drawn."""
+    """Return a hash of all weights: names, shapes, dtypes and values; new adapters (B = 0) count as none."""
     import torch
 
     weights = model.state_dict()
-    idle = {name for name, tensor in weights.items() if ".lora_B." in name and not tensor.any()}
-    idle |= {name.replace(".lora_B.", ".lora_A.") for name in idle}
+    new = {name for name, tensor in weights.items() if ".lora_B." in name and not tensor.any()}
+    new |= {name.replace(".lora_B.", ".lora_A.") for name in new}
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(weights.items()):
-        if name not in idle:
+        if name not in new:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

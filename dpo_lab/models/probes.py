@@ -21,26 +21,29 @@ from dpo_lab.runs.cache import cached
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROMPTS = (4, 1)  # lengths of the rows of made-up tokens
-STEPS = 3  # tokens that each is continued by
-FORMAT = "1"  # to be raised whenever the same model could be found to behave otherwise
-# The largest difference, as a share of the logits' standard deviation, that rounding makes: by the weights' dtype.
-# Seen of a cache in 65 architectures and SmolLM2: 1e-5 in float32, .033 in bfloat16 at most; of one that is wrong: .05 to 4.
+PROMPTS = (4, 1)  # lengths of the prompts of made-up tokens
+STEPS = 3  # number of tokens that continue each prompt
+FORMAT = "1"  # increase it when a change of the code changes the cached results
+# The largest difference by rounding, relative to the standard deviation of the logits, by dtype of the weights.
+# Measured with a KV cache in 65 architectures and SmolLM2: at most 1e-5 in float32 and .033 in bfloat16; with wrong
+# caches .05 to 4.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.2}
-# The same where shapes are the same. Seen: 0; of attention to later tokens 4e-3 and more, at random weights.
+# The same between equal shapes. Measured: 0; with attention to later tokens 4e-3 and more, at random weights.
 LEAK_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """refused: why nothing that a model says can be trusted; uncached: why its samples take no cache; None where they can."""
+    """The result of probing a model. refused: why it can't be used, else None; uncached: why it is sampled without a KV
+    cache, else None.
+    """
 
     refused: str | None = None
     uncached: str | None = None
 
 
 def behaviour_of(model: PreTrainedModel, cache: Path | None = None) -> Behaviour:
-    """What the forwards show; read from `cache` where the same model was looked at before."""
+    """Probe a model, or return the result from `cache` if the same model was probed before."""
     if cache is None:
         return _probe(model)
 
@@ -51,9 +54,9 @@ def behaviour_of(model: PreTrainedModel, cache: Path | None = None) -> Behaviour
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """The length of the longest row that the model was made for, None where its config names none."""
+    """Return the length of the longest row that the model was trained for, None if its config declares none."""
     declared = _declared_positions(model)
-    for module in model.modules():  # positions that are counted from behind the pad token's, as in RoBERTa
+    for module in model.modules():  # position ids start after the pad token's id, as in RoBERTa
         if declared is not None and hasattr(module, "create_position_ids_from_input_ids"):
             return declared - int(module.padding_idx) - 1  # type: ignore[arg-type]
     return declared
@@ -62,37 +65,37 @@ def positions_of(model: PreTrainedModel) -> int | None:
 def _declared_positions(model: PreTrainedModel) -> int | None:
     config = causal_lm(model).config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-    found = (getattr(config, name, None) for name in names)
-    return next((value for value in found if isinstance(value, int)), None)
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 @torch.inference_mode()
 def hard_positions(model: PreTrainedModel) -> bool:
-    """Whether a row longer than positions_of(model) can't be computed, as with learned positions; one token shows it."""
+    """Return whether a row longer than positions_of(model) can't be computed, as with learned positions."""
     positions = _declared_positions(model)
     if positions is None or ropes_of(model):
         return False  # an angle can be computed for any position
-    if causal_lm(model).config.model_type == "mpt":  # it takes no positions: its ALiBi is a table of so many
+    if causal_lm(model).config.model_type == "mpt":  # it takes no position ids, and its ALiBi table has a fixed size
         return True
-    one = torch.full((1, 1), 3, device=model.device)
+    token = torch.full((1, 1), 3, device=model.device)
     try:
-        model(input_ids=one, position_ids=one.new_full((1, 1), positions), use_cache=False)
+        model(input_ids=token, position_ids=token.new_full((1, 1), positions), use_cache=False)
     except (IndexError, RuntimeError):
         return True
-    except TypeError:  # it takes no positions
+    except TypeError:  # it takes no position ids
         return False
     return False
 
 
 def ropes_of(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """The settings of its rotary position embeddings: one, or one for each type of layer."""
-    found = getattr(causal_lm(model).config.get_text_config(), "rope_parameters", None) or {}
-    nested = [value for value in found.values() if isinstance(value, dict) and "rope_type" in value]
-    return nested or ([found] if found else [])
+    """Return the settings of the rotary position embeddings: one for all layers, or one per type of layer."""
+    parameters = getattr(causal_lm(model).config.get_text_config(), "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict) and "rope_type" in value]
+    return nested or ([parameters] if parameters else [])
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    """A hash of versions, class, config, and of each weight's name, shape, dtype and some of its values: read in no time."""
+    """Return a hash of versions, class, config, and each weight's name, shape, dtype and a sample of its values."""
     versions = [FORMAT, transformers.__version__, torch.__version__]
     config = causal_lm(model).config.to_json_string()
     digest = hashlib.blake2b(json.dumps([*versions, str(type(causal_lm(model))), config]).encode(), digest_size=8)
@@ -108,84 +111,89 @@ def _probe(model: PreTrainedModel) -> Behaviour:
     rows = _made_up_rows(model)
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
     half = len(rows[0]) // 2
-    changed = torch.cat((rows[0][:half], rows[1]))
+    changed = torch.cat((rows[0][:half], rows[1]))  # the first row with other tokens in its second half
     with _evaluated(model):
         try:
             logits = _padded(model, [*rows, changed])
-        except Exception as error:  # whatever a library raises
+        except Exception as error:  # any type
             return Behaviour(refused=f"its forward does not take plain rows of tokens ({_line(error)})")
-        moved = _median(logits[-1][:half], logits[0][:half])
-        if moved > LEAK_TOLERANCE.get(model.dtype, LEAK_TOLERANCE[torch.bfloat16]):
+        difference = _median(logits[-1][:half], logits[0][:half])
+        if difference > LEAK_TOLERANCE.get(model.dtype, LEAK_TOLERANCE[torch.bfloat16]):
             return Behaviour(
-                refused="its attention is bidirectional: later tokens change what it says of earlier ones"
-                f" (by {moved:.1g} of the spread of its logits)"
+                refused="its attention is bidirectional: later tokens change the logits of earlier ones"
+                f" (by {difference:.1g} of their standard deviation)"
             )
         uncached = _why_uncached(model, rows, logits, tolerance)
         if uncached is not None:  # else rows padded on the left agree with rows padded on the right
-            alone = _padded(model, rows[-1:])[0]
-            if (moved := _median(logits[len(rows) - 1], alone)) > tolerance:
+            unpadded = _padded(model, rows[-1:])[0]
+            if (difference := _median(logits[len(rows) - 1], unpadded)) > tolerance:
                 return Behaviour(
-                    refused="padding after a row changes what it says of the row"
-                    f" (by {moved:.1g} of the spread of its logits)"
+                    refused="padding after a row changes the logits of the row"
+                    f" (by {difference:.1g} of their standard deviation)"
                 )
         return Behaviour(uncached=uncached)
 
 
 def _why_uncached(model: PreTrainedModel, rows: list[Tensor], logits: list[Tensor], tolerance: float) -> str | None:
-    """Why the cache is of no use: rows padded on the left, continued token by token, one of them leaving the batch."""
+    """Return why the KV cache can't be used, or None: compare its logits with those of full forward passes.
+
+    Rows are padded on the left and continued token by token; a row leaves the batch on the way.
+    """
     try:
         cached = CachedRows(model, [row[:-STEPS].tolist() for row in rows], pad_id_of(model), STEPS)
-        going = list(range(len(rows)))
-        worst = 0.0
+        active = list(range(len(rows)))
+        largest = 0.0
         for step in range(STEPS):
-            for found, i in zip(cached.logits(), going, strict=True):
-                worst = max(worst, _apart(found[None], logits[i][len(rows[i]) - STEPS + step - 1][None]))
+            for next_logits, i in zip(cached.logits(), active, strict=True):
+                expected = logits[i][len(rows[i]) - STEPS + step - 1]
+                largest = max(largest, _maximum(next_logits[None], expected[None]))
             if step == 0:
-                going = [1]
-                cached.keep(torch.tensor(going, device=logits[0].device))
-            cached.append(torch.stack([rows[i][len(rows[i]) - STEPS + step] for i in going]))
-    except Exception as error:  # whatever a library raises
+                active = [1]
+                cached.keep(torch.tensor(active, device=logits[0].device))
+            cached.append(torch.stack([rows[i][len(rows[i]) - STEPS + step] for i in active]))
+    except Exception as error:  # any type
         return _line(error)
-    if not worst <= tolerance:
-        return f"it gives other logits than a full forward (by {worst:.2g} of their spread)"
+    if not largest <= tolerance:
+        return f"its logits differ from those of a full forward pass (by {largest:.2g} of their standard deviation)"
     return None
 
 
 def _made_up_rows(model: PreTrainedModel) -> list[Tensor]:
-    """Tokens of any kind but pads, the same each time."""
+    """Return rows of arbitrary tokens without padding, the same in each call."""
     vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randperm(vocabulary, generator=generator)
     ids = ids[ids != pad_id_of(model)]
     rows, start = [], 0
     for length in PROMPTS:
-        places = torch.arange(start, start + length + STEPS) % len(ids)
-        rows.append(ids[places].to(model.device))
+        indices = torch.arange(start, start + length + STEPS) % len(ids)
+        rows.append(ids[indices].to(model.device))
         start += length + STEPS
     return rows
 
 
 def _padded(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
-    """Logits [T, V] of each row, by one forward as it scores responses: rows padded on the right, no mask."""
+    """Return the logits [T, V] of each row by one forward pass, padded on the right without a mask, as for scoring."""
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id_of(model))
     logits = model(input_ids=input_ids, use_cache=False).logits
-    return [found[: len(row)] for found, row in zip(logits, rows, strict=True)]
+    return [of_row[: len(row)] for of_row, row in zip(logits, rows, strict=True)]
 
 
-def _apart(ours: Tensor, theirs: Tensor) -> float:
-    """The difference of logits [T, V], root mean square, as a share of their standard deviation: the largest of T."""
-    return float(_shares(ours, theirs).max())
+def _maximum(logits: Tensor, expected: Tensor) -> float:
+    """Return the largest relative difference of T."""
+    return float(_relative_differences(logits, expected).max())
 
 
-def _median(ours: Tensor, theirs: Tensor) -> float:
-    """The same, the median of T: a rounding that sends one token to another expert is no fault."""
-    return float(_shares(ours, theirs).median())
+def _median(logits: Tensor, expected: Tensor) -> float:
+    """Return the median relative difference of T, which ignores single tokens that are routed to another expert."""
+    return float(_relative_differences(logits, expected).median())
 
 
-def _shares(ours: Tensor, theirs: Tensor) -> Tensor:
-    ours, theirs = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
-    shares = (ours - theirs).square().mean(-1).sqrt() / theirs.std(-1).clamp(min=1e-12)
-    return shares.nan_to_num(nan=float("inf"))
+def _relative_differences(logits: Tensor, expected: Tensor) -> Tensor:
+    """Return the root mean square difference of logits [T, V] relative to their standard deviation, [T]."""
+    logits, expected = logits.double().log_softmax(-1), expected.double().log_softmax(-1)
+    differences = (logits - expected).square().mean(-1).sqrt() / expected.std(-1).clamp(min=1e-12)
+    return differences.nan_to_num(nan=float("inf"))
 
 
 @contextmanager

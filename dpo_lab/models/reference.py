@@ -1,6 +1,7 @@
 """References: what the policy's log-probabilities are compared with while it trains.
 
-Each kind is a dataclass that `prepare`s a `ReferenceLogps`: a batch of pairs in, their reference log-probabilities out.
+Each kind is a dataclass whose `prepare` returns a `ReferenceLogps`, a function from a batch of pairs to their
+log-probabilities under the reference.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ReferenceLogps = Callable[[PairBatch], PairLogps]
-TOKENS = 2048  # a forward, unless told otherwise
+TOKENS = 2048  # default number of tokens per forward pass
 
 
 @dataclass
 class Reference:
-    """What all kinds share. starts_at_policy: whether reference and policy agree before the first step."""
+    """The base class of references. starts_at_policy: whether the reference equals the policy before the first step."""
 
     starts_at_policy: ClassVar[bool] = True
 
@@ -37,19 +38,20 @@ class Reference:
         context: Callable[[], AbstractContextManager] = nullcontext,
         tokens: int = TOKENS,
     ) -> ReferenceLogps:
-        """Get ready for batches of `pairs`.
+        """Return a function that computes reference log-probabilities of batches of `pairs`.
 
-        initial: the policy before training, the very model that will be trained; cache: a folder to keep results in;
-        context: what forwards run under (autocast), the same as the policy's; tokens: about how many a forward may take.
+        initial: the policy before training, the same model object that will be trained; cache: folder of cached
+        results; context: context manager of forward passes (autocast), the same as the policy's; tokens: approximate
+        number of tokens per forward pass.
         """
         raise NotImplementedError
 
 
 @dataclass
 class Frozen(Reference):
-    """A frozen copy of the initial policy, run beside it: one more forward a step, and a second model in memory.
+    """A frozen copy of the initial policy: costs a forward pass per step, and memory for a second model.
 
-    Of a policy with adapters only these are copied, trained ones included: their base stands in memory once.
+    Of a policy with adapters only the adapters are copied, trained ones included; the base model is shared.
     """
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
@@ -58,7 +60,7 @@ class Frozen(Reference):
 
 @dataclass
 class Cached(Reference):
-    """The initial policy's log-probabilities, computed once, kept on disk and looked up by pair: one model in memory."""
+    """The initial policy's log-probabilities, computed once, stored on disk and looked up by pair; no second model."""
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         from dpo_lab.models.reference_cache import cached_logps
@@ -68,14 +70,14 @@ class Cached(Reference):
 
 @dataclass
 class AdapterOff(Reference):
-    """The policy in training with its adapters switched off, which is the model that they were put on: no second model."""
+    """The policy in training with its adapters disabled, which is their base model; no second model in memory."""
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         return WithoutAdapters(initial)
 
 
 class UniformOver(str, Enum):
-    """What a uniform reference is uniform over."""
+    """The set that a uniform reference is uniform over."""
 
     sequences = "sequences"
     tokens = "tokens"
@@ -83,10 +85,11 @@ class UniformOver(str, Enum):
 
 @dataclass
 class Uniform(Reference):
-    """No model: every response is as likely as any other. Costs no forward and no memory.
+    """A uniform distribution instead of a model: costs no forward pass and no memory.
 
-    over=sequences: one constant for all responses, which cancels: DPO becomes a ranking loss on log-probabilities alone.
-    over=tokens: -|y| ln V, every token as likely as any other; does not cancel where lengths differ.
+    over=sequences: all responses have the same log-probability, which cancels, so that DPO becomes a ranking loss on
+    the policy's log-probabilities. over=tokens: all tokens have the same probability, so that a response's
+    log-probability is -|y| ln V, which does not cancel where lengths differ.
     """
 
     over: UniformOver = UniformOver.sequences
@@ -98,7 +101,7 @@ class Uniform(Reference):
 
 @dataclass
 class UniformLogps:
-    """-nats_per_token for every response token."""
+    """Log-probabilities under a uniform reference: -nats_per_token for every response token."""
 
     nats_per_token: float
 
@@ -108,7 +111,7 @@ class UniformLogps:
 
 
 class FrozenModel:
-    """A model that nothing trains, moves into a checkpoint or switches to train mode; it follows its batches' device."""
+    """Log-probabilities under a frozen model, which is moved to the device of its batches and is in no checkpoint."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -124,7 +127,7 @@ class FrozenModel:
 
 
 class WithoutAdapters:
-    """A model in training, seen without what it has learned since its fresh adapters were put on."""
+    """Log-probabilities under the model in training with its adapters disabled."""
 
     def __init__(self, model) -> None:
         self.model = model
@@ -139,7 +142,9 @@ class WithoutAdapters:
 
 
 def reference_model(reference: ReferenceLogps) -> PreTrainedModel | None:
-    """The model that a reference runs in every step, which may share weights with the policy; None where it runs none."""
+    """Return the model that a reference runs in every step, which may share weights with the policy; None if there is
+    none.
+    """
     return getattr(reference, "model", None)
 
 

@@ -28,13 +28,13 @@ from dpo_lab.terminal.progress import track
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = "3"  # to be raised whenever the numbers that a row holds would change
+FORMAT = "3"  # increase it when a change of the code changes the cached numbers
 
 
 @dataclass
 class CachedLogps:
-    """Reference log-probabilities by pair key. rows [N, 2]: chosen and rejected as annotated, before label noise; keys: the
-    pairs' keys in order, and at [N]: which row each of them has.
+    """Reference log-probabilities by pair key. rows [N, 2]: chosen and rejected as annotated, before label noise; keys
+    [N]: the keys of the pairs, sorted; at [N]: the row of each key.
     """
 
     rows: Tensor
@@ -43,12 +43,12 @@ class CachedLogps:
     path: Path
 
     def __call__(self, batch: PairBatch) -> PairLogps:
-        wanted = np.array([key.encode() for key in batch.keys])
-        places = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-        if (missing := self.keys[places] != wanted).any():
+        keys = np.array([key.encode() for key in batch.keys])
+        indices = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        if (missing := self.keys[indices] != keys).any():
             key = batch.keys[int(missing.argmax())]
             raise KeyError(f"pair {key} has no row in the reference cache {self.path}; delete the file")
-        first, second = self.rows[self.at[places]].to(batch.tokens.device).unbind(1)
+        first, second = self.rows[self.at[indices]].to(batch.tokens.device).unbind(1)
         _, chosen_length, rejected_length = batch.lengths.unbind(1)
         chosen = torch.where(batch.flipped, second, first)
         rejected = torch.where(batch.flipped, first, second)
@@ -62,7 +62,10 @@ def cached_logps(
     context: Callable[[], AbstractContextManager],
     tokens: int,
 ) -> CachedLogps:
-    """The cache for these pairs under this model, read from `folder` or computed, `tokens` at a time, and put there."""
+    """Return the cached log-probabilities of these pairs under this model, from `folder` or computed and stored there.
+
+    tokens: approximate number of tokens per forward pass.
+    """
     table = pairs if isinstance(pairs, PairTable) else PairTable.of(pairs)
     table = table.flip(table.flipped)
     key = _cache_key(weights_digest(initial), f"{FORMAT} {numerics_of(initial, context)}", table)
@@ -72,7 +75,7 @@ def cached_logps(
         rows = _compute(initial, table, context, tokens)
         save_file({"logps": rows}, path)
 
-    rows = load_file(cached(path, make))["logps"].clone()  # not a map of the file, which may change
+    rows = load_file(cached(path, make))["logps"].clone()  # not memory-mapped: the file may change
     order = np.argsort(table.keys, kind="stable")
     return CachedLogps(rows, table.keys[order], order, path)
 
@@ -96,12 +99,12 @@ def _compute(
     model.eval()
     device = next(model.parameters()).device
     with track("Reference log-probs", len(order)) as advance:
-        for part in chunk_by_size(pairs.sizes[order].tolist(), tokens):
-            chosen = order[part]
+        for chunk in chunk_by_size(pairs.sizes[order].tolist(), tokens):
+            indices = order[chunk]
             with context():
-                logps = pair_logps(model, collate([pairs[int(i)] for i in chosen]).to(device))
-            rows[torch.from_numpy(chosen)] = torch.stack((logps.chosen, logps.rejected), 1).float().cpu()
-            advance(len(chosen))
+                logps = pair_logps(model, collate([pairs[int(i)] for i in indices]).to(device))
+            rows[torch.from_numpy(indices)] = torch.stack((logps.chosen, logps.rejected), 1).float().cpu()
+            advance(len(indices))
     model.train(was_training)
     if not rows.isfinite().all():
         bad = pairs.key(int((~rows.isfinite()).any(1).nonzero()[0]))

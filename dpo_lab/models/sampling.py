@@ -27,7 +27,7 @@ def generate_responses(
     batch_size: int = 512,
     by_ranks: bool = False,
 ) -> list[Sample]:
-    """A sampled response to each encoded prompt, with a bar called `what`; see `sample`."""
+    """Sample a response to each encoded prompt, with a progress bar titled `what`; see `sample`."""
     with track(what, len(prompts), shown=not by_ranks or rank_and_world_size()[0] == 0) as advance:
         return sample(
             model,
@@ -44,7 +44,7 @@ def generate_responses(
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled response: its token ids (the end token included, if it came) and whether it came."""
+    """A sampled response. tokens: its token ids, with the end token if it was sampled; stopped: whether it was."""
 
     tokens: tuple[int, ...]
     stopped: bool
@@ -63,20 +63,20 @@ def sample(
     by_ranks: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
-    """One response for each prompt (token ids), drawn from the model's full distribution at temperature 1.
+    """Sample one response per prompt (token ids) from the model's full distribution at temperature 1.
 
-    Each prompt has its own uniform numbers, a function of (seed, its place in `prompts`): how prompts are batched does
-    not change what is drawn, but for a rounding at the edge of a token's share. by_ranks: all ranks call this, share the
-    batches out and get all samples; a batch holds the same prompts whatever their number, so the draws are the same to the
-    last bit. progress is called with the number of responses finished since the last call, the other ranks taken to be as
-    far as this one.
+    Each prompt has its own uniform random numbers, a function of the seed and of its index in `prompts`. So batching
+    does not change the samples, except where rounding moves the boundary between two tokens. by_ranks: divide the
+    batches over ranks, which all have to call it and get all samples; a batch holds the same prompts for any number of
+    ranks, so samples are equal bit for bit. progress is called with the number of responses finished since its last
+    call, assuming that the other ranks are as fast as this one.
     """
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    work = [len(chosen) * (len(prompts[chosen[-1]]) + max_new_tokens) for chosen in batches]
-    abreast, left = rank_and_world_size()[1] if by_ranks else 1, len(prompts)
+    work = [len(indices) * (len(prompts[indices[-1]]) + max_new_tokens) for indices in batches]
+    ranks, left = rank_and_world_size()[1] if by_ranks else 1, len(prompts)
 
     def finish(count: int) -> None:
         nonlocal left
@@ -84,23 +84,23 @@ def sample(
         left -= count
         progress(count)
 
-    def respond_to(chosen: list[int]) -> list[Sample]:
-        rows = _sample_batch(model, [prompts[i] for i in chosen], uniforms[chosen], end_ids, pad_id)
-        finish(abreast * len(chosen))
-        return rows
+    def sample_batch(indices: list[int]) -> list[Sample]:
+        samples = _sample_batch(model, [prompts[i] for i in indices], uniforms[indices], end_ids, pad_id)
+        finish(ranks * len(indices))
+        return samples
 
     was_training = model.training
     model.eval()
     try:
-        sampled = (map_across_ranks if by_ranks else map_local)(batches, work, respond_to)
+        sampled = (map_across_ranks if by_ranks else map_local)(batches, work, sample_batch)
     finally:
         model.train(was_training)
     if left:
         finish(left)
-    in_place = {
-        i: row for chosen, rows in zip(batches, sampled, strict=True) for i, row in zip(chosen, rows, strict=True)
+    by_index = {
+        i: row for batch, rows in zip(batches, sampled, strict=True) for i, row in zip(batch, rows, strict=True)
     }
-    return [in_place[i] for i in range(len(prompts))]
+    return [by_index[i] for i in range(len(prompts))]
 
 
 def _sample_batch(
@@ -110,29 +110,29 @@ def _sample_batch(
     rows = rows_of(model, prompts, pad_id, uniforms.shape[1])
     uniforms, ends = uniforms.to(device), torch.tensor(end_ids, device=device)
     tokens = torch.full(uniforms.shape, pad_id, device=device)
-    alive = torch.arange(len(prompts), device=device)
+    active = torch.arange(len(prompts), device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(uniforms.shape[1]):
-        drawn = draw(rows.logits(), uniforms[alive, step])
-        tokens[alive, step] = drawn
-        finished = finished | torch.isin(drawn, ends)
+        next_tokens = draw(rows.logits(), uniforms[active, step])
+        tokens[active, step] = next_tokens
+        finished = finished | torch.isin(next_tokens, ends)
         if bool(finished.all()):
             break
-        if int(finished.sum()) > len(alive) // 8:  # finished rows leave the batch, several at a time
-            going = (~finished).nonzero()[:, 0]
-            rows.keep(going)
-            alive, drawn, finished = alive[going], drawn[going], finished[going]
-        rows.append(drawn)
+        if int(finished.sum()) > len(active) // 8:  # remove finished rows from the batch, several at a time
+            unfinished = (~finished).nonzero()[:, 0]
+            rows.keep(unfinished)
+            active, next_tokens, finished = active[unfinished], next_tokens[unfinished], finished[unfinished]
+        rows.append(next_tokens)
     return [_until_end(row, end_ids) for row in tokens.tolist()]
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """A token for each row of logits [B, V] by inverting its cumulative distribution at uniforms [B]; [B]."""
+    """Sample a token from each row of logits [B, V] by inverting its cumulative distribution at uniforms [B]; [B]."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
     point = uniforms.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _until_end(row: list[int], end_ids: Sequence[int]) -> Sample:
-    end = next((place for place, token in enumerate(row) if token in end_ids), None)
+    end = next((i for i, token in enumerate(row) if token in end_ids), None)
     return Sample(tuple(row), stopped=False) if end is None else Sample(tuple(row[: end + 1]), stopped=True)

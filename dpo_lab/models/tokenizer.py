@@ -11,9 +11,9 @@ BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with begin, end and pad tokens of their own, every text beginning with the first of them.
+    """Train a byte-level BPE tokenizer with begin, end and pad tokens, which prepends the begin token to every text.
 
-    The same texts give the same tokenizer.
+    It is deterministic in the texts.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -25,20 +25,21 @@ from dpo_lab.training.strategies.fsdp import full_tensor, shard
 
 
 class BaseModule(LightningModule):
-    """Trains `model` by a mean over what a step holds: a kind says what is counted, what is lost, and what is measured.
+    """A LightningModule with manual optimization; subclasses define the loss, its normalizer and the metrics.
 
-    A batch is a rank's part of one optimizer step; it goes through the model in micro-batches of `tokens_per_microbatch`,
-    so memory does not grow with it. title: what the work is called on the terminal; charts: scalars that TensorBoard puts on
-    one chart, by the chart's group and title.
+    A batch is the part of one optimizer step that this rank computes. It is split into micro-batches of
+    `tokens_per_microbatch`, so memory does not grow with it. title: the name of the training on the terminal; charts:
+    the scalars that TensorBoard shows on one chart, by group and title of the chart.
 
-    Once a step ranks tell each other in one small message whether a number is not finite, which ends the run before the
-    optimizer takes it over, and whether one of them was asked to stop (`request`): `stopping` is that signal in all of them
-    at the same step, 0 without one. They stop after that step, once callbacks have done what they do at its end.
+    Once per step a small all-reduce shares two facts among ranks: whether a number is not finite, which ends the run
+    before the optimizer applies it, and whether a rank was asked to stop (`request`). `stopping` is then that signal on
+    all ranks at the same step, otherwise 0. Ranks stop after that step, when callbacks have run their hooks for its
+    end.
     """
 
     title: ClassVar[str]
     charts: ClassVar[dict[str, tuple[str, ...]]] = {"loss/training and held out": ("train/loss", "val/loss")}
-    FORWARDS = ("part_loss", "validate_part", "idle")  # what computes with the model's weights
+    FORWARDS = ("part_loss", "validate_part", "dummy_loss")  # the methods that compute with the model's weights
     request: StopRequest | None = None
     stopping: int = 0
 
@@ -52,37 +53,40 @@ class BaseModule(LightningModule):
         tokens_per_microbatch: int,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False  # a step has several backwards, and only the last one syncs ranks
+        self.automatic_optimization = False  # a step has several backward passes; only the last synchronises gradients
         self.model, self.optim, self.total_steps = model, optim, total_steps
         self.tokens_per_microbatch = tokens_per_microbatch
         self.train_metrics, self.val_metrics = metrics(), metrics()
 
-    def size(self, batch: PairBatch) -> int:
-        """Over how many the loss of this batch's step is a mean, those of all ranks counted."""
+    def normalizer(self, batch: PairBatch) -> int:
+        """Return the number that the summed loss of this batch's step is divided by, counted over all ranks."""
         raise NotImplementedError
 
     def part_loss(self, part: PairBatch) -> Tensor:
-        """The sum of a micro-batch's losses, to go backward from; seen by train_metrics."""
+        """Return the sum of a micro-batch's losses, differentiable, and update train_metrics."""
         raise NotImplementedError
 
     def validate_part(self, part: PairBatch) -> None:
-        """Let val_metrics see a micro-batch."""
+        """Update val_metrics with a micro-batch."""
         raise NotImplementedError
 
     def counters(self) -> dict[str, float]:
-        """What is logged beside the means."""
+        """Return values to log besides the means."""
         return {}
 
-    def idle(self) -> Tensor:
-        """A loss of 0 from a response of one token, to go backward from."""
+    def dummy_loss(self) -> Tensor:
+        """Return a differentiable loss of 0, from a response of one token."""
         tokens = torch.zeros(2, dtype=torch.long, device=self.device)
         return 0 * response_nll(self.model, tokens, torch.ones_like(tokens)[None])
 
-    def idle_passes(self, parts: int) -> range:
-        """Passes that a rank of `parts` micro-batches idles through: where the model is cut over the ranks all of them
-        have to take part in each one's passes.
+    def dummy_passes(self, parts: int) -> range:
+        """Return the dummy passes that a rank with `parts` micro-batches has to run, so that all ranks run equally
+        many.
+
+        Where the model is sharded, every rank takes part in each pass of the others; otherwise there are no dummy
+        passes.
         """
-        return range(all_reduce_max(parts) - parts if self._is_cut else 0)
+        return range(all_reduce_max(parts) - parts if self._is_sharded else 0)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -90,23 +94,23 @@ class BaseModule(LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         optimizer: LightningOptimizer = self.optimizers()  # type: ignore[assignment]
-        share = self.trainer.world_size / self.size(batch)  # sync takes the mean over ranks
+        share = self.trainer.world_size / self.normalizer(batch)  # gradient synchronisation averages over ranks
         parts, losses = batch.split(self.tokens_per_microbatch), []
-        for _ in self.idle_passes(len(parts)):
+        for _ in self.dummy_passes(len(parts)):
             with optimizer.toggle_model(sync_grad=False):
-                self.manual_backward(self.idle())
+                self.manual_backward(self.dummy_loss())
         for part in parts:
             with optimizer.toggle_model(sync_grad=part is parts[-1]):
                 loss = self.part_loss(part)
                 self.manual_backward(loss * share)
             losses.append(loss.detach())
         if self._scaler is not None:
-            self._scaler.unscale_(optimizer.optimizer)  # before the gradients are clipped, or looked at
+            self._scaler.unscale_(optimizer.optimizer)  # before gradients are clipped and checked
         total, norm = torch.stack(losses).sum(), full_tensor(self.optim.clip(self.model.parameters()))
         if self._scaler is None:
             total = total + norm
-        if self._is_so_in_any_rank(~torch.isfinite(total)):
-            self._end(parts, losses)
+        if self._any_rank(~torch.isfinite(total)):
+            self._raise_not_finite(parts, losses)
         optimizer.step()
         optimizer.zero_grad()
         self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
@@ -115,8 +119,8 @@ class BaseModule(LightningModule):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         parts = batch.split(self.tokens_per_microbatch)
-        for _ in self.idle_passes(len(parts)):
-            self.idle()
+        for _ in self.dummy_passes(len(parts)):
+            self.dummy_loss()
         for part in parts:
             self.validate_part(part)
         self._agree_to_stop()
@@ -125,11 +129,11 @@ class BaseModule(LightningModule):
         self.log_means(self.val_metrics, "val/", {})
 
     def on_train_start(self) -> None:
-        disable_dropout(self.model)  # else DPO's step 0 is not ln 2, and a loss depends on how its step is cut up
-        self._listen()
+        disable_dropout(self.model)  # else DPO's loss at step 0 is not ln 2, and a loss depends on the micro-batches
+        self._install_signal_handlers()
 
     def on_validation_start(self) -> None:
-        self._listen()
+        self._install_signal_handlers()
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: PairBatch, batch_idx: int) -> None:
         self._stop_if_asked()
@@ -148,53 +152,55 @@ class BaseModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def log_means(self, metrics: Metric, split: str, counters: Mapping[str, float]) -> None:
-        """Log what was seen since the last call at the optimizer steps done; `compute` has summed over ranks already.
+        """Log the means since the last call, summed over ranks by `compute`, at the number of optimizer steps done.
 
-        Straight to the loggers: `self.log` costs 0.3 ms a figure in every step, and counts steps in its own way.
+        Calls the loggers directly: `self.log` takes 0.3 ms per value in every step and counts steps differently.
         """
-        figures = {split + name: value for name, value in (metrics.compute() | counters).items()}
+        values = {split + name: value for name, value in (metrics.compute() | counters).items()}
         metrics.reset()
         if self.trainer.sanity_checking:
             return
-        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in self.trainer.loggers:
-            logger.log_metrics(figures, step=self.global_step)
+            logger.log_metrics(values, step=self.global_step)
 
-    def _listen(self) -> None:
-        """Take signals back from Lightning, whose handler would talk to other ranks in the middle of anything."""
+    def _install_signal_handlers(self) -> None:
+        """Replace Lightning's signal handlers, which would run a collective at any point of the program."""
         if self.request is not None:
             self.request.listen()
 
     def _agree_to_stop(self) -> None:
-        """Learn in `stopping` whether any rank was asked to stop; all ranks have to call it together."""
+        """Set `stopping` to the signal that asked any rank to stop; a collective that all ranks have to call."""
         if self.request is not None:
-            self._is_so_in_any_rank(torch.zeros((), dtype=torch.bool, device=self.device))
+            self._any_rank(torch.zeros((), dtype=torch.bool, device=self.device))
 
     def _stop_if_asked(self) -> None:
         if self.stopping and self.request is not None:
             self.request.obey(self.stopping)
 
-    def _is_so_in_any_rank(self, so: Tensor) -> bool:
-        asked = (self.request and self.request.signum) or 0
+    def _any_rank(self, flag: Tensor) -> bool:
+        """Return whether the flag is set on any rank; set `stopping` in the same collective."""
+        signum = (self.request and self.request.signum) or 0
         if self.trainer.world_size == 1:
-            self.stopping = asked
-            return bool(so)
-        told = torch.stack((so.long(), torch.tensor(asked, device=so.device)))
-        is_so, self.stopping = self.trainer.strategy.reduce(told, reduce_op="max").tolist()  # type: ignore[union-attr]
-        return bool(is_so)
+            self.stopping = signum
+            return bool(flag)
+        message = torch.stack((flag.long(), torch.tensor(signum, device=flag.device)))
+        reduced: Tensor = self.trainer.strategy.reduce(message, reduce_op="max")  # type: ignore[assignment]
+        is_set, self.stopping = reduced.tolist()
+        return bool(is_set)
 
-    def _end(self, parts: Sequence[PairBatch], losses: Sequence[Tensor]) -> None:
-        """Raise NotFinite in every rank, with the culprits of all."""
-        parameters = [] if self._is_cut else [p for p in self.model.parameters() if p.requires_grad]
-        found = all_gather_object(nonfinite_pairs(parts, losses, self.part_loss, parameters))
-        raise not_finite(self.global_step + 1, found, Path(self.trainer.default_root_dir) / CHECKPOINTS)
+    def _raise_not_finite(self, parts: Sequence[PairBatch], losses: Sequence[Tensor]) -> None:
+        """Raise NotFinite on every rank, naming the pairs of all ranks whose loss or gradient is not finite."""
+        parameters = [] if self._is_sharded else [p for p in self.model.parameters() if p.requires_grad]
+        pairs = all_gather_object(nonfinite_pairs(parts, losses, self.part_loss, parameters))
+        raise not_finite(self.global_step + 1, pairs, Path(self.trainer.default_root_dir) / CHECKPOINTS)
 
     @property
-    def _is_cut(self) -> bool:
-        """Whether no rank has the whole model, so that all have to go through it together."""
-        return getattr(self.trainer.strategy, "passes_together", False)
+    def _is_sharded(self) -> bool:
+        """Whether the model is sharded over ranks, so that all ranks have to run each forward pass together."""
+        return getattr(self.trainer.strategy, "shards_model", False)
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
-        """What scales the loss in float16, and skips steps whose gradients are infinite until the scale is found."""
+        """The gradient scaler of float16, which skips steps of infinite gradients until it has found a scale."""
         return getattr(self.trainer.precision_plugin, "scaler", None)

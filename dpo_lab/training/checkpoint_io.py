@@ -29,45 +29,48 @@ _CHUNK = 1 << 20
 
 
 class CheckpointError(RunFailed):
-    """A checkpoint can't be written, or can't be gone on from; the message names the file and says what to type."""
+    """Raised where a checkpoint can't be written or resumed from; the message names the file and says what to type."""
 
 
 class VerifiedCheckpointIO(CheckpointIO):
-    """Checkpoints with their checksum in the zip archive's comment, so that plain torch.load reads them, mapped or not.
+    """Checkpoint files with their checksum in the comment of the zip archive, readable by torch.load, mapped or not.
 
-    A file is streamed to a temporary sibling, so neither memory nor another file system holds it a second time, and a crash
-    at any point leaves the old file or the new one.
+    A file is streamed to a temporary file in the same folder, without a copy in memory or on another file system, and
+    then renamed; a crash at any point leaves the old file or the new one.
     """
 
     def save_checkpoint(self, checkpoint: Mapping[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises CheckpointError where the disk does not take it; what stood at `path` is untouched then."""
+        """Write a checkpoint; raise CheckpointError if that fails, and leave an earlier file at `path` as it was."""
         path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             if not path.parent.exists():
                 path.parent.mkdir(parents=True)
                 sync(path.parent.parent)
-            with beside.open("w+b") as file:
+            with temporary.open("w+b") as file:
                 _write(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
             sync(path.parent)
         except OSError as error:
             raise CheckpointError(
-                f"{path}: could not be written ({error.strerror}); checkpoints before it are intact: make room, then type"
-                " the same command again, which goes on from the newest"
+                f"{path}: could not be written ({error.strerror}); earlier checkpoints are intact: free disk space, then"
+                " type the same command again, which resumes from the newest"
             ) from error
         finally:
-            with suppress(OSError):  # it is gone where it was put in its place
-                beside.unlink()
+            with suppress(OSError):  # after a rename it does not exist
+                temporary.unlink()
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The checkpoint's plain values and tensors, once its checksum holds; nothing in it is ever executed."""
+        """Verify the checksum and load plain values and tensors; nothing in the file is executed.
+
+        Raises CheckpointError if the file is damaged or holds other objects.
+        """
         if reason := damage(Path(path)):
-            raise CheckpointError(f"{path}: {reason}; delete it, and the same command goes on from the one before")
+            raise CheckpointError(f"{path}: {reason}; delete it, and the same command resumes from the one before")
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (UnpicklingError, RuntimeError) as error:
@@ -79,9 +82,9 @@ class VerifiedCheckpointIO(CheckpointIO):
 
 
 class _HashingWriter:
-    """Passes on what torch.save writes and keeps its checksum.
+    """A writer for torch.save that computes a checksum and keeps the OSError of a failed write in `error`.
 
-    torch turns an error in `write` into one of its own, without what the disk said: `error` is the true one.
+    torch.save replaces an error in `write` by its own, without the message of the operating system.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -104,12 +107,12 @@ class _HashingWriter:
 def _write(checkpoint: Mapping[str, Any], file: IO[bytes]) -> None:
     writer = _HashingWriter(file)
     try:
-        torch.save(checkpoint, writer)  # type: ignore[arg-type]  # all it asks for is `write`
+        torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it only calls `write` and `flush`
     except RuntimeError:
         if writer.error is not None:
             raise writer.error from None
         raise
-    file.seek(-2, os.SEEK_END)  # an archive ends with the length of its comment, 0 so far
+    file.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment, which is 0 so far
     file.write(_trailer(writer.digest.hexdigest()))
 
 
@@ -119,55 +122,57 @@ def _trailer(hexdigest: str) -> bytes:
 
 
 def damage(path: Path) -> str | None:
-    """Why a file is no whole checkpoint: its checksum does not hold. None where it is one."""
+    """Return why a file is not an intact checkpoint, or None if its checksum matches."""
     left = path.stat().st_size - _TRAILER
     digest = hashlib.blake2b(digest_size=_DIGEST)
     with path.open("rb") as file:
         while left > 0 and (chunk := file.read(min(left, _CHUNK))):
             digest.update(chunk)
             left -= len(chunk)
-        digest.update(b"\0\0")  # the comment's length, as it stood when the checksum was taken
+        digest.update(b"\0\0")  # the length of the comment when the checksum was computed
         if left < 0 or file.read() != _trailer(digest.hexdigest()):
-            return "damaged, its checksum does not hold"
+            return "damaged, its checksum does not match"
     return None
 
 
 def by_step(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder, whole or not, by the optimizer steps that were done; the newest last."""
+    """Return the checkpoints of a folder, intact or not, by number of optimizer steps; the newest last."""
     if not folder.is_dir():
         return {}
-    named = {path: _NAME.fullmatch(path.name) for path in folder.iterdir()}
-    return dict(sorted((int(name[1]), path) for path, name in named.items() if name and path.is_file()))
+    matches = {path: _NAME.fullmatch(path.name) for path in folder.iterdir()}
+    return dict(sorted((int(match[1]), path) for path, match in matches.items() if match and path.is_file()))
 
 
 def step_of(path: Path) -> int:
-    """The optimizer steps that were done when a checkpoint was taken."""
-    named = _NAME.fullmatch(path.name)
-    assert named is not None
-    return int(named[1])
+    """Return the number of optimizer steps of a checkpoint, from its name."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a folder, None where there is none; a damaged one is passed over, with a warning.
+    """Return the newest intact checkpoint of a folder, None if it has no checkpoint; skip damaged ones with a warning.
 
-    Raises CheckpointError where all are damaged: to start anew is the user's to decide.
+    Raises CheckpointError if all are damaged, since only the user may decide to train from the start.
     """
-    found = by_step(folder)
-    for path in reversed(found.values()):
+    checkpoints = by_step(folder)
+    for path in reversed(checkpoints.values()):
         if (reason := damage(path)) is None:
             return path
-        log.warning("%s: %s; passed over for the one before", path, reason)
-    if found:
+        log.warning("%s: %s; skipped, using the one before", path, reason)
+    if checkpoints:
         raise CheckpointError(
-            f"{folder}: no checkpoint in it is whole ({', '.join(path.name for path in found.values())}); put one back,"
-            f" or start anew: type rm -r '{folder}' and the same command again"
+            f"{folder}: no checkpoint in it is intact ({', '.join(path.name for path in checkpoints.values())}); put one"
+            f" back, or train from the start: type rm -r '{folder}' and the same command again"
         )
     return None
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what saves that a crash cut short left behind, and nothing else; gives what it was. The caller holds `folder`."""
-    left = sorted(path for path in folder.glob(".*.tmp") if _LEFTOVER.fullmatch(path.name) and path.is_file())
-    for path in left:
+    """Remove temporary files of saves that a crash interrupted, and return their paths. The caller holds the folder's
+    lock.
+    """
+    leftovers = sorted(path for path in folder.glob(".*.tmp") if _LEFTOVER.fullmatch(path.name) and path.is_file())
+    for path in leftovers:
         path.unlink()
-    return left
+    return leftovers

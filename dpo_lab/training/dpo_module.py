@@ -19,24 +19,25 @@ SPLITS = {"train": "training", "val": "held out"}
 CHARTS: dict[str, tuple[str, ...]] = {
     **BaseModule.charts,
     **{
-        f"{thing}/{title}: chosen and rejected": (f"{split}/{thing}/chosen", f"{split}/{thing}/rejected")
-        for thing in ("rewards", "logps")
+        f"{name}/{title}: chosen and rejected": (f"{split}/{name}/chosen", f"{split}/{name}/rejected")
+        for name in ("rewards", "logps")
         for split, title in SPLITS.items()
     },
     **{
-        f"{thing}/{title}: all, clean, flipped, truth": tuple(
-            f"{split}/{group}rewards/{thing}" for group in (*GROUPS, "true/")
+        f"{name}/{title}: all, clean, flipped, truth": tuple(
+            f"{split}/{group}rewards/{name}" for group in (*GROUPS, "true/")
         )
-        for thing in ("margins", "accuracies")
+        for name in ("margins", "accuracies")
         for split, title in SPLITS.items()
     },
 }
 
 
 class DPOModule(BaseModule):
-    """Trains `model` by `loss` against `reference`: by the mean over the `batch_size` pairs of a step, all ranks' together.
+    """Trains `model` with `loss` against `reference`, averaged over the `batch_size` pairs that a step has on all
+    ranks.
 
-    The reference is no submodule: it stays out of checkpoints, out of parameter sync and out of train mode.
+    The reference is not a submodule, so it is not in checkpoints, not synchronised and never in train mode.
     """
 
     title, charts = "DPO", CHARTS
@@ -54,31 +55,33 @@ class DPOModule(BaseModule):
         batch_size: int,
         tokens_per_microbatch: int,
     ) -> None:
-        step = dict(total_steps=total_steps, tokens_per_microbatch=tokens_per_microbatch)
-        super().__init__(model, optim, PreferenceMetrics, **step)
+        sizes = dict(total_steps=total_steps, tokens_per_microbatch=tokens_per_microbatch)
+        super().__init__(model, optim, PreferenceMetrics, **sizes)
         self.loss, self.reference, self.batch_size = loss, reference, batch_size
         self.val_margins = Histogram()
 
-    def size(self, batch: PairBatch) -> int:
+    def normalizer(self, batch: PairBatch) -> int:
         return self.batch_size
 
     def part_loss(self, part: PairBatch) -> Tensor:
         reference = self.reference(part)
         loss, policy = pair_loss(self.model, part, self.loss, reference)
-        self._see(self.train_metrics, policy, reference, part)
+        self._update_metrics(self.train_metrics, policy, reference, part)
         return loss
 
     def validate_part(self, part: PairBatch) -> None:
         policy, reference = pair_logps(self.model, part), self.reference(part)
-        self._see(self.val_metrics, policy, reference, part)
+        self._update_metrics(self.val_metrics, policy, reference, part)
         self.val_margins.update(reward_margins(self.loss, policy, reference))
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        counted = self.val_margins.compute()
+        histogram = self.val_margins.compute()
         self.val_margins.reset()
         if not self.trainer.sanity_checking:
-            show_histogram(self.trainer, "val/margins", counted, self.global_step)
+            show_histogram(self.trainer, "val/margins", histogram, self.global_step)
 
-    def _see(self, metrics: PreferenceMetrics, policy: PairLogps, reference: PairLogps, batch: PairBatch) -> None:
+    def _update_metrics(
+        self, metrics: PreferenceMetrics, policy: PairLogps, reference: PairLogps, batch: PairBatch
+    ) -> None:
         metrics.update(self.loss, self.loss(policy, reference), policy, reference, batch)

@@ -19,10 +19,10 @@ from dpo_lab.training.optim import Optim
 
 @dataclass
 class SFT:
-    """Settings of supervised fine-tuning on the world's reviews: `steps` steps of `batch_size` reviews, each seen once.
+    """Settings of supervised fine-tuning on the task's reviews: `steps` steps of `batch_size` reviews, each used once.
 
-    On rows of the user's the steps are trainer.max_steps, their optimiser optim, and only this holds: text_column, the column
-    of whole texts (none: the rows are pairs, whose chosen responses are learned).
+    For supervised fine-tuning on the user's rows trainer.max_steps and optim apply instead, and only text_column is
+    used: the column of texts without a prompt (None: rows are pairs, and the chosen responses are learned).
     """
 
     steps: int = 256
@@ -37,20 +37,20 @@ class SFT:
 
 
 def initial_policy(tiny: TinyPolicy, sft: SFT, world: Task, seed: int, cache: Path) -> tuple[Policy, Path]:
-    """The embedded initial policy and the folder it lies in: read from the cache, or trained and put there.
+    """Return the initial policy of the synthetic task and its folder, from the cache or trained and stored there.
 
-    The folder's name is a hash of all that makes the policy: the very training texts, the settings, the seed.
+    The folder's name is a hash of everything that determines the policy: training texts, settings, seed.
     """
     from dpo_lab.models.tokenizer import train_tokenizer
 
     texts = world.reviews(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
-    recipe = {
-        "tiny": asdict(replace(tiny, gradient_checkpointing=False)),  # it changes no policy
-        "sft": {name: value for name, value in asdict(sft).items() if name != "text_column"},  # of the user's rows
+    inputs = {
+        "tiny": asdict(replace(tiny, gradient_checkpointing=False)),  # which does not change the policy
+        "sft": {name: value for name, value in asdict(sft).items() if name != "text_column"},  # not used here
         "seed": seed,
         "format": 4,
     }
-    digest = hashlib.blake2b(json.dumps([recipe, texts]).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(json.dumps([inputs, texts]).encode(), digest_size=8).hexdigest()
     folder = cache / f"policy-{digest}"
 
     def make(folder: Path) -> None:
@@ -65,7 +65,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: Task, seed: int, cache: Pa
 
 
 def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int, ends: bool = True) -> None:
-    """Train policy.model in place to continue every text from its begin token to its end token, where it has one."""
+    """Train policy.model in place on texts after a begin token, with an end token appended if `ends`."""
     from dpo_lab.core.logps import pad_rows, sequence_logps
     from dpo_lab.data.collate import collate_responses
     from dpo_lab.terminal.progress import track
@@ -74,7 +74,8 @@ def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int, en
     begin, pad_id = [int(tokenizer.bos_token_id)], int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     end = [tokenizer.eos_token_id] if ends else []
     rows = [[*ids, *end] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-    optimizer, schedule = sft.optim.build(policy.model.parameters(), sft.steps, fused=False)  # as cached policies were
+    # not fused, which rounds differently: policies in caches were trained so
+    optimizer, schedule = sft.optim.build(policy.model.parameters(), sft.steps, fused=False)
     policy.model.train()
     with track("Initial policy (SFT)", sft.steps) as advance:
         for batch in _batches(rows, sft, seed):
@@ -91,7 +92,9 @@ def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int, en
 
 
 def _batches(rows: list[list[int]], sft: SFT, seed: int, window: int = 16) -> list[list[list[int]]]:
-    """Batches of similar length in random order: rows are sorted within a window of batches, batches shuffled in it."""
+    """Return batches of rows of similar length: rows are sorted within each window of batches, whose batches are
+    shuffled.
+    """
     rng = random.Random(derive_seed(seed, "sft/order"))
     batches = []
     for start in range(0, len(rows), window * sft.batch_size):

@@ -14,11 +14,11 @@ MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 
 class MasterAdamW(AdamW):
-    """AdamW whose state holds a float32 master copy of every weight that is kept in fewer bits.
+    """AdamW whose state holds a float32 master copy of every weight of 16 bits.
 
-    bfloat16 has 8 significant bits, so an update of less than 1/512 of a weight would be lost each time. Here updates add
-    up in the master copy; after each step the weight is the master copy, rounded. Moments are float32, too: a weight takes
-    12 bytes of state. Weights that are float32 already are updated in place.
+    bfloat16 has 8 significant bits, so updates smaller than 1/512 of a weight would be lost in every step. Here updates
+    accumulate in the master copy, and after each step the weight is set to the master copy, rounded. Moments are
+    float32 too, so the state takes 12 bytes per weight. Weights in float32 are updated in place.
     """
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class MasterAdamW(AdamW):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the state as it was saved: torch would cast it to the dtype of the weight."""
+        """Load the state in float32 as it was saved; torch alone would cast it to the dtype of the weight."""
         super().load_state_dict(dict(state_dict))
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         weights = [p for group in self.param_groups for p in group["params"]]
@@ -77,14 +77,15 @@ class MasterAdamW(AdamW):
 
 
 def is_short(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are kept in 16 bits or fewer."""
+    """Return whether a tensor's dtype is a floating-point type of 16 bits or fewer."""
     return tensor.is_floating_point() and tensor.element_size() < 4
 
 
 def moved_weights(trained: nn.Module, initial: nn.Module) -> dict[str, Any] | None:
-    """How many of the trained weights differ from the initial ones, of a model that trains weights kept in 16 bits.
+    """Return how many trained weights differ from the initial ones, for a model that trains weights of 16 bits, else
+    None.
 
-    None of any other model: float32 keeps the updates that training makes. Both models are whole, of the same names.
+    In float32 no update is lost. Both models have to be unsharded and to have the same names of parameters.
     """
     before = dict(initial.named_parameters())
     weights = [(weight, before[name]) for name, weight in trained.named_parameters() if before[name].requires_grad]

@@ -17,15 +17,15 @@ from dpo_lab.training.torch_setup import release_free_memory
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
-_earlier: dict[str, int] = {}  # by kind of device: the highest peak before the peak was last set back, bytes
+_earlier: dict[str, int] = {}  # by device type: the highest peak before the last reset, bytes
 
 
 class MemoryTracker:
-    """The memory of one training, from before its policy is made until its last step. All ranks have to use it together.
+    """Measures the memory of training, from before its policy is created until its last step; all ranks have to use it.
 
-    What stood in memory when it was made is not the training's: what SFT and the sampling of pairs left in the same process is
-    given back first, and the initial policy, which the evaluation needs, is there already. Code that the first step loads
-    counts where nothing loaded it before, some 10 MB: of a policy of that size a peak says little.
+    Memory in use when it is created is not counted: free memory that SFT and the sampling of pairs left in the process
+    is released first, and the initial policy, which the evaluation needs, is already loaded. Libraries that the first
+    step loads are counted, some 10 MB, so the peak means little for a policy of that size.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,14 +33,16 @@ class MemoryTracker:
         self.policy_bytes = self.weight_bytes = 0
 
     def holds(self, policy: nn.Module, reference: nn.Module | None) -> None:
-        """Count the weights, before they are cut over ranks: the policy's, and those of the model behind its reference."""
+        """Count the weights of the policy and of the model of its reference, before they are sharded over ranks."""
         self.policy_bytes = bytes_of_weights([policy])
         self.weight_bytes = bytes_of_weights([policy] if reference is None else [policy, reference])
 
     def as_record(self) -> dict[str, Any]:
-        """`weights`: of policy and reference together, `peak_growth`: by how much more memory was in use than before at the
-        worst moment, of the worst rank, both in units of the policy's own weights, `policy_bytes`. peak_growth holds gradients,
-        the optimizer's state and activations too; it is None where the system does not let a peak count anew.
+        """Return the entry of the run record, in units of the size of the policy's weights, `policy_bytes`.
+
+        `weights`: size of the weights of policy and reference; `peak_growth`: peak memory minus memory before, of the
+        rank where it is largest. It includes gradients, optimizer state and activations, and is None if the system
+        can't reset the peak.
         """
         growth = _peak(self.device) - self.before if self.before is not None else -1
         largest = all_reduce_max(growth)
@@ -52,29 +54,29 @@ class MemoryTracker:
 
 
 def bytes_of_weights(models: Iterable[nn.Module]) -> int:
-    """Bytes of all storages that hold the models' parameters, each counted once, whoever shares it."""
+    """Return the bytes of all storages of the models' parameters, where a shared storage is counted once."""
     storages = (parameter.untyped_storage() for model in models for parameter in model.parameters())
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory, bytes, that any rank has used so far: on its GPU, without one of the process. All have to call it."""
+    """Return the peak memory of all ranks so far, in bytes: of the GPU, or of the process without one; a collective."""
     return all_reduce_max(max(_peak(device), _earlier.get(device.type, 0)))
 
 
 def resident_peak() -> int:
-    """The most memory, bytes, that this process has had resident since its program began, or since `restart_peak`.
+    """Return the peak resident memory of this process, in bytes, since its start or since `restart_peak`.
 
-    Linux keeps in ru_maxrss what the process that started this one had, too; its own is in /proc.
+    It is read from /proc if possible: on Linux ru_maxrss includes the peak of the parent process.
     """
-    if (found := _status("VmHWM")) is not None:
-        return found
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def restart_peak(device: torch.device) -> int | None:
-    """Let the peak count from now; gives what is in use now, bytes, without what was freed. None where it can't."""
+    """Release free memory, reset the peak and return the bytes in use now; return None if the peak can't be reset."""
     _earlier[device.type] = max(_earlier.get(device.type, 0), _peak(device))
     gc.collect()
     if device.type == "cuda":
@@ -82,7 +84,7 @@ def restart_peak(device: torch.device) -> int | None:
         return torch.cuda.memory_allocated(device)
     release_free_memory()
     try:
-        CLEAR.write_text("5")  # of proc(5): VmHWM becomes VmRSS
+        CLEAR.write_text("5")  # see proc(5): sets VmHWM to VmRSS
     except OSError:
         return None
     return _status("VmRSS")
@@ -93,7 +95,7 @@ def _peak(device: torch.device) -> int:
 
 
 def _status(name: str) -> int | None:
-    """A size that the kernel tells of this process, bytes; None where it tells none."""
+    """Return a size from /proc/self/status in bytes, or None."""
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
             if line.startswith(f"{name}:"):

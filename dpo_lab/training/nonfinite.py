@@ -15,7 +15,7 @@ from dpo_lab.training.checkpoint_io import by_step
 
 
 class NotFinite(RunFailed):
-    """A loss, a gradient or a weight is NaN or infinite; nothing was trained by it and nothing of it was saved."""
+    """Raised where a loss, a gradient or a weight is NaN or infinite, before it is applied or saved."""
 
 
 def nonfinite_pairs(
@@ -24,50 +24,51 @@ def nonfinite_pairs(
     part_loss: Callable[[PairBatch], Tensor],
     parameters: Sequence[nn.Parameter],
 ) -> list[str]:
-    """Keys of the pairs of a batch that have a loss that is not finite, or, if none has, a gradient.
+    """Return the keys of the pairs of a batch whose loss is not finite or, if all losses are finite, whose gradient is
+    not.
 
-    losses: of the parts, as they were trained on. Pairs are tried one by one; where each is finite alone, the whole part is
-    named. Without `parameters` (none that a rank could go backward to by itself) it is the parts by their losses.
+    losses: the losses of the parts in the failed step. Pairs are computed one by one; if each is finite on its own, all
+    pairs of the part are returned. Without `parameters` (where a rank can't run a backward pass on its own) all pairs
+    of the parts whose loss is not finite are returned.
     """
-    wrong = [part for part, loss in zip(parts, losses, strict=True) if not torch.isfinite(loss)]
+    bad_parts = [part for part, loss in zip(parts, losses, strict=True) if not torch.isfinite(loss)]
     if not parameters:
-        return [key for part in wrong for key in part.keys]
+        return [key for part in bad_parts for key in part.keys]
     with torch.no_grad():
-        found = [key for part in wrong for key in _alone(part, lambda one: not torch.isfinite(part_loss(one)))]
-    if wrong:
-        return found or [key for part in wrong for key in part.keys]
+        keys = [key for part in bad_parts for key in _one_by_one(part, lambda one: not torch.isfinite(part_loss(one)))]
+    if bad_parts:
+        return keys or [key for part in bad_parts for key in part.keys]
 
-    def explodes(one: PairBatch) -> bool:
-        gradients = torch.autograd.grad(
-            part_loss(one), parameters, allow_unused=True
-        )  # in no parameter's .grad, no sync
+    def has_bad_gradient(one: PairBatch) -> bool:
+        # does not write to .grad and does not synchronise ranks
+        gradients = torch.autograd.grad(part_loss(one), parameters, allow_unused=True)
         return not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 
-    return [key for part in parts for key in _alone(part, explodes)]
+    return [key for part in parts for key in _one_by_one(part, has_bad_gradient)]
 
 
-def _alone(part: PairBatch, is_wrong: Callable[[PairBatch], bool]) -> Iterator[str]:
-    return (one.keys[0] for one in part.split(0) if is_wrong(one))
+def _one_by_one(part: PairBatch, is_bad: Callable[[PairBatch], bool]) -> Iterator[str]:
+    return (one.keys[0] for one in part.split(0) if is_bad(one))
 
 
-def not_finite(step: int, found: Sequence[Sequence[str]], checkpoints: Path) -> NotFinite:
-    """The error of a step, 1 for the first. found: the keys of each rank's culprits, none of most."""
-    whose = [
-        f"{f'rank {rank}, ' if len(found) > 1 else ''}{'pair' if len(keys) == 1 else 'pairs'} {', '.join(keys)}"
-        for rank, keys in enumerate(found)
+def not_finite(step: int, pairs: Sequence[Sequence[str]], checkpoints: Path) -> NotFinite:
+    """Return the error of a step (the first is 1). pairs: for each rank the keys of its pairs that are not finite."""
+    named = [
+        f"{f'rank {rank}, ' if len(pairs) > 1 else ''}{'pair' if len(keys) == 1 else 'pairs'} {', '.join(keys)}"
+        for rank, keys in enumerate(pairs)
         if keys
     ]
     saved = list(by_step(checkpoints).values())
     return NotFinite(
         f"step {step}: the loss or its gradient is not finite"
-        f" ({'; '.join(whose) or 'no pair is to blame alone'}). It was not trained on;"
-        f" the last checkpoint, from before it, is {saved[-1] if saved else 'none yet'}."
+        f" ({'; '.join(named) or 'no single pair is the cause'}). The step was not applied;"
+        f" the last checkpoint before it is {saved[-1] if saved else 'none yet'}."
         " Type a lower optim.lr, or trainer.precision=32-true, or look at the pairs with python -m dpo_lab.inspect"
     )
 
 
 def all_finite(values: Any) -> bool:
-    """Whether every tensor in nested plain containers is finite."""
+    """Return whether every tensor in nested containers is finite."""
     if isinstance(values, Tensor):
         return not values.is_floating_point() or bool(torch.isfinite(values).all())
     if isinstance(values, Mapping):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Decay(str, Enum):
-    """How the learning rate goes down after the warm-up."""
+    """The decay of the learning rate after warm-up."""
 
     cosine = "cosine"
     linear = "linear"
@@ -24,9 +24,9 @@ class Decay(str, Enum):
 
 @dataclass
 class Optim:
-    """AdamW's settings. weight_decay acts on matrices only, not on norms and biases.
+    """Settings of AdamW and its schedule. weight_decay applies to matrices only, not to norms and biases.
 
-    max_grad_norm: a step's gradient is scaled down to this norm over all parameters where it is larger (none: never).
+    max_grad_norm: gradients are clipped to this norm over all parameters (None: no clipping).
     """
 
     lr: float = 3e-4
@@ -57,10 +57,10 @@ class Optim:
     def build(
         self, parameters: Iterable[nn.Parameter], total_steps: int, fused: bool = True
     ) -> tuple[Optimizer, LRScheduler]:
-        """The optimiser over the parameters that train, and its schedule over `total_steps` optimizer steps.
+        """Return the optimizer of the trainable parameters, and its schedule over `total_steps` optimizer steps.
 
-        Weights kept in 16 bits are trained through float32 master copies. fused: one pass over memory instead of ten; rounds
-        differently.
+        Weights of 16 bits are trained with float32 master copies. fused: one pass over memory instead of ten, with
+        different rounding.
         """
         from torch.optim import AdamW
         from torch.optim.lr_scheduler import LambdaLR
@@ -77,7 +77,7 @@ class Optim:
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Scale gradients down to max_grad_norm; gives their norm from before, which is not finite if one of them is not."""
+        """Clip gradients to max_grad_norm and return their norm before, which is not finite if a gradient is not."""
         from torch.nn.utils import clip_grad_norm_, get_total_norm
 
         if self.max_grad_norm is not None:
@@ -85,7 +85,7 @@ class Optim:
         return get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def factor(self, step: int, total_steps: int) -> float:
-        """Share of `lr` at a step (0-based): rises over the warm-up, would reach 0 at total_steps."""
+        """Return the factor of `lr` at a step (0-based): it rises over the warm-up and would reach 0 at total_steps."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         left = max(0.0, (total_steps - step) / max(1, total_steps - self.warmup_steps))

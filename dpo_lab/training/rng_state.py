@@ -14,19 +14,19 @@ from dpo_lab.core.seeds import derive_seed
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator as plain values; of a GPU's, where the rank computes on one."""
+    """Return the state of all random generators as plain values, the GPU's included if the rank uses one."""
     _, words, at, has_gauss, gauss = np.random.get_state(legacy=True)
     version, state, next_gauss = random.getstate()
-    drawn = {
+    states = {
         "torch": torch.get_rng_state(),
         "numpy": [words.tolist(), at, has_gauss, gauss],  # type: ignore[union-attr]
         "python": [version, list(state), next_gauss],
     }
-    return drawn | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Let the generators go on from random_state's. Raises KeyError where one is missing."""
+    """Set the generators to a state from random_state. Raises KeyError if one is missing."""
     words, at, has_gauss, gauss = state["numpy"]
     version, python, next_gauss = state["python"]
     torch.set_rng_state(state["torch"])
@@ -37,20 +37,21 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def seed_random(seed: int, rank: int) -> None:
-    """The generators of a rank that the checkpoint does not know."""
-    drawn = derive_seed(seed, f"rank/{rank}")
-    torch.manual_seed(drawn)
-    np.random.seed(drawn % 2**32)
-    random.seed(drawn)
+    """Seed the generators of a rank whose state is not in the checkpoint."""
+    rank_seed = derive_seed(seed, f"rank/{rank}")
+    torch.manual_seed(rank_seed)
+    np.random.seed(rank_seed % 2**32)
+    random.seed(rank_seed)
 
 
 def metric_state(metric: Metric) -> dict[str, Any]:
-    """What a metric has summed up since its last reset, of this rank alone."""
+    """Return the state of a metric since its last reset, of this rank only."""
     values = {name: getattr(metric, name).detach().cpu() for name in metric._defaults}
     return {"updates": metric.update_count, "values": values}
 
 
 def set_metric_state(metric: Metric, state: dict[str, Any]) -> None:
+    """Set a metric to a state from metric_state."""
     metric.reset()
     for name, value in state["values"].items():
         setattr(metric, name, value.to(metric.device))
@@ -58,7 +59,7 @@ def set_metric_state(metric: Metric, state: dict[str, Any]) -> None:
 
 
 def sum_metric_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The metric states of several ranks as one: every metric here is made of sums."""
+    """Sum the metric states of several ranks: all states of the training metrics are sums."""
     names = states[0]["values"]
     return {
         "updates": sum(state["updates"] for state in states),

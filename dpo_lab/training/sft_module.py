@@ -16,18 +16,18 @@ from dpo_lab.training.optim import Optim
 
 
 class SFTModule(BaseModule):
-    """Trains `model` to say chosen responses: by the mean over all response tokens of a step, all ranks' together.
+    """Trains `model` on chosen responses; the loss is averaged over all response tokens that a step has on all ranks.
 
-    A long response weighs as much as its tokens. Batches are of pairs whose rejected side is empty, see PairTable.chosen_alone.
+    So every token has the same weight. Batches hold pairs with an empty rejected response, see PairTable.chosen_alone.
     """
 
     title = "SFT"
 
     def __init__(self, model: PreTrainedModel, optim: Optim, *, total_steps: int, tokens_per_microbatch: int) -> None:
         super().__init__(model, optim, TokenLoss, total_steps=total_steps, tokens_per_microbatch=tokens_per_microbatch)
-        self.tokens = 0  # that were trained on
+        self.tokens = 0  # number of tokens trained on
 
-    def size(self, batch: PairBatch) -> int:
+    def normalizer(self, batch: PairBatch) -> int:
         tokens = int(self.trainer.strategy.reduce(batch.lengths[:, 1].sum(), reduce_op="sum"))
         self.tokens += tokens
         return tokens
@@ -51,7 +51,7 @@ class SFTModule(BaseModule):
 
 
 class TokenLoss(FixedDtypeMetric):
-    """Negative log-likelihood, nats, of a response token: a mean over all that were seen, added up over batches and ranks."""
+    """Mean negative log-likelihood per response token, in nats, over all batches and ranks."""
 
     nats: Tensor
     tokens: Tensor
@@ -62,7 +62,7 @@ class TokenLoss(FixedDtypeMetric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, batch: PairBatch) -> None:
-        """nll: the sum over the chosen responses of the batch, nats."""
+        """Add a batch. nll: negative log-likelihood in nats, summed over its chosen responses."""
         self.nats += nll.double()
         self.tokens += batch.lengths[:, 1].sum()
 

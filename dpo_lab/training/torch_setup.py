@@ -13,13 +13,13 @@ from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]
 
 from dpo_lab.distributed.launcher import STORE
 
-_opened: list[TCPStore] = []  # for as long as the process lives
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
+_opened: list[TCPStore] = []  # keeps the stores open until the process ends
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from <malloc.h>
 
 
 def setup_torch(threads: int | None, on_cpu: bool) -> None:
-    """Call before anything is computed. threads: torch's intra-op threads (none: its own choice)."""
-    torch.set_flush_denormal(True)  # a pair learned long ago has gradients so small that a CPU takes 4 times as long
+    """Configure torch; call it before anything is computed. threads: intra-op threads (None: torch's default)."""
+    torch.set_flush_denormal(True)  # gradients of well-learned pairs are denormal, which takes a CPU 4 times as long
     if threads:
         torch.set_num_threads(threads)
     if on_cpu:
@@ -29,17 +29,16 @@ def setup_torch(threads: int | None, on_cpu: bool) -> None:
 
 
 def set_up_device(strategy: Strategy) -> None:
-    """Make the strategy's device this process's own and initialise it. Call before anything else asks for it.
+    """Initialise the strategy's device and make it the current one; call it before anything uses the device.
 
-    Lightning does so when a fit starts, too late here: the reference is computed, and memory counted, before. On the CPU
-    nothing happens.
+    Lightning does so when fit starts, after the reference is computed and memory is measured. On a CPU it does nothing.
     """
     assert strategy.accelerator is not None
     strategy.accelerator.setup_device(strategy.root_device)
 
 
 def open_store(port: int) -> None:
-    """Open what the ranks of this machine meet at, to this machine alone: torch itself would open it to all networks."""
+    """Open the rendezvous store of the ranks on the loopback interface; torch's own would listen on all interfaces."""
     with socket.socket() as here:
         here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         here.bind(("127.0.0.1", port))
@@ -50,10 +49,12 @@ def open_store(port: int) -> None:
 
 
 def keep_memory() -> bool:
-    """Let this process keep what it frees, as torch does on a GPU; False where the C library can't (not glibc).
+    """Let malloc keep freed memory, as torch does on a GPU; return False if the C library does not support it (not
+    glibc).
 
-    By default every large tensor comes from the kernel and goes back to it, zeroed page by page, in every micro-batch.
-    Not for a process that loads a model and hands it to a GPU: it would hold the model's room for good.
+    By default every large tensor is mapped from the kernel, zeroed page by page, and unmapped again, in every
+    micro-batch. Do not use it in a process that loads a model and moves it to a GPU: it would keep the memory of the
+    model.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -62,7 +63,7 @@ def keep_memory() -> bool:
 
 
 def release_free_memory() -> None:
-    """Let the system have, once, what this process has freed and kept; nothing happens where the C library is not glibc."""
+    """Return freed memory to the system once; does nothing if the C library is not glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:
         trim(0)

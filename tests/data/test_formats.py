@@ -396,7 +396,7 @@ BAD = [
         ROW | {"chosen": TWO},
         {},
         "field 'chosen' holds 4 messages after the prompt (roles user, assistant, user, assistant):"
-        " only one answer of the assistant can be scored",
+        " a response must be one message of the assistant",
     ),
     ({"chosen": TWO, "rejected": TWO[:2]}, {}, "field 'chosen' holds 3 messages after the prompt"),
     ({"chosen": TWO[:3], "rejected": TWO[:2]}, {}, "field 'chosen' holds 2 messages after the prompt"),
@@ -409,8 +409,8 @@ BAD = [
     (ROW | {"tools": '[{"name": "\\u0000"}]'}, {"as_chat": True}, "field 'tools' has a NUL character at position 0"),
     (ROW | {"tools": "[{"}, {"as_chat": True}, "field 'tools' is not JSON ("),
     (ROW | {"tools": ["x"]}, {"as_chat": True}, "field 'tools' is not a list of objects, or the JSON of one"),
-    (ROW | {"tools": [TOOL]}, {}, "field 'tools' has no place in plain text; type data.as_chat=true"),
-    (ROW | {"system": "Be brief."}, {}, "field 'system' has no place in plain text; type data.as_chat=true"),
+    (ROW | {"tools": [TOOL]}, {}, "field 'tools' can't be used with plain text; type data.as_chat=true"),
+    (ROW | {"system": "Be brief."}, {}, "field 'system' can't be used with plain text; type data.as_chat=true"),
     (ROW | {"system": 3}, {}, "field 'system' is int, not a string"),
     (ROW | {"score_chosen": "high"}, {}, "field 'score_chosen' has 'high' where a number should be"),
     (ROW | {"score_chosen": True}, {}, "field 'score_chosen' has True where a number should be"),
@@ -437,7 +437,7 @@ BAD = [
         "field 'summaries.first' is missing ('summaries' has 1 items)",
     ),
     (ROW, {"columns": {"system": "persona"}}, "field 'persona' is missing"),
-    (ROW, {"format": "transcript"}, r"field 'chosen' is no transcript: it must begin with '\n\nHuman:'"),
+    (ROW, {"format": "transcript"}, r"field 'chosen' is not a transcript: it must begin with '\n\nHuman:'"),
     (
         {"chosen": dialogue("Hi", "a", "And?", "b"), "rejected": dialogue("Hi", "a")},
         {},

@@ -204,7 +204,7 @@ def test_planted_faults_are_found_exactly(policy, tmp_path):
     assert without.train.contradictions == 0
     assert without.train.chosen_longer.value == PLANTED["longer"] / 80
     assert [line for line in data_warnings(without) if "contradiction" in line] == []
-    assert any("length alone tells 75 %" in line for line in data_warnings(without))
+    assert any("length alone predicts 75 %" in line for line in data_warnings(without))
 
 
 def test_prompts_that_are_one_when_cut_leak(policy, tmp_path):
@@ -241,7 +241,7 @@ def test_nothing_is_said_of_honest_pairs(encoder):
             [([0, 3, i], [5, 6, END], [7, END]) if i < 140 else pair for i, pair in enumerate(honest(200))],
             honest(100, 200),
             {},
-            "length alone tells 85 % of the training labels (over 65 %)",
+            "length alone predicts 85 % of the training labels (over 65 %)",
             "loss=ipo_mean",
         ),
         (
@@ -317,7 +317,7 @@ def test_so_few_pairs_show_nothing(count, encoder):
 def test_a_claim_about_length_comes_with_its_interval(encoder):
     longer = [([0, 3, i], [5, 6, END], [7, END]) for i in range(30)]
     (line,) = advice_on(encoder, table(*longer), table(*honest(100, 200)))
-    assert "length alone tells 100 % of the training labels (over 65 %), 89 to 100 % with 95 % confidence" in line
+    assert "length alone predicts 100 % of the training labels (over 65 %), 89 to 100 % with 95 % confidence" in line
 
 
 def test_faults_of_prompts_are_told_where_they_are_counted(encoder):

@@ -135,7 +135,7 @@ def test_a_damaged_file_is_named_in_one_line(name, content, tmp_path):
     with pytest.raises(BadData) as error:
         list(opened(path).chunks())
     assert str(error.value).startswith(f"{path}: can't be read after ")
-    assert "mend the file or fetch it again" in str(error.value)
+    assert "fix the file or download it again" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -219,7 +219,7 @@ def test_a_damaged_file_of_what_datasets_saved_is_named(name, damage, what, quie
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(BadData, match=what) as error:
         list(opened(tmp_path / "dict").chunks())
-    assert str(error.value).endswith("; mend the file or fetch it again")
+    assert str(error.value).endswith("; fix the file or download it again")
 
 
 def test_what_datasets_saved(quiet_datasets, tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ def test_contradictions_are_an_error_that_names_both_unless_allowed(tmp_path):
     with pytest.raises(BadData) as error:
         load(tmp_path, path=path)
     assert "x.jsonl:4 and " in str(error.value)
-    assert "x.jsonl:31 say the contrary of each other (1 such contradictions)" in str(error.value)
+    assert "x.jsonl:31 contradict each other (1 such contradictions)" in str(error.value)
     assert "data.contradictions=drop" in str(error.value)
     kept = load(tmp_path, path=path, contradictions=Contradictions.keep)
     dropped = load(tmp_path, path=path, contradictions=Contradictions.drop)

@@ -81,7 +81,7 @@ def test_pairs_that_say_the_contrary_know_each_other(tmp_path):
 def test_a_bad_row_stops_it_and_leaves_nothing_behind(tmp_path):
     path = written(tmp_path / "x.jsonl", row(1), {"prompt": "p"}, row(2))
     with pytest.raises(
-        BadData, match=r"x.jsonl:2: field 'chosen' is missing .*; mend the row, or type data.on_bad_row=skip"
+        BadData, match=r"x.jsonl:2: field 'chosen' is missing .*; fix the row, or type data.on_bad_row=skip"
     ):
         store_of(tmp_path / "cache", path)
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
@@ -110,7 +110,7 @@ def test_a_chat_that_the_template_refuses_is_a_bad_row_of_its_line(tmp_path):
     user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "b"}
     chats = [{"prompt": prompt, "chosen": "c", "rejected": "d"} for prompt in ([user], [system, user], [user, user])]
     path = written(tmp_path / "x.jsonl", *chats)
-    with pytest.raises(BadData, match=r"x.jsonl:2: the chat template does not take it \(System role not supported\)"):
+    with pytest.raises(BadData, match=r"x.jsonl:2: the chat template can't render it \(System role not supported\)"):
         store_of(tmp_path / "cache", path, family="gemma")
     store = store_of(tmp_path / "cache", path, family="gemma", bad=LENIENT)
     assert [store.where(i).rpartition(":")[2] for i in range(2)] == ["1", "3"]

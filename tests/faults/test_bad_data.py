@@ -67,7 +67,7 @@ def test_18_malformed_jsonl_ends_at_its_line_and_skipping_is_counted_shown_and_c
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert errors == [
-        "error: pairs.jsonl:41: not JSON (Expecting ',' delimiter at column 17); mend the row, or type"
+        "error: pairs.jsonl:41: not JSON (Expecting ',' delimiter at column 17); fix the row, or type"
         " data.on_bad_row=skip to leave such rows out"
     ]
     assert "Traceback" not in result.stderr
@@ -103,7 +103,7 @@ def test_20_duplicates_contradictions_and_leaks_are_counted(tmp_path):
     path = written(tmp_path / "x.jsonl", *ROWS, ROWS[7], ROWS[7], against)
     message = refusal(path)
     assert "x.jsonl:4 and " in message
-    assert "x.jsonl:63 say the contrary of each other" in message
+    assert "x.jsonl:63 contradict each other" in message
     assert "type data.contradictions=drop" in message
     held_out = written(tmp_path / "v.jsonl", *({**row, "chosen": " other"} for row in ROWS[:5]), ROWS[9])
     kept = load(path, contradictions=Contradictions.keep, validation_path=str(held_out))
@@ -222,7 +222,7 @@ def test_28_a_tokenizer_of_another_model_is_refused_before_step_0(policy, tmp_pa
         f"is beyond the 300 rows of the model's embedding, and its tokenizer has {len(policy.tokenizer)} tokens"
         in error
     )
-    assert "they do not belong together" in error
+    assert "the tokenizer is not that of the model" in error
     assert not list(tmp_path.glob("outputs/cache/reference-*"))
 
 

@@ -50,7 +50,7 @@ def lines(*rows: Any) -> bytes:
     ("value", "what"),
     [
         (b"[" * 10_000 + b"]" * 10_000, "row 2 is nested too deeply"),
-        (b'{"prompt": ' + b"9" * 5000 + b"}", "row 2 has a whole number of thousands of digits"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "row 2 has an integer of thousands of digits"),
         (b'{"prompt": "p" "chosen"', "not JSON (Expecting ',' delimiter, in row 2)"),
         (b'{"prompt": "\xff"}', f"not UTF-8 at byte {len(GOOD) + 15} of the file"),
         (b'{"prompt": "p"} 1', "not JSON (',' or ']' expected after row 2)"),
@@ -62,16 +62,14 @@ def test_18_a_json_array_ends_at_its_line(value, what, tmp_path):
     assert message.startswith("x.json: can't be read after ")
     assert what in message
     assert "UTF-8" in what or f"line {1 + (value != b']') + (value == b']')}: " in message
-    assert message.endswith("; mend the file or fetch it again")
+    assert message.endswith("; fix the file or download it again")
 
 
 def test_18_a_row_of_null_in_a_folder_is_a_bad_row(tmp_path):
     """The library's own reader of JSON ends the process with it."""
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.jsonl").write_bytes(lines(ROW, None, ROW))
-    assert refused(tmp_path / "rows").startswith(
-        "rows/train.jsonl:2: not an object but NoneType; mend the row, or type"
-    )
+    assert refused(tmp_path / "rows").startswith("rows/train.jsonl:2: not an object but NoneType; fix the row, or type")
 
 
 def test_18_a_json_array_is_read_piece_by_piece(tmp_path):
@@ -88,7 +86,7 @@ def test_18_a_json_array_is_read_piece_by_piece(tmp_path):
 def test_18_a_line_that_is_too_long_is_a_bad_row_and_the_others_are_kept(tmp_path):
     path = tmp_path / "x.jsonl.gz"
     content = gzip.compress(lines(ROW, b'{"prompt": "' + b"x" * 2 * LONGEST + b'"}', ROW | {"prompt": "q"}), 1)
-    assert "x.jsonl.gz:2: longer than 8 MiB; mend the row, or type data.on_bad_row=skip" in refused(path, content)
+    assert "x.jsonl.gz:2: longer than 8 MiB; fix the row, or type data.on_bad_row=skip" in refused(path, content)
     store = store_of(tmp_path / "cache", path, bad=LENIENT)
     assert [store.where(i) for i in range(len(store.table))] == [f"{path}:1", f"{path}:3"]
 
@@ -170,7 +168,7 @@ def test_18_a_file_that_the_system_does_not_read_is_named(tmp_path):
         (ROW | {"chosen": [{"role": "x" * 9999, "content": "a"}]}, "xxx...)"),
         (ROW | {"chosen": [{"role": "user", "content": [{"type": "im\nage"}]}]}, r"of type 'im\nage'"),
         (ROW | {"prompt": [{f"name {i}": i for i in range(999)}]}, "'name 19', ...)"),
-        (b"9" * 5000, "not JSON that can be read (a whole number of thousands of digits)"),
+        (b"9" * 5000, "not JSON that can be read (an integer of thousands of digits)"),
     ],
 )
 def test_19_a_row_that_no_field_expects_is_named_in_one_short_line(row, what, tmp_path):
@@ -181,7 +179,7 @@ def test_19_a_row_that_no_field_expects_is_named_in_one_short_line(row, what, tm
     message = refused(tmp_path / "x.jsonl", lines(CHAT, line), family="chatml")
     assert message.startswith("x.jsonl:2: ")
     assert what in message
-    assert "mend the row, or type data.on_bad_row=skip" in message
+    assert "fix the row, or type data.on_bad_row=skip" in message
     assert len(message) < 1000
     assert len(store_of(tmp_path / "cache", tmp_path / "x.jsonl", bad=LENIENT, family="chatml").table) == 1
 
@@ -230,7 +228,7 @@ def test_24_a_table_in_another_encoding_is_told_by_its_names(encoding, tmp_path)
     content = "prompt,chosen,rejected\np, good, bad\n".encode(encoding)
     told = refused(tmp_path / "x.csv", content)
     assert told.startswith(
-        "x.csv: can't be read after 0 (line 1: the names there are not text in UTF-8); mend the file"
+        "x.csv: can't be read after 0 (line 1: the column names are not text in UTF-8); fix the file"
     )
 
 

@@ -193,7 +193,7 @@ def test_05_every_flipped_bit_and_every_truncation_is_found(tmp_path):
         path.write_bytes(whole[:at])
         assert damage(path) is not None, at
     path.write_bytes(whole + b"\0")
-    with pytest.raises(CheckpointError, match=r"step=1.ckpt: damaged, its checksum does not hold; delete it"):
+    with pytest.raises(CheckpointError, match=r"step=1.ckpt: damaged, its checksum does not match; delete it"):
         VerifiedCheckpointIO().load_checkpoint(path)
 
 
@@ -210,12 +210,14 @@ def test_05_a_damaged_last_checkpoint_falls_back_loudly_and_none_is_refused(faul
     contents = first.read_bytes()
     for path in (first, last):
         path.write_bytes(damaged(path.read_bytes()))
-    with pytest.raises(CheckpointError, match=r"no checkpoint in it is whole \(step=2.ckpt, step=4.ckpt\).*type rm -r"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in it is intact \(step=2.ckpt, step=4.ckpt\).*type rm -r"
+    ):
         run(tmp_path)
     first.write_bytes(contents)
     caplog.clear()
     run(tmp_path)
-    assert f"{last}: damaged, its checksum does not hold; passed over for the one before" in caplog.text
+    assert f"{last}: damaged, its checksum does not match; skipped, using the one before" in caplog.text
     assert difference(left(tmp_path), left(whole)) is None
     assert saved(tmp_path) == [6, 7]
 

@@ -217,7 +217,7 @@ def test_10_a_loss_or_gradient_that_is_not_finite_ends_the_fit_before_the_step(k
     assert said.startswith(
         f"step {step}: the loss or its gradient is not finite (pair {Poisoned.bad}). It was not trained"
     )
-    assert f"the last checkpoint, from before it, is {last}." in said
+    assert f"the last checkpoint before it is {last}." in said
     assert "optim.lr" in said
     assert "\n" not in said
     assert newest(tmp_path / CHECKPOINTS) == last
@@ -231,7 +231,7 @@ def test_10_weights_that_are_not_finite_are_never_saved(tmp_path):
                 with torch.no_grad():
                     next(module.model.parameters()).view(-1)[0] = float("inf")
 
-    with pytest.raises(NotFinite, match="step 4: a weight or the optimizer's memory of it is not finite"):
+    with pytest.raises(NotFinite, match="step 4: a weight or its optimizer state is not finite"):
         run(tmp_path, callbacks=[Break()])
     assert saved(tmp_path) == [2]
 

@@ -68,10 +68,10 @@ FAULTS = {
     "no weights": (without_weights, "the folder holds no weights; type the path of"),
     "a shard missing": (a_shard_missing, "2 of the 3 files of its weights are missing .model-00002.*copy or download"),
     "a Git LFS pointer": (lfs_pointer, "model.safetensors is a Git LFS pointer.*type git lfs pull"),
-    "a file cut short": (cut_short, "model.safetensors is damaged or cut short .*copy or download it again"),
+    "a file cut short": (cut_short, "model.safetensors is damaged or truncated .*copy or download it again"),
     "code of its own": (
         config_with(model_type="mine", auto_map=OWN_CODE),
-        "code of the model's own .mine.Model.; type policy.trust_remote_code=true if you trust",
+        "its config.json needs custom code .mine.Model.; type policy.trust_remote_code=true if you trust",
     ),
     "an unknown kind": (config_with(model_type="mine"), "has no model_type mine; type pip install -U transformers"),
     "no config": (without_config, "the folder has no config.json"),
@@ -116,7 +116,7 @@ def test_a_name_on_the_hub_while_offline(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (errors.GatedRepoError, "ask on https://huggingface.co/someone/model, then type hf auth login"),
+        (errors.GatedRepoError, "request access at https://huggingface.co/someone/model, then type hf auth login"),
         (errors.RepositoryNotFoundError, "no such model on the hub"),
         (errors.RevisionNotFoundError, "it has no revision v9; type policy.revision="),
     ],

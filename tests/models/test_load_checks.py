@@ -55,7 +55,11 @@ def test_a_prefix_is_named_and_taken_off_where_asked(name, prefix, policy, tmp_p
 @pytest.mark.parametrize(
     ("name", "left", "said"),
     [
-        ("Llama", "lm_head", r"1 weight is missing from the files \(lm_head.weight\); where the head is the embedding"),
+        (
+            "Llama",
+            "lm_head",
+            r"1 weight is missing from the files \(lm_head.weight\); if the head is tied to the embedding",
+        ),
         ("Llama", "layers.1.", r"9 weights are missing .*layers.1.*, \.\.\.\); type the path of a folder with all"),
         ("GPT-NeoX", "final_layer_norm.bias", r"1 weight is missing .*final_layer_norm.bias"),
     ],
@@ -104,7 +108,7 @@ def test_an_encoder_and_a_decoder_are_refused_before_weights_are_read(name, poli
 
 def test_what_is_no_language_model_is_refused(tmp_path):
     hf.ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(PolicyError, match="a vit is no causal language model; type the path of one"):
+    with pytest.raises(PolicyError, match="a vit is not a causal language model; type the path of one"):
         Pretrained(path=str(tmp_path)).load()
 
 
@@ -121,7 +125,7 @@ def test_how_a_model_behaves_is_looked_at_once(policy, tmp_path, caplog, monkeyp
     folder = saved(policy, tmp_path / "model", *UNCACHED["Falcon-Mamba"])
     with caplog.at_level(logging.INFO, logger="dpo_lab"):
         assert not uses_cache(Pretrained(path=str(folder)).load(cache=tmp_path / "cache").model)
-    assert "sampling: a full forward a token, without a KV cache: it gives other logits" in caplog.text
+    assert "sampling: a full forward pass per token, without a KV cache: its logits differ" in caplog.text
     monkeypatch.setattr(probes, "_probe", lambda model: pytest.fail("looked at again"))
     assert not uses_cache(Pretrained(path=str(folder)).load(cache=tmp_path / "cache").model)
     other = saved(policy, tmp_path / "other", "FalconMamba", UNCACHED["Falcon-Mamba"][1] | {"state_size": 4})

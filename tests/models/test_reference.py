@@ -224,10 +224,10 @@ def test_another_reference_is_refused_at_step_zero(wrong, context, sharp, long_p
     with context(), pytest.raises(StepZeroError) as refused:
         check_step_zero(sharp, DPO(0.01), reference, collate(long_pairs))
     dtype = "float32" if context is nullcontext else "bfloat16"
-    said = r"pair long-\d+, (chosen|rejected) response of \d+ tokens: its log-probability differs by \S+ nats a token"
+    said = r"pair long-\d+, (chosen|rejected) response of \d+ tokens: its log-probability differs by \S+ nats per token"
     said += rf" \(tolerance of {dtype}: \S+\);"
     assert re.search(said, str(refused.value))
-    assert str(refused.value).endswith(f"; remove {reference.path}, which will be computed anew")
+    assert str(refused.value).endswith(f"; remove {reference.path}, it will be recomputed")
 
 
 def test_a_float32_cache_is_refused_where_the_policy_computes_in_bf16(sharp, long_pairs, tmp_path):

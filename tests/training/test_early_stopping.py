@@ -126,7 +126,7 @@ def test_what_early_stopping_is_asked_for_in_vain(best, tmp_path):
     trainer = run(best[0], steps=20, callbacks=callbacks())
     (best[0] / CHECKPOINTS / "step=6.ckpt").rename(tmp_path / "step=6.ckpt")
     with pytest.raises(
-        CheckpointError, match=r"step=6.ckpt: the checkpoint of the best policy is not there; put it back"
+        CheckpointError, match=r"step=6.ckpt: the checkpoint of the best policy is missing; put it back"
     ):
         kept_by(trainer)
     (tmp_path / "step=6.ckpt").rename(best[0] / CHECKPOINTS / "step=6.ckpt")

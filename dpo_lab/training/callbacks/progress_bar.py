@@ -19,9 +19,10 @@ log = logging.getLogger("dpo_lab")
 
 
 class TimeLimit(Callback):
-    """Ends a start after `max_time` of training as SIGTERM would: the step is finished and saved, and the run can go on.
+    """Stops training after `max_time` as SIGTERM does: the current step is finished and saved, and the run can be
+    resumed.
 
-    Every start has all of the time, and does one step at least. The time is not looked at before the last step.
+    Each attempt of a run has the full time and trains at least one step. The time is not checked before the last step.
     """
 
     def __init__(self, max_time: Any) -> None:
@@ -49,7 +50,7 @@ class TimeLimit(Callback):
             request.ask(TIME_IS_UP)
             if trainer.is_global_zero:
                 log.warning(
-                    "trainer.max_time=%s is over: stopping at step %d of %d; type the same command again, which goes on"
+                    "trainer.max_time=%s is over: stopping at step %d of %d; type the same command again to resume"
                     " from there",
                     self.max_time,
                     step,
@@ -58,9 +59,9 @@ class TimeLimit(Callback):
 
 
 class ProgressBar(Callback):
-    """Optimizer steps done of max_steps with the newest training figures and tokens a second, on rank 0."""
+    """A progress bar of optimizer steps with the latest training metrics and tokens per second, on rank 0."""
 
-    FIGURES = {"train/loss": "loss", "train/rewards/accuracies": "acc", "train/rewards/margins": "margin"}
+    METRICS = {"train/loss": "loss", "train/rewards/accuracies": "acc", "train/rewards/margins": "margin"}
     advance: Advance | None = None
 
     def __init__(self) -> None:
@@ -74,7 +75,7 @@ class ProgressBar(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if self.advance is not None and trainer.global_step > self.steps_shown:
-            self.advance(trainer.global_step - self.steps_shown, self._figures(trainer))
+            self.advance(trainer.global_step - self.steps_shown, self._texts(trainer))
             self.steps_shown = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,7 +84,7 @@ class ProgressBar(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.advance is not None:
-            self.advance(0, self._figures(trainer))
+            self.advance(0, self._texts(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stack.close()
@@ -92,10 +93,10 @@ class ProgressBar(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.stack.__exit__(type(exception), exception, exception.__traceback__)
 
-    def _figures(self, trainer: Trainer) -> list[str]:
-        """The most wanted first: a narrow terminal shows no more than fit."""
-        seen, cost = trainer.callback_metrics, throughput_callback(trainer)
-        figures = [f"{short} {seen[name]:.3f}" for name, short in self.FIGURES.items() if name in seen]
-        if cost is not None and cost.tokens_per_second:  # every rank's part of a step is about as large
-            figures.insert(2, f"{trainer.world_size * cost.tokens_per_second:,.0f} tok/s")
-        return figures
+    def _texts(self, trainer: Trainer) -> list[str]:
+        """Return the texts beside the bar, the most important first: a narrow terminal shows only those that fit."""
+        metrics, throughput = trainer.callback_metrics, throughput_callback(trainer)
+        texts = [f"{short} {metrics[name]:.3f}" for name, short in self.METRICS.items() if name in metrics]
+        if throughput is not None and throughput.tokens_per_second:  # estimated: ranks have parts of about equal size
+            texts.insert(2, f"{trainer.world_size * throughput.tokens_per_second:,.0f} tok/s")
+        return texts

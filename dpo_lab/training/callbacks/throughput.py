@@ -13,26 +13,27 @@ from dpo_lab.distributed.collectives import all_gather_object
 
 
 class Throughput(Callback):
-    """Counts what this start of the run trains on and for how long: from the first step to the last, validation aside.
+    """Counts the pairs and tokens that this attempt trains on, and the time from its first to its last step without
+    validation.
 
-    A pair's tokens are its prompt's, counted once, and both responses'; supervised fine-tuning counts each response as a
-    pair that has one side.
+    A pair has the tokens of its prompt, counted once, and of both responses; supervised fine-tuning counts each
+    response as a pair without a rejected response.
     """
 
     def __init__(self) -> None:
         self.pairs = self.tokens = 0  # of this rank
         self.seconds = 0.0
-        self.since: float | None = None  # what is not in `seconds` yet
+        self.since: float | None = None  # start of the time that is not in `seconds` yet
         self.is_training = False
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this rank, so far; 0 before the first step."""
+        """Tokens per second of this rank so far; 0 before the first step."""
         seconds = self._elapsed()
         return self.tokens / seconds if self.tokens and seconds > 0 else 0.0
 
     def throughput(self) -> dict[str, float]:
-        """Of all ranks together, who have to call it together; nothing where no step was trained."""
+        """Return pairs and tokens per second of all ranks, which all have to call it; {} if no step was trained."""
         ranks = all_gather_object((self.pairs, self.tokens, self._elapsed()))
         pairs, tokens, seconds = sum(rank[0] for rank in ranks), sum(rank[1] for rank in ranks), ranks[0][2]
         if not pairs or seconds <= 0:
@@ -41,7 +42,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.is_training = True
-        self._go_on()
+        self._resume()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int
@@ -54,13 +55,13 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_training:
-            self._go_on()
+            self._resume()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
         self.is_training = False
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         self.since = time.perf_counter()
 
     def _pause(self) -> None:
@@ -71,27 +72,27 @@ class Throughput(Callback):
 
 
 def throughput_callback(trainer: Trainer) -> Throughput | None:
-    """The trainer's Cost, where it has one."""
+    """Return the trainer's Throughput callback, or None."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
     return next((callback for callback in callbacks if isinstance(callback, Throughput)), None)
 
 
 def throughput(trainer: Trainer) -> dict[str, dict[str, float]]:
-    """The entry of the run's record, see Cost.throughput; none where this start trained no step."""
-    cost = throughput_callback(trainer)
-    measured = cost.throughput() if cost is not None else {}
+    """Return the entry of the run record, see Throughput.throughput; {} if this attempt trained no step."""
+    callback = throughput_callback(trainer)
+    measured = callback.throughput() if callback is not None else {}
     return {"throughput": measured} if measured else {}
 
 
 class StageTimer:
-    """Wall and CPU seconds of each stage, of this process and its threads, over all starts of the run."""
+    """Wall and CPU seconds of each stage, of this process and its threads, over all attempts of the run."""
 
     def __init__(self, before: Mapping[str, Mapping[str, float]] | None = None) -> None:
         self.stages: dict[str, dict[str, float]] = {stage: dict(spent) for stage, spent in (before or {}).items()}
         self.last = (time.perf_counter(), time.process_time())
 
     def lap(self, stage: str) -> dict[str, dict[str, float]]:
-        """End a stage; gives all stages so far."""
+        """End a stage and return the times of all stages so far."""
         now = (time.perf_counter(), time.process_time())
         before = self.stages.get(stage, {"wall": 0.0, "cpu": 0.0})
         spent = zip(("wall", "cpu"), now, self.last, strict=True)

@@ -12,7 +12,7 @@ from dpo_lab.runs import metrics_log
 
 
 class JSONLLogger(Logger):
-    """Writes metrics.jsonl in `save_dir`, on rank 0: every figure that the other loggers are given, at the same step."""
+    """Writes metrics.jsonl in `save_dir`, on rank 0: the same values at the same steps as the other loggers."""
 
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
@@ -36,8 +36,9 @@ class JSONLLogger(Logger):
         metrics_log.append(self.path, step or 0, {name: float(value) for name, value in metrics.items()})
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The run's record holds the config."""
+        """Do nothing: the run record holds the config."""
 
     @rank_zero_only
-    def rewind(self, to: int) -> None:
-        metrics_log.truncate(self.path, to)
+    def truncate(self, size: int) -> None:
+        """Truncate the metrics log to `size` bytes."""
+        metrics_log.truncate(self.path, size)

@@ -1,7 +1,7 @@
 """What TensorBoard shows of a run besides scalars: charts of several curves, margin histograms, samples, figures."""
 
 # pyright: reportAttributeAccessIssue=false
-# (protobuf makes its classes at import)
+# (protobuf creates its classes at import)
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from dpo_lab.reporting.model_card import markdown_table
 
 
 def writers(loggers: Iterable[Logger]) -> Iterator[SummaryWriter]:
-    """Those of the loggers that are TensorBoard's; to be called by rank 0."""
+    """Yield the writers of the TensorBoard loggers; to be called on rank 0."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             yield logger.experiment
 
 
 def show_charts(trainer: Trainer, charts: Mapping[str, Sequence[str]]) -> None:
-    """Put scalars together on charts, {`group/title`: names of scalars}, under CUSTOM SCALARS."""
+    """Show several scalars on one chart under CUSTOM SCALARS. charts: {`group/title`: names of scalars}."""
     layout: dict[str, dict[str, list]] = {}
-    for place, names in charts.items():
-        group, title = place.split("/", 1)
-        layout.setdefault(group, {})[title] = ["Multiline", [f"{name}$" for name in names]]  # a regular expression each
+    for key, names in charts.items():
+        group, title = key.split("/", 1)
+        layout.setdefault(group, {})[title] = ["Multiline", [f"{name}$" for name in names]]  # regular expressions
     for writer in writers(trainer.loggers) if trainer.is_global_zero else ():
         writer.add_custom_scalars(layout)
 
 
-def show_histogram(trainer: Trainer, name: str, counted: HistogramCounts, step: int) -> None:
-    """How values are spread that were counted by core/histogram.py; nothing where none was."""
-    if not trainer.is_global_zero or not counted.number:
+def show_histogram(trainer: Trainer, name: str, histogram: HistogramCounts, step: int) -> None:
+    """Add a histogram, see core/histogram.py, unless it is empty."""
+    if not trainer.is_global_zero or not histogram.number:
         return
-    full = [i for i, count in enumerate(counted.counts) if count]
-    held = slice(full[0], full[-1] + 1)  # the others are empty
+    non_empty = [i for i, count in enumerate(histogram.counts) if count]
+    buckets = slice(non_empty[0], non_empty[-1] + 1)
     for writer in writers(trainer.loggers):
         writer.add_histogram_raw(
             name,
-            min=counted.least,
-            max=counted.greatest,
-            num=counted.number,
-            sum=counted.total,
-            sum_squares=counted.squares,
-            bucket_limits=EDGES[held],
-            bucket_counts=counted.counts[held],
+            min=histogram.least,
+            max=histogram.greatest,
+            num=histogram.number,
+            sum=histogram.total,
+            sum_squares=histogram.squares,
+            bucket_limits=EDGES[buckets],
+            bucket_counts=histogram.counts[buckets],
             global_step=step,
         )
 
 
 def show_samples(loggers: Iterable[Logger], samples: Sequence[Mapping[str, str]], step: int, most: int = 16) -> None:
-    """The first samples, as many as `most`, side by side: what the initial and the trained policy say to the same prompts."""
+    """Add a text table of the first `most` samples: responses of initial and trained policy to the same prompts."""
     if not samples:
         return
     rows = [[sample[key] for key in ("prompt", "initial", "trained")] for sample in samples[:most]]
@@ -66,7 +66,7 @@ def show_samples(loggers: Iterable[Logger], samples: Sequence[Mapping[str, str]]
 
 
 def show_figures(loggers: Iterable[Logger], figures: Iterable[Path], step: int) -> None:
-    """PNG files as they are, each under `figures/` and its file's name."""
+    """Add PNG files unchanged, as `figures/` and the name of the file."""
     for path in figures:
         png = path.read_bytes()
         width, height = struct.unpack(">II", png[16:24])

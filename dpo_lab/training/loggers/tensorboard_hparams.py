@@ -1,11 +1,11 @@
 """A run's row in TensorBoard's HPARAMS table: settings at the start, metrics and status at the end.
 
-TensorBoard believes the first word that a folder says about a run. So a run's end is a file that its next start takes away,
-and no list of columns is written: TensorBoard then takes them from all runs.
+TensorBoard uses the first status that it finds in a folder. So the status at the end is written to a file of its own,
+which the next start of the run removes. No list of columns is written: TensorBoard then collects them from all runs.
 """
 
 # pyright: reportAttributeAccessIssue=false
-# (protobuf makes its classes at import)
+# (protobuf creates its classes at import)
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from dpo_lab.runs.fingerprint import flatten
 from dpo_lab.runs.redact import redact
 
-# What a reader does not compare runs by, with all that lies under it; names of classes neither.
+# Keys, including all keys below them, that runs are not compared by; names of classes are hidden too.
 HIDDEN = (
     "name",
     "on_change",
@@ -29,17 +29,17 @@ HIDDEN = (
     "data.num_workers",
     "data.workers",
 )
-START, END = "settings", "end"  # how the names of the two files end
+START, END = "settings", "end"  # suffixes of the two files
 
 
 def columns(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """The settings that runs are compared by, by dotted key, without secrets and what is not set; lists are spelled out."""
+    """Return the settings to compare runs by, by dotted key, without secrets and None values; lists become strings."""
     settings = {k: v for k, v in flatten(redact(config)).items() if v is not None and not _is_hidden(k)}
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
 
 
 def start(folder: Path, settings: Mapping[str, bool | float | str]) -> None:
-    """Write the run's row; how an earlier start in this folder ended is forgotten."""
+    """Write the run's row, and remove the row and the end status of an earlier attempt in this folder."""
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
     for kind in (START, END):
@@ -57,7 +57,7 @@ def start(folder: Path, settings: Mapping[str, bool | float | str]) -> None:
 
 
 def end(folder: Path, succeeded: bool) -> None:
-    """Say how the run ended; nothing where it has no row. A run that goes on later has not ended, it is asked to stop."""
+    """Write the status at the end, if the run has a row. A run that is stopped to be resumed has not ended."""
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     if not _files(folder, START):

@@ -23,19 +23,20 @@ if TYPE_CHECKING:
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Each rank keeps a part of every weight, of its gradient and of its optimizer state, and gathers a layer to use it.
+    """A strategy that shards weights, gradients and optimizer state over ranks; a layer is gathered when it is used.
 
-    Checkpoints are what one process writes: whole tensors, the optimizer's under the numbers that torch gives them, in a
-    single file by rank 0. They go through the checkpoint plugin, both ways, so that any number of ranks resumes from them.
+    Checkpoints are the same as those of one process: a single file with full tensors, optimizer state keyed by torch's
+    parameter numbers, written by rank 0. They are saved and loaded by the checkpoint plugin, so that any number of
+    ranks can resume from them.
     """
 
-    passes_together = True
+    shards_model = True
 
     def __init__(self, process_group_backend: str | None = None) -> None:
         super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
 
     def setup_environment(self) -> None:
-        if self.lightning_module is None:  # ranks meet before there is a module to cut
+        if self.lightning_module is None:  # the process group is set up before there is a module to shard
             ParallelStrategy.setup_environment(self)
             self._setup_distributed()
             return
@@ -45,7 +46,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().validation_step(*args, **kwargs)
         assert isinstance(self.lightning_module, FSDPModule)
-        self.lightning_module.reshard()  # it waits for a backward, and none comes
+        self.lightning_module.reshard()  # FSDP would only do so in a backward pass, which validation has not
         return output
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -65,37 +66,37 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        parts = self.lightning_module.state_dict()
-        whole = checkpoint["state_dict"]
-        cut = {name: _like(tensor, parts[name]) if name in parts else tensor for name, tensor in whole.items()}
-        self.lightning_module.load_state_dict(cut, strict=strict)
+        shards = self.lightning_module.state_dict()
+        full = checkpoint["state_dict"]
+        sharded = {name: _like(tensor, shards[name]) if name in shards else tensor for name, tensor in full.items()}
+        self.lightning_module.load_state_dict(sharded, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, full in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state = {
                 number: {name: _like(value, parameters[number]) for name, value in values.items()}
-                for number, values in whole["state"].items()
+                for number, values in full["state"].items()
             }
-            optimizer.load_state_dict({**whole, "state": state})
+            optimizer.load_state_dict({**full, "state": state})
 
     def _gathered(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The same with whole tensors, on the CPU of rank 0; nothing on the others, who have to take part."""
+        """Gather full tensors to the CPU of rank 0; return {} on other ranks, which have to call it too."""
 
         def gather(value: Any) -> Any:
             if isinstance(value, DTensor):
                 value = value.full_tensor()
             return value.cpu() if isinstance(value, Tensor) and self.is_global_zero else value
 
-        whole = tree_map(gather, state)
-        return whole if self.is_global_zero else {}
+        full = tree_map(gather, state)
+        return full if self.is_global_zero else {}
 
 
 def shard(module: BaseModule) -> None:
-    """Cut the module's model over the ranks: layer by layer, and what is in no layer together.
+    """Shard the module's model over ranks: each layer on its own, all other parameters together.
 
-    What a step computes from goes through the module's own methods, not through the model's `forward`: these gather what is
-    in no layer (the embedding, the LM head) as FSDP does around a forward.
+    A step calls methods of the module instead of the model's `forward`. They are registered with FSDP so that they
+    gather the parameters outside of layers (the embedding, the LM head), as FSDP does around `forward`.
     """
     assert module.device_mesh is not None
     mesh = module.device_mesh["data_parallel"]
@@ -107,9 +108,10 @@ def shard(module: BaseModule) -> None:
 
 
 def gather_model(model: PreTrainedModel, initial: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """A trained model as any other, on `device`: itself where nothing has cut it, else a copy of `initial` with its weights.
+    """Return a trained model unsharded, on `device`: the model itself, or if it is sharded a copy of `initial` with its
+    weights.
 
-    All ranks have to call it, while they can still reach each other; all get the same.
+    A collective: all ranks have to call it before the process group ends; all get the same result.
     """
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model.to(device)  # type: ignore[arg-type]
@@ -117,18 +119,18 @@ def gather_model(model: PreTrainedModel, initial: PreTrainedModel, device: torch
     with torch.no_grad():
         for (name, trained), (same, parameter) in zip(model.named_parameters(), copy.named_parameters(), strict=True):
             assert name == same
-            if parameter.requires_grad:  # the rest is frozen and shared with `initial`
+            if parameter.requires_grad:  # other parameters are frozen and shared with `initial`
                 parameter.copy_(full_tensor(trained))
     return copy
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole of a weight that FSDP has sharded, for which all ranks have to ask; else the weight itself."""
+    """Return the full tensor of a weight sharded by FSDP, a collective of all ranks; otherwise the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _like(tensor: Any, part: Tensor) -> Any:
-    """A whole tensor cut as `part` is; what is no tensor of its shape stays as it is."""
-    if not isinstance(part, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != part.shape:
+def _like(tensor: Any, sharded: Tensor) -> Any:
+    """Shard a tensor as `sharded` is; return values that are not a tensor of its shape unchanged."""
+    if not isinstance(sharded, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != sharded.shape:
         return tensor
-    return distribute_tensor(tensor.to(part.device), part.device_mesh, part.placements)
+    return distribute_tensor(tensor.to(sharded.device), sharded.device_mesh, sharded.placements)
