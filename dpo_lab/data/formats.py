@@ -286,8 +286,7 @@ class Shape:
         return readable(tools, where) or None
 
     def _score(self, row: Row, side: str) -> float:
-        name = f"score_{side}"
-        if name in self.columns:
+        if (name := f"score_{side}") in self.columns:
             return number(self._get(row, name), self._column(name))
         return next((number(row[key], key) for key in SCORES[side] if key in row), math.nan)
 
