@@ -182,7 +182,9 @@ def _read_model(settings: Pretrained) -> PreTrainedModel:
         **_source(settings),
     }
     if settings.gguf_file is not None:
-        for package in ("gguf", "accelerate"):
+        folder = Path(settings.path)
+        is_missing = folder.is_dir() and not (folder / settings.gguf_file).is_file()  # `unreadable` says so
+        for package in () if is_missing else ("gguf", "accelerate"):
             if find_spec(package) is None:
                 raise PolicyError(
                     f"policy.gguf_file={settings.gguf_file}: needs {package}; type pip install gguf accelerate"

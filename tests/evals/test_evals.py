@@ -351,7 +351,7 @@ def test_examples_hold_what_the_figures_are_made_of(subject, tmp_path):
 
 def test_a_damaged_line_of_examples_is_named(tmp_path):
     (tmp_path / EXAMPLES).write_text('{"kind": "text", "key": "a", "tokens": 3}\n{"kind": "te')
-    with pytest.raises(ValueError, match=r"examples.jsonl:2: no example"):
+    with pytest.raises(ValueError, match=r"examples.jsonl:2: not an example"):
         read(tmp_path / EXAMPLES)
 
 
@@ -420,7 +420,7 @@ def test_every_choice_lists_all_evaluators(choice, added):
 
 def test_nan_raises(subject):
     subject.judge = lambda texts: np.full(len(texts), math.nan)
-    with pytest.raises(ValueError, match="came out as nan"):
+    with pytest.raises(ValueError, match="is nan, not a finite number"):
         evaluate(subject, [Reward()])
 
 

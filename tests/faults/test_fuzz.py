@@ -253,7 +253,7 @@ def _tells(error: str, file: Damaged, is_of_a_file: bool) -> None:
     """One line, of a readable length, that names the file, the row where there is one, and what to do."""
     assert error.isprintable(), repr(error)
     assert len(error) < 1000, error
-    assert "mend " in error or "type " in error, error
+    assert "fix " in error or "type " in error, error
     if is_of_a_file:
         assert file.place in error, error
         if "data.on_bad_row=skip" in error:

@@ -174,7 +174,7 @@ def test_04_a_full_disk_fails_loudly_and_leaves_the_old_checkpoint(limit, whole,
     assert fork(starved) == 1
     said = (tmp_path / "said").read_text()
     assert said.startswith(
-        f"{tmp_path / CHECKPOINTS / 'step=6.ckpt'}: could not be written (File too large); checkpoints before"
+        f"{tmp_path / CHECKPOINTS / 'step=6.ckpt'}: could not be written (File too large); earlier checkpoints"
     )
     assert "\n" not in said
     assert {path.name: path.read_bytes() for path in (tmp_path / CHECKPOINTS).iterdir()} == old

@@ -215,7 +215,7 @@ def test_10_a_loss_or_gradient_that_is_not_finite_ends_the_fit_before_the_step(k
     last = tmp_path / CHECKPOINTS / f"step={len(updates) // 2 * 2}.ckpt"
     said = str(error.value)
     assert said.startswith(
-        f"step {step}: the loss or its gradient is not finite (pair {Poisoned.bad}). It was not trained"
+        f"step {step}: the loss or its gradient is not finite (pair {Poisoned.bad}). The step was not applied"
     )
     assert f"the last checkpoint before it is {last}." in said
     assert "optim.lr" in said

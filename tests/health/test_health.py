@@ -136,7 +136,7 @@ def test_a_fit_is_found_out_for_what_is_wrong_with_it_and_for_nothing_else(name,
 @pytest.mark.parametrize("name", FITS)
 def test_it_is_said_once_while_the_fit_goes_on(name, fits):
     fit = fits[name]
-    said = health_of(fit.trainer).said
+    said = health_of(fit.trainer).reported
     assert said.keys() == FOUND[name]
     assert [line.split(": ")[1] for line in fit.warned] == list(said)  # in the order in which they became certain
     for step, finding in said.values():
@@ -227,7 +227,7 @@ def test_a_run_that_goes_on_says_nothing_twice_and_comes_to_the_same(step, kept,
         trainer = train(tmp_path, **settings, loggers=board)
     assert first[:kept] == whole.warned[:kept]
     assert second == whole.warned[kept:]
-    assert health_of(trainer).said == health_of(whole.trainer).said
+    assert health_of(trainer).reported == health_of(whole.trainer).reported
     assert (tmp_path / metrics_log.METRICS_LOG).read_bytes() == (whole.folder / metrics_log.METRICS_LOG).read_bytes()
     shown = texts_of(tmp_path)["health/live"]
     assert [at for at, _ in shown] == [at for at, _ in health_of(whole.trainer).said.values()]
