@@ -230,7 +230,7 @@ def test_a_run_that_goes_on_says_nothing_twice_and_comes_to_the_same(step, kept,
     assert health_of(trainer).reported == health_of(whole.trainer).reported
     assert (tmp_path / metrics_log.METRICS_LOG).read_bytes() == (whole.folder / metrics_log.METRICS_LOG).read_bytes()
     shown = texts_of(tmp_path)["health/live"]
-    assert [at for at, _ in shown] == [at for at, _ in health_of(whole.trainer).said.values()]
+    assert [at for at, _ in shown] == [at for at, _ in health_of(whole.trainer).reported.values()]
 
 
 def test_what_there_is_to_try_can_be_typed(fits, long_winded):
