@@ -200,7 +200,7 @@ def test_a_real_run_by_the_door(tmp_path):
         assert record["metrics"][name]["se"] > 0
     assert "well_formed" not in record["metrics"]
     assert record["metrics"]["initial/length"]["value"] <= 8
-    assert "before and after" in result.stdout
+    assert "Samples of both policies" in result.stdout
     assert all(sample["initial"] and sample["trained"] for sample in record["samples"])
 
 
