@@ -1,15 +1,18 @@
-# make train [ARGS="+ablation=uniform_ref"]   make test   make test-gpu   make check   (all in one venv)
+# make train [ARGS="+ablation=uniform_ref"]   make test   make quick   make test-gpu   make check   (all in one venv)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-gpu check clean
+.PHONY: train test quick test-gpu check clean
 train: $(STAMP)
 	$(BIN)/python -m dpo_lab.train $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not (slow or ranks or browser or imdb or gpu)" $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

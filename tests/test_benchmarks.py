@@ -15,6 +15,8 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.models.policy import load_policy
 from tests.conftest import SMALL as SMALL_RUN
 
+pytestmark = pytest.mark.slow
+
 SMALL = gpu.Shape("small", 256, 6, 128, 768, 8192, tied=True)
 
 

@@ -32,7 +32,7 @@ PYTHON_COMMANDS = [c for c in COMMANDS if c.startswith("python -m ")]
 MAKE_COMMANDS = [c for c in COMMANDS if c.startswith("make ")]
 OTHERS = [c for c in COMMANDS if c not in PYTHON_COMMANDS + MAKE_COMMANDS]
 
-pytestmark = pytest.mark.xdist_group("readme")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("readme")]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,12 @@ def test_make_commands_call_what_they_say(command):
     shown = subprocess.run(
         [*shlex.split(command), "-n"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout
-    wanted = {"train": "python -m dpo_lab.train", "test": "python -m pytest", "check": "pyright"}[command.split()[1]]
+    wanted = {
+        "train": "python -m dpo_lab.train",
+        "test": "python -m pytest",
+        "quick": '-m "not (slow',
+        "check": "pyright",
+    }[command.split()[1]]
     assert wanted in shown
     if "ARGS=" in command:
         assert "+ablation=uniform_ref" in shown

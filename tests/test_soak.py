@@ -16,6 +16,8 @@ from benchmarks.soak import processes
 from benchmarks.soak.place import Place
 from tests.support.warm import Warm, door
 
+pytestmark = pytest.mark.slow
+
 
 def soak(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return door("benchmarks.soak", "--folder", "here", *arguments, cwd=folder)

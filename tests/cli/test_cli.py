@@ -25,7 +25,7 @@ from tests.support import warm
 from tests.support.processes import contained, patience
 from tests.support.warm import door
 
-pytestmark = pytest.mark.xdist_group("cli")  # one process makes the initial policy, once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cli")]  # one process makes the initial policy, once
 
 
 def train(workshop: Path, *overrides: str, code: int = 0, start=door) -> subprocess.CompletedProcess:

@@ -23,6 +23,8 @@ from tests.config.test_config import composed, settled
 from tests.conftest import REPOSITORY
 from tests.support.sweeping import behaves, run, starts
 
+pytestmark = pytest.mark.slow
+
 BRACKETS = [
     "data.path=[/abs/a.jsonl]",
     r"prompt \[/x] [red]:heart: [link=a]",

@@ -21,6 +21,8 @@ from dpo_lab.training.nonfinite import NotFinite
 from tests.conftest import REPOSITORY, python_m
 from tests.support import warm
 
+pytestmark = pytest.mark.slow
+
 CONF = REPOSITORY / "conf"
 GROUPS = sorted({p.parent.name for p in CONF.glob("*/*.yaml")} - {"ablation"})
 ABLATIONS = sorted(p.stem for p in (CONF / "ablation").glob("*.yaml"))

@@ -17,6 +17,8 @@ from dpo_lab.evals.win_rate import WinRate
 from dpo_lab.models.policy import Policy
 from dpo_lab.stats.estimates import Estimate, mean, ratio
 
+pytestmark = pytest.mark.slow
+
 REPETITIONS, SAMPLES, LONGEST, END = 200, 150, 6, 1
 RESPONSES = [
     r

@@ -17,6 +17,8 @@ from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, prepare_pairs
 from tests.conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
 ARMS = {path.stem: [f"+ablation={path.stem}"] for path in sorted((Path(schema.conf_dir()) / "ablation").glob("*.yaml"))}
 ARMS |= {"beta": ["beta=0.5"], "rate": ["optim.lr=1e-5"], "ranks": ["trainer=ddp_cpu"]}
 

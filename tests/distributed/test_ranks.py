@@ -22,7 +22,10 @@ from tests.evals.test_evals import perturbed, subject_of
 from tests.support.fits import Seen, flat, initial_policy, make_data, make_module, make_trainer
 from tests.support.ranks import become_rank, run_in_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning")
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning"),
+]
 
 STEPS = 20
 

@@ -26,6 +26,8 @@ from tests.support.ranks import become_rank, run_in_ranks
 from tests.support.templates import ids_of, tokenizer_of
 from tests.support.warm import door
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"prompt": f"p{i}", "chosen": f" good {i}", "rejected": " bad"} for i in range(60)]
 
 

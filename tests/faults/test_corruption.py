@@ -20,7 +20,7 @@ from tests.conftest import make_pairs
 from tests.data.test_tokenized_cache import row, store_of, written
 from tests.support.small_fit import IGNORED
 
-pytestmark = pytest.mark.filterwarnings(*IGNORED)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*IGNORED)]
 
 TRIES = (
     int(os.environ.get("CORRUPTIONS", 300)) // 6

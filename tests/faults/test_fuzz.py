@@ -30,6 +30,8 @@ from tests.support.mutations import COMPRESS, Damaged, damaged_bytes, damaged_fo
 from tests.support.templates import FAMILIES, tokenizer_of
 from tests.support.warm import CONTEXT
 
+pytestmark = pytest.mark.slow
+
 FILES = int(os.environ.get("FUZZ", 300))  # type FUZZ=10000 before the command
 SECONDS = 10.0  # of CPU for a file
 MEMORY = 128 << 20  # bytes that reading any of these files may add

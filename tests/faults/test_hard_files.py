@@ -22,6 +22,8 @@ from dpo_lab.data.text import LONGEST
 from tests.data.test_tokenized_cache import LENIENT, store_of
 from tests.support.templates import tokenizer_of
 
+pytestmark = pytest.mark.slow
+
 ROW = {"prompt": "p", "chosen": " good", "rejected": " bad"}
 GOOD = json.dumps(ROW).encode()
 CHAT = {"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}

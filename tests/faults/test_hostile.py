@@ -45,6 +45,8 @@ from tests.support.study_runs import HOSTILE, write_study
 from tests.support.templates import tokenizer_of
 from tests.support.warm import door
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def canary(tmp_path, monkeypatch):

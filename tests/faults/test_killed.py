@@ -21,7 +21,7 @@ from dpo_lab.training.checkpoint_io import CheckpointError, VerifiedCheckpointIO
 from tests.support.kill_points import fork, told
 from tests.support.small_fit import IGNORED, STEPS, cut, difference, left, run, saved, step_of
 
-pytestmark = pytest.mark.filterwarnings(*IGNORED)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*IGNORED)]
 
 
 def is_tried(points: list[str], at: int) -> bool:

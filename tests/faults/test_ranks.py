@@ -15,6 +15,8 @@ from dpo_lab.distributed.launcher import ExitStatus, run_ranks
 from tests.support.ranks import REPOSITORY
 from tests.support.supervised import RANK, Group, Post, has_ended
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("asked", ["supervisor", "0", "1", "0 1", "supervisor 0 1"])
 def test_07_sigterm_to_the_supervisor_or_to_any_rank_ends_all_with_143(asked, tmp_path):

@@ -10,6 +10,8 @@ import pytest
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import changed_files, fingerprint
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {"beta": 0.1, "data": {"path": "pairs.jsonl"}, "trainer": {"max_steps": 160}, "on_change": "refuse"}
 
 

@@ -26,6 +26,8 @@ from tests.support import a_study, small_fit
 from tests.support.small_fit import IGNORED
 from tests.training.test_tensorboard import PLAIN
 
+pytestmark = pytest.mark.slow
+
 BASE = (1.0, 1.25, 1.5)  # gold_gain by seed
 HALFWAY = 987.0  # what a run that did not end had measured by then
 ARMS: dict[str, tuple[Any, ...]] = {  # by seed: what was measured, or how the run stands

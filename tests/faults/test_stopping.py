@@ -25,7 +25,7 @@ from tests.conftest import REPOSITORY
 from tests.support.kill_points import told
 from tests.support.small_fit import IGNORED, PAIRS, STEPS, Leave, LeaveAt, cut, difference, left, run, saved
 
-pytestmark = pytest.mark.filterwarnings(*IGNORED)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*IGNORED)]
 
 
 class Signal(Callback):

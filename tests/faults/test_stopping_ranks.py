@@ -18,7 +18,7 @@ from dpo_lab.training.nonfinite import NotFinite
 from tests.support.ranks import become_rank, run_in_ranks
 from tests.support.small_fit import IGNORED, PAIRS, cut, difference, left, run, saved
 
-pytestmark = pytest.mark.filterwarnings(*IGNORED)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*IGNORED)]
 
 
 class Raise(Callback):

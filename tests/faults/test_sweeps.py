@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.support.processes import patience
 from tests.support.sweeping import (
     behaves,
@@ -16,6 +18,8 @@ from tests.support.sweeping import (
     told,
     until,
 )
+
+pytestmark = pytest.mark.slow
 
 
 def test_33_a_second_sweep_in_the_folder_is_refused_and_changes_no_byte(tmp_path):

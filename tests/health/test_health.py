@@ -43,10 +43,10 @@ FOUND = {
 }
 BY_DOOR = {"reward hacking of length", "language degenerated", "likelihood displacement"}
 
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:Found .* module.s. in eval mode", "ignore::FutureWarning:lightning",
     "ignore:Total length of `DataLoader` across ranks is zero",
-)  # fmt: skip
+)]  # fmt: skip
 
 
 @dataclass

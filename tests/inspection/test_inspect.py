@@ -20,6 +20,8 @@ from tests.conftest import OWN_MODEL, python_m
 from tests.data.test_quality import PLANTED, planted
 from tests.support.warm import door
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = [
     {
         "prompt": f"<script>alert({i})</script> [bold red]hi[/] [link=https://evil.example]x[/link] \x1b[31mred\x1b[0m",

@@ -26,7 +26,10 @@ from tests.conftest import OWN_MODEL, make_pairs
 from tests.support.warm import door
 
 V = 400
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # peft asks by the old name
+]
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ from dpo_lab.models.forward import (
 )
 from dpo_lab.models.policy import load_policy
 
+pytestmark = pytest.mark.slow
+
 V = 101
 LLAMA_LIKE = dict(
     vocab_size=V,

@@ -15,6 +15,8 @@ import pytest
 from dpo_lab.models.policy import Policy, load_policy
 from tests.support import warm
 
+pytestmark = pytest.mark.slow
+
 WORDS = "the plot was good and its music too slow ending felt odd villain".split()
 QUIET = (
     "data=jsonl data.path=pairs.jsonl data.batch_size=8 data.tokens_per_microbatch=300 policy=pretrained policy.path=mine"

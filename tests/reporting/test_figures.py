@@ -27,6 +27,8 @@ from dpo_lab.stats.calibration import reliability
 from tests.conftest import REPOSITORY
 from tests.support.terminal import environment
 
+pytestmark = pytest.mark.slow
+
 ALL = set(NAMES)
 
 

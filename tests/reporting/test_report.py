@@ -41,6 +41,8 @@ from dpo_lab.studies.spec import Arm
 from tests.conftest import REPOSITORY
 from tests.support.study_runs import HOSTILE, study, write_run, write_study
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:

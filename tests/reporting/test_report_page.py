@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY
 from tests.support.browser import MISSING, page
 from tests.support.study_runs import write_study
 
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
 SCREENSHOTS = REPOSITORY / "outputs" / "screenshots"  # to be looked at; none of it is committed
 

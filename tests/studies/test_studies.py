@@ -27,6 +27,8 @@ from tests.conftest import REPOSITORY
 from tests.conftest import SMALL as SMALL_RUN
 from tests.support.sweeping import ENVIRONMENT, behaves, run, starts, until
 
+pytestmark = pytest.mark.slow
+
 COLLECTION = sorted((REPOSITORY / "ablations").glob("*.yaml"))
 RECORDS = sorted((REPOSITORY / "ablations/records").glob("*.json"))
 BUDGETS = [(path, budget) for path in COLLECTION for budget in yaml.safe_load(path.read_text())["budgets"]]

@@ -32,6 +32,8 @@ from tests.support.sweeping import (
     until,
 )
 
+pytestmark = pytest.mark.slow
+
 CONF = Path(schema.conf_dir())
 
 

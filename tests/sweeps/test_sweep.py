@@ -44,6 +44,8 @@ from tests.support.sweeping import (
     until,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:

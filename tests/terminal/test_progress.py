@@ -20,6 +20,8 @@ from tests.support.fits import BATCH, initial_policy, make_data, make_module, ma
 from tests.support.terminal import COLOUR, in_pipe, on_terminal
 from tests.support.warm import Warm
 
+pytestmark = pytest.mark.slow
+
 QUIET = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning")
 
 STAGE = """

@@ -24,7 +24,7 @@ from dpo_lab.training.strategies.fsdp import FSDP2Strategy, gather_model
 from tests.support.ranks import become_rank, run_in_ranks
 from tests.support.small_fit import IGNORED, TOKENIZER, Leave, LeaveAt, difference, left, run, saved
 
-pytestmark = pytest.mark.filterwarnings(*IGNORED)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(*IGNORED)]
 
 VALUES = {3: 1.0, 6: 0.5, 9: 0.8, 12: 0.7}  # of val/scripted by step; at patience 2 the run stops at 12
 

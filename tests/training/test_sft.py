@@ -46,6 +46,7 @@ SHORT = (
     " trainer.max_steps=12 trainer.val_check_interval=6 trainer.log_every_n_steps=4"
 ).split()
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # peft asks by the old name
     pytest.mark.xdist_group("sft"),

@@ -27,6 +27,7 @@ from tests.support.fits import flat, initial_policy, make_data, make_module, mak
 from tests.support.ranks import become_rank, run_in_ranks
 
 pytestmark = [
+    pytest.mark.ranks,
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # peft asks by the old name
 ]
