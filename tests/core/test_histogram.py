@@ -38,6 +38,7 @@ def histogram_rank(rank: int, world_size: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.ranks
 def test_every_rank_gets_the_histogram_of_all():
     alone = Histogram()
     alone.update(torch.arange(7.0) - 3)

@@ -119,6 +119,7 @@ def one_rank(rank: int, world_size: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.ranks
 def test_real_ranks_give_the_same_means():
     alone = uneven(slice(0, 7)).compute()
     for output in run_in_ranks("tests.core.test_metrics", "one_rank", 3):

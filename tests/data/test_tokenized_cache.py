@@ -198,6 +198,7 @@ def test_a_damaged_store_is_seen_and_made_anew(name, damage, tmp_path, caplog):
     assert "does not match its checksum: it is created again" in caplog.text
 
 
+@pytest.mark.slow
 def test_many_hands_make_the_same(tmp_path, monkeypatch):
     """Rows in many small chunks, by two processes and by none."""
     monkeypatch.setattr("dpo_lab.data.readers.CHUNK", 7)

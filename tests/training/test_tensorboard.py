@@ -122,6 +122,7 @@ def test_a_logger_that_fails_with_the_run_does_not_hide_why(tmp_path, caplog):
     assert "Broken could not record that the run failed: no network" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_while_it_is_prepared_is_a_failure(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"\n')
     result = door("dpo_lab.train", *SMALL, "data=jsonl", "data.path=bad.jsonl", "hydra.run.dir=run", cwd=tmp_path)
