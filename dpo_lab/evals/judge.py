@@ -50,7 +50,7 @@ class Judge:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         from dpo_lab.models.checkpoint_keys import check_keys
-        from dpo_lab.models.policy import PolicyError
+        from dpo_lab.models.policy import PolicyError, first_line
         from dpo_lab.models.probes import hard_positions, positions_of
 
         try:
@@ -66,9 +66,8 @@ class Judge:
         except PolicyError as error:
             raise JudgeError(str(error)) from error
         except Exception as error:  # many types, depending on file and format
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise JudgeError(
-                f"evals.judge.path={self.path}: {reason}; type the folder of a classifier with safetensors"
+                f"evals.judge.path={self.path}: {first_line(error)}; type the folder of a classifier with safetensors"
             ) from error
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_lab.models.checkpoint_keys import some_of
-from dpo_lab.models.policy import PolicyError, Pretrained
+from dpo_lab.models.policy import PolicyError, Pretrained, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,9 +157,9 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def _not_adapters_of(settings: Pretrained, error: Exception) -> PolicyError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return PolicyError(
-        f"policy.adapter={settings.adapter}: {reason}; type the folder of adapters trained on policy.path={settings.path}"
+        f"policy.adapter={settings.adapter}: {first_line(error)};"
+        f" type the folder of adapters trained on policy.path={settings.path}"
     )
 
 

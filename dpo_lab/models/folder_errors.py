@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.models.policy import PolicyError, Pretrained, is_adapter
+from dpo_lab.models.policy import PolicyError, Pretrained, first_line, is_adapter
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,7 +23,7 @@ LFS = b"version https://git-lfs"
 def unreadable(settings: Pretrained, error: Exception, what: str = "model") -> PolicyError:
     """Turn a library's error into one line with the key to change. what: "model" or "tokenizer", which was loaded."""
     key = f"policy.path={settings.path}" + (f" policy.gguf_file={settings.gguf_file}" if settings.gguf_file else "")
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line(error)
     remedy = "type the path of a Hugging Face folder with safetensors, or a model's name on the hub"
     reason, remedy = _folder_fault(settings, what) or _hub_fault(settings, error) or (reason, remedy)
     if settings.package is not None:  # the package is not installed, else its path would have been set

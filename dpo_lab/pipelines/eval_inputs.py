@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.core.pair_table import PairTable
@@ -12,8 +13,12 @@ from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.judge import JudgeError, Score
 from dpo_lab.models.policy import Policy
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts
+from dpo_lab.runs.atomic_write import atomic_path
 from dpo_lab.runs.cache import CACHE
+from dpo_lab.runs.run_record import Run
 from dpo_lab.training.base_module import BaseModule
+from dpo_lab.training.callbacks.early_stopping import keep_policy
+from dpo_lab.training.master_weights import moved_weights
 from dpo_lab.training.strategies.fsdp import gather_model
 
 
@@ -25,14 +30,25 @@ def load_judge(config: RunConfig, device: torch.device) -> Score | None:
         raise ConfigError(str(error)) from None
 
 
-def trained_policy(module: BaseModule, inputs: TrainingInputs, forward: Forward) -> Policy:
-    """Gather the trained policy from all ranks, in evaluation mode, on the device that it trained on.
+def save_trained_policy(
+    config: RunConfig, run: Run, trainer: Trainer, module: BaseModule, inputs: TrainingInputs, forward: Forward
+) -> Policy:
+    """Gather the trained policy from all ranks, in evaluation mode, on the device that it trained on, and save it.
+
+    Early stopping may keep an earlier policy; which one, and how many 16-bit weights moved, is recorded.
 
     Moves the initial policy to that device too. Lightning leaves a module on the CPU after a fit. A collective: all
     ranks have to call it.
     """
     initial = inputs.initial.model.to(forward.device)  # type: ignore[arg-type]
-    return Policy(gather_model(module.model, initial, forward.device).eval(), inputs.initial.tokenizer)
+    trained = Policy(gather_model(module.model, initial, forward.device).eval(), inputs.initial.tokenizer)
+    run.update(**keep_policy(trainer, trained.model))
+    if moved := moved_weights(trained.model, initial):
+        run.update(moved_weights=moved)
+    if run.writes:
+        with atomic_path(run.folder / "policy") as folder:
+            config.policy.to_save(trained).save(folder)
+    return trained
 
 
 def build_eval_context(

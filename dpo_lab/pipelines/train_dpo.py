@@ -17,17 +17,14 @@ from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.health.diagnose import of_folder
 from dpo_lab.models.policy import trainable_copy
 from dpo_lab.models.reference import reference_model
-from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, trained_policy
+from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, save_trained_policy
 from dpo_lab.pipelines.inputs import TrainingInputs, prepare_pairs
 from dpo_lab.pipelines.session import finalize_run, forward_settings, open_session, record_inputs, train
 from dpo_lab.runs import run_record
-from dpo_lab.runs.atomic_write import atomic_path
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.examples import EXAMPLES
-from dpo_lab.training.callbacks.early_stopping import keep_policy
 from dpo_lab.training.callbacks.throughput import StageTimer, throughput
 from dpo_lab.training.dpo_module import DPOModule
-from dpo_lab.training.master_weights import moved_weights
 from dpo_lab.training.memory import MemoryTracker, peak_memory
 from dpo_lab.training.step_zero import check_step_zero, first_batch
 
@@ -60,13 +57,7 @@ def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_recor
     run.update(data_quality=quality.as_record(), seconds=timer.lap("prepare"))
     module = _fit(config, config_dict, run, trainer, inputs, timer)
     run.update(steps=trainer.global_step, seconds=timer.lap("dpo"), **throughput(trainer))
-    trained = trained_policy(module, inputs, forward)
-    run.update(**keep_policy(trainer, trained.model))
-    if moved := moved_weights(trained.model, inputs.initial.model):
-        run.update(moved_weights=moved)
-    if run.writes:
-        with atomic_path(run.folder / "policy") as folder:
-            config.policy.to_save(trained).save(folder)
+    trained = save_trained_policy(config, run, trainer, module, inputs, forward)
     context = build_eval_context(config, inputs, trained, forward, judge)
     metrics, samples = evaluate(context, config.evals.evaluators()), context.side_by_side
     peak = peak_memory(forward.device)

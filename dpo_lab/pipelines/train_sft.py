@@ -15,16 +15,13 @@ from dpo_lab.config.schema import ConfigError, RunConfig, sft_record
 from dpo_lab.core.noise import Symmetric
 from dpo_lab.evals.held_out import heldout_loss
 from dpo_lab.models.policy import TinyPolicy, trainable_copy
-from dpo_lab.pipelines.eval_inputs import trained_policy
+from dpo_lab.pipelines.eval_inputs import save_trained_policy
 from dpo_lab.pipelines.inputs import TrainingInputs, prepare_responses
 from dpo_lab.pipelines.session import finalize_run, forward_settings, open_session, record_inputs, setup_process, train
 from dpo_lab.runs import run_record
-from dpo_lab.runs.atomic_write import atomic_path
 from dpo_lab.runs.cache import CACHE
-from dpo_lab.training.callbacks.early_stopping import keep_policy
 from dpo_lab.training.callbacks.throughput import StageTimer, throughput
 from dpo_lab.training.initial_policy import initial_policy
-from dpo_lab.training.master_weights import moved_weights
 from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.sft_module import SFTModule
 
@@ -68,13 +65,7 @@ def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_recor
     module = _fit(config, config_dict, run, trainer, inputs)
     run.update(steps=trainer.global_step, tokens=module.tokens, seconds=timer.lap("sft"), **throughput(trainer))
     forward = forward_settings(trainer)
-    trained = trained_policy(module, inputs, forward)
-    run.update(**keep_policy(trainer, trained.model))
-    if moved := moved_weights(trained.model, inputs.initial.model):
-        run.update(moved_weights=moved)
-    if run.writes:
-        with atomic_path(run.folder / "policy") as folder:
-            config.policy.to_save(trained).save(folder)
+    trained = save_trained_policy(config, run, trainer, module, inputs, forward)
     tokens, initial = config.data.tokens_per_microbatch, inputs.initial.model
     metrics = heldout_loss(trained.model, initial, inputs.held_out, tokens, forward.context)
     peak = peak_memory(forward.device)

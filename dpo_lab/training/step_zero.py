@@ -35,8 +35,7 @@ def check_step_zero(model, loss: Loss, reference: ReferenceLogps, batch: PairBat
     pair, where the log-probabilities of a response under policy and reference differ.
     """
     parts = batch.split(tokens)
-    policy_logps = _concat([pair_logps(model, part) for part in parts])
-    reference_logps = _concat([reference(part) for part in parts])
+    policy_logps, reference_logps = _logps(model, reference, parts)
     dtype = _matmul_dtype(model)
     error = _over_tolerance(policy_logps, reference_logps, batch.keys, dtype)
     if error is None and dtype is not torch.float32 and model.dtype is torch.float32:
@@ -53,15 +52,18 @@ def first_batch(
     model, loss: Loss, reference: ReferenceLogps, batch: PairBatch, tokens: int = TOKENS
 ) -> dict[str, float]:
     """Return loss, accuracy and number of pairs of a batch before the first step, for a reference that may differ."""
-    parts = batch.split(tokens)
-    policy_logps = _concat([pair_logps(model, part) for part in parts])
-    reference_logps = _concat([reference(part) for part in parts])
+    policy_logps, reference_logps = _logps(model, reference, batch.split(tokens))
     margins = loss.log_ratios(policy_logps, reference_logps).margin
     return {
         "loss": loss(policy_logps, reference_logps).mean().item(),
         "accuracy": half_ties(margins).mean().item(),
         "pairs": len(margins),
     }
+
+
+def _logps(model, reference: ReferenceLogps, parts: Sequence[PairBatch]) -> tuple[PairLogps, PairLogps]:
+    """Return the log-probabilities of all parts under policy and reference, by one forward pass per part."""
+    return _concat([pair_logps(model, part) for part in parts]), _concat([reference(part) for part in parts])
 
 
 def _over_tolerance(policy: PairLogps, reference: PairLogps, keys: Sequence[str], dtype: torch.dtype) -> str | None:
