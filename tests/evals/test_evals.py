@@ -58,7 +58,7 @@ def subject_of(trained: Policy, initial: Policy, prompts: list[str], **changes) 
         prompts=prompts,
         prompt_ids=[encoder.prompt(prompt) for prompt in prompts],
         texts=[(begin, encoder.response(text, begin)) for text in SyntheticReviews().reviews(HELD_OUT, 5, seed=0)],
-        world=SyntheticReviews(),
+        task=SyntheticReviews(),
         max_new_tokens=8,
         tokens=64,
         batch_size=4,
@@ -202,7 +202,7 @@ def test_gold_reward_by_hand(subject):
 
 
 def test_no_world_no_gold(subject):
-    subject.world = None
+    subject.task = None
     assert list(Reward().run(subject)) == []
     assert list(WinRate().run(subject)) == []
 
