@@ -89,7 +89,7 @@ class RunConfig:
                 raise ValueError(
                     "reference=adapter_off: the policy has no adapters; type policy=lora, or reference=cached"
                 )
-            if isinstance(self.policy, Pretrained) and self.policy.goes_on:
+            if isinstance(self.policy, Pretrained) and self.policy.starts_from_adapter:
                 raise ValueError(
                     "reference=adapter_off: without its trained adapters the policy is the base model, not the initial"
                     " policy; type reference=frozen (a frozen copy of the adapters) or reference=cached"

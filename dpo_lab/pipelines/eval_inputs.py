@@ -47,7 +47,7 @@ def save_trained_policy(
         run.update(moved_weights=moved)
     if run.writes:
         with atomic_path(run.folder / "policy") as folder:
-            config.policy.to_save(trained).save(folder)
+            config.policy.export(trained).save(folder)
     return trained
 
 

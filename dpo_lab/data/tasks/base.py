@@ -36,13 +36,13 @@ class Task:
     """The base class of tasks. temperature: the annotator's; max_new_tokens: the length limit of sampled responses.
 
     rejected: `scrambled` makes pairs that are too easy, to see how a run on such pairs looks: the label can be
-    predicted without the reward, since rejected responses are not text. decides_form: whether the task has a grammar,
-    so that `well_formed` can be computed. whole: whether texts and responses are complete, with an end token; otherwise
-    all are truncated, responses at max_new_tokens, and have none.
+    predicted without the reward, since rejected responses are not text. has_grammar: whether the task has a grammar,
+    so that `well_formed` can be computed. complete_texts: whether texts and responses are complete, with an end token;
+    otherwise all are truncated, responses at max_new_tokens, and have none.
     """
 
-    decides_form: ClassVar[bool] = False
-    whole: ClassVar[bool] = True
+    has_grammar: ClassVar[bool] = False
+    complete_texts: ClassVar[bool] = True
     temperature: float = 0.25
     max_new_tokens: int = 48
     rejected: Rejected = Rejected.sampled
@@ -90,7 +90,7 @@ class Task:
         """Yield a labelled pair of two samples for each of `count` prompts, or the reason why it was dropped.
 
         sample(prompts, name) returns one response per prompt, None if it should have ended but was truncated or,
-        without `whole`, if it ended; `name` is the name of its stream of random numbers.
+        without `complete_texts`, if it ended; `name` is the name of its stream of random numbers.
         """
         prompts = self.prompts(split, count, seed)
         firsts, seconds = sample(prompts, f"{split}/first"), sample(prompts, f"{split}/second")
@@ -98,7 +98,7 @@ class Task:
         scrambling = random.Random(derive_seed(seed, f"world/scrambled/{split}"))
         for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
             if first is None or second is None:
-                yield "unfinished response" if self.whole else "response that stopped early"
+                yield "unfinished response" if self.complete_texts else "response that stopped early"
             elif first == second:
                 yield "identical sides"
             else:

@@ -36,7 +36,7 @@ class IMDbSentiment(Task):
     reward.
     """
 
-    whole: ClassVar[bool] = False
+    complete_texts: ClassVar[bool] = False
     temperature: float = 0.1
     max_new_tokens: int = 24
     prefix_words: int = 6

@@ -32,7 +32,7 @@ class Reward(str, Enum):
 class SyntheticReviews(Task):
     """Settings of the synthetic reviews: their number of clauses and their reward."""
 
-    decides_form: ClassVar[bool] = True
+    has_grammar: ClassVar[bool] = True
     min_clauses: int = 3
     max_clauses: int = 3
     reward: Reward = Reward.mean
