@@ -52,14 +52,14 @@ def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) ->
     if any("TensorBoard" in str(target_of(node)) for node in config.logger.values()):
         inside = folder.is_relative_to(OUTPUTS)
         commands.append(shlex.join(["tensorboard", "--logdir", str(OUTPUTS if inside else folder)]))
-    if config.reference.starts_at_policy and config.loss.wants_reference is None:
+    if config.reference.starts_at_policy and config.loss.requires_reference is None:
         others = _without(overrides, "reference", "ablation", "on_change")
         ablations = [
             name for o in overrides if _key(o) == "ablation" for name in o.partition("=")[2].strip("[]").split(",")
         ]
         chosen = f"[{','.join([*ablations, 'uniform_ref'])}]" if ablations else "uniform_ref"
         commands.append(command("train", *others, f"+ablation={chosen}"))
-    if config.loss.rates_pairs:
+    if config.loss.is_bradley_terry:
         betas = ",".join(str(float(f"{config.beta * factor:.4g}")) for factor in (0.1, 1, 10))
         commands.append(command("train", "--multirun", *_without(overrides, "beta", "on_change"), f"beta={betas}"))
     return commands

@@ -30,7 +30,8 @@ from dpo_lab.config.precision import check_precision
 from dpo_lab.config.trainer_arguments import advice, check_trainer
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.noise import NOISES, LabelNoise
-from dpo_lab.data.sources import TASKS, Data
+from dpo_lab.data.sources import Data
+from dpo_lab.data.tasks.base import TASKS
 from dpo_lab.evals.evaluate import Evals
 from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
@@ -78,10 +79,10 @@ class RunConfig:
     callbacks: dict[str, Any] = MISSING
 
     def __post_init__(self) -> None:
-        if (wants := self.loss.wants_reference) not in (None, self.reference.starts_at_policy):
+        if (required := self.loss.requires_reference) not in (None, self.reference.starts_at_policy):
             loss = next(f"loss={name}" for name, kind in LOSSES.items() if kind is type(self.loss))
-            why = "measures drift from the initial policy" if wants else "has no reference"
-            raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if wants else 'uniform'}")
+            why = "measures drift from the initial policy" if required else "has no reference"
+            raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
         if isinstance(self.reference, AdapterOff):
             if not self.policy.has_adapters:
                 raise ValueError(

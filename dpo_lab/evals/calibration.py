@@ -32,7 +32,7 @@ class Calibration:
             )
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        if not context.loss.rates_pairs:
+        if not context.loss.is_bradley_terry:
             return
         import torch
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_lab.core.losses import DPO, Loss
+from dpo_lab.core.losses.base import Loss
+from dpo_lab.core.losses.dpo import DPO
 from dpo_lab.core.pairs import EncodedPair, PairLogps, Tokens, chunk_by_size, content_hash
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses

@@ -44,7 +44,7 @@ class Language:
             yield prefix + "entropy", ratio(-own, tokens)
             yield prefix + "length", mean(tokens)
             yield prefix + "stopped", share([s.stopped for s in samples])
-            if context.world is not None and context.world.decides_form:
+            if context.world is not None and context.world.has_grammar:
                 yield prefix + "well_formed", well_formed(context, samples)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
+from dpo_lab.core.registry import add_to_table
 from dpo_lab.models.policy import trainable_copy
 
 if TYPE_CHECKING:
@@ -22,13 +23,20 @@ if TYPE_CHECKING:
 
 ReferenceLogps = Callable[[PairBatch], PairLogps]
 TOKENS = 2048  # default number of tokens per forward pass
+REFERENCES: dict[str, type[Reference]] = {}  # by name in configs
 
 
 @dataclass
 class Reference:
-    """The base class of references. starts_at_policy: whether the reference equals the policy before the first step."""
+    """The base class of references. A subclass defines `prepare` and states its name in configs and starts_at_policy:
+    whether the reference equals the policy before the first step.
+    """
 
-    starts_at_policy: ClassVar[bool] = True
+    starts_at_policy: ClassVar[bool]
+
+    def __init_subclass__(cls, *, name: str, starts_at_policy: bool) -> None:
+        cls.starts_at_policy = starts_at_policy
+        add_to_table(REFERENCES, name, cls)
 
     def prepare(
         self,
@@ -48,7 +56,7 @@ class Reference:
 
 
 @dataclass
-class Frozen(Reference):
+class Frozen(Reference, name="frozen", starts_at_policy=True):
     """A frozen copy of the initial policy: costs a forward pass per step, and memory for a second model.
 
     Of a policy with adapters only the adapters are copied, trained ones included; the base model is shared.
@@ -59,7 +67,7 @@ class Frozen(Reference):
 
 
 @dataclass
-class Cached(Reference):
+class Cached(Reference, name="cached", starts_at_policy=True):
     """The initial policy's log-probabilities, computed once, stored on disk and looked up by pair; no second model."""
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
@@ -69,7 +77,7 @@ class Cached(Reference):
 
 
 @dataclass
-class AdapterOff(Reference):
+class AdapterOff(Reference, name="adapter_off", starts_at_policy=True):
     """The policy in training with its adapters disabled, which is their base model; no second model in memory."""
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
@@ -84,7 +92,7 @@ class UniformOver(str, Enum):
 
 
 @dataclass
-class Uniform(Reference):
+class Uniform(Reference, name="uniform", starts_at_policy=False):
     """A uniform distribution instead of a model: costs no forward pass and no memory.
 
     over=sequences: all responses have the same log-probability, which cancels, so that DPO becomes a ranking loss on
@@ -93,7 +101,6 @@ class Uniform(Reference):
     """
 
     over: UniformOver = UniformOver.sequences
-    starts_at_policy: ClassVar[bool] = False
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         return UniformLogps(0.0 if self.over is UniformOver.sequences else math.log(initial.config.vocab_size))
@@ -146,11 +153,3 @@ def reference_model(reference: ReferenceLogps) -> PreTrainedModel | None:
     none.
     """
     return getattr(reference, "model", None)
-
-
-REFERENCES: dict[str, type[Reference]] = {
-    "cached": Cached,
-    "frozen": Frozen,
-    "adapter_off": AdapterOff,
-    "uniform": Uniform,
-}

@@ -54,7 +54,7 @@ def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_recor
     for line in data_warnings(quality):
         log.warning("data: %s", line)
     record_inputs(run, trainer, inputs)
-    run.update(data_quality=quality.as_record(), seconds=timer.lap("prepare"))
+    run.update(data_quality=quality.as_record(), loss_traits=config.loss.traits(), seconds=timer.lap("prepare"))
     module = _fit(config, config_dict, run, trainer, inputs, timer)
     run.update(steps=trainer.global_step, seconds=timer.lap("dpo"), **throughput(trainer))
     trained = save_trained_policy(config, run, trainer, module, inputs, forward)

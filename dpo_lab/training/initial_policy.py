@@ -57,7 +57,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: Task, seed: int, cache: Pa
         tokenizer = train_tokenizer(texts, tiny.vocab_size)
         policy = Policy(tiny.build(tokenizer, derive_seed(seed, "init")), tokenizer)
         if tiny.start is Init.sft:
-            train_on_texts(policy, texts, sft, seed, ends=world.whole)
+            train_on_texts(policy, texts, sft, seed, ends=world.is_complete)
         policy.save(folder)
 
     cached(folder, make)

@@ -21,7 +21,10 @@ from math import exp
 from typing import ClassVar
 
 from dpo_lab.core.pairs import Pair
+from dpo_lab.core.registry import add_to_table
 from dpo_lab.core.seeds import derive_seed
+
+TASKS: dict[str, type[Task]] = {}  # by name in configs
 
 
 class Rejected(str, Enum):
@@ -36,16 +39,22 @@ class Task:
     """The base class of tasks. temperature: the annotator's; max_new_tokens: the length limit of sampled responses.
 
     rejected: `scrambled` makes pairs that are too easy, to see how a run on such pairs looks: the label can be
-    predicted without the reward, since rejected responses are not text. decides_form: whether the task has a grammar,
-    so that `well_formed` can be computed. whole: whether texts and responses are complete, with an end token; otherwise
-    all are truncated, responses at max_new_tokens, and have none.
+    predicted without the reward, since rejected responses are not text.
+
+    A subclass defines `reviews`, `prompts` and `gold` and states its name in configs; has_grammar: whether it defines
+    `well_formed`; is_complete: whether texts and responses are complete, with an end token, otherwise all are
+    truncated, responses at max_new_tokens, and have none.
     """
 
-    decides_form: ClassVar[bool] = False
-    whole: ClassVar[bool] = True
+    has_grammar: ClassVar[bool]
+    is_complete: ClassVar[bool]
     temperature: float = 0.25
     max_new_tokens: int = 48
     rejected: Rejected = Rejected.sampled
+
+    def __init_subclass__(cls, *, name: str, has_grammar: bool, is_complete: bool) -> None:
+        cls.has_grammar, cls.is_complete = has_grammar, is_complete
+        add_to_table(TASKS, name, cls)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -90,7 +99,7 @@ class Task:
         """Yield a labelled pair of two samples for each of `count` prompts, or the reason why it was dropped.
 
         sample(prompts, name) returns one response per prompt, None if it should have ended but was truncated or,
-        without `whole`, if it ended; `name` is the name of its stream of random numbers.
+        where texts are not complete, if it ended; `name` is the name of its stream of random numbers.
         """
         prompts = self.prompts(split, count, seed)
         firsts, seconds = sample(prompts, f"{split}/first"), sample(prompts, f"{split}/second")
@@ -98,7 +107,7 @@ class Task:
         scrambling = random.Random(derive_seed(seed, f"world/scrambled/{split}"))
         for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
             if first is None or second is None:
-                yield "unfinished response" if self.whole else "response that stopped early"
+                yield "unfinished response" if self.is_complete else "response that stopped early"
             elif first == second:
                 yield "identical sides"
             else:

@@ -13,7 +13,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
 
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.splits import split_of
@@ -29,10 +28,9 @@ class Reward(str, Enum):
 
 
 @dataclass
-class SyntheticReviews(Task):
+class SyntheticReviews(Task, name="embedded", has_grammar=True, is_complete=True):
     """Settings of the synthetic reviews: their number of clauses and their reward."""
 
-    decides_form: ClassVar[bool] = True
     min_clauses: int = 3
     max_clauses: int = 3
     reward: Reward = Reward.mean
