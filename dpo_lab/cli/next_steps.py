@@ -40,7 +40,8 @@ def print_finished_run(record: Mapping[str, Any], folder: Path, commands: Sequen
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
     if "health" in record:
         print_health(plain_console(), [Finding.from_record(finding) for finding in record["health"]])
-    print_summary(plain_console(), metrics, record.get("samples", []), folder, commands)
+    labels, samples = record.get("metric_labels", {}), record.get("samples", [])
+    print_summary(plain_console(), metrics, labels, samples, folder, commands)
 
 
 def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) -> list[str]:

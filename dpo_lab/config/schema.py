@@ -32,7 +32,8 @@ from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.noise import NOISES, LabelNoise
 from dpo_lab.data.sources import Data
 from dpo_lab.data.tasks.base import TASKS
-from dpo_lab.evals.evaluate import Evals
+from dpo_lab.evals.evaluate import Evals, SharedSettings
+from dpo_lab.evals.evaluators.base import default_evaluators
 from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
 from dpo_lab.runs import run_record
@@ -73,7 +74,7 @@ class RunConfig:
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=lambda: Data(world=MISSING))
     optim: Optim = field(default_factory=Optim)
-    evals: Evals = field(default_factory=Evals)
+    evals: SharedSettings = field(default_factory=Evals)
     trainer: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
     callbacks: dict[str, Any] = MISSING
@@ -148,6 +149,7 @@ def register() -> None:
     for group, schemas in KINDS.items():
         for name, schema in schemas.items():
             store.store(name=name, group=f"schema/{group.replace('.', '/')}", node=schema)
+    OmegaConf.register_new_resolver("default_evaluators", default_evaluators, replace=True)
     OmegaConf.register_new_resolver("run_slug", run_record.slug, replace=True)
     OmegaConf.register_new_resolver("run_name", run_record.name_of_folder, replace=True)
 

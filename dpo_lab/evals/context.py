@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,23 +23,12 @@ from dpo_lab.distributed.collectives import P, R, map_across_ranks, rank_and_wor
 from dpo_lab.evals.candidates import candidates
 from dpo_lab.evals.judge import Score
 from dpo_lab.evals.scored_pairs import ScoredPairs
-from dpo_lab.evals.win_rate import PairwiseJudge
 from dpo_lab.models.forward import pair_logps, response_logps
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference import ReferenceLogps
 from dpo_lab.models.sampling import Sample, generate_responses
 from dpo_lab.runs.examples import Examples, numbered
-from dpo_lab.stats.estimates import Estimate
 from dpo_lab.terminal.progress import track
-
-
-class Evaluator(Protocol):
-    """The interface of evaluators: `run` yields (name, estimate) and adds the values per example to context.examples.
-
-    A name is `metric` or `metric/part`, the same in every run.
-    """
-
-    def run(self, context: EvalContext, /) -> Iterator[tuple[str, Estimate]]: ...
 
 
 @dataclass
@@ -52,8 +40,8 @@ class EvalContext:
     token ids; world: the task if there is one, which knows the gold reward, else None; tokens: approximate number of
     tokens per forward pass; batch_size: samples generated per batch; context: context manager of forward passes
     (autocast), so that a policy is sampled and scored in the same precision; loss: defines the implicit reward;
-    reference: its reference, None for the initial policy; judge: scores texts of prompt and response; pairwise:
-    compares two responses; cache: folder for the candidates of the initial policy, shared by many runs.
+    reference: its reference, None for the initial policy; judge: scores texts of prompt and response; cache: folder for
+    the candidates of the initial policy, shared by many runs.
 
     With several ranks, all ranks have to evaluate equal contexts: each computes its share of the samples and forward
     passes, and all get the same results, bit for bit those of one process.
@@ -76,7 +64,6 @@ class EvalContext:
     loss: Loss = field(default_factory=DPO)
     reference: ReferenceLogps | None = None
     judge: Score | None = None
-    pairwise: PairwiseJudge | None = None
     cache: Path | None = None
     examples: Examples = field(default_factory=Examples)
 
@@ -98,11 +85,11 @@ class EvalContext:
         columns = (self.prompts, self.responses(self.initial_samples), self.responses(self.samples))
         return [dict(zip(("prompt", "initial", "trained"), row, strict=True)) for row in zip(*columns, strict=True)]
 
-    def keep_texts(self) -> None:
+    def add_texts(self) -> None:
         """Add prompts and responses, as text, to the examples, if both policies were sampled."""
         for key, row in zip(self.prompt_keys, self.side_by_side, strict=False):
             texts = {"prompt": [row["prompt"]], "response": [row["trained"]], "initial_response": [row["initial"]]}
-            self.examples.keep("prompt", [key], **texts)
+            self.examples.add("prompt", [key], **texts)
 
     @cached_property
     def prompt_keys(self) -> list[str]:

@@ -23,7 +23,11 @@ from dpo_lab.training.strategies.fsdp import gather_model
 
 
 def load_judge(config: RunConfig, device: torch.device) -> Score | None:
-    """Load the configured judge; None if there is none. Raise ConfigError if it can't be loaded."""
+    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise ConfigError if it can't be
+    loaded.
+    """
+    if not any(evaluator.needs_reward for evaluator in config.evals.selected()):
+        return None
     try:
         return config.evals.judge.load(device)
     except JudgeError as error:
@@ -67,21 +71,23 @@ def build_eval_context(
     encoder, evals = inputs.encoder, config.evals
     if config.data.is_world:
         world = config.data.world
-        prompts = world.prompts(HELD_OUT, evals.samples, config.seed)
+        prompts = world.prompts(HELD_OUT, evals.num_prompts, config.seed)
         prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
         begin = encoder.prompt("")
-        texts = [(begin, encoder.response(text, begin)) for text in world.reviews(HELD_OUT, evals.texts, config.seed)]
+        texts = [
+            (begin, encoder.response(text, begin)) for text in world.reviews(HELD_OUT, evals.num_texts, config.seed)
+        ]
     else:
         world = None
-        prompt_ids = distinct_prompts(inputs.held_out)[: evals.samples]
+        prompt_ids = distinct_prompts(inputs.held_out)[: evals.num_prompts]
         prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
-        texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.texts]]
+        texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.num_texts]]
     return EvalContext(
         trained=trained,
         initial=inputs.initial,
         encoder=encoder,
         pairs=inputs.held_out,
-        train_pairs=sample_pairs(inputs.train, evals.train_pairs),
+        train_pairs=sample_pairs(inputs.train, evals.num_train_pairs),
         prompts=prompts,
         prompt_ids=prompt_ids,
         texts=texts,

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.evals.evaluate import evaluate
+from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.models.policy import Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
 from dpo_lab.pipelines.inputs import prepare_pairs
@@ -49,7 +50,7 @@ def evaluate_run(
             _check_identity(record, identity, config.policy)
         timer.lap("prepare")
         context = build_eval_context(config, inputs, trained, forward, judge)
-        metrics = evaluate(context, config.evals.evaluators())
+        metrics = evaluate(context, config.evals.selected())
     result = {
         "run": str(into.parent) if record is not None else None,
         "trained": str(folder),
@@ -62,7 +63,7 @@ def evaluate_run(
         **run_record.provenance(),
     }
     path = evaluations.commit(into, name, result, context.examples)
-    print_summary(plain_console(), metrics, context.side_by_side, path, ())
+    print_summary(plain_console(), metrics, labels_of(metrics), context.side_by_side, path, ())
 
 
 def _load_trained(policy: PolicyConfig, folder: Path) -> Policy:

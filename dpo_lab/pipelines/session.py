@@ -228,6 +228,7 @@ def finalize_run(
     run: run_record.Run,
     trainer: Trainer,
     metrics: Mapping[str, Estimate],
+    labels: Mapping[str, str],
     trained: Policy,
     timer: StageTimer,
     peak: int,
@@ -236,11 +237,12 @@ def finalize_run(
 ) -> None:
     """Write the results to the record and the loggers, draw the figures, write the model card, and print the summary.
 
-    Only rank 0 calls it. peak: the peak memory in bytes.
+    Only rank 0 calls it. labels: of the metrics that the table shows, in its order; peak: the peak memory in bytes.
     """
     findings = final_findings(run, trainer, metrics)
     run.update(
         metrics={name: estimate.as_record() for name, estimate in metrics.items()},
+        metric_labels=dict(labels),
         trained_policy=weights_digest(trained.model),
         samples=list(samples[:16]),
         health=[finding.as_record() for finding in findings],
@@ -253,7 +255,7 @@ def finalize_run(
     (run.folder / "policy" / "README.md").write_text(model_card(run.record))
     log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in run.record["seconds"].items()))
     print_health(plain_console(), findings)
-    print_summary(plain_console(), metrics, samples, run.folder, next_commands, cost_rows(run.record))
+    print_summary(plain_console(), metrics, labels, samples, run.folder, next_commands, cost_rows(run.record))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dpo_lab.config.schema import ConfigError, RunConfig, as_record
 from dpo_lab.data.collate import collate
 from dpo_lab.data.warnings import data_warnings
 from dpo_lab.evals.evaluate import evaluate
+from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.health.diagnose import of_folder
 from dpo_lab.models.policy import trainable_copy
 from dpo_lab.models.reference import reference_model
@@ -59,12 +60,12 @@ def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_recor
     run.update(steps=trainer.global_step, seconds=timer.lap("dpo"), **throughput(trainer))
     trained = save_trained_policy(config, run, trainer, module, inputs, forward)
     context = build_eval_context(config, inputs, trained, forward, judge)
-    metrics, samples = evaluate(context, config.evals.evaluators()), context.side_by_side
+    metrics, samples = evaluate(context, config.evals.selected()), context.side_by_side
     peak = peak_memory(forward.device)
     if run.writes:
         context.examples.write(run.folder / EXAMPLES)
         commands = after_training(config, run.record["overrides"], run.folder)
-        finalize_run(run, trainer, metrics, trained, timer, peak, commands, samples)
+        finalize_run(run, trainer, metrics, labels_of(metrics), trained, timer, peak, commands, samples)
 
 
 def _fit(

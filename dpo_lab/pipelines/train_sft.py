@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from dpo_lab.cli.next_steps import after_sft
 from dpo_lab.config.schema import ConfigError, RunConfig, sft_record
 from dpo_lab.core.noise import Symmetric
-from dpo_lab.evals.held_out import heldout_loss
+from dpo_lab.evals.held_out import LABELS, heldout_loss
 from dpo_lab.models.policy import TinyPolicy, trainable_copy
 from dpo_lab.pipelines.eval_inputs import save_trained_policy
 from dpo_lab.pipelines.inputs import TrainingInputs, prepare_responses
@@ -71,7 +71,7 @@ def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_recor
     peak = peak_memory(forward.device)
     if run.writes:
         commands = after_sft(config, run.record["overrides"], run.folder)
-        finalize_run(run, trainer, metrics, trained, timer, peak, commands)
+        finalize_run(run, trainer, metrics, LABELS, trained, timer, peak, commands)
 
 
 def _fit(

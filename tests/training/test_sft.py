@@ -331,7 +331,9 @@ def test_a_finished_run_is_left_alone(whole, shop):
 def start_dpo(result, shop: Path) -> dict:
     """The record of the run that the closing line tells to type."""
     said = result.stdout.splitlines()[-1].removeprefix("Next: python -m dpo_lab.train ")
-    small = "trainer.max_steps=2 evals.samples=4 evals.texts=4 evals.max_new_tokens=4 data.max_length=48".split()
+    small = (
+        "trainer.max_steps=2 evals.num_prompts=4 evals.num_texts=4 evals.max_new_tokens=4 data.max_length=48".split()
+    )
     trained = warm.door("dpo_lab.train", *shlex.split(said), *small, cwd=shop)
     assert trained.returncode == 0, trained.stderr
     return run_of(trained, shop)[0]
