@@ -14,12 +14,12 @@ from dpo_lab.models.policy import Policy, PolicyConfig, PolicyError, Pretrained,
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
 from dpo_lab.pipelines.inputs import prepare_pairs
 from dpo_lab.pipelines.session import forward_settings, logging_to, make_trainer, setup_process
+from dpo_lab.pipelines.stage_timer import StageTimer
 from dpo_lab.reporting.run_summary import print_summary
 from dpo_lab.runs import evaluations, run_record
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.redact import redact_override
 from dpo_lab.terminal.progress import plain_console
-from dpo_lab.training.callbacks.throughput import StageTimer
 
 
 def evaluate_run(
@@ -48,7 +48,7 @@ def evaluate_run(
         identity = inputs.identity() | {"trained_policy": weights_digest(trained.model)}
         if record is not None:
             _check_identity(record, identity, config.policy)
-        timer.lap("prepare")
+        timer.stop("prepare")
         context = build_eval_context(config, inputs, trained, forward, judge)
         metrics = evaluate(context, config.evals.selected())
     result = {
@@ -59,7 +59,7 @@ def evaluate_run(
         "identity": identity,
         "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
         "samples": context.side_by_side[:16],
-        "seconds": timer.lap("evaluate"),
+        "seconds": timer.stop("evaluate"),
         **run_record.provenance(),
     }
     path = evaluations.commit(into, name, result, context.examples)

@@ -31,6 +31,7 @@ from dpo_lab.health.diagnose import print_health
 from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs
 from dpo_lab.pipelines.loggers import add_loggers, last_line, log_final_metrics, track_run_status
+from dpo_lab.pipelines.stage_timer import StageTimer
 from dpo_lab.reporting.figures import draw_run, remove_figures
 from dpo_lab.reporting.model_card import model_card
 from dpo_lab.reporting.run_summary import cost_rows, print_summary
@@ -45,7 +46,7 @@ from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.callbacks.checkpointing import Checkpointing
 from dpo_lab.training.callbacks.health import final_findings
 from dpo_lab.training.callbacks.progress_bar import TimeLimit
-from dpo_lab.training.callbacks.throughput import StageTimer, Throughput
+from dpo_lab.training.callbacks.throughput import Throughput
 from dpo_lab.training.checkpoint_io import VerifiedCheckpointIO, newest, remove_leftovers, step_of
 from dpo_lab.training.torch_setup import set_up_device, setup_torch
 
@@ -246,7 +247,7 @@ def finalize_run(
         trained_policy=weights_digest(trained.model),
         samples=list(samples[:16]),
         health=[finding.as_record() for finding in findings],
-        seconds=timer.lap("evaluate"),
+        seconds=timer.stop("evaluate"),
         peak_memory_bytes=peak,
     )
     remove_figures(run.folder)  # those of an earlier attempt

@@ -21,10 +21,11 @@ from dpo_lab.models.reference import reference_model
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, save_trained_policy
 from dpo_lab.pipelines.inputs import TrainingInputs, prepare_pairs
 from dpo_lab.pipelines.session import finalize_run, forward_settings, open_session, record_inputs, train
+from dpo_lab.pipelines.stage_timer import StageTimer
 from dpo_lab.runs import run_record
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.examples import EXAMPLES
-from dpo_lab.training.callbacks.throughput import StageTimer, throughput
+from dpo_lab.training.callbacks.throughput import throughput
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.memory import MemoryTracker, peak_memory
 from dpo_lab.training.step_zero import check_step_zero, first_batch
@@ -55,9 +56,9 @@ def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_recor
     for line in data_warnings(quality):
         log.warning("data: %s", line)
     record_inputs(run, trainer, inputs)
-    run.update(data_quality=quality.as_record(), loss_traits=config.loss.traits(), seconds=timer.lap("prepare"))
+    run.update(data_quality=quality.as_record(), loss_traits=config.loss.traits(), seconds=timer.stop("prepare"))
     module = _fit(config, config_dict, run, trainer, inputs, timer)
-    run.update(steps=trainer.global_step, seconds=timer.lap("dpo"), **throughput(trainer))
+    run.update(steps=trainer.global_step, seconds=timer.stop("dpo"), **throughput(trainer))
     trained = save_trained_policy(config, run, trainer, module, inputs, forward)
     context = build_eval_context(config, inputs, trained, forward, judge)
     metrics, samples = evaluate(context, config.evals.selected()), context.side_by_side
@@ -96,7 +97,7 @@ def _fit(
             log.info("step 0: loss %.6f, policy and reference agree", step_zero_loss)
         else:
             run.update(first_batch=first_batch(model, config.loss, reference, batch, tokens))
-    run.update(step_zero_loss=step_zero_loss, seconds=timer.lap("reference"))
+    run.update(step_zero_loss=step_zero_loss, seconds=timer.stop("reference"))
     module = DPOModule(
         model,
         config.loss,

@@ -18,9 +18,10 @@ from dpo_lab.models.policy import TinyPolicy, trainable_copy
 from dpo_lab.pipelines.eval_inputs import save_trained_policy
 from dpo_lab.pipelines.inputs import TrainingInputs, prepare_responses
 from dpo_lab.pipelines.session import finalize_run, forward_settings, open_session, record_inputs, setup_process, train
+from dpo_lab.pipelines.stage_timer import StageTimer
 from dpo_lab.runs import run_record
 from dpo_lab.runs.cache import CACHE
-from dpo_lab.training.callbacks.throughput import StageTimer, throughput
+from dpo_lab.training.callbacks.throughput import throughput
 from dpo_lab.training.initial_policy import initial_policy
 from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.sft_module import SFTModule
@@ -61,9 +62,9 @@ def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_recor
     timer = StageTimer(run.record.get("seconds"))
     inputs = prepare_responses(config, CACHE)
     record_inputs(run, trainer, inputs)
-    run.update(seconds=timer.lap("prepare"))
+    run.update(seconds=timer.stop("prepare"))
     module = _fit(config, config_dict, run, trainer, inputs)
-    run.update(steps=trainer.global_step, tokens=module.tokens, seconds=timer.lap("sft"), **throughput(trainer))
+    run.update(steps=trainer.global_step, tokens=module.tokens, seconds=timer.stop("sft"), **throughput(trainer))
     forward = forward_settings(trainer)
     trained = save_trained_policy(config, run, trainer, module, inputs, forward)
     tokens, initial = config.data.tokens_per_microbatch, inputs.initial.model
