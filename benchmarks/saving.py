@@ -1,6 +1,6 @@
 """What it costs that nothing is lost: seconds spent in fsync and in checksums while `trainer.fit` trains, validates and saves.
 
-    python -m benchmarks.saving                                  the embedded world under its defaults (a minute)
+    python -m benchmarks.saving                                  the embedded task under its defaults (a minute)
     python -m benchmarks.saving --shape 135M                     one save of 135 million weights and their Adam state
     python -m benchmarks.saving trainer.max_steps=320 ...        with settings of dpo_lab.train
 
@@ -121,7 +121,7 @@ def of_runs(settings: Sequence[str], repeats: int) -> dict[str, Any]:
     middle = {name: statistics.median(row["seconds"][name] for row in rows[1:]) for name in names}
     shares = [_share(row["seconds"]) for row in rows[1:]]
     return {
-        "what": " ".join(("the embedded world", *settings)),
+        "what": " ".join(("the embedded task", *settings)),
         "cost": statistics.median(shares),
         "steps": rows[0]["steps"],
         "saves": rows[0]["calls"]["save"],
@@ -166,7 +166,7 @@ def of_a_large_one(repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", help="of dpo_lab.train, for the embedded world")
+    parser.add_argument("settings", nargs="*", help="of dpo_lab.train, for the embedded task")
     parser.add_argument("--shape", choices=["small", "135M"], default="small")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)

@@ -24,7 +24,7 @@ examples:
   python -m dpo_lab.report outputs/dpo --baseline beta=0.1        all runs of one name, compared with an arm
   python -m dpo_lab.report outputs/a outputs/b --metrics gold_gain,kl,"gold_gain / kl"
   python -m dpo_lab.report outputs/dpo --csv > arms.csv           every digit, for further processing
-  python -m dpo_lab.report outputs/studies/beta/full --keep ablations/records
+  python -m dpo_lab.report outputs/studies/beta/full --archive ablations/records
   python -m dpo_lab.report --results ablations/RESULTS.md --check
 """
 
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     kept = parser.add_argument_group("archived records")
     kept.add_argument(
-        "--keep", type=Path, metavar="DIR", help="write a small record of each study to DIR, to be committed"
+        "--archive", type=Path, metavar="DIR", help="write a small record of each study to DIR, to be committed"
     )
     kept.add_argument(
         "--results",
@@ -101,15 +101,15 @@ def _report(options: argparse.Namespace) -> int:
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     _check_metrics(collections, metrics)
     page = None
-    if options.page or not (options.markdown or options.csv or options.keep):
+    if options.page or not (options.markdown or options.csv or options.archive):
         page = _page_path(options.page, collections)
     if page:  # before printing: the reader of a pipe may close it before the end
         _write(page, collections, metrics)
-    if options.keep:
+    if options.archive:
         from dpo_lab.studies import archive
 
-        paths = [archive.write(collection, options.keep) for collection in collections]
-        print(*(f"Kept: {path}" for path in paths), sep="\n", file=sys.stderr)
+        paths = [archive.write(collection, options.archive) for collection in collections]
+        print(*(f"Archived: {path}" for path in paths), sep="\n", file=sys.stderr)
     _print(options, collections, metrics)
     if page:
         print(f"Page: {page}", file=sys.stderr if options.csv or options.markdown else sys.stdout)

@@ -27,11 +27,11 @@ EXECUTION_KEYS = (
     "trainer.devices",
     "trainer.num_nodes",
     "data.num_workers",
-    "data.workers",
+    "data.tokenize_workers",
     "figures",
 )
 # Overrides left out of the name of a run's folder.
-NOT_IN_FOLDER_NAME = (*EXECUTION_KEYS, "name", "seed", "on_change")
+NOT_IN_FOLDER_NAME = (*EXECUTION_KEYS, "name", "seed", "if_exists")
 
 HELP = """Test a claim: run every arm under every seed, then report the verdicts with intervals.
 

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # A run of a few seconds: a policy just large enough to learn when to stop.
 SMALL = (
     "policy.hidden_size=64 policy.layers=2 policy.intermediate_size=128 sft.steps=96 sft.optim.lr=1e-2"
-    " data.pairs=96 data.validation_pairs=24 data.batch_size=8 data.world.max_new_tokens=40 optim.warmup_steps=2"
+    " data.pairs=96 data.validation_pairs=24 data.batch_size=8 data.task.max_new_tokens=40 optim.warmup_steps=2"
     " trainer.max_steps=6 trainer.val_check_interval=3 trainer.log_every_n_steps=2 evals.num_prompts=16 evals.num_texts=8"
     " figures=false"
 ).split()
@@ -61,7 +61,7 @@ def event_files_in_order():
 
 @pytest.fixture(scope="session")
 def policy() -> Policy:
-    """Random weights, a vocabulary of the world's words."""
+    """Random weights, a vocabulary of the task's words."""
     from dpo_lab.data.splits import TRAIN
     from dpo_lab.data.tasks.reviews import SyntheticReviews
 

@@ -131,7 +131,7 @@ def test_a_table_that_was_measured_takes_its_place_and_the_others_stay(tmp_path,
     results.write_results()
     assert page.read_text() == stood
     measured = {
-        "what": "the embedded world",
+        "what": "the embedded task",
         "steps": 160,
         "saves": 2,
         "repeats": 3,
@@ -140,7 +140,7 @@ def test_a_table_that_was_measured_takes_its_place_and_the_others_stay(tmp_path,
     }
     results.save("saving-small", measured | {"seconds": {"fit": 20.0, "save": 0.3, "fsync": 0.2, "checksum": 0.04}})
     results.write_results()
-    row = "| the embedded world | 160 | 2 | 0.30 | 0.20 | 0.04 | 1.23% (1.00% .. 2.00%) of 20.0 s |"
+    row = "| the embedded task | 160 | 2 | 0.30 | 0.20 | 0.04 | 1.23% (1.00% .. 2.00%) of 20.0 s |"
     assert row in page.read_text()
     assert row in capsys.readouterr().out
     sections = [text.split("\n## ")[1:] for text in (stood, page.read_text())]

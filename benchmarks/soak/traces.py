@@ -20,7 +20,17 @@ from dpo_lab.training.checkpoint_io import newest
 from tests.support.small_fit import difference, left
 
 # All of a record that may differ: when and by which processes the run was made, how fast, in how many starts.
-OF_THE_CLOCK = ("started", "finished", "starts", "seconds", "throughput", "memory", "peak_memory_bytes", "ranks", "git")
+OF_THE_CLOCK = (
+    "started",
+    "finished",
+    "attempts",
+    "seconds",
+    "throughput",
+    "memory",
+    "peak_memory_bytes",
+    "ranks",
+    "git",
+)
 LOGS = re.compile(r"(run|output|rank-\d+)\.log|\.lock|events\.out\.tfevents.*")  # say when, or are as many as starts
 CARD, COMMIT = "policy/README.md", re.compile(rb"\b[0-9a-f]{40}\b")  # which may have changed since the twin's start
 LEFTOVER = re.compile(r"\..+\.\d+(\.tmp)?|\.rank-\d+\.error")

@@ -68,14 +68,14 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
     """Validate `cfg` and call body(settings); end the process with one line and exit code 2 on errors the user can fix.
 
     The process ends by SystemExit, since Hydra would report any other exception a second time, with the whole command
-    line. A job of a sweep raises JobFailed instead, and returns the value of its objective, if one is set.
+    line. A job of a sweep raises JobFailed instead, and returns the value of the metric `optimized_metric`, if one is set.
     """
     is_sweep_job = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         with reraise_stop():
             settings = schema.validate(cfg)
             body(settings)
-        return job.objective_value(settings.objective) if is_sweep_job else None
+        return job.optimized_value(settings.optimized_metric) if is_sweep_job else None
     except (schema.ConfigError, run_record.RunRefused, BadData, NoTemplate) as error:
         if is_sweep_job:
             raise job.JobFailed(str(error)) from None

@@ -54,7 +54,7 @@ def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) ->
         inside = folder.is_relative_to(OUTPUTS)
         commands.append(shlex.join(["tensorboard", "--logdir", str(OUTPUTS if inside else folder)]))
     if config.reference.starts_at_policy and config.loss.requires_reference is None:
-        others = _without(overrides, "reference", "ablation", "on_change")
+        others = _without(overrides, "reference", "ablation", "if_exists")
         ablations = [
             name for o in overrides if _key(o) == "ablation" for name in o.partition("=")[2].strip("[]").split(",")
         ]
@@ -62,7 +62,7 @@ def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) ->
         commands.append(command("train", *others, f"+ablation={chosen}"))
     if config.loss.is_bradley_terry:
         betas = ",".join(str(float(f"{config.beta * factor:.4g}")) for factor in (0.1, 1, 10))
-        commands.append(command("train", "--multirun", *_without(overrides, "beta", "on_change"), f"beta={betas}"))
+        commands.append(command("train", "--multirun", *_without(overrides, "beta", "if_exists"), f"beta={betas}"))
     return commands
 
 
@@ -71,7 +71,7 @@ def after_sft(config: RunConfig, overrides: Sequence[str], folder: Path) -> list
     policy, settings = config.policy, {"policy": "pretrained", "policy.path": folder / "policy"}
     names = KEPT
     if isinstance(policy, Pretrained) and policy.has_adapters and not policy.merge:
-        settings |= {"policy": "lora", "policy.rank": policy.rank, "reference": "frozen"}
+        settings |= {"policy": "lora", "policy.lora.r": policy.lora.r, "reference": "frozen"}
         names += OF_BASE
         if policy.package is not None:  # a package takes precedence over the path
             settings |= {"policy.path": policy.path, "policy.adapter": folder / "policy"}

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import reduce
+from itertools import chain
 from operator import attrgetter, getitem
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from dpo_lab.evals.evaluators.base import default_evaluators
 from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
 from dpo_lab.runs import run_record
+from dpo_lab.runs.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, is_renamed, present_key
 from dpo_lab.training.initial_policy import SFT
 from dpo_lab.training.optim import Optim
 
@@ -48,7 +50,7 @@ ConfigErrors = (HydraException, OmegaConfBaseException, YAMLError)
 class IfExists(str, Enum):
     """What happens if the run's folder holds another run."""
 
-    refuse = "refuse"
+    error = "error"
     restart = "restart"  # the other run is moved to `earlier-N` inside the folder
 
 
@@ -64,15 +66,15 @@ class RunConfig:
     beta: float = 0.1
     seed: int = 0
     threads: int | None = 1  # torch's intra-op threads per process; None: torch's default
-    on_change: IfExists = IfExists.refuse
+    if_exists: IfExists = IfExists.error
     figures: bool = True
-    objective: str | None = None  # the metric that a sweeper such as Optuna optimizes
+    optimized_metric: str | None = None  # the metric that a sweeper such as Optuna optimizes
     loss: Loss = MISSING
     reference: Reference = MISSING
     noise: LabelNoise = MISSING
     policy: PolicyConfig = MISSING
     sft: SFT = field(default_factory=SFT)
-    data: Data = field(default_factory=lambda: Data(world=MISSING))
+    data: Data = field(default_factory=lambda: Data(task=MISSING))
     optim: Optim = field(default_factory=Optim)
     evals: SharedSettings = field(default_factory=Evals)
     trainer: dict[str, Any] = MISSING
@@ -113,7 +115,7 @@ class RunConfig:
     @property
     def is_embedded(self) -> bool:
         """Whether the policy is the embedded one and the pairs are those of a task: no input is the user's."""
-        return isinstance(self.policy, TinyPolicy) and self.data.is_world
+        return isinstance(self.policy, TinyPolicy) and self.data.uses_task
 
 
 @dataclass
@@ -137,7 +139,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "reference": REFERENCES,
     "noise": NOISES,
     "policy": POLICIES,
-    "data.world": TASKS,
+    "data.task": TASKS,
 }
 
 
@@ -162,8 +164,8 @@ def conf_dir() -> str:
 
 def validate(cfg: DictConfig) -> RunConfig:
     """Convert the composed config to a RunConfig. Raise ConfigError for an invalid setting."""
-    for key, known in _unknown_keys(cfg):
-        raise ConfigError(f"unknown key '{key}'{_suggestion(key, known)}")
+    for key, known in chain(_unknown_keys(cfg), ((key, ()) for key in RENAMED_KEYS if OmegaConf.select(cfg, key))):
+        raise ConfigError(_unknown(key, known))
     try:
         config = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
@@ -215,6 +217,8 @@ def explain(error: Exception) -> str:
         return f"launcher={found[1]}: its package is not installed; type pip install 'dpo_lab[{extra}]'"
     if found := re.search(r"Could not find '([\w/@.]+)/([^']*)'", text):
         options = re.findall(r"^\t(\w+)$", text, re.M)
+        if present := RENAMED_VALUES.get((found[1], found[2])):
+            return f"{found[1]}={found[2]}: renamed; type {found[1]}={present}"
         return f"{found[1]}={found[2]}: no such choice; type {found[1]}= one of {', '.join(options)}"
     if found := re.search(r"Value '(.*?)' .*?could not be converted to (\w+)", text, re.S):
         kind = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}.get(found[2], found[2])
@@ -228,8 +232,19 @@ def explain(error: Exception) -> str:
             return f"{found[1]}: {instead}"
         if f"{found[1]}={{" in text and found[1] in _known_keys():
             return f"{found[1]}: its entries are added to the existing ones; type +{found[1]}=..."
-        return f"unknown key '{found[1]}'{_suggestion(found[1], _known_keys())}"
+        return _unknown(found[1], _known_keys())
+    if found := re.search(r"In '([^']+)': .*Key '[^']+' not in", text, re.S):
+        return f"{found[1]}.yaml: {_unknown(_full_key(text), _known_keys())}"
     return " ".join(text.split())
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    """Return the message about a key that the schema lacks: its present name, or the nearest of the known keys."""
+    return (
+        f"{key}: renamed; type {present_key(key)}=..."
+        if is_renamed(key)
+        else f"unknown key '{key}'{_suggestion(key, known)}"
+    )
 
 
 def _full_key(text: str) -> str:
@@ -238,7 +253,7 @@ def _full_key(text: str) -> str:
     return found[1] if found else "a key"
 
 
-def _suggestion(key: str, known: list[str]) -> str:
+def _suggestion(key: str, known: Sequence[str]) -> str:
     """Return the end of the message about an unknown key: what to type instead."""
     group, _, leaf = key.rpartition(".")
     schemas = KINDS.get(group, {}).items()

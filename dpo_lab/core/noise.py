@@ -123,14 +123,14 @@ class OneSided(LabelNoise, name="one_sided"):
     """
 
     rate: float = 0.2
-    only: Side = Side.chosen_shorter
+    side: Side = Side.chosen_shorter
 
     def __post_init__(self) -> None:
         _check_rate(self.rate)
 
     def rates(self, pairs, reference_margins=None) -> np.ndarray:
         _, chosen, rejected = pairs.lengths.T
-        return np.where(chosen < rejected if self.only is Side.chosen_shorter else chosen > rejected, self.rate, 0.0)
+        return np.where(chosen < rejected if self.side is Side.chosen_shorter else chosen > rejected, self.rate, 0.0)
 
 
 def _check_rate(rate: float) -> None:

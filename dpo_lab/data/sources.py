@@ -87,7 +87,7 @@ class Data(Source):
     held out, by a hash of the prompt. At most validation_pairs are held out. fraction: share of the training pairs to
     use; a smaller one is a subset of a larger. batch_size: pairs per optimizer step, over all devices;
     tokens_per_microbatch: the most tokens per forward pass (a pair of more tokens is a micro-batch of its own), in
-    training and evaluation: memory depends on it, results do not. workers: processes that read and tokenize many rows;
+    training and evaluation: memory depends on it, results do not. tokenize_workers: processes that read and tokenize many rows;
     None for one per core.
     """
 
@@ -106,8 +106,8 @@ class Data(Source):
     batch_size: int = 32
     tokens_per_microbatch: int = 2048
     num_workers: int = 0
-    workers: int | None = None
-    world: Task = field(default_factory=SyntheticReviews)
+    tokenize_workers: int | None = None
+    task: Task = field(default_factory=SyntheticReviews)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +116,7 @@ class Data(Source):
         if not self.sources and self.path is not None and not self.path:
             raise ValueError(
                 "data.path is empty; type data.path=FILE.jsonl, data=mix '+data.sources={a: {path: FILE.jsonl}, ...}',"
-                " or data=world for the synthetic reviews"
+                " or data=embedded for the synthetic reviews"
             )
         if missing := [name for name, source in self.sources.items() if not source.path]:
             raise ValueError(
@@ -127,8 +127,10 @@ class Data(Source):
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be 1 or more; type e.g. data.{name}=32")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers={self.num_workers}: must be 0 or more; type e.g. data.num_workers=0")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"data.workers={self.workers}: must be 1 or more; type e.g. data.workers=4")
+        if self.tokenize_workers is not None and self.tokenize_workers < 1:
+            raise ValueError(
+                f"data.tokenize_workers={self.tokenize_workers}: must be 1 or more; type e.g. data.tokenize_workers=4"
+            )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction}: must lie between 0 and 1;"
@@ -148,7 +150,7 @@ class Data(Source):
             )
 
     @property
-    def is_world(self) -> bool:
+    def uses_task(self) -> bool:
         """Whether the pairs come from a task, where the gold reward is known."""
         return self.path is None and not self.sources
 
@@ -159,7 +161,7 @@ class Data(Source):
 
     def files(self) -> list[Path]:
         """Return the local files that rows are read from."""
-        sources = [] if self.is_world else [*self._held_out_sources(), *self._sources()]
+        sources = [] if self.uses_task else [*self._held_out_sources(), *self._sources()]
         return sorted({file for source in sources for file in local_files(source.path)})
 
     def as_texts(self, column: str) -> Data:
@@ -168,7 +170,7 @@ class Data(Source):
         sources = {name: replace(source, **shape) for name, source in self.sources.items()}
         return replace(self, sources=sources, **shape)
 
-    def from_world(self, seed: int, sample: Sampler, encoder: PairTokenizer) -> Splits:
+    def from_task(self, seed: int, sample: Sampler, encoder: PairTokenizer) -> Splits:
         """Return the pairs of the task, whose prompts belong to one split each. sample: samples responses, see
         Task.pairs.
         """
@@ -176,7 +178,7 @@ class Data(Source):
         tables: dict[str, PairTable] = {}
         for split, count in ((TRAIN, self.pairs), (HELD_OUT, self.validation_pairs)):
             drawn: dict[str, Pair] = {}
-            for item in self.world.pairs(split, count, seed, sample):
+            for item in self.task.pairs(split, count, seed, sample):
                 counts["rows"] += 1
                 if isinstance(item, str):
                     counts[f"dropped: {item}"] += 1
@@ -193,7 +195,7 @@ class Data(Source):
     def store(self, encoder: PairTokenizer, cache: Path) -> TokenizedPairs:
         """Return all pairs of the user's rows, before any are selected; raise BadData for bad rows."""
         sources = [(source.rows(), source) for source in [*self._held_out_sources(), *self._sources()]]
-        workers = self.workers or len(os.sched_getaffinity(0))
+        workers = self.tokenize_workers or len(os.sched_getaffinity(0))
         return load_or_build(
             sources, encoder, BadRows(self.on_bad_row is OnBadRow.skip, self.max_bad_share), workers, cache
         )

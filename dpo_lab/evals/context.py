@@ -37,7 +37,7 @@ class EvalContext:
 
     pairs: held-out pairs, never flipped; train_pairs: some of the training pairs, as trained on; prompts, prompt_ids:
     prompts of the samples, as text and as token ids; texts: held-out (prompt, response) of the real distribution, as
-    token ids; world: the task if there is one, which knows the gold reward, else None; tokens: approximate number of
+    token ids; task: the task if there is one, which knows the gold reward, else None; tokens: approximate number of
     tokens per forward pass; batch_size: samples generated per batch; context: context manager of forward passes
     (autocast), so that a policy is sampled and scored in the same precision; loss: defines the implicit reward;
     reference: its reference, None for the initial policy; judge: scores texts of prompt and response; cache: folder for
@@ -54,7 +54,7 @@ class EvalContext:
     prompts: Sequence[str]
     prompt_ids: Sequence[Tokens]
     texts: Sequence[tuple[Tokens, Tokens]]
-    world: Task | None
+    task: Task | None
     max_new_tokens: int
     tokens: int
     batch_size: int
@@ -112,7 +112,7 @@ class EvalContext:
     @cached_property
     def rewards(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Rewards of the trained and the initial policy's samples, [N] each, by source: `gold`, `judge`."""
-        if self.world is None and self.judge is None:
+        if self.task is None and self.judge is None:
             return {}
         trained, initial = (
             self._score_texts(self.complete_texts(samples)) for samples in (self.samples, self.initial_samples)
@@ -123,7 +123,7 @@ class EvalContext:
         """Return the keys of the first `prompts` distinct prompts, and the rewards of `count` responses of the initial
         policy to each, [P, count], by source; both are empty without a task and a judge.
         """
-        if self.world is None and self.judge is None:
+        if self.task is None and self.judge is None:
             return [], {}
         first: dict[tuple[int, ...], int] = {}
         for i, prompt in enumerate(self.prompt_ids):
@@ -147,8 +147,8 @@ class EvalContext:
     def _score_texts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the rewards of texts of prompt and response, [N], by source."""
         rewards: dict[str, np.ndarray] = {}
-        if self.world is not None:
-            rewards["gold"] = np.array([self.world.gold(text) for text in texts])
+        if self.task is not None:
+            rewards["gold"] = np.array([self.task.gold(text) for text in texts])
         if self.judge is not None:
             rewards["judge"] = np.asarray(self.judge(texts), np.float64)
         return rewards

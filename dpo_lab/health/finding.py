@@ -19,22 +19,22 @@ class Severity(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem that a rule found. says: the message with its numbers; threshold: the limits they were compared with;
-    tries: the suggestion, what to type or to look at next.
+    """One problem that a rule found. message: with its numbers; threshold: the limits they were compared with;
+    suggestion: what to type or to look at next.
     """
 
     name: str
     severity: Severity
-    says: str
+    message: str
     threshold: str
-    tries: str
+    suggestion: str
 
     @property
     def is_warning(self) -> bool:
         return self.severity is Severity.warning
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.says} (threshold: {self.threshold}). Try {self.tries}"
+        return f"{self.name}: {self.message} (threshold: {self.threshold}). Try {self.suggestion}"
 
     def as_record(self) -> dict[str, Any]:
         """Return the finding as it is stored in a run's record; `from_record` reads it back."""

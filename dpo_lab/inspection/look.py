@@ -48,15 +48,15 @@ def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
     setup_torch(config.threads, on_cpu=True)
     if config.data.contradictions is Contradictions.error:
         config = replace(config, data=replace(config.data, contradictions=Contradictions.keep))
-    if config.data.is_world:
-        config.data.world.check()
+    if config.data.uses_task:
+        config.data.task.check()
     policy = response_policy = store = None
-    if config.data.is_world or config.noise.needs_reference:
+    if config.data.uses_task or config.noise.needs_reference:
         policy, response_policy = policies(config, cache)
     encoder = encoder_of(config, policy.tokenizer if policy else tokenizer_of(config, cache))
-    if config.data.is_world:
+    if config.data.uses_task:
         splits = load_pairs(config, encoder, response_policy, cache)
-        source = f"task {type(config.data.world).__name__.lower()}"
+        source = f"task {type(config.data.task).__name__.lower()}"
     else:
         store = config.data.store(encoder, cache)
         splits, source = config.data.choose(store), ", ".join(store.names)

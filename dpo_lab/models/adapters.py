@@ -38,21 +38,23 @@ def base_of(folder: Path) -> str:
 
 def with_fresh_adapters(model: PreTrainedModel, settings: Pretrained, seed: int) -> PreTrainedModel:
     """Add new low-rank adapters to a model, initialised from `seed`."""
-    peft = _peft()
-    lora = peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets, task_type="CAUSAL_LM"
+    peft, lora = _peft(), settings.lora
+    config = peft.LoraConfig(
+        r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, lora)
+            return peft.get_peft_model(model, config)
         except ValueError as error:
             reason = str(error).splitlines()[0]
-            raise PolicyError(f"policy.targets={settings.targets}: {reason}; type policy.targets=all-linear") from error
+            raise PolicyError(
+                f"policy.lora.target_modules={lora.target_modules}: {reason}; type policy.lora.target_modules=all-linear"
+            ) from error
 
 
 def with_trained_adapters(model: PreTrainedModel, settings: Pretrained) -> PreTrainedModel:
-    """Load trained adapters: to train them further if `settings.rank` is set, else merged into the model."""
+    """Load trained adapters: to train them further if `settings.lora.r` is set, else merged into the model."""
     peft = _peft()
     folder = str(settings.adapter)
     try:
@@ -65,9 +67,9 @@ def with_trained_adapters(model: PreTrainedModel, settings: Pretrained) -> PreTr
             f"policy.adapter={folder}: adapters of the kind {getattr(config.peft_type, 'value', config.peft_type)} can't"
             " be trained on or merged; type policy.adapter= of a folder of LoRA adapters"
         )
-    if settings.rank not in (None, config.r):
+    if settings.lora.r not in (None, config.r):
         raise PolicyError(
-            f"policy.rank={settings.rank}: the adapters have rank {config.r}; type policy.rank={config.r}"
+            f"policy.lora.r={settings.lora.r}: the adapters have rank {config.r}; type policy.lora.r={config.r}"
         )
     _resize(model, weights, config, folder)
     try:
@@ -75,12 +77,12 @@ def with_trained_adapters(model: PreTrainedModel, settings: Pretrained) -> PreTr
             warnings.filterwarnings(
                 "ignore", message="Found missing adapter keys"
             )  # _check_names raises an error for them
-            adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.rank is not None)
-            loaded = adapted.load_adapter(folder, "default", is_trainable=settings.rank is not None)
+            adapted = peft.PeftModel.from_pretrained(model, folder, is_trainable=settings.lora.r is not None)
+            loaded = adapted.load_adapter(folder, "default", is_trainable=settings.lora.r is not None)
     except Exception as error:  # many types, depending on file and format
         raise _not_adapters_of(settings, error) from error
     _check_names(loaded.missing_keys, loaded.unexpected_keys, settings)
-    if settings.rank is not None:
+    if settings.lora.r is not None:
         return adapted
     merged = adapted.merge_and_unload()
     merged.requires_grad_(True)  # peft has frozen it

@@ -149,7 +149,7 @@ def _weights_fault(folder: Path, files: set[str]) -> tuple[str, str] | None:
         if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
             return (
                 "its weights are pickled, without safetensors",
-                "type policy.pickled_weights=true if you trust whoever made them: unpickling can run code",
+                "type policy.allow_pickle=true if you trust whoever made them: unpickling can run code",
             )
         return "the folder holds no weights", "type the path of a Hugging Face folder with safetensors"
     return None

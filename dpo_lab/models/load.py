@@ -67,7 +67,7 @@ def read_policy(settings: Pretrained, seed: int) -> Policy:
     model, tokenizer = _read_model(settings), read_tokenizer(settings)
     if settings.adapter is not None:
         model = with_trained_adapters(model, settings)
-    elif settings.rank is not None:
+    elif settings.lora.r is not None:
         model = with_fresh_adapters(model, settings, seed)
     rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
     for name in ("eos", "pad"):
@@ -190,7 +190,7 @@ def _read_model(settings: Pretrained) -> PreTrainedModel:
                     f"policy.gguf_file={settings.gguf_file}: needs {package}; type pip install gguf accelerate"
                 )
         options["quantization_config"] = GgufConfig(dequantize=True)
-    elif not settings.pickled_weights:
+    elif not settings.allow_pickle:
         options["use_safetensors"] = True
     if settings.key_prefix:
         options["key_mapping"] = {f"^{re.escape(settings.key_prefix)}": ""}

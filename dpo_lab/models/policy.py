@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ class TinyPolicy(PolicyConfig):
     intermediate_size: int = 384
     vocab_size: int = 1024
     context: int = 1024
-    start: Init = Init.sft
+    init: Init = Init.sft
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
@@ -136,6 +136,24 @@ class Dtype(str, Enum):
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters: W + lora_alpha / r B A with B = 0 initially (Hu et al. 2021, arXiv:2106.09685, equation 3).
+
+    r: their rank; None trains all weights. target_modules: names of the matrices with adapters, or all-linear: all but
+    the LM head. The names are those of peft's LoraConfig.
+    """
+
+    r: int | None = None
+    lora_alpha: int = 32
+    target_modules: Any = "all-linear"  # a name or a list of names
+
+    def __post_init__(self) -> None:
+        for name, value in (("r", self.r), ("lora_alpha", self.lora_alpha)):
+            if value is not None and value < 1:
+                raise ValueError(f"policy.lora.{name}={value}: must be 1 or more; type e.g. policy.lora.{name}=16")
+
+
+@dataclass
 class Pretrained(PolicyConfig):
     """A pretrained causal language model: a Hugging Face folder, or a name on the hub.
 
@@ -145,12 +163,11 @@ class Pretrained(PolicyConfig):
     default), for models that take padded rows; chat_template: a Jinja file that replaces the tokenizer's template;
     key_prefix: a prefix to remove from the names of weights, as torch.compile and wrappers add it ('_orig_mod.').
 
-    rank: None trains all weights; a number trains only low-rank adapters, W + alpha / rank B A with B = 0 at the start
-    (Hu et al. 2021, arXiv:2106.09685, equation 3). targets: names of the matrices with adapters, or all-linear: all but
-    the LM head. adapter: a folder of trained adapters (`path` may be one too); they are trained further if rank is set,
-    else merged into their base. merge: save the trained policy merged instead of as adapters.
+    lora: low-rank adapters to train instead of all weights. adapter: a folder of trained adapters (`path` may be one
+    too); they are trained further if lora.r is set, else merged into their base. merge: save the trained policy merged
+    instead of as adapters.
 
-    Only safetensors and GGUF files are read, unless pickled_weights; no custom code is run, unless trust_remote_code.
+    Only safetensors and GGUF files are read, unless allow_pickle; no custom code is run, unless trust_remote_code.
     """
 
     path: str = ""
@@ -161,27 +178,21 @@ class Pretrained(PolicyConfig):
     attention: str | None = None
     chat_template: str | None = None
     key_prefix: str | None = None
-    rank: int | None = None
-    alpha: int = 32
-    targets: Any = "all-linear"  # a name or a list of names
+    lora: Lora = field(default_factory=Lora)
     adapter: str | None = None
     merge: bool = False
-    pickled_weights: bool = False
+    allow_pickle: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("policy.path is empty; type policy.path=FOLDER, or a model's name on the Hugging Face hub")
-        for name in ("rank", "alpha"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"policy.{name}={value}: must be 1 or more; type e.g. policy.{name}=16")
-        if self.merge and self.rank is None:
-            raise ValueError("policy.merge=true: the policy has no adapters to merge; type policy.rank=16 with it")
+        if self.merge and self.lora.r is None:
+            raise ValueError("policy.merge=true: the policy has no adapters to merge; type policy.lora.r=16 with it")
 
     @property
     def has_adapters(self) -> bool:
-        return self.rank is not None
+        return self.lora.r is not None
 
     @property
     def goes_on(self) -> bool:

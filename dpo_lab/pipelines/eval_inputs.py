@@ -69,16 +69,16 @@ def build_eval_context(
     for policy in (trained, inputs.initial):
         policy.model.to(forward.device)  # type: ignore[arg-type]
     encoder, evals = inputs.encoder, config.evals
-    if config.data.is_world:
-        world = config.data.world
-        prompts = world.prompts(HELD_OUT, evals.num_prompts, config.seed)
+    if config.data.uses_task:
+        task = config.data.task
+        prompts = task.prompts(HELD_OUT, evals.num_prompts, config.seed)
         prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
         begin = encoder.prompt("")
         texts = [
-            (begin, encoder.response(text, begin)) for text in world.reviews(HELD_OUT, evals.num_texts, config.seed)
+            (begin, encoder.response(text, begin)) for text in task.reviews(HELD_OUT, evals.num_texts, config.seed)
         ]
     else:
-        world = None
+        task = None
         prompt_ids = distinct_prompts(inputs.held_out)[: evals.num_prompts]
         prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
         texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.num_texts]]
@@ -91,7 +91,7 @@ def build_eval_context(
         prompts=prompts,
         prompt_ids=prompt_ids,
         texts=texts,
-        world=world,
+        task=task,
         max_new_tokens=evals.max_new_tokens,
         tokens=config.data.tokens_per_microbatch,
         batch_size=evals.batch_size,

@@ -10,7 +10,7 @@ from typing import Any
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.evals.evaluators.base import labels_of
-from dpo_lab.models.policy import Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
+from dpo_lab.models.policy import Lora, Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
 from dpo_lab.pipelines.inputs import prepare_pairs
 from dpo_lab.pipelines.session import forward_settings, logging_to, make_trainer, setup_process
@@ -73,7 +73,7 @@ def _load_trained(policy: PolicyConfig, folder: Path) -> Policy:
             f"{folder}: no such folder; type trained=FOLDER of a policy, or run=FOLDER of a run that has one"
         )
     settings = policy if isinstance(policy, Pretrained) else Pretrained(path=str(folder))
-    settings = replace(settings, rank=None, merge=False)
+    settings = replace(settings, lora=Lora(), merge=False)
     if is_adapter(folder) and not is_adapter(Path(settings.path)):
         settings = replace(settings, adapter=str(folder))
     else:

@@ -110,7 +110,7 @@ def _check_inputs(inputs: TrainingInputs, what: str, config: RunConfig) -> Train
 
 def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PairTokenizer:
     """Return the tokenizer of pairs; responses get an end token except where a task generates parts of texts."""
-    append_eos = not config.data.is_world or config.data.world.is_complete
+    append_eos = not config.data.uses_task or config.data.task.is_complete
     return PairTokenizer(tokenizer, config.data.max_length, config.data.max_prompt_length, append_eos)
 
 
@@ -119,19 +119,19 @@ def load_pairs(config: RunConfig, encoder: PairTokenizer, response_policy: Polic
 
     response_policy: the policy that generates the responses of a task; None if the pairs are the user's rows.
     """
-    if not config.data.is_world:
+    if not config.data.uses_task:
         return config.data.choose(config.data.store(encoder, cache))
-    world = config.data.world
+    task = config.data.task
 
     def annotated(prompts: Sequence[str], stream: str) -> list[str | None]:
         assert response_policy is not None
         seed = derive_seed(config.seed, stream)
         with policy_errors():
             limits, ids = Limits.of(response_policy.model), [encoder.prompt(prompt) for prompt in prompts]
-            limits.check_samples(ids, world.max_new_tokens, "data.world.max_new_tokens")
-        return responses(response_policy, encoder, prompts, world.max_new_tokens, seed, cache)
+            limits.check_samples(ids, task.max_new_tokens, "data.task.max_new_tokens")
+        return responses(response_policy, encoder, prompts, task.max_new_tokens, seed, cache)
 
-    return config.data.from_world(config.seed, annotated, encoder)
+    return config.data.from_task(config.seed, annotated, encoder)
 
 
 def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: Path, forward: Forward) -> Splits:
@@ -179,11 +179,11 @@ def policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
         source = config.policy.path
     else:
         assert isinstance(config.policy, TinyPolicy)
-        sft = (config.sft, config.data.world, config.seed, cache)
+        sft = (config.sft, config.data.task, config.seed, cache)
         policy, source = initial_policy(config.policy, *sft)
         response_policy = policy
-        if config.policy.start is not Init.sft:
-            response_policy, _ = initial_policy(replace(config.policy, start=Init.sft), *sft)
+        if config.policy.init is not Init.sft:
+            response_policy, _ = initial_policy(replace(config.policy, init=Init.sft), *sft)
     log.info("initial policy: %s, %s parameters", source, f"{policy.model.num_parameters():,}")
     return policy, response_policy
 
@@ -194,8 +194,8 @@ def tokenizer_of(config: RunConfig, cache: Path) -> PreTrainedTokenizerBase:
         with policy_errors():
             return config.policy.tokenizer()
     assert isinstance(config.policy, TinyPolicy)
-    untrained = replace(config.policy, start=Init.random)  # its tokenizer is the same
-    return initial_policy(untrained, config.sft, config.data.world, config.seed, cache)[0].tokenizer
+    untrained = replace(config.policy, init=Init.random)  # its tokenizer is the same
+    return initial_policy(untrained, config.sft, config.data.task, config.seed, cache)[0].tokenizer
 
 
 def responses(

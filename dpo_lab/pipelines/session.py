@@ -134,8 +134,8 @@ def find_checkpoint(run: run_record.Run, trainer: Trainer) -> Resume:
 
 def setup_process(config: RunConfig) -> None:
     """Check the packages that the task needs, and set up torch and the logging of libraries in this process."""
-    if config.data.is_world:
-        config.data.world.check()
+    if config.data.uses_task:
+        config.data.task.check()
     disable_progress_bar()  # transformers' progress bars last milliseconds here
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     setup_torch(config.threads, on_cpu=config.trainer.get("accelerator") == "cpu")

@@ -32,7 +32,7 @@ def train_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
 
     Raises ConfigError if the config sets label noise, or a text column of generated data.
     """
-    if config.sft.text_column is not None and config.data.is_world:
+    if config.sft.text_column is not None and config.data.uses_task:
         raise ConfigError(
             f"sft.text_column={config.sft.text_column}: the task has no columns; type data.path=FILE.jsonl too"
         )
@@ -53,7 +53,7 @@ def _make_initial_policy(config: RunConfig) -> None:
     """Train the embedded initial policy unless the cache holds it, and print where it is."""
     assert isinstance(config.policy, TinyPolicy)
     setup_process(config)
-    policy, folder = initial_policy(config.policy, config.sft, config.data.world, config.seed, CACHE)
+    policy, folder = initial_policy(config.policy, config.sft, config.data.task, config.seed, CACHE)
     print(f"initial policy of {policy.model.num_parameters():,} parameters: {folder}")
 
 

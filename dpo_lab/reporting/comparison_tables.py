@@ -172,9 +172,9 @@ def health_table(collection: RunSet) -> Table:
         run, first = each[0]
         runs = len(_known(collection, arm))
         where = Cell(f"{len(each)} of {runs}", float(len(each)))
-        says = f"{first['says']} ({first['threshold']}; seed {run.seed})"
+        says = f"{first['message']} ({first['threshold']}; seed {run.seed})"
         rows.append([*words(arm, name), Cell(first["severity"], float(LEVELS.get(first["severity"], 2)), is_text=True), where,
-                     *words(says, first["tries"])])  # fmt: skip
+                     *words(says, first["suggestion"])])  # fmt: skip
     return Table("Health", ["arm", "finding", "severity", "runs", "message", "suggestion"], rows)
 
 

@@ -45,7 +45,7 @@ def model_card(record: Mapping[str, Any]) -> str:
     work = _work(config)
     paths = [str(each["path"]) for each in data.get("sources", {}).values()]
     facts = {
-        "data": data["path"] or ", ".join(paths) or f"task {data['world']['kind']}",
+        "data": data["path"] or ", ".join(paths) or f"task {data['task']['kind']}",
         "pairs": ", ".join(f"{what} {count:,}" for what, count in record["data"].items() if count),
         "loss": _settings(config.get("loss")),
         "reference": _settings(config.get("reference")),

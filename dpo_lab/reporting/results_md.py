@@ -109,7 +109,7 @@ def format_p(p: float | None) -> str:
 def _read(records: Path) -> list[RunSet]:
     found = [archive.read(path) for path in sorted(records.glob("*.json"), key=lambda path: path.stem)]
     if not found:
-        raise StudyError(f"{records}: holds no archived record; archive a study first, with --keep {records}")
+        raise StudyError(f"{records}: holds no archived record; archive a study first, with --archive {records}")
     return found
 
 

@@ -13,15 +13,15 @@ from dpo_lab.runs.redact import redact
 # Keys, with all keys under them, that do not change results, or only how long or on how many processes a run computes.
 KEYS_WITHOUT_EFFECT = (
     "name",
-    "on_change",
-    "objective",
+    "if_exists",
+    "optimized_metric",
     "figures",
     "logger",
     "callbacks.checkpoint",
     "callbacks.health",
     "callbacks.progress",
     "data.num_workers",
-    "data.workers",
+    "data.tokenize_workers",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",

@@ -22,6 +22,7 @@ from dpo_lab.distributed.signals import StopSignal
 from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
 from dpo_lab.runs.fingerprint import changed_files, config_digest, difference, fingerprint
 from dpo_lab.runs.redact import redact, redact_override, redact_text
+from dpo_lab.runs.renamed_keys import present_record
 
 OUTPUTS = Path("outputs")
 RECORD = "run.json"
@@ -72,9 +73,12 @@ def refuse_outside(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Return the folder's record, None if there is none. Raise RunRefused if it can't be read."""
+    """Return the folder's record, None if there is none. Raise RunRefused if it can't be read.
+
+    Keys of earlier versions get their present names.
+    """
     try:
-        return json.loads((folder / RECORD).read_text())
+        return present_record(json.loads((folder / RECORD).read_text()))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -99,12 +103,12 @@ class Run:
     def settle(self, **identity: str) -> None:
         """Record hashes of the run's inputs, and check them against those of the attempt that it resumes.
 
-        Raises RunRefused if they differ; with on_change=restart the earlier attempt is archived instead.
+        Raises RunRefused if they differ; with if_exists=restart the earlier attempt is archived instead.
         """
         was = self.record.get("identity") or {}
         changed = [f"{name} was {was[name]}, is {now}" for name, now in identity.items() if was.get(name, now) != now]
         if self.resumes and changed:
-            if self.record["config"]["on_change"] != "restart":
+            if self.record["config"]["if_exists"] != "restart":
                 raise RunRefused(_refusal(self.folder, changed))
             _archive_previous(self.folder)
             self.resumes = False
@@ -138,7 +142,7 @@ def acquire_run(
             record |= (
                 _resumed_entries(earlier, record)
                 if resumes
-                else {"starts": [*earlier.get("starts", ()), _attempt(earlier)]}
+                else {"attempts": [*earlier.get("attempts", ()), _attempt(earlier)]}
             )
         run = Run(folder, record, resumes)
         run.update(status="running")
@@ -155,7 +159,7 @@ def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = 
     """Return whether a run of `config` that reads `files` is new in the folder, unfinished, or done.
 
     A run with a larger trainer.max_steps than recorded is the same run, unfinished. Raises RunRefused if the folder
-    holds another run, unless on_change=restart.
+    holds another run, unless if_exists=restart.
     """
     record = read_record(folder)
     if record is None or not _is_worth_keeping(folder, record):
@@ -168,7 +172,7 @@ def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = 
     if new_steps < old_steps:
         changed.append(f"trainer.max_steps: was {old_steps}, now {new_steps}")
     if changed:
-        if config["on_change"] == "restart":
+        if config["if_exists"] == "restart":
             return RunStatus.new
         raise RunRefused(_refusal(folder, changed))
     return RunStatus.done if record["status"] == "done" and new_steps == old_steps else RunStatus.unfinished
@@ -202,7 +206,7 @@ def _is_worth_keeping(folder: Path, record: Mapping[str, Any]) -> bool:
 
 def _refusal(folder: Path, changed: Sequence[str]) -> str:
     return (
-        f"{folder} holds another run ({'; '.join(changed)}); type name=another, or on_change=restart to archive it and"
+        f"{folder} holds another run ({'; '.join(changed)}); type name=another, or if_exists=restart to archive it and"
         " start again"
     )
 
@@ -217,7 +221,7 @@ def _resumed_entries(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> d
     old_steps, new_steps = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
     if "steps" in earlier and old_steps == new_steps:
         entries["steps"] = earlier["steps"]  # training had finished
-    return entries | {"starts": [*earlier.get("starts", ()), _attempt(earlier)]}
+    return entries | {"attempts": [*earlier.get("attempts", ()), _attempt(earlier)]}
 
 
 def _attempt(earlier: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lab.runs.atomic_write import write_atomic
+from dpo_lab.runs.renamed_keys import present_finding
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies import frontier
 from dpo_lab.studies.run_data import RunData, RunSet, assemble
@@ -102,7 +103,7 @@ def _archived(run: RunData, names: Iterable[str], origins: list[Any]) -> dict[st
         kept["cpu"] = {stage: _short(taken["cpu"]) for stage, taken in run.record["seconds"].items()}
     if "health" in run.record:
         kept["health"] = [
-            {name: found[name] for name in ("name", "severity", "says")} for found in run.record["health"]
+            {name: found[name] for name in ("name", "severity", "message")} for found in run.record["health"]
         ]
     if run.metrics:
         kept["metrics"] = [_triple(run.metrics.get(name)) for name in names]
@@ -117,7 +118,7 @@ def _run(folder: Path, kept: Mapping[str, Any], record: Mapping[str, Any], overr
     if "cpu" in kept:
         facts["seconds"] = {stage: {"cpu": seconds} for stage, seconds in kept["cpu"].items()}
     if "health" in kept:
-        facts["health"] = [{"threshold": "", "tries": "", **found} for found in kept["health"]]
+        facts["health"] = [{"threshold": "", "suggestion": "", **present_finding(found)} for found in kept["health"]]
     triples = zip(record["metrics"], kept.get("metrics", ()), strict="metrics" in kept)
     metrics = {name: Estimate(*triple) for name, triple in triples if triple is not None}
     place = folder / kept["folder"]

@@ -14,8 +14,8 @@ SEEDS = ("seed", "noise.seed")  # settings that differ between the runs of one a
 IGNORED_OVERRIDES = (
     "name",
     *SEEDS,
-    "on_change",
-    "objective",
+    "if_exists",
+    "optimized_metric",
     "figures",
     "launcher",
 )  # overrides that do not define an arm

@@ -121,15 +121,15 @@ def run_in_submitit_task(is_done: Callable[[], bool]) -> Iterator[None]:
         raise JobFailed(f"{folder}: {error}")
 
 
-def objective_value(objective: str | None) -> float | None:
-    """Return the current job's value of the metric `objective`, for a sweeper that optimizes it; None without one."""
-    if objective is None:
+def optimized_value(metric: str | None) -> float | None:
+    """Return the current job's value of a metric, for a sweeper that optimizes it; None without one."""
+    if metric is None:
         return None
     folder = Path(HydraConfig.get().runtime.output_dir)
     metrics = (run_record.read_record(folder) or {}).get("metrics", {})
-    if objective not in metrics:
-        raise JobFailed(f"objective={objective}: {folder} has no such metric; type one of {', '.join(metrics)}")
-    return float(metrics[objective]["value"])
+    if metric not in metrics:
+        raise JobFailed(f"optimized_metric={metric}: {folder} has no such metric; type one of {', '.join(metrics)}")
+    return float(metrics[metric]["value"])
 
 
 def command(module: str, hydra: HydraConf | DictConfig) -> list[str]:

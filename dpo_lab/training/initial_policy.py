@@ -36,14 +36,14 @@ class SFT:
                 raise ValueError(f"sft.{name}={getattr(self, name)}: must be 1 or more; type e.g. sft.{name}=256")
 
 
-def initial_policy(tiny: TinyPolicy, sft: SFT, world: Task, seed: int, cache: Path) -> tuple[Policy, Path]:
+def initial_policy(tiny: TinyPolicy, sft: SFT, task: Task, seed: int, cache: Path) -> tuple[Policy, Path]:
     """Return the initial policy of the synthetic task and its folder, from the cache or trained and stored there.
 
     The folder's name is a hash of everything that determines the policy: training texts, settings, seed.
     """
     from dpo_lab.models.tokenizer import train_tokenizer
 
-    texts = world.reviews(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
+    texts = task.reviews(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
     inputs = {
         "tiny": asdict(replace(tiny, gradient_checkpointing=False)),  # which does not change the policy
         "sft": {name: value for name, value in asdict(sft).items() if name != "text_column"},  # not used here
@@ -56,8 +56,8 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, world: Task, seed: int, cache: Pa
     def make(folder: Path) -> None:
         tokenizer = train_tokenizer(texts, tiny.vocab_size)
         policy = Policy(tiny.build(tokenizer, derive_seed(seed, "init")), tokenizer)
-        if tiny.start is Init.sft:
-            train_on_texts(policy, texts, sft, seed, ends=world.is_complete)
+        if tiny.init is Init.sft:
+            train_on_texts(policy, texts, sft, seed, ends=task.is_complete)
         policy.save(folder)
 
     cached(folder, make)

@@ -261,7 +261,7 @@ def test_an_interrupted_run_goes_on_where_it_was(workshop, baseline):
     train(workshop, *longer, "name=cut")
     again, undisturbed = record_of(folder), record_of(whole)
     assert again["status"] == "done"
-    assert again["starts"][0]["status"] == "preempted"
+    assert again["attempts"][0]["status"] == "preempted"
     for what in ("metrics", "trained_policy", "samples", "identity"):
         assert again[what] == undisturbed[what]
     assert (folder / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
@@ -305,7 +305,7 @@ def test_more_steps_go_on_from_the_last(workshop, baseline):
     assert folder_of(train(workshop, *longer), workshop) == folder
     assert [path.name for path in (folder / "figures").iterdir()] == ["mine.png"]  # those of 6 steps are gone
     assert (record_of(folder)["steps"], record_of(folder)["status"]) == (12, "done")
-    assert record_of(folder)["starts"][0]["metrics"] == record["metrics"]
+    assert record_of(folder)["attempts"][0]["metrics"] == record["metrics"]
     refused = train(workshop, "name=longer", code=2)  # of 6 steps
     assert "trainer.max_steps: was 12, now 6" in refused.stderr
 

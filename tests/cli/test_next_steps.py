@@ -13,7 +13,7 @@ from dpo_lab.config.from_run import load_finished_run
 from dpo_lab.runs.fingerprint import difference
 from dpo_lab.runs.run_record import RunRefused
 from dpo_lab.sweeps.plan import combinations
-from tests.config.test_config import composed, recorded, settled
+from tests.support.configs import composed, recorded, settled
 
 FOLDER = Path("outputs/dpo/default/seed=0")
 OWN = ["policy=pretrained", "policy.path=my model", "data.path=[./my pairs.jsonl,b.jsonl]"]
@@ -30,7 +30,7 @@ TYPED = {
     "a loss that wants its reference": (["loss=dpo_kl", "loss.kl_weight=0.2"], {"beta"}),
     "a loss without beta": (["+ablation=sft_chosen", *OWN], set()),
     "a name, a restart and a time limit": (
-        ["name=mine", "on_change=restart", "+trainer.max_time=00:01:00:00", "trainer=ddp_cpu"],
+        ["name=mine", "if_exists=restart", "+trainer.max_time=00:01:00:00", "trainer=ddp_cpu"],
         {"reference", "beta"},
     ),
 }
@@ -61,7 +61,7 @@ def test_after_training_each_command_is_the_same_run_with_one_thing_changed(type
     was = schema.as_record(cfg, settings)
     for line in commands:
         arguments = arguments_of(line)
-        assert not [a for a in arguments if a.startswith("on_change")]  # it would set the run aside
+        assert not [a for a in arguments if a.startswith("if_exists")]  # it would set the run aside
         if arguments[0] == "--multirun":
             cells = combinations(arguments[1:], Loader())  # type: ignore[arg-type]
             betas = [float(own[-1].removeprefix("beta=")) for _, own in cells]
@@ -83,7 +83,7 @@ def test_curves_are_named_where_there_are_some():
     "overrides",
     [
         [*OWN, "trainer=fsdp_cpu", "trainer.max_steps=7", "+trainer.max_time=00:01:00:00", "optim.lr=1", "logger=csv"],
-        ["policy=lora", "policy.path=a b", "policy.rank=4", "data=hh_rlhf", "data.workers=2", "threads=2"],
+        ["policy=lora", "policy.path=a b", "policy.lora.r=4", "data=hh_rlhf", "data.tokenize_workers=2", "threads=2"],
     ],
 )
 def test_after_sft_the_command_trains_its_policy_on_the_same_data_and_machine(overrides):

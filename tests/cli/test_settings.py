@@ -19,8 +19,8 @@ from dpo_lab.sweeps import sweeper
 from dpo_lab.sweeps.plan import Job
 from dpo_lab.sweeps.summary import Outcome, show
 from dpo_lab.terminal.progress import plain_console
-from tests.config.test_config import composed, settled
 from tests.conftest import REPOSITORY
+from tests.support.configs import composed, settled
 from tests.support.sweeping import behaves, run, starts
 
 pytestmark = pytest.mark.slow

@@ -6,11 +6,9 @@ from itertools import combinations
 from operator import attrgetter
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dpo_lab.cli import entry_point
-from dpo_lab.config import from_run as recorded_settings
 from dpo_lab.config import logger_packages, schema
 from dpo_lab.core.losses import DPO, IPOSum, SimPO
 from dpo_lab.models.reference import Uniform, UniformOver
@@ -18,31 +16,15 @@ from dpo_lab.runs import run_record
 from dpo_lab.runs.metrics_log import MetricsLogError
 from dpo_lab.training.checkpoint_io import CheckpointError
 from dpo_lab.training.nonfinite import NotFinite
-from tests.conftest import REPOSITORY, python_m
+from tests.conftest import python_m
 from tests.support import warm
+from tests.support.configs import CONF, composed, recorded, settled
 
 pytestmark = pytest.mark.slow
 
-CONF = REPOSITORY / "conf"
 GROUPS = sorted({p.parent.name for p in CONF.glob("*/*.yaml")} - {"ablation"})
 ABLATIONS = sorted(p.stem for p in (CONF / "ablation").glob("*.yaml"))
 CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "ablation"]
-
-
-def composed(*overrides: str, name: str = "train"):
-    schema.register()
-    recorded_settings.register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(name, list(overrides))
-
-
-def settled(*overrides: str) -> schema.RunConfig:
-    return schema.validate(composed(*overrides))
-
-
-def recorded(*overrides: str) -> dict:
-    cfg = composed(*overrides)
-    return schema.as_record(cfg, schema.validate(cfg))
 
 
 NEEDED = {
@@ -141,7 +123,7 @@ REFUSED = [
     (["data=jsonl"], "data.path", "type data.path="),
     (["policy=pretrained"], "policy.path", "type policy.path="),
     (["policy.path=folder"], "'policy.path'", "type policy=pretrained"),
-    (["policy=lora", "policy.path=folder", "policy.rank=0"], "policy.rank=0", "type e.g. policy.rank="),
+    (["policy=lora", "policy.path=folder", "policy.lora.r=0"], "policy.lora.r=0", "type e.g. policy.lora.r="),
     (["reference=adapter_off"], "reference=adapter_off", "type policy=lora"),
     (["data=mix"], "data.path is empty", "type data.path=FILE.jsonl, data=mix '+data.sources="),
     (["data.path=x", "data.columns={prompt: a}"], "data.columns: its entries are added", "type +data.columns=..."),
@@ -150,13 +132,13 @@ REFUSED = [
     (["data=mix", "+data.sources={a: {weight: 2}}"], "data.sources.a.path is missing", "type +data.sources.a.path="),
     (["data=mix", "data.path=x", "+data.sources={a: {path: y}}"], "data.path and data.sources", "type data=mix"),
     (["noise=uncertainty", "noise.rate=0.1"], "'noise.rate'", "type noise=symmetric or noise=one_sided"),
-    (["policy=pretrained", "policy.path=x", "policy.merge=true"], "policy.merge", "type policy.rank=16"),
+    (["policy=pretrained", "policy.path=x", "policy.merge=true"], "policy.merge", "type policy.lora.r=16"),
     (["policy=pretrained", "policy.path=folder", "policy.layers=2"], "'policy.layers'", "type policy=tiny"),
     (["policy=pretrained", "policy.path=folder", "policy.dtype=int8"], "policy.dtype=int8", "float32, bfloat16"),
     (["data.tokens_per_microbatch=0"], "data.tokens_per_microbatch=0", "type e.g."),
     (["optim.max_grad_norm=0"], "optim.max_grad_norm=0", "type optim.max_grad_norm="),
-    (["+data.world.tempature=2"], "data.world.tempature", "data.world.temperature"),
-    (["data.world.reward=max"], "data.world.reward=max", "mean, sum"),
+    (["+data.task.tempature=2"], "data.task.tempature", "data.task.temperature"),
+    (["data.task.reward=max"], "data.task.reward=max", "mean, sum"),
     (["trainer.max_stepz=5"], "trainer.max_stepz", "trainer.max_steps"),
     (["trainer.max_steps=0"], "trainer.max_steps=0", "type e.g. trainer.max_steps="),
     (["seed=1.5"], "seed=1.5", "whole number"),

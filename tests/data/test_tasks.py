@@ -1,4 +1,4 @@
-"""The embedded world: its grammar round trip, worked rewards, variety, splits that never overlap, its annotator."""
+"""The embedded task: its grammar round trip, worked rewards, variety, splits that never overlap, its annotator."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ def test_reviews_are_scaled():
 
 
 def test_well_formed_asks_for_the_shape():
-    world = SyntheticReviews()
-    assert world.well_formed("The plot was good. The cast was good. The hero was good.")
-    assert not world.well_formed("The plot was good. The cast was good.")
+    task = SyntheticReviews()
+    assert task.well_formed("The plot was good. The cast was good. The hero was good.")
+    assert not task.well_formed("The plot was good. The cast was good.")
     assert SyntheticReviews(min_clauses=1).well_formed("The plot was good. The cast was good.")
 
 
@@ -129,18 +129,18 @@ def test_50000_reviews_hardly_repeat():
 
 @pytest.mark.parametrize("draw", ["reviews", "prompts"])
 def test_splits_never_overlap_whatever_the_seed(draw):
-    world = SyntheticReviews()
-    train = {text for seed in range(4) for text in getattr(world, draw)(TRAIN, 1500, seed)}
-    held_out = {text for seed in range(4) for text in getattr(world, draw)(HELD_OUT, 1500, seed)}
+    task = SyntheticReviews()
+    train = {text for seed in range(4) for text in getattr(task, draw)(TRAIN, 1500, seed)}
+    held_out = {text for seed in range(4) for text in getattr(task, draw)(HELD_OUT, 1500, seed)}
     assert train & held_out == set()
     assert {split_of(text) for text in train} == {TRAIN}
 
 
 def test_texts_are_a_function_of_the_seed():
-    world = SyntheticReviews()
-    assert world.reviews(TRAIN, 50, 1) == world.reviews(TRAIN, 50, 1)
-    assert len(set(world.reviews(TRAIN, 50, 1)) & set(world.reviews(TRAIN, 50, 2))) == 0
-    assert world.prompts(TRAIN, 50, 1)[:20] == world.prompts(TRAIN, 20, 1)
+    task = SyntheticReviews()
+    assert task.reviews(TRAIN, 50, 1) == task.reviews(TRAIN, 50, 1)
+    assert len(set(task.reviews(TRAIN, 50, 1)) & set(task.reviews(TRAIN, 50, 2))) == 0
+    assert task.prompts(TRAIN, 50, 1)[:20] == task.prompts(TRAIN, 20, 1)
 
 
 def test_prompts_hold_nothing_of_value():
@@ -152,32 +152,32 @@ def test_prompts_hold_nothing_of_value():
 
 
 def test_annotator_is_bradley_terry():
-    world, rng, count = SyntheticReviews(temperature=0.5), random.Random(0), 4000
+    task, rng, count = SyntheticReviews(temperature=0.5), random.Random(0), 4000
     first, second = " was odd.", " was good."  # gold 0 and 1
-    chosen = Counter(world.label("The plot", first, second, rng).chosen for _ in range(count))
+    chosen = Counter(task.label("The plot", first, second, rng).chosen for _ in range(count))
     p = 1 / (1 + math.exp(1 / 0.5))
     assert chosen[first] / count == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / count))
 
 
 def test_annotator_keeps_the_truth_beside_the_label():
-    world, rng = SyntheticReviews(temperature=100.0), random.Random(0)
-    pairs = [world.label("The plot", " was superb.", " was weak.", rng) for _ in range(50)]
+    task, rng = SyntheticReviews(temperature=100.0), random.Random(0)
+    pairs = [task.label("The plot", " was superb.", " was weak.", rng) for _ in range(50)]
     assert {(p.chosen, p.gold_margin) for p in pairs} == {(" was superb.", 4.0), (" was weak.", -4.0)}
 
 
 def test_extreme_differences_do_not_overflow():
-    world = SyntheticReviews(temperature=1e-3)
-    assert world.label("The plot", " was awful.", " was superb.", random.Random(0)).chosen == " was superb."
+    task = SyntheticReviews(temperature=1e-3)
+    assert task.label("The plot", " was awful.", " was superb.", random.Random(0)).chosen == " was superb."
 
 
 def test_pairs_name_what_they_drop():
-    world = SyntheticReviews()
+    task = SyntheticReviews()
 
     def sample(prompts, stream):
         endings = {"first": [" a", None, " b"], "second": [" c", " d", " b"]}[stream.split("/")[1]]
         return [endings[i % 3] for i in range(len(prompts))]
 
-    items = list(world.pairs(TRAIN, 3, 0, sample))
+    items = list(task.pairs(TRAIN, 3, 0, sample))
     assert isinstance(items[0], Pair)
     assert items[1:] == ["unfinished response", "identical sides"]
 
@@ -202,5 +202,5 @@ def test_scrambled_pairs_differ_from_sampled_ones_in_the_rejected_letters_order(
 
 @pytest.mark.parametrize("settings", [{"min_clauses": 0}, {"min_clauses": 4, "max_clauses": 3}, {"temperature": 0.0}])
 def test_settings_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match=f"data.world.{next(iter(settings))}"):
+    with pytest.raises(ValueError, match=f"data.task.{next(iter(settings))}"):
         SyntheticReviews(**settings)

@@ -38,8 +38,8 @@ from dpo_lab.reporting.run_summary import metric_rows
 from dpo_lab.runs.examples import EXAMPLES, numbered, read
 from dpo_lab.stats.calibration import reliability
 from dpo_lab.stats.estimates import Estimate
-from tests.config.test_config import recorded, settled
 from tests.conftest import make_pairs
+from tests.support.configs import recorded, settled
 
 
 def perturbed(policy: Policy, scale: float) -> Policy:
@@ -62,7 +62,7 @@ def subject_of(trained: Policy, initial: Policy, prompts: list[str], **changes) 
         prompts=prompts,
         prompt_ids=[encoder.prompt(prompt) for prompt in prompts],
         texts=[(begin, encoder.response(text, begin)) for text in SyntheticReviews().reviews(HELD_OUT, 5, seed=0)],
-        world=SyntheticReviews(),
+        task=SyntheticReviews(),
         max_new_tokens=8,
         tokens=64,
         batch_size=4,
@@ -205,7 +205,7 @@ def test_gold_reward_by_hand(subject):
 
 
 def test_no_world_no_gold(subject):
-    subject.world = None
+    subject.task = None
     assert list(Reward().run(subject)) == []
     assert list(WinRate().run(subject)) == []
 
@@ -436,7 +436,7 @@ def test_what_an_evaluator_does_not_need_is_not_made(subject, monkeypatch):
         if not kind.needs_samples:
             assert dict(kind().run(subject))
     monkeypatch.undo()
-    subject.world = None
+    subject.task = None
     assert {name for name, kind in EVALUATORS.items() if not dict(kind().run(subject))} == {
         name for name, kind in EVALUATORS.items() if kind.needs_reward
     }

@@ -22,7 +22,7 @@ from tests.evals.test_evals import perturbed, subject_of
 
 
 class Letters(SyntheticReviews, name="letters", has_grammar=True, is_complete=True):
-    """A world in which untrained policies differ."""
+    """A task in which untrained policies differ."""
 
     def gold(self, text: str) -> float:
         return sum(ord(letter) for letter in text) / 700
@@ -35,7 +35,7 @@ PROMPTS = SyntheticReviews().prompts(HELD_OUT, 4, seed=0)
 @pytest.fixture
 def subject(policy, tmp_path) -> EvalContext:
     """Whose second prompt comes twice."""
-    return subject_of(policy, policy, [*PROMPTS[:2], PROMPTS[1], *PROMPTS[2:]], cache=tmp_path / "cache", world=WORLD)
+    return subject_of(policy, policy, [*PROMPTS[:2], PROMPTS[1], *PROMPTS[2:]], cache=tmp_path / "cache", task=WORLD)
 
 
 @pytest.fixture
@@ -92,13 +92,13 @@ def test_what_is_kept_of_candidates(subject, sampled, tmp_path):
 
 
 def test_a_judge_scores_them_where_no_truth_is_known(subject):
-    subject.world, subject.judge = None, lambda texts: np.array([float(len(text)) for text in texts])
+    subject.task, subject.judge = None, lambda texts: np.array([float(len(text)) for text in texts])
     assert set(dict(Optimum(4, 2).run(subject))) == {"best_of_4/judge", "best_of_4/judge_gain"}
     assert [list(row) for row in subject.examples.rows()] == [["kind", "key", "judge"]] * 2
 
 
 def test_without_a_reward_nothing_is_sampled(subject, sampled):
-    subject.world = None
+    subject.task = None
     assert list(Optimum(4, 2).run(subject)) == []
     assert sampled == []
 

@@ -37,7 +37,7 @@ def written(path: Path, *lines: dict | bytes) -> Path:
 
 
 def load(path: Path, **settings) -> Splits:
-    data = Data(**({"path": str(path), "workers": 1, "max_length": 64, "max_prompt_length": 32} | settings))
+    data = Data(**({"path": str(path), "tokenize_workers": 1, "max_length": 64, "max_prompt_length": 32} | settings))
     encoder = PairTokenizer(tokenizer_of("plain"), data.max_length, data.max_prompt_length)
     return data.choose(data.store(encoder, path.parent / "cache"))
 

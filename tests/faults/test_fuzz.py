@@ -205,7 +205,7 @@ def _outcome(file: Damaged, encoder: PairTokenizer, folder: Path) -> tuple[str, 
     on_bad_row = OnBadRow.skip if file.skips else OnBadRow.error
     data = Data(
         path=str(rows if file.beside else rows / file.name),
-        workers=1,
+        tokenize_workers=1,
         on_bad_row=on_bad_row,
         max_bad_share=1.0,
         contradictions=Contradictions.keep,

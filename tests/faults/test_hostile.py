@@ -36,11 +36,11 @@ from dpo_lab.runs.redact import redact_yaml
 from dpo_lab.studies.spec import StudyError
 from dpo_lab.sweeps.study_file import read
 from dpo_lab.training.checkpoint_io import CheckpointError, VerifiedCheckpointIO, newest
-from tests.config.test_config import composed
 from tests.conftest import OFFLINE, REPOSITORY, make_pairs
 from tests.data.test_tokenized_cache import store_of
 from tests.faults.canaries import CODE, MARK, SHELL, Payload
 from tests.support import a_study
+from tests.support.configs import composed
 from tests.support.study_runs import HOSTILE, write_study
 from tests.support.templates import tokenizer_of
 from tests.support.warm import door
@@ -96,7 +96,7 @@ TARGETS = {
     "functools.partial": [f"+callbacks.x={{_target_:functools.partial,_args_:[{{_target_:{FIRE}}}]}}"],
     "the loss": [f"+loss._target_={FIRE}"],
     "the policy": [f"+policy._target_={FIRE}"],
-    "the world": [f"+data.world._target_={FIRE}"],
+    "the task": [f"+data.task._target_={FIRE}"],
     "an evaluator": [f"+evals.kl._target_={FIRE}"],
     "Hydra's launcher": [f"hydra.launcher._target_={FIRE}"],
     "in Hydra's launcher": [f"+hydra.launcher.x._target_={FIRE}"],
@@ -411,7 +411,7 @@ def test_44_secrets_are_in_no_file_and_on_no_terminal(tmp_path):
     for wrong in (
         f"data.path=https://me:{PASSWORD}@example.org/x.jsonl",
         f"beta={TOKEN}",
-        "objective=${oc.env:SOME_API_KEY}",
+        "optimized_metric=${oc.env:SOME_API_KEY}",
     ):
         said.append(door("dpo_lab.train", wrong, "trainer.max_steps=0", cwd=tmp_path, **secrets))
         assert said[-1].returncode == 2

@@ -12,7 +12,7 @@ from dpo_lab.runs.fingerprint import changed_files, fingerprint
 
 pytestmark = pytest.mark.slow
 
-CONFIG = {"beta": 0.1, "data": {"path": "pairs.jsonl"}, "trainer": {"max_steps": 160}, "on_change": "refuse"}
+CONFIG = {"beta": 0.1, "data": {"path": "pairs.jsonl"}, "trainer": {"max_steps": 160}, "if_exists": "refuse"}
 
 
 def left(folder: Path) -> dict[Path, bytes]:
@@ -37,7 +37,7 @@ def test_11_a_changed_config_is_refused_with_the_difference(ends, tmp_path):
         assert not ends
     before = left(tmp_path)
     with (
-        pytest.raises(run_record.RunRefused, match=r"beta: was 0.1, now 0.5.*name=another.*on_change=restart"),
+        pytest.raises(run_record.RunRefused, match=r"beta: was 0.1, now 0.5.*name=another.*if_exists=restart"),
         run_record.acquire_run(tmp_path, CONFIG | {"beta": 0.5}, []),
     ):
         pytest.fail("entered")
@@ -48,7 +48,7 @@ def test_11_on_request_the_other_run_is_set_aside_whole(tmp_path):
     begin(tmp_path, CONFIG)
     (tmp_path / "run.log").write_text("a log\n")
     before = {path.relative_to(tmp_path): content for path, content in left(tmp_path).items()}
-    begin(tmp_path, CONFIG | {"beta": 0.5, "on_change": "restart"})
+    begin(tmp_path, CONFIG | {"beta": 0.5, "if_exists": "restart"})
     aside = {
         path.relative_to(tmp_path / "earlier-1"): content for path, content in left(tmp_path / "earlier-1").items()
     }
@@ -84,7 +84,7 @@ def test_12_changed_files_are_refused(change, ends, tmp_path):
         data[1].write_text("[]" if change == "other content" else "[1]")
         os.utime(data[1], ns=(1, 1))
     with (
-        pytest.raises(run_record.RunRefused, match=r"[bc].jsonl .*on_change=restart"),
+        pytest.raises(run_record.RunRefused, match=r"[bc].jsonl .*if_exists=restart"),
         run_record.acquire_run(folder, CONFIG, [], data),
     ):
         pytest.fail("entered")

@@ -96,12 +96,12 @@ def fits(tmp_path_factory) -> dict[str, Fit]:
 
 @pytest.fixture(scope="module")
 def long_winded(tmp_path_factory) -> tuple[Path, str]:
-    """A run by its door in a world where every clause is paid for, at a rate and a beta that break its language, too."""
+    """A run by its door in a task where every clause is paid for, at a rate and a beta that break its language, too."""
     folder = tmp_path_factory.mktemp("door")
     settings = (
         "name=long policy.hidden_size=64 policy.layers=2 policy.intermediate_size=128 sft.steps=96 sft.optim.lr=1e-2"
-        " data.pairs=192 data.validation_pairs=64 data.batch_size=16 data.world.min_clauses=1 data.world.max_clauses=6"
-        " data.world.reward=sum data.world.max_new_tokens=64 beta=0.02 optim.lr=3e-3 optim.warmup_steps=2"
+        " data.pairs=192 data.validation_pairs=64 data.batch_size=16 data.task.min_clauses=1 data.task.max_clauses=6"
+        " data.task.reward=sum data.task.max_new_tokens=64 beta=0.02 optim.lr=3e-3 optim.warmup_steps=2"
         " trainer.max_steps=24 trainer.val_check_interval=12 trainer.log_every_n_steps=4"
         " evals.num_prompts=128 evals.num_texts=64 evals.max_new_tokens=64"
     ).split()
@@ -128,7 +128,7 @@ def test_a_fit_is_found_out_for_what_is_wrong_with_it_and_for_nothing_else(name,
     found = of_folder(fits[name].folder, fits[name].record)
     assert {finding.name for finding in found} == FOUND[name]
     for finding in found:
-        assert re.search(r"\d", finding.says)
+        assert re.search(r"\d", finding.message)
         assert re.search(r"\d|must", finding.threshold)
         assert finding.is_warning == (finding.name != "step zero")
 
@@ -176,7 +176,7 @@ def test_a_run_by_its_door_says_it_everywhere(long_winded):
     assert step == record["steps"] == 24
     for finding in found:
         assert finding.name in text
-        assert finding.tries.split(",")[0].split("_")[0] in text
+        assert finding.suggestion.split(",")[0].split("_")[0] in text
     assert texts["health/live"]
     assert all(0 < step <= 24 for step, _ in texts["health/live"])
     assert "health: likelihood displacement" in (folder / "run.log").read_text()
@@ -239,7 +239,7 @@ def test_what_there_is_to_try_can_be_typed(fits, long_winded):
     found = [f for fit in fits.values() for f in of_folder(fit.folder, fit.record)]
     found += [Finding.from_record(f) for f in json.loads((long_winded[0] / "run.json").read_text())["health"]]
     assert {finding.name for finding in found} == set().union(*FOUND.values()) | BY_DOOR
-    said = " ".join(finding.tries for finding in found)
+    said = " ".join(finding.suggestion for finding in found)
     typed = set(re.findall(r"\+?[a-z_.]+=[\w.\-]+(?<![.,])", said))
     assert {"callbacks=early_stopping", "loss=ipo_mean", "+ablation=simpo", "data.validation_fraction=0.1"} <= typed
     with initialize_config_dir(lab_config.conf_dir(), version_base="1.3"):
@@ -352,7 +352,7 @@ def test_one_high_row_is_no_divergence_and_one_that_passed_is_no_warning():
     (passed,) = findings(a_record(), rows_of("train", loss=two))
     assert (passed.name, passed.severity) == ("diverging", Severity.info)
     (broken,) = findings(a_record(), rows_of("train", loss=[0.69, math.nan]))
-    assert broken.says == "loss is nan at step 20"
+    assert broken.message == "loss is nan at step 20"
     assert broken.is_warning
 
 
@@ -414,7 +414,7 @@ def test_16_bit_weights_that_hardly_moved_are_warned_of(moved, warns):
     counted = {"moved": moved, "trained": 44_192, "share": (moved or 0) / 44_192, "dtype": "bfloat16"}
     found = findings(a_record() if moved is None else a_record(moved_weights=counted), [])
     assert [f.name for f in found] == warns * ["weights rounded"]
-    assert all(f.is_warning and f"{moved:,} of 44,192 trained weights" in f.says for f in found)
+    assert all(f.is_warning and f"{moved:,} of 44,192 trained weights" in f.message for f in found)
 
 
 def test_supervised_fine_tuning_is_looked_at_by_its_losses():

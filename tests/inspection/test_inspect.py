@@ -15,9 +15,9 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.inspection import report, terminal
 from dpo_lab.inspection.look import Inspection, inspect_pairs
 from dpo_lab.inspection.token_view import visible
-from tests.config.test_config import composed
 from tests.conftest import OWN_MODEL, python_m
 from tests.data.test_quality import PLANTED, planted
+from tests.support.configs import composed
 from tests.support.warm import door
 
 pytestmark = pytest.mark.slow
@@ -228,7 +228,7 @@ def test_no_weights_are_loaded_for_pairs_of_ones_own(folder, monkeypatch):
 def test_a_run_records_what_inspection_says(folder, monkeypatch):
     monkeypatch.chdir(folder)
     settings = [*PLANTED_DATA, "data.contradictions=drop", "noise.rate=0.2"]
-    small = [s for s in OWN_MODEL if not s.startswith(("data.pairs", "data.validation_pairs", "data.world"))]
+    small = [s for s in OWN_MODEL if not s.startswith(("data.pairs", "data.validation_pairs", "data.task"))]
     result = door("dpo_lab.train", *OWN, *settings, *small, "trainer.max_steps=1", "name=same", cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = (folder / "outputs" / "same").rglob("run.json")
@@ -244,9 +244,9 @@ def test_a_run_records_what_inspection_says(folder, monkeypatch):
 def test_the_world_can_be_looked_at(tmp_path):
     small = (
         "policy.hidden_size=64 policy.layers=2 policy.intermediate_size=128 sft.steps=96 sft.optim.lr=1e-2 data.pairs=96"
-        " data.validation_pairs=24 data.world.max_new_tokens=40"
+        " data.validation_pairs=24 data.task.max_new_tokens=40"
     ).split()
-    result = door("dpo_lab.inspect", *small, "show=1", "page=world.png", cwd=tmp_path)
+    result = door("dpo_lab.inspect", *small, "show=1", "page=task.png", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "truth: contradicts the label" in result.stdout
     assert "training pair 1 " in result.stdout

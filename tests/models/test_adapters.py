@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dpo_lab.core.losses import DPO
 from dpo_lab.data.collate import collate
 from dpo_lab.models.forward import pair_logps, pair_loss
-from dpo_lab.models.policy import Policy, PolicyError, Pretrained, trainable_copy, weights_digest
+from dpo_lab.models.policy import Lora, Policy, PolicyError, Pretrained, trainable_copy, weights_digest
 from tests.conftest import make_pairs
 from tests.support.architectures import CACHED, made
 
@@ -121,7 +121,7 @@ def test_weights_that_are_missing_from_the_adapters_are_refused(policy, tmp_path
     with pytest.raises(
         PolicyError, match=r"policy.adapter=.*4 weights are missing from its file \(.*layers.1.*\.\.\.\); type"
     ):
-        Pretrained(path=str(folder), rank=4).load()
+        Pretrained(path=str(folder), lora=Lora(r=4)).load()
 
 
 @pytest.mark.parametrize(

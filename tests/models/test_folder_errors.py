@@ -64,7 +64,7 @@ def several_ggufs(folder: Path) -> None:
 
 OWN_CODE = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
 FAULTS = {
-    "pickled weights": (pickled, "its weights are pickled.*type policy.pickled_weights=true if you trust"),
+    "pickled weights": (pickled, "its weights are pickled.*type policy.allow_pickle=true if you trust"),
     "no weights": (without_weights, "the folder holds no weights; type the path of"),
     "a shard missing": (a_shard_missing, "2 of the 3 files of its weights are missing .model-00002.*copy or download"),
     "a Git LFS pointer": (lfs_pointer, "model.safetensors is a Git LFS pointer.*type git lfs pull"),

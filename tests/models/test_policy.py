@@ -20,7 +20,16 @@ from dpo_lab.core.pairs import Pair
 from dpo_lab.data.collate import collate
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.models.forward import forward_name, pair_logps, pair_loss, select_forward
-from dpo_lab.models.policy import Dtype, Policy, PolicyError, Pretrained, load_policy, trainable_copy, weights_digest
+from dpo_lab.models.policy import (
+    Dtype,
+    Lora,
+    Policy,
+    PolicyError,
+    Pretrained,
+    load_policy,
+    trainable_copy,
+    weights_digest,
+)
 from dpo_lab.models.reference import REFERENCES
 from tests.conftest import OWN_MODEL, make_pairs
 from tests.support.warm import door
@@ -161,7 +170,7 @@ def test_own_model_on_own_pairs(architecture, policy, folder, tmp_path):
 @pytest.fixture(scope="module")
 def adapted(folder) -> Policy:
     pytest.importorskip("peft")
-    return Pretrained(path=str(folder), rank=4).load(seed=3)
+    return Pretrained(path=str(folder), lora=Lora(r=4)).load(seed=3)
 
 
 def test_fresh_adapters_change_nothing_and_alone_are_trained(policy, adapted):
@@ -184,7 +193,7 @@ def load_like(policy: Policy):
 
 def test_adapters_are_drawn_from_the_seed(folder):
     pytest.importorskip("peft")
-    drawn = [Pretrained(path=str(folder), rank=4).load(seed).model for seed in (3, 3, 4)]
+    drawn = [Pretrained(path=str(folder), lora=Lora(r=4)).load(seed).model for seed in (3, 3, 4)]
     first, again, other = ({n: p for n, p in model.named_parameters() if "lora_A" in n} for model in drawn)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
@@ -233,7 +242,7 @@ def test_all_references_agree_before_training_and_stay_after_it(adapted, tmp_pat
 @pytest.mark.parametrize(("reference", "merge"), [("adapter_off", False), ("cached", True)])
 def test_lora_on_own_pairs(reference, merge, folder, tmp_path):
     pytest.importorskip("peft")
-    wanted = ["policy=lora", "policy.rank=4", f"reference={reference}", f"policy.merge={merge}", "optim.lr=1e-2"]
+    wanted = ["policy=lora", "policy.lora.r=4", f"reference={reference}", f"policy.merge={merge}", "optim.lr=1e-2"]
     record, run = run_on_own_pairs(folder, tmp_path, *wanted)
     assert record["config"]["policy"]["rank"] == 4
     assert record["metrics"]["kl"]["value"] != 0  # it moved
@@ -248,7 +257,7 @@ def test_lora_on_own_pairs(reference, merge, folder, tmp_path):
         )
     if merge:
         return
-    went_on = Pretrained(path=str(saved), rank=4).load().model
+    went_on = Pretrained(path=str(saved), lora=Lora(r=4)).load().model
     named = {name.removeprefix("base_model.model."): p for name, p in went_on.named_parameters()}
     for name, weight in base.named_parameters():  # the base is what it was
         kept = named.get(name, named.get(name.replace(".weight", ".base_layer.weight")))
@@ -263,7 +272,7 @@ def test_lora_on_own_pairs(reference, merge, folder, tmp_path):
 def trained_adapters(folder, tmp_path_factory) -> Path:
     """A folder of adapters that someone trained before, on the user's model."""
     pytest.importorskip("peft")
-    before = Pretrained(path=str(folder), rank=4).load(seed=1)
+    before = Pretrained(path=str(folder), lora=Lora(r=4)).load(seed=1)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in before.model.named_parameters():
         if "lora_B" in name:
@@ -275,8 +284,8 @@ def trained_adapters(folder, tmp_path_factory) -> Path:
 
 def test_going_on_from_trained_adapters(trained_adapters, folder, tmp_path):
     """They are where training starts and what the reference is; with them off the policy would be another model."""
-    by_path = Pretrained(path=str(trained_adapters), rank=4).load()
-    by_name = Pretrained(path=str(folder), adapter=str(trained_adapters), rank=4).load()
+    by_path = Pretrained(path=str(trained_adapters), lora=Lora(r=4)).load()
+    by_name = Pretrained(path=str(folder), adapter=str(trained_adapters), lora=Lora(r=4)).load()
     assert weights_digest(by_path.model) == weights_digest(by_name.model)
     assert all(("lora_" in name) == p.requires_grad for name, p in by_path.model.named_parameters())
     model, batch, pairs = trainable_copy(by_path.model), collate(make_pairs(6)), make_pairs(12)
@@ -307,7 +316,7 @@ def test_pickled_weights_are_read_only_where_asked_for(policy, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(PolicyError, match="policy.path="):
         Pretrained(path=str(tmp_path)).load()
-    loaded = Pretrained(path=str(tmp_path), pickled_weights=True).load().model
+    loaded = Pretrained(path=str(tmp_path), allow_pickle=True).load().model
     assert weights_digest(loaded) == weights_digest(policy.model)
 
 
@@ -321,14 +330,14 @@ def test_a_chat_template_of_the_users_goes_with_the_policy(folder, tmp_path):
 
 
 def test_going_on_is_refused_where_it_would_mislead(trained_adapters, folder):
-    with pytest.raises(PolicyError, match="policy.rank=8: the adapters have rank 4; type policy.rank=4"):
-        Pretrained(path=str(trained_adapters), rank=8).load()
+    with pytest.raises(PolicyError, match="policy.lora.r=8: the adapters have rank 4; type policy.lora.r=4"):
+        Pretrained(path=str(trained_adapters), lora=Lora(r=8)).load()
     with pytest.raises(PolicyError, match="policy.adapter=.*type the folder of adapters trained on policy.path="):
-        Pretrained(path=str(folder), adapter=str(folder), rank=4).load()
+        Pretrained(path=str(folder), adapter=str(folder), lora=Lora(r=4)).load()
 
 
 def test_going_on_by_the_door(trained_adapters, tmp_path):
-    wanted = ["policy=lora", "policy.rank=4", "optim.lr=1e-2"]
+    wanted = ["policy=lora", "policy.lora.r=4", "optim.lr=1e-2"]
     refused = door(
         "dpo_lab.train", *OWN_MODEL, *wanted, f"policy.path={trained_adapters}", "reference=adapter_off", cwd=tmp_path
     )
@@ -343,7 +352,7 @@ def test_going_on_by_the_door(trained_adapters, tmp_path):
 def test_adapters_on_the_head_take_padded_rows_and_one_line_says_so(folder, caplog):
     pytest.importorskip("peft")
     with caplog.at_level(logging.INFO, logger="dpo_lab.models.forward"):
-        loaded = Pretrained(path=str(folder), rank=4, targets=["lm_head", "q_proj"]).load()
+        loaded = Pretrained(path=str(folder), lora=Lora(r=4, target_modules=["lm_head", "q_proj"])).load()
     assert [r.message for r in caplog.records] == [
         "forward: padded rows for LlamaForCausalLM, because its LM head is not a plain matrix"
     ]
@@ -353,8 +362,10 @@ def test_adapters_on_the_head_take_padded_rows_and_one_line_says_so(folder, capl
 
 def test_targets_that_are_not_there_are_refused(folder):
     pytest.importorskip("peft")
-    with pytest.raises(PolicyError, match="policy.targets=.*nothing.*type policy.targets=all-linear"):
-        Pretrained(path=str(folder), rank=4, targets=["nothing"]).load()
+    with pytest.raises(
+        PolicyError, match="policy.lora.target_modules=.*nothing.*type policy.lora.target_modules=all-linear"
+    ):
+        Pretrained(path=str(folder), lora=Lora(r=4, target_modules=["nothing"])).load()
 
 
 @pytest.mark.filterwarnings("ignore")  # what packages that the lab does not depend on warn of is theirs

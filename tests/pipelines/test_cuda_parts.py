@@ -26,10 +26,10 @@ from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.memory import MemoryTracker, peak_memory, restart_peak
 from dpo_lab.training.strategies import fsdp
 from dpo_lab.training.strategies.fsdp import gather_model
-from tests.config.test_config import composed
 from tests.conftest import make_pairs
 from tests.evals.test_evals import subject_of
 from tests.support import small_fit
+from tests.support.configs import composed
 from tests.support.pretend_cuda import DEVICE, DevicesDiffer, pretend_cuda
 
 pytestmark = [pytest.mark.filterwarnings(rule) for rule in small_fit.IGNORED]

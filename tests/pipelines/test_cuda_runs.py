@@ -104,7 +104,7 @@ def test_a_later_evaluation_computes_on_the_gpu(trained):
 
 def test_supervised_fine_tuning_computes_on_the_gpu(shop):
     """Of adapters, which share their frozen base with the initial policy, over checkpointed layers."""
-    adapters = ["policy=lora", "policy.rank=2", "policy.gradient_checkpointing=true"]
+    adapters = ["policy=lora", "policy.lora.r=2", "policy.gradient_checkpointing=true"]
     on_gpu(shop, "dpo_lab.sft", "trainer=gpu", "name=sft", *QUIET, *adapters)
     assert record_of(shop, "sft")["status"] == "done"
 

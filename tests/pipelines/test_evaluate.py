@@ -15,8 +15,8 @@ from dpo_lab.evaluate import as_path
 from dpo_lab.runs import evaluations
 from dpo_lab.runs.examples import Examples, read
 from dpo_lab.runs.run_record import RunRefused
-from tests.config.test_config import composed, recorded, settled
 from tests.conftest import SMALL, python_m
+from tests.support.configs import composed, recorded, settled
 from tests.support.warm import door
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cli")]  # one process makes the initial policy, once
@@ -162,7 +162,7 @@ def test_what_is_typed_now_comes_before_what_was_recorded():
     assert (found.beta, found.loss.beta, found.threads) == (0.4, 0.4, 2)
     typed = ["run=folder", "evals=imdb"]
     found = config_from_run(record, composed(*typed, name="evaluate"), typed)
-    assert (found.evals.num_prompts, found.evals.max_new_tokens) == (256, found.data.world.max_new_tokens)
+    assert (found.evals.num_prompts, found.evals.max_new_tokens) == (256, found.data.task.max_new_tokens)
 
 
 def test_settings_newer_than_the_record_get_their_defaults():

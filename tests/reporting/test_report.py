@@ -278,7 +278,7 @@ def test_arms_that_were_not_measured_alike_are_named_first(again, capsys):
 
 
 def test_a_kept_record_is_reported_on_as_well(folder, tmp_path, capsys):
-    said(capsys, folder, "--keep", tmp_path / "records")
+    said(capsys, folder, "--archive", tmp_path / "records")
     (record,) = (tmp_path / "records").iterdir()
     text = said(capsys, record, "--page", tmp_path / "kept.html")
     assert text.splitlines()[1] == "supported"
@@ -290,7 +290,7 @@ def test_a_kept_record_is_reported_on_as_well(folder, tmp_path, capsys):
 
 
 def test_results_are_written_and_checked(folder, tmp_path, capsys):
-    said(capsys, folder, "--keep", tmp_path / "records")
+    said(capsys, folder, "--archive", tmp_path / "records")
     results = tmp_path / "RESULTS.md"
     said(capsys, "--results", results)
     assert "agrees with the records" in said(capsys, "--results", results, "--check")

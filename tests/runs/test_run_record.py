@@ -27,7 +27,7 @@ CONFIG = {
     "loss": {"kind": "dpo"},
     "data": {"num_workers": 0},
     "trainer": {"max_steps": 160, "devices": 1},
-    "on_change": "refuse",
+    "if_exists": "refuse",
 }
 
 
@@ -113,7 +113,7 @@ def test_an_unfinished_run_goes_on_from_what_it_left(error, status, tmp_path):
         assert run is not None
         assert run.resumes
         assert run.record["seconds"] == {"prepare": 1.0}
-        assert run.record["starts"][0]["status"] == status
+        assert run.record["attempts"][0]["status"] == status
     assert (tmp_path / "checkpoints" / "step=8.ckpt").exists()
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_anew_whatever_its_
         assert not run.resumes
     record = record_in(tmp_path)
     assert record["config"]["beta"] == 0.5
-    assert record["starts"][0]["error"] == "ValueError: early"
+    assert record["attempts"][0]["error"] == "ValueError: early"
 
 
 @pytest.mark.parametrize("files", [{"run.json": "{"}, {"run.json": ""}])
@@ -148,8 +148,8 @@ def test_more_steps_are_more_of_the_same_run(tmp_path):
         run.update(steps=320, metrics={"x": 2.0})
     record = record_in(tmp_path)
     assert record["metrics"] == {"x": 2.0}
-    assert record["starts"][0]["max_steps"] == 160
-    assert record["starts"][0]["metrics"] == {"x": 1.0}  # what it had come to is kept
+    assert record["attempts"][0]["max_steps"] == 160
+    assert record["attempts"][0]["metrics"] == {"x": 1.0}  # what it had come to is kept
     with pytest.raises(run_record.RunRefused, match="trainer.max_steps: was 320, now 160"), hold(tmp_path):
         pytest.fail("entered")
 
@@ -177,11 +177,11 @@ def test_what_a_run_works_on_may_not_change(tmp_path):
         start(CONFIG, data="a", tokenizer="t")
     with pytest.raises(StopSignal):
         start(CONFIG, data="a", tokenizer="t")
-    with pytest.raises(run_record.RunRefused, match=r"data was a, is b.*on_change=restart"):
+    with pytest.raises(run_record.RunRefused, match=r"data was a, is b.*if_exists=restart"):
         start(CONFIG, data="b", tokenizer="t")
     assert record_in(tmp_path)["identity"] == {"data": "a", "tokenizer": "t"}
     with pytest.raises(StopSignal):
-        start(CONFIG | {"on_change": "restart"}, data="b", tokenizer="t")
+        start(CONFIG | {"if_exists": "restart"}, data="b", tokenizer="t")
     assert record_in(tmp_path)["identity"]["data"] == "b"
     assert record_in(tmp_path / "earlier-1")["identity"]["data"] == "a"
     assert (tmp_path / "earlier-1" / "checkpoints" / "step=8.ckpt").exists()

@@ -17,7 +17,13 @@ from dpo_lab.studies.load import NotMeasured, gather
 from dpo_lab.studies.spec import Arm, Study, StudyError
 from tests.support import a_study
 
-FINDING = {"name": "noise memorised", "severity": "warning", "says": "it is", "threshold": "60 %", "tries": "less"}
+FINDING = {
+    "name": "noise memorised",
+    "severity": "warning",
+    "message": "it is",
+    "threshold": "60 %",
+    "suggestion": "less",
+}
 
 
 def write_run(folder: Path, overrides: list[str], metrics: dict[str, float] | None = None, **entries: Any) -> Path:

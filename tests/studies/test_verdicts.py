@@ -131,7 +131,7 @@ def test_seeds_that_are_all_alike_say_nothing_but_of_what_is_counted():
 
 
 def test_what_occurs_or_does_not_is_judged_by_the_share_of_seeds():
-    finding = {"name": "too easy", "severity": "warning", "says": "", "threshold": "", "tries": ""}
+    finding = {"name": "too easy", "severity": "warning", "message": "", "threshold": "", "suggestion": ""}
     level = {"measure": Measure.level, "metric": "health/too_easy", "value": 0.2}
     study = a_study.study(
         ["base", "easy"], [a_study.predicts("easy", **level), a_study.predicts("base", **level | {"direction": Direction.less})]

@@ -166,15 +166,15 @@ def write_run(
     finding = {
         "name": "language lost",
         "severity": "warning",
-        "says": "well-formed samples fell from 97 % to 77 % <script>alert(1)</script>",
+        "message": "well-formed samples fell from 97 % to 77 % <script>alert(1)</script>",
         "threshold": "more than 10 points",
-        "tries": "a larger beta",
+        "suggestion": "a larger beta",
     }
     texts = [f"It was {word}." for word in ("fine", "dull", "superb")] + list(HOSTILE)
     record: dict[str, Any] = {
         "status": status,
         "started": "2026-11-20T09:00:00+00:00",
-        "config": {"name": "dpo", "beta": beta, "seed": seed, "loss": {"kind": "dpo", "beta": beta}, "on_change": "error",
+        "config": {"name": "dpo", "beta": beta, "seed": seed, "loss": {"kind": "dpo", "beta": beta}, "if_exists": "error",
                    "noise": {"kind": "symmetric", "rate": 0.2 if is_noisy else 0.0, "seed": seed},
                    "reference": {"kind": "uniform" if is_uniform else "cached"}, "trainer": {"max_steps": steps},
                    "optim": {"lr": 1e30 if arm.name == "<b>crash</b>" else 1e-4}},

@@ -85,7 +85,7 @@ def train(
         "optim": {"lr": lr, "warmup_steps": 4},
         "data": {"batch_size": BATCH},
         "trainer": {"max_steps": steps},
-        "on_change": "refuse",
+        "if_exists": "refuse",
     }
     data = {
         "train pairs": len(table),

@@ -301,7 +301,7 @@ def test_a_sweeper_that_optimises_is_told_the_objective(tmp_path, monkeypatch):
     )
     assert objective_value(None) is None
     assert objective_value("gold") == 1.5
-    with pytest.raises(JobFailed, match="objective=glod: .* has no such metric; type one of gold"):
+    with pytest.raises(JobFailed, match="optimized_metric=glod: .* has no such metric; type one of gold"):
         objective_value("glod")
 
 

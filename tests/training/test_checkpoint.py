@@ -124,7 +124,7 @@ def test_a_csv_logger_is_told_again_what_it_forgets(tmp_path):
     assert (tmp_path / "cut" / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"keep": 1}])
+@pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"save_total_limit": 1}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=rf"callbacks.checkpoint.{next(iter(settings))}=\d: must be"):
         Checkpointing(**settings)

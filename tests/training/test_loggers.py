@@ -18,8 +18,8 @@ from dpo_lab.config.schema import ConfigError
 from dpo_lab.pipelines.loggers import MLFLOW, WANDB, add_loggers, log_final_metrics
 from dpo_lab.runs import metrics_log
 from dpo_lab.stats.estimates import Estimate
-from tests.config.test_config import composed
 from tests.conftest import REPOSITORY
+from tests.support.configs import composed
 
 SECRET = "sesame-8d2f"
 PLAIN = {"beta": 0.1, "data": {"hub_token": SECRET}, "loss": {"kind": "dpo"}}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_lab.data.collate import collate
-from dpo_lab.models.policy import Policy, Pretrained, trainable_copy
+from dpo_lab.models.policy import Lora, Policy, Pretrained, trainable_copy
 from dpo_lab.models.reference import AdapterOff, Cached, Frozen, Reference, Uniform, reference_model
 from dpo_lab.training import memory
 from dpo_lab.training.memory import STATUS, MemoryTracker, bytes_of_weights, peak_memory, resident_peak, restart_peak
@@ -23,7 +23,7 @@ on_linux = pytest.mark.skipif(not STATUS.exists(), reason="what is resident now 
 def adapted(policy, tmp_path_factory) -> Policy:
     pytest.importorskip("peft")
     policy.save(folder := tmp_path_factory.mktemp("mine"))
-    return Pretrained(path=str(folder), rank=4).load(seed=0)
+    return Pretrained(path=str(folder), lora=Lora(r=4)).load(seed=0)
 
 
 def training_of(initial: Policy, kind: Reference, folder) -> MemoryTracker:

@@ -23,9 +23,9 @@ from dpo_lab.pipelines import session as fitting
 from dpo_lab.training.master_weights import MasterAdamW, moved_weights
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft_module import TokenLoss
-from tests.config.test_config import composed, settled
 from tests.core.test_metrics import BATCH, POLICY, REFERENCE
 from tests.support import small_fit
+from tests.support.configs import composed, settled
 from tests.support.fits import Seen, flat, initial_policy, make_data, make_module, make_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning")

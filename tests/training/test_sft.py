@@ -26,7 +26,7 @@ from dpo_lab.core.pair_table import PairTable
 from dpo_lab.data.collate import collate
 from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.models.forward import forward_name, pair_logps, response_nll, select_forward
-from dpo_lab.models.policy import Policy, Pretrained, TinyPolicy, load_policy
+from dpo_lab.models.policy import Lora, Policy, Pretrained, TinyPolicy, load_policy
 from dpo_lab.models.reference import REFERENCES
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.pipelines.inputs import prepare_pairs, prepare_responses
@@ -357,7 +357,7 @@ def test_two_ranks_by_the_door_give_the_run_of_one(whole, shop):
 def test_adapters_alone_are_trained_and_dpo_goes_on_from_them(shop, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(shop)  # adapters name their base as it was typed
-    lora = ("policy=lora", "policy.rank=4", "policy.path=model", "data.path=pairs.jsonl")
+    lora = ("policy=lora", "policy.lora.r=4", "policy.path=model", "data.path=pairs.jsonl")
     kept, merged = (sft(shop, *lora, f"policy.merge={merge}") for merge in (False, True))
     (record, folder), (_, whole) = run_of(kept, shop), run_of(merged, shop)
     assert record["metrics"]["loss"]["value"] < record["metrics"]["initial/loss"]["value"]
@@ -368,7 +368,7 @@ def test_adapters_alone_are_trained_and_dpo_goes_on_from_them(shop, tmp_path, mo
     for name, weight in checkpoint.items():
         base = name.removeprefix("model.base_model.model.").replace(".base_layer", "")
         assert "lora_" in name or torch.equal(weight, before[base]), name
-    went_on = Pretrained(path=str(folder / "policy"), rank=4).load()
+    went_on = Pretrained(path=str(folder / "policy"), lora=Lora(r=4)).load()
     pairs = make_pairs(12)
     batch = collate(pairs)
     with torch.no_grad():
@@ -402,11 +402,11 @@ def test_another_architecture_and_texts(policy, shop):
     [
         (["policy.dtype=bfloat16"], "policy=pretrained policy.path=run/policy policy.dtype=bfloat16"),
         (
-            ["policy.rank=8", "policy.package=mine", "policy.chat_template=t.jinja"],
-            "policy=lora policy.path={model} policy.rank=8 reference=frozen policy.adapter=run/policy policy.package=mine"
+            ["policy.lora.r=8", "policy.package=mine", "policy.chat_template=t.jinja"],
+            "policy=lora policy.path={model} policy.lora.r=8 reference=frozen policy.adapter=run/policy policy.package=mine"
             " policy.chat_template=t.jinja",
         ),
-        (["policy.rank=8", "policy.merge=true"], "policy=pretrained policy.path=run/policy"),
+        (["policy.lora.r=8", "policy.merge=true"], "policy=pretrained policy.path=run/policy"),
     ],
 )
 def test_the_next_command_says_what_loading_needs(overrides, says, shop):

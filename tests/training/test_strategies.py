@@ -20,9 +20,9 @@ from dpo_lab.models.forward import select_forward
 from dpo_lab.models.policy import Policy, load_policy
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.strategies.fsdp import FSDP2Strategy, gather_model
-from tests.config.test_config import recorded, settled
 from tests.conftest import make_pairs
 from tests.evals.test_evals import subject_of
+from tests.support.configs import recorded, settled
 from tests.support.fits import flat, initial_policy, make_data, make_module, make_trainer
 from tests.support.ranks import become_rank, run_in_ranks
 

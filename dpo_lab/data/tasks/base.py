@@ -59,12 +59,12 @@ class Task:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
-                f"data.world.temperature={self.temperature}: must be above 0; type e.g. data.world.temperature=0.25"
+                f"data.task.temperature={self.temperature}: must be above 0; type e.g. data.task.temperature=0.25"
             )
         if self.max_new_tokens < 1:
             raise ValueError(
-                f"data.world.max_new_tokens={self.max_new_tokens}: must be 1 or more;"
-                " type e.g. data.world.max_new_tokens=48"
+                f"data.task.max_new_tokens={self.max_new_tokens}: must be 1 or more;"
+                " type e.g. data.task.max_new_tokens=48"
             )
 
     def check(self) -> None:

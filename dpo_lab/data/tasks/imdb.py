@@ -45,8 +45,8 @@ class IMDbSentiment(Task, name="imdb", has_grammar=False, is_complete=False):
         super().__post_init__()
         if not 1 <= self.prefix_words < self.review_words:
             raise ValueError(
-                f"data.world.prefix_words={self.prefix_words}, review_words={self.review_words}: need"
-                " 1 <= prefix_words < review_words; type e.g. data.world.prefix_words=6 data.world.review_words=64"
+                f"data.task.prefix_words={self.prefix_words}, review_words={self.review_words}: need"
+                " 1 <= prefix_words < review_words; type e.g. data.task.prefix_words=6 data.task.review_words=64"
             )
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class IMDbSentiment(Task, name="imdb", has_grammar=False, is_complete=False):
         pool = [item for item in _by_prefix(self.prefix_words).items() if split_of(item[0]) == split]
         if not pool:
             raise BadData(
-                f"data.world.prefix_words={self.prefix_words}: no {split} review is longer; type data.world.prefix_words=6"
+                f"data.task.prefix_words={self.prefix_words}: no {split} review is longer; type data.task.prefix_words=6"
             )
         rng = random.Random(derive_seed(seed, f"world/{kind}/{split}"))
         drawn: list[tuple[str, str]] = []

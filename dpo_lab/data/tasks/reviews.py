@@ -39,8 +39,8 @@ class SyntheticReviews(Task, name="embedded", has_grammar=True, is_complete=True
         super().__post_init__()
         if not 1 <= self.min_clauses <= self.max_clauses:
             raise ValueError(
-                f"data.world.min_clauses={self.min_clauses}, max_clauses={self.max_clauses}: need"
-                " 1 <= min <= max; type e.g. data.world.min_clauses=1 data.world.max_clauses=6"
+                f"data.task.min_clauses={self.min_clauses}, max_clauses={self.max_clauses}: need"
+                " 1 <= min <= max; type e.g. data.task.min_clauses=1 data.task.max_clauses=6"
             )
 
     def reviews(self, split: str, count: int, seed: int) -> list[str]:

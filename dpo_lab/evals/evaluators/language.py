@@ -55,15 +55,15 @@ class Language(Evaluator, name="language", order=70, is_default=True, needs_samp
             yield prefix + "entropy", ratio(-own, tokens)
             yield prefix + "length", mean(tokens)
             yield prefix + "stopped", share([s.stopped for s in samples])
-            if context.world is not None and context.world.has_grammar:
+            if context.task is not None and context.task.has_grammar:
                 yield prefix + "well_formed", well_formed(context, samples)
 
 
 def well_formed(context: EvalContext, samples: Sequence[Sample]) -> Estimate:
     """Return the share of samples that ended with the end token and are well-formed in the task's grammar."""
-    assert context.world is not None
+    assert context.task is not None
     texts = context.complete_texts(samples)
-    return share([s.stopped and context.world.well_formed(text) for s, text in zip(samples, texts, strict=True)])
+    return share([s.stopped and context.task.well_formed(text) for s, text in zip(samples, texts, strict=True)])
 
 
 def perplexity(logps: np.ndarray, lengths: Sequence[int]) -> Estimate:

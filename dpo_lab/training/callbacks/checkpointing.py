@@ -33,12 +33,15 @@ class Checkpointing(Checkpoint):
     whether that validation is pending; a resumed run starts with it. Checkpoints do not contain the reference.
     """
 
-    def __init__(self, every_n_steps: int = 80, keep: int = 2) -> None:
+    def __init__(self, every_n_steps: int = 80, save_total_limit: int = 2) -> None:
         if every_n_steps < 1:
             raise ValueError(f"callbacks.checkpoint.every_n_steps={every_n_steps}: must be 1 or more; type e.g. 80")
-        if keep < 2:
-            raise ValueError(f"callbacks.checkpoint.keep={keep}: must be 2 or more; one could be damaged; type 2")
-        self.every_n_steps, self.keep = every_n_steps, keep
+        if save_total_limit < 2:
+            raise ValueError(
+                f"callbacks.checkpoint.save_total_limit={save_total_limit}: must be 2 or more, since one could be damaged;"
+                " type callbacks.checkpoint.save_total_limit=2"
+            )
+        self.every_n_steps, self.save_total_limit = every_n_steps, save_total_limit
         self.saved = self.resumed = -1  # the step last saved, and the step resumed from
         self.pending_validation: dict[str, Any] | None = None  # the state of the run before a validation that is due
         self.random: dict[str, Any] | None = None  # random state of this rank, to be set before the next step
@@ -144,7 +147,9 @@ class Checkpointing(Checkpoint):
         self.saved = step
         if trainer.is_global_zero:
             paths = by_step(folder)
-            kept = {*[at for at in paths if at <= step][-self.keep :]}  # later ones are damaged and were skipped
+            kept = {
+                *[at for at in paths if at <= step][-self.save_total_limit :]
+            }  # later ones are damaged and were skipped
             stopping = early_stopping_of(trainer)
             if stopping is not None and stopping.keeps_best and stopping.best_step is not None:
                 kept.add(stopping.best_step)

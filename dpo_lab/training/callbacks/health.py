@@ -71,7 +71,7 @@ class Health(Callback):
 def show(trainer: Trainer, found: Sequence[Finding], tag: str, step: int) -> None:
     """Add findings to TensorBoard as a text table, if TensorBoard is among the loggers; on rank 0."""
     head = ("", "finding", "message", "threshold", "suggestion")
-    rows = [(f.severity.value, f.name, f.says, f.threshold, f.tries) for f in found]
+    rows = [(f.severity.value, f.name, f.message, f.threshold, f.suggestion) for f in found]
     text = "\n".join(markdown_table(head, rows)) if rows else NOTHING
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, TensorBoardLogger):

@@ -20,14 +20,14 @@ from dpo_lab.runs.redact import redact
 # Keys, including all keys below them, that runs are not compared by; names of classes are hidden too.
 HIDDEN = (
     "name",
-    "on_change",
-    "objective",
+    "if_exists",
+    "optimized_metric",
     "figures",
     "logger",
     "callbacks.checkpoint",
     "callbacks.progress",
     "data.num_workers",
-    "data.workers",
+    "data.tokenize_workers",
 )
 START, END = "settings", "end"  # suffixes of the two files
 

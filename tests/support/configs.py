@@ -1,0 +1,26 @@
+"""Configs composed in this process, as the commands compose them."""
+
+from __future__ import annotations
+
+from hydra import compose, initialize_config_dir
+
+from dpo_lab.config import from_run, schema
+from tests.conftest import REPOSITORY
+
+CONF = REPOSITORY / "conf"
+
+
+def composed(*overrides: str, name: str = "train"):
+    schema.register()
+    from_run.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def settled(*overrides: str) -> schema.RunConfig:
+    return schema.validate(composed(*overrides))
+
+
+def recorded(*overrides: str) -> dict:
+    cfg = composed(*overrides)
+    return schema.as_record(cfg, schema.validate(cfg))
