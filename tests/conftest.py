@@ -65,7 +65,7 @@ def policy() -> Policy:
     from dpo_lab.data.splits import TRAIN
     from dpo_lab.data.tasks.reviews import SyntheticReviews
 
-    tokenizer = train_tokenizer(SyntheticReviews().reviews(TRAIN, 300, seed=0), vocab_size=400)
+    tokenizer = train_tokenizer(SyntheticReviews().texts(TRAIN, 300, seed=0), vocab_size=400)
     tiny = TinyPolicy(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=256)
     return Policy(tiny.build(tokenizer, seed=0).eval(), tokenizer)
 

