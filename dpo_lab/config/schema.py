@@ -35,8 +35,8 @@ from dpo_lab.data.sources import Data
 from dpo_lab.data.tasks.base import TASKS
 from dpo_lab.evals.evaluate import Evals, SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
-from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained, TinyPolicy
-from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
+from dpo_lab.models.policy import POLICIES, PolicyConfig, TinyPolicy
+from dpo_lab.models.reference import REFERENCES, Reference
 from dpo_lab.runs import run_record
 from dpo_lab.runs.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, is_renamed, present_key
 from dpo_lab.training.initial_policy import SFT
@@ -86,21 +86,7 @@ class RunConfig:
             loss = next(f"loss={name}" for name, kind in LOSSES.items() if kind is type(self.loss))
             why = "measures drift from the initial policy" if required else "has no reference"
             raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
-        if isinstance(self.reference, AdapterOff):
-            if not self.policy.has_adapters:
-                raise ValueError(
-                    "reference=adapter_off: the policy has no adapters; type policy=lora, or reference=cached"
-                )
-            if isinstance(self.policy, Pretrained) and self.policy.goes_on:
-                raise ValueError(
-                    "reference=adapter_off: without its trained adapters the policy is the base model, not the initial"
-                    " policy; type reference=frozen (a frozen copy of the adapters) or reference=cached"
-                )
-            if target_of(self.trainer.get("strategy")) == FSDP2:
-                raise ValueError(
-                    "reference=adapter_off: a policy sharded over the ranks runs one forward pass per micro-batch, not"
-                    " a second one without adapters; type reference=cached, or trainer=ddp"
-                )
+        self.reference.check(self.policy, is_sharded=target_of(self.trainer.get("strategy")) == FSDP2)
         check_precision(self.trainer)
         for key, seed in (("seed", self.seed), ("noise.seed", self.noise.seed)):
             if not 0 <= seed < 2**32:

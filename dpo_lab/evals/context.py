@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_lab.core.losses.base import Loss
 from dpo_lab.core.losses.dpo import DPO
-from dpo_lab.core.pairs import EncodedPair, PairLogps, Tokens, chunk_by_size, content_hash
+from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, Tokens, chunk_by_size, content_hash
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tasks.base import Task
@@ -172,19 +172,24 @@ class EvalContext:
     @cached_property
     def held_out(self) -> ScoredPairs:
         """The held-out pairs with their log-probabilities under both policies."""
-        reference = None if self.reference is None else self.reference(collate(self.pairs))
+        reference = None if self.reference is None else self._pair_logps(self.reference, self.pairs)
         return ScoredPairs(self.pairs, *self.pair_logps, reference)
 
     @cached_property
     def train(self) -> ScoredPairs:
         """The training pairs with their log-probabilities under both policies."""
-        logps = (self._pair_logps(policy.model, self.train_pairs) for policy in (self.trained, self.initial))
-        return ScoredPairs(self.train_pairs, *logps)
+        return ScoredPairs(self.train_pairs, *self._logps_of_pairs(self.train_pairs))
 
     @cached_property
     def pair_logps(self) -> tuple[PairLogps, PairLogps]:
         """Log-probabilities of the held-out pairs under the trained and the initial policy."""
-        return self._pair_logps(self.trained.model, self.pairs), self._pair_logps(self.initial.model, self.pairs)
+        return self._logps_of_pairs(self.pairs)
+
+    def _logps_of_pairs(self, pairs: Sequence[EncodedPair]) -> tuple[PairLogps, PairLogps]:
+        trained, initial = (
+            self._pair_logps(partial(pair_logps, policy.model), pairs) for policy in (self.trained, self.initial)
+        )
+        return trained, initial
 
     def _logps_under_both(
         self, prompts: Sequence[Tokens], responses: Sequence[Tokens]
@@ -215,14 +220,14 @@ class EvalContext:
             )
 
     @torch.no_grad()
-    def _pair_logps(self, model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> PairLogps:
-        device = next(model.parameters()).device
+    def _pair_logps(self, logps_of: Callable[[PairBatch], PairLogps], pairs: Sequence[EncodedPair]) -> PairLogps:
+        device = next(self.trained.model.parameters()).device
         sizes = [pair.size for pair in pairs]
         parts = chunk_by_size(sizes, self.tokens)
 
         def compute(part: slice) -> PairLogps:
             with self.context():
-                logps = pair_logps(model, collate(pairs[part]).to(device))
+                logps = logps_of(collate(pairs[part]).to(device))
             return PairLogps(*(column.cpu() for column in _columns(logps)))
 
         logps = _map_with_progress("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
 from dpo_lab.core.registry import add_to_table
-from dpo_lab.models.policy import trainable_copy
+from dpo_lab.models.policy import PolicyConfig, Pretrained, trainable_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,9 @@ class Reference:
     def __init_subclass__(cls, *, name: str, starts_at_policy: bool) -> None:
         cls.starts_at_policy = starts_at_policy
         add_to_table(REFERENCES, name, cls)
+
+    def check(self, policy: PolicyConfig, is_sharded: bool) -> None:
+        """Raise ValueError if a policy, or one that is sharded over ranks, can't be trained with this reference."""
 
     def prepare(
         self,
@@ -79,6 +82,20 @@ class Cached(Reference, name="cached", starts_at_policy=True):
 @dataclass
 class AdapterOff(Reference, name="adapter_off", starts_at_policy=True):
     """The policy in training with its adapters disabled, which is their base model; no second model in memory."""
+
+    def check(self, policy: PolicyConfig, is_sharded: bool) -> None:
+        if not policy.has_adapters:
+            raise ValueError("reference=adapter_off: the policy has no adapters; type policy=lora, or reference=cached")
+        if isinstance(policy, Pretrained) and policy.goes_on:
+            raise ValueError(
+                "reference=adapter_off: without its trained adapters the policy is the base model, not the initial"
+                " policy; type reference=frozen (a frozen copy of the adapters) or reference=cached"
+            )
+        if is_sharded:
+            raise ValueError(
+                "reference=adapter_off: a policy sharded over the ranks runs one forward pass per micro-batch, not"
+                " a second one without adapters; type reference=cached, or trainer=ddp"
+            )
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         return WithoutAdapters(initial)

@@ -80,6 +80,10 @@ def build_eval_context(
         prompt_ids = distinct_prompts(inputs.held_out)[: evals.num_prompts]
         prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
         texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.num_texts]]
+    reference, tokens = None, config.data.tokens_per_microbatch
+    if not config.reference.starts_at_policy:
+        pairs = inputs.train.joined(inputs.held_out)  # as in training, whose cache is found
+        reference = config.reference.prepare(inputs.initial.model, pairs, CACHE, forward.context, tokens)
     return EvalContext(
         trained=trained,
         initial=inputs.initial,
@@ -91,13 +95,11 @@ def build_eval_context(
         texts=texts,
         task=task,
         max_new_tokens=evals.max_new_tokens,
-        tokens=config.data.tokens_per_microbatch,
+        tokens=tokens,
         batch_size=evals.batch_size,
         context=forward.context,
         loss=config.loss,
-        reference=None
-        if config.reference.starts_at_policy
-        else config.reference.prepare(inputs.initial.model, (), CACHE),
+        reference=reference,
         judge=judge,
         cache=CACHE,
         seed=config.seed,
