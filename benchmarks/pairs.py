@@ -27,7 +27,7 @@ from dpo_lab.data.tasks.reviews import SyntheticReviews
 def write_pairs(path: Path, count: int, chat: bool) -> None:
     """Pairs of about 60 tokens a prompt and 90 a response, no two alike."""
     rng = random.Random(0)
-    reviews = SyntheticReviews().reviews(TRAIN, 2000, seed=0)
+    reviews = SyntheticReviews().texts(TRAIN, 2000, seed=0)
 
     def text(sentences: int) -> str:
         return " ".join(rng.choice(reviews) for _ in range(sentences))
@@ -50,7 +50,7 @@ def prepare(path: Path, cache: Path, batches: int) -> dict[str, float]:
     from dpo_lab.data.tokenize import PairTokenizer
     from dpo_lab.models.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(SyntheticReviews().reviews(TRAIN, 2000, seed=0), 1024)
+    tokenizer = train_tokenizer(SyntheticReviews().texts(TRAIN, 2000, seed=0), 1024)
     tokenizer.chat_template = (
         "{% for m in messages %}<|begin|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}"

@@ -1,6 +1,6 @@
 """DPO Lab: controlled experiments on Direct Preference Optimization."""
 
-from dpo_lab.core import functional as losses
+from dpo_lab.core import losses
 from dpo_lab.core.functional import dpo_loss
 from dpo_lab.models import reference as references
 

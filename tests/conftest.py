@@ -24,7 +24,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = (
     "policy.hidden_size=64 policy.layers=2 policy.intermediate_size=128 sft.steps=96 sft.optim.lr=1e-2"
     " data.pairs=96 data.validation_pairs=24 data.batch_size=8 data.task.max_new_tokens=40 optim.warmup_steps=2"
-    " trainer.max_steps=6 trainer.val_check_interval=3 trainer.log_every_n_steps=2 evals.samples=16 evals.texts=8 figures=false"
+    " trainer.max_steps=6 trainer.val_check_interval=3 trainer.log_every_n_steps=2 evals.num_prompts=16 evals.num_texts=8"
+    " figures=false"
 ).split()
 OWN_MODEL = [s for s in SMALL if not s.startswith(("policy.", "sft."))]  # what of it goes with policy=pretrained
 
@@ -64,7 +65,7 @@ def policy() -> Policy:
     from dpo_lab.data.splits import TRAIN
     from dpo_lab.data.tasks.reviews import SyntheticReviews
 
-    tokenizer = train_tokenizer(SyntheticReviews().reviews(TRAIN, 300, seed=0), vocab_size=400)
+    tokenizer = train_tokenizer(SyntheticReviews().texts(TRAIN, 300, seed=0), vocab_size=400)
     tiny = TinyPolicy(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=256)
     return Policy(tiny.build(tokenizer, seed=0).eval(), tokenizer)
 

@@ -26,8 +26,8 @@ from tests.support.sweeping import contents
 NAME = "soak"
 SETTINGS = [
     *SMALL,
-    *"trainer.max_steps=12 trainer.val_check_interval=4 trainer.log_every_n_steps=3 evals.samples=8".split(),
-    *f"callbacks.checkpoint.every_n_steps=2 name={NAME} evals.run=[preference,kl,reward]".split(),
+    *"trainer.max_steps=12 trainer.val_check_interval=4 trainer.log_every_n_steps=3 evals.num_prompts=8".split(),
+    *f"callbacks.checkpoint.every_n_steps=2 name={NAME} evals.evaluators=[preference,kl,reward]".split(),
 ]
 TRAIN = ["dpo_lab.train", *SETTINGS]
 TWO_RANKS = [*TRAIN, "trainer=ddp_cpu"]

@@ -40,7 +40,8 @@ def print_finished_run(record: Mapping[str, Any], folder: Path, commands: Sequen
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
     if "health" in record:
         print_health(plain_console(), [Finding.from_record(finding) for finding in record["health"]])
-    print_summary(plain_console(), metrics, record.get("samples", []), folder, commands)
+    labels, samples = record.get("metric_labels", {}), record.get("samples", [])
+    print_summary(plain_console(), metrics, labels, samples, folder, commands)
 
 
 def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) -> list[str]:
@@ -52,14 +53,14 @@ def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) ->
     if any("TensorBoard" in str(target_of(node)) for node in config.logger.values()):
         inside = folder.is_relative_to(OUTPUTS)
         commands.append(shlex.join(["tensorboard", "--logdir", str(OUTPUTS if inside else folder)]))
-    if config.reference.starts_at_policy and config.loss.wants_reference is None:
+    if config.reference.starts_at_policy and config.loss.requires_reference is None:
         others = _without(overrides, "reference", "ablation", "if_exists")
         ablations = [
             name for o in overrides if _key(o) == "ablation" for name in o.partition("=")[2].strip("[]").split(",")
         ]
         chosen = f"[{','.join([*ablations, 'uniform_ref'])}]" if ablations else "uniform_ref"
         commands.append(command("train", *others, f"+ablation={chosen}"))
-    if config.loss.rates_pairs:
+    if config.loss.is_bradley_terry:
         betas = ",".join(str(float(f"{config.beta * factor:.4g}")) for factor in (0.1, 1, 10))
         commands.append(command("train", "--multirun", *_without(overrides, "beta", "if_exists"), f"beta={betas}"))
     return commands

@@ -31,10 +31,12 @@ from dpo_lab.config.precision import check_precision
 from dpo_lab.config.trainer_arguments import advice, check_trainer
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.noise import NOISES, LabelNoise
-from dpo_lab.data.sources import TASKS, Data
-from dpo_lab.evals.evaluate import Evals
-from dpo_lab.models.policy import POLICIES, PolicyConfig, Pretrained, TinyPolicy
-from dpo_lab.models.reference import REFERENCES, AdapterOff, Reference
+from dpo_lab.data.sources import Data
+from dpo_lab.data.tasks.base import TASKS
+from dpo_lab.evals.evaluate import Evals, SharedSettings
+from dpo_lab.evals.evaluators.base import default_evaluators
+from dpo_lab.models.policy import POLICIES, PolicyConfig, TinyPolicy
+from dpo_lab.models.reference import REFERENCES, Reference
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import NOT_IN_FOLDER_NAMES
 from dpo_lab.runs.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, is_renamed, present_key
@@ -75,31 +77,17 @@ class RunConfig:
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=lambda: Data(task=MISSING))
     optim: Optim = field(default_factory=Optim)
-    evals: Evals = field(default_factory=Evals)
+    evals: SharedSettings = field(default_factory=Evals)
     trainer: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
     callbacks: dict[str, Any] = MISSING
 
     def __post_init__(self) -> None:
-        if (wants := self.loss.wants_reference) not in (None, self.reference.starts_at_policy):
+        if (required := self.loss.requires_reference) not in (None, self.reference.starts_at_policy):
             loss = next(f"loss={name}" for name, kind in LOSSES.items() if kind is type(self.loss))
-            why = "measures drift from the initial policy" if wants else "has no reference"
-            raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if wants else 'uniform'}")
-        if isinstance(self.reference, AdapterOff):
-            if not self.policy.has_adapters:
-                raise ValueError(
-                    "reference=adapter_off: the policy has no adapters; type policy=lora, or reference=cached"
-                )
-            if isinstance(self.policy, Pretrained) and self.policy.starts_from_adapter:
-                raise ValueError(
-                    "reference=adapter_off: without its trained adapters the policy is the base model, not the initial"
-                    " policy; type reference=frozen (a frozen copy of the adapters) or reference=cached"
-                )
-            if target_of(self.trainer.get("strategy")) == FSDP2:
-                raise ValueError(
-                    "reference=adapter_off: a policy sharded over the ranks runs one forward pass per micro-batch, not"
-                    " a second one without adapters; type reference=cached, or trainer=ddp"
-                )
+            why = "measures drift from the initial policy" if required else "has no reference"
+            raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
+        self.reference.check(self.policy, is_sharded=target_of(self.trainer.get("strategy")) == FSDP2)
         check_precision(self.trainer)
         for key, seed in (("seed", self.seed), ("noise.seed", self.noise.seed)):
             if not 0 <= seed < 2**32:
@@ -150,6 +138,7 @@ def register() -> None:
     for group, schemas in KINDS.items():
         for name, schema in schemas.items():
             store.store(name=name, group=f"schema/{group.replace('.', '/')}", node=schema)
+    OmegaConf.register_new_resolver("default_evaluators", default_evaluators, replace=True)
     OmegaConf.register_new_resolver("run_slug", run_record.slug, replace=True)
     OmegaConf.register_new_resolver("run_name", run_record.name_of_folder, replace=True)
     OmegaConf.register_new_resolver("not_in_folder_names", lambda: list(NOT_IN_FOLDER_NAMES), replace=True)

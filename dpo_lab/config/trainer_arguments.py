@@ -26,7 +26,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "gradient_clip_val": (None, "a step clips its own gradient, by its norm; type optim.max_grad_norm={value}"),
     "gradient_clip_algorithm": (None, "a gradient is clipped by its norm; type optim.max_grad_norm=1.0"),
-    "fast_dev_run": (False, "type trainer.max_steps=2 evals.samples=8 for a short run"),
+    "fast_dev_run": (False, "type trainer.max_steps=2 evals.num_prompts=8 for a short run"),
     "overfit_batches": (0.0, FEWER_PAIRS),
     "limit_train_batches": (None, FEWER_PAIRS),
     "limit_val_batches": (

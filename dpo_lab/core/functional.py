@@ -1,50 +1,14 @@
-"""The losses for a notebook: the textbook function on four tensors, and every loss class; needs neither Hydra nor
-Lightning.
-"""
+"""The textbook DPO loss on four tensors, for a notebook; needs neither Hydra nor Lightning."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dpo_lab.core.losses import (
-    CDPO,
-    DPO,
-    DPOKL,
-    DPOP,
-    LOSSES,
-    RDPO,
-    RPO,
-    Hinge,
-    IPOMean,
-    IPOSum,
-    Loss,
-    SFTChosen,
-    SimPO,
-    Unlikelihood,
-)
+from dpo_lab.core.losses.dpo import DPO
 from dpo_lab.core.pairs import PairLogps
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = [
-    "CDPO",
-    "DPO",
-    "DPOKL",
-    "DPOP",
-    "LOSSES",
-    "RDPO",
-    "RPO",
-    "Hinge",
-    "IPOMean",
-    "IPOSum",
-    "Loss",
-    "PairLogps",
-    "SFTChosen",
-    "SimPO",
-    "Unlikelihood",
-    "dpo_loss",
-]
 
 
 def dpo_loss(

@@ -9,6 +9,9 @@ from enum import Enum
 import numpy as np
 
 from dpo_lab.core.pair_table import PairTable
+from dpo_lab.core.registry import add_to_table
+
+NOISES: dict[str, type[LabelNoise]] = {}  # by name in configs
 
 
 @dataclass
@@ -16,10 +19,13 @@ class LabelNoise:
     """The base class of label noise: pair i is flipped iff hash(seed, key of the pair) / 2^64 < rates[i].
 
     So which pairs are flipped does not depend on order, worker, rank or subset, and pairs flipped at a lower rate are
-    also flipped at a higher one.
+    also flipped at a higher one. A subclass defines `rates`; name: its name in configs.
     """
 
     seed: int = 0
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        add_to_table(NOISES, name, cls)
 
     @property
     def needs_reference(self) -> bool:
@@ -46,7 +52,7 @@ class LabelNoise:
 
 
 @dataclass
-class Symmetric(LabelNoise):
+class Symmetric(LabelNoise, name="symmetric"):
     """Symmetric noise: every pair is flipped with the same probability."""
 
     rate: float = 0.0
@@ -66,7 +72,7 @@ class Gap(str, Enum):
 
 
 @dataclass
-class Uncertainty(LabelNoise):
+class Uncertainty(LabelNoise, name="uncertainty"):
     """Noise on hard pairs: a pair is flipped with probability sigma(-|gap| / temperature).
 
     This is the probability of preferring the worse of two responses in the model of Bradley and Terry (1952): 1/2 at a
@@ -111,7 +117,7 @@ class Side(str, Enum):
 
 
 @dataclass
-class OneSided(LabelNoise):
+class OneSided(LabelNoise, name="one_sided"):
     """Noise with a length bias: pairs whose chosen response is the shorter (or longer) one in tokens are flipped at
     `rate`.
     """
@@ -125,9 +131,6 @@ class OneSided(LabelNoise):
     def rates(self, pairs, reference_margins=None) -> np.ndarray:
         _, chosen, rejected = pairs.lengths.T
         return np.where(chosen < rejected if self.side is Side.chosen_shorter else chosen > rejected, self.rate, 0.0)
-
-
-NOISES: dict[str, type[LabelNoise]] = {"symmetric": Symmetric, "uncertainty": Uncertainty, "one_sided": OneSided}
 
 
 def _check_rate(rate: float) -> None:

@@ -21,14 +21,11 @@ from dpo_lab.data.formats import Format, Shape
 from dpo_lab.data.rows import BadData, Rows, local_files, open_rows
 from dpo_lab.data.splits import HELD_OUT, TRAIN, below_fraction, hash_draws
 from dpo_lab.data.tasks.base import Task
-from dpo_lab.data.tasks.imdb import IMDbSentiment
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.data.tokenized_cache import BadRows, TokenizedPairs, load_or_build
 
 log = logging.getLogger(__name__)
-
-TASKS: dict[str, type[Task]] = {"embedded": SyntheticReviews, "imdb": IMDbSentiment}
 
 Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_lab.core.losses import DPO, Loss
-from dpo_lab.core.pairs import EncodedPair, PairLogps, Tokens, chunk_by_size, content_hash
+from dpo_lab.core.losses.base import Loss
+from dpo_lab.core.losses.dpo import DPO
+from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, Tokens, chunk_by_size, content_hash
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tasks.base import Task
@@ -23,23 +23,12 @@ from dpo_lab.distributed.collectives import P, R, map_across_ranks, rank_and_wor
 from dpo_lab.evals.candidates import candidates
 from dpo_lab.evals.judge import Score
 from dpo_lab.evals.scored_pairs import ScoredPairs
-from dpo_lab.evals.win_rate import PairwiseJudge
 from dpo_lab.models.forward import pair_logps, response_logps
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference import ReferenceLogps
 from dpo_lab.models.sampling import Sample, generate_responses
 from dpo_lab.runs.examples import Examples, numbered
-from dpo_lab.stats.estimates import Estimate
 from dpo_lab.terminal.progress import track
-
-
-class Evaluator(Protocol):
-    """The interface of evaluators: `run` yields (name, estimate) and adds the values per example to context.examples.
-
-    A name is `metric` or `metric/part`, the same in every run.
-    """
-
-    def run(self, context: EvalContext, /) -> Iterator[tuple[str, Estimate]]: ...
 
 
 @dataclass
@@ -51,8 +40,8 @@ class EvalContext:
     token ids; task: the task if there is one, which knows the gold reward, else None; tokens: approximate number of
     tokens per forward pass; batch_size: samples generated per batch; context: context manager of forward passes
     (autocast), so that a policy is sampled and scored in the same precision; loss: defines the implicit reward;
-    reference: its reference, None for the initial policy; judge: scores texts of prompt and response; pairwise:
-    compares two responses; cache: folder for the candidates of the initial policy, shared by many runs.
+    reference: its reference, None for the initial policy; judge: scores texts of prompt and response; cache: folder for
+    the candidates of the initial policy, shared by many runs.
 
     With several ranks, all ranks have to evaluate equal contexts: each computes its share of the samples and forward
     passes, and all get the same results, bit for bit those of one process.
@@ -75,7 +64,6 @@ class EvalContext:
     loss: Loss = field(default_factory=DPO)
     reference: ReferenceLogps | None = None
     judge: Score | None = None
-    pairwise: PairwiseJudge | None = None
     cache: Path | None = None
     examples: Examples = field(default_factory=Examples)
 
@@ -97,11 +85,11 @@ class EvalContext:
         columns = (self.prompts, self.responses(self.initial_samples), self.responses(self.samples))
         return [dict(zip(("prompt", "initial", "trained"), row, strict=True)) for row in zip(*columns, strict=True)]
 
-    def keep_texts(self) -> None:
+    def add_texts(self) -> None:
         """Add prompts and responses, as text, to the examples, if both policies were sampled."""
         for key, row in zip(self.prompt_keys, self.side_by_side, strict=False):
             texts = {"prompt": [row["prompt"]], "response": [row["trained"]], "initial_response": [row["initial"]]}
-            self.examples.keep("prompt", [key], **texts)
+            self.examples.add("prompt", [key], **texts)
 
     @cached_property
     def prompt_keys(self) -> list[str]:
@@ -184,19 +172,24 @@ class EvalContext:
     @cached_property
     def held_out(self) -> ScoredPairs:
         """The held-out pairs with their log-probabilities under both policies."""
-        reference = None if self.reference is None else self.reference(collate(self.pairs))
+        reference = None if self.reference is None else self._pair_logps(self.reference, self.pairs)
         return ScoredPairs(self.pairs, *self.pair_logps, reference)
 
     @cached_property
     def train(self) -> ScoredPairs:
         """The training pairs with their log-probabilities under both policies."""
-        logps = (self._pair_logps(policy.model, self.train_pairs) for policy in (self.trained, self.initial))
-        return ScoredPairs(self.train_pairs, *logps)
+        return ScoredPairs(self.train_pairs, *self._logps_of_pairs(self.train_pairs))
 
     @cached_property
     def pair_logps(self) -> tuple[PairLogps, PairLogps]:
         """Log-probabilities of the held-out pairs under the trained and the initial policy."""
-        return self._pair_logps(self.trained.model, self.pairs), self._pair_logps(self.initial.model, self.pairs)
+        return self._logps_of_pairs(self.pairs)
+
+    def _logps_of_pairs(self, pairs: Sequence[EncodedPair]) -> tuple[PairLogps, PairLogps]:
+        trained, initial = (
+            self._pair_logps(partial(pair_logps, policy.model), pairs) for policy in (self.trained, self.initial)
+        )
+        return trained, initial
 
     def _logps_under_both(
         self, prompts: Sequence[Tokens], responses: Sequence[Tokens]
@@ -227,14 +220,14 @@ class EvalContext:
             )
 
     @torch.no_grad()
-    def _pair_logps(self, model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> PairLogps:
-        device = next(model.parameters()).device
+    def _pair_logps(self, logps_of: Callable[[PairBatch], PairLogps], pairs: Sequence[EncodedPair]) -> PairLogps:
+        device = next(self.trained.model.parameters()).device
         sizes = [pair.size for pair in pairs]
         parts = chunk_by_size(sizes, self.tokens)
 
         def compute(part: slice) -> PairLogps:
             with self.context():
-                logps = pair_logps(model, collate(pairs[part]).to(device))
+                logps = logps_of(collate(pairs[part]).to(device))
             return PairLogps(*(column.cpu() for column in _columns(logps)))
 
         logps = _map_with_progress("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute)

@@ -1,90 +1,74 @@
-"""The settings of the evaluators, and `evaluate`, which runs them."""
+"""The settings of an evaluation, and `evaluate`, which runs its evaluators."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING
 
-from dpo_lab.evals.calibration import Calibration
-from dpo_lab.evals.displacement import Displacement
+from dpo_lab.evals.evaluators.base import EVALUATORS, Evaluator, default_evaluators
 from dpo_lab.evals.judge import Judge
-from dpo_lab.evals.kl import KL
-from dpo_lab.evals.language import Language
-from dpo_lab.evals.optimum import Optimum
-from dpo_lab.evals.preference import Preference
-from dpo_lab.evals.reward import Reward
-from dpo_lab.evals.win_rate import WinRate
 
 if TYPE_CHECKING:
-    from dpo_lab.evals.context import EvalContext, Evaluator
+    from dpo_lab.evals.context import EvalContext
     from dpo_lab.stats.estimates import Estimate
-
-EVALUATORS: dict[str, Any] = {
-    "preference": Preference,
-    "calibration": Calibration,
-    "displacement": Displacement,
-    "kl": KL,
-    "reward": Reward,
-    "win_rate": WinRate,
-    "language": Language,
-    "optimum": Optimum,
-}
-ON_REQUEST = ("optimum",)  # evaluators that are not in the default of evals.run
 
 
 @dataclass
-class Evals:
-    """Settings of the evaluation after training.
+class SharedSettings:
+    """Settings that evaluators share. evaluators: the names of those to run.
 
-    run: names of EVALUATORS. samples: number of prompts, with one response each; texts: number of held-out texts;
-    train_pairs: number of training pairs, chosen by their keys, so that runs on the same pairs measure the same ones.
-    batch_size: samples generated per batch; with several ranks there should be a batch for each.
+    num_prompts: number of prompts, with one sampled response each; num_texts: number of held-out texts;
+    num_train_pairs: number of training pairs, chosen by their keys, so that runs on the same pairs measure the same
+    ones. batch_size: samples generated per batch; with several ranks there should be a batch for each. judge: the judge
+    of all evaluators that use one.
     """
 
-    run: list[str] = field(default_factory=lambda: [name for name in EVALUATORS if name not in ON_REQUEST])
-    samples: int = 512
+    evaluators: list[str] = field(default_factory=default_evaluators)
+    num_prompts: int = 512
     max_new_tokens: int = 48
-    texts: int = 256
-    train_pairs: int = 512
+    num_texts: int = 256
+    num_train_pairs: int = 512
     batch_size: int = 128
-    calibration: Calibration = field(default_factory=Calibration)
-    optimum: Optimum = field(default_factory=Optimum)
     judge: Judge = field(default_factory=Judge)
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "texts", "batch_size"):
+        for name in ("num_prompts", "max_new_tokens", "num_texts", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evals.{name}={getattr(self, name)}: must be 1 or more; type e.g. evals.{name}=256")
-        if self.train_pairs < 0:
+        if self.num_train_pairs < 0:
             raise ValueError(
-                f"evals.train_pairs={self.train_pairs}: must be 0 or more; type e.g. evals.train_pairs=256"
+                f"evals.num_train_pairs={self.num_train_pairs}: must be 0 or more; type e.g. evals.num_train_pairs=256"
             )
-        for name in self.run:
+        for name in self.evaluators:
             if name not in EVALUATORS:
                 near = difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0)[0]
-                raise ValueError(f"evals.run: no evaluator is called '{name}'; type evals.run=[{near}]")
+                raise ValueError(f"evals.evaluators: no evaluator is called '{name}'; type evals.evaluators=[{near}]")
 
-    @property
-    def samples_responses(self) -> bool:
-        """Whether any of the evaluators may need samples of the policy."""
-        return not {"preference", "calibration", "displacement"}.issuperset(self.run)
-
-    def evaluators(self) -> list[Evaluator]:
+    def selected(self) -> list[Evaluator]:
         """Return the evaluators to run, with their settings."""
-        return [getattr(self, name, None) or EVALUATORS[name]() for name in self.run]
+        return [getattr(self, name, None) or EVALUATORS[name]() for name in self.evaluators]
+
+
+# The settings of an evaluation, `evals.key=`: the shared ones, and those of each evaluator that has some, under its name.
+Evals = make_dataclass(
+    "Evals",
+    [(name, kind, field(default_factory=kind)) for name, kind in EVALUATORS.items() if fields(kind)],
+    bases=(SharedSettings,),
+    namespace={"__module__": __name__},
+)
 
 
 def evaluate(context: EvalContext, evaluators: Iterable[Evaluator] | None = None) -> dict[str, Estimate]:
-    """Run the evaluators, by default those of `Evals()`, and return their estimates by name; {} if no pair is held out.
+    """Run the evaluators, by default the default ones, and return their estimates by name; {} if no pair is held out.
 
     Values per example are in context.examples afterwards. All ranks have to call it, see EvalContext; all get the same
     result.
     """
     if not len(context.pairs):
         return {}
-    evaluators = Evals().evaluators() if evaluators is None else evaluators
+    evaluators = SharedSettings().selected() if evaluators is None else evaluators
     estimates = {name: estimate for evaluator in evaluators for name, estimate in evaluator.run(context)}
-    context.keep_texts()
+    context.add_texts()
     return estimates

@@ -11,6 +11,8 @@ from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.evals.context import score_pairs
 from dpo_lab.stats.estimates import Estimate, exp_of_ratio, ratio
 
+LABELS = {"loss": "loss (nats/token, held-out)", "perplexity": "perplexity of real text"}  # of what it measures
+
 
 def heldout_loss(
     trained: PreTrainedModel,

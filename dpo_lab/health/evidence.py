@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 Z = 3.0  # standard errors: rules test many values many times and report only what is certain
-# SUMMED: losses of summed log-ratios, in nats; WITHOUT_BETA: losses that do not depend on beta.
-SUMMED = ("dpo", "cdpo", "rdpo", "ipo", "hinge", "sft", "unlikelihood", "rpo", "dpop", "dpo_kl")
-WITHOUT_BETA = ("sft", "unlikelihood")
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Evidence:
         self.train_pairs: int = counts.get("train pairs", 0)
         self.held_out_pairs: int | None = counts.get("held-out pairs")
         self.flips: int = counts.get("flipped by label noise", 0)
-        self.loss: str | None = self.config.get("loss", {}).get("kind")  # None: supervised fine-tuning
+        self.loss_traits = loss_traits(record)
         self.train: list[Row] = []
         self.val: list[Row] = []
         for row in rows:
@@ -119,14 +116,18 @@ def wilson_interval(p: float, n: float) -> Bounds:
     return Bounds(p, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
 
 
-def loss_at_zero_margin(loss: Mapping[str, Any]) -> float | None:
-    """Return a loss at margin 0 (DPO: ln 2); None if it depends on more than the margin. loss: its settings and `kind`."""
-    kind = loss["kind"]
-    if kind in ("dpo", "cdpo", "rdpo"):
-        return math.log(2)
-    if kind in ("ipo", "ipo_mean"):
-        return (1 / (2 * loss["beta"])) ** 2
-    return 1.0 if kind == "hinge" else None
+def loss_traits(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the recorded traits of a run's loss, see core/losses/base.py; None for supervised fine-tuning.
+
+    Records that were written before traits were hold the loss's settings and kind, which had these.
+    """
+    loss = record["config"].get("loss")
+    if loss is None or "loss_traits" in record:
+        return record.get("loss_traits")
+    kind, beta = loss["kind"], loss["beta"]
+    at_zero = dict.fromkeys(("dpo", "cdpo", "rdpo"), math.log(2)) | {"hinge": 1.0}
+    at_zero |= dict.fromkeys(("ipo", "ipo_mean"), 1 / (2 * beta) ** 2)
+    return {"is_per_token": kind in ("ipo_mean", "simpo"), "loss_at_zero_margin": at_zero.get(kind)}
 
 
 def lowest(rows: Sequence[Row], name: str) -> Row:

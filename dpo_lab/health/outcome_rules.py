@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpo_lab.health.evidence import SUMMED, Evidence
+from dpo_lab.health.evidence import Evidence
 from dpo_lab.health.finding import Finding, Rule, Severity, percent
 
 
@@ -40,7 +40,7 @@ class Displacement(Rule):
         if not run.val or "logps/chosen" not in run.val[-1]:
             return None
         last = run.val[-1]
-        if run.step_zero_loss is not None and run.loss in SUMMED:
+        if run.step_zero_loss is not None and run.loss_traits and not run.loss_traits["is_per_token"]:
             before, since = last["logps/chosen"] - last["logratio/chosen"], "before training"
             rejected = last["logratio/rejected"]
         else:  # the reference does not tell how likely they were initially

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dpo_lab.health.evidence import Evidence, Row, loss_at_zero_margin, lowest, wilson_interval
+from dpo_lab.health.evidence import Evidence, Row, lowest, wilson_interval
 from dpo_lab.health.finding import Finding, Rule, Severity, percent
 
 
@@ -20,7 +20,7 @@ class StepZero(Rule):
 
     def __call__(self, run: Evidence) -> Finding | None:
         first = run.record.get("first_batch")  # recorded if policy and reference need not agree
-        expected = loss_at_zero_margin(run.config["loss"]) if run.loss else None
+        expected = run.loss_traits["loss_at_zero_margin"] if run.loss_traits else None
         if first is None or expected is None or not abs(first["loss"] - expected) > self.off * expected:
             return None
         message = (

@@ -15,20 +15,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
-from dpo_lab.models.policy import trainable_copy
+from dpo_lab.core.registry import add_to_table
+from dpo_lab.models.policy import PolicyConfig, Pretrained, trainable_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ReferenceLogps = Callable[[PairBatch], PairLogps]
 TOKENS = 2048  # default number of tokens per forward pass
+REFERENCES: dict[str, type[Reference]] = {}  # by name in configs
 
 
 @dataclass
 class Reference:
-    """The base class of references. starts_at_policy: whether the reference equals the policy before the first step."""
+    """The base class of references. A subclass defines `prepare` and states its name in configs and starts_at_policy:
+    whether the reference equals the policy before the first step.
+    """
 
-    starts_at_policy: ClassVar[bool] = True
+    starts_at_policy: ClassVar[bool]
+
+    def __init_subclass__(cls, *, name: str, starts_at_policy: bool) -> None:
+        cls.starts_at_policy = starts_at_policy
+        add_to_table(REFERENCES, name, cls)
+
+    def check(self, policy: PolicyConfig, is_sharded: bool) -> None:
+        """Raise ValueError if a policy, or one that is sharded over ranks, can't be trained with this reference."""
 
     def prepare(
         self,
@@ -48,7 +59,7 @@ class Reference:
 
 
 @dataclass
-class Frozen(Reference):
+class Frozen(Reference, name="frozen", starts_at_policy=True):
     """A frozen copy of the initial policy: costs a forward pass per step, and memory for a second model.
 
     Of a policy with adapters only the adapters are copied, trained ones included; the base model is shared.
@@ -59,7 +70,7 @@ class Frozen(Reference):
 
 
 @dataclass
-class Cached(Reference):
+class Cached(Reference, name="cached", starts_at_policy=True):
     """The initial policy's log-probabilities, computed once, stored on disk and looked up by pair; no second model."""
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
@@ -69,8 +80,22 @@ class Cached(Reference):
 
 
 @dataclass
-class AdapterOff(Reference):
+class AdapterOff(Reference, name="adapter_off", starts_at_policy=True):
     """The policy in training with its adapters disabled, which is their base model; no second model in memory."""
+
+    def check(self, policy: PolicyConfig, is_sharded: bool) -> None:
+        if not policy.has_adapters:
+            raise ValueError("reference=adapter_off: the policy has no adapters; type policy=lora, or reference=cached")
+        if isinstance(policy, Pretrained) and policy.starts_from_adapter:
+            raise ValueError(
+                "reference=adapter_off: without its trained adapters the policy is the base model, not the initial"
+                " policy; type reference=frozen (a frozen copy of the adapters) or reference=cached"
+            )
+        if is_sharded:
+            raise ValueError(
+                "reference=adapter_off: a policy sharded over the ranks runs one forward pass per micro-batch, not"
+                " a second one without adapters; type reference=cached, or trainer=ddp"
+            )
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         return WithoutAdapters(initial)
@@ -84,7 +109,7 @@ class UniformOver(str, Enum):
 
 
 @dataclass
-class Uniform(Reference):
+class Uniform(Reference, name="uniform", starts_at_policy=False):
     """A uniform distribution instead of a model: costs no forward pass and no memory.
 
     over=sequences: all responses have the same log-probability, which cancels, so that DPO becomes a ranking loss on
@@ -93,7 +118,6 @@ class Uniform(Reference):
     """
 
     over: UniformOver = UniformOver.sequences
-    starts_at_policy: ClassVar[bool] = False
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         return UniformLogps(0.0 if self.over is UniformOver.sequences else math.log(initial.config.vocab_size))
@@ -146,11 +170,3 @@ def reference_model(reference: ReferenceLogps) -> PreTrainedModel | None:
     none.
     """
     return getattr(reference, "model", None)
-
-
-REFERENCES: dict[str, type[Reference]] = {
-    "cached": Cached,
-    "frozen": Frozen,
-    "adapter_off": AdapterOff,
-    "uniform": Uniform,
-}

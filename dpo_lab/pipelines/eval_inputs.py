@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
 
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.core.pair_table import PairTable
@@ -13,42 +12,19 @@ from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.judge import JudgeError, Score
 from dpo_lab.models.policy import Policy
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts
-from dpo_lab.runs.atomic_write import atomic_path
 from dpo_lab.runs.cache import CACHE
-from dpo_lab.runs.run_record import Run
-from dpo_lab.training.base_module import BaseModule
-from dpo_lab.training.callbacks.early_stopping import keep_policy
-from dpo_lab.training.master_weights import moved_weights
-from dpo_lab.training.strategies.fsdp import gather_model
 
 
 def load_judge(config: RunConfig, device: torch.device) -> Score | None:
-    """Load the configured judge; None if there is none. Raise ConfigError if it can't be loaded."""
+    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise ConfigError if it can't be
+    loaded.
+    """
+    if not any(evaluator.needs_reward for evaluator in config.evals.selected()):
+        return None
     try:
         return config.evals.judge.load(device)
     except JudgeError as error:
         raise ConfigError(str(error)) from None
-
-
-def save_trained_policy(
-    config: RunConfig, run: Run, trainer: Trainer, module: BaseModule, inputs: TrainingInputs, forward: Forward
-) -> Policy:
-    """Gather the trained policy from all ranks, in evaluation mode, on the device that it trained on, and save it.
-
-    Early stopping may keep an earlier policy; which one, and how many 16-bit weights moved, is recorded.
-
-    Moves the initial policy to that device too. Lightning leaves a module on the CPU after a fit. A collective: all
-    ranks have to call it.
-    """
-    initial = inputs.initial.model.to(forward.device)  # type: ignore[arg-type]
-    trained = Policy(gather_model(module.model, initial, forward.device).eval(), inputs.initial.tokenizer)
-    run.update(**keep_policy(trainer, trained.model))
-    if moved := moved_weights(trained.model, initial):
-        run.update(moved_weights=moved)
-    if run.writes:
-        with atomic_path(run.folder / "policy") as folder:
-            config.policy.export(trained).save(folder)
-    return trained
 
 
 def build_eval_context(
@@ -67,33 +43,35 @@ def build_eval_context(
     encoder, evals = inputs.encoder, config.evals
     if config.data.uses_task:
         task = config.data.task
-        prompts = task.prompts(HELD_OUT, evals.samples, config.seed)
+        prompts = task.prompts(HELD_OUT, evals.num_prompts, config.seed)
         prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
         begin = encoder.prompt("")
-        texts = [(begin, encoder.response(text, begin)) for text in task.reviews(HELD_OUT, evals.texts, config.seed)]
+        texts = [(begin, encoder.response(text, begin)) for text in task.texts(HELD_OUT, evals.num_texts, config.seed)]
     else:
         task = None
-        prompt_ids = distinct_prompts(inputs.held_out)[: evals.samples]
+        prompt_ids = distinct_prompts(inputs.held_out)[: evals.num_prompts]
         prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
-        texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.texts]]
+        texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.num_texts]]
+    reference, tokens = None, config.data.tokens_per_microbatch
+    if not config.reference.starts_at_policy:
+        pairs = inputs.train.concat(inputs.held_out)  # as in training, whose cache is found
+        reference = config.reference.prepare(inputs.initial.model, pairs, CACHE, forward.context, tokens)
     return EvalContext(
         trained=trained,
         initial=inputs.initial,
         encoder=encoder,
         pairs=inputs.held_out,
-        train_pairs=sample_pairs(inputs.train, evals.train_pairs),
+        train_pairs=sample_pairs(inputs.train, evals.num_train_pairs),
         prompts=prompts,
         prompt_ids=prompt_ids,
         texts=texts,
         task=task,
         max_new_tokens=evals.max_new_tokens,
-        tokens=config.data.tokens_per_microbatch,
+        tokens=tokens,
         batch_size=evals.batch_size,
         context=forward.context,
         loss=config.loss,
-        reference=None
-        if config.reference.starts_at_policy
-        else config.reference.prepare(inputs.initial.model, (), CACHE),
+        reference=reference,
         judge=judge,
         cache=CACHE,
         seed=config.seed,

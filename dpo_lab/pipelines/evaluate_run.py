@@ -9,16 +9,17 @@ from typing import Any
 
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.evals.evaluate import evaluate
+from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.models.policy import Lora, Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
 from dpo_lab.pipelines.inputs import prepare_pairs
-from dpo_lab.pipelines.session import forward_settings, logging_to, make_trainer, setup_process
+from dpo_lab.pipelines.setup import forward_settings, logging_to, make_trainer, setup_process
+from dpo_lab.pipelines.stage_timer import StageTimer
 from dpo_lab.reporting.run_summary import print_summary
 from dpo_lab.runs import evaluations, run_record
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.redact import redact_override
 from dpo_lab.terminal.progress import plain_console
-from dpo_lab.training.callbacks.throughput import StageTimer
 
 
 def evaluate_run(
@@ -47,9 +48,9 @@ def evaluate_run(
         identity = inputs.identity() | {"trained_policy": weights_digest(trained.model)}
         if record is not None:
             _check_identity(record, identity, config.policy)
-        timer.lap("prepare")
+        timer.stop("prepare")
         context = build_eval_context(config, inputs, trained, forward, judge)
-        metrics = evaluate(context, config.evals.evaluators())
+        metrics = evaluate(context, config.evals.selected())
     result = {
         "run": str(into.parent) if record is not None else None,
         "trained": str(folder),
@@ -58,11 +59,11 @@ def evaluate_run(
         "identity": identity,
         "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
         "samples": context.side_by_side[:16],
-        "seconds": timer.lap("evaluate"),
+        "seconds": timer.stop("evaluate"),
         **run_record.provenance(),
     }
     path = evaluations.commit(into, name, result, context.examples)
-    print_summary(plain_console(), metrics, context.side_by_side, path, ())
+    print_summary(plain_console(), metrics, labels_of(metrics), context.side_by_side, path, ())
 
 
 def _load_trained(policy: PolicyConfig, folder: Path) -> Policy:

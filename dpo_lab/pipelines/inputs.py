@@ -97,8 +97,8 @@ def _check_inputs(inputs: TrainingInputs, what: str, config: RunConfig) -> Train
         for pairs in (inputs.train, inputs.held_out):
             limits.check_ids(pairs, inputs.initial)
             limits.check_rows(pairs, config.data.max_length)
-        if what == "pairs" and config.evals.samples_responses:
-            prompts = distinct_prompts(inputs.held_out)[: config.evals.samples]
+        if what == "pairs" and any(evaluator.needs_samples for evaluator in config.evals.selected()):
+            prompts = distinct_prompts(inputs.held_out)[: config.evals.num_prompts]
             limits.check_samples(prompts, config.evals.max_new_tokens, "evals.max_new_tokens")
     batch_size = config.data.batch_size
     if (count := len(inputs.train)) < batch_size:
@@ -110,7 +110,7 @@ def _check_inputs(inputs: TrainingInputs, what: str, config: RunConfig) -> Train
 
 def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PairTokenizer:
     """Return the tokenizer of pairs; responses get an end token except where a task generates parts of texts."""
-    append_eos = not config.data.uses_task or config.data.task.complete_texts
+    append_eos = not config.data.uses_task or config.data.task.is_complete
     return PairTokenizer(tokenizer, config.data.max_length, config.data.max_prompt_length, append_eos)
 
 

@@ -1,4 +1,4 @@
-"""What every run shares: process set-up, run folder, Trainer, logging, stage timing, fit, and the final record."""
+"""A run in progress: what its stages share, and the stages that every kind of run has."""
 
 from __future__ import annotations
 
@@ -12,69 +12,141 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
-from transformers.utils.logging import disable_progress_bar
+from lightning.pytorch import Trainer
 
-from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked
-from dpo_lab.config.precision import check_device_precision, warn_of_slow_bf16
-from dpo_lab.config.schema import ConfigError, RunConfig, input_files
-from dpo_lab.data.chat import NoTemplate
+from dpo_lab.config.precision import warn_of_slow_bf16
+from dpo_lab.config.schema import RunConfig, input_files
 from dpo_lab.data.datamodule import PreferenceDataModule
-from dpo_lab.data.rows import BadData
 from dpo_lab.distributed.collectives import all_gather_object
 from dpo_lab.distributed.signals import StopRequest, reraise_stop
 from dpo_lab.health.diagnose import print_health
 from dpo_lab.models.policy import Policy, weights_digest
-from dpo_lab.pipelines.inputs import Forward, TrainingInputs
-from dpo_lab.pipelines.loggers import add_loggers, last_line, log_final_metrics, track_run_status
+from dpo_lab.pipelines.inputs import TrainingInputs
+from dpo_lab.pipelines.loggers import add_loggers, log_final_metrics, track_run_status
+from dpo_lab.pipelines.setup import REFUSALS, forward_settings, logging_to, make_trainer, process_group, setup_process
+from dpo_lab.pipelines.stage_timer import StageTimer
 from dpo_lab.reporting.figures import draw_run, remove_figures
 from dpo_lab.reporting.model_card import model_card
 from dpo_lab.reporting.run_summary import cost_rows, print_summary
 from dpo_lab.runs import run_record
-from dpo_lab.runs.atomic_write import explain_disk_error
+from dpo_lab.runs.atomic_write import atomic_path
 from dpo_lab.runs.fingerprint import config_digest
-from dpo_lab.runs.redact import Redacting
-from dpo_lab.runs.run_record import RunFailed, RunRefused
+from dpo_lab.runs.run_record import Run, RunFailed
 from dpo_lab.stats.estimates import Estimate
-from dpo_lab.terminal.progress import log_handler, plain_console
+from dpo_lab.terminal.progress import plain_console
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.callbacks.checkpointing import Checkpointing
+from dpo_lab.training.callbacks.early_stopping import keep_policy
 from dpo_lab.training.callbacks.health import final_findings
-from dpo_lab.training.callbacks.progress_bar import TimeLimit
-from dpo_lab.training.callbacks.throughput import StageTimer, Throughput
-from dpo_lab.training.checkpoint_io import VerifiedCheckpointIO, newest, remove_leftovers, step_of
-from dpo_lab.training.torch_setup import set_up_device, setup_torch
+from dpo_lab.training.checkpoint_io import newest, remove_leftovers, step_of
+from dpo_lab.training.master_weights import moved_weights
+from dpo_lab.training.memory import peak_memory
+from dpo_lab.training.strategies.fsdp import gather_model
 
 log = logging.getLogger("dpo_lab")
 
-REFUSALS = (ConfigError, RunRefused, BadData, NoTemplate)  # what the user can fix: the command prints it in one line
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Resume:
-    """Where training resumes: the checkpoint (None: the start), and the number of steps if it had finished."""
+class Session:
+    """A run in progress on this rank: its settings, its record, its Trainer, and the timer of its stages.
 
-    checkpoint: Path | None = None
-    trained_to: int | None = None
+    config_dict: the config as it is recorded; forward: the device and autocast context of passes outside of training.
+    All ranks have to call every method.
+    """
+
+    def __init__(self, config: RunConfig, config_dict: Mapping[str, Any], run: Run, trainer: Trainer) -> None:
+        self.config, self.config_dict, self.run, self.trainer = config, config_dict, run, trainer
+        self.forward = forward_settings(trainer)
+        self.timer = StageTimer(run.record.get("seconds"))
+
+    def record_inputs(self, inputs: TrainingInputs) -> None:
+        """Record hashes of the run's inputs. Raise RunRefused if it resumes a run that had other inputs."""
+
+        def record() -> None:
+            identity = inputs.identity()
+            self.run.check_inputs_unchanged(**identity)
+            self.run.update(data=dict(inputs.counts), initial_policy=identity["initial_policy"])
+
+        broadcast_from_rank_zero(self.trainer, record)
+
+    def train(self, module: BaseModule, inputs: TrainingInputs) -> None:
+        """Train the module's model, from the first step or from the last checkpoint of an earlier attempt."""
+        run, trainer = self.run, self.trainer
+        resume = broadcast_from_rank_zero(trainer, lambda: _find_checkpoint(run))
+        if run.resumes:
+            log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
+        if resume.trained_to is not None:
+            trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
+        step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, run.record.get("started", "")
+        add_loggers(trainer, self.config_dict, run.folder, step, started=started, charts=module.charts)
+        fit(self.config, trainer, module, inputs, resume.checkpoint)
+
+    def save_trained_policy(self, module: BaseModule, inputs: TrainingInputs) -> Policy:
+        """Gather the trained policy from all ranks, in evaluation mode, on the device that it trained on, and save it.
+
+        Early stopping may keep an earlier policy; which one, and how many 16-bit weights moved, is recorded. Moves the
+        initial policy to that device too. Lightning leaves a module on the CPU after a fit.
+        """
+        device = self.forward.device
+        initial = inputs.initial.model.to(device)  # type: ignore[arg-type]
+        trained = Policy(gather_model(module.model, initial, device).eval(), inputs.initial.tokenizer)
+        self.run.update(**keep_policy(self.trainer, trained.model))
+        if moved := moved_weights(trained.model, initial):
+            self.run.update(moved_weights=moved)
+        if self.run.writes:
+            with atomic_path(self.run.folder / "policy") as folder:
+                self.config.policy.export(trained).save(folder)
+        return trained
+
+    def finish(
+        self,
+        metrics: Mapping[str, Estimate],
+        labels: Mapping[str, str],
+        trained: Policy,
+        next_steps: Callable[[RunConfig, Sequence[str], Path], Sequence[str]],
+        samples: Sequence[Mapping[str, str]] = (),
+    ) -> None:
+        """Write the results to the record and the loggers, draw the figures, write the model card, print the summary.
+
+        labels: of the metrics that the table shows, in its order; next_steps: returns the commands to suggest, from the
+        config, the overrides and the folder; samples: of both policies, side by side.
+        """
+        run, peak = self.run, peak_memory(self.forward.device)
+        if not run.writes:
+            return
+        findings = final_findings(run, self.trainer, metrics)
+        run.update(
+            metrics={name: estimate.as_record() for name, estimate in metrics.items()},
+            metric_labels=dict(labels),
+            trained_policy=weights_digest(trained.model),
+            samples=list(samples[:16]),
+            health=[finding.as_record() for finding in findings],
+            seconds=self.timer.stop("evaluate"),
+            peak_memory_bytes=peak,
+        )
+        remove_figures(run.folder)  # those of an earlier attempt
+        figures = draw_run(run.folder) if self.config.figures else []
+        log_final_metrics(self.trainer, metrics, samples, [path for path in figures if path.suffix == ".png"])
+        (run.folder / "policy" / "README.md").write_text(model_card(run.record))
+        log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in run.record["seconds"].items()))
+        console, commands = plain_console(), next_steps(self.config, run.record["overrides"], run.folder)
+        print_health(console, findings)
+        print_summary(console, metrics, labels, samples, run.folder, commands, cost_rows(run.record))
 
 
-def open_session(
-    config: RunConfig, config_dict: dict[str, Any], folder: Path, body: Callable[[run_record.Run, Trainer], None]
-) -> None:
-    """Set up the process and the Trainer, lock the run folder, and call body(run, trainer) on every rank.
+@contextmanager
+def open_session(config: RunConfig, config_dict: dict[str, Any], folder: Path) -> Iterator[Session | None]:
+    """Set up the process and the Trainer, lock the run folder, and yield the session on every rank.
 
-    Only rank 0 locks and writes the folder. config_dict: the config as it is recorded. If the run is done already,
-    `body` is not called.
+    Only rank 0 locks and writes the folder. config_dict: the config as it is recorded. Yields None if the run is done
+    already. If the body raises, the record says how the run ended.
     """
     setup_process(config)
     trainer = make_trainer(config, config_dict, folder)
-    with _process_group(trainer), ExitStack() as stack:
-        acquired: list[run_record.Run] = []  # on rank 0 the run, unless it is done already
+    with process_group(trainer), ExitStack() as stack:
+        acquired: list[Run] = []  # on rank 0 the run, unless it is done already
 
         def acquire() -> bool:
             overrides = list(HydraConfig.get().overrides.task)
@@ -85,24 +157,17 @@ def open_session(
                 stack.enter_context(logging_to(folder))
             return bool(acquired)
 
-        if broadcast_from_rank_zero(trainer, acquire):
-            run = acquired[0] if acquired else run_record.Run(folder, {"config": config_dict}, writes=False)
-            run.update(ranks=_same_on_all_ranks(trainer, config_dict))
-            if acquired:
-                warn_of_slow_bf16(trainer, config.policy)
-            with reraise_stop():
-                body(run, trainer)
-        elif trainer.is_global_zero:
-            print(f"{folder}: this run is done already", flush=True)
-
-
-def _same_on_all_ranks(trainer: Trainer, config_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return rank, host, process id and config digest of every rank. Raise RuntimeError if their configs differ."""
-    process = {"host": socket.gethostname(), "pid": os.getpid()}
-    ranks = all_gather_object({"rank": trainer.global_rank, **process, "config": config_digest(config_dict)})
-    if len({rank["config"] for rank in ranks}) > 1:
-        raise RuntimeError(f"ranks run different configs: {ranks}")
-    return ranks
+        if not broadcast_from_rank_zero(trainer, acquire):
+            if trainer.is_global_zero:
+                print(f"{folder}: this run is done already", flush=True)
+            yield None
+            return
+        run = acquired[0] if acquired else Run(folder, {"config": config_dict}, writes=False)
+        run.update(ranks=_same_on_all_ranks(trainer, config_dict))
+        if acquired:
+            warn_of_slow_bf16(trainer, config.policy)
+        with reraise_stop():
+            yield Session(config, config_dict, run, trainer)
 
 
 def broadcast_from_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
@@ -120,81 +185,28 @@ def broadcast_from_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
     return decision
 
 
-def find_checkpoint(run: run_record.Run, trainer: Trainer) -> Resume:
+def _same_on_all_ranks(trainer: Trainer, config_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return rank, host, process id and config digest of every rank. Raise RuntimeError if their configs differ."""
+    process = {"host": socket.gethostname(), "pid": os.getpid()}
+    ranks = all_gather_object({"rank": trainer.global_rank, **process, "config": config_digest(config_dict)})
+    if len({rank["config"] for rank in ranks}) > 1:
+        raise RuntimeError(f"ranks run different configs: {ranks}")
+    return ranks
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where training resumes: the checkpoint (None: the start), and the number of steps if it had finished."""
+
+    checkpoint: Path | None = None
+    trained_to: int | None = None
+
+
+def _find_checkpoint(run: Run) -> Resume:
     """Return where this run resumes. Raise CheckpointError if every checkpoint of an earlier attempt is damaged."""
-
-    def decide() -> Resume:
-        folder = run.folder / run_record.CHECKPOINTS
-        remove_leftovers(folder)
-        return Resume(newest(folder), run.record.get("steps")) if run.resumes else Resume()
-
-    return broadcast_from_rank_zero(trainer, decide)
-
-
-def setup_process(config: RunConfig) -> None:
-    """Check the packages that the task needs, and set up torch and the logging of libraries in this process."""
-    if config.data.uses_task:
-        config.data.task.check()
-    disable_progress_bar()  # transformers' progress bars last milliseconds here
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    setup_torch(config.threads, on_cpu=config.trainer.get("accelerator") == "cpu")
-
-
-def make_trainer(config: RunConfig, config_dict: dict[str, Any], folder: Path) -> Trainer:
-    """Return Lightning's Trainer with its callbacks and without loggers. Raise ConfigError if it can't be created."""
-    settings = dict(config_dict["trainer"])
-    try:
-        callbacks = [instantiate_checked(node, Callback) for node in config_dict["callbacks"].values()]
-        callbacks += [Throughput(), TimeLimit(settings.pop("max_time", None))]
-        plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
-        trainer = instantiate_checked(settings, Trainer, logger=False, callbacks=callbacks, **plan)
-        check_device_precision(settings, trainer)
-    except (HydraException, TargetRefused) as error:
-        raise ConfigError(f"the trainer or a callback can't be created: {last_line(error)}") from error
-    except MisconfigurationException as error:
-        raise ConfigError(f"the trainer can't be created: {last_line(error)}") from error
-    if config.data.batch_size < trainer.world_size:
-        raise ConfigError(
-            f"data.batch_size={config.data.batch_size}: {trainer.world_size} devices need a pair each in every step;"
-            f" type data.batch_size={trainer.world_size} or more"
-        )
-    set_up_device(trainer.strategy)
-    return trainer
-
-
-def forward_settings(trainer: Trainer) -> Forward:
-    """Return the device and the autocast context in which the trainer runs forward passes."""
-    return Forward(trainer.strategy.root_device, trainer.precision_plugin.forward_context)
-
-
-def record_inputs(run: run_record.Run, trainer: Trainer, inputs: TrainingInputs) -> None:
-    """Record hashes of the run's inputs. Raise RunRefused if it resumes a run that had other inputs."""
-
-    def record() -> None:
-        identity = inputs.identity()
-        run.check_inputs_unchanged(**identity)
-        run.update(data=dict(inputs.counts), initial_policy=identity["initial_policy"])
-
-    broadcast_from_rank_zero(trainer, record)
-
-
-def train(
-    config: RunConfig,
-    config_dict: Mapping[str, Any],
-    run: run_record.Run,
-    trainer: Trainer,
-    module: BaseModule,
-    inputs: TrainingInputs,
-) -> None:
-    """Train the module's model, from the first step or from the last checkpoint of an earlier attempt."""
-    resume = find_checkpoint(run, trainer)
-    if run.resumes:
-        log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
-    if resume.trained_to is not None:
-        trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
-    step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, run.record.get("started", "")
-    add_loggers(trainer, config_dict, run.folder, step, started=started, charts=module.charts)
-    fit(config, trainer, module, inputs, resume.checkpoint)
+    folder = run.folder / run_record.CHECKPOINTS
+    remove_leftovers(folder)
+    return Resume(newest(folder), run.record.get("steps")) if run.resumes else Resume()
 
 
 def fit(
@@ -222,76 +234,3 @@ def fit(
             trainer.validate(module, datamodule=data, verbose=False)  # it was stopped between its last step and this
     if module.request.signum is not None:  # the signal came after the last step
         signal.raise_signal(module.request.signum)
-
-
-def finalize_run(
-    run: run_record.Run,
-    trainer: Trainer,
-    metrics: Mapping[str, Estimate],
-    trained: Policy,
-    timer: StageTimer,
-    peak: int,
-    next_commands: Sequence[str],
-    samples: Sequence[Mapping[str, str]] = (),
-) -> None:
-    """Write the results to the record and the loggers, draw the figures, write the model card, and print the summary.
-
-    Only rank 0 calls it. peak: the peak memory in bytes.
-    """
-    findings = final_findings(run, trainer, metrics)
-    run.update(
-        metrics={name: estimate.as_record() for name, estimate in metrics.items()},
-        trained_policy=weights_digest(trained.model),
-        samples=list(samples[:16]),
-        health=[finding.as_record() for finding in findings],
-        seconds=timer.lap("evaluate"),
-        peak_memory_bytes=peak,
-    )
-    remove_figures(run.folder)  # those of an earlier attempt
-    figures = draw_run(run.folder) if run.record["config"]["figures"] else []
-    log_final_metrics(trainer, metrics, samples, [path for path in figures if path.suffix == ".png"])
-    (run.folder / "policy" / "README.md").write_text(model_card(run.record))
-    log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in run.record["seconds"].items()))
-    print_health(plain_console(), findings)
-    print_summary(plain_console(), metrics, samples, run.folder, next_commands, cost_rows(run.record))
-
-
-@contextmanager
-def logging_to(folder: Path) -> Iterator[None]:
-    """Log this package's messages to the terminal and to `run.log`, which also gets warnings and the error."""
-    console, file = log_handler(), logging.FileHandler(folder / "run.log")
-    file.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
-    for handler in (console, file):
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    logging.captureWarnings(True)  # libraries' warnings go to the file, not between progress bars
-    logging.getLogger("py.warnings").addHandler(file)
-    logging.getLogger("py.warnings").propagate = False
-    try:
-        yield
-    except REFUSALS:
-        raise  # the command prints it in one line
-    except Exception as error:
-        if line := str(error) if isinstance(error, RunFailed) else explain_disk_error(error):
-            file.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run failed: {line}"}))
-        else:
-            log.exception("the run failed")
-        raise
-    finally:
-        for handler in (console, file):
-            log.removeHandler(handler)
-            handler.close()
-        logging.captureWarnings(False)
-
-
-@contextmanager
-def _process_group(trainer: Trainer) -> Iterator[None]:
-    """Initialise the process group if there are several ranks, and destroy it at the end."""
-    if trainer.world_size > 1:
-        trainer.strategy.setup_environment()
-    try:
-        yield
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from omegaconf import DictConfig
 
 from dpo_lab.cli.next_steps import after_sft
 from dpo_lab.config.schema import ConfigError, RunConfig, sft_record
 from dpo_lab.core.noise import Symmetric
-from dpo_lab.evals.held_out import heldout_loss
+from dpo_lab.evals.held_out import LABELS, heldout_loss
 from dpo_lab.models.policy import TinyPolicy, trainable_copy
-from dpo_lab.pipelines.eval_inputs import save_trained_policy
-from dpo_lab.pipelines.inputs import TrainingInputs, prepare_responses
-from dpo_lab.pipelines.session import finalize_run, forward_settings, open_session, record_inputs, setup_process, train
-from dpo_lab.runs import run_record
+from dpo_lab.pipelines.inputs import prepare_responses
+from dpo_lab.pipelines.session import Session, open_session
+from dpo_lab.pipelines.setup import setup_process
 from dpo_lab.runs.cache import CACHE
-from dpo_lab.training.callbacks.throughput import StageTimer, throughput
+from dpo_lab.training.callbacks.throughput import throughput
 from dpo_lab.training.initial_policy import initial_policy
-from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.sft_module import SFTModule
 
 
@@ -44,8 +41,9 @@ def train_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
         raise ConfigError(
             "noise: supervised fine-tuning learns chosen responses as labelled, without label noise; type noise=none"
         )
-    config_dict = sft_record(cfg, config)
-    open_session(config, config_dict, folder, lambda run, trainer: _run_pipeline(config, config_dict, run, trainer))
+    with open_session(config, sft_record(cfg, config), folder) as session:
+        if session is not None:
+            _run_stages(session)
 
 
 def _make_initial_policy(config: RunConfig) -> None:
@@ -56,35 +54,19 @@ def _make_initial_policy(config: RunConfig) -> None:
     print(f"initial policy of {policy.model.num_parameters():,} parameters: {folder}")
 
 
-def _run_pipeline(config: RunConfig, config_dict: dict[str, Any], run: run_record.Run, trainer: Trainer) -> None:
-    """Prepare the inputs, train, gather the policy, measure, and write the run's record; every rank calls it."""
-    timer = StageTimer(run.record.get("seconds"))
+def _run_stages(session: Session) -> None:
+    """Prepare the inputs, train, gather the policy, measure, and write the run's record."""
+    config, run, trainer, forward = session.config, session.run, session.trainer, session.forward
     inputs = prepare_responses(config, CACHE)
-    record_inputs(run, trainer, inputs)
-    run.update(seconds=timer.lap("prepare"))
-    module = _fit(config, config_dict, run, trainer, inputs)
-    run.update(steps=trainer.global_step, tokens=module.tokens, seconds=timer.lap("sft"), **throughput(trainer))
-    forward = forward_settings(trainer)
-    trained = save_trained_policy(config, run, trainer, module, inputs, forward)
-    tokens, initial = config.data.tokens_per_microbatch, inputs.initial.model
-    metrics = heldout_loss(trained.model, initial, inputs.held_out, tokens, forward.context)
-    peak = peak_memory(forward.device)
-    if run.writes:
-        commands = after_sft(config, run.record["overrides"], run.folder)
-        finalize_run(run, trainer, metrics, trained, timer, peak, commands)
-
-
-def _fit(
-    config: RunConfig, config_dict: dict[str, Any], run: run_record.Run, trainer: Trainer, inputs: TrainingInputs
-) -> SFTModule:
-    """Train and return the module."""
+    session.record_inputs(inputs)
+    run.update(seconds=session.timer.stop("prepare"))
     seed_everything(config.seed, workers=True, verbose=False)
-    model = trainable_copy(inputs.initial.model).to(forward_settings(trainer).device)  # type: ignore[arg-type]
-    module = SFTModule(
-        model,
-        config.optim,
-        total_steps=trainer.max_steps,
-        tokens_per_microbatch=config.data.tokens_per_microbatch,
-    )
-    train(config, config_dict, run, trainer, module, inputs)
-    return module
+    tokens = config.data.tokens_per_microbatch
+    model = trainable_copy(inputs.initial.model).to(forward.device)  # type: ignore[arg-type]
+    module = SFTModule(model, config.optim, total_steps=trainer.max_steps, tokens_per_microbatch=tokens)
+    session.train(module, inputs)
+    seconds = session.timer.stop("sft")
+    run.update(steps=trainer.global_step, tokens=module.tokens, seconds=seconds, **throughput(trainer))
+    trained = session.save_trained_policy(module, inputs)
+    metrics = heldout_loss(trained.model, inputs.initial.model, inputs.held_out, tokens, forward.context)
+    session.finish(metrics, LABELS, trained, after_sft)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_lab.reporting.figures.axes import format_value, signed
-from dpo_lab.reporting.run_summary import ROWS
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import Verdict
 from dpo_lab.studies import verdicts
@@ -43,7 +42,10 @@ def metrics_of(collection: RunSet, asked: Sequence[str] = ()) -> list[str]:
         return list(asked)
     if collection.study:
         return list(collection.study.metrics)
-    measured = [name for name in dict.fromkeys((*USUAL, *ROWS)) if any(name in run.metrics for run in collection.runs)]
+    labelled = [name for run in collection.runs for name in run.record.get("metric_labels", ())]
+    measured = [
+        name for name in dict.fromkeys((*USUAL, *labelled)) if any(name in run.metrics for run in collection.runs)
+    ]
     return measured[:MOST]
 
 

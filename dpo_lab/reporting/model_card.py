@@ -71,7 +71,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             "",
             "## Evaluation on held-out pairs and prompts",
             "",
-            *markdown_table(COLUMNS, metric_rows(metrics)),
+            *markdown_table(COLUMNS, metric_rows(metrics, record.get("metric_labels", {}))),
             "",
             "## Command",
             "",

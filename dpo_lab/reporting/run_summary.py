@@ -12,47 +12,17 @@ from rich.table import Table
 
 from dpo_lab.stats.estimates import Estimate
 
-# metric -> its label; the value of `initial/METRIC`, where there is one, is shown beside it
-ROWS = {
-    "true_accuracy": "accuracy, truth (held-out)",
-    "accuracy": "accuracy, labels (held-out)",
-    "margin": "log-ratio margin (nats)",
-    "calibration_error": "calibration error",
-    "train/clean/accuracy": "accuracy, clean (train)",
-    "train/flipped/accuracy": "accuracy, flipped (train)",
-    "chosen_fell": "share of chosen less likely",
-    "chosen_change": "  change, chosen (nats)",
-    "rejected_change": "  change, rejected (nats)",
-    "gold_correlation": "rank correlation with gold",
-    "gold": "gold reward",
-    "gold_gain": "  gain, in sd of initial",
-    "win_rate": "  win rate against initial",
-    "win_rate_equal_length": "  win rate at equal length",
-    "best_of_16/gold_gain": "  gain, best of 16 of initial",
-    "judge": "judge score",
-    "judge_gain": "  gain, in sd of initial",
-    "judge_win_rate": "  win rate against initial",
-    "judge_win_rate_equal_length": "  win rate at equal length",
-    "pairwise_win_rate": "win rate, pairwise judge",
-    "kl": "KL to initial policy (nats)",
-    "kl_forward_text": "log-prob lost per text (nats)",
-    "loss": "loss (nats/token, held-out)",
-    "perplexity": "perplexity of real text",
-    "well_formed": "well-formed samples",
-    "distinct_2": "distinct bigrams",
-    "repeated_3": "repeated trigrams",
-    "entropy": "entropy (nats/token)",
-    "length": "sample length (tokens)",
-    "stopped": "samples with end token",
-}
-
 COLUMNS = ("", "initial", "trained", "95 % interval", "n")
 
 
-def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
-    """Return a row with COLUMNS for every metric that was measured."""
+def metric_rows(metrics: Mapping[str, Estimate], labels: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Return a row with COLUMNS for every metric that was measured and has a label, in the order of the labels.
+
+    The value of `initial/METRIC`, where there is one, is shown beside METRIC. labels: metric -> label, as recorded; if
+    it is empty, as for runs recorded before labels were, every metric is shown by its name.
+    """
     rows = []
-    for name, label in ROWS.items():
+    for name, label in (labels or {name: name for name in metrics if not name.startswith("initial/")}).items():
         if name in metrics:
             estimate, before = metrics[name], metrics.get(f"initial/{name}")
             interval = estimate.interval
@@ -86,16 +56,18 @@ def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 def print_summary(
     console: Console,
     metrics: Mapping[str, Estimate],
+    labels: Mapping[str, str],
     samples: Sequence[Mapping[str, str]],
     folder: Path,
     next_commands: Sequence[str],
     cost: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Print the summary of a run; it fits 80 columns. console: a plain_console; cost: see cost_rows."""
+    """Print the summary of a run; it fits 80 columns. console: a plain_console; labels: see metric_rows;
+    cost: see cost_rows."""
     table = Table(title="What it learned", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
-    for row in metric_rows(metrics):
+    for row in metric_rows(metrics, labels):
         table.add_row(*row)
     table.add_section()
     for label, value in cost:

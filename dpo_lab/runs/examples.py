@@ -8,11 +8,11 @@ line.
                       chosen minus rejected; trained_chosen, trained_rejected, initial_chosen, initial_rejected:
                       log-probabilities in nats; gold_margin: the true reward of chosen minus that of rejected; flipped:
                       whether label noise swapped the sides; probability: of the label under the loss (held-out pairs,
-                      see evals/calibration.py)
+                      see evals/evaluators/calibration.py)
     prompt            a prompt and its samples; key: a hash of its token ids, with `#2` appended if it occurs again.
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
                       tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win,
-                      judge_win, pairwise_win: 1, 0, or 1/2 for a tie
+                      judge_win: 1, 0, or 1/2 for a tie
     candidates        a prompt and many responses of the initial policy; key: the prompt's. gold, judge: a list of their
                       rewards, rounded to four decimals
     text              a held-out text; key: a hash of its token ids. trained, initial: log-probabilities in nats; tokens
@@ -41,7 +41,7 @@ class Examples:
     def __init__(self) -> None:
         self._rows: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
 
-    def keep(self, kind: str, keys: Sequence[str], **columns: Iterable[Any]) -> None:
+    def add(self, kind: str, keys: Sequence[str], **columns: Iterable[Any]) -> None:
         """Add columns, each with one value per key, to the examples of a kind."""
         for name, values in columns.items():
             for key, value in zip(keys, values, strict=True):

@@ -17,7 +17,7 @@ from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies.spec import EXPRESSION, Arm, Study
 
 # keys of `evals` that must agree between runs whose metrics are compared
-EVAL_SETTINGS_THAT_MUST_MATCH = ("samples", "max_new_tokens", "texts", "judge")
+EVAL_SETTINGS_THAT_MUST_MATCH = ("num_prompts", "max_new_tokens", "num_texts", "judge")
 FINDINGS = tuple(rule.name.replace(" ", "_") for rule in RULES)  # what may follow `health/` in an expression
 
 

@@ -43,7 +43,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, task: Task, seed: int, cache: Pat
     """
     from dpo_lab.models.tokenizer import train_tokenizer
 
-    texts = task.reviews(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
+    texts = task.texts(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
     inputs = {
         "tiny": asdict(replace(tiny, gradient_checkpointing=False)),  # which does not change the policy
         "sft": {name: value for name, value in asdict(sft).items() if name != "text_column"},  # not used here
@@ -57,7 +57,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, task: Task, seed: int, cache: Pat
         tokenizer = train_tokenizer(texts, tiny.vocab_size)
         policy = Policy(tiny.build(tokenizer, derive_seed(seed, "init")), tokenizer)
         if tiny.init is Init.sft:
-            train_on_texts(policy, texts, sft, seed, append_eos=task.complete_texts)
+            train_on_texts(policy, texts, sft, seed, append_eos=task.is_complete)
         policy.save(folder)
 
     cached(folder, make)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 BRACKETS = [
     "data.path=[/abs/a.jsonl]",
     r"prompt \[/x] [red]:heart: [link=a]",
-    "evals.run=[preference,kl]",
+    "evals.evaluators=[preference,kl]",
     "[/]",
     "policy.path=m[1]",
 ]
@@ -65,13 +65,14 @@ def test_a_sweep_over_lists_may_stand_in_a_yaml(tmp_path):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "lists.yaml").write_text(
         "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      beta: 0.3,0.4\n"
-        "      evals.run: '[preference],[preference,kl]'\n"
+        "      evals.evaluators: '[preference],[preference,kl]'\n"
     )
     behaves(tmp_path)
     result = run("tests.support.standin", tmp_path, "--config-dir", "mine", "+experiment=lists", "beta=0.2")
     assert result.returncode == 0, result.stdout + result.stderr
     table = result.stdout.splitlines()[-3:-1]
-    assert [line.split("  ")[0].rstrip() for line in table] == ["evals.run=[preference]", "evals.run=[preference,kl]"]
+    settings = [line.split("  ")[0].rstrip() for line in table]
+    assert settings == ["evals.evaluators=[preference]", "evals.evaluators=[preference,kl]"]
     assert [[part for part in start["argv"] if part.startswith("beta")] for start in starts(tmp_path)] == [
         ["beta=0.2"]
     ] * 2

@@ -101,7 +101,8 @@ def test_every_kind_has_a_choice(group):
         type(attrgetter(group)(settled(f"{axis}={p.stem}", *NEEDED.get((axis, p.stem), []))))
         for p in (CONF / axis).iterdir()
     }
-    assert chosen == set(schema.KINDS[group].values())
+    ours = {kind for kind in schema.KINDS[group].values() if kind.__module__.startswith("dpo_lab.")}  # not a test's
+    assert chosen == ours
 
 
 REFUSED = [

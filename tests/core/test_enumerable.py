@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
-from dpo_lab.evals.kl import KL
-from dpo_lab.evals.language import Language
-from dpo_lab.evals.win_rate import WinRate
+from dpo_lab.evals.evaluators.kl import KL
+from dpo_lab.evals.evaluators.language import Language
+from dpo_lab.evals.evaluators.win_rate import WinRate
 from dpo_lab.models.policy import Policy
 from dpo_lab.stats.estimates import Estimate, mean, ratio
 

@@ -20,13 +20,12 @@ from dpo_lab.core.losses import (
     IPOMean,
     IPOSum,
     Loss,
-    PerToken,
     SFTChosen,
     SimPO,
     Unlikelihood,
 )
 from dpo_lab.core.pairs import PairLogps
-from dpo_lab.health.evidence import SUMMED, WITHOUT_BETA
+from dpo_lab.health.evidence import loss_traits
 
 
 def logps(chosen, rejected, chosen_length=None, rejected_length=None) -> PairLogps:
@@ -120,7 +119,7 @@ def test_unlikelihood_between_fine_tuning_and_the_bare_margin():
 @pytest.mark.parametrize("loss", [SFTChosen, Unlikelihood])
 def test_beta_has_no_say_without_a_comparison(loss):
     assert loss(beta=0.1)(POLICY_B, UNIFORM_A).tolist() == loss(beta=7.0)(POLICY_B, UNIFORM_A).tolist()
-    assert not loss.rates_pairs
+    assert not loss.is_bradley_terry
 
 
 def test_the_price_of_drift_is_kl_to_second_order():
@@ -237,13 +236,49 @@ def test_every_loss_is_in_the_table_once():
     assert len(set(LOSSES.values())) == len(LOSSES)
 
 
-def test_what_is_known_of_losses_by_name_is_what_they_are():
-    assert set(SUMMED) == {name for name, loss in LOSSES.items() if not issubclass(loss, PerToken)}
-    assert set(WITHOUT_BETA) == {name for name, loss in LOSSES.items() if not loss.rates_pairs}
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_record_without_traits_has_those_that_its_loss_states(name):
+    stated, config = LOSSES[name](beta=0.2).traits(), {"loss": {"kind": name, "beta": 0.2}}
+    assert loss_traits({"config": config, "loss_traits": stated}) == stated
+    derived = loss_traits({"config": config})
+    assert derived is not None
+    assert derived == pytest.approx({trait: stated[trait] for trait in derived})
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_of_the_margin_alone_ignores_the_rest(name):
+    """Both log-probabilities of the policy shift by one number: the margin stays, and so does a loss of it alone."""
+    lengths = dict(chosen_length=[3] * 4, rejected_length=[3] * 4)
+    reference = logps([-2.8, -2.3, -3.8, -1.4], [-3.2, -2.7, -4.2, -1.8], **lengths)
+    policy = logps([-3, -2.5, -4, -1.5], [-5, -3.5, -6, -2.5], **lengths)
+    shifted = logps([-4, -3.5, -5, -2.5], [-6, -4.5, -7, -3.5], **lengths)
+    loss = LOSSES[name](beta=0.2)
+    is_equal = loss(policy, reference).tolist() == pytest.approx(loss(shifted, reference).tolist())
+    assert is_equal == loss.is_margin_only
+
+
+def test_a_loss_that_does_not_state_its_traits_is_refused_where_it_is_defined():
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'is_bradley_terry'"):
+
+        class Silent(Loss, name="silent", requires_reference=None, is_per_token=False, is_margin_only=True):
+            """Does not say whether it rates pairs."""
+
+    assert "silent" not in LOSSES
+
+
+def test_two_losses_of_one_name_are_refused():
+    traits = dict(requires_reference=None, is_bradley_terry=True, is_per_token=False, is_margin_only=True)
+    with pytest.raises(TypeError, match="Another: the name 'dpo' is taken by DPO; choose another"):
+
+        class Another(Loss, name="dpo", **traits):
+            """Takes a name that is taken."""
+
+    assert LOSSES["dpo"] is DPO
 
 
 def test_every_loss_is_there_for_a_notebook():
-    assert {loss.__name__ for loss in LOSSES.values()} <= set(dpo_lab.losses.__all__)
+    assert {loss.__name__: loss for loss in LOSSES.values()}.items() <= vars(dpo_lab.losses).items()
+    assert dpo_lab.losses.PairLogps is PairLogps
 
 
 def test_textbook_function():

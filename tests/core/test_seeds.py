@@ -47,7 +47,7 @@ def story(made: TrainingInputs, *overrides: str) -> dict[str, list]:
         "train": made.train.keys.tolist(),
         "held out": made.held_out.keys.tolist(),
         "order": [batch.keys for batch in islice(loader, 20)],
-        "prompts": chosen.data.task.prompts(HELD_OUT, chosen.evals.samples, chosen.seed),
+        "prompts": chosen.data.task.prompts(HELD_OUT, chosen.evals.num_prompts, chosen.seed),
     }
 
 

@@ -54,7 +54,7 @@ def ours(rows, tokenizer) -> list[EncodedPair]:
 
 
 def reviews(seed: int) -> tuple[random.Random, list[str]]:
-    return random.Random(seed), SyntheticReviews().reviews(TRAIN, 3 * ROWS, seed)
+    return random.Random(seed), SyntheticReviews().texts(TRAIN, 3 * ROWS, seed)
 
 
 def text_rows() -> list[dict]:

@@ -18,7 +18,7 @@ from tests.support.templates import tokenizer_of, words_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(SyntheticReviews().reviews(TRAIN, 300, seed=0), vocab_size=500)
+    return train_tokenizer(SyntheticReviews().texts(TRAIN, 300, seed=0), vocab_size=500)
 
 
 def encoded(

@@ -66,10 +66,10 @@ def test_prompts_and_texts_have_their_words(made_up):
         assert len(prompt.split(" ")) == 6
         assert any(text.startswith(prompt + " ") for text in TEXTS)  # so a response begins with a space
     task = IMDbSentiment(prefix_words=2, review_words=5)
-    assert {len(text.split(" ")) for text in task.reviews(HELD_OUT, 40, seed=0)} == {5}
+    assert {len(text.split(" ")) for text in task.texts(HELD_OUT, 40, seed=0)} == {5}
 
 
-@pytest.mark.parametrize("draw", ["reviews", "prompts"])
+@pytest.mark.parametrize("draw", ["texts", "prompts"])
 def test_nothing_leaks_whatever_the_seed(made_up, draw):
     texts = getattr(made_up, draw)
     drawn = {split: {text for seed in range(3) for text in texts(split, 200, seed)} for split in (TRAIN, HELD_OUT)}
@@ -159,7 +159,7 @@ def test_settings_out_of_range_are_refused(settings):
 def test_samples_are_as_long_as_the_responses():
     cfg = composed("data=imdb_sentiment", "data.task.max_new_tokens=16")
     assert cfg.evals.max_new_tokens == 16
-    assert cfg.evals.samples >= 200
+    assert cfg.evals.num_prompts >= 200
 
 
 @pytest.mark.imdb
@@ -187,7 +187,7 @@ def test_the_lexicon_tells_good_from_bad():
 @needs_policy
 def test_a_real_run_by_the_door(tmp_path):
     few = "data.pairs=6 data.validation_pairs=3 data.batch_size=2 trainer.max_steps=2 trainer.val_check_interval=2"
-    sizes = "evals.samples=8 evals.texts=3 data.task.max_new_tokens=8 trainer.log_every_n_steps=1"
+    sizes = "evals.num_prompts=8 evals.num_texts=3 data.task.max_new_tokens=8 trainer.log_every_n_steps=1"
     choice = "policy=smollm2_135m policy.lora.r=4 optim=lora data=imdb_sentiment"
     result = warm.door("dpo_lab.train", *f"{choice} {few} {sizes}".split(), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -219,7 +219,7 @@ def test_a_real_model_on_chats_of_a_file(adapters, tmp_path):
     ]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     few = "data.batch_size=2 trainer.max_steps=3 trainer.val_check_interval=3 trainer.log_every_n_steps=1"
-    sizes = "data.validation_fraction=0.3 evals.samples=2 evals.texts=2 evals.max_new_tokens=8"
+    sizes = "data.validation_fraction=0.3 evals.num_prompts=2 evals.num_texts=2 evals.max_new_tokens=8"
     choice = "policy.lora.r=4 optim=lora reference=adapter_off" if adapters else "optim.lr=1e-5"
     command = f"policy=smollm2_135m {choice} data.path=chats.jsonl {few} {sizes}"
     result = warm.door("dpo_lab.train", *command.split(), cwd=tmp_path)

@@ -105,7 +105,7 @@ def test_length_buys_no_mean_reward():
 
 
 def test_reviews_are_scaled():
-    gold = [SyntheticReviews().gold(text) for text in SyntheticReviews().reviews(TRAIN, 5000, seed=0)]
+    gold = [SyntheticReviews().gold(text) for text in SyntheticReviews().texts(TRAIN, 5000, seed=0)]
     assert sum(gold) / len(gold) == pytest.approx(0, abs=0.1)
     assert math.sqrt(sum(g * g for g in gold) / len(gold)) == pytest.approx(1, abs=0.1)
 
@@ -127,7 +127,7 @@ def test_50000_reviews_hardly_repeat():
     assert len(set(shaped)) / len(shaped) > 0.99
 
 
-@pytest.mark.parametrize("draw", ["reviews", "prompts"])
+@pytest.mark.parametrize("draw", ["texts", "prompts"])
 def test_splits_never_overlap_whatever_the_seed(draw):
     task = SyntheticReviews()
     train = {text for seed in range(4) for text in getattr(task, draw)(TRAIN, 1500, seed)}
@@ -138,8 +138,8 @@ def test_splits_never_overlap_whatever_the_seed(draw):
 
 def test_texts_are_a_function_of_the_seed():
     task = SyntheticReviews()
-    assert task.reviews(TRAIN, 50, 1) == task.reviews(TRAIN, 50, 1)
-    assert len(set(task.reviews(TRAIN, 50, 1)) & set(task.reviews(TRAIN, 50, 2))) == 0
+    assert task.texts(TRAIN, 50, 1) == task.texts(TRAIN, 50, 1)
+    assert len(set(task.texts(TRAIN, 50, 1)) & set(task.texts(TRAIN, 50, 2))) == 0
     assert task.prompts(TRAIN, 50, 1)[:20] == task.prompts(TRAIN, 20, 1)
 
 
@@ -186,7 +186,7 @@ def test_scrambled_pairs_differ_from_sampled_ones_in_the_rejected_letters_order(
     sampled, scrambled = (
         list(
             SyntheticReviews(rejected=rejected).pairs(
-                TRAIN, 20, 3, lambda prompts, name: SyntheticReviews().reviews(TRAIN, 20, len(name))
+                TRAIN, 20, 3, lambda prompts, name: SyntheticReviews().texts(TRAIN, 20, len(name))
             )
         )
         for rejected in Rejected

@@ -13,9 +13,10 @@ from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.distributed.collectives import all_reduce_max, balance_by_size, map_across_ranks
 from dpo_lab.evals.context import EvalContext
-from dpo_lab.evals.evaluate import EVALUATORS, Evals, evaluate
+from dpo_lab.evals.evaluate import Evals, evaluate
+from dpo_lab.evals.evaluators.base import in_order
+from dpo_lab.evals.evaluators.optimum import Optimum
 from dpo_lab.evals.held_out import heldout_loss
-from dpo_lab.evals.optimum import Optimum
 from dpo_lab.models.policy import Policy, load_policy
 from tests.conftest import make_pairs
 from tests.evals.test_evals import perturbed, subject_of
@@ -68,7 +69,8 @@ def measured(folder: Path, cache: Path, pairs: int, prompts: int, texts: int) ->
         tokens=40,
         cache=cache,
     )
-    metrics = evaluate(subject, Evals(run=list(EVALUATORS), optimum=Optimum(candidates=5, prompts=4)).evaluators())
+    optimum = Optimum(num_candidates=5, num_prompts=4)
+    metrics = evaluate(subject, Evals(evaluators=in_order(), optimum=optimum).selected())
     model = subject.trained.model
     return {
         "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from itertools import product
@@ -10,7 +11,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from dpo_lab.core.losses import DPO, LOSSES, SFTChosen
@@ -18,16 +18,18 @@ from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals import context as subject_module
-from dpo_lab.evals.calibration import Calibration
 from dpo_lab.evals.context import EvalContext
-from dpo_lab.evals.displacement import Displacement
-from dpo_lab.evals.evaluate import EVALUATORS, ON_REQUEST, Evals, evaluate
+from dpo_lab.evals.evaluate import Evals, evaluate
+from dpo_lab.evals.evaluators.base import EVALUATORS, Evaluator, in_order, labels_of
+from dpo_lab.evals.evaluators.calibration import Calibration
+from dpo_lab.evals.evaluators.displacement import Displacement
+from dpo_lab.evals.evaluators.kl import KL
+from dpo_lab.evals.evaluators.language import Language, distinct, repeated
+from dpo_lab.evals.evaluators.optimum import Optimum
+from dpo_lab.evals.evaluators.preference import Preference
+from dpo_lab.evals.evaluators.reward import Reward
+from dpo_lab.evals.evaluators.win_rate import WinRate
 from dpo_lab.evals.judge import Judge, JudgeError
-from dpo_lab.evals.kl import KL
-from dpo_lab.evals.language import Language, distinct, repeated
-from dpo_lab.evals.preference import Preference
-from dpo_lab.evals.reward import Reward
-from dpo_lab.evals.win_rate import WinRate, in_both_orders
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference import Uniform
 from dpo_lab.models.sampling import Sample
@@ -35,7 +37,9 @@ from dpo_lab.reporting.figures import draw_run
 from dpo_lab.reporting.run_summary import metric_rows
 from dpo_lab.runs.examples import EXAMPLES, numbered, read
 from dpo_lab.stats.calibration import reliability
-from tests.conftest import REPOSITORY, make_pairs
+from dpo_lab.stats.estimates import Estimate
+from tests.conftest import make_pairs
+from tests.support.configs import recorded, settled
 
 
 def perturbed(policy: Policy, scale: float) -> Policy:
@@ -57,7 +61,7 @@ def subject_of(trained: Policy, initial: Policy, prompts: list[str], **changes) 
         pairs=make_pairs(9),
         prompts=prompts,
         prompt_ids=[encoder.prompt(prompt) for prompt in prompts],
-        texts=[(begin, encoder.response(text, begin)) for text in SyntheticReviews().reviews(HELD_OUT, 5, seed=0)],
+        texts=[(begin, encoder.response(text, begin)) for text in SyntheticReviews().texts(HELD_OUT, 5, seed=0)],
         task=SyntheticReviews(),
         max_new_tokens=8,
         tokens=64,
@@ -86,7 +90,6 @@ def test_samples_are_made_once(subject, monkeypatch):
 
         monkeypatch.setattr(policy.model, "forward", counted)
     subject.judge = lambda texts: np.array([float(len(text)) for text in texts])
-    subject.pairwise = lambda prompt, first, second: 0.5
     metrics = evaluate(subject)
     assert sorted(calls) == ["Samples (initial)", "Samples (trained)"]  # by all evaluators together
     assert 0 < len(generated) <= 2 * 2 * 8  # two policies, two batches, 8 tokens at most
@@ -269,7 +272,7 @@ def test_record_table_and_figure_of_a_run_say_one_calibration_error(name, subjec
     (tmp_path / "run.json").write_text(json.dumps(record))
     draw_run(tmp_path)
     drawn = (tmp_path / "figures" / "calibration.svg").read_text()
-    (row,) = (row for row in metric_rows(metrics) if row[0] == "calibration error")
+    (row,) = (row for row in metric_rows(metrics, labels_of(metrics)) if row[0] == "calibration error")
     # by hand: the probability that each loss gives the label of a pair, and the error over it
     trained, reference = subject.pair_logps
     if name == "simpo":
@@ -302,22 +305,6 @@ def test_forward_kl_of_texts_is_the_rise_of_their_log_perplexity(subject):
     tokens = sum(len(response) for _, response in subject.texts)
     rise = math.log(metrics["perplexity"].value) - math.log(metrics["initial/perplexity"].value)
     assert metrics["kl_forward_text"].value * len(subject.texts) / tokens == pytest.approx(rise)
-
-
-def test_a_pairwise_judge_is_asked_in_both_orders(subject):
-    asked = []
-
-    def likes_the_first(prompt, first, second):
-        asked.append((prompt, first, second))
-        return 1.0
-
-    wins = in_both_orders(likes_the_first, ["p"], ["ours"], ["theirs"])
-    assert wins.tolist() == [0.5]
-    assert asked == [("p", "ours", "theirs"), ("p", "theirs", "ours")]
-    subject.pairwise = lambda prompt, first, second: float(len(first) > len(second)) + (len(first) == len(second)) / 2
-    subject = with_samples(subject, ["long one", "a", "same"], ["short", "bb", "four"])
-    assert dict(WinRate().run(subject))["pairwise_win_rate"].value == 0.5
-    assert [row["pairwise_win"] for row in subject.examples.rows()] == [1, 0, 0.5]
 
 
 def test_examples_hold_what_the_figures_are_made_of(subject, tmp_path):
@@ -405,17 +392,72 @@ def test_judges_scores_have_names_of_their_own(subject):
 
 
 def test_settings_choose_evaluators():
-    evals = Evals(run=["calibration", "kl"], calibration=Calibration(bins=3))
-    assert evals.evaluators() == [Calibration(bins=3), KL()]
-    with pytest.raises(ValueError, match=r"no evaluator is called 'winrate'; type evals.run=\[win_rate\]"):
-        Evals(run=["winrate"])
+    evals = Evals(evaluators=["calibration", "kl"], calibration=Calibration(bins=3))
+    assert evals.selected() == [Calibration(bins=3), KL()]
+    with pytest.raises(ValueError, match=r"no evaluator is called 'winrate'; type evals.evaluators=\[win_rate\]"):
+        Evals(evaluators=["winrate"])
 
 
-@pytest.mark.parametrize(("choice", "added"), [("default", ()), ("imdb", ()), ("study", ON_REQUEST)])
-def test_every_choice_lists_all_evaluators(choice, added):
-    run = yaml.safe_load((REPOSITORY / "conf" / "evals" / f"{choice}.yaml").read_text())["run"]
-    assert run == [*Evals().run, *added]
-    assert [*Evals().run, *ON_REQUEST] == list(EVALUATORS)
+ALL = ["preference", "calibration", "displacement", "kl", "reward", "win_rate", "language", "optimum"]
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("default", ALL[:-1]), ("imdb", ALL[:-1]), ("study", ALL)])
+def test_every_choice_runs_the_default_evaluators_in_their_order(choice, expected):
+    assert recorded(f"evals={choice}")["evals"]["evaluators"] == settled(f"evals={choice}").evals.evaluators == expected
+    assert in_order() == ALL
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_settings_of_an_evaluator_are_settings_of_a_run(name):
+    own = {spec.name: spec.default for spec in dataclasses.fields(EVALUATORS[name])}
+    assert recorded()["evals"].get(name, {}) == own
+
+
+def test_an_evaluator_that_does_not_state_its_traits_is_refused_where_it_is_defined():
+    traits = dict(name="silent", order=90, is_default=True, needs_samples=False)
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'needs_reward'"):
+
+        class Silent(Evaluator, **traits):
+            labels = {}
+
+    with pytest.raises(TypeError, match="Mute: states no labels; give it labels = {metric: label}"):
+
+        class Mute(Evaluator, **traits, needs_reward=False):
+            """Does not say what is shown of it."""
+
+    assert "silent" not in EVALUATORS
+
+
+def test_what_an_evaluator_does_not_need_is_not_made(subject, monkeypatch):
+    """Evaluators that state that they need no samples, or no reward, run where none can be had."""
+    monkeypatch.setattr(subject_module, "generate_responses", lambda *a, **k: pytest.fail("samples"))
+    subject.train_pairs = subject.pairs[:3]
+    for kind in EVALUATORS.values():
+        if not kind.needs_samples:
+            assert dict(kind().run(subject))
+    monkeypatch.undo()
+    subject.task = None
+    assert {name for name, kind in EVALUATORS.items() if not dict(kind().run(subject))} == {
+        name for name, kind in EVALUATORS.items() if kind.needs_reward
+    }
+
+
+def test_labels_are_of_metrics_that_are_measured(subject, monkeypatch):
+    monkeypatch.setattr(SyntheticReviews, "gold", lambda self, text: sum(map(ord, text)) % 7)
+    subject.judge = lambda texts: np.array([sum(map(ord, text)) % 11 for text in texts], float)
+    subject.train_pairs = [*subject.pairs[:3], *(pair.flip() for pair in subject.pairs[3:])]
+    words = SyntheticReviews().texts(HELD_OUT, 1, seed=0)[0].split() * 2
+    with_samples(subject, *([" ".join(words[: i % n + 1]) for i in range(40)] for n in (7, 5)))
+    optimum = Optimum(num_candidates=16, num_prompts=2)
+    metrics = evaluate(subject, Evals(evaluators=in_order(), optimum=optimum).selected())
+    labels = [label for kind in EVALUATORS.values() for label in kind.labels]
+    assert sorted(labels_of(metrics)) == sorted(labels)
+    assert [row[0] for row in metric_rows(metrics, labels_of(metrics))] == list(labels_of(metrics).values())
+
+
+def test_metrics_of_a_record_without_labels_are_shown_by_name():
+    metrics = {name: Estimate(1.5) for name in ("accuracy", "initial/length", "length")}
+    assert [row[0] for row in metric_rows(metrics, {})] == ["accuracy", "length"]
 
 
 def test_nan_raises(subject):

@@ -16,12 +16,12 @@ from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.evals import candidates as candidates_module
 from dpo_lab.evals.context import EvalContext
-from dpo_lab.evals.optimum import Optimum, best_of
+from dpo_lab.evals.evaluators.optimum import Optimum, best_of
 from dpo_lab.runs.examples import EXAMPLES, read
 from tests.evals.test_evals import perturbed, subject_of
 
 
-class Letters(SyntheticReviews):
+class Letters(SyntheticReviews, name="letters", has_grammar=True, is_complete=True):
     """A task in which untrained policies differ."""
 
     def gold(self, text: str) -> float:
@@ -73,7 +73,7 @@ def test_the_best_of_some_is_unbiased():
 
 def test_what_is_kept_of_candidates(subject, sampled, tmp_path):
     """Each of the distinct prompts has the gold rewards of its own responses; what the figures say can be made from them."""
-    metrics = dict(Optimum(candidates=6, prompts=3).run(subject))
+    metrics = dict(Optimum(num_candidates=6, num_prompts=3).run(subject))
     assert sampled == [18]
     subject.examples.write(tmp_path / EXAMPLES)
     rows = read(tmp_path / EXAMPLES)["candidates"]
@@ -160,7 +160,9 @@ def test_runs_at_the_same_time_sample_once(subject, sampled):
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize(("settings", "key"), [({"candidates": 1}, "candidates"), ({"prompts": 0}, "prompts")])
+@pytest.mark.parametrize(
+    ("settings", "key"), [({"num_candidates": 1}, "num_candidates"), ({"num_prompts": 0}, "num_prompts")]
+)
 def test_settings_out_of_range_are_refused(settings, key):
     with pytest.raises(ValueError, match=f"evals.optimum.{key}=.*; type e.g. evals.optimum.{key}=128"):
         Optimum(**settings)

@@ -19,7 +19,7 @@ from tests.support.processes import patience
 from tests.support.sweeping import until
 
 TINY = [s for s in SMALL if not s.startswith(("evals.", "data.validation_pairs"))]
-TINY += "evals.samples=4 evals.texts=2 data.validation_pairs=12 callbacks.checkpoint.every_n_steps=1".split()
+TINY += "evals.num_prompts=4 evals.num_texts=2 data.validation_pairs=12 callbacks.checkpoint.every_n_steps=1".split()
 # Six minutes of two cores: run by `WHOLE_SWEEP=1 make test ARGS=tests/faults/test_eighteen_cells.py`, and skipped else.
 WHOLE = bool(os.environ.get("WHOLE_SWEEP"))
 BETAS, SEEDS, KILLS = (0.01, 0.1, 1.0), (0, 1, 2), 3

@@ -103,7 +103,7 @@ def long_winded(tmp_path_factory) -> tuple[Path, str]:
         " data.pairs=192 data.validation_pairs=64 data.batch_size=16 data.task.min_clauses=1 data.task.max_clauses=6"
         " data.task.reward=sum data.task.max_new_tokens=64 beta=0.02 optim.lr=3e-3 optim.warmup_steps=2"
         " trainer.max_steps=24 trainer.val_check_interval=12 trainer.log_every_n_steps=4"
-        " evals.samples=128 evals.texts=64 evals.max_new_tokens=64"
+        " evals.num_prompts=128 evals.num_texts=64 evals.max_new_tokens=64"
     ).split()
     done = door("dpo_lab.train", *settings, cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from dpo_lab.evals.candidates import candidates
 from dpo_lab.models.numerics import numerics_of
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference_cache import cached_logps
-from dpo_lab.pipelines.session import forward_settings, make_trainer
+from dpo_lab.pipelines.setup import forward_settings, make_trainer
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.memory import MemoryTracker, peak_memory, restart_peak
 from dpo_lab.training.strategies import fsdp

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 WORDS = "the plot was good and its music too slow ending felt odd villain".split()
 QUIET = (
     "data=jsonl data.path=pairs.jsonl data.batch_size=8 data.tokens_per_microbatch=300 policy=pretrained policy.path=mine"
-    " optim=default trainer.max_steps=3 trainer.val_check_interval=2 trainer.log_every_n_steps=1 evals.samples=4"
-    " evals.texts=4 evals.train_pairs=8 evals.max_new_tokens=6 figures=false logger=csv"
+    " optim=default trainer.max_steps=3 trainer.val_check_interval=2 trainer.log_every_n_steps=1 evals.num_prompts=4"
+    " evals.num_texts=4 evals.num_train_pairs=8 evals.max_new_tokens=6 figures=false logger=csv"
 ).split()
 
 

@@ -50,7 +50,7 @@ def test_with_the_same_settings_it_says_what_the_run_said(run, workshop):
 
 
 def test_other_evaluators_and_more_samples(run, workshop):
-    evaluate(workshop, f"run={run.relative_to(workshop)}", "evals.run=[kl,displacement]", "evals.samples=40")
+    evaluate(workshop, f"run={run.relative_to(workshop)}", "evals.evaluators=[kl,displacement]", "evals.num_prompts=40")
     result = json.loads((run / "evaluations" / "1.json").read_text())
     assert set(result["metrics"]) == {
         "kl",
@@ -61,7 +61,7 @@ def test_other_evaluators_and_more_samples(run, workshop):
         "rejected_change",
     }
     assert result["metrics"]["kl"]["n"] == len(read(run / "evaluations" / "1.examples.jsonl")["prompt"]) == 40
-    assert result["evals"]["texts"] == 8  # as the run had it
+    assert result["evals"]["num_texts"] == 8  # as the run had it
     assert result["versions"]["torch"]
 
 
@@ -103,7 +103,7 @@ def test_other_weights_than_the_runs_are_refused(run, workshop):
 def test_folders_are_read_whole(folder):
     typed = as_path(f"run={folder}")
     assert composed(typed, name="evaluate").run == folder.strip("'" if folder[0] == "'" else "")
-    assert as_path("evals.run=[kl,reward]") == "evals.run=[kl,reward]"
+    assert as_path("evals.evaluators=[kl,reward]") == "evals.evaluators=[kl,reward]"
 
 
 @pytest.mark.parametrize(
@@ -155,19 +155,19 @@ def test_a_recorded_config_is_the_config(overrides):
 
 
 def test_what_is_typed_now_comes_before_what_was_recorded():
-    record = {"config": recorded("evals.samples=7", "evals.texts=3", "beta=0.4"), "files": {}}
-    typed = ["run=folder", "evals.texts=5", "evals.calibration.bins=4", "threads=2"]
+    record = {"config": recorded("evals.num_prompts=7", "evals.num_texts=3", "beta=0.4"), "files": {}}
+    typed = ["run=folder", "evals.num_texts=5", "evals.calibration.bins=4", "threads=2"]
     found = config_from_run(record, composed(*typed, name="evaluate"), typed)
-    assert (found.evals.samples, found.evals.texts, found.evals.calibration.bins) == (7, 5, 4)
+    assert (found.evals.num_prompts, found.evals.num_texts, found.evals.calibration.bins) == (7, 5, 4)
     assert (found.beta, found.loss.beta, found.threads) == (0.4, 0.4, 2)
     typed = ["run=folder", "evals=imdb"]
     found = config_from_run(record, composed(*typed, name="evaluate"), typed)
-    assert (found.evals.samples, found.evals.max_new_tokens) == (256, found.data.task.max_new_tokens)
+    assert (found.evals.num_prompts, found.evals.max_new_tokens) == (256, found.data.task.max_new_tokens)
 
 
 def test_settings_newer_than_the_record_get_their_defaults():
     plain = recorded()
-    del plain["evals"]["run"], plain["evals"]["calibration"]
+    del plain["evals"]["evaluators"], plain["evals"]["calibration"]
     assert schema.validate(from_record(plain)).evals == settled().evals
 
 

@@ -32,6 +32,7 @@ RECORD = {
         "perplexity": {"value": 9.5, "se": None, "n": 4, "interval": None},
         "initial/perplexity": {"value": 8.25, "se": None, "n": 4, "interval": None},
     },
+    "metric_labels": {"accuracy": "accuracy, labels (held-out)", "perplexity": "perplexity of real text"},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from dpo_lab.evals.context import EvalContext
-from dpo_lab.evals.preference import Preference
+from dpo_lab.evals.evaluators.preference import Preference
 from dpo_lab.models.policy import Policy
 from dpo_lab.runs.examples import EXAMPLES, PairExample, pair_examples, read
 from dpo_lab.stats.estimates import rank_correlation

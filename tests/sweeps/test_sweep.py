@@ -172,11 +172,11 @@ def test_thirty_odd_overrides_reach_the_cell_as_they_were_typed(tmp_path):
         "data.revision='it\\'s {odd}, [is it]?'",
         'data.split="<train>:$HOME"',
     ]
-    many = [f"evals.samples={n}" for n in range(1, 8)] + [f"optim.warmup_steps={n}" for n in range(1, 19)]
+    many = [f"evals.num_prompts={n}" for n in range(1, 8)] + [f"optim.warmup_steps={n}" for n in range(1, 19)]
     result = sweep(
         tmp_path,
         *odd,
-        "evals.texts=${evals.samples}",
+        "evals.num_texts=${evals.num_prompts}",
         *many,
         "beta=0.1,0.2",
         "policy.layers=1",
@@ -188,8 +188,8 @@ def test_thirty_odd_overrides_reach_the_cell_as_they_were_typed(tmp_path):
         *argv, mode, run_mode, run_dir = start["argv"][2:]
         assert argv == [
             *odd,
-            "evals.texts=$\\{evals.samples\\}",  # as Hydra's sweeper spells it, to the same effect
-            *("evals.samples=7", "optim.warmup_steps=18", f"beta={beta}", "policy.layers=1", "policy.heads=2"),
+            "evals.num_texts=$\\{evals.num_prompts\\}",  # as Hydra's sweeper spells it, to the same effect
+            *("evals.num_prompts=7", "optim.warmup_steps=18", f"beta={beta}", "policy.layers=1", "policy.heads=2"),
             "hydra.job.chdir=False",
         ]
         assert (mode, run_mode) == ("hydra.mode=MULTIRUN", "hydra.mode=RUN")
@@ -199,7 +199,7 @@ def test_thirty_odd_overrides_reach_the_cell_as_they_were_typed(tmp_path):
     config = json.loads((tmp_path / told(tmp_path)["cells"][0]["folder"] / "run.json").read_text())["config"]
     assert config["data"]["path"] == "a b.jsonl"
     assert config["data"]["revision"] == "it's {odd}, [is it]?"
-    assert config["evals"]["texts"] == 7
+    assert config["evals"]["num_texts"] == 7
     assert config["data"]["split"] == "<train>:$HOME"
 
 

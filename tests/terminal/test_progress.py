@@ -9,7 +9,9 @@ import re
 import pytest
 import torch
 
-from dpo_lab.reporting.run_summary import ROWS, cost_rows, print_summary
+from dpo_lab.evals.evaluators.base import EVALUATORS
+from dpo_lab.evals.held_out import LABELS
+from dpo_lab.reporting.run_summary import cost_rows, print_summary
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.terminal import progress
 from dpo_lab.training.callbacks.progress_bar import ProgressBar
@@ -193,18 +195,19 @@ def test_peak_memory_is_this_processs_own_and_grows_with_it(tmp_path):
 
 def test_the_closing_table_fits_80_columns(tmp_path):
     wide = Estimate(-1234.567, 1.0, 100_000, (-1240.123, -1229.987))
-    metrics = dict.fromkeys(ROWS, wide) | {f"initial/{name}": wide for name in ROWS}
+    labels = LABELS | {metric: label for kind in EVALUATORS.values() for metric, label in kind.labels.items()}
+    metrics = dict.fromkeys(labels, wide) | {f"initial/{name}": wide for name in labels}
     record = {
         "throughput": {"tokens_per_second": 1234567.8, "pairs_per_second": 12345.67},
         "peak_memory_bytes": 80 * 2**30,
     }
     samples = [{"prompt": "a " * 90, "initial": "b" * 200, "trained": "[red]c[/red]"}]
     out = io.StringIO()
-    print_summary(progress.plain_console(file=out, width=80), metrics, samples, tmp_path, [], cost_rows(record))
+    print_summary(progress.plain_console(file=out, width=80), metrics, labels, samples, tmp_path, [], cost_rows(record))
     table, rest = out.getvalue().split("Samples of both policies")
     assert max(map(len, table.splitlines())) <= 80
     rows = [line for line in table.splitlines() if line.strip()]
-    assert len(rows) == 1 + 2 + len(ROWS) + 3  # title, head, and none is folded into two
+    assert len(rows) == 1 + 2 + len(labels) + 3  # title, head, and none is folded into two
     assert "[red]c[/red]" in rest
     assert re.search(r"training tokens per second +1,234,568", table)
     assert re.search(r"peak memory \(GiB\) +80\.00", table)

@@ -19,7 +19,7 @@ from dpo_lab.core.histogram import Histogram
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.metrics import PreferenceMetrics
 from dpo_lab.models.policy import Dtype, Pretrained, TinyPolicy
-from dpo_lab.pipelines import session as fitting
+from dpo_lab.pipelines import setup
 from dpo_lab.training.master_weights import MasterAdamW, moved_weights
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft_module import TokenLoss
@@ -69,7 +69,7 @@ def test_a_precision_that_the_device_found_does_not_have_is_refused(tmp_path, mo
     cfg = composed("trainer.accelerator=auto", "trainer.precision=16-mixed")
     config = validate(cfg)
     with pytest.raises(ConfigError, match=r"16-mixed: .*computes in bf16-mixed; type trainer.precision=bf16-mixed"):
-        fitting.make_trainer(config, {"trainer": dict(config.trainer), "callbacks": {}}, tmp_path)
+        setup.make_trainer(config, {"trainer": dict(config.trainer), "callbacks": {}}, tmp_path)
 
 
 def in_half_precision(folder, max_grad_norm: float, scaler: torch.amp.GradScaler | None, steps: int = 1):

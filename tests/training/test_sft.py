@@ -30,7 +30,7 @@ from dpo_lab.models.policy import Lora, Policy, Pretrained, TinyPolicy, load_pol
 from dpo_lab.models.reference import REFERENCES
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.pipelines.inputs import prepare_pairs, prepare_responses
-from dpo_lab.pipelines.session import forward_settings
+from dpo_lab.pipelines.setup import forward_settings
 from dpo_lab.pipelines.train_dpo import train_dpo
 from dpo_lab.pipelines.train_sft import train_sft
 from dpo_lab.training.optim import Optim
@@ -182,7 +182,7 @@ def test_two_ranks_are_one(tmp_path):
         assert json.loads(output.split("RESULT", 1)[1]) == pytest.approx(figures, abs=1e-5)
 
 
-def test_chosen_alone_keeps_each_prompt_and_response_once():
+def test_chosen_only_keeps_each_prompt_and_response_once():
     first, second = make_pairs(2)
     again = copy.copy(first)
     object.__setattr__(again, "key", "another rejected")
@@ -331,7 +331,9 @@ def test_a_finished_run_is_left_alone(whole, shop):
 def start_dpo(result, shop: Path) -> dict:
     """The record of the run that the closing line tells to type."""
     said = result.stdout.splitlines()[-1].removeprefix("Next: python -m dpo_lab.train ")
-    small = "trainer.max_steps=2 evals.samples=4 evals.texts=4 evals.max_new_tokens=4 data.max_length=48".split()
+    small = (
+        "trainer.max_steps=2 evals.num_prompts=4 evals.num_texts=4 evals.max_new_tokens=4 data.max_length=48".split()
+    )
     trained = warm.door("dpo_lab.train", *shlex.split(said), *small, cwd=shop)
     assert trained.returncode == 0, trained.stderr
     return run_of(trained, shop)[0]

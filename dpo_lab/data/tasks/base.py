@@ -21,7 +21,11 @@ from math import exp
 from typing import ClassVar
 
 from dpo_lab.core.pairs import Pair
+from dpo_lab.core.registry import add_to_table
 from dpo_lab.core.seeds import derive_seed
+from dpo_lab.data.splits import split_of
+
+TASKS: dict[str, type[Task]] = {}  # by name in configs
 
 
 class Rejected(str, Enum):
@@ -36,16 +40,22 @@ class Task:
     """The base class of tasks. temperature: the annotator's; max_new_tokens: the length limit of sampled responses.
 
     rejected: `scrambled` makes pairs that are too easy, to see how a run on such pairs looks: the label can be
-    predicted without the reward, since rejected responses are not text. has_grammar: whether the task has a grammar,
-    so that `well_formed` can be computed. complete_texts: whether texts and responses are complete, with an end token;
-    otherwise all are truncated, responses at max_new_tokens, and have none.
+    predicted without the reward, since rejected responses are not text.
+
+    A subclass defines `texts`, `prompts` and `gold` and states its name in configs; has_grammar: whether it defines
+    `well_formed`; is_complete: whether texts and responses are complete, with an end token, otherwise all are
+    truncated, responses at max_new_tokens, and have none.
     """
 
-    has_grammar: ClassVar[bool] = False
-    complete_texts: ClassVar[bool] = True
+    has_grammar: ClassVar[bool]
+    is_complete: ClassVar[bool]
     temperature: float = 0.25
     max_new_tokens: int = 48
     rejected: Rejected = Rejected.sampled
+
+    def __init_subclass__(cls, *, name: str, has_grammar: bool, is_complete: bool) -> None:
+        cls.has_grammar, cls.is_complete = has_grammar, is_complete
+        add_to_table(TASKS, name, cls)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -61,7 +71,7 @@ class Task:
     def check(self) -> None:
         """Raise BadData if something that the task is made from, such as a package, is missing."""
 
-    def reviews(self, split: str, count: int, seed: int) -> list[str]:
+    def texts(self, split: str, count: int, seed: int) -> list[str]:
         """Return `count` texts of a split."""
         raise NotImplementedError
 
@@ -77,6 +87,15 @@ class Task:
         """Return whether a text is in the grammar of the task, if it has one."""
         raise NotImplementedError
 
+    def draw(self, sample: Callable[[random.Random], str], split: str, count: int, seed: int, stream: str) -> list[str]:
+        """Call `sample` until `count` texts belong to a split, and return these. stream: the name of the random stream."""
+        rng = random.Random(derive_seed(seed, f"world/{stream}/{split}"))
+        texts: list[str] = []
+        while len(texts) < count:
+            if split_of(text := sample(rng)) == split:
+                texts.append(text)
+        return texts
+
     def label(self, prompt: str, first: str, second: str, rng: random.Random) -> Pair:
         """Return the pair that the annotator makes of two responses to a prompt."""
         difference = self.gold(prompt + first) - self.gold(prompt + second)
@@ -90,7 +109,7 @@ class Task:
         """Yield a labelled pair of two samples for each of `count` prompts, or the reason why it was dropped.
 
         sample(prompts, name) returns one response per prompt, None if it should have ended but was truncated or,
-        without `complete_texts`, if it ended; `name` is the name of its stream of random numbers.
+        where texts are not complete, if it ended; `name` is the name of its stream of random numbers.
         """
         prompts = self.prompts(split, count, seed)
         firsts, seconds = sample(prompts, f"{split}/first"), sample(prompts, f"{split}/second")
@@ -98,7 +117,7 @@ class Task:
         scrambling = random.Random(derive_seed(seed, f"world/scrambled/{split}"))
         for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
             if first is None or second is None:
-                yield "unfinished response" if self.complete_texts else "response that stopped early"
+                yield "unfinished response" if self.is_complete else "response that stopped early"
             elif first == second:
                 yield "identical sides"
             else:

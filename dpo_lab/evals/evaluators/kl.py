@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.estimates import Estimate, mean, ratio
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class KL:
+class KL(Evaluator, name="kl", order=40, is_default=True, needs_samples=True, needs_reward=False):
     """KL(trained || initial) over responses, in nats: the mean of log trained - log initial over the trained policy's
     samples.
 
@@ -25,10 +26,15 @@ class KL:
     policy's distribution is that of the texts. May be negative.
     """
 
+    labels = {
+        "kl": "KL to initial policy (nats)",
+        "kl_forward_text": "log-prob lost per text (nats)",
+    }
+
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         trained, initial = context.sample_logps
         lengths = [len(s.tokens) for s in context.samples]
-        context.examples.keep("prompt", context.prompt_keys, kl=trained - initial)
+        context.examples.add("prompt", context.prompt_keys, kl=trained - initial)
         yield "kl", mean(trained - initial)
         yield "kl_per_token", ratio(trained - initial, lengths)
         if context.texts:

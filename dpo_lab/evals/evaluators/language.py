@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.estimates import Estimate, exp_of_ratio, mean, ratio, share
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Language:
+class Language(Evaluator, name="language", order=70, is_default=True, needs_samples=True, needs_reward=False):
     """Perplexity of held-out real texts; and of the samples distinct n-grams, repetition, entropy, length, the share
     that stopped before max_new_tokens, and the share that is well-formed (if the task has a grammar).
 
@@ -24,17 +25,27 @@ class Language:
     policies, those of the initial one under `initial/`.
     """
 
+    labels = {
+        "perplexity": "perplexity of real text",
+        "well_formed": "well-formed samples",
+        "distinct_2": "distinct bigrams",
+        "repeated_3": "repeated trigrams",
+        "entropy": "entropy (nats/token)",
+        "length": "sample length (tokens)",
+        "stopped": "samples with end token",
+    }
+
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         lengths = [len(response) for _, response in context.texts]
         trained, initial = context.text_logps
-        context.examples.keep("text", context.text_keys, trained=trained, initial=initial, tokens=lengths)
+        context.examples.add("text", context.text_keys, trained=trained, initial=initial, tokens=lengths)
         for prefix, samples, own, texts in (
             ("", context.samples, context.sample_logps[0], trained),
             ("initial/", context.initial_samples, context.initial_sample_logps, initial),
         ):
             responses, tokens = context.responses(samples), [len(s.tokens) for s in samples]
             name = "initial_tokens" if prefix else "tokens"
-            context.examples.keep("prompt", context.prompt_keys, **{name: tokens})
+            context.examples.add("prompt", context.prompt_keys, **{name: tokens})
             if lengths:
                 yield prefix + "perplexity", perplexity(texts, lengths)
             yield prefix + "distinct_1", distinct(responses, 1)

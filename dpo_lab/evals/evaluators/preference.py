@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.estimates import Estimate, mean, rank_correlation, share
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Preference:
+class Preference(Evaluator, name="preference", order=10, is_default=True, needs_samples=False, needs_reward=False):
     """Accuracy (a tie counts half), share of ties and log-ratio margin on held-out pairs; `true_accuracy` is the
     accuracy against the gold reward, `gold_correlation` the rank correlation of margins with gold margins.
 
@@ -27,9 +28,18 @@ class Preference:
     memorised.
     """
 
+    labels = {
+        "true_accuracy": "accuracy, truth (held-out)",
+        "accuracy": "accuracy, labels (held-out)",
+        "margin": "log-ratio margin (nats)",
+        "gold_correlation": "rank correlation with gold",
+        "train/clean/accuracy": "accuracy, clean (train)",
+        "train/flipped/accuracy": "accuracy, flipped (train)",
+    }
+
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         held_out = context.held_out
-        context.examples.keep("held_out", held_out.keys, **held_out.columns())
+        context.examples.add("held_out", held_out.keys, **held_out.columns())
         yield "accuracy", share(half_ties(held_out.margins))
         yield "ties", share(held_out.margins == 0)
         yield "margin", mean(held_out.margins)
@@ -40,7 +50,7 @@ class Preference:
         if not len(context.train_pairs):
             return
         train = context.train
-        context.examples.keep("train", train.keys, **train.columns())
+        context.examples.add("train", train.keys, **train.columns())
         for group, rows in (("clean", ~train.flipped), ("flipped", train.flipped)):
             if rows.any():
                 yield f"train/{group}/accuracy", share(half_ties(train.margins[rows]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.estimates import Estimate, mean
 
 if TYPE_CHECKING:
@@ -18,33 +19,35 @@ BEST_OF = (4, 16, 64)
 
 
 @dataclass
-class Optimum:
-    """Rewards of `candidates` samples of the initial policy for each of the first `prompts` distinct prompts, added to
-    the examples: reports compute the KL-regularised optimum from them. They are the same for all runs with that initial
-    policy.
+class Optimum(Evaluator, name="optimum", order=80, is_default=False, needs_samples=True, needs_reward=True):
+    """Rewards of `num_candidates` samples of the initial policy for each of the first `num_prompts` distinct prompts,
+    added to the examples: reports compute the KL-regularised optimum from them. They are the same for all runs with
+    that initial policy.
 
     best_of_N/gold, best_of_N/judge: the mean reward of the best of N samples under that reward, for each N of BEST_OF
-    up to `candidates`; best_of_N/gold_gain, ...: its difference to the mean sample, in standard deviations of all
+    up to `num_candidates`; best_of_N/gold_gain, ...: its difference to the mean sample, in standard deviations of all
     candidates. The interval is over prompts.
     """
 
-    candidates: int = 128
-    prompts: int = 128
+    labels = {"best_of_16/gold_gain": "gold gain, best of 16 of initial"}
+
+    num_candidates: int = 128
+    num_prompts: int = 128
 
     def __post_init__(self) -> None:
-        for name, least in (("candidates", 2), ("prompts", 1)):
+        for name, least in (("num_candidates", 2), ("num_prompts", 1)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"evals.optimum.{name}={getattr(self, name)}: must be {least} or more; type e.g. evals.optimum.{name}=128"
                 )
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        keys, rewards = context.candidate_rewards(self.prompts, self.candidates)
+        keys, rewards = context.candidate_rewards(self.num_prompts, self.num_candidates)
         for name, values in rewards.items():
-            context.examples.keep("candidates", keys, **{name: values.round(4).tolist()})
+            context.examples.add("candidates", keys, **{name: values.round(4).tolist()})
             sd = values.std()
             for n in BEST_OF:
-                if n <= self.candidates:
+                if n <= self.num_candidates:
                     best = best_of(values, n)
                     yield f"best_of_{n}/{name}", mean(best)
                     if sd > 0:

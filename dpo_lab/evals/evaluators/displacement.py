@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.estimates import Estimate, mean, share
 
 if TYPE_CHECKING:
@@ -13,10 +14,16 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Displacement:
+class Displacement(Evaluator, name="displacement", order=30, is_default=True, needs_samples=False, needs_reward=False):
     """Share of held-out pairs whose chosen response is less likely than under the initial policy, and the mean change
     of log-probability, in nats, of chosen and of rejected responses. Razin et al. 2024 (arXiv:2410.08847).
     """
+
+    labels = {
+        "chosen_fell": "share of chosen less likely",
+        "chosen_change": "  change, chosen (nats)",
+        "rejected_change": "  change, rejected (nats)",
+    }
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         chosen, rejected = context.held_out.change

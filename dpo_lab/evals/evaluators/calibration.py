@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.calibration import BINS, reliability
 from dpo_lab.stats.estimates import Estimate
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Calibration:
+class Calibration(Evaluator, name="calibration", order=20, is_default=True, needs_samples=False, needs_reward=False):
     """Expected calibration error, over `bins` bins, of the loss's probabilities of the labels of held-out pairs.
 
     The probability of a label is sigma(beta h), where h is the log-ratio margin that the loss compares: to its own
@@ -22,6 +23,8 @@ class Calibration:
     upwards; no interval is estimated. A loss that does not depend on beta defines no probability, and nothing is
     measured.
     """
+
+    labels = {"calibration_error": "calibration error"}
 
     bins: int = BINS
 
@@ -32,14 +35,14 @@ class Calibration:
             )
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        if not context.loss.rates_pairs:
+        if not context.loss.is_bradley_terry:
             return
         import torch
 
         held_out = context.held_out
         probability = torch.from_numpy(held_out.rewards(context.loss)).sigmoid().numpy()
-        context.examples.keep("held_out", held_out.keys, probability=probability)
+        context.examples.add("held_out", held_out.keys, probability=probability)
         curve = reliability(probability, self.bins)
         columns = {"probability": curve.probability, "frequency": curve.frequency, "share": curve.share}
-        context.examples.keep("bin", [f"{edge:.4f}" for edge in curve.edge], **columns)
+        context.examples.add("bin", [f"{edge:.4f}" for edge in curve.edge], **columns)
         yield "calibration_error", Estimate(curve.error, n=len(probability))

@@ -1,0 +1,22 @@
+"""Tables of classes by their names in configs, filled where a class is defined: no list needs an entry for a new one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def add_to_table(table: dict[str, type[T]], name: str, cls: type[T]) -> None:
+    """Add a class under its name; raise TypeError if another class has that name."""
+    if name in table:
+        raise TypeError(f"{cls.__qualname__}: the name '{name}' is taken by {table[name].__qualname__}; choose another")
+    table[name] = cls
+
+
+def import_modules(package: str) -> None:
+    """Import all modules of a package, so that the classes that they define are in their tables."""
+    for module in iter_modules(import_module(package).__path__):
+        import_module(f"{package}.{module.name}")

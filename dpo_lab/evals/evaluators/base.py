@@ -1,0 +1,66 @@
+"""The base class of evaluators: what each states of itself, and the table of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from dpo_lab.core.registry import add_to_table
+
+if TYPE_CHECKING:
+    from dpo_lab.evals.context import EvalContext
+    from dpo_lab.stats.estimates import Estimate
+
+EVALUATORS: dict[str, type[Evaluator]] = {}  # by name in configs
+
+
+@dataclass
+class Evaluator:
+    """The base class of evaluators. The fields of a subclass are its settings, `evals.NAME.FIELD=`.
+
+    A subclass defines `run` and states its traits, which have no defaults. name: its name in configs. order: its place
+    among the evaluators of a run and in the table of results. is_default: whether runs use it unless evals.evaluators
+    says otherwise. needs_samples: whether it samples responses. needs_reward: whether it measures nothing without the
+    gold reward of a task or a judge. labels: its rows in the table of results, metric -> label; `initial/METRIC`, if it
+    is measured, is shown beside METRIC, and a metric without a label is recorded, but not shown.
+    """
+
+    order: ClassVar[int]
+    is_default: ClassVar[bool]
+    needs_samples: ClassVar[bool]
+    needs_reward: ClassVar[bool]
+    labels: ClassVar[Mapping[str, str]]
+
+    def __init_subclass__(
+        cls, *, name: str, order: int, is_default: bool, needs_samples: bool, needs_reward: bool
+    ) -> None:
+        if "labels" not in vars(cls):
+            raise TypeError(f"{cls.__qualname__}: states no labels; give it labels = {{metric: label}}")
+        cls.order, cls.is_default = order, is_default
+        cls.needs_samples, cls.needs_reward = needs_samples, needs_reward
+        add_to_table(EVALUATORS, name, cls)
+
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
+        """Yield (metric, estimate) and add the values per example to context.examples.
+
+        A metric is named `metric` or `metric/part`, the same in every run.
+        """
+        raise NotImplementedError
+
+
+def in_order() -> list[str]:
+    """Return the names of all evaluators in their order."""
+    return sorted(EVALUATORS, key=lambda name: (EVALUATORS[name].order, name))
+
+
+def default_evaluators(*more: str) -> list[str]:
+    """Return the names of the default evaluators and of those in `more`, in their order."""
+    return [name for name in in_order() if EVALUATORS[name].is_default or name in more]
+
+
+def labels_of(metrics: Iterable[str]) -> dict[str, str]:
+    """Return the labels of those metrics that have one, in the order of the table of results."""
+    labels = {metric: label for name in in_order() for metric, label in EVALUATORS[name].labels.items()}
+    measured = set(metrics)
+    return {metric: label for metric, label in labels.items() if metric in measured}

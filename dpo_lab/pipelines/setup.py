@@ -1,0 +1,112 @@
+"""Set-up that runs and evaluations share: torch and libraries, the Trainer, the process group, and the run's log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from hydra.errors import HydraException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from transformers.utils.logging import disable_progress_bar
+
+from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked
+from dpo_lab.config.precision import check_device_precision
+from dpo_lab.config.schema import ConfigError, RunConfig
+from dpo_lab.data.chat import NoTemplate
+from dpo_lab.data.rows import BadData
+from dpo_lab.pipelines.inputs import Forward
+from dpo_lab.pipelines.loggers import last_line
+from dpo_lab.runs.atomic_write import explain_disk_error
+from dpo_lab.runs.redact import Redacting
+from dpo_lab.runs.run_record import RunFailed, RunRefused
+from dpo_lab.terminal.progress import log_handler
+from dpo_lab.training.callbacks.progress_bar import TimeLimit
+from dpo_lab.training.callbacks.throughput import Throughput
+from dpo_lab.training.checkpoint_io import VerifiedCheckpointIO
+from dpo_lab.training.torch_setup import set_up_device, setup_torch
+
+log = logging.getLogger("dpo_lab")
+
+REFUSALS = (ConfigError, RunRefused, BadData, NoTemplate)  # what the user can fix: the command prints it in one line
+
+
+def setup_process(config: RunConfig) -> None:
+    """Check the packages that the task needs, and set up torch and the logging of libraries in this process."""
+    if config.data.uses_task:
+        config.data.task.check()
+    disable_progress_bar()  # transformers' progress bars last milliseconds here
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    setup_torch(config.threads, on_cpu=config.trainer.get("accelerator") == "cpu")
+
+
+def make_trainer(config: RunConfig, config_dict: dict[str, Any], folder: Path) -> Trainer:
+    """Return Lightning's Trainer with its callbacks and without loggers. Raise ConfigError if it can't be created."""
+    settings = dict(config_dict["trainer"])
+    try:
+        callbacks = [instantiate_checked(node, Callback) for node in config_dict["callbacks"].values()]
+        callbacks += [Throughput(), TimeLimit(settings.pop("max_time", None))]
+        plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
+        trainer = instantiate_checked(settings, Trainer, logger=False, callbacks=callbacks, **plan)
+        check_device_precision(settings, trainer)
+    except (HydraException, TargetRefused) as error:
+        raise ConfigError(f"the trainer or a callback can't be created: {last_line(error)}") from error
+    except MisconfigurationException as error:
+        raise ConfigError(f"the trainer can't be created: {last_line(error)}") from error
+    if config.data.batch_size < trainer.world_size:
+        raise ConfigError(
+            f"data.batch_size={config.data.batch_size}: {trainer.world_size} devices need a pair each in every step;"
+            f" type data.batch_size={trainer.world_size} or more"
+        )
+    set_up_device(trainer.strategy)
+    return trainer
+
+
+def forward_settings(trainer: Trainer) -> Forward:
+    """Return the device and the autocast context in which the trainer runs forward passes."""
+    return Forward(trainer.strategy.root_device, trainer.precision_plugin.forward_context)
+
+
+@contextmanager
+def logging_to(folder: Path) -> Iterator[None]:
+    """Log this package's messages to the terminal and to `run.log`, which also gets warnings and the error."""
+    console, file = log_handler(), logging.FileHandler(folder / "run.log")
+    file.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
+    for handler in (console, file):
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.captureWarnings(True)  # libraries' warnings go to the file, not between progress bars
+    logging.getLogger("py.warnings").addHandler(file)
+    logging.getLogger("py.warnings").propagate = False
+    try:
+        yield
+    except REFUSALS:
+        raise  # the command prints it in one line
+    except Exception as error:
+        if line := str(error) if isinstance(error, RunFailed) else explain_disk_error(error):
+            file.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run failed: {line}"}))
+        else:
+            log.exception("the run failed")
+        raise
+    finally:
+        for handler in (console, file):
+            log.removeHandler(handler)
+            handler.close()
+        logging.captureWarnings(False)
+
+
+@contextmanager
+def process_group(trainer: Trainer) -> Iterator[None]:
+    """Initialise the process group if there are several ranks, and destroy it at the end."""
+    if trainer.world_size > 1:
+        trainer.strategy.setup_environment()
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
