@@ -82,7 +82,7 @@ class PairTable(Sequence[EncodedPair]):
         return self.lengths.sum(1)
 
     @property
-    def sides(self) -> np.ndarray:
+    def response_lengths(self) -> np.ndarray:
         """Number of tokens of chosen and rejected under the current labels, [N, 2]."""
         return np.where(self.flipped[:, None], self.lengths[:, :0:-1], self.lengths[:, 1:])
 
@@ -94,7 +94,7 @@ class PairTable(Sequence[EncodedPair]):
         """Return the same pairs with chosen and rejected swapped where the mask is True."""
         return replace(self, flipped=self.flipped ^ mask)
 
-    def joined(self, other: PairTable) -> PairTable:
+    def concat(self, other: PairTable) -> PairTable:
         """Return the concatenation of two tables."""
         shared = self.tokens is other.tokens
         tokens = self.tokens if shared else np.concatenate([self.tokens, other.tokens])
@@ -102,7 +102,7 @@ class PairTable(Sequence[EncodedPair]):
         columns = zip(self._columns, shifted._columns, strict=True)
         return PairTable(np.concatenate([self.keys, other.keys]), tokens, *(np.concatenate(pair) for pair in columns))
 
-    def chosen_alone(self) -> PairTable:
+    def chosen_only(self) -> PairTable:
         """Return the distinct chosen responses, before label noise, with empty rejected responses."""
         lengths = self.lengths * np.array([1, 1, 0], np.int32)
         ends = self.starts + lengths.sum(1)

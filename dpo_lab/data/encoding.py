@@ -91,7 +91,7 @@ def _tokenize(found: list[tuple[int, Pair]], encoder: PairTokenizer, encoded: En
     """
     counts: Counter[str] = Counter()
     try:
-        tokenized = encoder.tokenised([pair for _, pair in found], counts)
+        tokenized = encoder.tokenize([pair for _, pair in found], counts)
     except ValueError:
         pass  # tokenize one by one, to find the bad pairs
     else:
@@ -100,7 +100,7 @@ def _tokenize(found: list[tuple[int, Pair]], encoder: PairTokenizer, encoded: En
     one_by_one: list[tuple[Pair, Any]] = []
     for number, pair in found:
         try:
-            one_by_one += encoder.tokenised([pair], encoded.counts)
+            one_by_one += encoder.tokenize([pair], encoded.counts)
         except ValueError as error:
             if not encoded.bad or encoded.bad[-1][0] != number:  # unless another pair of this row was bad
                 encoded.bad.append((number, str(error)))

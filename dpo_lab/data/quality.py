@@ -164,7 +164,7 @@ class _QualityPass:
         ends = table.starts[:, None] + np.cumsum(table.lengths, axis=1)
         last = np.asarray(table.tokens[ends[:, 1:] - 1])
         self.special[:, 1:] -= np.isin(last, special)
-        self.cut = encoder.cut(table.lengths[:, :1], table.lengths[:, 1:], last)
+        self.cut = encoder.is_truncated(table.lengths[:, :1], table.lengths[:, 1:], last)
         _, self.groups, self.of_a_prompt = np.unique(self.hashes[:, 0], return_inverse=True, return_counts=True)
 
     def side(self, bins: Mapping[str, list[int]]) -> Side:
@@ -177,8 +177,8 @@ class _QualityPass:
         cut = np.where(table.flipped[:, None], self.cut[:, ::-1], self.cut)
         parts = {
             "prompt": (table.lengths[:, 0], table.lengths[:, 0] >= self.encoder.max_prompt_length, bins["prompt"]),
-            "chosen": (table.sides[:, 0], cut[:, 0], bins["response"]),
-            "rejected": (table.sides[:, 1], cut[:, 1], bins["response"]),
+            "chosen": (table.response_lengths[:, 0], cut[:, 0], bins["response"]),
+            "rejected": (table.response_lengths[:, 1], cut[:, 1], bins["response"]),
         }
         sign = np.where(table.flipped, -1, 1)
         return Side(
@@ -257,7 +257,7 @@ def _runs(hashes: np.ndarray) -> np.ndarray:
 
 def _differences(table: PairTable, before_noise: bool = False) -> np.ndarray:
     """Return tokens of chosen minus tokens of rejected, [N]."""
-    sides = table.lengths[:, 1:] if before_noise else table.sides
+    sides = table.lengths[:, 1:] if before_noise else table.response_lengths
     return sides[:, 0].astype(np.int64) - sides[:, 1]
 
 

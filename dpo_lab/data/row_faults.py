@@ -19,7 +19,7 @@ JSON_READ = "rows of messages as JSON text"
 JSON_LEFT = "rows of JSON of messages, left as plain text"
 
 # The warning for each; {n} is the count with its name.
-SAID = {
+DESCRIPTIONS = {
     BEGUN: (
         "{n}: the tokenizer begins every text with that token, so it is not added again; the prompts may already be"
         " rendered by a chat template"

@@ -34,7 +34,7 @@ class PairTokenizer:
     many as fit into max_length after the prompt; a truncated response has no end token. Both responses of a pair have
     the same prompt. A chat is rendered by the tokenizer's template: the prompt ends where the assistant's answer
     begins, a response is the answer up to the token that ends its turn; text of the template after that is left out.
-    Without `ends` responses of plain text have no end token: all of them were truncated before.
+    Without `append_eos` responses of plain text have no end token: all of them were truncated before.
 
     No token spans prompt and response, and their tokens together decode to the concatenated text. So both responses of
     a pair follow the same prompt tokens, which are those of sampling. A response is tokenized as inside a text, not as
@@ -44,7 +44,7 @@ class PairTokenizer:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     max_prompt_length: int
-    ends: bool = True
+    append_eos: bool = True
 
     @cached_property
     def eos_id(self) -> int:
@@ -71,10 +71,12 @@ class PairTokenizer:
         """Plain tokens to put before others for decoding, since the first token of a text may lose its space."""
         return self._ids("a")
 
-    def cut(self, prompt: Any, response: Any, last: Any) -> np.ndarray:
+    def is_truncated(self, prompt: Any, response: Any, last: Any) -> np.ndarray:
         """Return which responses were truncated, from the lengths of prompt and response and the last token."""
         return (
-            np.isin(last, self.end_ids, invert=True) if self.ends else np.asarray(prompt + response >= self.max_length)
+            np.isin(last, self.end_ids, invert=True)
+            if self.append_eos
+            else np.asarray(prompt + response >= self.max_length)
         )
 
     @cached_property
@@ -88,7 +90,7 @@ class PairTokenizer:
         if template and self._chat.writes_date:
             template = [template, DATE.isoformat()]
         return content_hash(
-            [kind, words, special, template, self.max_length, self.max_prompt_length, self.ends, "format 1"]
+            [kind, words, special, template, self.max_length, self.max_prompt_length, self.append_eos, "format 1"]
         )
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -120,10 +122,10 @@ class PairTokenizer:
 
         Raises BadChat if a chat can't be rendered, NoTemplate if no chat can.
         """
-        encoded = (self.encode(pair, ids, counts) for pair, ids in self.tokenised(pairs, counts))
+        encoded = (self.encode(pair, ids, counts) for pair, ids in self.tokenize(pairs, counts))
         return [pair for pair in encoded if pair is not None]
 
-    def tokenised(self, pairs: Iterable[Pair], counts: Counter[str]) -> list[tuple[Pair, tuple[Ids, Ids, Ids]]]:
+    def tokenize(self, pairs: Iterable[Pair], counts: Counter[str]) -> list[tuple[Pair, tuple[Ids, Ids, Ids]]]:
         """Return each pair with the ids of prompt, chosen and rejected, before truncation, begin and end tokens."""
         pairs = list(pairs)
         texts = [self._texts(pair, counts) for pair in pairs]
@@ -266,7 +268,7 @@ class PairTokenizer:
         return fitted or self._bos or [self.eos_id]
 
     def _with_end(self, ids: Ids) -> Ids:
-        return ids if not self.ends or (ids and ids[-1] in self.end_ids) else [*ids, self.eos_id]
+        return ids if not self.append_eos or (ids and ids[-1] in self.end_ids) else [*ids, self.eos_id]
 
 
 def _common_prefix(*texts: str) -> str:

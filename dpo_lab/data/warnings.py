@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dpo_lab.data.quality import Quality
-from dpo_lab.data.row_faults import SAID
+from dpo_lab.data.row_faults import DESCRIPTIONS
 
 LENGTH_BIAS = 0.65  # share of training labels that length predicts
 TRUNCATED = 0.20  # share of prompts, of chosen or of rejected
@@ -25,7 +25,7 @@ def data_warnings(quality: Quality) -> list[str]:
         *_on_truncation(quality),
         *_on_splits(quality),
         *_on_rows(quality),
-        *(said.format(n=_count_of(quality, what)) for what, said in SAID.items() if quality.counts.get(what)),
+        *(said.format(n=_count_of(quality, what)) for what, said in DESCRIPTIONS.items() if quality.counts.get(what)),
     ]
 
 

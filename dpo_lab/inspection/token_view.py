@@ -63,7 +63,7 @@ def view_pair(table: PairTable, at: int, encoder: PairTokenizer, place: str) -> 
     full = len(pair.prompt) >= encoder.max_prompt_length
     parts = [Part("prompt", _tokens(pair.prompt, encoder), full)]
     for name, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        cut = bool(encoder.cut(len(pair.prompt), len(ids), ids[-1]))
+        cut = bool(encoder.is_truncated(len(pair.prompt), len(ids), ids[-1]))
         parts.append(Part(name, _tokens(ids, encoder), cut))
     return PairView(pair.key, visible(place, blanks=False), pair.flipped, parts)
 

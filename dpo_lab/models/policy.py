@@ -46,7 +46,7 @@ class PolicyConfig:
         """Return the local files that the policy is loaded from."""
         return []
 
-    def to_save(self, trained: Policy) -> Policy:
+    def export(self, trained: Policy) -> Policy:
         """Return the policy to save after training."""
         return trained
 
@@ -195,7 +195,7 @@ class Pretrained(PolicyConfig):
         return self.lora.r is not None
 
     @property
-    def goes_on(self) -> bool:
+    def starts_from_adapter(self) -> bool:
         """Whether training starts from trained adapters."""
         return self.adapter is not None or is_adapter(Path(self.path))
 
@@ -227,7 +227,7 @@ class Pretrained(PolicyConfig):
             check_behaviour(policy, self, cache)
         return policy
 
-    def to_save(self, trained: Policy) -> Policy:
+    def export(self, trained: Policy) -> Policy:
         if not self.merge:
             return trained
         return Policy(copy.deepcopy(trained.model).merge_and_unload(), trained.tokenizer)  # type: ignore[operator]

@@ -86,7 +86,7 @@ class AdapterOff(Reference, name="adapter_off", starts_at_policy=True):
     def check(self, policy: PolicyConfig, is_sharded: bool) -> None:
         if not policy.has_adapters:
             raise ValueError("reference=adapter_off: the policy has no adapters; type policy=lora, or reference=cached")
-        if isinstance(policy, Pretrained) and policy.goes_on:
+        if isinstance(policy, Pretrained) and policy.starts_from_adapter:
             raise ValueError(
                 "reference=adapter_off: without its trained adapters the policy is the base model, not the initial"
                 " policy; type reference=frozen (a frozen copy of the adapters) or reference=cached"

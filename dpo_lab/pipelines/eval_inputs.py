@@ -51,7 +51,7 @@ def save_trained_policy(
         run.update(moved_weights=moved)
     if run.writes:
         with atomic_path(run.folder / "policy") as folder:
-            config.policy.to_save(trained).save(folder)
+            config.policy.export(trained).save(folder)
     return trained
 
 
@@ -82,7 +82,7 @@ def build_eval_context(
         texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.num_texts]]
     reference, tokens = None, config.data.tokens_per_microbatch
     if not config.reference.starts_at_policy:
-        pairs = inputs.train.joined(inputs.held_out)  # as in training, whose cache is found
+        pairs = inputs.train.concat(inputs.held_out)  # as in training, whose cache is found
         reference = config.reference.prepare(inputs.initial.model, pairs, CACHE, forward.context, tokens)
     return EvalContext(
         trained=trained,

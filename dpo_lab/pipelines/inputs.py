@@ -84,7 +84,7 @@ def prepare_responses(config: RunConfig, cache: Path) -> TrainingInputs:
         config = replace(config, data=config.data.as_texts(config.sft.text_column))
     encoder = encoder_of(config, policy.tokenizer)
     splits = load_pairs(config, encoder, response_policy, cache)
-    train, held_out, counts = splits.train.chosen_alone(), splits.held_out.chosen_alone(), splits.counts
+    train, held_out, counts = splits.train.chosen_only(), splits.held_out.chosen_only(), splits.counts
     counts["train responses"], counts["held-out responses"] = len(train), len(held_out)
     return _check_inputs(TrainingInputs(policy, encoder, train, held_out, counts), "responses", config)
 
@@ -110,7 +110,7 @@ def _check_inputs(inputs: TrainingInputs, what: str, config: RunConfig) -> Train
 
 def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PairTokenizer:
     """Return the tokenizer of pairs; responses get an end token except where a task generates parts of texts."""
-    append_eos = not config.data.uses_task or config.data.task.is_complete
+    append_eos = not config.data.uses_task or config.data.task.complete_texts
     return PairTokenizer(tokenizer, config.data.max_length, config.data.max_prompt_length, append_eos)
 
 
@@ -203,9 +203,11 @@ def responses(
 ) -> list[str | None]:
     """Return one response of the policy per prompt, from the cache if the same ones were generated before.
 
-    A response that did not end with the end token is None; if `encoder.ends` is false, one that did end with it.
+    A response that did not end with the end token is None; if `encoder.append_eos` is false, one that did end with it.
     """
-    recipe = json.dumps([weights_digest(policy.model), list(prompts), max_new_tokens, seed, encoder.ends, "format 4"])
+    recipe = json.dumps(
+        [weights_digest(policy.model), list(prompts), max_new_tokens, seed, encoder.append_eos, "format 4"]
+    )
     recipe += "" if uses_cache(policy.model) else "without a KV cache"
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
@@ -214,6 +216,8 @@ def responses(
         samples = generate_responses(
             policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="Task responses"
         )
-        path.write_text(json.dumps([encoder.text(s.tokens) if s.stopped is encoder.ends else None for s in samples]))
+        path.write_text(
+            json.dumps([encoder.text(s.tokens) if s.stopped is encoder.append_eos else None for s in samples])
+        )
 
     return json.loads(cached(cache / f"responses-{digest}.json", make).read_text())

@@ -173,7 +173,7 @@ def record_inputs(run: run_record.Run, trainer: Trainer, inputs: TrainingInputs)
 
     def record() -> None:
         identity = inputs.identity()
-        run.settle(**identity)
+        run.check_inputs_unchanged(**identity)
         run.update(data=dict(inputs.counts), initial_policy=identity["initial_policy"])
 
     broadcast_from_rank_zero(trainer, record)

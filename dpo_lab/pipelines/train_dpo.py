@@ -86,9 +86,9 @@ def _fit(
     forward = forward_settings(trainer)
     memory = MemoryTracker(forward.device)
     model = trainable_copy(inputs.initial.model).to(forward.device)  # type: ignore[arg-type]
-    pairs, tokens = inputs.train.joined(inputs.held_out), config.data.tokens_per_microbatch
+    pairs, tokens = inputs.train.concat(inputs.held_out), config.data.tokens_per_microbatch
     reference = config.reference.prepare(model, pairs, CACHE, forward.context, tokens)
-    memory.holds(model, reference_model(reference))
+    memory.count_weights(model, reference_model(reference))
     step_zero_loss = None
     batch = collate(inputs.train[: config.data.batch_size]).to(forward.device)
     with forward.context():

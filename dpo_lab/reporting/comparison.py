@@ -88,23 +88,24 @@ def p_text(p: float | None) -> str:
 
 def effect_name(prediction: Prediction) -> str:
     """Return what an effect was computed from, `kl: uniform minus dpo`."""
+    other = prediction.control or f"{prediction.value:g}"
     about = {
-        Measure.level: f"{prediction.metric} of {prediction.of}"
+        Measure.level: f"{prediction.metric} of {prediction.treatment}"
         + (f" minus {prediction.value:g}" if prediction.value else ""),
-        Measure.difference: f"{prediction.metric}: {prediction.of} minus {prediction.to}",
-        Measure.slope: f"slope of {prediction.metric} along {prediction.over}, {prediction.of}",
-        Measure.area: f"share of the optimum's area: {prediction.of} minus {prediction.to or f'{prediction.value:g}'}",
+        Measure.difference: f"{prediction.metric}: {prediction.treatment} minus {prediction.control}",
+        Measure.slope: f"slope of {prediction.metric} along {prediction.axis}, {prediction.treatment}",
+        Measure.area: f"share of the optimum's area: {prediction.treatment} minus {other}",
     }[prediction.measure]
-    fixed = ", ".join(f"{name} = {value:g}" for name, value in prediction.at.items())
+    fixed = ", ".join(f"{name} = {value:g}" for name, value in prediction.matched_on.items())
     return f"{about}, at {fixed}" if fixed else about
 
 
 def predicted(prediction: Prediction) -> str:
     """Return the prediction for an effect, `above 0; smallest relevant effect 0.2`."""
     if prediction.direction is Direction.same:
-        return f"within {prediction.at_least:g} of 0"
+        return f"within {prediction.min_effect:g} of 0"
     where = "above 0" if prediction.direction is Direction.more else "below 0"
-    return f"{where}; smallest relevant effect {prediction.at_least:g}" if prediction.at_least else where
+    return f"{where}; smallest relevant effect {prediction.min_effect:g}" if prediction.min_effect else where
 
 
 def verdict_notes(verdict: Verdict) -> list[str]:

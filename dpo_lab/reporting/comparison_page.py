@@ -108,7 +108,7 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
             *_about(collection),
             *(("measured with different settings", text) for text in collection.incomparable_settings),
         ],
-        found=[each for each in (study.found if study else "").split("\n\n") if each.strip()],
+        found=[each for each in (study.notes if study else "").split("\n\n") if each.strip()],
         answers=[_answer(prediction, verdict) for prediction, verdict in judged],
         asked=comparison_figures.study_figures(collection, metrics, logs),
         frontier=comparison_figures.reward_kl_figure(collection),
@@ -175,9 +175,9 @@ def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
         sign = -1 if prediction.direction is Direction.less else 1
         says = f"effect {comparison.interval_text(measured, comparison.signed)}; predicted {comparison.predicted(prediction)}"
         is_same = prediction.direction is Direction.same
-        picture = effect(measured.value, measured.interval, sign * prediction.at_least, says, both=is_same)
+        picture = effect(measured.value, measured.interval, sign * prediction.min_effect, says, both=is_same)
     notes = comparison.verdict_notes(verdict)
-    return Answer(prediction.says, verdict.word, prediction.primary, [f for f in facts if f[1]], notes, picture)
+    return Answer(prediction.description, verdict.word, prediction.primary, [f for f in facts if f[1]], notes, picture)
 
 
 class _MetricsLogs:

@@ -38,7 +38,7 @@ def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
         console.print(_table(VERDICTS, [_verdict(*each) for each in judged]))
         for prediction, verdict in judged:
             if verdict.note:
-                _print(console, f"  {prediction.says}: {verdict.note}", "yellow")
+                _print(console, f"  {prediction.description}: {verdict.note}", "yellow")
     for text in collection.incomparable_settings:
         _print(console, f"measured with different settings, not comparable: {text}", "bold red")
     arms = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -118,7 +118,7 @@ def _arm(of: comparison.Measured, baseline: str | None) -> list[str]:
 
 def _verdict(prediction: Prediction, verdict: Verdict) -> list[str]:
     effect = comparison.with_error(verdict.effect, comparison.signed) if verdict.effect else ""
-    says = prediction.says if prediction.primary else f"{prediction.says} (secondary)"
+    says = prediction.description if prediction.primary else f"{prediction.description} (secondary)"
     p = verdict.p_holm if verdict.p_holm is not None else verdict.p
     detectable = comparison.format_value(verdict.detectable) if verdict.detectable is not None else ""
     return [says, verdict.word, effect, str(len(verdict.seeds)), comparison.p_text(p), detectable]

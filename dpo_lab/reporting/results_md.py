@@ -146,7 +146,7 @@ def _section(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests
         *_areas(collection),
         *(["", *left] if (left := [*_not_computed(collection, judged), *_unfinished(collection)]) else []),
     ]
-    return [*parts, *(["", *study.found.strip().splitlines()] if study.found.strip() else [])]
+    return [*parts, *(["", *study.notes.strip().splitlines()] if study.notes.strip() else [])]
 
 
 def _word(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> str:
@@ -161,12 +161,12 @@ def _predictions(judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> l
     head = "prediction|measured|effect|95 % interval|n|predicted effect|p|detectable|verdict".split("|")
     rows = []
     for prediction, verdict in judged:
-        least = f", at least {format_number(prediction.at_least)}" if prediction.at_least else ""
+        least = f", at least {format_number(prediction.min_effect)}" if prediction.min_effect else ""
         if prediction.direction is Direction.same:
-            least = f", within {format_number(prediction.at_least)}"
+            least = f", within {format_number(prediction.min_effect)}"
         rows.append(
             (
-                prediction.says + ("" if prediction.primary else " (secondary)"),
+                prediction.description + ("" if prediction.primary else " (secondary)"),
                 verdicts.describe(prediction),
                 format_number(verdict.effect.value) if verdict.effect else "",
                 interval(verdict.effect),
@@ -187,7 +187,7 @@ def _not_computed(collection: RunSet, judged: Sequence[tuple[Prediction, paired_
         arms = verdicts.arms_of(prediction, collection)
         for seed, why in verdict.missing.items():
             if all(run.is_done for run in collection.runs if run.seed == seed and run.arm in arms):
-                found[prediction.says, why].append(seed)
+                found[prediction.description, why].append(seed)
     return [
         f"- {_escape(says)}: can't be computed for {_seeds(seeds)}: {_escape(why)}"
         for (says, why), seeds in found.items()

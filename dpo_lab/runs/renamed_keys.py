@@ -60,7 +60,7 @@ def present_override(override: str) -> str:
     if parts is None:
         return override
     key, value = present_key(parts["key"]), parts["rest"].removeprefix("=")
-    rest = f"={renamed}" if (renamed := RENAMED_VALUES.get((key, value))) else parts["rest"]
+    rest = f"={present}" if (present := RENAMED_VALUES.get((key, value))) else parts["rest"]
     return f"{parts['sign']}{key}{rest}"
 
 
@@ -89,7 +89,7 @@ def _leaves(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[t
 
 def present_record(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a run with the present names of its keys, its config's and its overrides'."""
-    record = _renamed(record, RENAMED_RECORD_KEYS)
+    record = renamed(record, RENAMED_RECORD_KEYS)
     if "config" in record:
         record["config"] = present_config(record["config"])
     if "overrides" in record:
@@ -101,8 +101,9 @@ def present_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def present_finding(finding: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recorded finding of run health with the present names of its keys."""
-    return _renamed(finding, RENAMED_FINDING_KEYS)
+    return renamed(finding, RENAMED_FINDING_KEYS)
 
 
-def _renamed(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def renamed(mapping: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a mapping whose keys are replaced by those that `names` gives for them."""
     return {names.get(key, key): value for key, value in mapping.items()}

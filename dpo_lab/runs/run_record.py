@@ -100,7 +100,7 @@ class Run:
         if self.writes:
             _commit(self.folder, self.record)
 
-    def settle(self, **identity: str) -> None:
+    def check_inputs_unchanged(self, **identity: str) -> None:
         """Record hashes of the run's inputs, and check them against those of the attempt that it resumes.
 
         Raises RunRefused if they differ; with if_exists=restart the earlier attempt is archived instead.

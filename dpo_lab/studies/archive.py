@@ -17,7 +17,7 @@ from dpo_lab.runs.renamed_keys import present_finding
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies import frontier
 from dpo_lab.studies.run_data import RunData, RunSet, assemble
-from dpo_lab.studies.spec import Study, StudyError
+from dpo_lab.studies.spec import Study, StudyError, present_study
 
 SCHEMA = 1
 FOLDER = "records"  # beside the study files and RESULTS.md
@@ -80,6 +80,7 @@ def read(path: Path) -> RunSet:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA:
             raise ValueError(f"schema {record['schema']}, this version reads {SCHEMA}")
+        record = present_study(record)
         study = Study.from_record(record["study"])
         overrides = {arm.name: arm.overrides for arm in study.arms}
         runs = [_run(path.parent, run, record, overrides[run["arm"]]) for run in record["runs"]]

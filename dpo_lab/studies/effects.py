@@ -16,25 +16,29 @@ def check(study: Study) -> None:
     """
     for number, prediction in enumerate(study.predictions):
         key = f"predictions[{number}]"
-        if prediction.over:
-            places = [arm.at[prediction.over] for arm in study.members(prediction.of) if prediction.over in arm.at]
-            if len(places) < len(study.members(prediction.of)) or len(set(places)) < 2:
+        if prediction.axis:
+            places = [
+                arm.axes[prediction.axis] for arm in study.members(prediction.treatment) if prediction.axis in arm.axes
+            ]
+            if len(places) < len(study.members(prediction.treatment)) or len(set(places)) < 2:
                 raise StudyError(
-                    f"{key}.over={prediction.over}: needs two arms or more in {prediction.of}, all with a value of it"
+                    f"{key}.axis={prediction.axis}: needs two arms or more in {prediction.treatment}, all with a value of it"
                 )
-        for named in (prediction.of, prediction.to) if prediction.at else ():
+        for named in (prediction.treatment, prediction.control) if prediction.matched_on else ():
             if len(study.members(named)) < 2:
-                raise StudyError(f"{key}.at: {named} is one arm; type a group of arms, to interpolate between them")
+                raise StudyError(
+                    f"{key}.matched_on: {named} is one arm; type a group of arms, to interpolate between them"
+                )
 
 
 def describe(prediction: Prediction) -> str:
     """Return what a prediction measures, `well_formed: uniform - frozen, at gold_gain 0.9`."""
     if prediction.measure is Measure.slope:
-        return f"{prediction.metric}: slope over {prediction.over} of {prediction.of}"
+        return f"{prediction.metric}: slope over {prediction.axis} of {prediction.treatment}"
     what = "area under the frontier" if prediction.measure is Measure.area else prediction.metric
-    other = prediction.to or (f"{prediction.value:g}" if prediction.value else "")
-    equal = "".join(f", at {name} {value:g}" for name, value in prediction.at.items())
-    return f"{what}: {prediction.of}{f' - {other}' if other else ''}{equal}"
+    other = prediction.control or (f"{prediction.value:g}" if prediction.value else "")
+    equal = "".join(f", at {name} {value:g}" for name, value in prediction.matched_on.items())
+    return f"{what}: {prediction.treatment}{f' - {other}' if other else ''}{equal}"
 
 
 def effect_per_seed(prediction: Prediction, collection: RunSet) -> tuple[dict[int, float], dict[int, str]]:
@@ -53,13 +57,13 @@ def effect_per_seed(prediction: Prediction, collection: RunSet) -> tuple[dict[in
 
 
 def _level(prediction: Prediction, collection: RunSet, seed: int) -> float:
-    return _value(collection, prediction.of, prediction.metric, seed) - prediction.value
+    return _value(collection, prediction.treatment, prediction.metric, seed) - prediction.value
 
 
 def _difference(prediction: Prediction, collection: RunSet, seed: int) -> float:
-    sides = (prediction.of, prediction.to)
-    if prediction.at:
-        ((name, value),) = prediction.at.items()
+    sides = (prediction.treatment, prediction.control)
+    if prediction.matched_on:
+        ((name, value),) = prediction.matched_on.items()
         left, right = (interpolate_at(collection, side, prediction.metric, name, value, seed) for side in sides)
     else:
         left, right = (_value(collection, side, prediction.metric, seed) for side in sides)
@@ -67,8 +71,8 @@ def _difference(prediction: Prediction, collection: RunSet, seed: int) -> float:
 
 
 def _slope(prediction: Prediction, collection: RunSet, seed: int) -> float:
-    arms = collection.members(prediction.of)
-    places = [arm.at[prediction.over] for arm in arms]
+    arms = collection.members(prediction.treatment)
+    places = [arm.axes[prediction.axis] for arm in arms]
     if min(places) > 0:
         places = [math.log10(place) for place in places]
     return slope(places, [_run(collection, arm, seed).value(prediction.metric) for arm in arms])
@@ -78,10 +82,10 @@ def _area(prediction: Prediction, collection: RunSet, seed: int) -> float:
     best = frontier.optimum(collection, seed)
     if not best:
         raise NotMeasured(f"seed {seed}: no run sampled candidates of the initial policy; type evals=study")
-    left = frontier.area(frontier.of_arms(collection, prediction.of, seed), best)
-    if not prediction.to:
+    left = frontier.area(frontier.of_arms(collection, prediction.treatment, seed), best)
+    if not prediction.control:
         return left - prediction.value
-    return left - frontier.area(frontier.of_arms(collection, prediction.to, seed), best)
+    return left - frontier.area(frontier.of_arms(collection, prediction.control, seed), best)
 
 
 _MEASURES: dict[Measure, Callable[[Prediction, RunSet, int], float]] = {
@@ -120,9 +124,9 @@ def interpolate_at(collection: RunSet, group: str, metric: str, name: str, value
 
 
 def _ordered(arms: Sequence[Arm]) -> list[Arm]:
-    shared = set.intersection(*(set(arm.at) for arm in arms))
-    axes = [axis for axis in shared if len({arm.at[axis] for arm in arms}) == len(arms)]
-    return sorted(arms, key=lambda arm: arm.at[axes[0]]) if len(axes) == 1 else [*arms]
+    shared = set.intersection(*(set(arm.axes) for arm in arms))
+    axes = [axis for axis in shared if len({arm.axes[axis] for arm in arms}) == len(arms)]
+    return sorted(arms, key=lambda arm: arm.axes[axes[0]]) if len(axes) == 1 else [*arms]
 
 
 def _value(collection: RunSet, named: str, metric: str, seed: int) -> float:

@@ -15,7 +15,7 @@ from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies import archive, grouping
 from dpo_lab.studies.run_data import NotMeasured, RunData, RunSet, assemble
 from dpo_lab.studies.spec import RECORD as STUDY
-from dpo_lab.studies.spec import Arm, Study, StudyError
+from dpo_lab.studies.spec import Arm, Study, StudyError, present_study
 
 __all__ = ["NotMeasured", "RunData", "RunSet", "gather"]
 
@@ -58,7 +58,7 @@ def _below(path: Path, name: str) -> Iterator[Path]:
 
 def _of_study(folder: Path) -> RunSet:
     try:
-        record = json.loads((folder / STUDY).read_text())
+        record = present_study(json.loads((folder / STUDY).read_text()))
         study = Study.from_record(record["study"])
         cells = {(cell["arm"], cell["seed"]): cell for cell in record["cells"]}
     except (ValueError, KeyError, TypeError) as error:
@@ -105,7 +105,7 @@ def _of_runs(trees: Sequence[Path], folders: Sequence[Path]) -> RunSet:
         settings[name] = settings.get(name) or config or {}
         named.append(replace(run, arm=name, seed=seed))
     at = grouping.axes({name: config for name, config in settings.items() if config})
-    every = [Arm(name, at=at.get(name, {})) for name in sorted(settings, key=grouping.in_order)]
+    every = [Arm(name, axes=at.get(name, {})) for name in sorted(settings, key=grouping.in_order)]
     place = {arm.name: number for number, arm in enumerate(every)}
     named.sort(key=lambda run: (place[run.arm], run.seed))
     baseline = next((name for name in BASELINES if name in settings and len(settings) > 1), None)

@@ -9,14 +9,26 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from dpo_lab.runs.renamed_keys import present_override, renamed
 from dpo_lab.runs.run_record import RunRefused
 
 RECORD = "study.json"
+# Keys of a study by their names in earlier versions.
+RENAMED_STUDY_KEYS = {"found": "notes"}
+RENAMED_ARM_KEYS = {"at": "axes"}
+RENAMED_PREDICTION_KEYS = {
+    "says": "description",
+    "of": "treatment",
+    "to": "control",
+    "over": "axis",
+    "at": "matched_on",
+    "at_least": "min_effect",
+}
 EXPRESSION = re.compile(r"(\S+)(?: ([-/]) (\S+))?")
 
 
@@ -27,10 +39,10 @@ class StudyError(RunRefused):
 class Measure(str, Enum):
     """What is computed of the metric for each seed: the effect that a prediction is about."""
 
-    level = "level"  # of - value
-    difference = "difference"  # of - to
-    slope = "slope"  # change along the axis `over`, of the arms of the group `of`
-    area = "area"  # under the reward-KL frontier, as a share of the optimum's area: of - to, or of - value
+    level = "level"  # treatment - value
+    difference = "difference"  # treatment - control
+    slope = "slope"  # change along the axis, of the arms of the group `treatment`
+    area = "area"  # under the reward-KL frontier, as a share of the optimum's area: treatment - control, or - value
 
 
 class Direction(str, Enum):
@@ -38,55 +50,55 @@ class Direction(str, Enum):
 
     more = "more"  # above 0
     less = "less"  # below 0
-    same = "same"  # within at_least of 0
+    same = "same"  # within min_effect of 0
 
 
 @dataclass
 class Prediction:
     """An effect that is predicted if the claim is true.
 
-    says: description. metric: a name in run.json, or two of them, `a - b` or `a / b`. of, to: names of arms or groups
-    of arms. over: the axis of a slope, which is per factor of 10 if all its values are above 0, otherwise per unit. at:
+    metric: a name in run.json, or two of them, `a - b` or `a / b`. treatment, control: names of arms or groups of
+    arms. axis: of a slope, which is per factor of 10 if all its values are above 0, otherwise per unit. matched_on:
     compare at an equal value of another metric, e.g. {gold_gain: 0.9}, interpolated between the arms of a group for
-    each seed. value: what a level (or an area without `to`) is compared with. at_least: the smallest relevant effect,
-    in the metric's unit; for `same` the largest irrelevant one. Primary predictions decide the study's verdict; the
+    each seed. value: what a level (or an area without a control) is compared with. min_effect: the smallest relevant
+    effect, in the metric's unit; for `same` the largest irrelevant one. Primary predictions decide the study's verdict; the
     others are reported beside it.
     """
 
-    says: str
+    description: str
     measure: Measure
-    of: str
+    treatment: str
     direction: Direction
     metric: str = ""
-    to: str = ""
-    over: str = ""
-    at: dict[str, float] = field(default_factory=dict)
+    control: str = ""
+    axis: str = ""
+    matched_on: dict[str, float] = field(default_factory=dict)
     value: float = 0.0
-    at_least: float = 0.0
+    min_effect: float = 0.0
     primary: bool = True
 
     def __post_init__(self) -> None:
         if error := next(self._errors(), None):
-            raise StudyError(f"prediction '{self.says}': {error}")
+            raise StudyError(f"prediction '{self.description}': {error}")
 
     def _errors(self) -> Iterator[str]:
-        if not self.at_least >= 0 or not math.isfinite(self.at_least) or not math.isfinite(self.value):
-            yield f"at_least={self.at_least}, value={self.value}: must be numbers, at_least 0 or more"
-        if self.direction is Direction.same and self.at_least == 0:
-            yield "direction=same: needs at_least, the largest irrelevant effect"
-        if (self.measure is Measure.slope) != bool(self.over):
-            yield "over: needed for measure=slope, and only there"
-        if self.measure is Measure.difference and not self.to:
-            yield "to: a difference needs the arm or group that `of` is compared with"
+        if not self.min_effect >= 0 or not math.isfinite(self.min_effect) or not math.isfinite(self.value):
+            yield f"min_effect={self.min_effect}, value={self.value}: must be numbers, min_effect 0 or more"
+        if self.direction is Direction.same and self.min_effect == 0:
+            yield "direction=same: needs min_effect, the largest irrelevant effect"
+        if (self.measure is Measure.slope) != bool(self.axis):
+            yield "axis: needed for measure=slope, and only there"
+        if self.measure is Measure.difference and not self.control:
+            yield "control: a difference needs the arm or group that the treatment is compared with"
         if self.measure is Measure.area:
             if self.metric:
                 yield "metric: an area is always of gold_gain against kl; leave it out"
         elif EXPRESSION.fullmatch(self.metric) is None:
             yield f"metric={self.metric}: type one name of run.json, or two: a - b, or a / b"
-        if self.at and self.measure is not Measure.difference:
-            yield "at: only for measure=difference"
-        if len(self.at) > 1:
-            yield "at: takes one metric"
+        if self.matched_on and self.measure is not Measure.difference:
+            yield "matched_on: only for measure=difference"
+        if len(self.matched_on) > 1:
+            yield "matched_on: takes one metric"
 
 
 @dataclass
@@ -96,7 +108,7 @@ class Arm:
     name: str
     overrides: list[str] = field(default_factory=list)
     group: str = ""
-    at: dict[str, float] = field(default_factory=dict)
+    axes: dict[str, float] = field(default_factory=dict)
 
 
 class Kind(str, Enum):
@@ -123,7 +135,7 @@ class Figure:
 @dataclass
 class Study:
     """A study. baseline: the arm that the others are compared with; metrics: columns of the table of arms, which are
-    ranked by the first; found: notes written after the runs.
+    ranked by the first; notes: written after the runs.
     """
 
     name: str
@@ -137,7 +149,7 @@ class Study:
     seeds: list[int]
     metrics: list[str]
     figures: list[Figure] = field(default_factory=list)
-    found: str = ""
+    notes: str = ""
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -148,7 +160,7 @@ class Study:
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise StudyError(f"seeds={self.seeds}: need at least one, each once")
         for number, prediction in enumerate(self.predictions):
-            for key in ("of", "to"):
+            for key in ("treatment", "control"):
                 named = getattr(prediction, key)
                 if named and not self.members(named):
                     known = ", ".join([*names, *sorted({arm.group for arm in self.arms if arm.group})])
@@ -160,9 +172,7 @@ class Study:
 
     def digest(self) -> str:
         """Return a hash of what is registered before the first run: predictions, arms, claim, baseline and seeds."""
-        registered = {"predictions": [asdict(p) for p in self.predictions], "arms": [asdict(a) for a in self.arms]}
-        registered |= {"claim": self.claim, "baseline": self.baseline, "seeds": self.seeds}
-        return hashlib.blake2b(json.dumps(registered, sort_keys=True).encode(), digest_size=12).hexdigest()
+        return _digest(self.as_record())
 
     def as_record(self) -> dict[str, Any]:
         """Return the study as plain values; `from_record` reads them back."""
@@ -179,3 +189,27 @@ class Study:
             "figures": [Figure(**{**figure, "kind": Kind(figure["kind"])}) for figure in record["figures"]],
         }
         return cls(**{**record, **parts})
+
+
+def present_study(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a study, or its archived record, with the present names of its keys and its arms' overrides.
+
+    Renaming registers nothing anew: the study keeps the times of its registrations.
+    """
+    study = renamed(record["study"], RENAMED_STUDY_KEYS)
+    study["predictions"] = [renamed(each, RENAMED_PREDICTION_KEYS) for each in study["predictions"]]
+    study["arms"] = [
+        renamed(arm, RENAMED_ARM_KEYS) | {"overrides": [*map(present_override, arm["overrides"])]}
+        for arm in study["arms"]
+    ]
+    digests = {_digest(record["study"]): _digest(study)}
+    registrations = [
+        entry | {"digest": digests.get(entry["digest"], entry["digest"])} for entry in record.get("registrations") or ()
+    ]
+    return {**record, "study": study, "registrations": registrations}
+
+
+def _digest(study: Mapping[str, Any]) -> str:
+    """Return a hash of the parts of a study's record that are registered before the first run."""
+    registered = {name: study[name] for name in ("predictions", "arms", "claim", "baseline", "seeds")}
+    return hashlib.blake2b(json.dumps(registered, sort_keys=True).encode(), digest_size=12).hexdigest()

@@ -99,7 +99,9 @@ def versus_baseline(collection: RunSet, metric: str) -> dict[str, tuple[Estimate
 
 def arms_of(prediction: Prediction, collection: RunSet) -> set[str]:
     """Return the names of the arms that a prediction is about."""
-    return {arm.name for named in (prediction.of, prediction.to) if named for arm in collection.members(named)}
+    return {
+        arm.name for named in (prediction.treatment, prediction.control) if named for arm in collection.members(named)
+    }
 
 
 def mean_over_seeds(metric: str, values: Sequence[float]) -> Estimate:
@@ -131,7 +133,7 @@ def _measured(prediction: Prediction, collection: RunSet) -> Verdict:
     verdict = Verdict(INCONCLUSIVE, seeds=list(effects), missing=missing)
     if n == 0:
         return replace(verdict, note="not measured")
-    is_level = prediction.measure is Measure.level and len(collection.members(prediction.of)) == 1
+    is_level = prediction.measure is Measure.level and len(collection.members(prediction.treatment)) == 1
     if is_level and _is_yes_no(prediction.metric):
         share, p = paired_tests.binomial_test([value + prediction.value for value in values], prediction.value)
         low, high = share.interval or (0.0, 1.0)
@@ -167,7 +169,7 @@ def _with_word(
 def _word(prediction: Prediction, effect: Estimate, p: float | None) -> str:
     if effect.interval is None:
         return INCONCLUSIVE
-    low, high, least = *effect.interval, prediction.at_least
+    low, high, least = *effect.interval, prediction.min_effect
     if prediction.direction is Direction.same:
         if -least <= low and high <= least:
             return SUPPORTED

@@ -16,7 +16,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab.config.schema import explain
 from dpo_lab.studies.effects import check
-from dpo_lab.studies.spec import Arm, Figure, Prediction, Study, StudyError
+from dpo_lab.studies.spec import (
+    RENAMED_ARM_KEYS,
+    RENAMED_PREDICTION_KEYS,
+    RENAMED_STUDY_KEYS,
+    Arm,
+    Figure,
+    Prediction,
+    Study,
+    StudyError,
+)
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -25,13 +34,13 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 class ArmSpec:
     """An arm; or with `sweep`, setting -> numbers, one arm for every combination of the numbers.
 
-    An arm of a sweep is named by its group and its values; the values are also its coordinates (`at`).
+    An arm of a sweep is named by its group and its values; the values are also its `axes`.
     """
 
     name: str = ""
     group: str = ""
     overrides: list[str] = field(default_factory=list)
-    at: dict[str, float] = field(default_factory=dict)
+    axes: dict[str, float] = field(default_factory=dict)
     sweep: dict[str, Any] = field(default_factory=dict)
 
 
@@ -39,14 +48,14 @@ class ArmSpec:
 class Budget:
     """A budget of a study, by name.
 
-    settings: overrides of every arm; arms: only these arms or groups, and only predictions about them; found: a note on
-    the results under this budget (for `full` it is the study's own `found`).
+    settings: overrides of every arm; arms: only these arms or groups, and only predictions about them; notes: on the
+    results under this budget (for `full` it is the study's own `notes`).
     """
 
     seeds: list[int] = MISSING
     settings: list[str] = field(default_factory=list)
     arms: list[str] = field(default_factory=list)
-    found: str = ""
+    notes: str = ""
 
 
 @dataclass
@@ -64,7 +73,7 @@ class StudyFile:
     budgets: dict[str, Budget] = MISSING
     settings: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
-    found: str = ""
+    notes: str = ""
 
 
 def read(path: Path, budget: str = "full", seeds: Sequence[int] | None = None, more: Sequence[str] = ()) -> Study:
@@ -89,6 +98,7 @@ def read(path: Path, budget: str = "full", seeds: Sequence[int] | None = None, m
 
 
 def _typed(config_dict: Mapping[str, Any]) -> StudyFile:
+    _refuse_renamed(config_dict)
     known = [spec.name for spec in fields(StudyFile)]
     for key in config_dict:
         if key not in known:
@@ -106,6 +116,20 @@ def _typed(config_dict: Mapping[str, Any]) -> StudyFile:
     return file
 
 
+def _refuse_renamed(config_dict: Mapping[str, Any]) -> None:
+    """Raise StudyError for a key of an earlier version, which names the present one."""
+    parts = [("", config_dict, RENAMED_STUDY_KEYS)]
+    for group, names in (("predictions", RENAMED_PREDICTION_KEYS), ("arms", RENAMED_ARM_KEYS)):
+        parts += [(f"{group}[{number}].", part, names) for number, part in enumerate(config_dict.get(group) or ())]
+    parts += [
+        (f"budgets.{name}.", part, RENAMED_STUDY_KEYS) for name, part in (config_dict.get("budgets") or {}).items()
+    ]
+    for place, part, names in parts:
+        for key in part if isinstance(part, dict) else ():
+            if key in names:
+                raise StudyError(f"{place}{key}: renamed; type {names[key]}: in its place")
+
+
 def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None, more: Sequence[str]) -> Study:
     if NAME.fullmatch(path.stem) is None:
         raise StudyError("a study file's name has small letters, digits and _ only, as in my_question.yaml")
@@ -116,7 +140,7 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
     chosen = file.budgets[budget]
     settings = [*file.settings, *chosen.settings]
     arms = [
-        Arm(arm.name, [*settings, *arm.overrides, *more], arm.group, arm.at)
+        Arm(arm.name, [*settings, *arm.overrides, *more], arm.group, arm.axes)
         for spec in file.arms
         for arm in _arms(spec)
     ]
@@ -125,7 +149,8 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
         raise StudyError(f"budgets.{budget}.arms: no arm or group is called '{unknown[0]}'")
     chosen_arms = [arm for arm in arms if not chosen.arms or arm.name in chosen.arms or arm.group in chosen.arms]
     chosen_names = {name for arm in chosen_arms for name in (arm.name, arm.group)}
-    predictions = [p for p in file.predictions if all(n in chosen_names or n not in names for n in (p.of, p.to) if n)]
+    left_out = names - chosen_names
+    predictions = [p for p in file.predictions if not left_out & {p.treatment, p.control} - {""}]
     study = Study(
         name=path.stem,
         title=file.title,
@@ -138,7 +163,7 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
         seeds=list(chosen.seeds if seeds is None else seeds),
         metrics=file.metrics,
         figures=file.figures,
-        found=(file.found if budget == "full" else chosen.found).strip(),
+        notes=(file.notes if budget == "full" else chosen.notes).strip(),
     )
     check(study)
     return study
@@ -149,7 +174,7 @@ def _arms(spec: ArmSpec) -> Iterator[Arm]:
     if not spec.sweep:
         if not spec.name:
             raise StudyError("arms: one has neither a name nor a sweep")
-        yield Arm(spec.name, list(spec.overrides), spec.group, dict(spec.at))
+        yield Arm(spec.name, list(spec.overrides), spec.group, dict(spec.axes))
         return
     if spec.name:
         raise StudyError(f"arms: '{spec.name}' has a sweep, so its arms are named by their values; give it a group")
@@ -160,4 +185,4 @@ def _arms(spec: ArmSpec) -> Iterator[Arm]:
         coordinates = dict(zip(spec.sweep, map(float, values), strict=True))
         overrides = [f"{key}={value:g}" for key, value in coordinates.items()]
         name = ", ".join([spec.group, *overrides] if spec.group else overrides)
-        yield Arm(name, [*spec.overrides, *overrides], spec.group, dict(spec.at) | coordinates)
+        yield Arm(name, [*spec.overrides, *overrides], spec.group, dict(spec.axes) | coordinates)

@@ -59,7 +59,7 @@ def _power(run: StudyRun) -> Iterator[str]:
         if verdict.effect is not None and verdict.effect.se and verdict.effect.n:
             spread = verdict.effect.se * math.sqrt(verdict.effect.n)
             detectable = min_detectable_effect(spread, n)
-            yield f"  {prediction.says}: {detectable:.2g}; an effect of {prediction.at_least:g} would matter"
+            yield f"  {prediction.description}: {detectable:.2g}; an effect of {prediction.min_effect:g} would matter"
 
 
 def _cost(jobs: Sequence[plan.Job], parts: Sequence[tuple[StudyRun, Sequence[plan.Job]]], left: int) -> str:

@@ -13,7 +13,7 @@ from dpo_lab.runs.redact import redact_override
 from dpo_lab.runs.run_record import slug
 from dpo_lab.studies.archive import FOLDER, path_of
 from dpo_lab.studies.load import RunSet, gather
-from dpo_lab.studies.spec import RECORD, Study, StudyError
+from dpo_lab.studies.spec import RECORD, Study, StudyError, present_study
 from dpo_lab.sweeps.plan import Job
 from dpo_lab.sweeps.summary import Outcome, now
 
@@ -96,10 +96,10 @@ class StudyRun:
     def _earlier(self) -> dict[str, Any]:
         path = self.folder / RECORD
         try:
-            return json.loads(path.read_text())
+            return present_study(json.loads(path.read_text()))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise StudyError(
                 f"{path}: can't be read ({error}); move it away, which leaves the runs unchanged"
             ) from None

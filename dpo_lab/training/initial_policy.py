@@ -57,22 +57,22 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, task: Task, seed: int, cache: Pat
         tokenizer = train_tokenizer(texts, tiny.vocab_size)
         policy = Policy(tiny.build(tokenizer, derive_seed(seed, "init")), tokenizer)
         if tiny.init is Init.sft:
-            train_on_texts(policy, texts, sft, seed, ends=task.is_complete)
+            train_on_texts(policy, texts, sft, seed, append_eos=task.complete_texts)
         policy.save(folder)
 
     cached(folder, make)
     return load_policy(folder), folder
 
 
-def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int, ends: bool = True) -> None:
-    """Train policy.model in place on texts after a begin token, with an end token appended if `ends`."""
+def train_on_texts(policy: Policy, texts: Sequence[str], sft: SFT, seed: int, append_eos: bool = True) -> None:
+    """Train policy.model in place on texts after a begin token, with an end token appended if `append_eos`."""
     from dpo_lab.core.logps import pad_rows, sequence_logps
     from dpo_lab.data.collate import collate_responses
     from dpo_lab.terminal.progress import track
 
     tokenizer = policy.tokenizer
     begin, pad_id = [int(tokenizer.bos_token_id)], int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    end = [tokenizer.eos_token_id] if ends else []
+    end = [tokenizer.eos_token_id] if append_eos else []
     rows = [[*ids, *end] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     # not fused, which rounds differently: policies in caches were trained so
     optimizer, schedule = sft.optim.build(policy.model.parameters(), sft.steps, fused=False)

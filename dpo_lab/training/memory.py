@@ -32,7 +32,7 @@ class MemoryTracker:
         self.device, self.before = device, restart_peak(device)
         self.policy_bytes = self.weight_bytes = 0
 
-    def holds(self, policy: nn.Module, reference: nn.Module | None) -> None:
+    def count_weights(self, policy: nn.Module, reference: nn.Module | None) -> None:
         """Count the weights of the policy and of the model of its reference, before they are sharded over ranks."""
         self.policy_bytes = bytes_of_weights([policy])
         self.weight_bytes = bytes_of_weights([policy] if reference is None else [policy, reference])

@@ -18,7 +18,7 @@ from dpo_lab.training.optim import Optim
 class SFTModule(BaseModule):
     """Trains `model` on chosen responses; the loss is averaged over all response tokens that a step has on all ranks.
 
-    So every token has the same weight. Batches hold pairs with an empty rejected response, see PairTable.chosen_alone.
+    So every token has the same weight. Batches hold pairs with an empty rejected response, see PairTable.chosen_only.
     """
 
     title = "SFT"

@@ -36,7 +36,7 @@ def test_every_pair_is_what_it_was(table):
     assert [plain(pair) for pair in table] == [plain(pair) for pair in PAIRS]
     assert plain(table[-1]) == plain(PAIRS[-1])
     assert table.sizes.tolist() == [pair.size for pair in PAIRS]
-    assert table.sides.tolist() == [[len(pair.chosen), len(pair.rejected)] for pair in PAIRS]
+    assert table.response_lengths.tolist() == [[len(pair.chosen), len(pair.rejected)] for pair in PAIRS]
     with pytest.raises(IndexError):
         table[10]
 
@@ -49,10 +49,10 @@ def test_a_selection_copies_no_tokens(table):
 
 
 def test_joined_tables_share_tokens_or_bring_their_own(table):
-    halves = table[:4].joined(table[4:])
+    halves = table[:4].concat(table[4:])
     assert halves.tokens is table.tokens
     others = make_pairs(3, seed=5)
-    for both, expected in ((halves, PAIRS), (table.joined(PairTable.of(others)), [*PAIRS, *others])):
+    for both, expected in ((halves, PAIRS), (table.concat(PairTable.of(others)), [*PAIRS, *others])):
         assert [plain(pair) for pair in both] == [plain(pair) for pair in expected]
 
 

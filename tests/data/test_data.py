@@ -90,7 +90,7 @@ def test_an_end_token_in_the_text_is_not_doubled():
 
 
 def test_without_ends_no_response_has_one():
-    cut = PairTokenizer(tokenizer_of("plain"), 64, 32, ends=False)
+    cut = PairTokenizer(tokenizer_of("plain"), 64, 32, append_eos=False)
     counts: Counter[str] = Counter()
     (pair,) = cut.pairs([Pair("a", " b", " c")], counts)
     assert (pair.chosen, pair.rejected) == (ids_by_hand("plain", " b"), ids_by_hand("plain", " c"))
@@ -124,7 +124,7 @@ def test_the_fingerprint_tells_what_changes_ids():
         tokenizer.add_tokens(["new"])
 
     changed = [fingerprint(template), fingerprint(end), fingerprint(word), fingerprint(max_length=65)]
-    changed += [fingerprint(max_prompt_length=33), fingerprint(ends=False)]
+    changed += [fingerprint(max_prompt_length=33), fingerprint(append_eos=False)]
     assert fingerprint() == fingerprint()
     assert len({fingerprint(), *changed}) == 7
 

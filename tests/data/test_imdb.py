@@ -104,7 +104,7 @@ def test_pairs_are_labelled_by_the_lexicon_and_drop_what_stopped(made_up):
 
 def test_cut_responses_are_taught_no_end(policy):
     counts: Counter[str] = Counter()
-    encoder = PairTokenizer(policy.tokenizer, 64, 32, ends=False)
+    encoder = PairTokenizer(policy.tokenizer, 64, 32, append_eos=False)
     (encoded,) = encoder.pairs([Pair("The plot", " was good and", " was bad")], counts)
     assert encoder.eos_id not in [*encoded.chosen, *encoded.rejected]
     assert encoder.text(encoded.chosen) == " was good and"

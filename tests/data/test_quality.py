@@ -14,7 +14,7 @@ import pytest
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.quality import BINS, Margins, Quality, _edges, _edges_around_zero, quality_of
-from dpo_lab.data.row_faults import SAID
+from dpo_lab.data.row_faults import DESCRIPTIONS
 from dpo_lab.data.sources import Contradictions, Data, Splits
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.data.warnings import data_warnings
@@ -322,6 +322,6 @@ def test_a_claim_about_length_comes_with_its_interval(encoder):
 
 def test_faults_of_prompts_are_told_where_they_are_counted(encoder):
     train, held_out = table(*honest(200)), table(*honest(100, 200))
-    for what, said in SAID.items():
+    for what, said in DESCRIPTIONS.items():
         assert advice_on(encoder, train, held_out, {"rows": 200, what: 7}) == [said.format(n=f"7 {what}")]
         assert advice_on(encoder, train, held_out, {"rows": 200, what: 0}) == []

@@ -21,7 +21,7 @@ from dpo_lab.runs.examples import EXAMPLES, read
 from tests.evals.test_evals import perturbed, subject_of
 
 
-class Letters(SyntheticReviews, name="letters", has_grammar=True, is_complete=True):
+class Letters(SyntheticReviews, name="letters", has_grammar=True, complete_texts=True):
     """A task in which untrained policies differ."""
 
     def gold(self, text: str) -> float:
@@ -124,7 +124,7 @@ def test_runs_that_start_from_one_policy_sample_once(subject, sampled):
         lambda s: replace(s, initial=perturbed(s.initial, 1e-3)),
         lambda s: replace(s, prompt_ids=s.prompt_ids[1:], prompts=s.prompts[1:]),
         lambda s: replace(s, context=lambda: torch.autocast("cpu", torch.bfloat16)),
-        lambda s: replace(s, encoder=replace(s.encoder, ends=False)),
+        lambda s: replace(s, encoder=replace(s.encoder, append_eos=False)),
     ],
 )
 def test_what_would_change_a_sample_is_sampled_anew(changed, subject, sampled):

@@ -48,7 +48,7 @@ def thin(tmp_path_factory) -> Path:
     outputs = tmp_path_factory.mktemp("thin") / "outputs"
     predictions = [a_study.predicts(arm) for arm in ARMS if arm != "base"]
     counted: dict[str, Any] = {"metric": "memory/weights", "measure": Measure.level, "value": 1.0}
-    predictions.append(a_study.predicts("whole", **counted, direction=Direction.same, at_least=0.1))
+    predictions.append(a_study.predicts("whole", **counted, direction=Direction.same, min_effect=0.1))
     study = a_study.study([Arm(arm, [f"arm={arm}"]) for arm in ARMS], predictions, seeds=3)
     cells = []
     for arm, values in ARMS.items():

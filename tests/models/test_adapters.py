@@ -85,13 +85,13 @@ TOKENS = {
 def test_adapters_with_new_tokens(name, rank, policy, tmp_path):
     base = "GPT-2" if "tied" in name else "Llama"
     folder, theirs = adapters(policy, tmp_path, base, r=4, lora_dropout=0.1, grown=NEW, **TOKENS[name])
-    loaded = Pretrained(path=str(folder), rank=rank).load()
+    loaded = Pretrained(path=str(folder), lora=Lora(r=rank)).load()
     assert loaded.model.get_input_embeddings().weight.shape[0] == V + NEW == len(loaded.tokenizer)
     assert torch.allclose(logits(loaded.model), logits(theirs), atol=1e-6)
-    assert weights_digest(loaded.model) == weights_digest(Pretrained(path=str(folder), rank=rank).load().model)
+    assert weights_digest(loaded.model) == weights_digest(Pretrained(path=str(folder), lora=Lora(r=rank)).load().model)
     assert trains(loaded.model) > 0
     loaded.save(tmp_path / "saved")  # and what is kept of it is the same policy
-    again = Pretrained(path=str(tmp_path / "saved"), rank=rank).load().model
+    again = Pretrained(path=str(tmp_path / "saved"), lora=Lora(r=rank)).load().model
     assert torch.allclose(logits(again), logits(theirs), atol=1e-6)
 
 

@@ -244,7 +244,7 @@ def test_lora_on_own_pairs(reference, merge, folder, tmp_path):
     pytest.importorskip("peft")
     wanted = ["policy=lora", "policy.lora.r=4", f"reference={reference}", f"policy.merge={merge}", "optim.lr=1e-2"]
     record, run = run_on_own_pairs(folder, tmp_path, *wanted)
-    assert record["config"]["policy"]["rank"] == 4
+    assert record["config"]["policy"]["lora"]["r"] == 4
     assert record["metrics"]["kl"]["value"] != 0  # it moved
     saved = run / "policy"
     assert (saved / "adapter_model.safetensors").exists() == (not merge)

@@ -88,7 +88,7 @@ def test_messages_travel_over_a_group_that_serves_gpus_alone(of_gpus, policy):
     torch.cuda.set_device(DEVICE)
     assert peak_memory(DEVICE) == 7 << 20
     memory = MemoryTracker(DEVICE)
-    memory.holds(policy.model, None)
+    memory.count_weights(policy.model, None)
     assert memory.as_record()["peak_growth"] == 0
     assert map_across_ranks(["a"], [1], str.upper) == ["A"]
 

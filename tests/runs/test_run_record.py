@@ -169,7 +169,7 @@ def test_what_a_run_works_on_may_not_change(tmp_path):
     def start(config: dict, **identity: str) -> None:
         with hold(tmp_path, config) as run:
             assert run is not None
-            run.settle(**identity)
+            run.check_inputs_unchanged(**identity)
             checkpoint(tmp_path)
             raise StopSignal(signal.SIGTERM)
 

@@ -25,7 +25,7 @@ NAMES = ("base", "mild", "strong", "failed")
 def example(folder: Path, registered: str = a_study.REGISTERED) -> RunSet:
     """Two arms of a group, one that failed, candidates in every seed."""
     predictions = [
-        a_study.predicts("strong", at_least=0.1),
+        a_study.predicts("strong", min_effect=0.1),
         a_study.predicts("mild", "kl / gold_gain", direction=To.less, primary=False),
         Prediction("a share of the optimum | *all*", Measure.area, "dpo", To.more, value=0.2),
         a_study.predicts("failed", primary=False),
@@ -38,7 +38,7 @@ def example(folder: Path, registered: str = a_study.REGISTERED) -> RunSet:
         "failed",
     ]
     study = dataclasses.replace(
-        a_study.study(arms, predictions), found="Looked at again:\n\nit is *so*.", metrics=["gold_gain", "kl"]
+        a_study.study(arms, predictions), notes="Looked at again:\n\nit is *so*.", metrics=["gold_gain", "kl"]
     )
     rng = np.random.default_rng(0)
     candidates = rng.normal(size=(4, 64))
@@ -107,7 +107,7 @@ def test_a_kept_record_is_small_one_run_a_line_and_names_no_place(tmp_path: Path
     path = archive.write(example(tmp_path / "runs"), tmp_path)
     lines = path.read_text().splitlines()
     assert sum('"seed":' in line for line in lines) == 20
-    assert sum('"says":' in line for line in lines) == 5
+    assert sum('"description":' in line for line in lines) == 5
     assert str(tmp_path) not in path.read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies import archive, grouping
 from dpo_lab.studies import verdicts as effects
 from dpo_lab.studies.load import NotMeasured, gather
-from dpo_lab.studies.spec import Arm, Study, StudyError
+from dpo_lab.studies.spec import RENAMED_PREDICTION_KEYS, Arm, Study, StudyError
 from tests.support import a_study
 
 FINDING = {
@@ -185,7 +186,7 @@ def test_a_sweep_is_told_apart_by_what_was_typed_and_its_failed_cells_are_there(
     (sweep / "sweep.json").write_text(json.dumps({"cells": cells}))
     (found,) = gather([sweep])
     assert [arm.name for arm in found.arms] == ["beta=0.05", "beta=0.1", "beta=1", "beta=10", "beta=nan"]
-    assert found.arms[0].at == {"beta": 0.05}
+    assert found.arms[0].axes == {"beta": 0.05}
     assert (found.title, found.baseline, found.study, found.is_exploratory) == ("sweep", None, None, False)
     assert found.values("beta=10", "kl") == {0: 10.0, 1: 10.0}
     assert [(r.seed, r.status, r.error) for r in found.runs if r.arm == "beta=nan"] == [(1, "failed", "no beta")]
@@ -201,7 +202,7 @@ def test_runs_of_any_folders_are_compared_as_one(tmp_path: Path):
     assert found.baseline == "default"
     assert found.values("default", "kl") == {0: 1.0, 1: 1.5}
     assert found.values("default (2)", "kl") == {0: 1.1}
-    assert found.arms[2].at == {"optim.lr": 1e-5, "trainer.max_steps": 50.0}
+    assert found.arms[2].axes == {"optim.lr": 1e-5, "trainer.max_steps": 50.0}
     assert effects.versus_baseline(found, "kl")["default"][0].value == 1.25
 
 
@@ -249,3 +250,24 @@ def test_two_hundred_runs_are_read_judged_and_kept_in_seconds(tmp_path: Path):
     assert time.process_time() - begun < 8
     assert len(found.runs) == 200
     assert path.stat().st_size < 2 * 150_000
+
+
+def test_a_study_of_an_earlier_version_is_read_and_stays_registered(tmp_path: Path):
+    study = a_study.study(["base", "a"], [a_study.predicts("a", min_effect=0.1)])
+    present = study.as_record()
+    earlier = {key: value for key, value in present.items() if key != "notes"} | {"found": present["notes"]}
+    names = {present: earlier for earlier, present in RENAMED_PREDICTION_KEYS.items()}
+    earlier["predictions"] = [{names.get(key, key): value for key, value in p.items()} for p in present["predictions"]]
+    earlier["arms"] = [
+        {"name": arm["name"], "group": arm["group"], "at": arm["axes"], "overrides": ["policy.rank=4"]}
+        for arm in present["arms"]
+    ]
+    registered = {name: earlier[name] for name in ("predictions", "arms", "claim", "baseline", "seeds")}
+    digest = hashlib.blake2b(json.dumps(registered, sort_keys=True).encode(), digest_size=12).hexdigest()
+    record = {"study": earlier, "registrations": [{"digest": digest, "at": a_study.REGISTERED}], "cells": []}
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    (found,) = gather([tmp_path])
+    assert found.study is not None
+    assert found.study.predictions == study.predictions
+    assert [arm.overrides for arm in found.arms] == [["policy.lora.r=4"]] * 2
+    assert found.record["registrations"] == [{"digest": found.study.digest(), "at": a_study.REGISTERED}]

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from dpo_lab.config import schema
 from dpo_lab.reporting import results_md
 from dpo_lab.studies.run_data import EVAL_SETTINGS_THAT_MUST_MATCH
-from dpo_lab.studies.spec import Direction, Study, StudyError
+from dpo_lab.studies.spec import Direction, Study, StudyError, present_study
 from dpo_lab.sweeps.study_file import read
 from dpo_lab.sweeps.study_run import StudyRun
 from tests.conftest import REPOSITORY
@@ -42,8 +42,9 @@ SMALL = {
     "arms": [{"sweep": {"beta": [0.1, 1]}}, {"name": "flips", "overrides": ["noise=symmetric", "noise.rate=0.2"]}],
     "metrics": ["accuracy"],
     "predictions": [
-        {"says": "beta 1 is more", "measure": "difference", "metric": "accuracy", "of": "beta=1", "to": "beta=0.1"}
-        | {"direction": "more", "at_least": 0.1}
+        {"description": "beta 1 is more", "measure": "difference", "metric": "accuracy"}
+        | {"treatment": "beta=1", "control": "beta=0.1"}
+        | {"direction": "more", "min_effect": 0.1}
     ],
     "budgets": {"full": {"seeds": [0, 1]}, "quick": {"seeds": [0], "arms": ["beta=0.1", "beta=1"]}},
 }
@@ -75,11 +76,11 @@ def test_every_study_of_the_collection_is_whole(path, budget):
 
 @pytest.mark.parametrize("path", RECORDS, ids=[path.stem for path in RECORDS])
 def test_a_kept_record_is_of_its_study_as_the_file_has_it(path):
-    record = json.loads(path.read_text())
+    record = present_study(json.loads(path.read_text()))
     assert record["overrides"] == []
     made = read(REPOSITORY / record["file"], record["budget"])
     assert record["registrations"][-1]["digest"] == made.digest()
-    assert record["study"]["found"] == made.found
+    assert record["study"]["notes"] == made.notes
 
 
 def test_the_written_results_are_what_the_kept_records_say():
@@ -119,7 +120,7 @@ def test_arms_of_a_study_are_measured_alike():
 
 def test_a_sweep_is_short_for_arms(tmp_path):
     arms = [
-        {"name": "first", "at": {"beta": 0.1}, "overrides": ["beta=0.1"]},
+        {"name": "first", "axes": {"beta": 0.1}, "overrides": ["beta=0.1"]},
         {"group": "g", "overrides": ["noise=symmetric"], "sweep": {"beta": [0.5, 1], "optim.lr": [1e-4]}},
     ]
 
@@ -127,7 +128,7 @@ def test_a_sweep_is_short_for_arms(tmp_path):
         return ["a=1", "noise=symmetric", f"beta={beta:g}", "optim.lr=0.0001", "z=2"]
 
     made = read(written(tmp_path, arms=arms, baseline="first", predictions=[], settings=["a=1"]), more=["z=2"])
-    assert [(arm.name, arm.group, arm.at, arm.overrides) for arm in made.arms] == [
+    assert [(arm.name, arm.group, arm.axes, arm.overrides) for arm in made.arms] == [
         ("first", "", {"beta": 0.1}, ["a=1", "beta=0.1", "z=2"]),
         *(
             (f"g, beta={beta:g}, optim.lr=0.0001", "g", {"beta": beta, "optim.lr": 1e-4}, overrides(beta))
@@ -138,14 +139,14 @@ def test_a_sweep_is_short_for_arms(tmp_path):
 
 
 def test_a_budget_leaves_out_predictions_about_arms_that_it_leaves_out(tmp_path):
-    about_flips = dict(SMALL["predictions"][0], of="flips")  # type: ignore[index]
+    about_flips = dict(SMALL["predictions"][0], treatment="flips")  # type: ignore[index]
     path = written(tmp_path, predictions=[*SMALL["predictions"], about_flips])  # type: ignore[misc]
     assert [len(read(path, budget).predictions) for budget in ("full", "quick")] == [2, 1]
 
 
 def test_what_was_found_is_told_under_the_budget_that_found_it(tmp_path):
-    path = written(tmp_path, found="Much.", budgets={"full": {"seeds": [0]}, "far": {"seeds": [0], "found": "Little."}})
-    assert [read(path, budget).found for budget in ("full", "far")] == ["Much.", "Little."]
+    path = written(tmp_path, notes="Much.", budgets={"full": {"seeds": [0]}, "far": {"seeds": [0], "notes": "Little."}})
+    assert [read(path, budget).notes for budget in ("full", "far")] == ["Much.", "Little."]
 
 
 PREDICTION = SMALL["predictions"][0]  # type: ignore[index]
@@ -159,15 +160,22 @@ PREDICTION = SMALL["predictions"][0]  # type: ignore[index]
         ({"arms": [{"overrides": ["beta=1"]}]}, "arms: one has neither a name nor a sweep"),
         ({"arms": [{"sweep": {"beta": ["much"]}}]}, "arms: sweep of beta: needs numbers"),
         ({"arms": [{"sweep": {"beta": [1, 1]}}]}, "arms: two have the name beta=1"),
-        ({"predictions": [PREDICTION | {"of": "beta=2"}]}, r"predictions\[0\].of=beta=2: no such arm or group"),
+        (
+            {"predictions": [PREDICTION | {"treatment": "beta=2"}]},
+            r"predictions\[0\].treatment=beta=2: no such arm or group",
+        ),
         ({"predictions": [PREDICTION | {"metric": "a + b"}]}, "metric=a . b: type one name of run.json, or two"),
         ({"predictions": [PREDICTION | {"direction": "up"}]}, "must be one of more, less, same"),
-        ({"predictions": [PREDICTION | {"direction": "same", "at_least": 0}]}, "needs at_least"),
-        ({"predictions": [PREDICTION | {"at_least": -1}]}, "at_least 0 or more"),
+        ({"predictions": [PREDICTION | {"direction": "same", "min_effect": 0}]}, "needs min_effect"),
+        ({"predictions": [PREDICTION | {"min_effect": -1}]}, "min_effect 0 or more"),
         ({"budgets": {"quick": {"seeds": [0]}}}, "budget=full: the study has no such budget; type budget=quick"),
         ({"budgets": {"full": {"seeds": [0, 0]}}}, r"seeds=\[0, 0\]: need at least one, each once"),
         ({"budgets": {"full": {"seeds": [0], "arms": ["x"]}}}, "budgets.full.arms: no arm or group is called 'x'"),
         ({"title": None}, "title"),
+        ({"found": "Much."}, "found: renamed; type notes: in its place"),
+        ({"predictions": [PREDICTION | {"says": "it is"}]}, r"predictions\[0\].says: renamed; type description:"),
+        ({"arms": [{"name": "a", "at": {"beta": 1}}]}, r"arms\[0\].at: renamed; type axes: in its place"),
+        ({"budgets": {"full": {"seeds": [0], "found": "x"}}}, "budgets.full.found: renamed; type notes:"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused_in_one_line(changes, message, tmp_path):
@@ -180,8 +188,8 @@ def test_a_study_that_cannot_be_is_refused_in_one_line(changes, message, tmp_pat
 def test_what_is_predicted_is_hashed_and_titles_are_not(tmp_path):
     first = read(written(tmp_path))
     assert read(written(tmp_path, title="Another")).digest() == first.digest()
-    assert read(written(tmp_path, found="Seen: ...")).digest() == first.digest()
-    changed = [dict(PREDICTION, at_least=0.2)]
+    assert read(written(tmp_path, notes="Seen: ...")).digest() == first.digest()
+    changed = [dict(PREDICTION, min_effect=0.2)]
     assert read(written(tmp_path, predictions=changed)).digest() != first.digest()
     assert read(written(tmp_path), seeds=[5, 6]).digest() != first.digest()
 
@@ -207,7 +215,7 @@ def studied(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("studied")
     written(folder)
     other = [{"sweep": {"beta": [0.1, 5]}}]
-    moved = [dict(PREDICTION, of="beta=5")]
+    moved = [dict(PREDICTION, treatment="beta=5")]
     written(folder, "other", arms=other, predictions=moved)
     behaves(folder, **{"beta_1/seed_1": "fails"})
     result = study(folder, "study=all")
@@ -280,7 +288,8 @@ def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path):
 @pytest.mark.xdist_group("readme")
 def test_a_study_of_real_runs_ends_in_verdict_and_page(tmp_path):
     arms = [{"sweep": {"beta": [0.1, 1]}}]
-    less = {"says": "KL falls with beta", "measure": "difference", "metric": "kl", "of": "beta=1", "to": "beta=0.1"}
+    less = {"description": "KL falls with beta", "measure": "difference", "metric": "kl"}
+    less |= {"treatment": "beta=1", "control": "beta=0.1"}
     less["direction"] = "less"
     path = written(
         tmp_path, arms=arms, predictions=[less], metrics=["kl", "gold_gain"], budgets={"full": {"seeds": [0]}}

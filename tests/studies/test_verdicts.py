@@ -51,7 +51,7 @@ def judged(effect: float, **settings) -> Verdict:
 def test_the_word_follows_from_the_interval_and_what_would_matter(
     effect: float, direction: str, at_least: float, word: str
 ):
-    verdict = judged(effect, direction=Direction(direction), at_least=at_least)
+    verdict = judged(effect, direction=Direction(direction), min_effect=at_least)
     assert verdict.effect is not None
     assert verdict.effect.value == pytest.approx(effect)
     assert verdict.effect.interval == pytest.approx((effect - HALF, effect + HALF), abs=1e-4)
@@ -68,7 +68,7 @@ def test_the_detectable_effect_is_that_of_the_spread_between_these_seeds():
 def test_holm_runs_over_the_primary_predictions_and_for_the_others_over_all():
     arms = ["a", "b", "c"]
     predictions = [a_study.predicts(arm, primary=arm != "c") for arm in arms]
-    predictions.append(a_study.predicts("c", direction=Direction.same, at_least=9.0))
+    predictions.append(a_study.predicts("c", direction=Direction.same, min_effect=9.0))
     study = a_study.study(["base", *arms], predictions)
     shifts = {"base": 0.0, "a": 0.03, "b": 0.022, "c": 0.021}
     runs = a_study.measured(
@@ -113,8 +113,8 @@ def test_seeds_that_are_all_alike_say_nothing_but_of_what_is_counted():
         [
             a_study.predicts("arm"),
             a_study.predicts("arm", "memory/weights"),
-            a_study.predicts("arm", "memory/weights", direction=Direction.same, at_least=0.1),
-            a_study.predicts("base", "memory/weights", **of_one, direction=Direction.same, at_least=0.05),
+            a_study.predicts("arm", "memory/weights", direction=Direction.same, min_effect=0.1),
+            a_study.predicts("base", "memory/weights", **of_one, direction=Direction.same, min_effect=0.05),
             a_study.predicts("base", "memory/weights", **of_one),
         ],
     )  # fmt: skip
@@ -177,7 +177,7 @@ def test_a_study_that_goes_on_has_no_verdict_yet(status: str):
 
 
 def over_beta(**settings) -> Prediction:
-    return a_study.predicts("dpo", measure=Measure.slope, over="beta", **settings)
+    return a_study.predicts("dpo", measure=Measure.slope, axis="beta", **settings)
 
 
 def test_a_slope_is_that_of_least_squares_per_factor_of_ten():
@@ -186,7 +186,7 @@ def test_a_slope_is_that_of_least_squares_per_factor_of_ten():
     study = a_study.study(arms, [over_beta(direction=Direction.less)], seeds=3)
     rng = np.random.default_rng(0)
     table = {
-        (arm.name, seed): float(rng.normal(-arm.at.get("beta", 0.0))) for arm in study.arms for seed in study.seeds
+        (arm.name, seed): float(rng.normal(-arm.axes.get("beta", 0.0))) for arm in study.arms for seed in study.seeds
     }
     runs = a_study.measured(study, lambda arm, seed: {"gold_gain": table[arm.name, seed]})
     found, left_out = verdicts.effect_per_seed(study.predictions[0], runs)
@@ -205,7 +205,7 @@ def test_a_slope_over_an_axis_with_a_zero_is_per_unit_and_needs_every_arm():
         lambda arm, seed: (
             RunData(Path("x"), arm.name, 1, "failed")
             if (arm.name, seed) == ("noise 0.4", 1)
-            else {"gold_gain": 1.0 - 3 * arm.at["beta"]}
+            else {"gold_gain": 1.0 - 3 * arm.axes["beta"]}
         ),
     )
     found, left_out = verdicts.effect_per_seed(study.predictions[0], runs)
@@ -236,7 +236,7 @@ def test_arms_follow_the_axis_that_they_alone_differ_on_however_they_are_listed(
     arms = ["base", *(Arm(f"beta {beta}", [], "dpo", {"beta": beta, "lr": 1.0}) for beta in (0.1, 1.0, 0.3))]
     runs = a_study.measured(
         a_study.study(arms, seeds=1),
-        lambda arm, seed: {"kl": 1 / arm.at["beta"], "gold_gain": 1 - arm.at["beta"]} if arm.at else {},
+        lambda arm, seed: {"kl": 1 / arm.axes["beta"], "gold_gain": 1 - arm.axes["beta"]} if arm.axes else {},
     )
     # between beta .3 (gain .7, KL 3.33) and 1 (gain 0, KL 1), and not between .1 and 1
     assert interpolate_at(runs, "dpo", "kl", "gold_gain", 0.35, 0) == pytest.approx((1 / 0.3 + 1) / 2)
@@ -326,11 +326,11 @@ class _Known(RunData):
 def test_what_could_never_be_computed_is_refused_before_the_runs():
     off = [Arm("beta 1", [], "dpo", {"beta": 1.0}), Arm("other", [], "dpo")]
     with pytest.raises(
-        StudyError, match=r"predictions\[0\].over=beta: needs two arms or more in dpo, all with a value of it"
+        StudyError, match=r"predictions\[0\].axis=beta: needs two arms or more in dpo, all with a value of it"
     ):
         verdicts.check(a_study.study(["base", *off], [over_beta()]))
-    with pytest.raises(StudyError, match=r"predictions\[0\].at: base is one arm; type a group"):
-        verdicts.check(a_study.study(["base", *off], [a_study.predicts("dpo", at={"gold_gain": 0.5})]))
+    with pytest.raises(StudyError, match=r"predictions\[0\].matched_on: base is one arm; type a group"):
+        verdicts.check(a_study.study(["base", *off], [a_study.predicts("dpo", matched_on={"gold_gain": 0.5})]))
     verdicts.check(
         a_study.study(["base", *off], [a_study.predicts("other"), a_study.predicts("dpo", "kl / gold_gain")])
     )
@@ -338,8 +338,11 @@ def test_what_could_never_be_computed_is_refused_before_the_runs():
 
 def test_what_is_measured_is_told_in_a_line():
     assert verdicts.describe(over_beta()) == "gold_gain: slope over beta of dpo"
-    assert verdicts.describe(a_study.predicts("a", "kl", at={"gold_gain": 0.9})) == "kl: a - base, at gold_gain 0.9"
+    assert (
+        verdicts.describe(a_study.predicts("a", "kl", matched_on={"gold_gain": 0.9}))
+        == "kl: a - base, at gold_gain 0.9"
+    )
     assert verdicts.describe(a_study.predicts("a", measure=Measure.level, value=0.5)) == "gold_gain: a - 0.5"
     assert verdicts.describe(a_study.predicts("a", measure=Measure.level)) == "gold_gain: a"
-    area = Prediction("x", Measure.area, "dpo", Direction.more, to="ipo")
+    area = Prediction("x", Measure.area, "dpo", Direction.more, control="ipo")
     assert verdicts.describe(area) == "area under the frontier: dpo - ipo"

@@ -16,10 +16,15 @@ BEGUN = "2026-11-20T09:00:00+00:00"
 
 def predicts(of: str, metric: str = "gold_gain", **settings: Any) -> Prediction:
     """A difference to the arm `base` that is above 0, unless told otherwise."""
-    made = {"says": f"of {of}", "measure": Measure.difference, "direction": Direction.more, "metric": metric} | settings
+    made = {
+        "description": f"of {of}",
+        "measure": Measure.difference,
+        "direction": Direction.more,
+        "metric": metric,
+    } | settings
     if made["measure"] is Measure.difference:
-        made.setdefault("to", "base")
-    return Prediction(of=of, **made)
+        made.setdefault("control", "base")
+    return Prediction(treatment=of, **made)
 
 
 def study(arms: Sequence[str | Arm], predictions: Sequence[Prediction] = (), seeds: int = 5) -> Study:

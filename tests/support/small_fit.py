@@ -119,7 +119,7 @@ def run(
     step = dict(total_steps=trainer.max_steps, tokens_per_microbatch=40)
     train, held_out = PAIRS, HELD_OUT
     if issubclass(kind, SFTModule):
-        module, train, held_out = kind(model, optim, **step), train.chosen_alone(), held_out.chosen_alone()
+        module, train, held_out = kind(model, optim, **step), train.chosen_only(), held_out.chosen_only()
     else:
         module = kind(model, DPO(0.5), Uniform().prepare(model, [], folder), optim, batch_size=4, **step)
     config: Any = SimpleNamespace(

@@ -42,10 +42,10 @@ def study(seeds: int = 5) -> Study:
             Direction.more,
             "kl",
             "dpo, beta 0.1",
-            at_least=0.2,
+            min_effect=0.2,
         ),
         Prediction(
-            "a larger beta keeps KL lower", Measure.slope, "dpo", Direction.less, "kl", over="beta", at_least=0.1
+            "a larger beta keeps KL lower", Measure.slope, "dpo", Direction.less, "kl", axis="beta", min_effect=0.1
         ),
         Prediction(
             "label noise costs accuracy <i>of the truth</i>",
@@ -54,7 +54,7 @@ def study(seeds: int = 5) -> Study:
             Direction.less,
             "true_accuracy",
             "dpo, beta 0.1",
-            at_least=0.01,
+            min_effect=0.01,
             primary=False,
         ),
         Prediction(
@@ -64,7 +64,7 @@ def study(seeds: int = 5) -> Study:
             Direction.same,
             "gold_gain",
             "dpo, beta 0.1",
-            at_least=0.1,
+            min_effect=0.1,
             primary=False,
         ),
     ]
@@ -85,7 +85,7 @@ def study(seeds: int = 5) -> Study:
         seeds=list(range(seeds)),
         metrics=["true_accuracy", "gold_gain", "kl", "well_formed"],
         figures=figures,
-        found="The uniform arm lost its grammar first.\n\nLooked at <b>again</b>: it forgets to stop.",
+        notes="The uniform arm lost its grammar first.\n\nLooked at <b>again</b>: it forgets to stop.",
     )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def write_run(
 ) -> None:
     """One run's folder."""
     folder.mkdir(parents=True)
-    beta = arm.at.get("beta", 0.1)
+    beta = arm.axes.get("beta", 0.1)
     is_uniform, is_noisy = arm.group == "uniform", arm.name == "noisy labels"
     shared, own = random.Random(seed), random.Random(f"{arm.name} {seed}")
     start = shared.gauss(0, 0.05)

@@ -78,7 +78,7 @@ def train(
     """Fit in `folder`, or resume the fit there; the record is as `pipelines.train_dpo` leaves it. every: steps a checkpoint."""
     table, aside = PairTable.of(train_pairs), PairTable.of(held_out)
     model, loss, reference = trainable_copy(initial_policy().model), DPO(0.5), reference or Cached()
-    logps = reference.prepare(model, table.joined(aside), folder)
+    logps = reference.prepare(model, table.concat(aside), folder)
     optim = Optim(lr=lr, warmup_steps=4)
     config = {
         "loss": {"kind": "dpo", "beta": 0.5},

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from dpo_lab.distributed.signals import StopRequest
 from dpo_lab.runs.run_record import RunStatus
 from dpo_lab.sweeps import job as cell_module
-from dpo_lab.sweeps.job import LOG, JobFailed, max_parallel_jobs, objective_value
+from dpo_lab.sweeps.job import LOG, JobFailed, max_parallel_jobs, optimized_value
 from dpo_lab.sweeps.job_status import JobStatusStore
 from dpo_lab.sweeps.monitor import ProgressMonitor, time_left
 from dpo_lab.sweeps.plan import Job
@@ -299,10 +299,10 @@ def test_a_sweeper_that_optimises_is_told_the_objective(tmp_path, monkeypatch):
     monkeypatch.setattr(
         HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"runtime": {"output_dir": str(tmp_path)}}})
     )
-    assert objective_value(None) is None
-    assert objective_value("gold") == 1.5
+    assert optimized_value(None) is None
+    assert optimized_value("gold") == 1.5
     with pytest.raises(JobFailed, match="optimized_metric=glod: .* has no such metric; type one of gold"):
-        objective_value("glod")
+        optimized_value("glod")
 
 
 def test_cells_at_once():

@@ -33,7 +33,7 @@ def training_of(initial: Policy, kind: Reference, folder) -> MemoryTracker:
     model = trainable_copy(initial.model)
     reference = kind.prepare(model, pairs, folder)
     reference(collate(pairs))
-    training.holds(model, reference_model(reference))
+    training.count_weights(model, reference_model(reference))
     return training
 
 
@@ -67,7 +67,7 @@ def test_growth_is_that_of_the_training_and_not_of_what_came_before(policy):
     highest = resident_peak()
     del spent
     training = MemoryTracker(CPU)
-    training.holds(policy.model, None)
+    training.count_weights(policy.model, None)
     held = bytearray(64 * MB)
     del held  # the worst moment counts, not the last
     growth = training.as_record()["peak_growth"] * training.policy_bytes
@@ -93,7 +93,7 @@ def test_what_was_freed_and_kept_is_not_taken_for_what_is_in_use():
 def test_without_a_peak_that_counts_anew_no_growth_is_told(policy, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "CLEAR", tmp_path / "nothing" / "clear_refs")
     training = MemoryTracker(CPU)
-    training.holds(policy.model, None)
+    training.count_weights(policy.model, None)
     assert training.as_record() == {
         "weights": 1,
         "peak_growth": None,

@@ -54,7 +54,7 @@ pytestmark = [
 
 
 def alone(count: int, seed: int = 0, vocabulary: int = 300) -> PairTable:
-    return PairTable.of(make_pairs(count, seed, vocabulary)).chosen_alone()
+    return PairTable.of(make_pairs(count, seed, vocabulary)).chosen_only()
 
 
 def padded_loss(model, batch) -> torch.Tensor:
@@ -187,7 +187,7 @@ def test_chosen_alone_keeps_each_prompt_and_response_once():
     again = copy.copy(first)
     object.__setattr__(again, "key", "another rejected")
     pairs = PairTable.of([first, second, again])
-    kept = pairs.flip(pairs.lengths[:, 0] >= 0).chosen_alone()  # label noise or not
+    kept = pairs.flip(pairs.lengths[:, 0] >= 0).chosen_only()  # label noise or not
     assert [(p.key, list(p.prompt), list(p.chosen), list(p.rejected)) for p in kept] == [
         (p.key, p.prompt, p.chosen, []) for p in (first, second)
     ]
@@ -199,7 +199,7 @@ def test_chosen_alone_keeps_each_prompt_and_response_once():
     other = copy.copy(first)
     object.__setattr__(other, "prompt", moved[0])
     object.__setattr__(other, "chosen", moved[1])
-    assert len(PairTable.of([first, other]).chosen_alone()) == 2
+    assert len(PairTable.of([first, other]).chosen_only()) == 2
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # noqa: E501

@@ -36,7 +36,7 @@ def lines_of(arms: Iterable[Arm], axis: str) -> dict[str, list[Arm]]:
     lines: dict[str, list[Arm]] = {}
     for arm in arms:
         lines.setdefault(line_of(arm, axis), []).append(arm)
-    return {name: sorted(members, key=lambda arm: arm.at.get(axis, math.inf)) for name, members in lines.items()}
+    return {name: sorted(members, key=lambda arm: arm.axes.get(axis, math.inf)) for name, members in lines.items()}
 
 
 def style_of(number: int) -> int | str:
@@ -53,9 +53,10 @@ def shared_axis(arms: Sequence[Arm]) -> str:
     """Return the axis along which most arms of a line differ; empty if there is none."""
     counts = {
         axis: sum(
-            len({arm.at[axis] for arm in members if axis in arm.at}) - 1 for members in lines_of(arms, axis).values()
+            len({arm.axes[axis] for arm in members if axis in arm.axes}) - 1
+            for members in lines_of(arms, axis).values()
         )
-        for axis in sorted({name for arm in arms for name in arm.at})
+        for axis in sorted({name for arm in arms for name in arm.axes})
     }
     best = max(counts, key=counts.__getitem__, default="")
     return best if counts.get(best, 0) > 0 else ""
@@ -71,7 +72,7 @@ def of_two(collection: RunSet, arm: Arm, x: str, y: str, axis: str) -> Point | N
         return None
     right, high = mean(across[seed] for seed in both), mean(up[seed] for seed in both)
     says = f"{tooltip(arm.name, y, high)}; {x} {interval_text(right)}"
-    name = format_short(arm.at[axis]) if axis in arm.at else arm.name
+    name = format_short(arm.axes[axis]) if axis in arm.axes else arm.name
     return Point(right.value, high.value, says, name, x_interval=right.interval, y_interval=high.interval)
 
 

@@ -36,7 +36,7 @@ def study_figures(collection: RunSet, metrics: Sequence[str], logs: MetricsLogs)
     for figure in wanted:
         arms = _arms(collection, figure.arms)
         if figure.kind is Kind.axis:
-            is_axis = any(figure.x in arm.at for arm in arms)
+            is_axis = any(figure.x in arm.axes for arm in arms)
             drawings.append((_along if is_axis else against)(collection, arms, figure.x, figure.y))
         elif figure.kind is Kind.arms:
             drawings.append(_by_arm(collection, arms, figure.y))
@@ -66,7 +66,9 @@ def learning(collection: RunSet, logs: MetricsLogs) -> Drawing | None:
 
 def _suggested(collection: RunSet, metrics: Sequence[str]) -> list[Figure]:
     axes = {
-        name: {arm.at[name] for arm in collection.arms if name in arm.at} for arm in collection.arms for name in arm.at
+        name: {arm.axes[name] for arm in collection.arms if name in arm.axes}
+        for arm in collection.arms
+        for name in arm.axes
     }
     figures = [Figure(Kind.axis, list(metrics[:4]), name) for name, values in sorted(axes.items()) if len(values) > 1]
     return figures[:3] or [Figure(Kind.arms, list(metrics[:4]))]
@@ -79,8 +81,8 @@ def _arms(collection: RunSet, named: Sequence[str]) -> list[Arm]:
 
 
 def _along(collection: RunSet, arms: Sequence[Arm], axis: str, metrics: Sequence[str]) -> Drawing:
-    placed = [arm for arm in arms if axis in arm.at]
-    marks = sorted({arm.at[axis] for arm in placed})
+    placed = [arm for arm in arms if axis in arm.axes]
+    marks = sorted({arm.axes[axis] for arm in placed})
     shown = marks if len(marks) <= MARKS else []
     is_log = bool(marks) and marks[0] > 0 and marks[-1] / marks[0] >= 8
     lines = lines_of(placed, axis)
@@ -91,7 +93,7 @@ def _along(collection: RunSet, arms: Sequence[Arm], axis: str, metrics: Sequence
             points, cloud = [], []
             for arm in members:
                 if values := list(collection.values(arm.name, metric).values()):
-                    estimate, x = mean(values), arm.at[axis]
+                    estimate, x = mean(values), arm.axes[axis]
                     points.append(
                         Point(x, estimate.value, tooltip(arm.name, metric, estimate), y_interval=estimate.interval)
                     )
