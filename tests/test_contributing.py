@@ -116,7 +116,7 @@ def done(tmp_path_factory) -> Done:
     assert len(trains) + len(studies) + len(tests) == sum(map(len, typed.values()))
     runner = [sys.executable, "-c", RUNNER, *trains, *studies]
     trained = processes.run(runner, cwd=folder, env=environment, timeout=400)
-    pytest_command = [sys.executable, "-m", "pytest", "-n", "0", "-v", "-p", "no:cacheprovider", *tests, *OF_ALL_FILES]
+    pytest_command = [sys.executable, "-m", "pytest", "-n", "0", "-vv", "-p", "no:cacheprovider", *tests, *OF_ALL_FILES]
     tested = processes.run(pytest_command, cwd=folder, env=environment, timeout=400)
     assert files(folder) == after, "a command changed files of the copy"
     return Done(folder, touched, trained, tested)
