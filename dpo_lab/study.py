@@ -13,6 +13,7 @@ from pathlib import Path
 from dpo_lab import report
 from dpo_lab.cli import entry_point
 from dpo_lab.runs import run_record
+from dpo_lab.runs.fingerprint import EXECUTION_KEYS, NOT_IN_FOLDER_NAMES, RECORD_KEYS, is_under
 from dpo_lab.runs.redact import redact_command
 from dpo_lab.studies.spec import StudyError
 from dpo_lab.sweeps import study_sweeper
@@ -21,17 +22,7 @@ from dpo_lab.sweeps.study_run import StudyRun
 from dpo_lab.train import train
 
 COLLECTION = Path("ablations")
-# Overrides that do not change results: how a study is run.
-EXECUTION_KEYS = (
-    "launcher",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "data.num_workers",
-    "data.tokenize_workers",
-    "figures",
-)
-# Overrides left out of the name of a run's folder.
-NOT_IN_FOLDER_NAME = (*EXECUTION_KEYS, "name", "seed", "if_exists")
+NOT_OF_ARMS = (*RECORD_KEYS, *EXECUTION_KEYS)  # overrides of how a study is run, not of what its arms are
 
 HELP = """Test a claim: run every arm under every seed, then report the verdicts with intervals.
 
@@ -61,7 +52,8 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
         print(f"error: {error}", file=sys.stderr)
         return 2
     study_sweeper.register(runs, beside, given.plan)
-    naming = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(NOT_IN_FOLDER_NAME)}]"
+    left_out = [key for key in NOT_IN_FOLDER_NAMES if key != "trainer.max_steps"]  # by which arms may differ
+    naming = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]"
     sys.argv = [sys.argv[0], "--multirun", "hydra/sweeper=study", naming, *arguments]
     try:
         return entry_point.run_command(task)
@@ -93,7 +85,11 @@ def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun]
         seeds = [int(seed) for seed in options["seeds"].split(",")] if options["seeds"] else None
     except ValueError:
         raise StudyError(f"seeds={options['seeds']}: must be whole numbers; type e.g. seeds=0,1,2") from None
-    arms = [word for word in more if word.partition("=")[0] not in EXECUTION_KEYS and not word.startswith("hydra")]
+    arms = [
+        word
+        for word in more
+        if not is_under(word.partition("=")[0].lstrip("+"), NOT_OF_ARMS) and not word.startswith("hydra")
+    ]
     root = run_record.OUTPUTS / run_record.name_of_folder(options["name"])
     command = redact_command(["python", "-m", "dpo_lab.study", *typed])
 
@@ -109,6 +105,10 @@ def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun]
         beside,
         [f"name={options['name']}/runs/{options['budget']}", *(word for word in more if word not in arms)],
     )
+
+
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
 
 
 if __name__ == "__main__":

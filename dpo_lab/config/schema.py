@@ -38,6 +38,7 @@ from dpo_lab.evals.evaluators.base import default_evaluators
 from dpo_lab.models.policy import POLICIES, PolicyConfig, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, Reference
 from dpo_lab.runs import run_record
+from dpo_lab.runs.fingerprint import NOT_IN_FOLDER_NAMES
 from dpo_lab.runs.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, is_renamed, present_key
 from dpo_lab.training.initial_policy import SFT
 from dpo_lab.training.optim import Optim
@@ -140,6 +141,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("default_evaluators", default_evaluators, replace=True)
     OmegaConf.register_new_resolver("run_slug", run_record.slug, replace=True)
     OmegaConf.register_new_resolver("run_name", run_record.name_of_folder, replace=True)
+    OmegaConf.register_new_resolver("not_in_folder_names", lambda: list(NOT_IN_FOLDER_NAMES), replace=True)
 
 
 def conf_dir() -> str:

@@ -10,24 +10,20 @@ from typing import Any
 
 from dpo_lab.runs.redact import redact
 
-# Keys, with all keys under them, that do not change results, or only how long or on how many processes a run computes.
-KEYS_WITHOUT_EFFECT = (
-    "name",
-    "if_exists",
-    "optimized_metric",
-    "figures",
-    "logger",
-    "callbacks.checkpoint",
-    "callbacks.health",
-    "callbacks.progress",
+# Settings, with all keys under them, that do not change results, by what they change instead.
+RECORD_KEYS = ("name", "if_exists", "figures", "optimized_metric")  # where a run is recorded and what is drawn of it
+LOGGING_KEYS = ("logger", "callbacks.checkpoint", "callbacks.health", "callbacks.progress")
+EXECUTION_KEYS = (
+    "launcher",
     "data.num_workers",
     "data.tokenize_workers",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
-    "trainer.max_time",
-    "trainer.max_steps",  # checked separately: it may grow
 )
+LENGTH_KEYS = ("trainer.max_time", "trainer.max_steps")  # a run may get more steps: checked separately
+KEYS_WITHOUT_EFFECT = (*RECORD_KEYS, *LOGGING_KEYS, *EXECUTION_KEYS, *LENGTH_KEYS)
+NOT_IN_FOLDER_NAMES = ("seed", *RECORD_KEYS, *EXECUTION_KEYS, *LENGTH_KEYS)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -46,7 +42,7 @@ def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
 def effective_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings by dotted key, without KEYS_WITHOUT_EFFECT."""
-    return {key: value for key, value in flatten(config).items() if not _has_no_effect(key)}
+    return {key: value for key, value in flatten(config).items() if not is_under(key, KEYS_WITHOUT_EFFECT)}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -77,8 +73,9 @@ def changed_files(recorded: Mapping[str, Mapping[str, Any]], files: Sequence[Pat
     return gone + added + changed
 
 
-def _has_no_effect(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in KEYS_WITHOUT_EFFECT)
+def is_under(key: str, keys: Iterable[str]) -> bool:
+    """Return whether a dotted key is one of `keys` or lies under one."""
+    return any(key == each or key.startswith(f"{each}.") for each in keys)
 
 
 def _has_changed(recorded: Mapping[str, Any] | None, file: Path) -> bool:

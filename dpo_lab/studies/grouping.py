@@ -8,17 +8,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_lab.runs.fingerprint import effective_config
+from dpo_lab.runs.fingerprint import EXECUTION_KEYS, LOGGING_KEYS, RECORD_KEYS, effective_config, is_under
 
 SEEDS = ("seed", "noise.seed")  # settings that differ between the runs of one arm
-IGNORED_OVERRIDES = (
-    "name",
-    *SEEDS,
-    "if_exists",
-    "optimized_metric",
-    "figures",
-    "launcher",
-)  # overrides that do not define an arm
+IGNORED_OVERRIDES = (*SEEDS, *RECORD_KEYS, *LOGGING_KEYS, *EXECUTION_KEYS)  # overrides that do not define an arm
 DEFAULT_ARM = "default"  # the arm without an override of its own
 
 
@@ -35,7 +28,7 @@ def names(typed: Sequence[Sequence[str]], configs: Sequence[Mapping[str, Any] | 
 
     typed: each run's overrides; configs: each run's settings, None if only its overrides are known.
     """
-    kept = [[each.lstrip("+") for each in own if _key(each) not in IGNORED_OVERRIDES] for own in typed]
+    kept = [[each.lstrip("+") for each in own if not is_under(_key(each), IGNORED_OVERRIDES)] for own in typed]
     is_varied = len({tuple(sorted(own)) for own in kept}) > 1
     shared = set.intersection(*map(set, kept)) if is_varied else set()
     candidates = [", ".join(each for each in own if each not in shared) or DEFAULT_ARM for own in kept]

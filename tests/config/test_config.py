@@ -13,6 +13,7 @@ from dpo_lab.config import logger_packages, schema
 from dpo_lab.core.losses import DPO, IPOSum, SimPO
 from dpo_lab.models.reference import Uniform, UniformOver
 from dpo_lab.runs import run_record
+from dpo_lab.runs.fingerprint import KEYS_WITHOUT_EFFECT
 from dpo_lab.runs.metrics_log import MetricsLogError
 from dpo_lab.training.checkpoint_io import CheckpointError
 from dpo_lab.training.nonfinite import NotFinite
@@ -200,3 +201,14 @@ def test_help_and_cfg_job(tmp_path):
     job = warm.door("dpo_lab.train", "--cfg", "job", "beta=0.7", cwd=tmp_path)
     assert job.returncode == 0
     assert OmegaConf.create(job.stdout).beta == 0.7
+
+
+def test_keys_without_effect_are_keys_of_the_config():
+    cfg = composed("trainer=ddp_cpu")
+    missing = {key for key in KEYS_WITHOUT_EFFECT if not key_exists(cfg, key)}
+    assert missing == {"launcher", "trainer.max_time"}  # a choice of Hydra's, and an argument that no YAML sets
+
+
+def key_exists(cfg, key: str) -> bool:
+    *parents, leaf = key.split(".")
+    return leaf in (OmegaConf.select(cfg, ".".join(parents)) if parents else cfg)

@@ -91,7 +91,7 @@ def test_no_pairs():
     assert len(empty) == 0
     assert list(empty) == []
     assert empty.sizes.tolist() == []
-    assert empty.sides.shape == (0, 2)
+    assert empty.response_lengths.shape == (0, 2)
 
 
 def test_a_digest_is_of_the_token_ids_of_these_pairs(table):
