@@ -145,11 +145,13 @@ def test_the_file_map_is_true():
         for path in (REPOSITORY / "dpo_lab").rglob("*.py")
         if path.name != "__init__.py"
     }
-    assert on_map == {path: opening.replace("\n", " ") for path, opening in openings.items()}
+    assert on_map.items() <= {path: opening.replace("\n", " ") for path, opening in openings.items()}.items()
+    seams = ("dpo_lab/core/losses/", "dpo_lab/data/tasks/", "dpo_lab/evals/evaluators/")  # see CONTRIBUTING.md
+    assert [path for path in openings if path not in on_map and not path.startswith(seams)] == []
 
 
 def test_links_lead_somewhere():
-    for name in DOCUMENTS:
+    for name in [*DOCUMENTS, "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#]+)\)", (REPOSITORY / name).read_text()):
             here = (REPOSITORY / name).parent / target
             assert target.startswith("https://arxiv.org/") or here.exists(), f"{name}: {target}"

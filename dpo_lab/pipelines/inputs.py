@@ -110,7 +110,7 @@ def _check_inputs(inputs: TrainingInputs, what: str, config: RunConfig) -> Train
 
 def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PairTokenizer:
     """Return the tokenizer of pairs; responses get an end token except where a task generates parts of texts."""
-    append_eos = not config.data.uses_task or config.data.task.is_complete
+    append_eos = not config.data.uses_task or config.data.task.complete_texts
     return PairTokenizer(tokenizer, config.data.max_length, config.data.max_prompt_length, append_eos)
 
 

@@ -57,7 +57,7 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, task: Task, seed: int, cache: Pat
         tokenizer = train_tokenizer(texts, tiny.vocab_size)
         policy = Policy(tiny.build(tokenizer, derive_seed(seed, "init")), tokenizer)
         if tiny.init is Init.sft:
-            train_on_texts(policy, texts, sft, seed, append_eos=task.is_complete)
+            train_on_texts(policy, texts, sft, seed, append_eos=task.complete_texts)
         policy.save(folder)
 
     cached(folder, make)

@@ -236,7 +236,10 @@ def test_every_loss_is_in_the_table_once():
     assert len(set(LOSSES.values())) == len(LOSSES)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+EARLIER = "dpo cdpo rdpo ipo ipo_mean hinge simpo sft unlikelihood rpo dpop dpo_kl".split()  # than traits in records
+
+
+@pytest.mark.parametrize("name", EARLIER)
 def test_a_record_without_traits_has_those_that_its_loss_states(name):
     stated, config = LOSSES[name](beta=0.2).traits(), {"loss": {"kind": name, "beta": 0.2}}
     assert loss_traits({"config": config, "loss_traits": stated}) == stated

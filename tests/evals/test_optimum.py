@@ -21,7 +21,7 @@ from dpo_lab.runs.examples import EXAMPLES, read
 from tests.evals.test_evals import perturbed, subject_of
 
 
-class Letters(SyntheticReviews, name="letters", has_grammar=True, is_complete=True):
+class Letters(SyntheticReviews, name="letters", has_grammar=True, complete_texts=True):
     """A task in which untrained policies differ."""
 
     def gold(self, text: str) -> float:

@@ -43,18 +43,18 @@ class Task:
     predicted without the reward, since rejected responses are not text.
 
     A subclass defines `texts`, `prompts` and `gold` and states its name in configs; has_grammar: whether it defines
-    `well_formed`; is_complete: whether texts and responses are complete, with an end token, otherwise all are
+    `well_formed`; complete_texts: whether texts and responses are complete, with an end token, otherwise all are
     truncated, responses at max_new_tokens, and have none.
     """
 
     has_grammar: ClassVar[bool]
-    is_complete: ClassVar[bool]
+    complete_texts: ClassVar[bool]
     temperature: float = 0.25
     max_new_tokens: int = 48
     rejected: Rejected = Rejected.sampled
 
-    def __init_subclass__(cls, *, name: str, has_grammar: bool, is_complete: bool) -> None:
-        cls.has_grammar, cls.is_complete = has_grammar, is_complete
+    def __init_subclass__(cls, *, name: str, has_grammar: bool, complete_texts: bool) -> None:
+        cls.has_grammar, cls.complete_texts = has_grammar, complete_texts
         add_to_table(TASKS, name, cls)
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class Task:
         scrambling = random.Random(derive_seed(seed, f"world/scrambled/{split}"))
         for prompt, first, second in zip(prompts, firsts, seconds, strict=True):
             if first is None or second is None:
-                yield "unfinished response" if self.is_complete else "response that stopped early"
+                yield "unfinished response" if self.complete_texts else "response that stopped early"
             elif first == second:
                 yield "identical sides"
             else:

@@ -28,7 +28,7 @@ MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|[\x80-\x9f]")  # tags, and control char
 
 
 @dataclass
-class IMDbSentiment(Task, name="imdb", has_grammar=False, is_complete=False):
+class IMDbSentiment(Task, name="imdb", has_grammar=False, complete_texts=False):
     """Settings of the IMDb task.
 
     prefix_words: number of words of a prompt; review_words: number of words of a text, both from the start of a review.

@@ -25,7 +25,7 @@ class Reward(str, Enum):
 
 
 @dataclass
-class SyntheticReviews(Task, name="embedded", has_grammar=True, is_complete=True):
+class SyntheticReviews(Task, name="embedded", has_grammar=True, complete_texts=True):
     """Settings of the synthetic reviews: their number of clauses and their reward."""
 
     min_clauses: int = 3
