@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from dpo_lab.config import schema
+from dpo_lab.config.allowed_targets import check_hydra
 from dpo_lab.runs import run_record
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.redact import redact, redact_override
@@ -99,6 +100,7 @@ def _compose(
     try:
         cfg = loader.load_sweep_config(master, list(overrides))
         singleton.set_config(cfg)
+        check_hydra(cfg.hydra)
         sweep = Path(cfg.hydra.sweep.dir)
         folder = sweep / cfg.hydra.sweep.subdir
         with read_write(cfg), open_dict(cfg):

@@ -7,10 +7,11 @@ import io
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dpo_lab.config import schema
-from dpo_lab.config.allowed_targets import TargetRefused, only_plugins
+from dpo_lab.config.allowed_targets import TargetRefused, check_hydra
 from dpo_lab.config.trainer_arguments import REFUSED, check_trainer
 from dpo_lab.reporting.run_summary import print_summary
 from dpo_lab.runs.run_record import RunStatus
@@ -95,8 +96,11 @@ def test_the_sweeper_names_a_setting_that_it_does_not_have():
 )
 def test_what_hydra_is_asked_for_in_vain(override, told):
     sweeper.register(schema.as_record)
-    with pytest.raises(TargetRefused) as refused, only_plugins():
-        composed(override)
+    schema.register()
+    with initialize_config_dir(schema.conf_dir(), version_base="1.3"):
+        cfg = compose("train", [override], return_hydra_config=True)
+    with pytest.raises(TargetRefused) as refused:
+        check_hydra(cfg.hydra)
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
 
