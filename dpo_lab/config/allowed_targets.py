@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from hydra.conf import HydraConf
 from hydra.core.plugins import Plugins
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -43,7 +42,7 @@ ALLOWED = frozenset(
     }
 )
 OWNERS = ("dpo_lab.", "lightning.")  # packages in which those classes are defined
-OURS = frozenset(f"hydra_plugins.dpo_lab.{name}" for name in ("CellSweeper", "StudySweeper", "RayLauncher"))
+OURS = frozenset(f"hydra_plugins.dpo_lab.{name}" for name in ("JobSweeper", "StudySweeper", "RayLauncher"))
 SAMPLERS = re.compile(r"optuna\.samplers\.\w+Sampler")  # a setting of Optuna's sweeper, below hydra.sweeper
 # Other keys that Hydra interprets; no config of this package has them.
 SPECIAL = ("_args_", "_partial_", "_recursive_", "_convert_")
@@ -96,7 +95,7 @@ def instantiate_checked(node: Mapping[str, Any], kind: type[T], **settings: Any)
     return instantiate(node, **settings)
 
 
-def check_hydra(hydra: HydraConf | DictConfig) -> None:
+def check_hydra(hydra: Any) -> None:
     """Raise TargetRefused if the `hydra` node of a composed config sets what it may not.
 
     Hydra instantiates what this node names: callbacks, logging, a launcher and a sweeper.

@@ -37,20 +37,20 @@ class PlanCache:
                 self._known = {}  # unreadable: all jobs are composed again
         self._fresh: dict[str, Any] = {}
 
-    def recall(self, overrides: Sequence[str]) -> dict[str, Any] | None:
-        """Return what `remember` stored for these overrides, if no file was added or removed beside its input files."""
+    def get(self, overrides: Sequence[str]) -> dict[str, Any] | None:
+        """Return what `put` stored for these overrides, if no file was added or removed beside its input files."""
         key = _digest(json.dumps(list(overrides)).encode())
         found = self._known.get(key)
         if found is None or found["folders"] != _times(found["folders"]):
             return None
         self._fresh[key] = found
-        return found["cell"]
+        return found["job"]
 
-    def remember(self, overrides: Sequence[str], job: Mapping[str, Any], files: Iterable[str]) -> None:
+    def put(self, overrides: Sequence[str], job: Mapping[str, Any], files: Iterable[str]) -> None:
         """Store a job as plain values, valid until a file is added to or removed from the folders of `files`."""
         if self._path is not None and not any(_may_vary(text) for text in overrides):
             folders = _times({str(Path(file).parent) for file in files})
-            self._fresh[_digest(json.dumps(list(overrides)).encode())] = {"cell": dict(job), "folders": folders}
+            self._fresh[_digest(json.dumps(list(overrides)).encode())] = {"job": dict(job), "folders": folders}
 
     def save(self) -> None:
         """Write new jobs atomically, merged with those another sweep has written meanwhile; drop the oldest."""

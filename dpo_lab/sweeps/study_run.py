@@ -14,8 +14,9 @@ from dpo_lab.runs.run_record import slug
 from dpo_lab.studies.archive import FOLDER, path_of
 from dpo_lab.studies.load import RunSet, gather
 from dpo_lab.studies.spec import RECORD, Study, StudyError
+from dpo_lab.sweeps.job_status import Outcome
 from dpo_lab.sweeps.plan import Job
-from dpo_lab.sweeps.summary import Outcome, now
+from dpo_lab.sweeps.summary import now
 
 
 class StudyRun:
@@ -38,7 +39,7 @@ class StudyRun:
             "command": command,
             "status": "registered",
             "registrations": [],
-            "cells": [],
+            "jobs": [],
         }
 
     @property
@@ -75,11 +76,11 @@ class StudyRun:
         if not self._earlier():
             self.register()
 
-    def note(self, status: str, outcomes: Sequence[tuple[Job, Outcome | None]]) -> None:
+    def write_status(self, status: str, outcomes: Sequence[tuple[Job, Outcome | None]]) -> None:
         """Record the status of the study and the folders and outcomes of its jobs, in the order of `wanted`."""
         places = [(arm.name, seed) for seed in self.study.seeds for arm in self.study.arms]
         self._record["status"] = status
-        self._record["cells"] = [
+        self._record["jobs"] = [
             {
                 "arm": arm,
                 "seed": seed,

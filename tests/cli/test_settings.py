@@ -39,8 +39,8 @@ BRACKETS = [
 def test_a_terminal_shows_brackets_as_they_are(text):
     out = io.StringIO()
     console = plain_console(file=out, width=200)
-    cell = Job((), text, Path(text), Path(text), {}, ())
-    show(console, Path(text), [Outcome(cell, RunStatus.new, "failed", text, 1.0, text)], text)
+    job = Job((), text, Path(text), Path(text), {}, ())
+    show(console, Path(text), [Outcome(job, RunStatus.new, "failed", text, 1.0, text)], text)
     print_summary(
         console, {"kl": Estimate(1.0)}, [dict.fromkeys(("prompt", "initial", "trained"), text)], Path(text), [text]
     )
@@ -79,7 +79,7 @@ def test_a_sweep_over_lists_may_stand_in_a_yaml(tmp_path):
 
 
 def test_the_sweeper_names_a_setting_that_it_does_not_have():
-    made = sweeper.CellSweeper(params={}, max_batch_size=3)
+    made = sweeper.JobSweeper(params={}, max_batch_size=3)
     with pytest.raises(schema.ConfigError, match=r"hydra.sweeper.max_batch_size=3: .*type hydra/sweeper=basic"):
         made.setup(hydra_context=None, task_function=None, config=OmegaConf.create())  # type: ignore[arg-type]
 

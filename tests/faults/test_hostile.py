@@ -108,8 +108,8 @@ OF_HYDRA = {
     "a launcher that can't be known": ["hydra.launcher._target_=${hydra:job.name}"],
     "a callback of Hydra's": [f"+hydra.callbacks.x._target_={FIRE}"],
     "a file of logging": ["+hydra.hydra_logging.handlers.x={class:logging.FileHandler,filename:fired}"],
-    "the environment of a cell": ["+hydra.job.env_set.PYTHONPATH=evil"],
-    "what a cell preloads": ["+hydra.job.env_set.LD_PRELOAD=evil.so"],
+    "the environment of a job": ["+hydra.job.env_set.PYTHONPATH=evil"],
+    "what a job preloads": ["+hydra.job.env_set.LD_PRELOAD=evil.so"],
     "what its network loads": ["+hydra.job.env_set.NCCL_NET_PLUGIN=evil.so"],
     "what its GPU loads": ["+hydra.job.env_set.CUDA_INJECTION64_PATH=evil.so"],
 }
