@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.reporting.comparison import Measured, count_text, difference_text, interval_text, p_text
+from dpo_lab.reporting.comparison import Measured, count_text, difference_text, interval_text
 from dpo_lab.reporting.figures.axes import format_value
+from dpo_lab.stats.text import format_p
 from dpo_lab.studies.load import recorded_jobs
 from dpo_lab.studies.run_data import RunData, RunSet
 
@@ -88,7 +89,7 @@ def _measured(of: Measured, baseline: str | None) -> list[Cell]:
     if of.difference is None:
         return [*cells, Cell("")]
     value, _, interval = difference_text(of).partition(" ")
-    p = f"p {p_text(of.p)}" if of.p is not None else ""
+    p = f"p {format_p(of.p)}" if of.p is not None else ""
     return [*cells, Cell(value, of.difference.value, [line for line in (interval.strip("()"), p) if line])]
 
 

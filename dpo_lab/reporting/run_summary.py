@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_lab.stats.estimates import Estimate
+from dpo_lab.stats.text import format_interval
 
 # metric -> its label; the value of `initial/METRIC`, where there is one, is shown beside it
 ROWS = {
@@ -55,13 +56,12 @@ def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, ...]]:
     for name, label in ROWS.items():
         if name in metrics:
             estimate, before = metrics[name], metrics.get(f"initial/{name}")
-            interval = estimate.interval
             rows.append(
                 (
                     label,
                     _figure(before.value) if before else "",
                     _figure(estimate.value),
-                    f"{_figure(interval[0])} .. {_figure(interval[1])}" if interval else "",
+                    format_interval(estimate.interval, _figure),
                     str(estimate.n or ""),
                 )
             )

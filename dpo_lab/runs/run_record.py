@@ -148,9 +148,9 @@ def acquire_run(
         except BaseException as error:
             with suppress(OSError):  # if the record can't be written, the run's own error is the one to raise
                 status, text = ending(error)
-                run.update(status=status, error=text, finished=_now())
+                run.update(status=status, error=text, finished=now())
             raise
-        run.update(status="done", finished=_now())
+        run.update(status="done", finished=now())
 
 
 def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) -> RunStatus:
@@ -181,7 +181,7 @@ def mark_ended(folder: Path, status: str, error: str) -> None:
     with locked(folder / ".lock", _BUSY.format(folder)):
         record = read_record(folder)
         if record is not None and record["status"] != "done":
-            _commit(folder, record | {"status": status, "error": redact_text(error), "finished": _now()})
+            _commit(folder, record | {"status": status, "error": redact_text(error), "finished": now()})
 
 
 @contextmanager
@@ -243,7 +243,7 @@ def ending(error: BaseException) -> tuple[str, str]:
 def _new_record(config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
     return {
         "status": "running",
-        "started": _now(),
+        "started": now(),
         "config": redact(config),
         "config_digest": config_digest(config),
         "overrides": [redact_override(override) for override in overrides],
@@ -270,7 +270,8 @@ def _archive_previous(folder: Path) -> None:
         os.replace(path, aside / path.name)
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

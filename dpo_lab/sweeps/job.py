@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,10 @@ def run_in_submitit_task(is_done: Callable[[], bool]) -> Iterator[None]:
     with open_log(folder) if _rank() == 0 else nullcontext() as log:
         if log is not None:
             paths = import_module("submitit").JobEnvironment().paths
-            write_line(log, f"{_now()} a task of a scheduler's job, whose output is in {os.path.relpath(paths.stderr)}")
+            write_line(
+                log,
+                f"{run_record.now()} a task of a scheduler's job, whose output is in {os.path.relpath(paths.stderr)}",
+            )
         try:
             yield
             status, error = ("done", None) if _rank() or is_done() else ("failed", "ended without a result")
@@ -168,7 +170,7 @@ def raise_if_stopping(sweep: SweepFolder) -> None:
 def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess.Popen:
     hydra = HydraConfig.get()
     line = command(module, hydra)
-    write_line(output, f"{_now()} {redact_command(line)}")
+    write_line(output, f"{run_record.now()} {redact_command(line)}")
     clean = {k: v for k, v in os.environ.items() if k not in (*DDP_VARIABLES, *COLOURING)}
     environment = {**clean, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1", **variables}
     return subprocess.Popen(
@@ -242,10 +244,6 @@ def _rank() -> int:
 def _line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return str(error).strip().partition("\n")[0]
-
-
-def _now() -> str:
-    return datetime.now().isoformat(" ", "seconds")
 
 
 def _forward_stop(sweep: SweepFolder, over: threading.Event) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_lab.distributed.signals import StopRequest
+from dpo_lab.runs.metrics_log import METRICS_LOG
 from dpo_lab.sweeps.job_status import Outcome, StatusReader, SweepFolder, tail
 from dpo_lab.sweeps.summary import duration
 
@@ -99,7 +100,7 @@ def time_left(outcomes: Sequence[Outcome], at_once: int) -> str:
 
 def _stage(folder: Path) -> str:
     """Return the last step in a running job's metrics log; an empty text before the first."""
-    for line in reversed(tail(folder / "metrics.jsonl")):
+    for line in reversed(tail(folder / METRICS_LOG)):
         try:
             return f"step {json.loads(line)['step']}"
         except (ValueError, KeyError, TypeError):

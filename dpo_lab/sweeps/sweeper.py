@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.distributed.signals import StopRequest, StopSignal
-from dpo_lab.runs.run_record import RunStatus
+from dpo_lab.runs.run_record import RunStatus, now
 from dpo_lab.sweeps import plan, summary
 from dpo_lab.sweeps.job import max_parallel_jobs
 from dpo_lab.sweeps.job_status import Outcome, StatusReader, SweepFolder, is_alive
@@ -90,7 +90,7 @@ class JobSweeper(Sweeper):
         """Run the jobs that are not done while the folder of the sweep is locked."""
         todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
         launcher = self._launcher(len(todo)) if todo else None
-        folder, started, error = sweep.path, summary.now(), None
+        folder, started, error = sweep.path, now(), None
         console.print(f"{folder}: {_counts(statuses)}")
         reader = StatusReader(jobs, statuses)
         save = lambda outcomes: summary.write(folder, outcomes, started, "running")  # noqa: E731
