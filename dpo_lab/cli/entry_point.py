@@ -232,11 +232,14 @@ def _check_hydra_settings(hydra_main: Callable[[], None], options: Namespace) ->
         sys.argv = typed
     if not HydraConfig.initialized():  # a function that Hydra does not call
         return
-    check_hydra(HydraConfig.get())
-    if target_of(HydraConfig.get().sweeper) not in OURS:
+    hydra = HydraConfig.get()
+    check_hydra(hydra)
+    only_prints = options.help or options.hydra_help or options.cfg or options.info
+    is_sweep = options.multirun or hydra.mode is RunMode.MULTIRUN
+    if is_sweep and not only_prints and target_of(hydra.sweeper) not in OURS:
         # Other sweepers start jobs unchecked, and Hydra configures logging before a job's own check; without a root
         # logger it does not.
-        sys.argv = [*typed, "++hydra.job_logging.root=null"]
+        sys.argv = [typed[0], "--multirun", *sources, *options.overrides, "++hydra.job_logging.root=null"]
 
 
 @contextmanager

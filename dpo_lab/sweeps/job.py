@@ -71,7 +71,7 @@ def run_job(module: str, settings: RunConfig, is_done: Callable[[], bool] | None
             status, error = stopped.status, f"stopped by {stopped}"
             raise
         except Exception as failure:
-            error = _line(failure)
+            error = first_line(failure)
             raise
         finally:
             write_line(log, f"{status}: {error}" if error else status)
@@ -98,11 +98,8 @@ def run_in_submitit_task(is_done: Callable[[], bool]) -> Iterator[None]:
     threading.Thread(target=_forward_stop, args=(sweep, over), daemon=True).start()
     with open_log(folder) if _rank() == 0 else nullcontext() as log:
         if log is not None:
-            paths = import_module("submitit").JobEnvironment().paths
-            write_line(
-                log,
-                f"{run_record.now()} a task of a scheduler's job, whose output is in {os.path.relpath(paths.stderr)}",
-            )
+            output = os.path.relpath(import_module("submitit").JobEnvironment().paths.stderr)
+            write_line(log, f"{run_record.now()} a scheduler's task, whose output is in {output}")
         try:
             yield
             status, error = ("done", None) if _rank() or is_done() else ("failed", "ended without a result")
@@ -241,7 +238,7 @@ def _rank() -> int:
     return int(os.environ.get("SLURM_PROCID") or os.environ.get("SUBMITIT_LOCAL_GLOBALID") or 0)
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return str(error).strip().partition("\n")[0]
 

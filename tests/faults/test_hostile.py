@@ -167,6 +167,14 @@ def write_ablation(folder: Path, name: str, hydra: dict) -> None:
     (folder / "ablation" / f"{name}.yaml").write_text(f"# @package _global_\n{yaml.safe_dump({'hydra': hydra})}")
 
 
+def test_39_a_file_sweeps_no_setting_of_hydra_s(tmp_path):
+    write_ablation(tmp_path / "theirs", "evil", {"sweeper": {"params": {"hydra.job_logging.root": "a,b"}}})
+    arguments = ["--config-dir", "theirs", "hydra/sweeper=basic", "+ablation=evil"]
+    told = door("tests.support.standin", "--multirun", *arguments, cwd=tmp_path)
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: hydra.sweeper.params: hydra.job_logging.root can't be swept")
+
+
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_39_another_sweeper_s_jobs_make_nothing_either(launcher, tmp_path):
     """Their configs are composed when they start: what their own files add to Hydra's logging is never set up."""
