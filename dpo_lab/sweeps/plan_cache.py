@@ -1,4 +1,4 @@
-"""The cache of composed job configs: composing one takes a tenth of a second, reading it nothing."""
+"""The cache of composed job configs: composing one takes a fifth of a second, reading it nothing."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class PlanCache:
 
     def __init__(self, root: Path, sources: str | None) -> None:
         self._path = None if sources is None else root / f"{sources}.json"
-        self._known: dict[str, Any] = {}
-        if self._path is not None and self._path.exists():
-            try:
-                self._known = json.loads(self._path.read_text())
-            except ValueError:
-                self._known = {}  # unreadable: all jobs are composed again
-        self._fresh: dict[str, Any] = {}
+        self._known, self._fresh = self._read(), {}
+
+    def _read(self) -> dict[str, Any]:
+        """Return the jobs in the file; none if it can't be read, and all are composed again."""
+        try:
+            return json.loads(self._path.read_text()) if self._path is not None else {}
+        except (FileNotFoundError, ValueError):
+            return {}
 
     def get(self, overrides: Sequence[str]) -> dict[str, Any] | None:
         """Return what `put` stored for these overrides, if no file was added or removed beside its input files."""
@@ -58,8 +59,7 @@ class PlanCache:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self._path.parent / ".lock"):
-            known = PlanCache(self._path.parent, self._path.stem)._known
-            merged = {k: v for k, v in known.items() if k not in self._fresh} | self._fresh
+            merged = {key: job for key, job in self._read().items() if key not in self._fresh} | self._fresh
             write_atomic(self._path, json.dumps(dict(list(merged.items())[-LIMIT:])))
             files = sorted(self._path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
             for path in files[:-KEPT]:

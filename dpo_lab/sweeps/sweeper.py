@@ -80,32 +80,26 @@ class JobSweeper(Sweeper):
 
     def run(self, jobs: list[plan.Job], console: Console) -> tuple[int, list[Outcome]]:
         """Run the jobs that are not done; return the exit code and the outcome of each job."""
-        sweep = SweepFolder(jobs[0].sweep)
+        sweep, started, error = SweepFolder(jobs[0].sweep), now(), None
+        save = lambda outcomes: summary.write(sweep.path, outcomes, started, "running")  # noqa: E731
         with sweep.lock():
-            return self._run(jobs, plan.each(jobs, plan.Job.run_status), sweep, console)
-
-    def _run(
-        self, jobs: list[plan.Job], statuses: list[RunStatus], sweep: SweepFolder, console: Console
-    ) -> tuple[int, list[Outcome]]:
-        """Run the jobs that are not done while the folder of the sweep is locked."""
-        todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
-        launcher = self._launcher(len(todo)) if todo else None
-        folder, started, error = sweep.path, now(), None
-        console.print(f"{folder}: {_counts(statuses)}")
-        reader = StatusReader(jobs, statuses)
-        save = lambda outcomes: summary.write(folder, outcomes, started, "running")  # noqa: E731
-        with StopRequest() as request:
-            save(reader.outcomes())
-            if launcher is not None:
-                with monitor(console, sweep, reader, save, request):
-                    error = _launch(launcher, todo)
-                    while error and not request.signum and any(is_alive(job.folder) for job in todo):
-                        time.sleep(1)  # an error of one job ended the launcher while others still run
-            outcomes = reader.outcomes(is_over=True)
-        code = summary.exit_code(outcomes, request.signum)
-        status = {0: "done", 1: "failed"}.get(code, "stopped")
-        summary.write(folder, outcomes, started, status, error)
-        summary.show(console, folder, outcomes, error)
+            statuses = plan.each(jobs, plan.Job.run_status)
+            todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
+            launcher = self._launcher(len(todo)) if todo else None
+            console.print(f"{sweep.path}: {_counts(statuses)}")
+            reader = StatusReader(jobs, statuses)
+            with StopRequest() as request:
+                save(reader.outcomes())
+                if launcher is not None:
+                    with monitor(console, sweep, reader, save, request):
+                        error = _launch(launcher, todo)
+                        while error and not request.signum and any(is_alive(job.folder) for job in todo):
+                            time.sleep(1)  # an error of one job ended the launcher while others still run
+                outcomes = reader.outcomes(is_over=True)
+            code = summary.exit_code(outcomes, request.signum)
+            status = {0: "done", 1: "failed"}.get(code, "stopped")
+            summary.write(sweep.path, outcomes, started, status, error)
+            summary.show(console, sweep.path, outcomes, error)
         return code, outcomes
 
     def _launcher(self, count: int) -> Launcher:
