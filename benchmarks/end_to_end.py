@@ -89,7 +89,7 @@ def theirs(beta: str, dtype: str, tuned: bool) -> list[str]:
 
 
 def measure(part: str, pairs: int, dtype: str) -> dict[str, Any]:
-    """One row of the table; ours comes with its CPU seconds by stage, over all cells."""
+    """One row of the table; ours comes with its CPU seconds by stage, over all jobs."""
     if part == "ours":
         seconds = cpu_seconds(ours(pairs, dtype))
         done = [json.loads(path.read_text()) for path in FOLDER.glob("outputs/**/run.json")]

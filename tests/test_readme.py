@@ -55,9 +55,9 @@ def test_the_commands_are_all_known_kinds():
 @pytest.mark.parametrize("command", PYTHON_COMMANDS)
 def test_python_commands_run(command, folder):
     _, _, module, *arguments = shlex.split(command)
-    if "seed=0,1,2" in arguments:  # 18 and 30 cells: one of each
+    if "seed=0,1,2" in arguments:  # 18 and 30 jobs: one of each
         arguments = [re.sub(r"^(seed|beta|\+ablation)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
-    if module == "dpo_lab.study":  # many cells: what they would be; tests/studies/test_studies.py runs them
+    if module == "dpo_lab.study":  # many jobs: what they would be; tests/studies/test_studies.py runs them
         arguments = [argument for argument in arguments if not argument.startswith(("launcher", "hydra"))] + ["--plan"]
         if not any(argument.startswith("budget=") for argument in arguments):
             arguments.append("budget=quick")

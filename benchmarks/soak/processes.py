@@ -80,7 +80,7 @@ class Forked:
 
 
 def fork_what_it_starts() -> None:
-    """From now on in this process: ranks and cells are forks of it, too."""
+    """From now on in this process: ranks and jobs are forks of it, too."""
 
     def start(command: Sequence[str], **settings: Any) -> Any:
         return (Forked if list(command[:2]) == [sys.executable, "-m"] else FRESH)(command, **settings)

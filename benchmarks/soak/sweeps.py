@@ -20,7 +20,7 @@ REAL = ["dpo_lab.train", "--multirun", "beta=0.1,0.3", *SETTINGS, "trainer.max_s
 
 
 def stand_in(place: Place) -> None:
-    """Cells are fresh processes of a door whose runs take no time."""
+    """Jobs are fresh processes of a door whose runs take no time."""
     twin, duration = place.twin("stand-in", STAND_IN)
     trial = place.trial("sweep-stand-ins")
     if _through(trial, STAND_IN, duration):
@@ -28,11 +28,11 @@ def stand_in(place: Place) -> None:
 
 
 def real(place: Place) -> None:
-    """Cells are trainings, forks of the driver."""
+    """Jobs are trainings, forks of the driver."""
     twin, duration = place.twin("sweep", REAL, before=fork_what_it_starts)
     trial = place.trial("sweep")
     if _through(trial, REAL, duration, before=fork_what_it_starts):
-        for folder in _cells(twin):
+        for folder in _jobs(twin):
             trial.compared(differences(trial.cwd / folder, twin / folder))
         trial.compared(_check_end(trial.cwd))
         trial.compared(report_differences(trial.cwd, twin, f"outputs/{NAME}"), "reports")
@@ -57,7 +57,7 @@ def _through(trial: Trial, command: Sequence[str], duration: float, **settings: 
 def _check_end(cwd: Path) -> Iterator[str]:
     """What is not as a sweep leaves it that is done."""
     swept = json.loads((cwd / "outputs" / NAME / "sweep.json").read_text())
-    if swept["status"] != "done" or any(cell["status"] != "done" for cell in swept["cells"]):
+    if swept["status"] != "done" or any(job["status"] != "done" for job in swept["jobs"]):
         yield f"{cwd}: the sweep ended with 0, its sweep.json does not say that all is done"
     for path in (cwd / "outputs" / NAME).rglob(".*"):
         if LEFTOVER.fullmatch(path.name) and path.is_file():
@@ -89,19 +89,19 @@ def two_at_once(place: Place) -> None:
         trial.compared(_check_end(trial.cwd))
 
 
-def _cells(cwd: Path) -> list[Path]:
+def _jobs(cwd: Path) -> list[Path]:
     """The folders of a sweep's runs, from where it was started."""
     return sorted(path.parent.relative_to(cwd) for path in (cwd / "outputs" / NAME).glob("*/*/run.json"))
 
 
 def _done(cwd: Path) -> list[Path]:
-    return [folder for folder in _cells(cwd) if json.loads((cwd / folder / "run.json").read_text())["status"] == "done"]
+    return [folder for folder in _jobs(cwd) if json.loads((cwd / folder / "run.json").read_text())["status"] == "done"]
 
 
 def _of_records(cwd: Path, twin: Path) -> list[str]:
-    """Where the cells' results differ."""
+    """Where the jobs' results differ."""
     told = [
-        {folder: json.loads((place / folder / "run.json").read_text())["metrics"] for folder in _cells(place)}
+        {folder: json.loads((place / folder / "run.json").read_text())["metrics"] for folder in _jobs(place)}
         for place in (cwd, twin)
     ]
-    return [] if told[0] == told[1] else [f"{cwd}: the cells' metrics are not the twin's"]
+    return [] if told[0] == told[1] else [f"{cwd}: the jobs' metrics are not the twin's"]

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dpo_lab.config import schema
-from dpo_lab.config.allowed_targets import TargetRefused, only_plugins
+from dpo_lab.config.allowed_targets import OURS, TargetRefused, check_hydra, target_of
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
 from dpo_lab.distributed import launcher
@@ -44,9 +46,12 @@ def run_command(hydra_main: Callable[[], None], as_record: AsRecord = schema.as_
     sys.excepthook = _print_traceback
     try:
         raise_on_signals(report_stop)
-        with only_plugins(), reraise_stop(), _redacted() if _shows_config() else nullcontext():
+        with reraise_stop():
             sweeper.register(as_record)
-            hydra_main()
+            options, _ = get_args_parser().parse_known_args()
+            _check_hydra_settings(hydra_main, options)
+            with _redacted() if options.cfg or options.info else nullcontext():
+                hydra_main()
     except schema.ConfigErrors as error:
         return print_error(schema.explain(error), 2)
     except (schema.ConfigError, run_record.RunRefused, TargetRefused) as error:
@@ -73,10 +78,12 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
     is_sweep_job = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
     try:
         with reraise_stop():
+            if is_sweep_job:  # composed by a sweeper that may not be this package's
+                check_hydra(HydraConfig.get())
             settings = schema.validate(cfg)
             body(settings)
         return job.optimized_value(settings.optimized_metric) if is_sweep_job else None
-    except (schema.ConfigError, run_record.RunRefused, BadData, NoTemplate) as error:
+    except (schema.ConfigError, TargetRefused, run_record.RunRefused, BadData, NoTemplate) as error:
         if is_sweep_job:
             raise job.JobFailed(str(error)) from None
         report_error(redact_text(str(error)), 2)
@@ -205,10 +212,34 @@ def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:
     sys.exit(status.code)
 
 
-def _shows_config() -> bool:
-    """Return whether the command line asks Hydra to print the composed config (--cfg, --info)."""
-    options, _ = get_args_parser().parse_known_args()
-    return bool(options.cfg or options.info)
+def _check_hydra_settings(hydra_main: Callable[[], None], options: Namespace) -> None:
+    """Raise TargetRefused if the `hydra` node of this command's config sets what it may not, see `check_hydra`.
+
+    Hydra instantiates what that node names before it calls the decorated function. So the config is composed once
+    before, by Hydra's own `--cfg`, which instantiates nothing. options: the parsed command line.
+    """
+    if options.shell_completion:
+        return
+    paths = ("config_path", "config_name", "config_dir")
+    sources = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in paths if getattr(options, name)]
+    parsed = OverridesParser.create().parse_overrides(options.overrides)
+    single = [override.input_line for override in parsed if not override.is_sweep_override()]
+    typed, sys.argv = sys.argv, [sys.argv[0], "--cfg=all", "--package=hydra.runtime.cwd", *sources, *single]
+    try:
+        with redirect_stdout(io.StringIO()):
+            hydra_main()
+    finally:
+        sys.argv = typed
+    if not HydraConfig.initialized():  # a function that Hydra does not call
+        return
+    hydra = HydraConfig.get()
+    check_hydra(hydra)
+    only_prints = options.help or options.hydra_help or options.cfg or options.info
+    is_sweep = options.multirun or hydra.mode is RunMode.MULTIRUN
+    if is_sweep and not only_prints and target_of(hydra.sweeper) not in OURS:
+        # Other sweepers start jobs unchecked, and Hydra configures logging before a job's own check; without a root
+        # logger it does not.
+        sys.argv = [typed[0], "--multirun", *sources, *options.overrides, "++hydra.job_logging.root=null"]
 
 
 @contextmanager

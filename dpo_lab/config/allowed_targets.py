@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.plugins import Plugins
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -44,11 +42,13 @@ ALLOWED = frozenset(
     }
 )
 OWNERS = ("dpo_lab.", "lightning.")  # packages in which those classes are defined
-OURS = frozenset(f"hydra_plugins.dpo_lab.{name}" for name in ("CellSweeper", "StudySweeper", "RayLauncher"))
+OURS = frozenset(f"hydra_plugins.dpo_lab.{name}" for name in ("JobSweeper", "StudySweeper", "RayLauncher"))
 SAMPLERS = re.compile(r"optuna\.samplers\.\w+Sampler")  # a setting of Optuna's sweeper, below hydra.sweeper
 # Other keys that Hydra interprets; no config of this package has them.
 SPECIAL = ("_args_", "_partial_", "_recursive_", "_convert_")
 NUMBERED = re.compile(r"\$\{\s*\.*(hydra\s*[.:]\s*)?job\.(num|id)\b")  # an interpolation of a job's number or id
+# The two configs of logging, and the keys in them that create no object.
+LOGGING, LOGGING_KEYS = ("job_logging", "hydra_logging"), ("version", "disable_existing_loggers", "incremental")
 # The environment variables that a config may set: those of computing. Others decide which code is loaded.
 ENVIRONMENT = frozenset(
     "CUDA_VISIBLE_DEVICES GLOO_SOCKET_IFNAME HF_HUB_OFFLINE MKL_NUM_THREADS NCCL_DEBUG NCCL_IB_DISABLE NCCL_P2P_DISABLE"
@@ -95,32 +95,11 @@ def instantiate_checked(node: Mapping[str, Any], kind: type[T], **settings: Any)
     return instantiate(node, **settings)
 
 
-@contextmanager
-def only_plugins() -> Iterator[None]:
-    """Inside the context, raise TargetRefused for a `hydra` node with more than an installed launcher and sweeper.
+def check_hydra(hydra: Any) -> None:
+    """Raise TargetRefused if the `hydra` node of a composed config sets what it may not.
 
-    Hydra instantiates those, its callbacks and its logging before a run's config is validated. It has no hook in
-    between, so the method of its config loader that all of them pass is wrapped.
+    Hydra instantiates what this node names: callbacks, logging, a launcher and a sweeper.
     """
-    real: Callable[..., DictConfig] = ConfigLoaderImpl.load_configuration
-
-    def load(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
-        cfg = real(self, *args, **kwargs)
-        _check_hydra(cfg)
-        return cfg
-
-    ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ConfigLoaderImpl.load_configuration = real  # type: ignore[method-assign]
-
-
-def _check_hydra(cfg: DictConfig) -> None:
-    """Raise TargetRefused if the `hydra` node of a composed config sets what it may not."""
-    hydra = cfg.get("hydra")
-    if hydra is None:
-        return
     if hydra.job.get("chdir"):
         raise TargetRefused(
             "hydra.job.chdir=true: paths are relative to the folder where the command is typed, and a run's results go"
@@ -134,7 +113,8 @@ def _check_hydra(cfg: DictConfig) -> None:
                 f"hydra.{key}: a job's number or id is not known before it starts and changes with the sweep, so the"
                 " same command would not find its runs again; leave it out: folders are named by their overrides"
             )
-    for key in ("callbacks", "job_logging.handlers", "hydra_logging.handlers"):
+    logs = [f"{log}.{key}" for log in LOGGING for key in hydra.get(log) or () if key not in LOGGING_KEYS]
+    for key in ("callbacks", *logs):
         if OmegaConf.select(hydra, key):
             raise TargetRefused(f"hydra.{key}: a config may give Hydra no callback and no log file; leave it out")
     for name in hydra.job.get("env_set") or {}:
@@ -143,6 +123,9 @@ def _check_hydra(cfg: DictConfig) -> None:
             raise TargetRefused(
                 f"hydra.job.env_set.{name}: a config may set {known}; type it before the command instead"
             )
+    for key in hydra.sweeper.get("params") or {}:
+        if str(key).lstrip("+~").startswith("hydra"):
+            raise TargetRefused(f"hydra.sweeper.params: {key} can't be swept; type it with one value instead")
     installed = Plugins.instance().class_name_to_class
     for key in ("launcher", "sweeper"):
         for path, node in _nodes(hydra.get(key), f"hydra.{key}"):

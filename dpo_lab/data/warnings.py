@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dpo_lab.data.quality import Quality
 from dpo_lab.data.row_faults import DESCRIPTIONS
+from dpo_lab.stats.text import percent
 
 LENGTH_BIAS = 0.65  # share of training labels that length predicts
 TRUNCATED = 0.20  # share of prompts, of chosen or of rejected
@@ -46,7 +47,7 @@ def _on_labels(quality: Quality) -> Iterator[str]:
         word, share = ("longer", longer.value) if longer.value > 0.5 else ("shorter", 1 - longer.value)
         least, most = sorted((low, high) if longer.value > 0.5 else (1 - high, 1 - low))
         yield (
-            f"length alone predicts {_percent(share)} of the training labels (over {_percent(LENGTH_BIAS)}),"
+            f"length alone predicts {percent(share)} of the training labels (over {percent(LENGTH_BIAS)}),"
             f" {100 * least:.0f} to {100 * most:.0f} % with 95 % confidence: the chosen response is the {word} one, and a"
             " policy may learn only that; compare with a length-normalised loss (type loss=ipo_mean, or +ablation=simpo),"
             " and watch `length` in the results"
@@ -59,7 +60,7 @@ def _on_labels(quality: Quality) -> Iterator[str]:
     scores = quality.train.scores
     if scores and scores.negative > AGAINST_SCORES and not quality.noise.total:
         yield (
-            f"{_percent(scores.negative)} of the training pairs with scores (over {_percent(AGAINST_SCORES)}) have the"
+            f"{percent(scores.negative)} of the training pairs with scores (over {percent(AGAINST_SCORES)}) have the"
             " higher score on the rejected side: are chosen and rejected swapped? Look at data.label_is and data.columns"
         )
 
@@ -75,12 +76,12 @@ def _on_truncation(quality: Quality) -> Iterator[str]:
     for part in ("chosen", "rejected"):
         if (cut := lengths[part].truncated) > TRUNCATED:
             yield (
-                f"{_percent(cut)} of the {part} responses (over {_percent(TRUNCATED)}) are truncated at their end, so their"
+                f"{percent(cut)} of the {part} responses (over {percent(TRUNCATED)}) are truncated at their end, so their"
                 f" end is not learned; type data.max_length={2 * room}"
             )
     if (cut := lengths["prompt"].truncated) > TRUNCATED:
         yield (
-            f"{_percent(cut)} of the prompts (over {_percent(TRUNCATED)}) fill data.max_prompt_length={limit}: they are"
+            f"{percent(cut)} of the prompts (over {percent(TRUNCATED)}) fill data.max_prompt_length={limit}: they are"
             f" truncated at their start; type data.max_prompt_length={2 * limit} data.max_length={room + limit}"
         )
 
@@ -100,8 +101,8 @@ def _on_splits(quality: Quality) -> Iterator[str]:
     for name, side in quality.sides.items():
         if side.pairs > 1 and side.most_of_a_prompt > ONE_PROMPT * side.pairs:
             yield (
-                f"one prompt has {_percent(side.most_of_a_prompt / side.pairs)} of the {NAMES[name]} pairs (over"
-                f" {_percent(ONE_PROMPT)}), and these are not independent: give rows of more prompts, or expect less"
+                f"one prompt has {percent(side.most_of_a_prompt / side.pairs)} of the {NAMES[name]} pairs (over"
+                f" {percent(ONE_PROMPT)}), and these are not independent: give rows of more prompts, or expect less"
             )
 
 
@@ -111,7 +112,7 @@ def _on_rows(quality: Quality) -> Iterator[str]:
     if total > DROPPED_SHARE * rows > 0:
         most = max(dropped, key=dropped.__getitem__)
         yield (
-            f"{_percent(total / rows)} of the rows are dropped (over {_percent(DROPPED_SHARE)}), most of them as"
+            f"{percent(total / rows)} of the rows are dropped (over {percent(DROPPED_SHARE)}), most of them as"
             f" '{most.removeprefix('dropped: ')}'; look at the rows"
         )
     if inside := sum(side.special_inside for side in quality.sides.values()):
@@ -119,10 +120,6 @@ def _on_rows(quality: Quality) -> Iterator[str]:
             f"{_count(inside, 'response')} with special tokens before the end: was a chat template, or an end token,"
             " written into the text? Give the bare text; a response with two end tokens teaches to continue after an end"
         )
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
 
 
 def _count(number: int, what: str) -> str:

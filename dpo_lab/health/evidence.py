@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_lab.stats.estimates import wilson
+
 Z = 3.0  # standard errors: rules test many values many times and report only what is certain
 
 
@@ -110,10 +112,7 @@ class Evidence:
 
 def wilson_interval(p: float, n: float) -> Bounds:
     """Return Wilson's interval, at Z standard errors, of a share p of n pairs."""
-    n = max(n, 1)
-    centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    scale = 1 + Z**2 / n
-    return Bounds(p, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
+    return Bounds(p, *wilson(p, max(n, 1), Z))
 
 
 def loss_traits(record: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -55,8 +55,3 @@ class Rule:
 
     def __call__(self, run: Evidence) -> Finding | None:
         raise NotImplementedError
-
-
-def percent(value: float) -> str:
-    """Return a share as text, `12 %`."""
-    return f"{100 * value:.0f} %"

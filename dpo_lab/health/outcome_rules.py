@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpo_lab.health.evidence import Evidence
-from dpo_lab.health.finding import Finding, Rule, Severity, percent
+from dpo_lab.health.finding import Finding, Rule, Severity
+from dpo_lab.stats.text import percent
 
 
 @dataclass(frozen=True)

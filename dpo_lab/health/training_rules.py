@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from dpo_lab.health.evidence import Evidence, Row, lowest, wilson_interval
-from dpo_lab.health.finding import Finding, Rule, Severity, percent
+from dpo_lab.health.finding import Finding, Rule, Severity
+from dpo_lab.stats.text import percent
 
 
 @dataclass(frozen=True)

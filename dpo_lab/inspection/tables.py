@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from dpo_lab.data.quality import PARTS, Margins, Quality, Side
 from dpo_lab.inspection.look import Inspection
 from dpo_lab.stats.estimates import Estimate
+from dpo_lab.stats.text import format_interval, percent
 
 # reasons to drop rows that are shown even with count 0
 USUAL = ("bad row", "duplicate", "identical sides", "identical after truncation")
 Cells = tuple[str, ...]
+
+_percent = partial(percent, decimals=1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def _counts(quality: Quality) -> Table:
         "Rows: used and dropped",
         ("", "count", "share of rows"),
         [
-            (what, f"{count:,}", share(count / rows) if rows and what != "rows" else "")
+            (what, f"{count:,}", _percent(count / rows) if rows and what != "rows" else "")
             for what, count in counts.items()
         ],
     )
@@ -60,10 +64,10 @@ def _findings(quality: Quality) -> Table:
         ("rows dropped because their prompt is held out", f"{quality.leaks_dropped:,}", *blank),
         ("pairs kept though their prompt is held out (equal tokens)", f"{quality.leaks:,}", *blank),
         row("distinct responses", lambda s: f"{s.responses:,}"),
-        row("responses that also occur in another pair", lambda s: share(s.shared_responses)),
+        row("responses that also occur in another pair", lambda s: _percent(s.shared_responses)),
         row("responses that contain special tokens", lambda s: f"{s.special_inside:,}"),
         row("chosen is longer, ties count half (95 % interval)", lambda s: interval(s.chosen_longer)),
-        row("chosen and rejected equally long", lambda s: share(s.same_length)),
+        row("chosen and rejected equally long", lambda s: _percent(s.same_length)),
         row("chosen minus rejected, mean tokens", lambda s: f"{s.difference:+z.1f}"),
     ]
     for what, margins in (("scores", _scores), ("truth", _truth)):
@@ -75,8 +79,10 @@ def _findings(quality: Quality) -> Table:
                     lambda s, of=margins: f"{m.mean:+.3g}" if (m := of(s)) else "",
                 ),
                 row(f"{what}: median", lambda s, of=margins: f"{m.median:+.3g}" if (m := of(s)) else ""),
-                row(f"{what}: contradicts the label", lambda s, of=margins: share(m.negative) if (m := of(s)) else ""),
-                row(f"{what}: equal", lambda s, of=margins: share(m.zero) if (m := of(s)) else ""),
+                row(
+                    f"{what}: contradicts the label", lambda s, of=margins: _percent(m.negative) if (m := of(s)) else ""
+                ),
+                row(f"{what}: equal", lambda s, of=margins: _percent(m.zero) if (m := of(s)) else ""),
             ]
     return Table("Pairs as labelled for training", ("", *quality.sides), rows)
 
@@ -94,7 +100,7 @@ def _lengths(quality: Quality) -> Table:
     for name, side in quality.sides.items():
         for part in PARTS:
             of = side.lengths[part]
-            figures = (f"{of.mean:.1f}", f"{of.median:.0f}", f"{of.p95:.0f}", f"{of.most:,}", share(of.truncated))
+            figures = (f"{of.mean:.1f}", f"{of.median:.0f}", f"{of.p95:.0f}", f"{of.most:,}", _percent(of.truncated))
             rows.append((f"{name} {part}", *figures))
             bars.append(of.histogram)
     title = f"Tokens (histogram bins: prompts {_width(quality, 'prompt')}, responses {_width(quality, 'response')})"
@@ -103,11 +109,11 @@ def _lengths(quality: Quality) -> Table:
 
 def _noise(quality: Quality) -> Table:
     rows = [
-        (f"{kind} as annotated", f"{pairs:,}", f"{flipped:,}", share(flipped / pairs) if pairs else "")
+        (f"{kind} as annotated", f"{pairs:,}", f"{flipped:,}", _percent(flipped / pairs) if pairs else "")
         for kind, (pairs, flipped) in quality.noise.flipped.items()
     ]
     total, all_pairs = quality.noise.total, quality.train.pairs
-    rows.append(("all training pairs", f"{all_pairs:,}", f"{total:,}", share(total / all_pairs)))
+    rows.append(("all training pairs", f"{all_pairs:,}", f"{total:,}", _percent(total / all_pairs)))
     before = f"Label noise (chosen longer in {interval(quality.noise.chosen_longer)} before it)"
     return Table(before, ("", "pairs", "flipped", "share"), rows)
 
@@ -116,12 +122,7 @@ def _width(quality: Quality, of: str) -> int:
     return quality.bins[of][1] - quality.bins[of][0]
 
 
-def share(value: float) -> str:
-    """Return a share as text, `12.3 %`."""
-    return f"{100 * value:.1f} %"
-
-
 def interval(estimate: Estimate) -> str:
     """Return a share with its interval as text, `12.3 % (10.1 .. 14.5)`."""
-    low, high = estimate.interval or (0.0, 1.0)
-    return f"{100 * estimate.value:.1f} % ({100 * low:.1f} .. {100 * high:.1f})"
+    ends = format_interval(estimate.interval or (0.0, 1.0), lambda share: f"{100 * share:.1f}")
+    return f"{_percent(estimate.value)} ({ends})"

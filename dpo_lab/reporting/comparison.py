@@ -9,6 +9,7 @@ from typing import Any
 from dpo_lab.reporting.figures.axes import format_value, signed
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import Verdict
+from dpo_lab.stats.text import format_estimate, format_p
 from dpo_lab.studies import verdicts
 from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.spec import Direction, Measure, Prediction
@@ -16,6 +17,8 @@ from dpo_lab.studies.spec import Direction, Measure, Prediction
 # The metrics shown for runs that belong to no study, in this order, as far as they were measured.
 USUAL = ("true_accuracy", "accuracy", "gold_gain", "judge_gain", "kl", "well_formed", "perplexity", "loss")
 MOST = 6  # metrics shown by default
+
+p_text = format_p  # as the page calls it
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,7 @@ def figures(collection: RunSet, metrics: Sequence[str]) -> dict[str, list[Measur
 
 def interval_text(estimate: Estimate, spell=format_value) -> str:
     """Return a value with its interval, `0.52 (0.37 .. 0.67)`; the value alone if it has no interval."""
-    low, high = estimate.interval or (0.0, 0.0)
-    if low == high:
-        return spell(estimate.value)
-    return f"{spell(estimate.value)} ({spell(low)} .. {spell(high)})"
+    return format_estimate(estimate, spell)
 
 
 def with_error(estimate: Estimate, spell=format_value) -> str:
@@ -79,11 +79,6 @@ def with_error(estimate: Estimate, spell=format_value) -> str:
     if abs((low + high) / 2 - estimate.value) > 1e-6 * max(half, 1e-12):
         return interval_text(estimate, spell)
     return f"{spell(estimate.value)} ±{format_value(half)}"
-
-
-def p_text(p: float | None) -> str:
-    """Return a p value as text, `.021` or `<.001`; empty if there is none."""
-    return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
 def effect_name(prediction: Prediction) -> str:

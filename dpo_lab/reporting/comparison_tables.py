@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.reporting.comparison import Measured, count_text, difference_text, interval_text, p_text
+from dpo_lab.reporting.comparison import Measured, count_text, difference_text, interval_text
 from dpo_lab.reporting.figures.axes import format_value
+from dpo_lab.stats.text import format_p
+from dpo_lab.studies.load import recorded_jobs
 from dpo_lab.studies.run_data import RunData, RunSet
 
 NOISE = "flipped by label noise"  # among a record's counts
@@ -87,7 +89,7 @@ def _measured(of: Measured, baseline: str | None) -> list[Cell]:
     if of.difference is None:
         return [*cells, Cell("")]
     value, _, interval = difference_text(of).partition(" ")
-    p = f"p {p_text(of.p)}" if of.p is not None else ""
+    p = f"p {format_p(of.p)}" if of.p is not None else ""
     return [*cells, Cell(value, of.difference.value, [line for line in (interval.strip("()"), p) if line])]
 
 
@@ -200,10 +202,11 @@ def _log(run: RunData, page_folder: Path) -> str:
 
 def commands_table(collection: RunSet) -> Table:
     """Return the table of commands, one per run."""
-    cells = {(cell["arm"], cell["seed"]): cell.get("overrides", ()) for cell in collection.record.get("cells", ())}
+    jobs = recorded_jobs({"cells": (), **collection.record})
+    overrides_of = {(job["arm"], job["seed"]): job.get("overrides", ()) for job in jobs}
     rows = []
     for run in collection.runs:
-        overrides = run.record.get("overrides") or cells.get((run.arm, run.seed), ())
+        overrides = run.record.get("overrides") or overrides_of.get((run.arm, run.seed), ())
         if overrides:
             rows.append([*words(run.arm), Cell(str(run.seed), float(run.seed)), *words(command_of(run, overrides))])
     return Table("Commands of single runs", ["arm", "seed", "command"], rows)

@@ -16,6 +16,7 @@ from dpo_lab.reporting.figures.markers import strip_control
 from dpo_lab.reporting.model_card import markdown_table as markdown_table
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import Verdict
+from dpo_lab.stats.text import format_p
 from dpo_lab.studies import verdicts
 from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.spec import Prediction
@@ -112,7 +113,7 @@ def _arm(of: comparison.Measured, baseline: str | None) -> list[str]:
         comparison.count_text(of),
         level,
         comparison.with_error(of.difference, comparison.signed),
-        comparison.p_text(of.p),
+        format_p(of.p),
     ]
 
 
@@ -121,7 +122,7 @@ def _verdict(prediction: Prediction, verdict: Verdict) -> list[str]:
     says = prediction.description if prediction.primary else f"{prediction.description} (secondary)"
     p = verdict.p_holm if verdict.p_holm is not None else verdict.p
     detectable = comparison.format_value(verdict.detectable) if verdict.detectable is not None else ""
-    return [says, verdict.word, effect, str(len(verdict.seeds)), comparison.p_text(p), detectable]
+    return [says, verdict.word, effect, str(len(verdict.seeds)), format_p(p), detectable]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,18 +84,20 @@ def model_card(record: Mapping[str, Any]) -> str:
     )
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table; markup in cells is escaped."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell(text) for text in line) + " |" for line in lines]
-
-
 def cell(text: str) -> str:
     """Return text escaped for a Markdown table cell."""
     escaped = html.escape(text)
     for mark in "|[]`*_":
         escaped = escaped.replace(mark, f"&#{ord(mark)};")
     return " ".join(escaped.split())
+
+
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], escape: Callable[[str], str] = cell
+) -> list[str]:
+    """Return the lines of a Markdown table. escape: returns the text of a cell with its markup escaped."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(map(escape, line)) + " |" for line in lines]
 
 
 def _work(config: Mapping[str, Any]) -> Work:

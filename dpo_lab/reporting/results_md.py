@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dpo_lab.reporting.model_card import markdown_table
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.stats import paired_tests
 from dpo_lab.stats.estimates import Estimate
+from dpo_lab.stats.text import format_estimate, format_interval, format_p
 from dpo_lab.studies import archive, frontier, verdicts
 from dpo_lab.studies.run_data import NotMeasured, RunSet
 from dpo_lab.studies.spec import Direction, Prediction, StudyError
@@ -73,7 +75,7 @@ def results(studies: Sequence[RunSet]) -> str:
     total = (
         f"All studies took {_hours(math.fsum(seconds.values()))} of CPU time; a run shared by several is counted once."
     )
-    index = _table(("study", "verdict", "date", "seeds", "CPU"), rows)
+    index = markdown_table(("study", "verdict", "date", "seeds", "CPU"), rows, _escape)
     sections = [line for study, found in judged for line in ["", *_section(study, found)]]
     return "\n".join([HEAD, *index, "", total, *sections]) + "\n"
 
@@ -90,20 +92,6 @@ def format_number(value: float) -> str:
         return f"{value:,.0f}"
     text = f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.1g}"
     return "0" if float(text) == 0 else text
-
-
-def interval(estimate: Estimate | None) -> str:
-    """Return an interval as text, `0.1 .. 0.3`; empty if there is none."""
-    if estimate is None or estimate.interval is None:
-        return ""
-    return f"{format_number(estimate.interval[0])} .. {format_number(estimate.interval[1])}"
-
-
-def format_p(p: float | None) -> str:
-    """Return a p value as text, `.021` or `< .001`; empty if there was no test."""
-    if p is None:
-        return ""
-    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
 
 
 def _read(records: Path) -> list[RunSet]:
@@ -169,7 +157,7 @@ def _predictions(judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> l
                 prediction.description + ("" if prediction.primary else " (secondary)"),
                 verdicts.describe(prediction),
                 format_number(verdict.effect.value) if verdict.effect else "",
-                interval(verdict.effect),
+                format_interval(verdict.effect.interval, format_number) if verdict.effect else "",
                 str(len(verdict.seeds)),
                 prediction.direction.value + least,
                 format_p(verdict.p_holm),
@@ -177,7 +165,7 @@ def _predictions(judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> l
                 verdict.word + (f" ({verdict.note})" if verdict.note else ""),
             )
         )
-    return _table(head, rows)
+    return markdown_table(head, rows, _escape)
 
 
 def _not_computed(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> list[str]:
@@ -202,23 +190,18 @@ def _arms(collection: RunSet) -> list[str]:
     for arm in collection.arms:
         done = sum(run.arm == arm.name and run.is_done for run in collection.runs)
         rows.append((arm.name, str(done), *(_cell(by_metric[metric].get(arm.name)) for metric in metrics)))
-    return [ARMS.format(baseline=collection.baseline), "", *_table(("arm", "n", *metrics), rows)]
+    return [ARMS.format(baseline=collection.baseline), "", *markdown_table(("arm", "n", *metrics), rows, _escape)]
 
 
 def _cell(measured: tuple[Estimate, Estimate | None, float | None] | None) -> str:
     if measured is None:
         return ""
     value, difference, p = measured
-    lines = [_with_interval(value)]
+    lines = [format_estimate(value, format_number)]
     if difference is not None:
         star = "*" if p is not None and p < paired_tests.ALPHA else ""
-        lines.append(("+" if difference.value > 0 else "") + _with_interval(difference) + star)
+        lines.append(("+" if difference.value > 0 else "") + format_estimate(difference, format_number) + star)
     return "\n".join(lines)
-
-
-def _with_interval(estimate: Estimate) -> str:
-    text = interval(estimate)
-    return format_number(estimate.value) + (f" ({text})" if text else "")
 
 
 def _areas(collection: RunSet) -> list[str]:
@@ -236,8 +219,13 @@ def _areas(collection: RunSet) -> list[str]:
             except NotMeasured:
                 continue
         if shares:
-            rows.append((group, str(len(shares)), _with_interval(paired_tests.paired(shares))))
-    return ["", AREA.format(kl_max=frontier.KL_MAX, line=_line(lines)), "", *_table(("group", "n", "share"), rows)]
+            rows.append((group, str(len(shares)), format_estimate(paired_tests.paired(shares), format_number)))
+    return [
+        "",
+        AREA.format(kl_max=frontier.KL_MAX, line=_line(lines)),
+        "",
+        *markdown_table(("group", "n", "share"), rows, _escape),
+    ]
 
 
 def _line(lines: Mapping[int, Sequence[frontier.Point]]) -> str:
@@ -281,11 +269,6 @@ def _commit(git: Mapping[str, object]) -> str:
 
 def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.2f} h"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(_escape(text) for text in line) + " |" for line in lines]
 
 
 def _escape(text: str) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_lab.stats.estimates import Estimate
+from dpo_lab.stats.text import format_interval
 
 COLUMNS = ("", "initial", "trained", "95 % interval", "n")
 
@@ -25,13 +26,12 @@ def metric_rows(metrics: Mapping[str, Estimate], labels: Mapping[str, str]) -> l
     for name, label in (labels or {name: name for name in metrics if not name.startswith("initial/")}).items():
         if name in metrics:
             estimate, before = metrics[name], metrics.get(f"initial/{name}")
-            interval = estimate.interval
             rows.append(
                 (
                     label,
                     _figure(before.value) if before else "",
                     _figure(estimate.value),
-                    f"{_figure(interval[0])} .. {_figure(interval[1])}" if interval else "",
+                    format_interval(estimate.interval, _figure),
                     str(estimate.n or ""),
                 )
             )

@@ -27,6 +27,7 @@ from dpo_lab.runs.renamed_keys import present_record
 OUTPUTS = Path("outputs")
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
+_BUSY = "{} is being written by another process; wait for it, or type name=another"
 LOGS = re.compile(r"\.lock|run\.log|output\.log|\.?rank-\d+\.\w+")  # files in use while a previous run is archived
 
 
@@ -126,7 +127,7 @@ def acquire_run(
     RunRefused if another process holds the lock or another run is in the folder, see `run_status`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder / ".lock", _BUSY.format(folder)):
         status = run_status(folder, config, files)
         if status is RunStatus.done:
             yield None
@@ -150,9 +151,10 @@ def acquire_run(
             yield run
         except BaseException as error:
             with suppress(OSError):  # if the record can't be written, the run's own error is the one to raise
-                run.update(**_ending(error))
+                status, text = ending(error)
+                run.update(status=status, error=text, finished=now())
             raise
-        run.update(status="done", finished=_now())
+        run.update(status="done", finished=now())
 
 
 def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) -> RunStatus:
@@ -180,19 +182,20 @@ def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = 
 
 def mark_ended(folder: Path, status: str, error: str) -> None:
     """Record how a run ended if its rank 0 could not, or did not know because another rank failed first."""
-    with _locked(folder):
+    with locked(folder / ".lock", _BUSY.format(folder)):
         record = read_record(folder)
         if record is not None and record["status"] != "done":
-            _commit(folder, record | {"status": status, "error": redact_text(error), "finished": _now()})
+            _commit(folder, record | {"status": status, "error": redact_text(error), "finished": now()})
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / ".lock")
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a file lock. Raise RunRefused with the message `refusal` if another process holds it."""
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunRefused(f"{folder} is being written by another process; wait for it, or type name=another") from None
+        raise RunRefused(refusal) from None
     try:
         yield
     finally:
@@ -231,21 +234,20 @@ def _attempt(earlier: Mapping[str, Any]) -> dict[str, Any]:
     return entries | {"max_steps": earlier["config"]["trainer"]["max_steps"]}
 
 
-def _ending(error: BaseException) -> dict[str, Any]:
-    """Return status, error and time of a run that an exception ended."""
+def ending(error: BaseException) -> tuple[str, str]:
+    """Return status and error of a run that an exception ended."""
     if isinstance(error, StopSignal):
-        return {"status": error.status, "error": f"stopped by {error}", "finished": _now()}
+        return error.status, f"stopped by {error}"
     if isinstance(error, SystemExit):  # how a scheduler's handler exits after it has requeued the job
-        return {"status": "preempted", "error": "requeued by the scheduler", "finished": _now()}
-    stopped = isinstance(error, KeyboardInterrupt)
+        return "preempted", "requeued by the scheduler"
     what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return {"status": "interrupted" if stopped else "failed", "error": redact_text(what), "finished": _now()}
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", redact_text(what)
 
 
 def _new_record(config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
     return {
         "status": "running",
-        "started": _now(),
+        "started": now(),
         "config": redact(config),
         "config_digest": config_digest(config),
         "overrides": [redact_override(override) for override in overrides],
@@ -272,7 +274,8 @@ def _archive_previous(folder: Path) -> None:
         os.replace(path, aside / path.name)
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+Z_95 = statistics.NormalDist().inv_cdf(0.975)  # standard errors of a 95 % interval
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -157,14 +159,26 @@ def share_in_groups(values: np.ndarray, groups: np.ndarray) -> Estimate:
     return Estimate(p, math.sqrt(variance) if variance > 1e-18 else None, n, wilson(p, effective))
 
 
-def wilson(p: float, n: float) -> tuple[float, float]:
-    """Return the 95 % interval of a share p of n examples (Wilson 1927, "Probable inference, the law of succession, and
-    statistical inference").
+def wilson(p: float, n: float, z: float = Z_95) -> tuple[float, float]:
+    """Return the interval of a share p of n examples, at z standard errors (Wilson 1927, "Probable inference, the law
+    of succession, and statistical inference").
     """
-    z = statistics.NormalDist().inv_cdf(0.975)
     centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def best_of(values: np.ndarray, n: int) -> np.ndarray:
+    """Return an unbiased estimate of the expected maximum of n independent draws, [P], from K draws, values [P, K].
+
+    It is the mean of the maximum over all subsets of n of the K draws; the j-th lowest of K, j from 0, is the maximum
+    of C(j, n - 1) subsets. Raises ValueError for an n above K.
+    """
+    count = values.shape[1]
+    if not 1 <= n <= count:
+        raise ValueError(f"best of {n}: there are {count} candidates per prompt")
+    weights = np.array([math.comb(j, n - 1) / math.comb(count, n) for j in range(count)])
+    return np.sort(values, axis=1) @ weights
 
 
 def _t(freedom: int) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpo_lab.stats.estimates import best_of
 from dpo_lab.studies.run_data import NotMeasured, RunSet
 
 GAIN, KL = "gold_gain", "kl"
@@ -63,19 +64,8 @@ def best_of_n(rewards: np.ndarray, ns: Sequence[int]) -> list[Point]:
     bound (Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy"): the true KL is lower if
     rewards tie, or if n approaches the number of likely responses. Raises ValueError for an n above K.
     """
-    from scipy import special
-
-    sd, size = _sd(rewards), rewards.shape[1]
-    ordered = np.sort(rewards, 1)
-    ranks = np.arange(1, size + 1)
-    points = []
-    for n in ns:
-        if not 1 <= n <= size:
-            raise ValueError(f"best of {n}: there are {size} candidates per prompt")
-        chances = special.comb(ranks - 1, n - 1) / special.comb(size, n)  # probability that the maximum has this rank
-        gain = float(((ordered * chances).sum(1) - rewards.mean(1)).mean() / sd)
-        points.append(Point(gain, math.log(n) - (n - 1) / n))
-    return points
+    sd = _sd(rewards)
+    return [Point(float((best_of(rewards, n) - rewards.mean(1)).mean() / sd), math.log(n) - (n - 1) / n) for n in ns]
 
 
 def hull(points: Iterable[Point], kl_max: float = KL_MAX) -> list[tuple[float, float]]:

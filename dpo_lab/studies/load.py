@@ -56,25 +56,30 @@ def _below(path: Path, name: str) -> Iterator[Path]:
             yield Path(root)
 
 
+def recorded_jobs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the jobs in the record of a sweep or a study; `cells` is their key in records of earlier versions."""
+    return record["jobs"] if "jobs" in record else record["cells"]
+
+
 def _of_study(folder: Path) -> RunSet:
     try:
         record = present_study(json.loads((folder / STUDY).read_text()))
         study = Study.from_record(record["study"])
-        cells = {(cell["arm"], cell["seed"]): cell for cell in record["cells"]}
+        jobs = {(job["arm"], job["seed"]): job for job in recorded_jobs(record)}
     except (ValueError, KeyError, TypeError) as error:
         raise StudyError(
             f"{folder / STUDY}: not the record of a study ({error}); type the study's command again"
         ) from None
-    known = [(arm.name, seed) for arm in study.arms for seed in study.seeds if (arm.name, seed) in cells]
-    return assemble(study, folder, record, [_of_cell(folder, *cell, cells[cell]) for cell in known])
+    known = [(arm.name, seed) for arm in study.arms for seed in study.seeds if (arm.name, seed) in jobs]
+    return assemble(study, folder, record, [_of_job(folder, *place, jobs[place]) for place in known])
 
 
-def _of_cell(folder: Path, arm: str, seed: int, cell: Mapping[str, Any]) -> RunData:
+def _of_job(folder: Path, arm: str, seed: int, job: Mapping[str, Any]) -> RunData:
     """Return a job's run from its record or, if it has none or was killed, with the status that the study recorded."""
-    run = _of_folder(Path(os.path.normpath(folder / cell["folder"])), arm, seed)
-    if run.status in ("missing", "running") and cell["status"] != "done":
-        run = replace(run, status=cell["status"], error=cell.get("error"))
-    return replace(run, log=cell.get("log"))
+    run = _of_folder(Path(os.path.normpath(folder / job["folder"])), arm, seed)
+    if run.status in ("missing", "running") and job["status"] != "done":
+        run = replace(run, status=job["status"], error=job.get("error"))
+    return replace(run, log=job.get("log"))
 
 
 def _of_folder(folder: Path, arm: str, seed: int) -> RunData:
@@ -117,14 +122,14 @@ def _without_record(tree: Path) -> Iterator[RunData]:
     """Yield the jobs of sweeps below a folder that have no run record: they failed before it, or never started."""
     for folder in _below(tree, SWEEP):
         try:
-            cells = json.loads((folder / SWEEP).read_text())["cells"]
+            jobs = recorded_jobs(json.loads((folder / SWEEP).read_text()))
         except (ValueError, KeyError):
             continue  # jobs that ran have records of their own
-        for cell in cells:
-            place = folder.joinpath(*Path(cell["folder"]).parts[-2:])  # <overrides>/seed=N
+        for job in jobs:
+            place = folder.joinpath(*Path(job["folder"]).parts[-2:])  # <overrides>/seed=N
             if not (place / RECORD).exists():
-                typed = {"overrides": cell["overrides"]}
-                yield RunData(place, "", 0, cell["status"], cell.get("error"), typed, log=cell.get("log"))
+                typed = {"overrides": job["overrides"]}
+                yield RunData(place, "", 0, job["status"], job.get("error"), typed, log=job.get("log"))
 
 
 def _seed(run: RunData) -> int:

@@ -201,8 +201,8 @@ def assemble(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequen
     times = [entry["at"] for entry in record.get("registrations") or () if entry["digest"] == study.digest()]
     since = max(map(datetime.fromisoformat, times), default=None)
     found = {(run.arm, run.seed): run for run in runs}
-    cells = [found.get((arm.name, seed), RunData(folder, arm.name, seed)) for arm in study.arms for seed in study.seeds]
-    marked = [replace(run, is_confirmatory=run.arm == study.baseline or _is_after(run, since)) for run in cells]
+    jobs = [found.get((arm.name, seed), RunData(folder, arm.name, seed)) for arm in study.arms for seed in study.seeds]
+    marked = [replace(run, is_confirmatory=run.arm == study.baseline or _is_after(run, since)) for run in jobs]
     return RunSet(study.title, folder, study.arms, study.seeds, marked, study.baseline, study, record)
 
 

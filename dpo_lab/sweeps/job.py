@@ -16,14 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.distributed.launcher import DDP_VARIABLES, PARENT, set_parent_death_signal, stop
@@ -31,9 +30,9 @@ from dpo_lab.distributed.resource_locks import acquire_gpus, threads_per_job
 from dpo_lab.distributed.signals import STOP_SIGNALS, StopSignal, stopped_by
 from dpo_lab.runs import run_record
 from dpo_lab.runs.redact import redact_command
-from dpo_lab.sweeps.job_status import JobStatusStore, first_line, tail, whereabouts
+from dpo_lab.sweeps.job_status import LOG, MARK, SweepFolder, open_log, tail, write_line
+from dpo_lab.sweeps.plan import raw_overrides
 
-LOG = "output.log"  # in a job's folder: the output of its process
 # Force the colours of a terminal, which a log file must not have.
 COLOURING = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 GRACE = 120.0  # seconds for a job to save and exit
@@ -51,34 +50,33 @@ def run_job(module: str, settings: RunConfig, is_done: Callable[[], bool] | None
     output goes to LOG in its folder. Raises JobFailed if it has no result in the end, whatever its exit code.
     """
     hydra = HydraConfig.get()
-    folder, store = Path(hydra.runtime.output_dir), _status_store()
+    folder, sweep = Path(hydra.runtime.output_dir), _sweep_folder()
     if is_done is not None and is_done():
         return
-    raise_if_stopping(store)
+    raise_if_stopping(sweep)
     # A worker process: the sweep asks it to stop by a file, not by a signal.
     if multiprocessing.parent_process() is not None:
         for signum in STOP_SIGNALS:
             signal.signal(signum, lambda *_: None)  # not SIG_IGN, which the job's process would inherit
         set_parent_death_signal(signal.SIGKILL)
-    before, start, log = run_record.read_record(folder), time.monotonic(), folder / LOG
-    entry = {"log": str(log), **whereabouts()}
-    store.note(folder, status="running", **entry)
-    status, error = "failed", "the process that waited for it was killed"
-    try:
-        with _share_of_machine(settings.threads, settings.trainer) as variables, log.open("ab") as output:
-            raise_if_stopping(store)  # it may have waited long for free GPUs
-            code = _wait(_start(module, variables, output), store)
-        status, error = _ending(folder, before, code, is_done)
-    except StopSignal as stopped:
-        status, error = stopped.status, f"stopped by {stopped}"
-        raise
-    except Exception as failure:
-        error = first_line(failure)
-        raise
-    finally:
-        store.note(folder, status=status, error=error, seconds=time.monotonic() - start, **entry)
+    before = run_record.read_record(folder)
+    with open_log(folder) as log:
+        status, error = "failed", "the process that waited for it was killed"
+        try:
+            with _share_of_machine(settings.threads, settings.trainer) as variables:
+                raise_if_stopping(sweep)  # it may have waited long for free GPUs
+                code = _wait(_start(module, variables, log), sweep)
+            status, error = _ending(folder, before, code, is_done)
+        except StopSignal as stopped:
+            status, error = stopped.status, f"stopped by {stopped}"
+            raise
+        except Exception as failure:
+            error = first_line(failure)
+            raise
+        finally:
+            write_line(log, f"{status}: {error}" if error else status)
     if status != "done":
-        raise JobFailed(f"{folder}: {error}; see {os.path.relpath(log)}")
+        raise JobFailed(f"{folder}: {error}; see {os.path.relpath(folder / LOG)}")
 
 
 def is_task() -> bool:
@@ -92,31 +90,29 @@ def run_in_submitit_task(is_done: Callable[[], bool]) -> Iterator[None]:
 
     Exceptions and exits that would end a process of its own become JobFailed, except the exit after a requeue.
     """
-    folder, store, start = Path(HydraConfig.get().runtime.output_dir), _status_store(), time.monotonic()
-    raise_if_stopping(store)
-    write_status = store.note if _rank() == 0 else _write_nothing
-    environment = import_module("submitit").JobEnvironment()
-    entry = {"log": str(environment.paths.stderr), **whereabouts()}
-    write_status(folder, status="running", **entry)
-    before = run_record.read_record(folder)
-    status, error, over = "requeued", None, threading.Event()
+    folder, sweep = Path(HydraConfig.get().runtime.output_dir), _sweep_folder()
+    raise_if_stopping(sweep)
+    before, over = run_record.read_record(folder), threading.Event()
+    status, error = "requeued", None
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_forward_stop, args=(store, over), daemon=True).start()
-    try:
-        yield
-        status, error = ("done", None) if _rank() or is_done() else ("failed", "ended without a result")
-    except (StopSignal, KeyboardInterrupt) as stopped:
-        status = stopped.status if isinstance(stopped, StopSignal) else "interrupted"
-        error = f"stopped by {first_line(stopped) or 'SIGINT'}"
-    except SystemExit as end:
-        if end.code not in (1, 2, 130, 142, 143):
-            raise  # requeued
-        status, error = _ending(folder, before, end.code, is_done)
-    except Exception as failure:
-        status, error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
-    finally:
-        over.set()
-        write_status(folder, status=status, error=error, seconds=time.monotonic() - start, **entry)
+    threading.Thread(target=_forward_stop, args=(sweep, over), daemon=True).start()
+    with open_log(folder) if _rank() == 0 else nullcontext() as log:
+        if log is not None:
+            output = os.path.relpath(import_module("submitit").JobEnvironment().paths.stderr)
+            write_line(log, f"{run_record.now()} a scheduler's task, whose output is in {output}")
+        try:
+            yield
+            status, error = ("done", None) if _rank() or is_done() else ("failed", "ended without a result")
+        except SystemExit as end:
+            if end.code not in (1, 2, 130, 142, 143):
+                raise  # requeued
+            status, error = _ending(folder, before, end.code, is_done)
+        except BaseException as failure:
+            status, error = run_record.ending(failure)
+        finally:
+            over.set()
+            if log is not None:
+                write_line(log, f"{status}: {error}" if error else status)
     if status != "done":
         raise JobFailed(f"{folder}: {error}")
 
@@ -146,38 +142,32 @@ def command(module: str, hydra: HydraConf | DictConfig) -> list[str]:
     ]
 
 
-def raw_overrides(overrides: Any) -> list[str]:
-    """Return overrides as they were typed, with interpolations unresolved."""
-    return OmegaConf.to_container(overrides, resolve=False)  # type: ignore[return-value]
-
-
 def max_parallel_jobs(launcher: Mapping[str, Any]) -> int:
     """Return how many jobs a launcher runs in parallel on this machine."""
     jobs = launcher.get("n_jobs") or 1
     return jobs if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + jobs)
 
 
-def _status_store() -> JobStatusStore:
+def _sweep_folder() -> SweepFolder:
     hydra = HydraConfig.get()
-    return JobStatusStore(Path(hydra.runtime.cwd) / hydra.sweep.dir)
+    return SweepFolder(Path(hydra.runtime.cwd) / hydra.sweep.dir)
 
 
-def _stop_signal(store: JobStatusStore) -> int | None:
+def _stop_signal(sweep: SweepFolder) -> int | None:
     """Return the signal with which the sweep was asked to stop; None under a sweeper that is not this package's."""
-    return store.asked_to_stop() if HydraConfig.get().sweeper._target_.startswith("hydra_plugins.dpo_lab.") else None
+    return sweep.stop_signal() if HydraConfig.get().sweeper._target_.startswith("hydra_plugins.dpo_lab.") else None
 
 
-def raise_if_stopping(store: JobStatusStore) -> None:
+def raise_if_stopping(sweep: SweepFolder) -> None:
     """Raise JobFailed if the sweep was asked to stop."""
-    if _stop_signal(store) is not None:
+    if _stop_signal(sweep) is not None:
         raise JobFailed(f"{HydraConfig.get().runtime.output_dir}: not started, the sweep was asked to stop")
 
 
 def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess.Popen:
     hydra = HydraConfig.get()
     line = command(module, hydra)
-    output.write(f"=== {datetime.now().isoformat(' ', 'seconds')} {redact_command(line)}\n".encode())
-    output.flush()
+    write_line(output, f"{run_record.now()} {redact_command(line)}")
     clean = {k: v for k, v in os.environ.items() if k not in (*DDP_VARIABLES, *COLOURING)}
     environment = {**clean, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1", **variables}
     return subprocess.Popen(
@@ -191,7 +181,7 @@ def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess
     )
 
 
-def _wait(child: subprocess.Popen, store: JobStatusStore) -> int:
+def _wait(child: subprocess.Popen, sweep: SweepFolder) -> int:
     """Wait for a job's process and return its exit code; forward a request to stop once; leave no process behind."""
     deadline = None
     try:
@@ -199,7 +189,7 @@ def _wait(child: subprocess.Popen, store: JobStatusStore) -> int:
             try:
                 return child.wait(TICK)
             except subprocess.TimeoutExpired:
-                if deadline is None and (signum := _stop_signal(store)) is not None:
+                if deadline is None and (signum := _stop_signal(sweep)) is not None:
                     child.send_signal(signum)
                     deadline = time.monotonic() + GRACE
                 elif deadline is not None and time.monotonic() > deadline:
@@ -219,14 +209,14 @@ def _ending(
         return "done", None
     record = run_record.read_record(folder)
     if record is not None and record != before and record["status"] not in ("running", "done"):
-        return record["status"], first_line(record.get("error"))
+        return record["status"], record.get("error")
     if stopped := stopped_by(code):  # before it wrote a record
         return stopped.status, f"stopped by {stopped}"
     if code < 0:
         return "failed", f"killed by {signal.Signals(-code).name}"
     if code == 0:
         return "failed", "ended without a result"
-    lines = [line for line in tail(folder / LOG) if line.startswith(("error: ", "=== "))]
+    lines = [line for line in tail(folder / LOG) if line.startswith(("error: ", MARK))]
     if lines and lines[-1].startswith("error: "):
         return "failed", lines[-1].removeprefix("error: ")
     return "failed", f"ended with exit code {code}"
@@ -248,13 +238,14 @@ def _rank() -> int:
     return int(os.environ.get("SLURM_PROCID") or os.environ.get("SUBMITIT_LOCAL_GLOBALID") or 0)
 
 
-def _write_nothing(folder: Path, **entries: Any) -> None:
-    """Do nothing: only rank 0 of a job writes its status."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
 
 
-def _forward_stop(store: JobStatusStore, over: threading.Event) -> None:
+def _forward_stop(sweep: SweepFolder, over: threading.Event) -> None:
     """Send this process SIGINT when the sweep is asked to stop; SIGTERM has another meaning to a scheduler."""
     while not over.wait(5 * TICK):
-        if _stop_signal(store) is not None:
+        if _stop_signal(sweep) is not None:
             os.kill(os.getpid(), signal.SIGINT)
             return

@@ -1,102 +1,143 @@
-"""Status files of a sweep's jobs, in `.sweep`: the sweep's lock, a status per job, and the request to stop."""
+"""The status of a sweep's jobs, read from each job's `run.json` and log; the sweep's lock and its request to stop."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import fcntl
 import os
-import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import IO
 
 from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
-from dpo_lab.runs.run_record import RunRefused
+from dpo_lab.runs.redact import redact_text
+from dpo_lab.runs.run_record import RunStatus, locked, read_record
+from dpo_lab.sweeps.plan import Job
 
 SWEEP = "sweep.json"  # the sweep's own record of its jobs
+LOG = "output.log"  # in a job's folder: the output of its process, and lines of the sweep that begin with MARK
+MARK = "=== "
+ENDINGS = ("done", "failed", "interrupted", "preempted", "stopped")  # the statuses of a job that has ended
 
 
-class JobStatusStore:
-    """The files in `folder`/.sweep, by which a sweep and the processes that run its jobs communicate, on any machine.
+class SweepFolder:
+    """What a sweep keeps in `path`/.sweep, since it concerns jobs that have no record yet: a lock and a request to stop.
 
-    A status entry describes a job's last attempt: `status` (running, done, failed, interrupted, preempted or requeued),
-    `error`, `seconds`, `log`, and `host` and `pid` of the process that supervises it.
+    The lock keeps two sweeps from running the same job. The request is a file, since jobs may run on other machines
+    that share only the file system.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._root = folder / ".sweep"
-        self._stop = self._root / "stop"
+    def __init__(self, path: Path) -> None:
+        self.path, self._stop = path, path / ".sweep" / "stop"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Lock the folder for one sweep. Raise RunRefused, with nothing changed, if another process holds the lock."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._root / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunRefused(
-                f"{self.folder}: another sweep is at work here; wait for it, or type name=another"
-            ) from None
-        try:
+        self._stop.parent.mkdir(parents=True, exist_ok=True)
+        refusal = f"{self.path}: another sweep is at work here; wait for it, or type name=another"
+        with locked(self._stop.with_name("lock"), refusal):
             self._stop.unlink(missing_ok=True)  # of an earlier sweep
-            for path in (self._stop, self.folder / SWEEP):
+            for path in (self._stop, self.path / SWEEP):
                 remove_leftovers(path)
             yield
-        finally:
-            lock.release()
 
-    def ask_to_stop(self, signum: int) -> None:
+    def request_stop(self, signum: int) -> None:
         """Ask running jobs to end as if they had received `signum`, and other jobs not to start."""
         write_atomic(self._stop, str(int(signum)))
 
-    def asked_to_stop(self) -> int | None:
+    def stop_signal(self) -> int | None:
         """Return the signal with which the jobs were asked to stop; None if they were not."""
+        return int(self._stop.read_text()) if self._stop.exists() else None
+
+
+@contextmanager
+def open_log(folder: Path) -> Iterator[IO[bytes]]:
+    """Open a job's log to append to it. `is_alive` is true until this process and those that inherit the file end."""
+    with (folder / LOG).open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_SH)
+        yield log
+
+
+def write_line(log: IO[bytes], text: str) -> None:
+    """Write a line of the sweep to a job's log."""
+    log.write(f"{MARK}{redact_text(text)}\n".encode())
+    log.flush()
+
+
+def is_alive(folder: Path) -> bool:
+    """Return whether a process of the job in `folder` is alive, on any machine; its record can't tell after SIGKILL."""
+    if not (folder / LOG).exists():
+        return False
+    with (folder / LOG).open("ab") as log:
         try:
-            return int(self._stop.read_text())
-        except FileNotFoundError:
-            return None
-
-    def note(self, run: Path, **entries: Any) -> None:
-        """Write the status entry of the job in the folder `run`."""
-        self._path(run).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._path(run), json.dumps(entries))
-
-    def read(self, run: Path) -> dict[str, Any] | None:
-        """Return the status entry of the job in the folder `run`; None if it never started."""
-        try:
-            return json.loads(self._path(run).read_text())
-        except FileNotFoundError:
-            return None
-
-    def forget(self, run: Path) -> None:
-        """Remove the status entry of the job in the folder `run`."""
-        remove_leftovers(self._path(run))
-        self._path(run).unlink(missing_ok=True)
-
-    def _path(self, run: Path) -> Path:
-        relative = os.path.relpath(run, self.folder)
-        return self._root / "cells" / f"{hashlib.blake2b(relative.encode(), digest_size=12).hexdigest()}.json"
-
-
-def whereabouts() -> dict[str, Any]:
-    """Return host and process id of this process, for a status entry."""
-    return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
-def is_process_dead(note: Mapping[str, Any]) -> bool | None:
-    """Return whether the process that wrote a status entry has ended; None if it is on another machine."""
-    if note["host"] != socket.gethostname():
-        return None
-    try:
-        os.kill(note["pid"], 0)
-    except ProcessLookupError:
-        return True
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one job. previous_status: before the sweep; status: as in its record, or `not started`."""
+
+    job: Job
+    previous_status: RunStatus
+    status: str
+    error: str | None = None
+    seconds: float | None = None
+    log: Path | None = None
+
+    @property
+    def word(self) -> str:
+        """The status as it is printed: for a job that is done also whether it was resumed or skipped."""
+        words = {RunStatus.new: "done", RunStatus.unfinished: "resumed", RunStatus.done: "skipped"}
+        return words[self.previous_status] if self.status == "done" else self.status
+
+
+class StatusReader:
+    """Reads how far the jobs of a sweep are, by what has changed in their folders since it was created."""
+
+    def __init__(self, jobs: Sequence[Job], previous: Sequence[RunStatus]) -> None:
+        self._jobs = list(zip(jobs, previous, strict=True))
+        self._before = {job.folder: (read_record(job.folder), _size(job.folder / LOG)) for job in jobs}
+        self._idle = dict.fromkeys(self._before, time.monotonic())  # when each was last seen not started
+        self._seconds: dict[Path, float] = {}
+
+    def outcomes(self, is_over: bool = False) -> list[Outcome]:
+        """Return the outcomes of all jobs so far. is_over: the launcher has returned, so a `running` job may be dead."""
+        return [self._outcome(job, previous, is_over) for job, previous in self._jobs]
+
+    def _outcome(self, job: Job, previous: RunStatus, is_over: bool) -> Outcome:
+        if previous is RunStatus.done:
+            return Outcome(job, previous, "done")
+        status, error = self._status(job.folder)
+        if is_over and status == "running":
+            if is_alive(job.folder):
+                error = "it is still running; the sweep does not wait for it"
+            else:
+                status, error = "failed", "the process that ran it was killed"
+        if status == "not started":
+            self._idle[job.folder] = time.monotonic()
+            return Outcome(job, previous, status)
+        if status != "running":
+            self._seconds.setdefault(job.folder, time.monotonic() - self._idle[job.folder])
+        return Outcome(job, previous, status, error, self._seconds.get(job.folder), job.folder / LOG)
+
+    def _status(self, folder: Path) -> tuple[str, str | None]:
+        """Return status and error as the job's record has them, else as its log does.
+
+        A job that was refused or killed has no record of that, and SFT on an embedded task has no record at all.
+        """
+        before, size = self._before[folder]
+        record = read_record(folder)
+        if record is not None and record != before and record["status"] != "running":
+            return record["status"], record.get("error")
+        if _size(folder / LOG) > size:
+            status, _, error = tail(folder / LOG)[-1].removeprefix(MARK).partition(": ")
+            return (status, error or None) if status in ENDINGS else ("running", None)
+        return "not started", None
 
 
 def tail(path: Path, size: int = 1 << 14) -> list[str]:
@@ -109,7 +150,5 @@ def tail(path: Path, size: int = 1 << 14) -> list[str]:
         return []
 
 
-def first_line(error: BaseException | str | None) -> str:
-    """Return the first line of an error's message."""
-    text = str(error or "").strip()
-    return text.splitlines()[0] if text else ""
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,91 +15,78 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_lab.distributed.signals import StopRequest
-from dpo_lab.sweeps.job_status import JobStatusStore, tail
-from dpo_lab.sweeps.summary import Outcome, duration
+from dpo_lab.runs.metrics_log import METRICS_LOG
+from dpo_lab.sweeps.job_status import Outcome, StatusReader, SweepFolder, tail
+from dpo_lab.sweeps.summary import duration
 
 TICK = 0.5  # seconds between two reads of the jobs' status
 
 
-class ProgressMonitor:
-    """A thread that polls the status of the jobs while a launcher runs in the main thread.
+@contextmanager
+def monitor(
+    console: Console,
+    sweep: SweepFolder,
+    reader: StatusReader,
+    changed: Callable[[Sequence[Outcome]], None],
+    request: StopRequest,
+) -> Iterator[None]:
+    """Show the status of the jobs in a thread while a launcher runs in the main thread.
 
-    look: returns the outcomes of all jobs so far; changed(outcomes): called when a job has ended. When `request` holds
-    a signal, the jobs are asked once, through `store`, to stop.
+    changed(outcomes): called when a job has ended. When `request` holds a signal, the jobs are asked once to stop.
     """
+    over = threading.Event()
 
-    def __init__(
-        self,
-        console: Console,
-        store: JobStatusStore,
-        look: Callable[[], list[Outcome]],
-        changed: Callable[[Sequence[Outcome]], None],
-        request: StopRequest,
-    ) -> None:
-        self._console, self._store, self._look, self._changed, self._request = console, store, look, changed, request
-        self._reported = {id(o.job) for o in look() if o.status == "done"}
-        self._most_at_once = 1
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> ProgressMonitor:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        forwarded = False
-        with self._live() as live:
-            while True:
-                over = self._over.wait(TICK / 5 if self._request.signum and not forwarded else TICK)
-                if self._request.signum is not None and not forwarded:
+    def run() -> None:
+        reported = {id(outcome.job) for outcome in reader.outcomes() if outcome.status == "done"}
+        most_at_once, forwarded, is_last = 1, False, False
+        live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        with live or nullcontext():
+            while not is_last:
+                is_last = over.wait(TICK / 5 if request.signum and not forwarded else TICK)
+                if request.signum is not None and not forwarded:
                     forwarded = True
-                    self._store.ask_to_stop(self._request.signum)
-                    self._console.print("Stopping: running jobs save and end. The same command resumes them.")
-                outcomes = self._look()
-                self._report(outcomes)
+                    sweep.request_stop(request.signum)
+                    console.print("Stopping: running jobs save and end. The same command resumes them.")
+                outcomes = reader.outcomes()
+                if _report(console, outcomes, reported):
+                    changed(outcomes)
+                most_at_once = max(most_at_once, sum(outcome.status == "running" for outcome in outcomes))
                 if live is not None:
-                    live.update(self._view(outcomes), refresh=True)
-                if over:
-                    return
+                    live.update(view(outcomes, most_at_once), refresh=True)
 
-    def _report(self, outcomes: Sequence[Outcome]) -> None:
-        ended = [o for o in outcomes if id(o.job) not in self._reported and o.status not in ("not started", "running")]
-        for outcome in ended:
-            self._reported.add(id(outcome.job))
-            why = f": {outcome.error}" if outcome.error else ""
-            count = f"[{len(self._reported)}/{len(outcomes)}]"
-            line = f"{count} {outcome.word}  {outcome.job.title}  {duration(outcome.seconds)}{why}"
-            self._console.print(line, soft_wrap=True)
-        if ended:
-            self._changed(outcomes)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
-    @contextmanager
-    def _live(self) -> Iterator[Live | None]:
-        if not self._console.is_terminal:
-            yield None
-            return
-        with Live(console=self._console, auto_refresh=False, transient=True) as live:
-            yield live
 
-    def _view(self, outcomes: Sequence[Outcome]) -> Group:
-        running = [o for o in outcomes if o.status == "running"]
-        self._most_at_once = max(self._most_at_once, len(running))
-        done, failed = (sum(o.status == status for o in outcomes) for status in ("done", "failed"))
-        bar = Table.grid(padding=(0, 2))
-        bar.add_row(
-            Text(f"jobs {done}/{len(outcomes)}"),
-            ProgressBar(total=len(outcomes), completed=done + failed, width=30),
-            Text(f"{failed} failed" if failed else "", style="red"),
-            Text(time_left(outcomes, self._most_at_once), style="dim"),
-        )
-        lines = [Text(f"  {o.job.title}  {_stage(o.job.folder)}", style="dim") for o in running]
-        return Group(bar, *lines)
+def _report(console: Console, outcomes: Sequence[Outcome], reported: set[int]) -> bool:
+    """Print a line for each job that has ended and is not in `reported`; add it there. Return whether there was one."""
+    ended = [o for o in outcomes if id(o.job) not in reported and o.status not in ("not started", "running")]
+    for outcome in ended:
+        reported.add(id(outcome.job))
+        why = f": {outcome.error}" if outcome.error else ""
+        count = f"[{len(reported)}/{len(outcomes)}]"
+        line = f"{count} {outcome.word}  {outcome.job.title}  {duration(outcome.seconds)}{why}"
+        console.print(line, soft_wrap=True)
+    return bool(ended)
+
+
+def view(outcomes: Sequence[Outcome], at_once: int) -> Group:
+    """Return the progress bar and a line per running job. at_once: the most jobs that ran at the same time so far."""
+    done, failed = (sum(outcome.status == status for outcome in outcomes) for status in ("done", "failed"))
+    bar = Table.grid(padding=(0, 2))
+    bar.add_row(
+        Text(f"jobs {done}/{len(outcomes)}"),
+        ProgressBar(total=len(outcomes), completed=done + failed, width=30),
+        Text(f"{failed} failed" if failed else "", style="red"),
+        Text(time_left(outcomes, at_once), style="dim"),
+    )
+    running = [outcome.job for outcome in outcomes if outcome.status == "running"]
+    return Group(bar, *(Text(f"  {job.title}  {_stage(job.folder)}", style="dim") for job in running))
 
 
 def time_left(outcomes: Sequence[Outcome], at_once: int) -> str:
@@ -114,7 +100,7 @@ def time_left(outcomes: Sequence[Outcome], at_once: int) -> str:
 
 def _stage(folder: Path) -> str:
     """Return the last step in a running job's metrics log; an empty text before the first."""
-    for line in reversed(tail(folder / "metrics.jsonl")):
+    for line in reversed(tail(folder / METRICS_LOG)):
         try:
             return f"step {json.loads(line)['step']}"
         except (ValueError, KeyError, TypeError):

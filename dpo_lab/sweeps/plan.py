@@ -14,10 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from dpo_lab.config import schema
+from dpo_lab.config.allowed_targets import check_hydra
 from dpo_lab.runs import run_record
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.redact import redact, redact_override
-from dpo_lab.sweeps.job import raw_overrides
 from dpo_lab.sweeps.plan_cache import PlanCache, digest_of_sources
 
 AsRecord = Callable[[DictConfig, schema.RunConfig], dict[str, Any]]
@@ -66,11 +66,11 @@ def plan(
     )
     jobs = []
     for overrides, title in zip(every, titles, strict=True):
-        found = cache.recall([*known, *overrides])
+        found = cache.get([*known, *overrides])
         if found is None:
             found = _compose(overrides, title, master, loader, as_record)
             if redact(found["record"]) == found["record"]:  # the cache holds no secrets
-                cache.remember([*known, *overrides], found, found["files"])
+                cache.put([*known, *overrides], found, found["files"])
         sweep, folder, files = Path(found["sweep"]), Path(found["folder"]), tuple(map(Path, found["files"]))
         run_record.refuse_outside(folder)
         jobs.append(Job(tuple(overrides), title, sweep, folder, found["record"], files))
@@ -99,6 +99,7 @@ def _compose(
     try:
         cfg = loader.load_sweep_config(master, list(overrides))
         singleton.set_config(cfg)
+        check_hydra(cfg.hydra)
         sweep = Path(cfg.hydra.sweep.dir)
         folder = sweep / cfg.hydra.sweep.subdir
         with read_write(cfg), open_dict(cfg):
@@ -114,6 +115,11 @@ def _compose(
         singleton.cfg = sweep_cfg
     files = [str(file) for file in schema.input_files(settings)]
     return {"sweep": str(sweep), "folder": str(folder), "record": record, "files": files}
+
+
+def raw_overrides(overrides: Any) -> list[str]:
+    """Return overrides as they were typed, with interpolations unresolved."""
+    return OmegaConf.to_container(overrides, resolve=False)  # type: ignore[return-value]
 
 
 def _check_job(trainer: Mapping[str, Any], master: DictConfig) -> None:

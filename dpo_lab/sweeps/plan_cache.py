@@ -1,4 +1,4 @@
-"""The cache of composed job configs: composing one takes a tenth of a second, reading it nothing."""
+"""The cache of composed job configs: composing one takes a fifth of a second, reading it nothing."""
 
 from __future__ import annotations
 
@@ -29,28 +29,29 @@ class PlanCache:
 
     def __init__(self, root: Path, sources: str | None) -> None:
         self._path = None if sources is None else root / f"{sources}.json"
-        self._known: dict[str, Any] = {}
-        if self._path is not None and self._path.exists():
-            try:
-                self._known = json.loads(self._path.read_text())
-            except ValueError:
-                self._known = {}  # unreadable: all jobs are composed again
-        self._fresh: dict[str, Any] = {}
+        self._known, self._fresh = self._read(), {}
 
-    def recall(self, overrides: Sequence[str]) -> dict[str, Any] | None:
-        """Return what `remember` stored for these overrides, if no file was added or removed beside its input files."""
+    def _read(self) -> dict[str, Any]:
+        """Return the jobs in the file; none if it can't be read, and all are composed again."""
+        try:
+            return json.loads(self._path.read_text()) if self._path is not None else {}
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def get(self, overrides: Sequence[str]) -> dict[str, Any] | None:
+        """Return what `put` stored for these overrides, if no file was added or removed beside its input files."""
         key = _digest(json.dumps(list(overrides)).encode())
         found = self._known.get(key)
         if found is None or found["folders"] != _times(found["folders"]):
             return None
         self._fresh[key] = found
-        return found["cell"]
+        return found["job"]
 
-    def remember(self, overrides: Sequence[str], job: Mapping[str, Any], files: Iterable[str]) -> None:
+    def put(self, overrides: Sequence[str], job: Mapping[str, Any], files: Iterable[str]) -> None:
         """Store a job as plain values, valid until a file is added to or removed from the folders of `files`."""
         if self._path is not None and not any(_may_vary(text) for text in overrides):
             folders = _times({str(Path(file).parent) for file in files})
-            self._fresh[_digest(json.dumps(list(overrides)).encode())] = {"cell": dict(job), "folders": folders}
+            self._fresh[_digest(json.dumps(list(overrides)).encode())] = {"job": dict(job), "folders": folders}
 
     def save(self) -> None:
         """Write new jobs atomically, merged with those another sweep has written meanwhile; drop the oldest."""
@@ -58,8 +59,7 @@ class PlanCache:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self._path.parent / ".lock"):
-            known = PlanCache(self._path.parent, self._path.stem)._known
-            merged = {k: v for k, v in known.items() if k not in self._fresh} | self._fresh
+            merged = {key: job for key, job in self._read().items() if key not in self._fresh} | self._fresh
             write_atomic(self._path, json.dumps(dict(list(merged.items())[-LIMIT:])))
             files = sorted(self._path.parent.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
             for path in files[:-KEPT]:

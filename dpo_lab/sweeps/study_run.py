@@ -10,12 +10,12 @@ from typing import Any
 
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.runs.redact import redact_override
-from dpo_lab.runs.run_record import slug
+from dpo_lab.runs.run_record import now, slug
 from dpo_lab.studies.archive import FOLDER, path_of
 from dpo_lab.studies.load import RunSet, gather
 from dpo_lab.studies.spec import RECORD, Study, StudyError, present_study
+from dpo_lab.sweeps.job_status import Outcome
 from dpo_lab.sweeps.plan import Job
-from dpo_lab.sweeps.summary import Outcome, now
 
 
 class StudyRun:
@@ -38,7 +38,7 @@ class StudyRun:
             "command": command,
             "status": "registered",
             "registrations": [],
-            "cells": [],
+            "jobs": [],
         }
 
     @property
@@ -75,11 +75,11 @@ class StudyRun:
         if not self._earlier():
             self.register()
 
-    def note(self, status: str, outcomes: Sequence[tuple[Job, Outcome | None]]) -> None:
+    def write_status(self, status: str, outcomes: Sequence[tuple[Job, Outcome | None]]) -> None:
         """Record the status of the study and the folders and outcomes of its jobs, in the order of `wanted`."""
         places = [(arm.name, seed) for seed in self.study.seeds for arm in self.study.arms]
         self._record["status"] = status
-        self._record["cells"] = [
+        self._record["jobs"] = [
             {
                 "arm": arm,
                 "seed": seed,

@@ -14,13 +14,13 @@ from dpo_lab.studies.spec import StudyError
 from dpo_lab.sweeps import plan
 from dpo_lab.sweeps.study_plan import show_outlook
 from dpo_lab.sweeps.study_run import StudyRun
-from dpo_lab.sweeps.sweeper import NAMESPACE, CellSweeper
+from dpo_lab.sweeps.sweeper import NAMESPACE, JobSweeper
 from dpo_lab.terminal.progress import plain_console
 
 NAME = "StudySweeper"
 
 
-class StudySweeper(CellSweeper):
+class StudySweeper(JobSweeper):
     """A sweeper that runs the jobs of `studies`; jobs with equal overrides run once.
 
     beside: studies that may share runs with them, whose predictions are registered too, before any run. only_plan:
@@ -57,13 +57,13 @@ class StudySweeper(CellSweeper):
             study.register_first()
         for study, own in parts:
             study.register()
-            study.note("running", [(job, None) for job in own])
+            study.write_status("running", [(job, None) for job in own])
         code, outcomes = self.run(jobs, console)
         by_job = {id(outcome.job): outcome for outcome in outcomes}
         for study, own in parts:
             results = [(job, by_job[id(job)]) for job in own]
             is_done = all(outcome.status == "done" for _, outcome in results)
-            study.note("done" if is_done else "failed" if code == 1 else "stopped", results)
+            study.write_status("done" if is_done else "failed" if code == 1 else "stopped", results)
         sys.exit(code)
 
 

@@ -7,8 +7,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +16,12 @@ from rich.text import Text
 
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.runs.redact import redact_command, redact_override
-from dpo_lab.runs.run_record import RunStatus
-from dpo_lab.sweeps.job_status import SWEEP, JobStatusStore, is_process_dead
-from dpo_lab.sweeps.plan import Job
+from dpo_lab.runs.run_record import now
+from dpo_lab.sweeps.job_status import SWEEP, Outcome
 
 STYLES = {"done": "green", "resumed": "green", "skipped": "dim", "failed": "red", "not started": "yellow"}
 
 MANY = 60  # jobs: with more of them the table omits those that are done or not started
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of one job. was: its run status before the sweep; status: as in its record, or `not started`."""
-
-    job: Job
-    was: RunStatus
-    status: str
-    error: str | None = None
-    seconds: float | None = None
-    log: str | None = None
-
-    @property
-    def word(self) -> str:
-        """The status as it is printed: for a job that is done also whether it was resumed or skipped."""
-        if self.status == "done":
-            return {RunStatus.new: "done", RunStatus.unfinished: "resumed", RunStatus.done: "skipped"}[self.was]
-        return self.status
-
-
-def outcomes(jobs: Sequence[Job], statuses: Sequence[RunStatus], store: JobStatusStore, is_over: bool) -> list[Outcome]:
-    """Return the outcomes of all jobs so far. is_over: the launcher has returned, so a `running` job may be dead."""
-    results = []
-    for job, was in zip(jobs, statuses, strict=True):
-        note = {} if was is RunStatus.done else store.read(job.folder) or {}
-        status = "done" if was is RunStatus.done else note.get("status", "not started")
-        error = note.get("error")
-        if is_over and status == "running":
-            is_dead = is_process_dead(note)
-            status = "failed" if is_dead else "running"
-            error = (
-                "the process that ran it was killed"
-                if is_dead
-                else "it is still running; the sweep does not wait for it"
-            )
-        results.append(Outcome(job, was, status, error, note.get("seconds"), note.get("log")))
-    return results
 
 
 def exit_code(results: Sequence[Outcome], stopped_by: int | None) -> int:
@@ -80,11 +39,11 @@ def write(folder: Path, results: Sequence[Outcome], started: str, status: str, e
         "command": redact_command(["python", "-m", _module(), *sys.argv[1:]]),
         "started": started,
         "finished": None if status == "running" else now(),
-        "cells": [
+        "jobs": [
             {
                 "overrides": [redact_override(override) for override in outcome.job.overrides],
                 "folder": os.path.relpath(outcome.job.folder),
-                "was": outcome.was.value,
+                "previous_status": outcome.previous_status.value,
                 "status": outcome.status,
                 "error": outcome.error,
                 "seconds": None if outcome.seconds is None else round(outcome.seconds, 1),
@@ -127,11 +86,6 @@ def duration(seconds: float | None) -> str:
     if minutes < 1:
         return f"{rest} s"
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def now() -> str:
-    """Return the current time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _module() -> str:

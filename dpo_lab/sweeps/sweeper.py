@@ -19,11 +19,11 @@ from rich.console import Console
 
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.distributed.signals import StopRequest, StopSignal
-from dpo_lab.runs.run_record import RunStatus
+from dpo_lab.runs.run_record import RunStatus, now
 from dpo_lab.sweeps import plan, summary
-from dpo_lab.sweeps.job import max_parallel_jobs
-from dpo_lab.sweeps.job_status import JobStatusStore, first_line, is_process_dead
-from dpo_lab.sweeps.monitor import ProgressMonitor
+from dpo_lab.sweeps.job import first_line, max_parallel_jobs
+from dpo_lab.sweeps.job_status import Outcome, StatusReader, SweepFolder, is_alive
+from dpo_lab.sweeps.monitor import monitor
 from dpo_lab.sweeps.ray_launcher import RayLauncher, check
 from dpo_lab.terminal.progress import plain_console
 
@@ -36,13 +36,13 @@ def register(as_record: plan.AsRecord) -> None:
 
     as_record: returns the config as the runs of this command record it.
     """
-    CellSweeper.as_record = staticmethod(as_record)
-    for plugin in (CellSweeper, RayLauncher):
+    JobSweeper.as_record = staticmethod(as_record)
+    for plugin in (JobSweeper, RayLauncher):
         Plugins.instance().class_name_to_class[f"{NAMESPACE}.{plugin.__name__}"] = plugin
     OmegaConf.register_new_resolver("gpus_per_node", _gpus_per_node, replace=True)
 
 
-class CellSweeper(Sweeper):
+class JobSweeper(Sweeper):
     """A sweeper that runs every combination of the swept values that is not done yet, on the chosen launcher."""
 
     as_record: plan.AsRecord
@@ -78,36 +78,28 @@ class CellSweeper(Sweeper):
         with console.status("planning the jobs"):
             return plan.plan(wanted, self._config, self._context.config_loader, self.as_record)
 
-    def run(self, jobs: list[plan.Job], console: Console) -> tuple[int, list[summary.Outcome]]:
+    def run(self, jobs: list[plan.Job], console: Console) -> tuple[int, list[Outcome]]:
         """Run the jobs that are not done; return the exit code and the outcome of each job."""
-        store = JobStatusStore(jobs[0].sweep)
-        with store.held():
-            return self._run(jobs, plan.each(jobs, plan.Job.run_status), store, console)
-
-    def _run(
-        self, jobs: list[plan.Job], statuses: list[RunStatus], store: JobStatusStore, console: Console
-    ) -> tuple[int, list[summary.Outcome]]:
-        """Run the jobs that are not done while the folder of the sweep is locked."""
-        todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
-        launcher = self._launcher(len(todo)) if todo else None
-        folder, started, error = store.folder, summary.now(), None
-        console.print(f"{folder}: {_counts(statuses)}")
-        for job in todo:
-            store.forget(job.folder)
-        look = lambda is_over=False: summary.outcomes(jobs, statuses, store, is_over)  # noqa: E731
-        save = lambda outcomes: summary.write(folder, outcomes, started, "running")  # noqa: E731
-        with StopRequest() as request:
-            save(look())
-            if launcher is not None:
-                with ProgressMonitor(console, store, look, save, request):
-                    error = _launch(launcher, todo)
-                    while error and not request.signum and any(_runs_here(store.read(job.folder)) for job in todo):
-                        time.sleep(1)  # an error of one job ended the launcher while others still run
-            outcomes = look(is_over=True)
-        code = summary.exit_code(outcomes, request.signum)
-        status = {0: "done", 1: "failed"}.get(code, "stopped")
-        summary.write(folder, outcomes, started, status, error)
-        summary.show(console, folder, outcomes, error)
+        sweep, started, error = SweepFolder(jobs[0].sweep), now(), None
+        save = lambda outcomes: summary.write(sweep.path, outcomes, started, "running")  # noqa: E731
+        with sweep.lock():
+            statuses = plan.each(jobs, plan.Job.run_status)
+            todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
+            launcher = self._launcher(len(todo)) if todo else None
+            console.print(f"{sweep.path}: {_counts(statuses)}")
+            reader = StatusReader(jobs, statuses)
+            with StopRequest() as request:
+                save(reader.outcomes())
+                if launcher is not None:
+                    with monitor(console, sweep, reader, save, request):
+                        error = _launch(launcher, todo)
+                        while error and not request.signum and any(is_alive(job.folder) for job in todo):
+                            time.sleep(1)  # an error of one job ended the launcher while others still run
+                outcomes = reader.outcomes(is_over=True)
+            code = summary.exit_code(outcomes, request.signum)
+            status = {0: "done", 1: "failed"}.get(code, "stopped")
+            summary.write(sweep.path, outcomes, started, status, error)
+            summary.show(console, sweep.path, outcomes, error)
         return code, outcomes
 
     def _launcher(self, count: int) -> Launcher:
@@ -125,18 +117,13 @@ class CellSweeper(Sweeper):
 def _launch(launcher: Launcher, jobs: Sequence[plan.Job]) -> str | None:
     """Launch the jobs; return the error of the launcher itself, None if there is none."""
     try:
-        # Their outcomes are in their status entries.
+        # Their outcomes are in their records and logs.
         launcher.launch([list(job.overrides) for job in jobs], initial_job_idx=0)
     except StopSignal:
         pass  # a second SIGINT: the summary shows how far the jobs are
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     return None
-
-
-def _runs_here(note: Mapping[str, Any] | None) -> bool:
-    """Return whether a job is running on this machine."""
-    return note is not None and note["status"] == "running" and is_process_dead(note) is False
 
 
 def _counts(statuses: Sequence[RunStatus]) -> str:

@@ -65,6 +65,7 @@ def test_a_disk_that_takes_nothing_ends_a_run_and_a_sweep_with_one_line(error, l
     assert (ended.value.code, capsys.readouterr().err) == (1, line)
     monkeypatch.setattr("dpo_lab.cli.entry_point.raise_on_signals", lambda tell: None)
     monkeypatch.setattr("dpo_lab.cli.entry_point.end_on_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # both are put back as they were
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     assert (run_command(fail), capsys.readouterr().err) == (1, line)

@@ -7,10 +7,11 @@ import io
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dpo_lab.config import schema
-from dpo_lab.config.allowed_targets import TargetRefused, only_plugins
+from dpo_lab.config.allowed_targets import TargetRefused, check_hydra
 from dpo_lab.config.trainer_arguments import REFUSED, check_trainer
 from dpo_lab.reporting.run_summary import print_summary
 from dpo_lab.runs.run_record import RunStatus
@@ -38,8 +39,8 @@ BRACKETS = [
 def test_a_terminal_shows_brackets_as_they_are(text):
     out = io.StringIO()
     console = plain_console(file=out, width=200)
-    cell = Job((), text, Path(text), Path(text), {}, ())
-    show(console, Path(text), [Outcome(cell, RunStatus.new, "failed", text, 1.0, text)], text)
+    job = Job((), text, Path(text), Path(text), {}, ())
+    show(console, Path(text), [Outcome(job, RunStatus.new, "failed", text, 1.0, text)], text)
     print_summary(
         console, {"kl": Estimate(1.0)}, [dict.fromkeys(("prompt", "initial", "trained"), text)], Path(text), [text]
     )
@@ -79,7 +80,7 @@ def test_a_sweep_over_lists_may_stand_in_a_yaml(tmp_path):
 
 
 def test_the_sweeper_names_a_setting_that_it_does_not_have():
-    made = sweeper.CellSweeper(params={}, max_batch_size=3)
+    made = sweeper.JobSweeper(params={}, max_batch_size=3)
     with pytest.raises(schema.ConfigError, match=r"hydra.sweeper.max_batch_size=3: .*type hydra/sweeper=basic"):
         made.setup(hydra_context=None, task_function=None, config=OmegaConf.create())  # type: ignore[arg-type]
 
@@ -96,8 +97,11 @@ def test_the_sweeper_names_a_setting_that_it_does_not_have():
 )
 def test_what_hydra_is_asked_for_in_vain(override, told):
     sweeper.register(schema.as_record)
-    with pytest.raises(TargetRefused) as refused, only_plugins():
-        composed(override)
+    schema.register()
+    with initialize_config_dir(schema.conf_dir(), version_base="1.3"):
+        cfg = compose("train", [override], return_hydra_config=True)
+    with pytest.raises(TargetRefused) as refused:
+        check_hydra(cfg.hydra)
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
 

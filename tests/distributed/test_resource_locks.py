@@ -209,6 +209,6 @@ def test_cpus_are_shared_out_within_the_limits_of_the_control_groups(tmp_path, m
     assert sorted(quotas) == [4.5, 6.0]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(resource_locks, "_quotas", lambda *_: iter([4.5, 6.0]))
-    assert [resource_locks.threads_per_job(cells) for cells in (1, 2, 3, 9)] == [4, 2, 1, 1]
+    assert [resource_locks.threads_per_job(jobs) for jobs in (1, 2, 3, 9)] == [4, 2, 1, 1]
     monkeypatch.setattr(resource_locks, "_quotas", lambda *_: iter([]))
     assert resource_locks.threads_per_job(3) == 2

@@ -16,8 +16,9 @@ from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.evals import candidates as candidates_module
 from dpo_lab.evals.context import EvalContext
-from dpo_lab.evals.evaluators.optimum import Optimum, best_of
+from dpo_lab.evals.evaluators.optimum import Optimum
 from dpo_lab.runs.examples import EXAMPLES, read
+from dpo_lab.stats.estimates import best_of
 from tests.evals.test_evals import perturbed, subject_of
 
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab import report
 from dpo_lab.config import schema
-from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked, only_plugins
+from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked
 from dpo_lab.data import chat as chat_module
 from dpo_lab.data.chat import BadChat, Chat, NoTemplate
 from dpo_lab.data.rows import BadData
@@ -36,7 +36,7 @@ from dpo_lab.runs.redact import redact_yaml
 from dpo_lab.studies.spec import StudyError
 from dpo_lab.sweeps.study_file import read
 from dpo_lab.training.checkpoint_io import CheckpointError, VerifiedCheckpointIO, newest
-from tests.conftest import OFFLINE, REPOSITORY, make_pairs
+from tests.conftest import OFFLINE, REPOSITORY, make_pairs, python_m
 from tests.data.test_tokenized_cache import store_of
 from tests.faults.canaries import CODE, MARK, SHELL, Payload
 from tests.support import a_study
@@ -98,6 +98,8 @@ TARGETS = {
     "the policy": [f"+policy._target_={FIRE}"],
     "the task": [f"+data.task._target_={FIRE}"],
     "an evaluator": [f"+evals.kl._target_={FIRE}"],
+}
+OF_HYDRA = {
     "Hydra's launcher": [f"hydra.launcher._target_={FIRE}"],
     "in Hydra's launcher": [f"+hydra.launcher.x._target_={FIRE}"],
     "Hydra's sweeper": [f"hydra.sweeper._target_={FIRE}"],
@@ -105,12 +107,17 @@ TARGETS = {
     "past a sampler": ["+hydra.sweeper.sampler._target_=optuna.samplers.os.system"],
     "a launcher that can't be known": ["hydra.launcher._target_=${hydra:job.name}"],
     "a callback of Hydra's": [f"+hydra.callbacks.x._target_={FIRE}"],
-    "a factory of logging": [f"+hydra.job_logging.handlers.x={{'()':{FIRE}}}"],
     "a file of logging": ["+hydra.hydra_logging.handlers.x={class:logging.FileHandler,filename:fired}"],
-    "the environment of a cell": ["+hydra.job.env_set.PYTHONPATH=evil"],
-    "what a cell preloads": ["+hydra.job.env_set.LD_PRELOAD=evil.so"],
+    "the environment of a job": ["+hydra.job.env_set.PYTHONPATH=evil"],
+    "what a job preloads": ["+hydra.job.env_set.LD_PRELOAD=evil.so"],
     "what its network loads": ["+hydra.job.env_set.NCCL_NET_PLUGIN=evil.so"],
     "what its GPU loads": ["+hydra.job.env_set.CUDA_INJECTION64_PATH=evil.so"],
+}
+LOGGING = {  # what a line of a command can't spell
+    "a handler": {"handlers": {"x": {"()": FIRE}}},
+    "a formatter": {"root": {"level": "INFO"}, "formatters": {"x": {"()": FIRE}}},
+    "a formatter's class": {"root": {"level": "INFO"}, "formatters": {"x": {"class": FIRE}}},
+    "a filter": {"root": {"level": "INFO"}, "filters": {"x": {"()": FIRE}}},
 }
 REFUSALS = (TargetRefused, schema.ConfigError, HydraException, OmegaConfBaseException)
 
@@ -118,7 +125,7 @@ REFUSALS = (TargetRefused, schema.ConfigError, HydraException, OmegaConfBaseExce
 @pytest.mark.parametrize("overrides", TARGETS.values(), ids=TARGETS)
 def test_39_a_config_makes_nothing_that_is_not_on_the_list(overrides, monkeypatch):
     monkeypatch.setenv("HOSTILE", FIRE)
-    with pytest.raises(REFUSALS) as refused, only_plugins():
+    with pytest.raises(REFUSALS) as refused:
         cfg = composed(*overrides)
         settings = schema.validate(cfg)
         plain = schema.as_record(cfg, settings)
@@ -131,6 +138,52 @@ def test_39_a_config_makes_nothing_that_is_not_on_the_list(overrides, monkeypatc
                 instantiate_checked(node, kind)
     said = schema.explain(refused.value) if isinstance(refused.value, schema.ConfigErrors) else str(refused.value)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("overrides", OF_HYDRA.values(), ids=OF_HYDRA)
+def test_39_what_hydra_itself_would_make_is_refused_before_it_does(overrides, tmp_path):
+    told = door("tests.support.standin", *overrides, cwd=tmp_path)
+    assert (told.returncode, told.stderr.count("\n")) == (2, 1), told.stderr
+    assert told.stderr.startswith("error: ")
+    assert not (tmp_path / "starts.log").exists()
+
+
+MODES = ("--multirun", "--help", "--hydra-help", "--cfg=all")
+LOGGED = [*((name, "--run") for name in LOGGING), *(("a formatter", mode) for mode in MODES)]
+
+
+@pytest.mark.parametrize("log", ["job_logging", "hydra_logging"])
+@pytest.mark.parametrize(("name", "mode"), LOGGED)
+def test_39_what_hydra_s_logging_would_make_is_refused(name, mode, log, tmp_path):
+    write_ablation(tmp_path / "theirs", "evil", {log: LOGGING[name]})
+    told = door("tests.support.standin", mode, "--config-dir", "theirs", "+ablation=evil", cwd=tmp_path)
+    assert told.returncode == 2
+    assert told.stderr.startswith(f"error: hydra.{log}.")
+    assert told.stderr.count("\n") == 1
+
+
+def write_ablation(folder: Path, name: str, hydra: dict) -> None:
+    (folder / "ablation").mkdir(parents=True, exist_ok=True)
+    (folder / "ablation" / f"{name}.yaml").write_text(f"# @package _global_\n{yaml.safe_dump({'hydra': hydra})}")
+
+
+def test_39_a_file_sweeps_no_setting_of_hydra_s(tmp_path):
+    write_ablation(tmp_path / "theirs", "evil", {"sweeper": {"params": {"hydra.job_logging.root": "a,b"}}})
+    arguments = ["--config-dir", "theirs", "hydra/sweeper=basic", "+ablation=evil"]
+    told = door("tests.support.standin", "--multirun", *arguments, cwd=tmp_path)
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: hydra.sweeper.params: hydra.job_logging.root can't be swept")
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_39_another_sweeper_s_jobs_make_nothing_either(launcher, tmp_path):
+    """Their configs are composed when they start: what their own files add to Hydra's logging is never set up."""
+    write_ablation(tmp_path / "theirs", "logs", {"job_logging": LOGGING["a formatter"]})
+    write_ablation(tmp_path / "theirs", "environment", {"job": {"env_set": {"LD_PRELOAD": "evil.so"}}})
+    arguments = ["--config-dir", "theirs", "--multirun", "hydra/sweeper=basic", f"hydra/launcher={launcher}"]
+    told = python_m("tests.support.standin", *arguments, "+ablation=logs,environment", cwd=tmp_path)
+    assert told.returncode == 1
+    assert not (tmp_path / "starts.log").exists()
 
 
 def test_39_a_name_of_the_list_that_leads_elsewhere_makes_nothing(monkeypatch):

@@ -21,7 +21,7 @@ from dpo_lab.pipelines.loggers import track_run_status
 from dpo_lab.runs import run_record
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies.spec import Arm, Direction, Measure
-from tests.studies.test_load import cell, write_run, write_study
+from tests.studies.test_load import job, write_run, write_study
 from tests.support import a_study, small_fit
 from tests.support.small_fit import IGNORED
 from tests.training.test_tensorboard import PLAIN
@@ -50,7 +50,7 @@ def thin(tmp_path_factory) -> Path:
     counted: dict[str, Any] = {"metric": "memory/weights", "measure": Measure.level, "value": 1.0}
     predictions.append(a_study.predicts("whole", **counted, direction=Direction.same, min_effect=0.1))
     study = a_study.study([Arm(arm, [f"arm={arm}"]) for arm in ARMS], predictions, seeds=3)
-    cells = []
+    jobs = []
     for arm, values in ARMS.items():
         for seed, value in enumerate(values):
             folder = outputs / "runs" / arm / f"seed={seed}"
@@ -63,8 +63,8 @@ def thin(tmp_path_factory) -> Path:
                 write_run(folder, [f"arm={arm}", f"seed={seed}"], by_then, status=value, error="it ended early")
             if value != "missing":
                 status = "done" if isinstance(value, float) else value
-                cells.append(cell(arm, seed, f"../runs/{arm}/seed={seed}", status))
-    write_study(outputs / "study", study, cells)
+                jobs.append(job(arm, seed, f"../runs/{arm}/seed={seed}", status))
+    write_study(outputs / "study", study, jobs)
     return outputs
 
 

@@ -1,4 +1,4 @@
-"""Faults 33 to 35 of the matrix: sweeps that meet each other, cells that end badly, a driver that is killed."""
+"""Faults 33 to 35 of the matrix: sweeps that meet each other, jobs that end badly, a driver that is killed."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def test_33_a_second_sweep_in_the_folder_is_refused_and_changes_no_byte(tmp_path
     assert statuses(tmp_path) == ["done", "done"]
 
 
-def test_34_cells_that_raise_or_are_killed_or_exit_0_early_fail_alone_and_are_named(tmp_path):
+def test_34_jobs_that_raise_or_are_killed_or_exit_0_early_fail_alone_and_are_named(tmp_path):
     behaves(tmp_path, **{"beta_0.1/": "fails", "beta_0.2/": "killed", "beta_0.3/": "leaves"})
     result = sweep(tmp_path, "beta=0.1,0.2,0.3,0.4")
     assert result.returncode == 1
     assert statuses(tmp_path) == ["failed", "failed", "failed", "done"]
     errors = ["ValueError: the loss is not finite", "killed by SIGKILL", "ended without a result"]
-    for cell, error in zip(told(tmp_path)["cells"], errors, strict=False):
-        assert cell["error"] == error
-        assert f"{cell['overrides'][0]}: {error}\n  {cell['log']}\n" in result.stdout
-        assert (tmp_path / cell["log"]).exists()
+    for job, error in zip(told(tmp_path)["jobs"], errors, strict=False):
+        assert job["error"] == error
+        assert f"{job['overrides'][0]}: {error}\n  {job['log']}\n" in result.stdout
+        assert (tmp_path / job["log"]).exists()
     assert "4 jobs: 3 failed, 1 done." in result.stdout
     behaves(tmp_path)
     again = sweep(tmp_path, "beta=0.1,0.2,0.3,0.4")
@@ -56,7 +56,7 @@ def test_34_cells_that_raise_or_are_killed_or_exit_0_early_fail_alone_and_are_na
     assert len(starts(tmp_path)) == 7
 
 
-def test_34_a_cell_whose_folder_is_taken_fails_with_that_error(tmp_path):
+def test_34_a_job_whose_folder_is_taken_fails_with_that_error(tmp_path):
     behaves(tmp_path, beta_0="waits")
     with started(tmp_path, "beta=0.1"):
         until(lambda: "waiting" in said(tmp_path, "beta=0.1/seed=0"))

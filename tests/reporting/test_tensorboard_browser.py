@@ -20,10 +20,10 @@ from tests.support.sweeping import until
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("desk")]
 
 SCREENSHOTS = REPOSITORY / "outputs" / "screenshots"  # to be looked at; none of it is committed
-CELLS = {"uniform": "reference: uniform", "noisy": "noise: symmetric", "crash": "loss: dpo"}
+JOBS = {"uniform": "reference: uniform", "noisy": "noise: symmetric", "crash": "loss: dpo"}
 SETTINGS = {"uniform": "beta=0.2", "noisy": "noise.rate=0.25", "crash": "optim.lr=1e30"}
 SHOWN = ["trainer.log_every_n_steps=1", "figures=true"]
-RUNS = {f"desk/ablation={cell}/seed=0" for cell in CELLS}
+RUNS = {f"desk/ablation={job}/seed=0" for job in JOBS}
 ANY = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
 
 
@@ -32,12 +32,12 @@ def swept(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
     """A real sweep, and its outputs."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "mine" / "ablation").mkdir(parents=True)
-    for cell, choice in CELLS.items():
-        settings = OmegaConf.to_yaml(OmegaConf.from_dotlist([*SMALL, *SHOWN, SETTINGS[cell]]))
+    for job, choice in JOBS.items():
+        settings = OmegaConf.to_yaml(OmegaConf.from_dotlist([*SMALL, *SHOWN, SETTINGS[job]]))
         head = f"# @package _global_\ndefaults:\n  - override /{choice}\n  - _self_\n"
-        (folder / "mine" / "ablation" / f"{cell}.yaml").write_text(head + settings)
-    cells = f"+ablation={','.join(CELLS)}"
-    result = python_m("dpo_lab.train", "--config-dir", "mine", "--multirun", "name=desk", cells, cwd=folder)
+        (folder / "mine" / "ablation" / f"{job}.yaml").write_text(head + settings)
+    jobs = f"+ablation={','.join(JOBS)}"
+    result = python_m("dpo_lab.train", "--config-dir", "mine", "--multirun", "name=desk", jobs, cwd=folder)
     return result, folder / "outputs"
 
 
@@ -57,7 +57,7 @@ def columns(desk) -> dict[str, Any]:
     return asked(f"{desk}/data/plugin/hparams/experiment", {"experimentName": ""})
 
 
-def test_each_cell_is_a_run_and_a_failing_one_fails_the_sweep_and_no_other(swept):
+def test_each_job_is_a_run_and_a_failing_one_fails_the_sweep_and_no_other(swept):
     result, outputs = swept
     assert result.returncode == 1, result.stdout + result.stderr
     assert "3 jobs: 2 done, 1 failed" in result.stdout

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dpo_lab.reporting import results_md
+from dpo_lab.stats.text import format_p
 from dpo_lab.studies import archive, frontier
 from dpo_lab.studies import verdicts as effects
 from dpo_lab.studies.load import gather
@@ -222,4 +223,4 @@ def test_a_figure_has_three_digits_that_count(value: float, told: str):
 
 
 def test_a_chance_is_told_as_papers_do():
-    assert [results_md.format_p(p) for p in (None, 0.00012, 0.0214, 1.0)] == ["", "< .001", ".021", "1.000"]
+    assert [format_p(p) for p in (None, 0.00012, 0.0214, 1.0)] == ["", "< .001", ".021", "1.000"]

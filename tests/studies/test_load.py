@@ -48,19 +48,19 @@ def write_run(folder: Path, overrides: list[str], metrics: dict[str, float] | No
     return folder
 
 
-def write_study(folder: Path, study: Study, cells: list[dict[str, Any]], **entries: Any) -> Path:
+def write_study(folder: Path, study: Study, jobs: list[dict[str, Any]], **entries: Any) -> Path:
     folder.mkdir(parents=True)
     stood = [
         {"digest": "another", "at": "2026-11-01T00:00:00+00:00"},
         {"digest": study.digest(), "at": a_study.REGISTERED},
     ]
     record = {"schema": 1, "study": study.as_record(), "budget": "full", "command": "python -m dpo_lab.study x.yaml"}
-    record |= {"status": "done", "registrations": stood, "cells": cells} | entries
+    record |= {"status": "done", "registrations": stood, "jobs": jobs} | entries
     (folder / "study.json").write_text(json.dumps(record))
     return folder
 
 
-def cell(arm: str, seed: int, folder: str, status: str = "done", **entries: Any) -> dict[str, Any]:
+def job(arm: str, seed: int, folder: str, status: str = "done", **entries: Any) -> dict[str, Any]:
     return {
         "arm": arm,
         "seed": seed,
@@ -80,15 +80,15 @@ def test_a_study_has_every_arm_by_seed_and_says_how_each_stands(tmp_path: Path):
     write_run(tmp_path / "runs/full/base/seed=1", [], error="ValueError: too bad")
     (tmp_path / "runs/full/base/seed=2").mkdir()
     (tmp_path / "runs/full/base/seed=2/run.json").write_text('{"status": "do')
-    cells = [
-        cell("base", 0, "../../runs/full/base/seed=0"),
-        cell("arm", 0, "../../runs/full/arm/seed=0", "not started"),  # its record is newer, and the truth
-        cell("base", 1, "../../runs/full/base/seed=1", "failed", error="exit code 1", log="a.log"),
-        cell("arm", 1, "../../runs/full/arm/seed=1", "failed", error="it was killed"),
-        cell("base", 2, "../../runs/full/base/seed=2"),
-        cell("gone", 0, "../../runs/full/gone/seed=0"),  # an arm that the study had once
+    jobs = [
+        job("base", 0, "../../runs/full/base/seed=0"),
+        job("arm", 0, "../../runs/full/arm/seed=0", "not started"),  # its record is newer, and the truth
+        job("base", 1, "../../runs/full/base/seed=1", "failed", error="exit code 1", log="a.log"),
+        job("arm", 1, "../../runs/full/arm/seed=1", "failed", error="it was killed"),
+        job("base", 2, "../../runs/full/base/seed=2"),
+        job("gone", 0, "../../runs/full/gone/seed=0"),  # an arm that the study had once
     ]
-    (found,) = gather([write_study(tmp_path / "example/full", study, cells)])
+    (found,) = gather([write_study(tmp_path / "example/full", study, jobs)])
     assert (found.title, found.baseline, found.seeds) == ("An example", "base", [0, 1, 2])
     told = {(run.arm, run.seed): (run.status, run.error) for run in found.runs}
     unreadable = told.pop(("base", 2))
@@ -121,22 +121,25 @@ def test_a_run_begun_before_the_prediction_stood_makes_a_study_exploratory(
         tmp_path / "base", [], {}, started="2020-01-01T00:00:00+00:00"
     )  # the baseline is what others are held against
     write_run(tmp_path / "arm", [], {}, started=started)
-    cells = [cell("base", 0, "../base"), cell("arm", 0, "../arm")]
-    (found,) = gather([write_study(tmp_path / "study", study, cells)])
+    jobs = [job("base", 0, "../base"), job("arm", 0, "../arm")]
+    (found,) = gather([write_study(tmp_path / "study", study, jobs)])
     assert found.is_exploratory is is_early
+    text = (tmp_path / "study" / "study.json").read_text()
+    (tmp_path / "study" / "study.json").write_text(text.replace('"jobs"', '"cells"'))  # as earlier versions wrote it
+    assert gather([tmp_path / "study"])[0].runs == found.runs
     assert [run.is_confirmatory for run in found.runs] == [True, not is_early]
 
 
 def test_of_several_registrations_the_last_of_this_very_prediction_counts(tmp_path: Path):
     study = a_study.study(["base", "arm"], seeds=1)
     write_run(tmp_path / "arm", [], {})
-    cells = [cell("arm", 0, "../arm")]
+    jobs = [job("arm", 0, "../arm")]
     for number, (digests, expected) in enumerate(
         [((study.digest(), "0000"), False), (("0000", study.digest()), True), (("0000",), True)]
     ):
         at = ("2026-11-20T08:00:00+00:00", "2026-11-20T10:00:00+00:00")
         stood = [{"digest": digest, "at": when} for digest, when in zip(digests, at, strict=False)]
-        (found,) = gather([write_study(tmp_path / f"study {number}", study, cells, registrations=stood)])
+        (found,) = gather([write_study(tmp_path / f"study {number}", study, jobs, registrations=stood)])
         assert found.is_exploratory is expected
 
 
@@ -174,7 +177,8 @@ def test_a_run_tells_its_figures_by_name(tmp_path: Path):
     assert found.cpu_seconds() == found.cpu_seconds_a_run() == 21.5
 
 
-def test_a_sweep_is_told_apart_by_what_was_typed_and_its_failed_cells_are_there(tmp_path: Path):
+@pytest.mark.parametrize("key", ["jobs", "cells"])  # the second one in records of earlier versions
+def test_a_sweep_is_told_apart_by_what_was_typed_and_its_failed_jobs_are_there(key, tmp_path: Path):
     sweep = tmp_path / "outputs/sweep"
     for beta in ("0.05", "0.1", "1", "10"):
         for seed in (0, 1):
@@ -182,8 +186,8 @@ def test_a_sweep_is_told_apart_by_what_was_typed_and_its_failed_cells_are_there(
             write_run(sweep / f"beta={beta},optim.lr=3e-4/seed={seed}", typed, {"kl": float(beta)})
     write_run(sweep / "beta=1,optim.lr=3e-4/seed=0/earlier-1", [], {"kl": 9.0})  # set aside
     lost = {"overrides": ["name=sweep", "optim.lr=3e-4", "beta=nan", "seed=1"], "status": "failed", "error": "no beta"}
-    cells = [lost | {"folder": "outputs/sweep/beta=nan,optim.lr=3e-4/seed=1", "log": "x.log"}]
-    (sweep / "sweep.json").write_text(json.dumps({"cells": cells}))
+    jobs = [lost | {"folder": "outputs/sweep/beta=nan,optim.lr=3e-4/seed=1", "log": "x.log"}]
+    (sweep / "sweep.json").write_text(json.dumps({key: jobs}))
     (found,) = gather([sweep])
     assert [arm.name for arm in found.arms] == ["beta=0.05", "beta=0.1", "beta=1", "beta=10", "beta=nan"]
     assert found.arms[0].axes == {"beta": 0.05}
@@ -232,19 +236,19 @@ def test_two_hundred_runs_are_read_judged_and_kept_in_seconds(tmp_path: Path):
     predictions = [a_study.predicts(arm.name) for arm in arms_of[1:]]
     study = a_study.study(arms_of, predictions)
     names = ["gold_gain", "kl", *(f"a_metric_{n}" for n in range(40))]
-    cells = []
+    jobs = []
     bulk = {"samples": [{"prompt": "p" * 60, "initial": "i" * 200, "trained": "t" * 200}] * 100}  # 50 KB a record
     for number, arm in enumerate(arms_of):
         for seed in study.seeds:
             metrics = dict.fromkeys(names, seed + number * 0.123456789)
             folder = write_run(tmp_path / f"runs/{number}/seed={seed}", [], metrics, **bulk)
-            cells.append(cell(arm.name, seed, f"../runs/{number}/seed={seed}"))
+            jobs.append(job(arm.name, seed, f"../runs/{number}/seed={seed}"))
             rows = "".join(f'{{"kind": "prompt", "key": "{n}", "response": "{"x" * 200}"}}\n' for n in range(1000))
             if number == 0:
                 rows += f'{{"kind": "candidates", "key": "a", "gold": {list(range(128))}}}\n'
             (folder / "examples.jsonl").write_text(rows)
     begun = time.process_time()
-    (found,) = gather([write_study(tmp_path / "study", study, cells)])
+    (found,) = gather([write_study(tmp_path / "study", study, jobs)])
     path = archive.write(found, tmp_path / "records")
     results_md.write_results(tmp_path / "records", tmp_path / "RESULTS.md")
     assert time.process_time() - begun < 8

@@ -1,4 +1,4 @@
-"""Studies: their files, what is registered before a run, their cells as one sweep, what becomes of a study cut short."""
+"""Studies: their files, what is registered before a run, their jobs as one sweep, what becomes of a study cut short."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_a_changed_prediction_is_registered_beside_the_first(tmp_path):
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory) -> Path:
-    """A folder in which two studies with an arm in common were run, one of whose cells failed at first."""
+    """A folder in which two studies with an arm in common were run, one of whose jobs failed at first."""
     folder = tmp_path_factory.mktemp("studied")
     written(folder)
     other = [{"sweep": {"beta": [0.1, 5]}}]
@@ -226,23 +226,23 @@ def studied(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_study_says_what_became_of_its_cells(studied):
+def test_a_study_says_what_became_of_its_jobs(studied):
     small, other = record(studied), record(studied, "other")
     assert small["status"] == "failed"
     assert other["status"] == "done"
-    assert [(c["arm"], c["seed"], c["status"]) for c in small["cells"]] == [
+    assert [(c["arm"], c["seed"], c["status"]) for c in small["jobs"]] == [
         (arm, seed, "failed" if (arm, seed) == ("beta=1", 1) else "done")
         for seed in (0, 1)
         for arm in ("beta=0.1", "beta=1", "flips")
     ]
-    failed = small["cells"][4]
+    failed = small["jobs"][4]
     assert failed["error"].startswith("ValueError: the loss is not finite")
     home = studied / "outputs/studies/small/full"
     assert (home / failed["log"]).resolve().is_file()
-    assert {(home / c["folder"]).resolve() for c in small["cells"][:1]} == {
-        (studied / "outputs/studies/other/full" / c["folder"]).resolve() for c in other["cells"][:1]
+    assert {(home / c["folder"]).resolve() for c in small["jobs"][:1]} == {
+        (studied / "outputs/studies/other/full" / c["folder"]).resolve() for c in other["jobs"][:1]
     }
-    began = json.loads((home / small["cells"][0]["folder"] / "run.json").read_text())["started"]
+    began = json.loads((home / small["jobs"][0]["folder"] / "run.json").read_text())["started"]
     assert small["registrations"][0]["at"] <= began
 
 

@@ -90,11 +90,11 @@ def study(seeds: int = 5) -> Study:
 
 
 def write_study(outputs: Path, seeds: int = 5, steps: int = 60) -> Path:
-    """The study's folder, as `outputs/studies/uniform_ref/full`; one cell failed, one arm never ran at one seed."""
+    """The study's folder, as `outputs/studies/uniform_ref/full`; one job failed, one arm never ran at one seed."""
     of = study(seeds)
     folder = outputs / "studies" / of.name / "full"
     folder.mkdir(parents=True)
-    cells = []
+    jobs = []
     for arm in of.arms:
         for seed in of.seeds:
             runs = (
@@ -112,7 +112,7 @@ def write_study(outputs: Path, seeds: int = 5, steps: int = 60) -> Path:
                 status, error = "not started", None
             else:
                 write_run(runs, arm, seed, steps, status, error)
-            cells.append(
+            jobs.append(
                 {
                     "arm": arm.name,
                     "seed": seed,
@@ -132,7 +132,7 @@ def write_study(outputs: Path, seeds: int = 5, steps: int = 60) -> Path:
         "command": "python -m dpo_lab.study ablations/uniform_ref.yaml",
         "status": "failed",
         "registrations": [{"digest": of.digest(), "at": "2026-11-20T08:00:00+00:00"}],
-        "cells": cells,
+        "jobs": jobs,
     }
     (folder / "study.json").write_text(json.dumps(record, indent=1))
     return folder

@@ -49,7 +49,7 @@ def behaves(folder: Path, **parts: str) -> None:
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """The cells' processes that started so far, in order."""
+    """The jobs' processes that started so far, in order."""
     log = folder / "starts.log"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -59,16 +59,16 @@ def told(folder: Path, name: str = "dpo") -> dict[str, Any]:
 
 
 def statuses(folder: Path) -> list[str]:
-    return [cell["status"] for cell in told(folder)["cells"]]
+    return [job["status"] for job in told(folder)["jobs"]]
 
 
-def said(folder: Path, cell: str) -> str:
-    """What a cell (`beta=0.1/seed=0`) wrote to its terminal."""
-    return (folder / "outputs" / "dpo" / cell / "output.log").read_text()
+def said(folder: Path, job: str) -> str:
+    """What a job (`beta=0.1/seed=0`) wrote to its terminal."""
+    return (folder / "outputs" / "dpo" / job / "output.log").read_text()
 
 
-def record(folder: Path, cell: str) -> dict[str, Any]:
-    return json.loads((folder / "outputs" / "dpo" / cell / "run.json").read_text())
+def record(folder: Path, job: str) -> dict[str, Any]:
+    return json.loads((folder / "outputs" / "dpo" / job / "run.json").read_text())
 
 
 def until(what: Callable[[], Any], seconds: float = 60) -> Any:
@@ -99,6 +99,16 @@ def members(session: int) -> list[int]:
             state, _, _, leader = path.read_text().rpartition(")")[2].split()[:4]
             if int(leader) == session and state != "Z":
                 found.append(int(path.parent.name))
+    return found
+
+
+def openers(path: Path) -> set[int]:
+    """The processes that have a file open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if os.readlink(link) == str(path):
+                found.add(int(link.parts[2]))
     return found
 
 

@@ -1,8 +1,7 @@
-"""Launchers: how a sweep's cells run at once, as a scheduler's jobs and on Ray. Real processes, nothing imitated but SLURM."""
+"""Launchers: how a sweep's jobs run at once, as a scheduler's jobs and on Ray. Real processes, nothing imitated but SLURM."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from tests.support.sweeping import (
     behaves,
     is_alive,
     members,
+    openers,
     record,
     said,
     started,
@@ -53,7 +53,7 @@ def test_every_launcher_composes(name, door):
         assert launcher.gpus_per_node is None
     if name == "ray":
         assert launcher.remote.num_gpus == 2
-    assert cfg.hydra.sweeper._target_ == f"{sweeper.NAMESPACE}.CellSweeper"
+    assert cfg.hydra.sweeper._target_ == f"{sweeper.NAMESPACE}.JobSweeper"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_launcher_without_its_package_says_what_to_install(name, extra, tmp_pa
     assert line.endswith(f"its package is not installed; type pip install 'dpo_lab[{extra}]'")
 
 
-def test_joblib_runs_two_cells_at_once_and_stops_them_together(tmp_path):
+def test_joblib_runs_two_jobs_at_once_and_stops_them_together(tmp_path):
     behaves(tmp_path, beta_0="waits")
     with started(tmp_path, "beta=0.1,0.2,0.3", "launcher=joblib") as parent:
         until(lambda: all("waiting" in said(tmp_path, f"beta=0.{n}/seed=0") for n in (1, 2)))
@@ -102,7 +102,7 @@ def test_joblib_whose_driver_is_killed_leaves_no_process(tmp_path):
     assert [record(tmp_path, f"beta=0.{n}/seed=0")["status"] for n in (1, 2)] == ["preempted", "preempted"]
 
 
-def test_joblib_gives_a_cell_gpus_of_its_own_and_its_share_of_the_threads(tmp_path):
+def test_joblib_gives_a_job_gpus_of_its_own_and_its_share_of_the_threads(tmp_path):
     behaves(tmp_path, beta_0="waits")
     gpus = ["trainer.accelerator=gpu", "trainer.devices=2", "threads=null", "launcher=joblib"]
     with started(tmp_path, "beta=0.1,0.2", *gpus, CUDA_VISIBLE_DEVICES="0,1,2,3") as parent:
@@ -146,9 +146,9 @@ def test_a_job_that_fails_or_is_killed_is_named_and_the_other_runs(tmp_path):
     result = sweep(tmp_path, "beta=0.1,0.2,0.3", "launcher=slurm_local")
     assert result.returncode == 1
     assert statuses(tmp_path) == ["failed", "failed", "done"]
-    errors = [cell["error"] for cell in told(tmp_path)["cells"]]
+    errors = [job["error"] for job in told(tmp_path)["jobs"]]
     assert errors[:2] == ["ValueError: the loss is not finite", "the process that ran it was killed"]
-    assert all((tmp_path / cell["log"]).exists() for cell in told(tmp_path)["cells"][:2])
+    assert all((tmp_path / job["log"]).exists() for job in told(tmp_path)["jobs"][:2])
 
 
 SBATCH = """#!{python}
@@ -192,22 +192,22 @@ def test_a_requeued_training_ends_as_if_it_had_not_been_interrupted(tmp_path):
     whole = warm.door("dpo_lab.train", *settings, "name=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     with started(tmp_path, *settings, "name=dpo", "launcher=slurm_local", door="dpo_lab.train") as parent:
-        folder = tmp_path / until(lambda: told(tmp_path))["cells"][0]["folder"]
+        folder = tmp_path / until(lambda: told(tmp_path))["jobs"][0]["folder"]
         until(lambda: (folder / "metrics.jsonl").read_text().count("\n") > 2)
-        (note,) = (tmp_path / "outputs/dpo/.sweep/cells").glob("*.json")
-        os.kill(json.loads(note.read_text())["pid"], signal.SIGUSR2)
+        (task,) = openers(folder / "output.log")
+        os.kill(task, signal.SIGUSR2)
         assert parent.wait(patience(240)) == 0
     (other,) = tmp_path.glob("outputs/whole/*/seed=0")
     assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.xdist_group("ray")
-def test_ray_runs_cells_names_those_that_fail_and_stops_them(tmp_path):
+def test_ray_runs_jobs_names_those_that_fail_and_stops_them(tmp_path):
     behaves(tmp_path, **{"beta_0.1/": "fails", "beta_0.2/": "waits"})
     with started(tmp_path, "beta=0.1,0.2", "launcher=ray", "hydra.launcher.init.num_cpus=2") as parent:
         until(lambda: "waiting" in said(tmp_path, "beta=0.2/seed=0") and "failed" in statuses(tmp_path))
         parent.send_signal(signal.SIGTERM)
         assert parent.wait(patience(60)) == 143, (tmp_path / "terminal.log").read_text()
     assert statuses(tmp_path) == ["failed", "preempted"]
-    assert told(tmp_path)["cells"][0]["error"] == "ValueError: the loss is not finite"
+    assert told(tmp_path)["jobs"][0]["error"] == "ValueError: the loss is not finite"
     assert not any(is_alive(start["pid"]) for start in starts(tmp_path))

@@ -18,15 +18,14 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from dpo_lab.distributed.signals import StopRequest
 from dpo_lab.runs.run_record import RunStatus
-from dpo_lab.sweeps import job as cell_module
-from dpo_lab.sweeps.job import LOG, JobFailed, max_parallel_jobs, optimized_value
-from dpo_lab.sweeps.job_status import JobStatusStore
-from dpo_lab.sweeps.monitor import ProgressMonitor, time_left
+from dpo_lab.sweeps import job as job_module
+from dpo_lab.sweeps.job import JobFailed, max_parallel_jobs, optimized_value
+from dpo_lab.sweeps.job_status import LOG, Outcome, StatusReader, SweepFolder, open_log, write_line
+from dpo_lab.sweeps.monitor import time_left, view
 from dpo_lab.sweeps.plan import Job
 from dpo_lab.sweeps.plan_cache import KEPT, LIMIT, PlanCache, digest_of_sources
-from dpo_lab.sweeps.summary import Outcome, duration, exit_code
+from dpo_lab.sweeps.summary import duration, exit_code
 from dpo_lab.terminal.progress import plain_console
 from tests.support.processes import patience
 from tests.support.sweeping import (
@@ -49,7 +48,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:
-    """A folder in which a sweep of two cells ran to its end."""
+    """A folder in which a sweep of two jobs ran to its end."""
     folder = tmp_path_factory.mktemp("swept")
     result = sweep(folder, "beta=0.1,0.2", "+ablation=[uniform_ref,label_noise]")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -58,7 +57,7 @@ def swept(tmp_path_factory) -> Path:
     return folder
 
 
-def test_each_cell_is_a_process_of_its_own_with_exactly_its_overrides(swept):
+def test_each_job_is_a_process_of_its_own_with_exactly_its_overrides(swept):
     first, second = starts(swept)
     assert first["pid"] != second["pid"]
     assert [s["argv"] for s in (first, second)] == [
@@ -72,32 +71,32 @@ def test_each_cell_is_a_process_of_its_own_with_exactly_its_overrides(swept):
 
 
 def suffix_of(folder: Path, number: int) -> str:
-    return Path(told(folder)["cells"][number]["folder"]).parent.name[-8:]
+    return Path(told(folder)["jobs"][number]["folder"]).parent.name[-8:]
 
 
-def test_sweep_json_says_what_became_of_every_cell(swept):
+def test_sweep_json_says_what_became_of_every_job(swept):
     record = told(swept)
     assert record["status"] == "done"
     assert record["command"].startswith("python -m tests.support.standin --multirun beta=0.1,0.2")
     assert record["started"] <= record["finished"]
-    for cell in record["cells"]:
-        assert (swept / cell["folder"] / "run.json").exists()
-        assert (swept / cell["log"]).read_text().startswith("=== 20")
-        assert (cell["was"], cell["status"], cell["error"]) == ("new", "done", None)
-        assert 0 < cell["seconds"] < 60
+    for job in record["jobs"]:
+        assert (swept / job["folder"] / "run.json").exists()
+        assert (swept / job["log"]).read_text().startswith("=== 20")
+        assert (job["previous_status"], job["status"], job["error"]) == ("new", "done", None)
+        assert 0 < job["seconds"] < 60
 
 
 def test_a_finished_sweep_starts_nothing_and_leaves_its_runs_alone(swept):
-    before, runs = len(starts(swept)), contents(swept / told(swept)["cells"][0]["folder"])
+    before, runs = len(starts(swept)), contents(swept / told(swept)["jobs"][0]["folder"])
     result = sweep(swept, "beta=0.1,0.2", "+ablation=[uniform_ref,label_noise]")
     assert result.returncode == 0
     assert "2 jobs: 2 skipped." in result.stdout
     assert len(starts(swept)) == before
-    assert contents(swept / told(swept)["cells"][0]["folder"]) == runs
+    assert contents(swept / told(swept)["jobs"][0]["folder"]) == runs
 
 
 def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process(tmp_path):
-    """12 cells, planned twice: to know their folders, into which finished records are put, and to skip them."""
+    """12 jobs, planned twice: to know their folders, into which finished records are put, and to skip them."""
     arguments = ["--multirun", "beta=0.1,0.2,0.3", "noise.rate=0,0.1", "seed=0,1"]
     code = (
         "import os, subprocess, sys\n"
@@ -107,16 +106,16 @@ def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert not {'torch', 'lightning', 'transformers', 'ray', 'submitit', 'joblib'} & set(sys.modules)\n"
     )
-    plan_only = "from dpo_lab.sweeps import plan\nplan.each = lambda cells, ask: sys.exit(0)\n" + code
+    plan_only = "from dpo_lab.sweeps import plan\nplan.each = lambda jobs, ask: sys.exit(0)\n" + code
     for program in ("import sys\n" + plan_only, code):
         command = [sys.executable, "-c", program, *arguments]
         result = subprocess.run(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         (plans,) = (tmp_path / "outputs" / "cache" / "plans").glob("*.json")
         for entry in json.loads(plans.read_text()).values():
-            folder = tmp_path / entry["cell"]["folder"]
+            folder = tmp_path / entry["job"]["folder"]
             folder.mkdir(parents=True, exist_ok=True)
-            finished = {"status": "done", "config": entry["cell"]["record"], "files": {}}
+            finished = {"status": "done", "config": entry["job"]["record"], "files": {}}
             (folder / "run.json").write_text(json.dumps(finished))
     assert "12 jobs: 12 skipped." in result.stdout
 
@@ -141,7 +140,7 @@ def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process
         (["beta=1,2", "hydra.sweep.subdir=${hydra.job.num}"], "hydra.sweep.subdir: a job's number or id is not known"),
     ],
 )
-def test_a_sweep_with_one_cell_that_cannot_be_is_refused_whole(arguments, message, tmp_path):
+def test_a_sweep_with_one_job_that_cannot_be_is_refused_whole(arguments, message, tmp_path):
     result = sweep(tmp_path, *arguments)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
@@ -152,7 +151,7 @@ def test_a_sweep_with_one_cell_that_cannot_be_is_refused_whole(arguments, messag
 
 def test_a_folder_that_holds_another_run_refuses_the_sweep(swept):
     before = contents(swept)
-    folder = told(swept)["cells"][0]["folder"]
+    folder = told(swept)["jobs"][0]["folder"]
     result = sweep(
         swept, "beta=0.1", "optim.lr=1e-5,1e-6", f"hydra.sweep.subdir='{folder.removeprefix('outputs/dpo/')}'"
     )
@@ -165,7 +164,7 @@ def test_a_folder_that_holds_another_run_refuses_the_sweep(swept):
     assert {path for path in after if "plans" not in str(path)} == {path for path in before if "plans" not in str(path)}
 
 
-def test_thirty_odd_overrides_reach_the_cell_as_they_were_typed(tmp_path):
+def test_thirty_odd_overrides_reach_the_job_as_they_were_typed(tmp_path):
     odd = [
         "+ablation=[uniform_ref,label_noise]",
         'data.path="a b.jsonl"',
@@ -196,7 +195,7 @@ def test_thirty_odd_overrides_reach_the_cell_as_they_were_typed(tmp_path):
         name = run_dir.split("'")[1].split("/")[2]
         assert len(name) <= 100
         assert re.fullmatch(r"[\w.=,-]+", name)
-    config = json.loads((tmp_path / told(tmp_path)["cells"][0]["folder"] / "run.json").read_text())["config"]
+    config = json.loads((tmp_path / told(tmp_path)["jobs"][0]["folder"] / "run.json").read_text())["config"]
     assert config["data"]["path"] == "a b.jsonl"
     assert config["data"]["revision"] == "it's {odd}, [is it]?"
     assert config["evals"]["num_texts"] == 7
@@ -206,7 +205,7 @@ def test_thirty_odd_overrides_reach_the_cell_as_they_were_typed(tmp_path):
 @pytest.mark.parametrize(
     ("signum", "status", "code"), [(signal.SIGTERM, "preempted", 143), (signal.SIGINT, "interrupted", 130)]
 )
-def test_a_sweep_that_is_stopped_lets_its_cell_save_starts_no_other_and_goes_on_later(signum, status, code, tmp_path):
+def test_a_sweep_that_is_stopped_lets_its_job_save_starts_no_other_and_goes_on_later(signum, status, code, tmp_path):
     behaves(tmp_path, beta_0="waits")
     with started(tmp_path, "beta=0.1,0.2") as parent:
         until(lambda: "waiting" in said(tmp_path, "beta=0.1/seed=0"))
@@ -224,7 +223,7 @@ def test_a_sweep_that_is_stopped_lets_its_cell_save_starts_no_other_and_goes_on_
         assert "2 jobs: 1 resumed, 1 done." in again.stdout
 
 
-def test_at_a_terminal_a_bar_shows_the_cells_that_run(tmp_path):
+def test_at_a_terminal_a_bar_shows_the_jobs_that_run(tmp_path):
     behaves(tmp_path, **{"beta_0.2": "waits"})
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "tests.support.standin", "--multirun", "beta=0.1,0.2"]
@@ -249,7 +248,7 @@ def outcome(status: str, seconds: float | None = None, title: str = "a", was: Ru
     return Outcome(Job((), title, Path("s"), Path("s") / title, {}, ()), was, status, None, seconds)
 
 
-def test_the_time_left_is_that_of_the_cells_that_ended_shared_by_those_at_once():
+def test_the_time_left_is_that_of_the_jobs_that_ended_shared_by_those_at_once():
     found = [outcome("done", 100), outcome("done", 50), outcome("running"), *[outcome("not started")] * 3]
     assert time_left(found, at_once=1) == "about 5 min 00 s left"
     assert time_left(found, at_once=2) == "about 2 min 30 s left"
@@ -257,18 +256,44 @@ def test_the_time_left_is_that_of_the_cells_that_ended_shared_by_those_at_once()
     assert [duration(s) for s in (None, 12.4, 200, 7500)] == ["", "12 s", "3 min 20 s", "2 h 05 min"]
 
 
-def test_the_view_shows_the_step_of_a_running_cell_by_its_journal(tmp_path):
+def test_the_view_shows_the_step_of_a_running_job_by_its_journal(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1}\n{"step": 20, "train/loss": 1}\n{"step": 3')
     running = Outcome(Job((), "beta=1", tmp_path, folder, {}, ()), RunStatus.new, "running")
     console = plain_console(file=io.StringIO(), width=80)
-    with StopRequest() as request:
-        watch = ProgressMonitor(console, JobStatusStore(tmp_path), lambda: [running], lambda found: None, request)
-        console.print(watch._view([running, outcome("failed", 3)]))
+    console.print(view([running, outcome("failed", 3)], at_once=1))
     assert isinstance(console.file, io.StringIO)
     assert "beta=1  step 20" in console.file.getvalue()
     assert "1 failed" in console.file.getvalue()
+
+
+def test_the_status_of_a_job_is_that_of_its_record_and_where_it_has_none_of_its_log(tmp_path):
+    job = Job((), "a", tmp_path, tmp_path / "a", {}, ())
+    job.folder.mkdir()
+    record = {"status": "preempted", "error": "stopped by SIGTERM", "started": "then"}
+    (job.folder / "run.json").write_text(json.dumps(record))
+    (job.folder / LOG).write_text("=== of an earlier sweep\n=== failed: once\n")
+    reader = StatusReader([job], [RunStatus.unfinished])
+
+    def found(is_over: bool = False) -> tuple[str, str | None]:
+        (outcome,) = reader.outcomes(is_over)
+        return outcome.status, outcome.error
+
+    assert found() == found(is_over=True) == ("not started", None)
+    with open_log(job.folder) as log:
+        write_line(log, "2026-11-29 12:00:00 the command")
+        assert found() == ("running", None)
+        assert found(is_over=True) == ("running", "it is still running; the sweep does not wait for it")
+        write_line(log, "failed: killed by SIGKILL")
+        assert found() == ("failed", "killed by SIGKILL")
+        (job.folder / "run.json").write_text(json.dumps(record | {"status": "running", "started": "now"}))
+        write_line(log, "2026-11-29 12:01:00 the command again, by a scheduler")
+        assert found() == ("running", None)
+        (job.folder / "run.json").write_text(json.dumps(record | {"status": "done", "error": None, "started": "now"}))
+        assert found() == ("done", None)
+        (job.folder / "run.json").write_text(json.dumps(record | {"status": "running", "started": "now"}))
+    assert found(is_over=True) == ("failed", "the process that ran it was killed")
 
 
 def test_exit_codes_tell():
@@ -281,11 +306,11 @@ def test_exit_codes_tell():
 
 
 def test_another_sweeper_skips_what_is_done_and_hears_of_failures(tmp_path):
-    """As Optuna's does, Hydra's own starts every cell through the door alone."""
+    """As Optuna's does, Hydra's own starts every job through the door alone."""
     behaves(tmp_path, **{"beta_0.2/": "fails"})
-    desk = JobStatusStore(tmp_path / "outputs" / "dpo")
-    with desk.held():
-        desk.ask_to_stop(signal.SIGTERM)  # of a sweep that was stopped long ago
+    earlier = SweepFolder(tmp_path / "outputs" / "dpo")
+    with earlier.lock():
+        earlier.request_stop(signal.SIGTERM)  # of a sweep that was stopped long ago
     first = sweep(tmp_path, "hydra/sweeper=basic", "beta=0.1,0.2")
     assert first.returncode == 1
     assert "beta=0.2/seed=0: ValueError: the loss is not finite; see outputs/dpo/beta=0.2" in first.stderr
@@ -305,7 +330,7 @@ def test_a_sweeper_that_optimises_is_told_the_objective(tmp_path, monkeypatch):
         optimized_value("glod")
 
 
-def test_cells_at_once():
+def test_jobs_at_once():
     assert max_parallel_jobs({}) == 1
     assert max_parallel_jobs({"n_jobs": 3}) == 3
     assert max_parallel_jobs({"n_jobs": -1}) == os.cpu_count()
@@ -335,45 +360,45 @@ def test_plans_hold_as_long_as_no_source_changes(sources, tmp_path):
 
 def test_plans_are_recalled_by_overrides_and_not_where_a_value_may_vary(tmp_path):
     memory = PlanCache(tmp_path / "plans", "abc")
-    memory.remember(["beta=1"], {"folder": "x"}, [])
-    memory.remember(["name=${now:%H}"], {"folder": "y"}, [])
+    memory.put(["beta=1"], {"folder": "x"}, [])
+    memory.put(["name=${now:%H}"], {"folder": "y"}, [])
     memory.save()
     later = PlanCache(tmp_path / "plans", "abc")
-    assert later.recall(["beta=1"]) == {"folder": "x"}
-    assert later.recall(["beta=2"]) is None
-    assert later.recall(["name=${now:%H}"]) is None
-    assert PlanCache(tmp_path / "plans", "abd").recall(["beta=1"]) is None
-    assert PlanCache(tmp_path / "plans", None).recall(["beta=1"]) is None
+    assert later.get(["beta=1"]) == {"folder": "x"}
+    assert later.get(["beta=2"]) is None
+    assert later.get(["name=${now:%H}"]) is None
+    assert PlanCache(tmp_path / "plans", "abd").get(["beta=1"]) is None
+    assert PlanCache(tmp_path / "plans", None).get(["beta=1"]) is None
 
 
 def test_a_plan_is_made_anew_when_a_file_came_or_went_beside_the_data(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     memory = PlanCache(tmp_path / "plans", "abc")
-    memory.remember(["data.path=data"], {"folder": "x"}, [str(data / "a.jsonl")])
+    memory.put(["data.path=data"], {"folder": "x"}, [str(data / "a.jsonl")])
     memory.save()
-    assert PlanCache(tmp_path / "plans", "abc").recall(["data.path=data"]) == {"folder": "x"}
+    assert PlanCache(tmp_path / "plans", "abc").get(["data.path=data"]) == {"folder": "x"}
     (data / "b.jsonl").touch()
     os.utime(data, ns=(1, 1))
-    assert PlanCache(tmp_path / "plans", "abc").recall(["data.path=data"]) is None
+    assert PlanCache(tmp_path / "plans", "abc").get(["data.path=data"]) is None
 
 
 def test_plans_of_two_sweeps_are_merged_and_old_ones_forgotten(tmp_path):
     mine, other = PlanCache(tmp_path, "abc"), PlanCache(tmp_path, "abc")
-    mine.remember(["a"], {"folder": "a"}, [])
-    other.remember(["b"], {"folder": "b"}, [])
+    mine.put(["a"], {"folder": "a"}, [])
+    other.put(["b"], {"folder": "b"}, [])
     mine.save()
     other.save()
-    assert [PlanCache(tmp_path, "abc").recall([name]) for name in "ab"] == [{"folder": "a"}, {"folder": "b"}]
+    assert [PlanCache(tmp_path, "abc").get([name]) for name in "ab"] == [{"folder": "a"}, {"folder": "b"}]
     for n in range(LIMIT):
-        mine.remember([str(n)], {}, [])
+        mine.put([str(n)], {}, [])
     mine.save()
-    assert PlanCache(tmp_path, "abc").recall(["b"]) is None
+    assert PlanCache(tmp_path, "abc").get(["b"]) is None
     (tmp_path / "abc.json").write_text("{torn")
-    assert PlanCache(tmp_path, "abc").recall(["a"]) is None
+    assert PlanCache(tmp_path, "abc").get(["a"]) is None
     for n in range(KEPT + 2):
         newer = PlanCache(tmp_path, f"new{n}")
-        newer.remember(["a"], {}, [])
+        newer.put(["a"], {}, [])
         newer.save()
     assert len(list(tmp_path.glob("*.json"))) == KEPT
 
@@ -389,6 +414,6 @@ def test_plans_of_two_sweeps_are_merged_and_old_ones_forgotten(tmp_path):
         (0, ("failed", "ended without a result")),
     ],
 )
-def test_a_cell_that_leaves_no_record_is_judged_by_its_exit_code(code, ending, tmp_path):
+def test_a_job_that_leaves_no_record_is_judged_by_its_exit_code(code, ending, tmp_path):
     (tmp_path / LOG).write_text("=== the command\n")
-    assert cell_module._ending(tmp_path, None, code, lambda: False) == ending
+    assert job_module._ending(tmp_path, None, code, lambda: False) == ending

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import comb
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dpo_lab.evals.evaluators.base import Evaluator
-from dpo_lab.stats.estimates import Estimate, mean
+from dpo_lab.stats.estimates import Estimate, best_of, mean
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
@@ -52,14 +49,3 @@ class Optimum(Evaluator, name="optimum", order=80, is_default=False, needs_sampl
                     yield f"best_of_{n}/{name}", mean(best)
                     if sd > 0:
                         yield f"best_of_{n}/{name}_gain", mean((best - values.mean(1)) / sd)
-
-
-def best_of(values: np.ndarray, n: int) -> np.ndarray:
-    """Return an unbiased estimate of the expected maximum of n independent draws, [P], from K draws, values [P, K].
-
-    It is the mean of the maximum over all subsets of n of the K draws; the j-th lowest of K, j from 0, is the maximum
-    of C(j, n - 1) subsets.
-    """
-    count = values.shape[1]
-    weights = np.array([comb(j, n - 1) / comb(count, n) for j in range(count)])
-    return np.sort(values, axis=1) @ weights

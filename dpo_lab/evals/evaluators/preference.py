@@ -40,7 +40,7 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         held_out = context.held_out
         context.examples.add("held_out", held_out.keys, **held_out.columns())
-        yield "accuracy", share(half_ties(held_out.margins))
+        yield "accuracy", share(np.heaviside(held_out.margins, 0.5))
         yield "ties", share(held_out.margins == 0)
         yield "margin", mean(held_out.margins)
         yield from _by_truth(held_out, "")
@@ -53,17 +53,12 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
         context.examples.add("train", train.keys, **train.columns())
         for group, rows in (("clean", ~train.flipped), ("flipped", train.flipped)):
             if rows.any():
-                yield f"train/{group}/accuracy", share(half_ties(train.margins[rows]))
+                yield f"train/{group}/accuracy", share(np.heaviside(train.margins[rows], 0.5))
                 yield f"train/{group}/margin", mean(train.margins[rows])
         yield from _by_truth(train, "train/")
-
-
-def half_ties(margins: np.ndarray) -> np.ndarray:
-    """Return 1 where the margin is positive, 1/2 where it is 0, else 0."""
-    return (np.sign(margins) + 1) / 2
 
 
 def _by_truth(scored: ScoredPairs, prefix: str) -> Iterator[tuple[str, Estimate]]:
     truth = np.sign(np.nan_to_num(scored.gold))
     if (truth != 0).any():
-        yield prefix + "true_accuracy", share(half_ties(scored.margins * truth)[truth != 0])
+        yield prefix + "true_accuracy", share(np.heaviside(scored.margins * truth, 0.5)[truth != 0])

@@ -1,4 +1,4 @@
-"""A real sweep of eighteen cells on two ranks each, killed three times at drawn moments, ends as if it never had been."""
+"""A real sweep of eighteen jobs on two ranks each, killed three times at drawn moments, ends as if it never had been."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.support.sweeping import until
 
 TINY = [s for s in SMALL if not s.startswith(("evals.", "data.validation_pairs"))]
 TINY += "evals.num_prompts=4 evals.num_texts=2 data.validation_pairs=12 callbacks.checkpoint.every_n_steps=1".split()
-# Six minutes of two cores: run by `WHOLE_SWEEP=1 make test ARGS=tests/faults/test_eighteen_cells.py`, and skipped else.
+# Six minutes of two cores: run by `WHOLE_SWEEP=1 make test ARGS=tests/faults/test_eighteen_jobs.py`, and skipped else.
 WHOLE = bool(os.environ.get("WHOLE_SWEEP"))
 BETAS, SEEDS, KILLS = (0.01, 0.1, 1.0), (0, 1, 2), 3
 ABLATIONS = ("none", "uniform_ref")
-CELLS = len(BETAS) * len(ABLATIONS) * len(SEEDS)
+JOBS = len(BETAS) * len(ABLATIONS) * len(SEEDS)
 AXES = {"beta": BETAS, "+ablation": ABLATIONS, "seed": SEEDS}
 COMMAND = ["--multirun", *(f"{key}={','.join(map(str, values))}" for key, values in AXES.items())]
 COMMAND += ["trainer=ddp_cpu", "name=eighteen"]
@@ -41,8 +41,8 @@ class Sweep:
     """The sweep as processes and folders. Its processes are all that carry its mark in their environment."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.mark = folder, f"EIGHTEEN_CELLS={folder}"
-        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "EIGHTEEN_CELLS": str(folder)}
+        self.folder, self.mark = folder, f"EIGHTEEN_JOBS={folder}"
+        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "EIGHTEEN_JOBS": str(folder)}
 
     def start(self) -> subprocess.Popen:
         command = [sys.executable, "-m", "dpo_lab.train", *COMMAND, *TINY]
@@ -74,7 +74,7 @@ class Sweep:
         }
 
 
-# What a cell that goes on has reached, from its record and its folder.
+# What a job that goes on has reached, from its record and its folder.
 REACHED: dict[str, Callable[[Path, dict], bool]] = {
     "begun": lambda run, record: record["status"] == "running",
     "saved": lambda run, record: record["status"] == "running" and any((run / "checkpoints").glob("step=[345].ckpt")),
@@ -86,7 +86,7 @@ REACHED: dict[str, Callable[[Path, dict], bool]] = {
 def swept(tmp_path_factory) -> tuple[Sweep, list[dict[Path, bytes]]]:
     """The sweep after three kills and a last start that was left alone; what was done already at each kill."""
     sweep, drawn, were_done = Sweep(tmp_path_factory.mktemp("eighteen")), random.Random(5), []
-    counts = sorted(drawn.sample(range(1, CELLS - 2), KILLS))
+    counts = sorted(drawn.sample(range(1, JOBS - 2), KILLS))
     moments = zip(counts, drawn.sample(sorted(REACHED), KILLS), strict=True)
     for number, (finished, reached) in enumerate(moments):
         parent = sweep.start()
@@ -100,7 +100,7 @@ def swept(tmp_path_factory) -> tuple[Sweep, list[dict[Path, bytes]]]:
         until(is_the_moment, 400)
         assert parent.poll() is None, (sweep.folder / "sweep.log").read_text()
         if number == 0:
-            parent.kill()  # the sweep alone: its cell saves, and nothing is left
+            parent.kill()  # the sweep alone: its job saves, and nothing is left
         else:
             for process in sweep.processes():  # as when the machine goes down
                 os.kill(process, signal.SIGKILL)
@@ -116,15 +116,15 @@ def test_35_a_sweep_that_is_killed_again_and_again_repeats_nothing_and_loses_not
     sweep, were_done = swept
     assert [len(done) for done in were_done] == sorted({len(done) for done in were_done})  # each start came further
     after = sweep.done()
-    assert len(after) == CELLS
+    assert len(after) == JOBS
     for done in were_done:
         assert {run: after[run] for run in done} == done  # no byte of a finished run changed
     told = json.loads((sweep.folder / "outputs" / "eighteen" / "sweep.json").read_text())
-    assert (told["status"], [cell["status"] for cell in told["cells"]]) == ("done", ["done"] * CELLS)
-    assert sum(cell["was"] == "done" for cell in told["cells"]) == len(were_done[-1])
+    assert (told["status"], [job["status"] for job in told["jobs"]]) == ("done", ["done"] * JOBS)
+    assert sum(job["previous_status"] == "done" for job in told["jobs"]) == len(were_done[-1])
 
 
-def test_each_cell_ran_its_own_config_on_both_ranks(swept):
+def test_each_job_ran_its_own_config_on_both_ranks(swept):
     sweep, _ = swept
     records = list(sweep.records().values())
     arms = {(r["config"]["beta"], r["config"]["reference"]["kind"], r["config"]["seed"]) for r in records}
@@ -133,7 +133,7 @@ def test_each_cell_ran_its_own_config_on_both_ranks(swept):
         assert [rank["rank"] for rank in record["ranks"]] == [0, 1]
         assert {rank["config"] for rank in record["ranks"]} == {record["config_digest"]}
         assert len({rank["pid"] for rank in record["ranks"]}) == 2
-    assert len({record["config_digest"] for record in records}) == CELLS
+    assert len({record["config_digest"] for record in records}) == JOBS
     for seed in SEEDS:  # arms are paired
         same = [record["identity"] for record in records if record["config"]["seed"] == seed]
         assert same == [same[0]] * (len(BETAS) * len(ABLATIONS))
@@ -168,5 +168,5 @@ def test_a_sweep_that_is_done_starts_no_process(swept):
     before = sweep.done()
     result = python_m("dpo_lab.train", *COMMAND, *TINY, cwd=sweep.folder)
     assert result.returncode == 0
-    assert f"{CELLS} skipped" in result.stdout
+    assert f"{JOBS} skipped" in result.stdout
     assert sweep.done() == before
