@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_lab.data.readers import CHUNK, READERS, read, rows_of, suffix
-from dpo_lab.data.text import COMPRESSED, from_json
+from dpo_lab.data.text import COMPRESSED, TooLarge, from_json
 
 SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # files that save_to_disk writes besides the rows
 SHOWN = 300  # characters of a library's error to show
@@ -107,6 +107,8 @@ class FileRows:
                     number = numbers[-1]
                     yield Chunk(str(file), numbers, chunk, position - done)
                     done = position
+            except TooLarge as error:
+                raise BadData(f"{file}: {error}") from None
             except Exception as error:  # many types, from system, codecs and pyarrow
                 raise _unreadable(file, f" after {number}", error) from error
             yield Chunk(str(file), [], [], size - done)
