@@ -124,14 +124,14 @@ def run_or_spawn_ranks(
     record: Mapping[str, Any],
     *,
     run: Callable[[Path], None],
-    again: Callable[[Mapping[str, Any], Path], None],
-    alone: bool = False,
+    if_done: Callable[[Mapping[str, Any], Path], None],
+    single_process: bool = False,
 ) -> None:
     """Call run(folder) in this process, or start as many ranks of the command `module` as the trainer has devices here.
 
-    record: the config as it is recorded. again(run record, folder): called instead if the run is done already. alone:
-    the run uses one process whatever the trainer's devices. Under --multirun the run is one job of a sweep, in a child
-    process.
+    record: the config as it is recorded. if_done(run record, folder): called instead if the run is done already.
+    single_process: the run uses one process whatever the trainer's devices. Under --multirun the run is one job of a
+    sweep, in a child process.
     """
     folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     run_record.refuse_outside(folder)
@@ -140,10 +140,10 @@ def run_or_spawn_ranks(
         return run_record.run_status(folder, record, schema.input_files(settings)) is run_record.RunStatus.done
 
     if HydraConfig.get().mode is RunMode.MULTIRUN and not job.is_task():
-        job.run_job(module, settings, None if alone else is_done)
+        job.run_job(module, settings, None if single_process else is_done)
         return
     with job.run_in_submitit_task(is_done) if HydraConfig.get().mode is RunMode.MULTIRUN else nullcontext():
-        _run_here(module, settings, folder, is_done, run=run, again=again, alone=alone)
+        _run_here(module, settings, folder, is_done, run=run, if_done=if_done, single_process=single_process)
 
 
 def _run_here(
@@ -153,8 +153,8 @@ def _run_here(
     is_done: Callable[[], bool],
     *,
     run: Callable[[Path], None],
-    again: Callable[[Mapping[str, Any], Path], None],
-    alone: bool,
+    if_done: Callable[[Mapping[str, Any], Path], None],
+    single_process: bool,
 ) -> None:
     """Run in this process, or start the ranks and wait for them."""
     if launcher.is_rank():
@@ -168,13 +168,13 @@ def _run_here(
     if is_done():
         finished = run_record.read_record(folder)
         assert finished is not None
-        again(finished, folder)
+        if_done(finished, folder)
         return
     trainer = settings.trainer
     try:
         ranks = (
             1
-            if alone
+            if single_process
             else launcher.num_local_ranks(str(trainer["accelerator"]), trainer["devices"], int(trainer["num_nodes"]))
         )
     except ValueError as error:

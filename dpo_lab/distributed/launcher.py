@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from dpo_lab.distributed.resource_locks import acquire_port, visible_gpus
+from dpo_lab.distributed.resource_locks import visible_gpus
 from dpo_lab.distributed.signals import StopSignal
 from dpo_lab.distributed.supervisor import (
     ERROR_FILE,
@@ -19,11 +20,12 @@ from dpo_lab.distributed.supervisor import (
     Rank,
     RepeatableStopRequest,
     root_cause,
+    start_rank,
     supervise,
 )
 
 PARENT = "DPO_LAB_PARENT"  # the parent's process id: the child ends when that process does
-STORE = "DPO_LAB_STORE"  # set if all ranks are on this machine: rank 0 opens the store, bound to 127.0.0.1
+STORE = "DPO_LAB_STORE"  # rank 0's file descriptor of the socket, bound to 127.0.0.1, on which it opens the store
 OPENED = "TORCHELASTIC_USE_AGENT_STORE"  # torch's variable: the store exists already, so no rank opens one
 
 # The variables of a rank; they must not be inherited by the processes of another run.
@@ -142,33 +144,37 @@ def run_ranks(
     if "SLURM_NTASKS" in base:
         base["SLURM_JOB_NAME"] = "interactive"  # or Lightning would take the SLURM task for the only rank
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        node, addresses = _rendezvous(base, nodes, stack)
-        shared = {k: v for k, v in base.items() if k not in DDP_VARIABLES} | addresses
-        request = RepeatableStopRequest()
-        stack.enter_context(request)
+    with RepeatableStopRequest() as request, ExitStack() as stack:
+        if nodes == 1:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            node, address = (
+                0,
+                {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), OPENED: "True"},
+            )
+        else:
+            listener = None
+            node, address = _rendezvous(base, nodes)
+        shared = {k: v for k, v in base.items() if k not in DDP_VARIABLES} | address
         ranks: list[Rank] = []
         for local in range(count):
             number = node * count + local
             numbers = {"NODE_RANK": node, "GROUP_RANK": node, "LOCAL_RANK": local, "RANK": number}
             sizes = {"LOCAL_WORLD_SIZE": count, "WORLD_SIZE": count * nodes, PARENT: os.getpid()}
-            variables = shared | {name: str(value) for name, value in (numbers | sizes).items()}
-            ranks.append(Rank.start(number, command, folder, cwd, variables))
-            stack.callback(ranks[-1].close)
+            sockets = {STORE: listener.fileno()} if listener and number == 0 else {}
+            variables = shared | {name: str(value) for name, value in (numbers | sizes | sockets).items()}
+            ranks.append(stack.enter_context(start_rank(number, command, folder, cwd, variables, [*sockets.values()])))
+        if listener:
+            listener.close()
         supervise(ranks, request, grace)
         if request.signum is None:
             return root_cause(ranks)
-        failed = [each for each in ranks if each.code not in EXIT_CODES and not each.stopped]
-        root_cause(failed)  # prints the log of a rank that failed while it was stopping
+        root_cause([rank for rank in ranks if rank.code not in EXIT_CODES and not rank.stopped])  # prints its log
         request.obey(request.signum)
         raise StopSignal(request.signum)
 
 
-def _rendezvous(base: Mapping[str, str], nodes: int, stack: ExitStack) -> tuple[int, dict[str, str]]:
-    """Return this node's rank and the rendezvous' variables: with a port locked until `stack` closes, or the user's."""
-    if nodes == 1:
-        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stack.enter_context(acquire_port()))}
-        return 0, here | {STORE: "1", OPENED: "True"}
+def _rendezvous(base: Mapping[str, str], nodes: int) -> tuple[int, dict[str, str]]:
+    """Return this node's rank and the variables by which the ranks of several nodes find each other."""
     missing = [name for name in RENDEZVOUS if not base.get(name)]
     node = base.get("NODE_RANK", "")
     if missing or not node.isdigit() or int(node) >= nodes:
