@@ -16,6 +16,7 @@ from dpo_lab.distributed.signals import StopSignal
 from dpo_lab.distributed.supervisor import (
     ERROR_FILE,
     EXIT_CODES,
+    STORE,
     ExitStatus,
     Rank,
     RepeatableStopRequest,
@@ -25,7 +26,6 @@ from dpo_lab.distributed.supervisor import (
 )
 
 PARENT = "DPO_LAB_PARENT"  # the parent's process id: the child ends when that process does
-STORE = "DPO_LAB_STORE"  # rank 0's file descriptor of the socket, bound to 127.0.0.1, on which it opens the store
 OPENED = "TORCHELASTIC_USE_AGENT_STORE"  # torch's variable: the store exists already, so no rank opens one
 
 # The variables of a rank; they must not be inherited by the processes of another run.
@@ -145,26 +145,16 @@ def run_ranks(
         base["SLURM_JOB_NAME"] = "interactive"  # or Lightning would take the SLURM task for the only rank
     folder.mkdir(parents=True, exist_ok=True)
     with RepeatableStopRequest() as request, ExitStack() as stack:
-        if nodes == 1:
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            node, address = (
-                0,
-                {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), OPENED: "True"},
-            )
-        else:
-            listener = None
-            node, address = _rendezvous(base, nodes)
+        node, address = _rendezvous(base, nodes, stack)
         shared = {k: v for k, v in base.items() if k not in DDP_VARIABLES} | address
         ranks: list[Rank] = []
         for local in range(count):
             number = node * count + local
-            numbers = {"NODE_RANK": node, "GROUP_RANK": node, "LOCAL_RANK": local, "RANK": number}
+            places = {"NODE_RANK": node, "GROUP_RANK": node, "LOCAL_RANK": local, "RANK": number}
             sizes = {"LOCAL_WORLD_SIZE": count, "WORLD_SIZE": count * nodes, PARENT: os.getpid()}
-            sockets = {STORE: listener.fileno()} if listener and number == 0 else {}
-            variables = shared | {name: str(value) for name, value in (numbers | sizes | sockets).items()}
-            ranks.append(stack.enter_context(start_rank(number, command, folder, cwd, variables, [*sockets.values()])))
-        if listener:
-            listener.close()
+            variables = shared | {name: str(value) for name, value in (places | sizes).items()}
+            ranks.append(stack.enter_context(start_rank(number, command, folder, cwd, variables)))
+            shared.pop(STORE, None)
         supervise(ranks, request, grace)
         if request.signum is None:
             return root_cause(ranks)
@@ -173,8 +163,15 @@ def run_ranks(
         raise StopSignal(request.signum)
 
 
-def _rendezvous(base: Mapping[str, str], nodes: int) -> tuple[int, dict[str, str]]:
-    """Return this node's rank and the variables by which the ranks of several nodes find each other."""
+def _rendezvous(base: Mapping[str, str], nodes: int, stack: ExitStack) -> tuple[int, dict[str, str]]:
+    """Return this node's rank and the variables by which ranks find each other.
+
+    On a single node that is a socket which listens on a free port until `stack` closes; else it is the user's choice.
+    """
+    if nodes == 1:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+        return 0, address | {STORE: str(listener.fileno()), OPENED: "True"}
     missing = [name for name in RENDEZVOUS if not base.get(name)]
     node = base.get("NODE_RANK", "")
     if missing or not node.isdigit() or int(node) >= nodes:

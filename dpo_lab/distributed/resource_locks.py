@@ -77,30 +77,9 @@ def _try_gpus(folder: Path, gpus: list[str], count: int, stack: ExitStack) -> li
 
 def threads_per_job(jobs: int) -> int:
     """Return the threads for each of `jobs` parallel runs, at least 1: its share of the CPUs this process may use."""
-    counts: list[float] = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    counts += _quotas(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    return max(1, int(min(counts)) // jobs)
+    import joblib  # only its launcher runs several jobs on this machine
 
-
-def _quotas(root: Path, membership: Path) -> Iterator[float]:
-    """Yield the CPU limits of the process's control groups (versions 1 and 2), in CPUs."""
-    lines = membership.read_text().splitlines() if membership.exists() else []
-    for controllers, group in (line.split(":", 2)[1:] for line in lines):
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        place = Path(controllers and "cpu") / group.lstrip("/")
-        for folder in (root / place, *(root / parent for parent in place.parents)):  # limits of parent groups apply too
-            try:
-                if controllers:
-                    quota, period = (
-                        (folder / f"cpu.cfs_{what}_us").read_text().strip() for what in ("quota", "period")
-                    )
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-            except OSError:
-                continue
-            if quota not in ("max", "-1"):
-                yield int(quota) / int(period)
+    return max(1, joblib.cpu_count() // jobs)
 
 
 def _try_lock(path: Path, stack: ExitStack) -> bool:

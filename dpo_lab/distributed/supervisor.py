@@ -1,4 +1,12 @@
-"""Watch the ranks of one run: wait for them, pass signals on, kill what is left, and name the rank that failed first."""
+"""Watch the ranks of one run: wait for them, pass signals on, kill what is left, and name the rank that failed first.
+
+torch's elastic agent (torchrun, elastic_launch) was tried instead; rows of docs/faults.md that it does not hold:
+7: it kills no ranks at a second signal, and asks the others to stop as soon as one has ended, though it may still save.
+9: it gives a stuck rank a fixed 30 seconds, leaves the processes that a rank has started, overwrites the log of the
+attempt before, and tells which rank failed first by whole seconds.
+45: its store listens on all interfaces.
+It also imports torch in a process that only waits.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +27,9 @@ from typing import IO
 
 from dpo_lab.distributed.signals import REQUEUE, STOP_SIGNALS, TIME_IS_UP, StopRequest, StopSignal
 
-ERROR_FILE = (
-    "DPO_LAB_ERROR_FILE"  # the environment variable with the path of the file in which a rank reports its error
-)
+# Environment variables of a rank.
+ERROR_FILE = "DPO_LAB_ERROR_FILE"  # the path of the file in which it reports its error
+STORE = "DPO_LAB_STORE"  # rank 0's file descriptor of the socket, bound to 127.0.0.1, on which it opens the store
 # Exit codes of a process that was asked to stop.
 EXIT_CODES = {code for signum in (*STOP_SIGNALS, TIME_IS_UP) for code in (128 + signum, -signum)}
 
@@ -138,9 +146,9 @@ class Rank:
 
 @contextmanager
 def start_rank(
-    number: int, command: Sequence[str], folder: Path, cwd: Path, variables: dict[str, str], open_files: Sequence[int]
+    number: int, command: Sequence[str], folder: Path, cwd: Path, variables: dict[str, str]
 ) -> Iterator[Rank]:
-    """Start `command` as rank `number`, with these environment variables and open files; kill it when the context ends."""
+    """Start `command` with these environment variables as rank `number`; kill it when the context ends."""
     error_file = folder.absolute() / f".rank-{number}.error"
     error_file.unlink(missing_ok=True)
     with (folder / f"rank-{number}.log").open("ab+") if number else nullcontext() as log:
@@ -152,7 +160,7 @@ def start_rank(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            pass_fds=open_files,
+            pass_fds=[int(variables[STORE])] if STORE in variables else [],
         )
         wake = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None
         rank = Rank(number, process, error_file, log, log.tell() if log else 0, wake)
@@ -184,19 +192,9 @@ def supervise(ranks: Sequence[Rank], request: RepeatableStopRequest, grace: floa
             for rank in running:
                 rank.kill()
                 if is_forwarded:
-                    print(
-                        f"rank {rank.number} had not ended when it was asked to stop, and was killed", file=sys.stderr
-                    )
-        _wait(running)
-
-
-def _wait(running: Sequence[Rank]) -> None:
-    """Wait until one of them ends, for at most 0.1 seconds."""
-    wakes = [rank.wake for rank in running if rank.wake is not None]
-    if wakes:
-        select.select(wakes, [], [], 0.1)
-    else:
-        time.sleep(0.05)
+                    line = f"rank {rank.number} had not ended when it was asked to stop, and was killed"
+                    print(line, file=sys.stderr)
+        select.select([rank.wake for rank in running if rank.wake is not None], [], [], 0.1)  # or until one has ended
 
 
 def root_cause(ranks: Sequence[Rank]) -> ExitStatus:
@@ -204,23 +202,23 @@ def root_cause(ranks: Sequence[Rank]) -> ExitStatus:
     failed = [rank for rank in ranks if rank.code]
     if not failed:
         return ExitStatus(0)
-    failed_rank = min(failed, key=_when)
-    reported, code = failed_rank.read_error_file(), failed_rank.code or 0
-    if reported and failed_rank.stopped:
+    first = min(failed, key=_when)
+    reported, code, log = first.read_error_file(), first.code or 0, first.end_of_log()
+    if reported and first.stopped:
         code = reported[1]
     if reported:
-        error = f"rank {failed_rank.number}: {reported[2]}"
+        error = f"rank {first.number}: {reported[2]}"
     elif code < 0:
-        error = f"rank {failed_rank.number} was killed by {_signal_name(-code)}"
+        error = f"rank {first.number} was killed by {_signal_name(-code)}"
     elif code in EXIT_CODES:
-        error = f"rank {failed_rank.number} was asked to stop by {_signal_name(code - 128)}"
-    elif line := _error_in(failed_rank.end_of_log()):
-        error = f"rank {failed_rank.number}: {line}"
+        error = f"rank {first.number} was asked to stop by {_signal_name(code - 128)}"
+    elif line := _error_in(log):
+        error = f"rank {first.number}: {line}"
     else:
-        error = f"rank {failed_rank.number} ended with exit code {code}"
-    if failed_rank.log and code not in EXIT_CODES:
-        print(f"{failed_rank.end_of_log()}\n{error}; its log: {failed_rank.log.name}", file=sys.stderr)
-    return ExitStatus(code if code > 0 else 128 - code, failed_rank.number, error)
+        error = f"rank {first.number} ended with exit code {code}"
+    if first.log and code not in EXIT_CODES:
+        print(f"{log}\n{error}; its log: {first.log.name}", file=sys.stderr)
+    return ExitStatus(code if code > 0 else 128 - code, first.number, error)
 
 
 def _when(rank: Rank) -> tuple[bool, float]:

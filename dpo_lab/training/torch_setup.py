@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
-from dpo_lab.distributed.launcher import STORE
+from dpo_lab.distributed.supervisor import STORE
 
 _opened: list[TCPStore] = []  # keeps the stores open until the process ends
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from <malloc.h>

@@ -181,23 +181,8 @@ def test_the_locks_lie_where_no_one_else_can_write(temp, monkeypatch):
         resource_locks.acquire_gpus(1).__enter__()
 
 
-def test_cpus_are_shared_out_within_the_limits_of_the_control_groups(tmp_path, monkeypatch):
-    membership = tmp_path / "cgroup"
-    membership.write_text("4:cpuset:/\n3:cpu,cpuacct:/job/step\n0::/job/step\n")
-    for path, text in {
-        "cpu/job/cpu.cfs_quota_us": "450000",
-        "cpu/job/cpu.cfs_period_us": "100000",
-        "cpu/job/step/cpu.cfs_quota_us": "-1",
-        "cpu/job/step/cpu.cfs_period_us": "100000",
-        "job/cpu.max": "600000 100000",
-        "job/step/cpu.max": "max 100000",
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(f"{text}\n")
-    quotas = resource_locks._quotas(tmp_path, membership)
-    assert sorted(quotas) == [4.5, 6.0]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(resource_locks, "_quotas", lambda *_: iter([4.5, 6.0]))
-    assert [resource_locks.threads_per_job(cells) for cells in (1, 2, 3, 9)] == [4, 2, 1, 1]
-    monkeypatch.setattr(resource_locks, "_quotas", lambda *_: iter([]))
-    assert resource_locks.threads_per_job(3) == 2
+def test_cpus_are_shared_out(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert [resource_locks.threads_per_job(jobs) for jobs in (1, 3)] == [1, 1]
+    monkeypatch.setattr("joblib.cpu_count", lambda: 8)
+    assert [resource_locks.threads_per_job(jobs) for jobs in (1, 2, 3, 9)] == [8, 4, 2, 1]
