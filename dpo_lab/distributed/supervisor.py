@@ -26,6 +26,7 @@ from types import FrameType
 from typing import IO
 
 from dpo_lab.distributed.signals import REQUEUE, STOP_SIGNALS, TIME_IS_UP, StopRequest, StopSignal
+from dpo_lab.errors import first_line
 
 # Environment variables of a rank.
 ERROR_FILE = "DPO_LAB_ERROR_FILE"  # the path of the file in which it reports its error
@@ -65,7 +66,7 @@ def report_error(error: str, code: int) -> None:
     if path is None or not error.strip() or os.path.exists(path):
         return
     with suppress(OSError):
-        Path(path).write_text(f"{time.monotonic()} {code} {error.strip().splitlines()[0]}")
+        Path(path).write_text(f"{time.monotonic()} {code} {first_line(error)}")
 
 
 def report_stop(stopped: StopSignal) -> None:

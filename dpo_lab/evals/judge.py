@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_lab.errors import first_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,7 +52,7 @@ class Judge:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         from dpo_lab.models.checkpoint_keys import check_keys
-        from dpo_lab.models.policy import PolicyError, first_line
+        from dpo_lab.models.policy import PolicyError
         from dpo_lab.models.probes import hard_positions, positions_of
 
         try:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dpo_lab.errors import first_line
 from dpo_lab.models.checkpoint_keys import some_of
-from dpo_lab.models.policy import PolicyError, Pretrained, first_line
+from dpo_lab.models.policy import PolicyError, Pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,8 +48,9 @@ def with_fresh_adapters(model: PreTrainedModel, settings: Pretrained, seed: int)
         try:
             return peft.get_peft_model(model, lora)
         except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise PolicyError(f"policy.targets={settings.targets}: {reason}; type policy.targets=all-linear") from error
+            raise PolicyError(
+                f"policy.targets={settings.targets}: {first_line(error)}; type policy.targets=all-linear"
+            ) from error
 
 
 def with_trained_adapters(model: PreTrainedModel, settings: Pretrained) -> PreTrainedModel:

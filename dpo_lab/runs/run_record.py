@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dpo_lab.distributed.signals import StopSignal
+from dpo_lab.errors import first_line
 from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
 from dpo_lab.runs.fingerprint import changed_files, config_digest, difference, fingerprint
 from dpo_lab.runs.redact import redact, redact_override, redact_text
@@ -148,7 +149,7 @@ def acquire_run(
             with suppress(OSError):  # if the record can't be written, the run's own error is the one to raise
                 run.update(**_ending(error))
             raise
-        run.update(status="done", finished=_now())
+        run.update(status="done", finished=now())
 
 
 def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) -> RunStatus:
@@ -179,7 +180,7 @@ def mark_ended(folder: Path, status: str, error: str) -> None:
     with _locked(folder):
         record = read_record(folder)
         if record is not None and record["status"] != "done":
-            _commit(folder, record | {"status": status, "error": redact_text(error), "finished": _now()})
+            _commit(folder, record | {"status": status, "error": redact_text(error), "finished": now()})
 
 
 @contextmanager
@@ -230,18 +231,18 @@ def _attempt(earlier: Mapping[str, Any]) -> dict[str, Any]:
 def _ending(error: BaseException) -> dict[str, Any]:
     """Return status, error and time of a run that an exception ended."""
     if isinstance(error, StopSignal):
-        return {"status": error.status, "error": f"stopped by {error}", "finished": _now()}
+        return {"status": error.status, "error": f"stopped by {error}", "finished": now()}
     if isinstance(error, SystemExit):  # how a scheduler's handler exits after it has requeued the job
-        return {"status": "preempted", "error": "requeued by the scheduler", "finished": _now()}
+        return {"status": "preempted", "error": "requeued by the scheduler", "finished": now()}
     stopped = isinstance(error, KeyboardInterrupt)
-    what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return {"status": "interrupted" if stopped else "failed", "error": redact_text(what), "finished": _now()}
+    what = first_line(f"{type(error).__name__}: {error}")
+    return {"status": "interrupted" if stopped else "failed", "error": redact_text(what), "finished": now()}
 
 
 def _new_record(config: Mapping[str, Any], overrides: Sequence[str], files: Sequence[Path]) -> dict[str, Any]:
     return {
         "status": "running",
-        "started": _now(),
+        "started": now(),
         "config": redact(config),
         "config_digest": config_digest(config),
         "overrides": [redact_override(override) for override in overrides],
@@ -268,7 +269,8 @@ def _archive_previous(folder: Path) -> None:
         os.replace(path, aside / path.name)
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ from dpo_lab.config.schema import RunConfig
 from dpo_lab.distributed.launcher import DDP_VARIABLES, PARENT, set_parent_death_signal, stop
 from dpo_lab.distributed.resource_locks import acquire_gpus, threads_per_job
 from dpo_lab.distributed.signals import STOP_SIGNALS, StopSignal, stopped_by
+from dpo_lab.errors import first_line
 from dpo_lab.runs import run_record
 from dpo_lab.runs.redact import redact_command
-from dpo_lab.sweeps.job_status import JobStatusStore, first_line, tail, whereabouts
+from dpo_lab.sweeps.job_status import JobStatusStore, tail, whereabouts
 
 LOG = "output.log"  # in a job's folder: the output of its process
 # Force the colours of a terminal, which a log file must not have.
@@ -107,13 +107,13 @@ def run_in_submitit_task(is_done: Callable[[], bool]) -> Iterator[None]:
         status, error = ("done", None) if _rank() or is_done() else ("failed", "ended without a result")
     except (StopSignal, KeyboardInterrupt) as stopped:
         status = stopped.status if isinstance(stopped, StopSignal) else "interrupted"
-        error = f"stopped by {first_line(stopped) or 'SIGINT'}"
+        error = f"stopped by {stopped if isinstance(stopped, StopSignal) else 'SIGINT'}"
     except SystemExit as end:
         if end.code not in (1, 2, 130, 142, 143):
             raise  # requeued
         status, error = _ending(folder, before, end.code, is_done)
     except Exception as failure:
-        status, error = "failed", f"{type(failure).__name__}: {first_line(failure)}"
+        status, error = "failed", first_line(f"{type(failure).__name__}: {failure}")
     finally:
         over.set()
         write_status(folder, status=status, error=error, seconds=time.monotonic() - start, **entry)
@@ -176,7 +176,7 @@ def raise_if_stopping(store: JobStatusStore) -> None:
 def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess.Popen:
     hydra = HydraConfig.get()
     line = command(module, hydra)
-    output.write(f"=== {datetime.now().isoformat(' ', 'seconds')} {redact_command(line)}\n".encode())
+    output.write(f"=== {run_record.now()} {redact_command(line)}\n".encode())
     output.flush()
     clean = {k: v for k, v in os.environ.items() if k not in (*DDP_VARIABLES, *COLOURING)}
     environment = {**clean, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1", **variables}

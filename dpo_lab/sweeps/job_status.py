@@ -107,9 +107,3 @@ def tail(path: Path, size: int = 1 << 14) -> list[str]:
             return file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
-
-
-def first_line(error: BaseException | str | None) -> str:
-    """Return the first line of an error's message."""
-    text = str(error or "").strip()
-    return text.splitlines()[0] if text else ""

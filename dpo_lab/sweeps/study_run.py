@@ -10,12 +10,12 @@ from typing import Any
 
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.runs.redact import redact_override
-from dpo_lab.runs.run_record import slug
+from dpo_lab.runs.run_record import now, slug
 from dpo_lab.studies.archive import FOLDER, path_of
 from dpo_lab.studies.load import RunSet, gather
 from dpo_lab.studies.spec import RECORD, Study, StudyError
 from dpo_lab.sweeps.plan import Job
-from dpo_lab.sweeps.summary import Outcome, now
+from dpo_lab.sweeps.summary import Outcome
 
 
 class StudyRun:

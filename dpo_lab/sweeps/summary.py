@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.runs.redact import redact_command, redact_override
-from dpo_lab.runs.run_record import RunStatus
+from dpo_lab.runs.run_record import RunStatus, now
 from dpo_lab.sweeps.job_status import SWEEP, JobStatusStore, is_process_dead
 from dpo_lab.sweeps.plan import Job
 
@@ -127,11 +126,6 @@ def duration(seconds: float | None) -> str:
     if minutes < 1:
         return f"{rest} s"
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def now() -> str:
-    """Return the current time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _module() -> str:

@@ -19,10 +19,11 @@ from rich.console import Console
 
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.distributed.signals import StopRequest, StopSignal
-from dpo_lab.runs.run_record import RunStatus
+from dpo_lab.errors import first_line
+from dpo_lab.runs.run_record import RunStatus, now
 from dpo_lab.sweeps import plan, summary
 from dpo_lab.sweeps.job import max_parallel_jobs
-from dpo_lab.sweeps.job_status import JobStatusStore, first_line, is_process_dead
+from dpo_lab.sweeps.job_status import JobStatusStore, is_process_dead
 from dpo_lab.sweeps.monitor import ProgressMonitor
 from dpo_lab.sweeps.ray_launcher import RayLauncher, check
 from dpo_lab.terminal.progress import plain_console
@@ -90,7 +91,7 @@ class CellSweeper(Sweeper):
         """Run the jobs that are not done while the folder of the sweep is locked."""
         todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
         launcher = self._launcher(len(todo)) if todo else None
-        folder, started, error = store.folder, summary.now(), None
+        folder, started, error = store.folder, now(), None
         console.print(f"{folder}: {_counts(statuses)}")
         for job in todo:
             store.forget(job.folder)
@@ -130,7 +131,7 @@ def _launch(launcher: Launcher, jobs: Sequence[plan.Job]) -> str | None:
     except StopSignal:
         pass  # a second SIGINT: the summary shows how far the jobs are
     except Exception as error:
-        return f"{type(error).__name__}: {first_line(error)}"
+        return first_line(f"{type(error).__name__}: {error}")
     return None
 
 
