@@ -12,6 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from dpo_lab.errors import check_at_least
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -158,8 +160,7 @@ class SimPO(PerToken):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.gamma >= 0 and math.isfinite(self.gamma)):
-            raise ValueError(f"loss.gamma={self.gamma}: must be 0 or more; type e.g. loss.gamma=1")
+        check_at_least("loss.gamma", self.gamma, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         h = self.log_ratios(policy, reference).margin
@@ -217,7 +218,7 @@ class RPO(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_weight("loss.alpha", self.alpha)
+        check_at_least("loss.alpha", self.alpha, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         h = self.log_ratios(policy, reference).margin
@@ -237,7 +238,7 @@ class DPOP(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_weight("loss.penalty", self.penalty)
+        check_at_least("loss.penalty", self.penalty, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         ratios = self.log_ratios(policy, reference)
@@ -264,17 +265,12 @@ class DPOKL(Loss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_weight("loss.kl_weight", self.kl_weight)
+        check_at_least("loss.kl_weight", self.kl_weight, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         r = self.log_ratios(policy, reference)
         kl = (r.chosen.square() + r.rejected.square()) / 4
         return -log_sigmoid(self.beta * r.margin) + self.kl_weight * kl
-
-
-def _check_weight(key: str, weight: float) -> None:
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise ValueError(f"{key}={weight}: must be 0 or more; type e.g. {key}=1")
 
 
 LOSSES: dict[str, type[Loss]] = {

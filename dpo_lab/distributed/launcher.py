@@ -24,6 +24,7 @@ from dpo_lab.distributed.supervisor import (
     start_rank,
     supervise,
 )
+from dpo_lab.errors import check_at_least
 
 PARENT = "DPO_LAB_PARENT"  # the parent's process id: the child ends when that process does
 OPENED = "TORCHELASTIC_USE_AGENT_STORE"  # torch's variable: the store exists already, so no rank opens one
@@ -64,8 +65,7 @@ def num_local_ranks(accelerator: str, devices: int | str | Sequence[int], num_no
 
     Raises ValueError if a setting is invalid, or if the GPUs that it asks for can't be counted.
     """
-    if num_nodes < 1:
-        raise ValueError(f"trainer.num_nodes={num_nodes}: must be 1 or more; type e.g. trainer.num_nodes=1")
+    check_at_least("trainer.num_nodes", num_nodes, 1, 1)
     if isinstance(devices, str) and devices != "auto":
         try:
             devices = [int(x) for x in devices.split(",") if x.strip()] if "," in devices else int(devices)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dpo_lab.errors import check_at_least
 from dpo_lab.evals.calibration import Calibration
 from dpo_lab.evals.displacement import Displacement
 from dpo_lab.evals.judge import Judge
@@ -55,12 +56,8 @@ class Evals:
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "texts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evals.{name}={getattr(self, name)}: must be 1 or more; type e.g. evals.{name}=256")
-        if self.train_pairs < 0:
-            raise ValueError(
-                f"evals.train_pairs={self.train_pairs}: must be 0 or more; type e.g. evals.train_pairs=256"
-            )
+            check_at_least(f"evals.{name}", getattr(self, name), 1, 256)
+        check_at_least("evals.train_pairs", self.train_pairs, 0, 256)
         for name in self.run:
             if name not in EVALUATORS:
                 near = difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0)[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_lab.errors import first_line
+from dpo_lab.errors import check_at_least, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +35,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         for name in ("max_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"evals.judge.{name}={getattr(self, name)}: must be 1 or more; type evals.judge.{name}=32"
-                )
+            check_at_least(f"evals.judge.{name}", getattr(self, name), 1, 32)
 
     def load(self, device: torch.device | str = "cpu") -> Score | None:
         """Load the judge and return its score function, which all ranks have to call; return None without a judge.

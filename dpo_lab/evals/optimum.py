@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpo_lab.errors import check_at_least
 from dpo_lab.stats.estimates import Estimate, mean
 
 if TYPE_CHECKING:
@@ -33,10 +34,7 @@ class Optimum:
 
     def __post_init__(self) -> None:
         for name, least in (("candidates", 2), ("prompts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"evals.optimum.{name}={getattr(self, name)}: must be {least} or more; type e.g. evals.optimum.{name}=128"
-                )
+            check_at_least(f"evals.optimum.{name}", getattr(self, name), least, 128)
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         keys, rewards = context.candidate_rewards(self.prompts, self.candidates)

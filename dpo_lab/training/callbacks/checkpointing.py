@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dpo_lab.distributed.collectives import all_gather_object
 from dpo_lab.distributed.signals import StopSignal
+from dpo_lab.errors import check_at_least
 from dpo_lab.runs import metrics_log
 from dpo_lab.runs.run_record import CHECKPOINTS
 from dpo_lab.training import rng_state
@@ -34,8 +35,7 @@ class Checkpointing(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 80, keep: int = 2) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"callbacks.checkpoint.every_n_steps={every_n_steps}: must be 1 or more; type e.g. 80")
+        check_at_least("callbacks.checkpoint.every_n_steps", every_n_steps, 1, 80)
         if keep < 2:
             raise ValueError(f"callbacks.checkpoint.keep={keep}: must be 2 or more; one could be damaged; type 2")
         self.every_n_steps, self.keep = every_n_steps, keep
