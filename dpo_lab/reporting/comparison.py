@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_lab.reporting.figures.axes import format_value, signed
+from dpo_lab.reporting.formatting import format_value, signed
 from dpo_lab.reporting.run_summary import ROWS
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import Verdict

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lab.reporting.comparison import Measured, count_text, difference_text, interval_text, p_text
-from dpo_lab.reporting.figures.axes import format_value
+from dpo_lab.reporting.formatting import format_value
 from dpo_lab.studies.run_data import RunData, RunSet
 
 NOISE = "flipped by label noise"  # among a record's counts
