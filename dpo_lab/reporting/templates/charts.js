@@ -193,9 +193,9 @@ for (const figure of document.querySelectorAll("figure")) {
   const {panels, legend} = JSON.parse(figure.querySelector("script").textContent);
   const place = figure.querySelector(".panels"), hidden = new Set(), types = {};
   const redraw = () => {
-    const room = Math.max(280, place.clientWidth), most = Math.floor((room + GAP) / 352);
-    const across = Math.min(panels.length, most) || 1;
-    const width = Math.min(panels.length > 1 ? 560 : 720, Math.floor((room - GAP * (across - 1)) / across));
+    const room = Math.max(280, place.clientWidth), most = Math.floor((room + GAP) / 352) || 1; // panels in a row
+    const across = Math.ceil(panels.length / Math.ceil(panels.length / most)); // 4 are 2 and 2 rather than 3 and 1
+    const width = Math.min(panels.length > 1 ? 600 : 720, Math.floor((room - GAP * (across - 1)) / across));
     place.replaceChildren(...panels.map((panel) => draw(panel, hidden, types, width)));
     place.querySelectorAll("svg.chart").forEach(separate);
   };
