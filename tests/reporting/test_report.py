@@ -151,6 +151,15 @@ def test_nothing_in_a_page_can_act(folder):
     assert re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", whole) is None
 
 
+def test_a_hostile_name_in_the_data_of_a_chart_ends_no_script(again):
+    record = again / "study.json"
+    record.write_text(record.read_text().replace("<b>crash</b>", json.dumps(HOSTILE[2])[1:-1]))
+    parsed = Parsed(page(gather([again]), again))
+    (by_arm,) = [panel for each in parsed.charts for panel in each["panels"] if panel.get("title") == "true_accuracy"]
+    assert by_arm["rows"][-1] == strip_control(HOSTILE[2])
+    assert not any("onload" in attributes for _, attributes in parsed.tags)
+
+
 def test_the_same_runs_give_the_same_bytes_wherever_one_stands(folder, monkeypatch, tmp_path):
     first = page(gather([folder]), folder)
     monkeypatch.chdir(folder)

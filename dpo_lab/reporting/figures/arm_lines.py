@@ -58,17 +58,11 @@ def of_two(collection: RunSet, arm: Arm, x: str, y: str, axis: str) -> Point | N
     if not (both := sorted(across.keys() & up.keys())):
         return None
     right, high = mean(across[seed] for seed in both), mean(up[seed] for seed in both)
-    says = f"{tooltip(arm.name, y, high)}; {x} {interval_text(right)}"
+    tip = f"{tooltip(arm.name, y, high)}; {x} {interval_text(right)}"
     name = format_short(arm.at[axis]) if axis in arm.at else arm.name
-    return Point(right.value, high.value, says, name, x_interval=right.interval, y_interval=high.interval)
+    return Point(right.value, high.value, tip, name, x_interval=right.interval, y_interval=high.interval)
 
 
 def label_of(number: int, names: Sequence[str]) -> str:
     """Return the legend's label of line number `number`; lines in grey share one."""
-    return (
-        names[number]
-        if number < STYLES
-        else f"{len(names) - STYLES} others"
-        if len(names) > STYLES + 1
-        else "another arm"
-    )
+    return names[number] if number < STYLES else f"{len(names) - STYLES} more"

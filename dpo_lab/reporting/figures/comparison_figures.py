@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_lab.reporting.figures.arm_lines import label_of, lines_of, style_of, tooltip
 from dpo_lab.reporting.figures.charts import GREY, STYLES, Chart, Panel, Point, Series, chart
-from dpo_lab.reporting.figures.learning_curves import thinned
+from dpo_lab.reporting.figures.learning_curves import POINTS, thinned
 from dpo_lab.reporting.figures.reward_kl import against, reward_against_kl, scale_of
 from dpo_lab.reporting.formatting import format_value
 from dpo_lab.stats.estimates import mean
@@ -135,6 +135,7 @@ def _beside(number: int, of: int) -> float:
 def _curves(collection: RunSet, arms: Sequence[Arm], columns: Sequence[str], logs: MetricsLogs) -> Chart | None:
     ordered = sorted(arms, key=lambda arm: arm.name != collection.baseline)
     names = [arm.name for arm in ordered]
+    limit = max(50, min(CURVE_POINTS // max(1, len(ordered)), POINTS))
     panels, most = [], 1
     for column in columns:
         series = []
@@ -148,8 +149,7 @@ def _curves(collection: RunSet, arms: Sequence[Arm], columns: Sequence[str], log
                 continue
             steps = sorted(by_step)
             (x, y, of_each), (_, low, _), (_, high, _) = (
-                thinned(steps, [of(by_step[step]) for step in steps], CURVE_POINTS // len(ordered))
-                for of in (fmean, min, max)
+                thinned(steps, [of(by_step[step]) for step in steps], limit) for of in (fmean, min, max)
             )
             is_line, style = len(x) > 1, style_of(number)  # logged once: a point instead of a line
             spans = [None] * len(x) if style == GREY and is_line else list(zip(low, high, strict=True))

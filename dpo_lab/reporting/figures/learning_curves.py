@@ -92,10 +92,8 @@ def points_of(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
 
 
 def thinned(steps: Sequence[int], values: Sequence[float], most: int = POINTS) -> tuple[list[float], list[float], int]:
-    """Return at most `most` points (but up to 50, and never above POINTS) and how many neighbours each is the mean of,
-    without NaN.
-    """
-    of_each = math.ceil(len(steps) / min(max(most, 50), POINTS))
+    """Return at most `most` points and how many neighbours each is the mean of, without NaN."""
+    of_each = math.ceil(len(steps) / most)
     x, y = [], []
     for start in range(0, len(steps), of_each):
         part = slice(start, start + of_each)

@@ -23,13 +23,13 @@ function elide(text, width) {
   return text.length <= most ? text : `${text.slice(0, most / 2 - 1)}…${text.slice(1 - most / 2)}`;
 }
 
-/** An axis around finite values; `beyond` counts those too far off, which would squeeze the others into a line. */
-function axisAround(values, type) {
+/** An axis around finite values. It may leave out the `beyond` values too far off, which would squeeze the others. */
+function axisAround(values, type, mayLeaveOut) {
   const isShown = (v) => Number.isFinite(v) && (type !== "log" || v > 0);
   const known = values.filter(isShown).sort(d3.ascending);
   if (!known.length) return null;
   const [least, most] = [d3.quantile(known, 0.05), d3.quantile(known, 0.95)];
-  const reach = known.length < 20 || type !== "linear" || least === most ? Infinity : 5 * (most - least);
+  const reach = mayLeaveOut && type !== "log" && known.length >= 20 ? 5 * (most - least) || Infinity : Infinity;
   const kept = known.filter((v) => v >= least - reach && v <= most + reach);
   let [low, high] = d3.extent(kept);
   if (type === "root") low = 0;
@@ -51,7 +51,7 @@ function axisOfRows(domain) {
 
 /** Ticks at `wanted` or, except on a linear scale, at round values, without those within `gap` px of another. */
 function ticks(axis, wanted, length, gap) {
-  if (!wanted && axis.type === "linear") return Math.max(2, Math.round(length / (gap * 2)));
+  if (!wanted && axis.type === "linear") return d3.ticks(...axis.domain, Math.max(2, Math.round(length / (gap * 2))));
   const place = Plot.scale({x: {type: axis.type, domain: axis.domain, range: [0, length]}}).apply;
   const round = [1, 5, 2].flatMap((m) => d3.range(12, -10, -1).map((power) => Number(`${m}e${power}`)));
   const kept = [];
@@ -92,8 +92,8 @@ function draw(panel, hidden, types, width) {
   const [measured, left] = [rowsOf(panel.series), rowsOf(series)];
   const rows = panel.rows?.filter((row) => left.has(row) || !measured.has(row));
   const [xType, yType] = [types.x || panel.x || "linear", types.y || panel.y || "linear"];
-  const x = axisAround([...values("x", 0), ...(panel.lines ?? []), ...(panel.dashed ?? [])], xType);
-  const y = rows ? axisOfRows(rows) : axisAround(values("y", 1), yType);
+  const x = axisAround([...values("x", 0), ...(panel.lines ?? []), ...(panel.dashed ?? [])], xType, false);
+  const y = rows ? axisOfRows(rows) : axisAround(values("y", 1), yType, true);
   if (!x || !y || !series.length) return "";
   const drawn = series.map((s) => [s, s.points.map((p) => ({
     ...p, isShown: x.fits(p.x) && y.fits(p.y),
@@ -104,20 +104,19 @@ function draw(panel, hidden, types, width) {
   const [marginTop, marginBottom, marginLeft, marginRight] = [panel.title ? 28 : 6, panel.xlabel ? 42 : 24, 14 + labels, 14];
   const inner = width - marginLeft - marginRight;
   const title = panel.title + (rows ? "" : SUFFIXES[yType]) + (y.beyond ? ` (${y.beyond} outliers not shown)` : "");
+  const xTicks = ticks(x, panel.ticks, inner - 36, 32), yTicks = rows ?? ticks(y, null, 200, 22);
   const isNamed = panel.series.some((s) => s.points.some((p) => p.name));
   const svg = Plot.plot({
     width, height: rows ? marginTop + marginBottom + 24 * rows.length : isNamed ? 340 : 290,
     marginTop, marginBottom, marginLeft, marginRight, inset: rows ? 0 : 10, insetLeft: 18, insetRight: 18,
     className: "chart", ariaLabel: panel.title || drawn[0][1][0].tip,
-    x: {
-      type: x.type, domain: x.domain, grid: true, ticks: ticks(x, panel.ticks, inner - 36, 32), tickFormat: short, tickSize: 0,
-      label: panel.xlabel && elide(panel.xlabel + SUFFIXES[xType], inner), labelAnchor: "center", labelArrow: "none",
-      labelOffset: 36,
-    },
-    y: {label: null, tickSize: 0, ...(rows
-      ? {type: "point", domain: rows, padding: 0.5, tickFormat: (row) => elide(row, labels)}
-      : {type: y.type, domain: y.domain, grid: true, ticks: ticks(y, null, 200, 22), tickFormat: short})},
+    x: {type: x.type, domain: x.domain}, y: rows ? {type: "point", domain: rows, padding: 0.5} : {type: y.type, domain: y.domain},
     marks: [
+      Plot.gridX(xTicks), Plot.axisX(xTicks, {
+        text: short, tickSize: 0, label: panel.xlabel && elide(panel.xlabel + SUFFIXES[xType], inner), labelAnchor: "center",
+        labelArrow: "none", labelOffset: 36,
+      }),
+      !rows && Plot.gridY(yTicks), Plot.axisY(yTicks, {text: rows ? (row) => elide(row, labels) : short, tickSize: 0, label: null}),
       labels && Plot.frame({anchor: "left", strokeOpacity: 0.6}),
       Plot.frame({anchor: "bottom", strokeOpacity: 0.6}),
       Plot.ruleX(panel.lines ?? [], {stroke: "currentColor", className: "level"}),
@@ -214,6 +213,7 @@ for (const figure of document.querySelectorAll("figure")) {
     items[i].append(button);
   });
   const axes = panels.some((panel) => !panel.rows) ? ["x", "y"] : ["x"];
+  figure.querySelector(".values")?.removeAttribute("open");
   figure.querySelector(".controls")?.append(...axes.map((axis) => choice(axis, types, redraw)));
   redraw();
 }
