@@ -209,14 +209,14 @@ def test_without_javascript_every_number_is_there(address):
         assert shown.locator("table.filtered tbody tr").count() == 8
 
 
-def draw(shown, panel: Panel):
-    """Draw one panel in place of the page's first figure, 440 px wide; gives the chart."""
-    code = """panel => {
-        const chart = draw(panel, new Set(), {}, 440);
+def draw(shown, panel: Panel, **types: str):
+    """Draw one panel in place of the page's first figure, 440 px wide; gives the chart. types: chosen scales of axes."""
+    code = """([panel, types]) => {
+        const chart = draw(panel, new Set(), types, 440);
         document.querySelector(".panels").replaceChildren(chart);
         if (chart) separate(chart);
     }"""
-    shown.evaluate(code, plain(panel))
+    shown.evaluate(code, [plain(panel), types])
     return shown.locator(".panels").first.locator("svg")
 
 
@@ -248,6 +248,20 @@ def test_what_is_not_finite_is_a_gap_and_far_off_values_do_not_flatten_the_rest(
         assert "NaN" not in path
         assert "loss (1 outliers not shown)" in chart.text_content()
         assert draw(shown, Panel("none", "x", [Series("one", [Point(0, math.nan)])])).count() == 0
+
+
+def test_what_a_log_axis_cannot_show_is_said(address):
+    panel = Panel("margin", "x", [Series("one", [Point(i, y) for i, y in enumerate((-2.0, 0.0, 1.0, 10.0))])])
+    below = Panel("logps", "x", [Series("one", [Point(1.0, -40.0), Point(2.0, -30.0)])])
+    with page(1280, 900) as shown:
+        listened(shown, address)
+        chart = draw(shown, panel, y="log")
+        assert "margin, log scale (2 at or below 0 not shown)" in chart.text_content()
+        assert chart.locator(".mark > *").count() == 2
+        assert draw(shown, panel, y="root").locator(".mark > *").count() == 4
+        chart = draw(shown, below, y="log")  # linear, rather than nothing
+        assert chart.locator(".mark > *").count() == 2
+        assert "log scale" not in chart.text_content()
 
 
 def test_a_far_drift_leaves_the_small_ones_apart(address):

@@ -23,22 +23,27 @@ function elide(text, width) {
   return text.length <= most ? text : `${text.slice(0, most / 2 - 1)}…${text.slice(1 - most / 2)}`;
 }
 
-/** An axis around finite values. It may leave out the `beyond` values too far off, which would squeeze the others. */
-function axisAround(values, type, mayLeaveOut) {
+/**
+ * An axis around finite values and the ends of their intervals; null if none can be shown. note: what is not shown, on y also
+ * values too far off, which would squeeze the others into a line.
+ */
+function axisAround(values, ends, type, isY) {
   const isShown = (v) => Number.isFinite(v) && (type !== "log" || v > 0);
-  const known = values.filter(isShown).sort(d3.ascending);
+  const known = [...values, ...ends].filter(isShown).sort(d3.ascending);
   if (!known.length) return null;
   const [least, most] = [d3.quantile(known, 0.05), d3.quantile(known, 0.95)];
-  const reach = mayLeaveOut && type !== "log" && known.length >= 20 ? 5 * (most - least) || Infinity : Infinity;
-  const kept = known.filter((v) => v >= least - reach && v <= most + reach);
+  const reach = isY && type !== "log" && known.length >= 20 ? 5 * (most - least) || Infinity : Infinity;
+  const kept = known.filter((v) => v >= least - reach && v <= most + reach), beyond = known.length - kept.length;
+  const below = values.filter((v) => Number.isFinite(v) && !isShown(v)).length;
   let [low, high] = d3.extent(kept);
-  if (type === "root") low = 0;
+  if (type === "root" && d3.min(values) >= 0) low = 0;
   if (low === high) {
     const half = Math.abs(low) / 10 || 0.1;
     [low, high] = type === "log" ? [low / 2, high * 2] : [low - half, high + half];
   }
   return {
-    type: TYPES[type], domain: [low, high], beyond: known.length - kept.length, isShown,
+    type: TYPES[type], domain: [low, high], suffix: SUFFIXES[type], isShown,
+    note: below ? ` (${below} at or below 0 not shown)` : beyond ? ` (${beyond} outliers not shown)` : "",
     fits: (v) => isShown(v) && v >= low && v <= high,
     atLeast: (v) => Math.max(v, low), // for the ends of intervals, which may lie below a log or root scale
   };
@@ -46,7 +51,7 @@ function axisAround(values, type, mayLeaveOut) {
 
 /** The axis of a chart with one row per label. */
 function axisOfRows(domain) {
-  return {domain, fits: () => true, isShown: () => true, atLeast: (v) => v};
+  return {type: "point", domain, suffix: "", note: "", fits: () => true, isShown: () => true, atLeast: (v) => v};
 }
 
 /** Ticks at `wanted` or, except on a linear scale, at round values, without those within `gap` px of another. */
@@ -66,7 +71,7 @@ function marksOf(series, points, x, y) {
   const stroke = colour(series), dx = series.shift ?? 0, place = {x: "x", y: "y", dx};
   const shown = points.filter((p) => p.isShown), ranged = (axis) => shown.filter((p) => p[`${axis}_interval`]);
   const bar = {stroke, dx, strokeWidth: 1.6, clip: true, className: "bar"};
-  const [right, down] = y.type ? [6, 0] : [0, 7]; // of small points, beside or below their mean
+  const [right, down] = y.type === "point" ? [0, 7] : [6, 0]; // of small points, below or beside their mean
   const cloud = (series.cloud ?? []).filter(([a, b]) => x.fits(a) && y.fits(b));
   return [
     series.has_band && Plot.areaY(points.filter((p) => p.y_interval),
@@ -86,14 +91,16 @@ function marksOf(series, points, x, y) {
 /** Draw a panel of `width` px without the hidden series; an empty text if nothing is left. types: chosen scales of axes. */
 function draw(panel, hidden, types, width) {
   const series = panel.series.filter((s) => !hidden.has(s.label));
-  const values = (axis, place) => series.flatMap((s) =>
-    [...s.points.flatMap((p) => [p[axis], ...(p[`${axis}_interval`] ?? [])]), ...(s.cloud ?? []).map((point) => point[place])]);
+  const axisOf = (axis, place, marked) => {
+    const values = series.flatMap((s) => [...s.points.map((p) => p[axis]), ...(s.cloud ?? []).map((point) => point[place])]);
+    const ends = [...series.flatMap((s) => s.points.flatMap((p) => p[`${axis}_interval`] ?? [])), ...marked];
+    const type = types[axis] || panel[axis] || "linear";
+    return axisAround(values, ends, type, axis === "y") ?? axisAround(values, ends, "linear", axis === "y");
+  };
   const rowsOf = (shown) => new Set(shown.flatMap((s) => s.points.map((p) => p.y)));
   const [measured, left] = [rowsOf(panel.series), rowsOf(series)];
   const rows = panel.rows?.filter((row) => left.has(row) || !measured.has(row));
-  const [xType, yType] = [types.x || panel.x || "linear", types.y || panel.y || "linear"];
-  const x = axisAround([...values("x", 0), ...(panel.lines ?? []), ...(panel.dashed ?? [])], xType, false);
-  const y = rows ? axisOfRows(rows) : axisAround(values("y", 1), yType, true);
+  const x = axisOf("x", 0, [...(panel.lines ?? []), ...(panel.dashed ?? [])]), y = rows ? axisOfRows(rows) : axisOf("y", 1, []);
   if (!x || !y || !series.length) return "";
   const drawn = series.map((s) => [s, s.points.map((p) => ({
     ...p, isShown: x.fits(p.x) && y.fits(p.y),
@@ -103,20 +110,20 @@ function draw(panel, hidden, types, width) {
   const labels = rows ? Math.min(176, CHARACTER * Math.max(...rows.map((row) => row.length))) : 38;
   const [marginTop, marginBottom, marginLeft, marginRight] = [panel.title ? 28 : 6, panel.xlabel ? 42 : 24, 14 + labels, 14];
   const inner = width - marginLeft - marginRight;
-  const title = panel.title + (rows ? "" : SUFFIXES[yType]) + (y.beyond ? ` (${y.beyond} outliers not shown)` : "");
   const xTicks = ticks(x, panel.ticks, inner - 36, 32), yTicks = rows ?? ticks(y, null, 200, 22);
   const isNamed = panel.series.some((s) => s.points.some((p) => p.name));
   const svg = Plot.plot({
     width, height: rows ? marginTop + marginBottom + 24 * rows.length : isNamed ? 340 : 290,
     marginTop, marginBottom, marginLeft, marginRight, inset: rows ? 0 : 10, insetLeft: 18, insetRight: 18,
     className: "chart", ariaLabel: panel.title || drawn[0][1][0].tip,
-    x: {type: x.type, domain: x.domain}, y: rows ? {type: "point", domain: rows, padding: 0.5} : {type: y.type, domain: y.domain},
+    x: {type: x.type, domain: x.domain}, y: {type: y.type, domain: y.domain, padding: 0.5},
     marks: [
       Plot.gridX(xTicks), Plot.axisX(xTicks, {
-        text: short, tickSize: 0, label: panel.xlabel && elide(panel.xlabel + SUFFIXES[xType], inner), labelAnchor: "center",
+        text: short, tickSize: 0, label: panel.xlabel && elide(panel.xlabel + x.suffix + x.note, inner), labelAnchor: "center",
         labelArrow: "none", labelOffset: 36,
       }),
-      !rows && Plot.gridY(yTicks), Plot.axisY(yTicks, {text: rows ? (row) => elide(row, labels) : short, tickSize: 0, label: null}),
+      !rows && Plot.gridY(yTicks),
+      Plot.axisY(yTicks, {text: rows ? (row) => elide(row, labels) : short, tickSize: 0, label: null}),
       labels && Plot.frame({anchor: "left", strokeOpacity: 0.6}),
       Plot.frame({anchor: "bottom", strokeOpacity: 0.6}),
       Plot.ruleX(panel.lines ?? [], {stroke: "currentColor", className: "level"}),
@@ -124,7 +131,7 @@ function draw(panel, hidden, types, width) {
       ...drawn.flatMap(([s, points]) => marksOf(s, points, x, y)),
       rows && Plot.text(rows.filter((row) => !measured.has(row)),
         {y: (row) => row, text: () => "not measured", frameAnchor: "left", dx: 6, fill: "var(--dim)"}),
-      panel.title && Plot.text([elide(title, width)], {frameAnchor: "top", dy: -20, fontWeight: 600}),
+      panel.title && Plot.text([elide(panel.title + y.suffix + y.note, width)], {frameAnchor: "top", dy: -20, fontWeight: 600}),
       Plot.tip(drawn.flatMap(([, points]) => points.filter((p) => p.isShown)),
         Plot.pointer({x: "x", y: "y", title: "tip", fill: "var(--page)", stroke: "var(--dim)", lineWidth: 22})),
     ].filter(Boolean),
