@@ -172,7 +172,7 @@ def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
 
 
 def _effect(prediction: Prediction, measured: Estimate | None) -> Chart | None:
-    """Return the effect with its interval, 0, and the smallest relevant effect (on both sides of 0 if none was predicted)."""
+    """Return the effect with its interval, 0, and the smallest relevant effect, on both sides if 0 was predicted."""
     if measured is None:
         return None
     tip = (
