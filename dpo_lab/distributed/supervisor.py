@@ -35,9 +35,7 @@ STORE = "DPO_LAB_STORE"  # rank 0's file descriptor of the socket, bound to 127.
 EXIT_CODES = {code for signum in (*STOP_SIGNALS, TIME_IS_UP) for code in (128 + signum, -signum)}
 
 TERM_TO_KILL_S = 5.0  # seconds from SIGTERM to SIGKILL: all have ended within 10 after one failed or stopped
-DEBOUNCE_S = (
-    0.5  # signals within these seconds are one request: `timeout` sends one to the process and one to its group
-)
+DEBOUNCE_S = 0.5  # signals so close together are one: `timeout` sends one to the process and one to its group
 
 TAIL = 16_384  # bytes at the end of a log that are read
 TRACEBACK = "Traceback (most recent call last):"
@@ -153,6 +151,7 @@ def start_rank(
     error_file = folder.absolute() / f".rank-{number}.error"
     error_file.unlink(missing_ok=True)
     with (folder / f"rank-{number}.log").open("ab+") if number else nullcontext() as log:
+        log_start = log.tell() if log else 0
         process = subprocess.Popen(
             command,
             cwd=cwd,
@@ -164,7 +163,7 @@ def start_rank(
             pass_fds=[int(variables[STORE])] if STORE in variables else [],
         )
         wake = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None
-        rank = Rank(number, process, error_file, log, log.tell() if log else 0, wake)
+        rank = Rank(number, process, error_file, log, log_start, wake)
         try:
             yield rank
         finally:
