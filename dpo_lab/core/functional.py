@@ -8,19 +8,20 @@ from dpo_lab.core.losses.dpo import DPO
 from dpo_lab.core.pairs import PairLogps
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
 def dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    policy_chosen_logps: Float[Tensor, " pairs"],
+    policy_rejected_logps: Float[Tensor, " pairs"],
+    ref_chosen_logps: Float[Tensor, " pairs"],
+    ref_rejected_logps: Float[Tensor, " pairs"],
     beta: float = 0.1,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Float[Tensor, ""], dict[str, float]]:
     """Return the DPO loss, averaged over pairs, and its metrics.
 
-    The four tensors, [B] each, hold log-probabilities summed over a response's tokens, in nats. Metrics: `loss`;
+    The four tensors hold log-probabilities summed over a response's tokens, in nats. Metrics: `loss`;
     `chosen_rewards` and `rejected_rewards`, mean log-ratios to the reference without beta; `reward_margin`, their
     difference times beta; `accuracy`, the share of pairs with a positive margin, where a tie counts half.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.pairs import chunk_by_size
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 ROWS, LOGITS = 512, 2**25  # the largest number of rows and of logits in a chunk (128 MB in float32)
 
@@ -22,8 +26,10 @@ def rows_per_chunk(vocabulary: int) -> int:
     return max(1, min(ROWS, LOGITS // vocabulary))
 
 
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the log-probabilities [R] of `targets` [R], given hidden states [R, H] and an LM head [V, H].
+def token_logps(
+    hidden: Float[Tensor, "rows width"], weight: Float[Tensor, "vocabulary width"], targets: Int[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """Return the log-probabilities of `targets`, in nats, given hidden states and the weight of an LM head.
 
     Computed in float32 or higher. Differentiable: the backward pass recomputes the logits of each chunk.
     """
@@ -41,16 +47,19 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def fused_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, lengths: Tensor, loss_of: LossOf
-) -> tuple[Tensor, Tensor]:
-    """Return the sum of a batch's losses, differentiable, and the log-probabilities [B, K] behind them, detached.
+    hidden: Float[Tensor, "rows width"],
+    weight: Float[Tensor, "vocabulary width"],
+    targets: Int[Tensor, " rows"],
+    lengths: Int[Tensor, "items parts"],
+    loss_of: LossOf,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "items parts-1"]]:
+    """Return the sum of a batch's losses, differentiable, and the log-probabilities of responses, detached.
 
-    hidden [R, H], weight [V, H], targets [R]: response rows in the order of the stream; lengths [B, 1 + K]: see
-    core/logps.py. The forward pass already computes the gradient: an item's loss depends only on the log-probabilities
-    of its K responses, so its derivative, one number per response, turns the item's logits into their gradient while
-    they are in memory. This takes 6 H V R FLOPs and holds one chunk of logits; logits are computed twice only for an
-    item of more rows than a chunk. Logits are computed in the dtype of autocast if it is enabled, their softmax in
-    float32 or higher.
+    hidden, targets: response rows in the order of the stream; lengths: see core/logps.py. The forward pass already
+    computes the gradient: an item's loss depends only on the log-probabilities of its K responses, so its derivative,
+    one number per response, turns the item's logits into their gradient while they are in memory. This takes 6 H V R
+    FLOPs and holds one chunk of logits; logits are computed twice only for an item of more rows than a chunk. Logits
+    are computed in the dtype of autocast if it is enabled, their softmax in float32 or higher.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 IGNORE = -100
 
 
-def pad_rows(tokens: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Unpack a stream to padded rows: (input_ids, labels), [K * B, T] each; all first responses, then all second, ...
+def pad_rows(
+    tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items parts"], pad_id: int
+) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows columns"]]:
+    """Unpack a stream to padded rows: (input_ids, labels); all first responses, then all second, ...
 
-    tokens [N]: prompt and K responses of item 0, then of item 1, ...; lengths [B, 1 + K]: the length of each in tokens.
+    tokens: prompt and K responses of item 0, then of item 1, ...; lengths: the length of each part in tokens, 1 + K an
+    item. There are K rows an item.
     labels hold the token at response tokens, IGNORE elsewhere. Padding is on the right, where a causal model does not
     attend, so rows need no attention mask.
 
@@ -34,8 +41,10 @@ def pad_rows(tokens: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tens
     return rows.masked_fill(~real, pad_id), rows.masked_fill(~(real & in_response), IGNORE)
 
 
-def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return summed log-probabilities of the labelled tokens and the number of these, [S] each, from logits [S, T, V].
+def sequence_logps(
+    logits: Float[Tensor, "rows columns vocabulary"], labels: Int[Tensor, "rows columns"]
+) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Return the summed log-probabilities of the labelled tokens of each row, in nats, and the number of these.
 
     Logits at t predict the label at t + 1; labels of IGNORE are not scored; a row without labels has sum 0 and count 0.
     Sums are float32, or float64 for float64 logits.
@@ -53,17 +62,17 @@ def sequence_logps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class StreamRows:
     """Position ids of a packed stream, and which of its rows predict which response tokens.
 
-    positions [N]: position of each token in its prompt + response; rows [R]: index of the row of the stream that
-    predicts each response token (the last row of a prompt predicts the first token of all its responses); targets [R]:
-    that token. R counts response tokens in the order of the stream.
+    positions: position of each token in its prompt + response; rows: index of the row of the stream that predicts each
+    response token (the last row of a prompt predicts the first token of all its responses); targets: that token.
+    Response tokens are in the order of the stream.
     """
 
-    positions: Tensor
-    rows: Tensor
-    targets: Tensor
+    positions: Int[Tensor, " tokens"]
+    rows: Int[Tensor, " response_tokens"]
+    targets: Int[Tensor, " response_tokens"]
 
 
-def stream_rows(tokens: Tensor, lengths: Tensor) -> StreamRows:
+def stream_rows(tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items parts"]) -> StreamRows:
     """Return positions, rows and targets of a packed stream; for `tokens` and `lengths` see pad_rows.
 
     >>> stream_rows(torch.tensor([1, 2, 7, 8, 9]), torch.tensor([[2, 1, 2]]))
@@ -82,8 +91,10 @@ def stream_rows(tokens: Tensor, lengths: Tensor) -> StreamRows:
     return StreamRows(positions, predictor[is_response], tokens[is_response])
 
 
-def sum_responses(token_logps: Tensor, lengths: Tensor) -> Tensor:
-    """Sum token log-probabilities [R], in the order of the stream, over each response: [B, K]."""
+def sum_responses(
+    token_logps: Float[Tensor, " response_tokens"], lengths: Int[Tensor, "items parts"]
+) -> Float[Tensor, "items parts-1"]:
+    """Sum token log-probabilities, in the order of the stream, over each response."""
     counts = lengths[:, 1:].reshape(-1, 1)
     mask = torch.arange(int(counts.max()), device=counts.device) < counts
     rows = token_logps.new_zeros(mask.shape).masked_scatter(mask, token_logps)

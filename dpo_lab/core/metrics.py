@@ -5,6 +5,7 @@ preference.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float64
 
 # One column of the state each. Rewards include the factor beta, log-ratios do not.
 LABELLED = (
@@ -59,8 +63,8 @@ class Values(FixedDtypeMetric):
         self.values.append(torch.zeros(0, dtype=torch.float64, device=self.device))  # what a rank without batches gives
 
     @torch.no_grad()
-    def update(self, values: Tensor) -> None:
-        """Add values [B]."""
+    def update(self, values: Float[Tensor, " values"]) -> None:
+        """Add values."""
         self.values.append(values[values.isfinite()].double())
 
     def compute(self) -> Tensor:
@@ -89,8 +93,10 @@ class PreferenceMetrics(FixedDtypeMetric):
         self.add_state("true_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps, batch: PairBatch) -> None:
-        """Add a batch. losses [B] were computed by `loss` from `policy` and `reference`."""
+    def update(
+        self, loss: Loss, losses: Float[Tensor, " pairs"], policy: PairLogps, reference: PairLogps, batch: PairBatch
+    ) -> None:
+        """Add a batch. losses were computed by `loss` from `policy` and `reference`."""
         columns = pair_values(loss, losses, policy, reference)  # [B, K]
         groups = torch.stack((torch.ones_like(batch.flipped), ~batch.flipped, batch.flipped)).double()  # [3, B]
         self.sums += groups @ columns
@@ -116,8 +122,10 @@ class PreferenceMetrics(FixedDtypeMetric):
         return labelled | true
 
 
-def pair_values(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
-    """Return every LABELLED quantity of every pair, [B, K] float64."""
+def pair_values(
+    loss: Loss, losses: Float[Tensor, " pairs"], policy: PairLogps, reference: PairLogps
+) -> Float64[Tensor, "pairs quantities"]:
+    """Return every LABELLED quantity of every pair."""
     ratios = loss.log_ratios(policy, reference)
     margins = reward_margins(loss, policy, reference)
     columns = {
@@ -135,12 +143,14 @@ def pair_values(loss: Loss, losses: Tensor, policy: PairLogps, reference: PairLo
     return torch.stack([columns[name].double() for name in LABELLED], 1)
 
 
-def reward_margins(loss: Loss, policy: PairLogps, reference: PairLogps) -> Tensor:
-    """Return the reward of chosen minus that of rejected for each pair, [B]; 0 for ties."""
+def reward_margins(loss: Loss, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
+    """Return the reward of chosen minus that of rejected for each pair; 0 for ties."""
     return loss.beta * zero_out_rounding(loss.log_ratios(policy, reference).margin, policy, reference)
 
 
-def zero_out_rounding(margins: Tensor, policy: PairLogps, reference: PairLogps) -> Tensor:
+def zero_out_rounding(
+    margins: Float[Tensor, " pairs"], policy: PairLogps, reference: PairLogps
+) -> Float[Tensor, " pairs"]:
     """Set log-ratio margins to 0 where they lie within the float32 rounding error of the four log-probabilities.
 
     Otherwise a policy that equals its reference would prefer one of two responses at random instead of tying.

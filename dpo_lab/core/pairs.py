@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Num
     from torch import Tensor, device
 
 
@@ -98,15 +99,15 @@ class EncodedPair:
 class PairBatch:
     """The pairs of a step, without padding; the forward pass pads them if it needs to.
 
-    tokens [N]: prompt, chosen, rejected of pair 0, then of pair 1, ...; lengths [B, 3]: number of tokens of each;
-    flipped [B]: whether label noise swapped chosen and rejected; gold_margin [B]: see Pair; keys: B pair keys.
+    tokens: prompt, chosen, rejected of pair 0, then of pair 1, ...; lengths: number of tokens of each; flipped: whether
+    label noise swapped chosen and rejected; gold_margin: see Pair; keys: one a pair.
     """
 
     keys: list[str]
-    tokens: Tensor
-    lengths: Tensor
-    flipped: Tensor
-    gold_margin: Tensor
+    tokens: Int[Tensor, " tokens"]
+    lengths: Int[Tensor, "pairs 3"]
+    flipped: Bool[Tensor, " pairs"]
+    gold_margin: Float[Tensor, " pairs"]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -150,25 +151,25 @@ def chunk_by_size(sizes: Sequence[int], limit: int) -> list[slice]:
 
 @dataclass
 class PairLogps:
-    """Log-probabilities of both responses of B pairs, or log-ratios of two models (`policy - reference`).
+    """Log-probabilities of both responses of pairs, or log-ratios of two models (`policy - reference`).
 
-    chosen, rejected [B]: in nats, summed over the tokens of the response, end-of-sequence token included;
-    chosen_length, rejected_length [B]: the number of these tokens.
+    chosen, rejected: in nats, summed over the tokens of the response, end-of-sequence token included; chosen_length,
+    rejected_length: the number of these tokens.
     """
 
-    chosen: Tensor
-    rejected: Tensor
-    chosen_length: Tensor
-    rejected_length: Tensor
+    chosen: Float[Tensor, " pairs"]
+    rejected: Float[Tensor, " pairs"]
+    chosen_length: Num[Tensor, " pairs"]
+    rejected_length: Num[Tensor, " pairs"]
 
     @classmethod
-    def of(cls, sums: Tensor, lengths: Tensor) -> PairLogps:
-        """Build from sums [B, 2] of chosen and rejected, and the lengths [B, 3] of a batch."""
+    def of(cls, sums: Float[Tensor, "pairs 2"], lengths: Int[Tensor, "pairs 3"]) -> PairLogps:
+        """Build from the sums of chosen and rejected, and the lengths of a batch."""
         return cls(*sums.unbind(1), *lengths[:, 1:].unbind(1))
 
     @property
-    def margin(self) -> Tensor:
-        """chosen - rejected, [B], nats."""
+    def margin(self) -> Float[Tensor, " pairs"]:
+        """chosen - rejected, in nats."""
         return self.chosen - self.rejected
 
     def __sub__(self, other: PairLogps) -> PairLogps:

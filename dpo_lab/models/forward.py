@@ -15,6 +15,7 @@ from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.models.attention import SHARED_PROMPT, Segments
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -99,10 +100,12 @@ def disable_dropout(model: nn.Module) -> None:
                     setattr(layer, name, 0.0)
 
 
-def response_logps(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Return the log-probabilities [B, K], in nats, of each item's K responses given its prompt; differentiable.
+def response_logps(
+    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items parts"]
+) -> Float[Tensor, "items parts-1"]:
+    """Return the log-probabilities, in nats, of each item's responses given its prompt; differentiable.
 
-    tokens [N]: a packed stream of prompts and responses; lengths [B, 1 + K]; see core/logps.py.
+    tokens: a packed stream of prompts and responses; lengths: of each part; see core/logps.py.
     """
     if _shares_prompts(model):
         hidden, weight, stream = _response_rows(model, tokens, lengths)
@@ -117,7 +120,9 @@ def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
     return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.lengths)
 
 
-def pair_loss(model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps) -> tuple[Tensor, PairLogps]:
+def pair_loss(
+    model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps
+) -> tuple[Float[Tensor, ""], PairLogps]:
     """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached."""
     if _shares_prompts(model):
         hidden, weight, stream = _response_rows(model, batch.tokens, batch.lengths)
@@ -131,7 +136,9 @@ def pair_loss(model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: P
     return loss(policy, reference).sum(), policy.detach()
 
 
-def response_nll(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Tensor:
+def response_nll(
+    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items 2"]
+) -> Float[Tensor, ""]:
     """Return the negative log-likelihood, in nats, summed over all response tokens of a stream; differentiable.
 
     For `tokens` and `lengths` see response_logps.

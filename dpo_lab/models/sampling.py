@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.distributed.collectives import map_across_ranks, map_local, rank_and_world_size
 from dpo_lab.models.decoding import rows_of
 from dpo_lab.terminal.progress import track
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 def generate_responses(
@@ -126,8 +130,8 @@ def _sample_batch(
     return [_until_end(row, end_ids) for row in tokens.tolist()]
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Sample a token from each row of logits [B, V] by inverting its cumulative distribution at uniforms [B]; [B]."""
+def draw(logits: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """Sample a token from each row of logits by inverting its cumulative distribution at `uniforms`."""
     cumulative = logits.double().softmax(-1).cumsum(-1)
     point = uniforms.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

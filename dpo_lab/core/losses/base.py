@@ -10,6 +10,7 @@ from dpo_lab.core.pairs import PairLogps
 from dpo_lab.core.registry import add_to_table
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 LOSSES: dict[str, type[Loss]] = {}  # by name in configs
@@ -54,8 +55,8 @@ class Loss:
         ratios = policy - reference
         return ratios.per_token() if self.is_per_token else ratios
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Return the loss of each pair, [B]."""
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
+        """Return the loss of each pair."""
         raise NotImplementedError
 
     def traits(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class Loss:
         }
 
 
-def log_sigmoid(x: Tensor) -> Tensor:
+def log_sigmoid(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """Return log sigma(x); value and gradient are finite at any x."""
     from torch.nn.functional import logsigmoid
 

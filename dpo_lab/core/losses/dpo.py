@@ -9,6 +9,7 @@ from dpo_lab.core.losses.base import Loss, log_sigmoid
 from dpo_lab.core.pairs import PairLogps
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class DPO(Loss, name="dpo", requires_reference=None, is_bradley_terry=True, is_per_token=False, is_margin_only=True):
     """-log sigma(beta h). Rafailov et al. 2023 (arXiv:2305.18290), equation 7."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         h = self.log_ratios(policy, reference).margin
         return -log_sigmoid(self.beta * h)
 
@@ -38,7 +39,7 @@ class CDPO(Loss, name="cdpo", requires_reference=None, is_bradley_terry=True, is
                 f"loss.label_smoothing={self.label_smoothing}: must lie in [0, 0.5]; type e.g. loss.label_smoothing=0.1"
             )
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         h = self.log_ratios(policy, reference).margin
         eps = self.label_smoothing
         return -(1 - eps) * log_sigmoid(self.beta * h) - eps * log_sigmoid(-self.beta * h)
@@ -62,7 +63,7 @@ class RDPO(Loss, name="rdpo", requires_reference=None, is_bradley_terry=True, is
                 " type e.g. loss.flip_rate=0.1"
             )
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         h = self.log_ratios(policy, reference).margin
         eps = self.flip_rate
         as_labelled, as_flipped = -log_sigmoid(self.beta * h), -log_sigmoid(-self.beta * h)

@@ -10,6 +10,7 @@ from dpo_lab.core.pairs import PairLogps
 from dpo_lab.errors import check_at_least
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -28,7 +29,7 @@ class RPO(Loss, name="rpo", requires_reference=None, is_bradley_terry=True, is_p
         super().__post_init__()
         check_at_least("loss.alpha", self.alpha, 0, 1)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         h = self.log_ratios(policy, reference).margin
         return -log_sigmoid(self.beta * h) - self.alpha * policy.per_token().chosen
 
@@ -48,7 +49,7 @@ class DPOP(Loss, name="dpop", requires_reference=None, is_bradley_terry=True, is
         super().__post_init__()
         check_at_least("loss.penalty", self.penalty, 0, 1)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         ratios = self.log_ratios(policy, reference)
         return -log_sigmoid(self.beta * (ratios.margin - self.penalty * (-ratios.chosen).relu()))
 
@@ -76,7 +77,7 @@ class DPOKL(
         super().__post_init__()
         check_at_least("loss.kl_weight", self.kl_weight, 0, 1)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         r = self.log_ratios(policy, reference)
         kl = (r.chosen.square() + r.rejected.square()) / 4
         return -log_sigmoid(self.beta * r.margin) + self.kl_weight * kl

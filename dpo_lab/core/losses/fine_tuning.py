@@ -9,6 +9,7 @@ from dpo_lab.core.losses.base import Loss
 from dpo_lab.core.pairs import PairLogps
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -23,7 +24,7 @@ class SFTChosen(
     over tokens, so that every token of a step has the same weight.
     """
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         return -policy.chosen
 
 
@@ -50,5 +51,5 @@ class Unlikelihood(
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"loss.alpha={self.alpha}: must lie in [0, 1]; type e.g. loss.alpha=0.5")
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         return self.alpha * policy.rejected - policy.chosen

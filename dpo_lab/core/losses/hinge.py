@@ -9,6 +9,7 @@ from dpo_lab.core.losses.base import Loss
 from dpo_lab.core.pairs import PairLogps
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -18,6 +19,6 @@ class Hinge(
 ):
     """max(0, 1 - beta h). SLiC-HF's calibration loss on log-ratios; Zhao et al. 2023 (arXiv:2305.10425), equation 2."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         h = self.log_ratios(policy, reference).margin
         return (1 - self.beta * h).relu()

@@ -9,6 +9,7 @@ from dpo_lab.core.losses.base import Loss
 from dpo_lab.core.pairs import PairLogps
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -18,7 +19,7 @@ class IPOSum(Loss, name="ipo", requires_reference=None, is_bradley_terry=True, i
     tau.
     """
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         h = self.log_ratios(policy, reference).margin
         return (h - 1 / (2 * self.beta)).square()
 
@@ -29,6 +30,6 @@ class IPOMean(
 ):
     """IPO on per-token log-ratios, (h - 1 / (2 beta))^2, as TRL and LLaMA-Factory implement it."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         h = self.log_ratios(policy, reference).margin
         return (h - 1 / (2 * self.beta)).square()

@@ -10,6 +10,7 @@ from dpo_lab.core.pairs import PairLogps
 from dpo_lab.errors import check_at_least
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 
@@ -30,6 +31,6 @@ class SimPO(
         super().__post_init__()
         check_at_least("loss.gamma", self.gamma, 0, 1)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         h = self.log_ratios(policy, reference).margin
         return -log_sigmoid(self.beta * h - self.gamma)
