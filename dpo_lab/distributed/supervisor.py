@@ -1,7 +1,7 @@
 """Watch the ranks of one run: wait for them, pass signals on, kill what is left, and name the rank that failed first.
 
 torch's elastic agent (torchrun, elastic_launch) was tried instead; rows of docs/faults.md that it does not hold:
-7: it kills no ranks at a second signal, and asks the others to stop as soon as one has ended, though it may still save.
+7: a second signal does not make it kill the ranks.
 9: it gives a stuck rank a fixed 30 seconds, leaves the processes that a rank has started, overwrites the log of the
 attempt before, and tells which rank failed first by whole seconds.
 45: its store listens on all interfaces.
