@@ -1,5 +1,7 @@
 """Shared fixtures: a small embedded policy and its pairs, and the settings of a run that takes seconds."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import os
@@ -10,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.summary.writer import event_file_writer
+
+from tests.support.shapes import check_shapes
+
+check_shapes()  # before anything else of the package is imported
 
 from dpo_lab.cli import entry_point
 from dpo_lab.core.pairs import EncodedPair

@@ -46,8 +46,8 @@ def trained_by_dpo(reference_logps: Tensor, preference: Tensor, beta: float) -> 
         policy = PairLogps(logps[first], logps[second], ones, ones)
         reference = PairLogps(reference_logps[first], reference_logps[second], ones, ones)
         loss = (preference[first, second] * DPO(beta)(policy, reference)).sum()
-        loss.backward()
-        return loss
+        loss.sum().backward()
+        return loss.sum()
 
     optimizer.step(closure)
     return logits.detach().softmax(0)
@@ -139,8 +139,8 @@ def test_flips_shrink_the_margin(rate):
     """Two responses, preferred with probability p: the margin ends at logit(e + (1 - 2e) p) / beta."""
     p, beta = 0.8, 0.5
     seen = rate + (1 - 2 * rate) * p
-    margin = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    zero, one = torch.zeros(()), torch.ones(())
+    margin = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    zero, one = torch.zeros(1), torch.ones(1)
     optimizer = torch.optim.LBFGS(
         [margin], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
     )
@@ -150,8 +150,8 @@ def test_flips_shrink_the_margin(rate):
         as_labelled, as_flipped = (PairLogps(m, zero, one, one) for m in (margin, -margin))
         reference = PairLogps(zero, zero, one, one)
         loss = seen * DPO(beta)(as_labelled, reference) + (1 - seen) * DPO(beta)(as_flipped, reference)
-        loss.backward()
-        return loss
+        loss.sum().backward()
+        return loss.sum()
 
     optimizer.step(closure)
     assert margin.item() == pytest.approx(math.log(seen / (1 - seen)) / beta, abs=1e-5)

@@ -23,7 +23,9 @@ def batch_of(flipped: list[bool], gold: list[float]) -> PairBatch:
 
 def logps_of(chosen: list[float], rejected: list[float]) -> PairLogps:
     size = len(chosen)
-    return PairLogps(torch.tensor(chosen), torch.tensor(rejected), torch.full((size,), 2), torch.full((size,), 4))
+    return PairLogps(
+        torch.tensor(chosen).float(), torch.tensor(rejected).float(), torch.full((size,), 2), torch.full((size,), 4)
+    )
 
 
 # margins of the log-ratio: 2, 0, -4, 1; the third pair is flipped, the truth of the last is not known

@@ -75,7 +75,7 @@ class Loss:
         }
 
 
-def log_sigmoid(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+def log_sigmoid(x: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """Return log sigma(x); value and gradient are finite at any x."""
     from torch.nn.functional import logsigmoid
 
