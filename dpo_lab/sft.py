@@ -31,11 +31,13 @@ def _sft(cfg: DictConfig, settings: schema.RunConfig) -> None:
 
         train_sft(cfg, settings, folder)
 
-    def again(record: Mapping[str, Any], folder: Path) -> None:
+    def if_done(record: Mapping[str, Any], folder: Path) -> None:
         print_finished_run(record, folder, after_sft(settings, record["overrides"], folder))
 
     record = schema.sft_record(cfg, settings)
-    entry_point.run_or_spawn_ranks("dpo_lab.sft", settings, record, run=run, again=again, alone=settings.is_embedded)
+    entry_point.run_or_spawn_ranks(
+        "dpo_lab.sft", settings, record, run=run, if_done=if_done, single_process=settings.is_embedded
+    )
 
 
 def main() -> int:

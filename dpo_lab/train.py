@@ -29,10 +29,10 @@ def _train(cfg: DictConfig, settings: schema.RunConfig) -> None:
 
         train_dpo(cfg, settings, folder)
 
-    def again(record: Mapping[str, Any], folder: Path) -> None:
+    def if_done(record: Mapping[str, Any], folder: Path) -> None:
         print_finished_run(record, folder, after_training(settings, record["overrides"], folder))
 
-    entry_point.run_or_spawn_ranks("dpo_lab.train", settings, schema.as_record(cfg, settings), run=run, again=again)
+    entry_point.run_or_spawn_ranks("dpo_lab.train", settings, schema.as_record(cfg, settings), run=run, if_done=if_done)
 
 
 def main() -> int:

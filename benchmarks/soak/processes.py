@@ -44,6 +44,7 @@ class Forked:
         stderr: Any = None,
         stdin: Any = None,
         start_new_session: bool = False,
+        pass_fds: Sequence[int] = (),
         before: Callable[[], object] | None = None,
     ) -> None:
         self.returncode: int | None = None
@@ -53,7 +54,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             handles = {number: file.fileno() for number, file in streams.items() if file is not None}
-            _become(command[2:], str(cwd), env, handles, start_new_session, before)
+            _become(command[2:], str(cwd), env, handles, start_new_session, pass_fds, before)
         self._ended = os.pidfd_open(self.pid)
 
     def poll(self) -> int | None:
@@ -94,6 +95,7 @@ def _become(
     environment: Mapping[str, str],
     handles: Mapping[int, int],
     new_session: bool,
+    kept: Sequence[int],
     before: Callable[[], object] | None,
 ) -> NoReturn:
     """In a fork: be `python -m` and the rest of the command from here on."""
@@ -106,7 +108,9 @@ def _become(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for stream, handle in handles.items():
             os.dup2(handle, stream)
-        os.closerange(3, OPEN_FILES)
+        for number in set(range(3, OPEN_FILES)) - set(kept):
+            with suppress(OSError):
+                os.close(number)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # another thread may have held the old one's lock
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         environment = dict(environment)

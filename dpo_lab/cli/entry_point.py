@@ -75,7 +75,7 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
     The process ends by SystemExit, since Hydra would report any other exception a second time, with the whole command
     line. A job of a sweep raises JobFailed instead, and returns the value of the metric `optimized_metric`, if one is set.
     """
-    is_sweep_job = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    is_sweep_job = _is_sweep_job()
     try:
         with reraise_stop():
             if is_sweep_job:  # composed by a sweeper that may not be this package's
@@ -109,6 +109,10 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
         sys.exit(print_error(line, 1))
 
 
+def _is_sweep_job() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
 @contextmanager
 def fast_imports() -> Iterator[None]:
     """Pause the garbage collector while a run's modules are imported; this takes a third off the time of the imports.
@@ -131,65 +135,49 @@ def run_or_spawn_ranks(
     record: Mapping[str, Any],
     *,
     run: Callable[[Path], None],
-    again: Callable[[Mapping[str, Any], Path], None],
-    alone: bool = False,
+    if_done: Callable[[Mapping[str, Any], Path], None],
+    single_process: bool = False,
 ) -> None:
     """Call run(folder) in this process, or start as many ranks of the command `module` as the trainer has devices here.
 
-    record: the config as it is recorded. again(run record, folder): called instead if the run is done already. alone:
-    the run uses one process whatever the trainer's devices. Under --multirun the run is one job of a sweep, in a child
-    process.
+    record: the config as it is recorded. if_done(run record, folder): called instead if the run is done already.
+    single_process: the run uses one process whatever the trainer's devices. Under --multirun the run is one job of a
+    sweep, in a child process.
     """
-    folder = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
+    folder, is_sweep_job = Path(os.path.relpath(HydraConfig.get().runtime.output_dir)), _is_sweep_job()
     run_record.refuse_outside(folder)
 
     def is_done() -> bool:
         return run_record.run_status(folder, record, schema.input_files(settings)) is run_record.RunStatus.done
 
-    if HydraConfig.get().mode is RunMode.MULTIRUN and not job.is_task():
-        job.run_job(module, settings, None if alone else is_done)
+    if is_sweep_job and not job.is_task():
+        job.run_job(module, settings, None if single_process else is_done)
         return
-    with job.run_in_submitit_task(is_done) if HydraConfig.get().mode is RunMode.MULTIRUN else nullcontext():
-        _run_here(module, settings, folder, is_done, run=run, again=again, alone=alone)
+    with job.run_in_submitit_task(is_done) if is_sweep_job else nullcontext():
+        parent = int(os.environ.get(launcher.PARENT, 0))
+        if launcher.is_rank():
+            if parent:
+                launcher.set_parent_death_signal(signal.SIGKILL, parent)
+            run(folder)
+            return
+        if parent:
+            launcher.set_parent_death_signal(signal.SIGTERM, parent)  # a job of a sweep: it saves before it ends
+        print(f"dpo_lab: {folder}", flush=True)  # before torch is imported, which takes seconds
+        if is_done():
+            finished = run_record.read_record(folder)
+            assert finished is not None
+            if_done(finished, folder)
+        elif single_process or (ranks := _num_local_ranks(settings.trainer)) == 1:
+            run(folder)
+        else:
+            _run_ranks(module, folder, ranks, int(settings.trainer["num_nodes"]))
 
 
-def _run_here(
-    module: str,
-    settings: schema.RunConfig,
-    folder: Path,
-    is_done: Callable[[], bool],
-    *,
-    run: Callable[[Path], None],
-    again: Callable[[Mapping[str, Any], Path], None],
-    alone: bool,
-) -> None:
-    """Run in this process, or start the ranks and wait for them."""
-    if launcher.is_rank():
-        if parent := os.environ.get(launcher.PARENT):
-            launcher.set_parent_death_signal(signal.SIGKILL, int(parent))
-        run(folder)
-        return
-    if parent := os.environ.get(launcher.PARENT):
-        launcher.set_parent_death_signal(signal.SIGTERM, int(parent))  # a job of a sweep: it saves before it ends
-    print(f"dpo_lab: {folder}", flush=True)  # before torch is imported, which takes seconds
-    if is_done():
-        finished = run_record.read_record(folder)
-        assert finished is not None
-        again(finished, folder)
-        return
-    trainer = settings.trainer
+def _num_local_ranks(trainer: Mapping[str, Any]) -> int:
     try:
-        ranks = (
-            1
-            if alone
-            else launcher.num_local_ranks(str(trainer["accelerator"]), trainer["devices"], int(trainer["num_nodes"]))
-        )
+        return launcher.num_local_ranks(str(trainer["accelerator"]), trainer["devices"], int(trainer["num_nodes"]))
     except ValueError as error:
         raise schema.ConfigError(str(error)) from None
-    if ranks == 1:
-        run(folder)
-    else:
-        _run_ranks(module, folder, ranks, int(trainer["num_nodes"]))
 
 
 def _run_ranks(module: str, folder: Path, ranks: int, nodes: int) -> None:

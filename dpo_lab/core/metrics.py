@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
@@ -41,6 +42,29 @@ class FixedDtypeMetric(Metric):
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+
+class Values(FixedDtypeMetric):
+    """All values of all batches and ranks, [N] float64, for a histogram; those that are not finite are left out."""
+
+    values: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("values", [], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        self.values.append(torch.zeros(0, dtype=torch.float64, device=self.device))  # what a rank without batches gives
+
+    @torch.no_grad()
+    def update(self, values: Tensor) -> None:
+        """Add values [B]."""
+        self.values.append(values[values.isfinite()].double())
+
+    def compute(self) -> Tensor:
+        return dim_zero_cat(self.values)
 
 
 class PreferenceMetrics(FixedDtypeMetric):

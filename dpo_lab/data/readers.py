@@ -14,8 +14,8 @@ from dpo_lab.data.text import (
     LONGEST,
     TOO_LONG,
     Numbered,
-    begins_array,
     decompressed,
+    is_array,
     json_array,
     json_lines,
     table,
@@ -42,8 +42,8 @@ def _json(file: Path) -> Read:
     """Read an array of objects; a file that is not an array is read as JSON lines."""
     with file.open("rb") as raw:
         opened = decompressed(file, raw)
-        is_array = begins_array(opened)
-    yield from _text(file, json_array if is_array else json_lines)
+        rows = json_array if is_array(opened) else json_lines
+    yield from _text(file, rows)
 
 
 def _csv(file: Path) -> Read:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_lab.data.readers import CHUNK, READERS, read, rows_of, suffix
-from dpo_lab.data.text import COMPRESSED, from_json
+from dpo_lab.data.text import COMPRESSED, TooLarge, from_json
+from dpo_lab.errors import first_line
 
 SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # files that save_to_disk writes besides the rows
 SHOWN = 300  # characters of a library's error to show
@@ -107,6 +108,8 @@ class FileRows:
                     number = numbers[-1]
                     yield Chunk(str(file), numbers, chunk, position - done)
                     done = position
+            except TooLarge as error:
+                raise BadData(f"{file}: {error}") from None
             except Exception as error:  # many types, from system, codecs and pyarrow
                 raise _unreadable(file, f" after {number}", error) from error
             yield Chunk(str(file), [], [], size - done)
@@ -253,8 +256,7 @@ def _unreadable(place: Path | str, after: str, error: BaseException) -> BadData:
 
 def _reason(error: BaseException) -> str:
     """Return the first line of a library's error, printable and truncated."""
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return "".join(letter if letter.isprintable() else "?" for letter in reason)[:SHOWN]
+    return "".join(letter if letter.isprintable() else "?" for letter in first_line(error))[:SHOWN]
 
 
 def add_file(digest: Any, file: Path) -> None:

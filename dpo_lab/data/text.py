@@ -1,4 +1,4 @@
-"""Stream rows of JSON lines, of a JSON array and of CSV, one at a time, in bounded memory."""
+"""Read rows of JSON lines and of CSV one at a time, in bounded memory, and of a JSON array of a bounded size."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from dpo_lab.data.messages import UNREADABLE
 
 LONGEST = 1 << 23  # bytes (or characters) of a row, more than the context of any model
 PIECE = 1 << 16  # bytes to read at a time
+LARGEST_ARRAY = 1 << 29  # bytes of a JSON array, decompressed
 TOO_LONG = f"longer than {LONGEST >> 20} MiB"
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 SPACE = re.compile(r"[ \t\n\r]*")
 
 Numbered = Iterator[tuple[int, Any, int]]  # number of a row, the row, and its size in the file
+
+
+class TooLarge(ValueError):
+    """Raised for a file that is larger than what is read into memory; the message says what to type."""
 
 
 def decompressed(file: Path, raw: Any) -> io.BufferedIOBase:
@@ -72,86 +77,62 @@ def from_json(line: bytes) -> Any:
         raise ValueError("not JSON that can be read (an integer of thousands of digits)") from None
 
 
-def begins_array(opened: io.BufferedIOBase) -> bool:
-    return opened.read(PIECE).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+def is_array(opened: io.BufferedIOBase) -> bool:
+    """Return whether a file of JSON is one array; raise TooLarge if it is and has more than LARGEST_ARRAY bytes."""
+    start = opened.read(PIECE)
+    if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"[":
+        return False
+    size = len(start)
+    while piece := opened.read(1 << 20):  # the size of a compressed file says nothing of what it unpacks to
+        size += len(piece)
+        if size > LARGEST_ARRAY:
+            raise TooLarge(
+                f"a JSON array of more than {LARGEST_ARRAY >> 20} MiB, which would be kept in memory whole;"
+                " convert it to JSON lines, which are streamed: type e.g. jq -c '.[]' FILE.json > FILE.jsonl"
+            )
+    return True
 
 
 def json_array(opened: io.BufferedIOBase) -> Numbered:
-    """Yield the items of the one array in a file; raise ValueError, naming the line, if it is not one array."""
-    reader = JsonArrayReader(opened)
-    reader.at += reader.next() == "["
+    """Yield the items of the one array in a file; raise ValueError, naming the line, if it is not one array.
+
+    All of the text is in memory, and its items are parsed one after another.
+    """
+    try:
+        text = opened.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start} of the file") from None
+
+    def skip_space(at: int) -> int:
+        return SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+    def error_at(at: int, what: str) -> ValueError:
+        return ValueError(f"line {1 + text.count(chr(10), 0, at)}: {what}")
+
+    at = skip_space(skip_space(text.startswith("\ufeff")) + 1)
     for number in count(1):
-        if number == 1 and reader.next() == "]":
+        if number == 1 and text.startswith("]", at):
             break
-        yield number, *reader.value(f"row {number}")
-        if (after := reader.next()) == "]":
-            break
-        if after != ",":
-            raise ValueError(f"{reader.line}: not JSON (',' or ']' expected after row {number})")
-        reader.at += 1
-    reader.at += 1
-    if reader.next():
-        raise ValueError(f"{reader.line}: not JSON (something follows the array)")
-
-
-class JsonArrayReader:
-    """A reader of JSON values that keeps only the current part of a file in memory. at: its position in `text`."""
-
-    def __init__(self, opened: io.BufferedIOBase) -> None:
-        self.text, self.at = "", 0
-        self._opened, self._decoder, self._is_all = opened, codecs.getincrementaldecoder("utf-8")(), False
-        self._bytes = self._lines = 0  # bytes read so far; lines before `text`
-        self._more()
-        self.at += self.text.startswith("\ufeff")
-
-    @property
-    def line(self) -> str:
-        return f"line {1 + self._lines + self.text.count(chr(10), 0, self.at)}"
-
-    def next(self) -> str:
-        """Advance `at` to the next character that is not white space and return it; "" at the end of the file."""
-        while True:
-            self.at = SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.text) or self._is_all:
-                return self.text[self.at : self.at + 1]
-            self._more()
-
-    def value(self, name: str) -> tuple[Any, int]:
-        """Return the next value and its number of characters."""
-        self.next()
-        while True:
-            try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:  # maybe only because more of the file has to be read
-                if self._is_all or len(self.text) - self.at > LONGEST:
-                    self.at = error.pos
-                    what = f"not JSON ({error.msg}, in {name})"
-                    raise ValueError(
-                        f"{self.line}: {'' if self._is_all else f'{name} is {TOO_LONG}, or '}{what}"
-                    ) from None
-            except RecursionError:
-                raise ValueError(f"{self.line}: {name} is nested too deeply") from None
-            except ValueError:  # Python's limit of digits
-                raise ValueError(f"{self.line}: {name} has an integer of thousands of digits") from None
-            else:
-                if end < len(self.text) or self._is_all:  # else a number may continue in the rest of the file
-                    size, self.at = end - self.at, end
-                    if size > LONGEST:
-                        raise ValueError(f"{self.line}: {name} is {TOO_LONG}")
-                    return value, size
-            self._more()
-
-    def _more(self) -> None:
-        """Read more of the file: as much as is in memory, so that a long value is parsed only a few times."""
-        self._lines += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :], 0
-        piece = self._opened.read(max(PIECE, len(self.text)))
-        start = self._bytes - len(self._decoder.getstate()[0])
-        self._bytes, self._is_all = self._bytes + len(piece), not piece
         try:
-            self.text += self._decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 at byte {start + error.start} of the file") from None
+            value, end = json.JSONDecoder().raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise error_at(error.pos, f"not JSON ({error.msg}, in row {number})") from None
+        except RecursionError:
+            raise error_at(at, f"row {number} is nested too deeply") from None
+        except ValueError:  # Python's limit of digits
+            raise error_at(at, f"row {number} has an integer of thousands of digits") from None
+        if end - at > LONGEST:
+            raise error_at(at, f"row {number} is {TOO_LONG}")
+        yield number, value, end - at
+        at = skip_space(end)
+        if text.startswith("]", at):
+            break
+        if not text.startswith(",", at):
+            raise error_at(at, f"not JSON (',' or ']' expected after row {number})")
+        at = skip_space(at + 1)
+    at = skip_space(at + 1)
+    if at < len(text):
+        raise error_at(at, "not JSON (something follows the array)")
 
 
 def table(opened: io.BufferedIOBase, delimiter: str) -> Numbered:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from dpo_lab.distributed.resource_locks import acquire_port, visible_gpus
+from dpo_lab.distributed.resource_locks import visible_gpus
 from dpo_lab.distributed.signals import StopSignal
 from dpo_lab.distributed.supervisor import (
     ERROR_FILE,
     EXIT_CODES,
+    STORE,
     ExitStatus,
     Rank,
     RepeatableStopRequest,
     root_cause,
+    start_rank,
     supervise,
 )
+from dpo_lab.errors import check_at_least
 
 PARENT = "DPO_LAB_PARENT"  # the parent's process id: the child ends when that process does
-STORE = "DPO_LAB_STORE"  # set if all ranks are on this machine: rank 0 opens the store, bound to 127.0.0.1
 OPENED = "TORCHELASTIC_USE_AGENT_STORE"  # torch's variable: the store exists already, so no rank opens one
 
 # The variables of a rank; they must not be inherited by the processes of another run.
@@ -62,8 +65,7 @@ def num_local_ranks(accelerator: str, devices: int | str | Sequence[int], num_no
 
     Raises ValueError if a setting is invalid, or if the GPUs that it asks for can't be counted.
     """
-    if num_nodes < 1:
-        raise ValueError(f"trainer.num_nodes={num_nodes}: must be 1 or more; type e.g. trainer.num_nodes=1")
+    check_at_least("trainer.num_nodes", num_nodes, 1, 1)
     if isinstance(devices, str) and devices != "auto":
         try:
             devices = [int(x) for x in devices.split(",") if x.strip()] if "," in devices else int(devices)
@@ -142,33 +144,34 @@ def run_ranks(
     if "SLURM_NTASKS" in base:
         base["SLURM_JOB_NAME"] = "interactive"  # or Lightning would take the SLURM task for the only rank
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        node, addresses = _rendezvous(base, nodes, stack)
-        shared = {k: v for k, v in base.items() if k not in DDP_VARIABLES} | addresses
-        request = RepeatableStopRequest()
-        stack.enter_context(request)
+    with RepeatableStopRequest() as request, ExitStack() as stack:
+        node, address = _rendezvous(base, nodes, stack)
+        shared = {k: v for k, v in base.items() if k not in DDP_VARIABLES} | address
         ranks: list[Rank] = []
         for local in range(count):
             number = node * count + local
-            numbers = {"NODE_RANK": node, "GROUP_RANK": node, "LOCAL_RANK": local, "RANK": number}
+            places = {"NODE_RANK": node, "GROUP_RANK": node, "LOCAL_RANK": local, "RANK": number}
             sizes = {"LOCAL_WORLD_SIZE": count, "WORLD_SIZE": count * nodes, PARENT: os.getpid()}
-            variables = shared | {name: str(value) for name, value in (numbers | sizes).items()}
-            ranks.append(Rank.start(number, command, folder, cwd, variables))
-            stack.callback(ranks[-1].close)
+            variables = shared | {name: str(value) for name, value in (places | sizes).items()}
+            ranks.append(stack.enter_context(start_rank(number, command, folder, cwd, variables)))
+            shared.pop(STORE, None)
         supervise(ranks, request, grace)
         if request.signum is None:
             return root_cause(ranks)
-        failed = [each for each in ranks if each.code not in EXIT_CODES and not each.stopped]
-        root_cause(failed)  # prints the log of a rank that failed while it was stopping
+        root_cause([rank for rank in ranks if rank.code not in EXIT_CODES and not rank.stopped])  # prints its log
         request.obey(request.signum)
         raise StopSignal(request.signum)
 
 
 def _rendezvous(base: Mapping[str, str], nodes: int, stack: ExitStack) -> tuple[int, dict[str, str]]:
-    """Return this node's rank and the rendezvous' variables: with a port locked until `stack` closes, or the user's."""
+    """Return this node's rank and the variables by which ranks find each other.
+
+    On a single node that is a socket which listens on a free port until `stack` closes; else it is the user's choice.
+    """
     if nodes == 1:
-        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stack.enter_context(acquire_port()))}
-        return 0, here | {STORE: "1", OPENED: "True"}
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+        return 0, address | {STORE: str(listener.fileno()), OPENED: "True"}
     missing = [name for name in RENDEZVOUS if not base.get(name)]
     node = base.get("NODE_RANK", "")
     if missing or not node.isdigit() or int(node) >= nodes:

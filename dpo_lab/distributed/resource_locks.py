@@ -1,13 +1,11 @@
-"""Locks on what runs on one machine share: GPUs, ports and a share of the CPUs, by file locks that the kernel frees."""
+"""What runs on one machine share: GPUs, by file locks that the kernel frees, and the CPUs that each may use."""
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import re
 import shutil
-import socket
 import stat
 import subprocess
 import tempfile
@@ -19,9 +17,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
-
-# Below the kernel's ephemeral ports, so that the kernel gives none of them away between the lock and its use.
-PORTS = range(20000, 30000)
 
 
 def visible_gpus() -> list[str] | None:
@@ -80,45 +75,11 @@ def _try_gpus(folder: Path, gpus: list[str], count: int, stack: ExitStack) -> li
     return None
 
 
-@contextmanager
-def acquire_port() -> Iterator[int]:
-    """Lock a free TCP port against other runs of this user and yield it. Raise OSError if none is free."""
-    folder = _folder()
-    with ExitStack() as stack:
-        for port in random.SystemRandom().sample(PORTS, 200):  # leaves the seeded generators alone
-            if _try_lock(folder / f"port-{port}.lock", stack) and _is_free(port):
-                break
-        else:
-            raise OSError(f"no free TCP port found between {PORTS.start} and {PORTS.stop}; end a process that uses one")
-        yield port
-
-
 def threads_per_job(jobs: int) -> int:
     """Return the threads for each of `jobs` parallel runs, at least 1: its share of the CPUs this process may use."""
-    counts: list[float] = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    counts += _quotas(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
-    return max(1, int(min(counts)) // jobs)
+    import joblib  # only its launcher runs several jobs on this machine
 
-
-def _quotas(root: Path, membership: Path) -> Iterator[float]:
-    """Yield the CPU limits of the process's control groups (versions 1 and 2), in CPUs."""
-    lines = membership.read_text().splitlines() if membership.exists() else []
-    for controllers, group in (line.split(":", 2)[1:] for line in lines):
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        place = Path(controllers and "cpu") / group.lstrip("/")
-        for folder in (root / place, *(root / parent for parent in place.parents)):  # limits of parent groups apply too
-            try:
-                if controllers:
-                    quota, period = (
-                        (folder / f"cpu.cfs_{what}_us").read_text().strip() for what in ("quota", "period")
-                    )
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-            except OSError:
-                continue
-            if quota not in ("max", "-1"):
-                yield int(quota) / int(period)
+    return max(1, joblib.cpu_count() // jobs)
 
 
 def _try_lock(path: Path, stack: ExitStack) -> bool:
@@ -130,14 +91,6 @@ def _try_lock(path: Path, stack: ExitStack) -> bool:
         return False
     stack.callback(lock.release)
     return True
-
-
-def _is_free(port: int) -> bool:
-    try:
-        with socket.create_server(("", port)):
-            return True
-    except OSError:
-        return False
 
 
 def _folder() -> Path:

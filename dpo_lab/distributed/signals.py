@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the signals that ask a process to stop
 # By which a scheduler announces the end of a job; used only if the scheduler has installed a handler.
@@ -92,7 +92,7 @@ class StopRequest:
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             requeue = signal.getsignal(REQUEUE)
             handled = (*STOP_SIGNALS, REQUEUE) if callable(requeue) else STOP_SIGNALS

@@ -1,4 +1,12 @@
-"""Watch the ranks of one run: wait for them, pass signals on, kill what is left, and name the rank that failed first."""
+"""Watch the ranks of one run: wait for them, pass signals on, kill what is left, and name the rank that failed first.
+
+torch's elastic agent (torchrun, elastic_launch) was tried instead; rows of docs/faults.md that it does not hold:
+7: it kills no ranks at a second signal, and asks the others to stop as soon as one has ended, though it may still save.
+9: it gives a stuck rank a fixed 30 seconds, leaves the processes that a rank has started, overwrites the log of the
+attempt before, and tells which rank failed first by whole seconds.
+45: its store listens on all interfaces.
+It also imports torch in a process that only waits.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +18,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from dpo_lab.distributed.signals import REQUEUE, STOP_SIGNALS, TIME_IS_UP, StopRequest, StopSignal
+from dpo_lab.errors import first_line
 
-ERROR_FILE = (
-    "DPO_LAB_ERROR_FILE"  # the environment variable with the path of the file in which a rank reports its error
-)
+# Environment variables of a rank.
+ERROR_FILE = "DPO_LAB_ERROR_FILE"  # the path of the file in which it reports its error
+STORE = "DPO_LAB_STORE"  # rank 0's file descriptor of the socket, bound to 127.0.0.1, on which it opens the store
 # Exit codes of a process that was asked to stop.
 EXIT_CODES = {code for signum in (*STOP_SIGNALS, TIME_IS_UP) for code in (128 + signum, -signum)}
 
-# Seconds. All ranks have ended within 10 seconds after one of them failed or was asked to stop.
-PEER_EXIT_S = 4.0  # for the other ranks to end by themselves after one that was asked to stop
-TERM_TO_KILL_S = 2.5  # between SIGTERM and SIGKILL
-DEBOUNCE_S = 0.5  # signals this close together are one request: `timeout` sends one to the process and one to its group
+TERM_TO_KILL_S = 5.0  # seconds from SIGTERM to SIGKILL: all have ended within 10 after one failed or stopped
+DEBOUNCE_S = 0.5  # signals so close together are one: `timeout` sends one to the process and one to its group
 
 TAIL = 16_384  # bytes at the end of a log that are read
 TRACEBACK = "Traceback (most recent call last):"
@@ -38,12 +45,12 @@ TRACEBACK = "Traceback (most recent call last):"
 class ExitStatus:
     """How a run of several ranks ended.
 
-    code: 0, or the exit code of the rank that failed first (128 + n if signal n killed it). culprit: the number of that
-    rank. error: one line for the user, which names it. culprit and error are None if no rank failed.
+    code: 0, or the exit code of the rank that failed first (128 + n if signal n killed it). failed_rank: the number of
+    that rank. error: one line for the user, which names it. Both are None if no rank failed.
     """
 
     code: int
-    culprit: int | None = None
+    failed_rank: int | None = None
     error: str | None = None
 
 
@@ -57,7 +64,7 @@ def report_error(error: str, code: int) -> None:
     if path is None or not error.strip() or os.path.exists(path):
         return
     with suppress(OSError):
-        Path(path).write_text(f"{time.monotonic()} {code} {error.strip().splitlines()[0]}")
+        Path(path).write_text(f"{time.monotonic()} {code} {first_line(error)}")
 
 
 def report_stop(stopped: StopSignal) -> None:
@@ -66,16 +73,16 @@ def report_stop(stopped: StopSignal) -> None:
 
 
 class RepeatableStopRequest(StopRequest):
-    """A stop request that also records whether it was repeated (`again`), which means: kill the ranks now."""
+    """A stop request that also records whether it was repeated (`is_repeated`), which means: kill the ranks now."""
 
-    again = False
+    is_repeated = False
     _first = math.inf
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum, self._first = signum, time.monotonic()
         elif time.monotonic() - self._first > DEBOUNCE_S:
-            self.again = True
+            self.is_repeated = True
 
 
 @dataclass
@@ -92,58 +99,25 @@ class Rank:
     ended: float = math.inf  # when it was seen to have ended by itself
     stopped: bool = False  # by the supervisor: its exit code tells nothing about the failure
 
-    @classmethod
-    def start(cls, number: int, command: Sequence[str], folder: Path, cwd: Path, variables: dict[str, str]) -> Rank:
-        """Start `command` with these environment variables as rank `number`."""
-        error_file = folder.absolute() / f".rank-{number}.error"
-        error_file.unlink(missing_ok=True)
-        log = (folder / f"rank-{number}.log").open("ab+") if number else None
-        log_start = os.fstat(log.fileno()).st_size if log else 0
-        try:
-            process = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env=variables | {ERROR_FILE: str(error_file)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        except OSError:
-            if log:
-                log.close()
-            raise
-        wake = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None
-        return cls(number, process, error_file, log, log_start, wake)
-
     def is_running(self) -> bool:
         """Return whether it is running. When it has ended, kill what is left of its session, such as loader workers."""
-        if self.code is None:
-            self.code = self.process.poll()
-            if self.code is not None:
-                self.ended = math.inf if self.stopped else time.monotonic()
-                self._kill_session()
+        if self.code is None and (code := self.process.poll()) is not None:
+            self.code, self.ended = code, math.inf if self.stopped else time.monotonic()
+            self._kill_session()
         return self.code is None
 
-    def stop(self, signum: int) -> None:
-        """Send `signum` to the leader, which stops its own processes; SIGKILL goes to the whole session."""
+    def stop(self) -> None:
+        """Send SIGTERM to the leader, which stops its own processes."""
         self.stopped = True
-        if signum == signal.SIGKILL:
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill the whole session and wait for its end; does nothing if it has ended."""
+        if self.is_running():
+            self.stopped = True
             self._kill_session()
             self.process.wait()
             self.is_running()
-        else:
-            self.process.send_signal(signum)
-
-    def close(self) -> None:
-        """Kill the process if it is running, and release its files."""
-        if self.is_running():
-            self.stop(signal.SIGKILL)
-        self.error_file.unlink(missing_ok=True)
-        if self.log:
-            self.log.close()
-        if self.wake is not None:
-            os.close(self.wake)
 
     def _kill_session(self) -> None:
         with suppress(ProcessLookupError):
@@ -169,42 +143,58 @@ class Rank:
         return "\n".join(lines[max(0, first) :])
 
 
+@contextmanager
+def start_rank(
+    number: int, command: Sequence[str], folder: Path, cwd: Path, variables: dict[str, str]
+) -> Iterator[Rank]:
+    """Start `command` with these environment variables as rank `number`; kill it when the context ends."""
+    error_file = folder.absolute() / f".rank-{number}.error"
+    error_file.unlink(missing_ok=True)
+    with (folder / f"rank-{number}.log").open("ab+") if number else nullcontext() as log:
+        log_start = log.tell() if log else 0
+        process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=variables | {ERROR_FILE: str(error_file)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            pass_fds=[int(variables[STORE])] if STORE in variables else [],
+        )
+        wake = os.pidfd_open(process.pid) if hasattr(os, "pidfd_open") else None
+        rank = Rank(number, process, error_file, log, log_start, wake)
+        try:
+            yield rank
+        finally:
+            rank.kill()
+            error_file.unlink(missing_ok=True)
+            if wake is not None:
+                os.close(wake)
+
+
 def supervise(ranks: Sequence[Rank], request: RepeatableStopRequest, grace: float) -> None:
-    """Wait until all ranks have ended; stop them once one has failed or `request` holds a signal."""
-    forwarded = broken = False
-    term_at = kill_at = math.inf
+    """Wait until all ranks have ended; stop them once one has failed or stopped, or `request` holds a signal."""
+    is_forwarded = is_stopping = False
+    kill_at = math.inf
     while running := [rank for rank in ranks if rank.is_running()]:
-        now = time.monotonic()
         codes = [rank.code for rank in ranks if rank.code]
-        if request.signum is not None and not forwarded:
-            forwarded, term_at, kill_at = True, math.inf, min(kill_at, now + grace)
+        if request.signum is not None and not is_forwarded:
+            is_forwarded, kill_at = True, min(kill_at, time.monotonic() + grace)
             for rank in running:
                 rank.process.send_signal(signal.SIGTERM if request.signum == REQUEUE else request.signum)
-        if not broken and any(code not in EXIT_CODES for code in codes):
-            broken, term_at, kill_at = True, now, min(kill_at, now + TERM_TO_KILL_S)
-        elif codes and kill_at == math.inf:  # ranks agree on when to stop: the others are about to end too
-            term_at, kill_at = now + PEER_EXIT_S, now + PEER_EXIT_S + TERM_TO_KILL_S
-        if now >= term_at:
-            term_at = math.inf
+        # Ranks that were asked to stop end one after another, each once it has saved.
+        if not is_stopping and any(not (is_forwarded and code in EXIT_CODES) for code in codes):
+            is_stopping, kill_at = True, min(kill_at, time.monotonic() + TERM_TO_KILL_S)
             for rank in running:
-                rank.stop(signal.SIGTERM)
-        if request.again or now >= kill_at:
+                rank.stop()
+        if request.is_repeated or time.monotonic() >= kill_at:
             for rank in running:
-                rank.stop(signal.SIGKILL)
-                if forwarded:
-                    print(
-                        f"rank {rank.number} had not ended when it was asked to stop, and was killed", file=sys.stderr
-                    )
-        _wait(running)
-
-
-def _wait(running: Sequence[Rank]) -> None:
-    """Wait until one of them ends, for at most 0.1 seconds."""
-    wakes = [rank.wake for rank in running if rank.wake is not None]
-    if wakes:
-        select.select(wakes, [], [], 0.1)
-    else:
-        time.sleep(0.05)
+                rank.kill()
+                if is_forwarded:
+                    line = f"rank {rank.number} had not ended when it was asked to stop, and was killed"
+                    print(line, file=sys.stderr)
+        select.select([rank.wake for rank in running if rank.wake is not None], [], [], 0.1)  # or until one has ended
 
 
 def root_cause(ranks: Sequence[Rank]) -> ExitStatus:
@@ -212,23 +202,23 @@ def root_cause(ranks: Sequence[Rank]) -> ExitStatus:
     failed = [rank for rank in ranks if rank.code]
     if not failed:
         return ExitStatus(0)
-    failed_rank = min(failed, key=_when)
-    reported, code = failed_rank.read_error_file(), failed_rank.code or 0
-    if reported and failed_rank.stopped:
+    first = min(failed, key=_when)
+    reported, code, log = first.read_error_file(), first.code or 0, first.end_of_log()
+    if reported and first.stopped:
         code = reported[1]
     if reported:
-        error = f"rank {failed_rank.number}: {reported[2]}"
+        error = f"rank {first.number}: {reported[2]}"
     elif code < 0:
-        error = f"rank {failed_rank.number} was killed by {_signal_name(-code)}"
+        error = f"rank {first.number} was killed by {_signal_name(-code)}"
     elif code in EXIT_CODES:
-        error = f"rank {failed_rank.number} was asked to stop by {_signal_name(code - 128)}"
-    elif line := _error_in(failed_rank.end_of_log()):
-        error = f"rank {failed_rank.number}: {line}"
+        error = f"rank {first.number} was asked to stop by {_signal_name(code - 128)}"
+    elif line := _error_in(log):
+        error = f"rank {first.number}: {line}"
     else:
-        error = f"rank {failed_rank.number} ended with exit code {code}"
-    if failed_rank.log and code not in EXIT_CODES:
-        print(f"{failed_rank.end_of_log()}\n{error}; its log: {failed_rank.log.name}", file=sys.stderr)
-    return ExitStatus(code if code > 0 else 128 - code, failed_rank.number, error)
+        error = f"rank {first.number} ended with exit code {code}"
+    if first.log and code not in EXIT_CODES:
+        print(f"{log}\n{error}; its log: {first.log.name}", file=sys.stderr)
+    return ExitStatus(code if code > 0 else 128 - code, first.number, error)
 
 
 def _when(rank: Rank) -> tuple[bool, float]:

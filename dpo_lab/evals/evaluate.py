@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING
 
+from dpo_lab.errors import check_at_least
 from dpo_lab.evals.evaluators.base import EVALUATORS, Evaluator, default_evaluators
 from dpo_lab.evals.judge import Judge
 
@@ -35,12 +36,8 @@ class SharedSettings:
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens", "num_texts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"evals.{name}={getattr(self, name)}: must be 1 or more; type e.g. evals.{name}=256")
-        if self.num_train_pairs < 0:
-            raise ValueError(
-                f"evals.num_train_pairs={self.num_train_pairs}: must be 0 or more; type e.g. evals.num_train_pairs=256"
-            )
+            check_at_least(f"evals.{name}", getattr(self, name), 1, 256)
+        check_at_least("evals.num_train_pairs", self.num_train_pairs, 0, 256)
         for name in self.evaluators:
             if name not in EVALUATORS:
                 near = difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0)[0]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_lab.errors import check_at_least, first_line
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,10 +35,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         for name in ("max_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"evals.judge.{name}={getattr(self, name)}: must be 1 or more; type evals.judge.{name}=32"
-                )
+            check_at_least(f"evals.judge.{name}", getattr(self, name), 1, 32)
 
     def load(self, device: torch.device | str = "cpu") -> Score | None:
         """Load the judge and return its score function, which all ranks have to call; return None without a judge.
@@ -50,7 +49,7 @@ class Judge:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         from dpo_lab.models.checkpoint_keys import check_keys
-        from dpo_lab.models.policy import PolicyError, first_line
+        from dpo_lab.models.policy import PolicyError
         from dpo_lab.models.probes import hard_positions, positions_of
 
         try:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dpo_lab.errors import first_line
 from dpo_lab.models.checkpoint_keys import some_of
-from dpo_lab.models.policy import PolicyError, Pretrained, first_line
+from dpo_lab.models.policy import PolicyError, Pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def with_fresh_adapters(model: PreTrainedModel, settings: Pretrained, seed: int)
         try:
             return peft.get_peft_model(model, config)
         except ValueError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise PolicyError(
                 f"policy.lora.target_modules={lora.target_modules}: {reason}; type policy.lora.target_modules=all-linear"
             ) from error

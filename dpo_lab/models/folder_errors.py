@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.models.policy import PolicyError, Pretrained, first_line, is_adapter
+from dpo_lab.errors import first_line
+from dpo_lab.models.policy import PolicyError, Pretrained, is_adapter
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -26,11 +26,6 @@ class PolicyError(ValueError):
     """Raised where a policy can't be loaded or trained; the message is one line that says what to type."""
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of a library's error message that is not empty, or the error's type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 @dataclass
 class PolicyConfig:
     """The base class of policy configs. gradient_checkpointing: less memory in training for one more forward pass."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_lab.reporting.figures.axes import format_value, signed
+from dpo_lab.reporting.formatting import format_value, signed
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import Verdict
-from dpo_lab.stats.text import format_estimate, format_p
+from dpo_lab.stats.text import format_estimate
 from dpo_lab.studies import verdicts
 from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.spec import Direction, Measure, Prediction
@@ -17,8 +17,6 @@ from dpo_lab.studies.spec import Direction, Measure, Prediction
 # The metrics shown for runs that belong to no study, in this order, as far as they were measured.
 USUAL = ("true_accuracy", "accuracy", "gold_gain", "judge_gain", "kl", "well_formed", "perplexity", "loss")
 MOST = 6  # metrics shown by default
-
-p_text = format_p  # as the page calls it
 
 
 @dataclass(frozen=True)

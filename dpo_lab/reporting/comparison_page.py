@@ -10,31 +10,44 @@ from typing import Any
 from dpo_lab.reporting import comparison, comparison_tables
 from dpo_lab.reporting.comparison_tables import Table
 from dpo_lab.reporting.figures import comparison_figures
-from dpo_lab.reporting.figures.arm_lines import Drawing
-from dpo_lab.reporting.figures.interval_rows import effect
-from dpo_lab.reporting.figures.markers import strip_control
-from dpo_lab.reporting.html_page import document
+from dpo_lab.reporting.figures.charts import Chart, Panel, Point, Series, chart
+from dpo_lab.reporting.html_page import render
 from dpo_lab.reporting.samples import Prompt, side_by_side
 from dpo_lab.runs.metrics_log import MetricsLogError
+from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import Verdict
+from dpo_lab.stats.text import format_p
 from dpo_lab.studies import verdicts
 from dpo_lab.studies.run_data import RunData, RunSet
 from dpo_lab.studies.spec import Direction, Prediction
 
 MADE_BY = "dpo_lab.report"
-TEMPLATES = Path(__file__).parent / "templates"
+STYLES = ("templates/comparison.css",)
+SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "templates/charts.js", "templates/tables.js")
+# The style sheet that Observable Plot inserts into every chart whose class name is "chart"; the same text allows it.
+PLOT_STYLE = """:where(.chart) {
+  --plot-background: white;
+  display: block;
+  height: auto;
+  height: intrinsic;
+  max-width: 100%;
+}
+:where(.chart text),
+:where(.chart tspan) {
+  white-space: pre;
+}"""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction and its verdict, with facts, notes and a drawing of the effect."""
+    """A prediction and its verdict, with facts, notes and a chart of the effect."""
 
     says: str
     word: str
     is_primary: bool
     facts: Sequence[tuple[str, str]]
     notes: Sequence[str]
-    picture: str
+    effect: Chart | None
 
 
 @dataclass(frozen=True)
@@ -47,9 +60,9 @@ class Part:
     about: Sequence[tuple[str, str]]
     found: Sequence[str]
     answers: Sequence[Answer]
-    asked: Sequence[Drawing]
-    frontier: Drawing | None
-    curves: Drawing | None
+    asked: Sequence[Chart]
+    frontier: Chart | None
+    curves: Chart | None
     curves_note: str
     arms: Table
     seed: int | None
@@ -66,31 +79,9 @@ class Part:
 
 def page(collections: Sequence[RunSet], folder: Path, metrics: Sequence[str] = ()) -> str:
     """Return the HTML page; the same runs give the same page. folder: where it is written; links are relative to it."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup, escape
-
-    def strip(value: Any) -> Any:
-        return strip_control(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=strip,
-    )
-
-    def breakable(text: str) -> Markup:
-        """Return a name as HTML that may wrap after `_` and `/`."""
-        return Markup(str(escape(strip(text))).replace("_", "_<wbr>").replace("/", "/<wbr>"))
-
-    environment.filters["breakable"] = breakable
-    environment.filters["svg"] = Markup  # for the SVG drawn here, whose text is escaped
     parts = [_part(collection, folder, metrics) for collection in collections]
-    body = environment.get_template("page.html").render(parts=parts)
-    title = strip_control(", ".join(part.title for part in parts))
-    return document(title, MADE_BY, body, (TEMPLATES / "style.css").read_text(), (TEMPLATES / "script.js").read_text())
+    title = ", ".join(part.title for part in parts)
+    return render("comparison.html", MADE_BY, STYLES, SCRIPTS, PLOT_STYLE, title=title, parts=parts)
 
 
 def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
@@ -166,18 +157,32 @@ def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
         ("effect of", comparison.effect_name(prediction)),
         ("predicted", comparison.predicted(prediction)),
         ("n", f"{len(verdict.seeds)} seeds"),
-        ("p", comparison.p_text(verdict.p)),
-        ("p, Holm", comparison.p_text(verdict.p_holm)),
+        ("p", format_p(verdict.p)),
+        ("p, Holm", format_p(verdict.p_holm)),
         ("detectable", comparison.format_value(verdict.detectable) if verdict.detectable is not None else ""),
     ]
-    picture = ""
-    if measured:
-        sign = -1 if prediction.direction is Direction.less else 1
-        says = f"effect {comparison.interval_text(measured, comparison.signed)}; predicted {comparison.predicted(prediction)}"
-        is_same = prediction.direction is Direction.same
-        picture = effect(measured.value, measured.interval, sign * prediction.min_effect, says, both=is_same)
     notes = comparison.verdict_notes(verdict)
-    return Answer(prediction.description, verdict.word, prediction.primary, [f for f in facts if f[1]], notes, picture)
+    return Answer(
+        prediction.description,
+        verdict.word,
+        prediction.primary,
+        [f for f in facts if f[1]],
+        notes,
+        _effect(prediction, measured),
+    )
+
+
+def _effect(prediction: Prediction, measured: Estimate | None) -> Chart | None:
+    """Return the effect with its interval, 0, and the smallest relevant effect, on both sides if 0 was predicted."""
+    if measured is None:
+        return None
+    tip = (
+        f"effect {comparison.interval_text(measured, comparison.signed)}; predicted {comparison.predicted(prediction)}"
+    )
+    point = Point(measured.value, "", tip, x_interval=measured.interval)
+    signs = {Direction.less: (-1,), Direction.more: (1,), Direction.same: (-1, 1)}[prediction.direction]
+    dashed = [sign * prediction.min_effect for sign in signs if prediction.min_effect]
+    return chart("", [Panel("", "", [Series("effect", [point], is_line=False)], lines=[0.0], dashed=dashed, rows=[""])])
 
 
 class _MetricsLogs:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_lab.reporting.comparison import Measured, count_text, difference_text, interval_text
-from dpo_lab.reporting.figures.axes import format_value
+from dpo_lab.reporting.formatting import format_value
 from dpo_lab.stats.text import format_p
 from dpo_lab.studies.load import recorded_jobs
 from dpo_lab.studies.run_data import RunData, RunSet

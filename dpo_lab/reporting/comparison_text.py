@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_lab.reporting import comparison
-from dpo_lab.reporting.figures.markers import strip_control
-from dpo_lab.reporting.model_card import markdown_table as markdown_table
+from dpo_lab.reporting.formatting import strip_control
+from dpo_lab.reporting.model_card import markdown_table
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import Verdict
 from dpo_lab.stats.text import format_p

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dpo_lab.reporting.html_page import environment
 from dpo_lab.reporting.run_summary import COLUMNS, metric_rows
 from dpo_lab.stats.estimates import Estimate
 
@@ -34,6 +35,8 @@ def model_card(record: Mapping[str, Any]) -> str:
 
     record: of a run with metrics; one without a `loss` in its config was supervised fine-tuning.
     """
+    from markupsafe import Markup
+
     config, versions = record["config"], record["versions"]
     policy, data = config["policy"], config["data"]
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
@@ -56,32 +59,23 @@ def model_card(record: Mapping[str, Any]) -> str:
         "steps": f"{record['steps']} of {data['batch_size']} {work.unit}, learning rate {config['optim']['lr']}",
         "commit": (record["git"] or {}).get("commit"),
     }
-    return "\n".join(
-        [
-            "---",
-            *(f"{key}: {json.dumps(value)}" for key, value in matter.items()),  # a JSON string is a YAML one
-            f"tags: [{work.tag}, dpo-lab]",
-            "---",
-            f"# {cell(str(config['name']))}",
-            "",
-            f"Trained by {work.method} with DPO Lab {versions['dpo_lab']} (torch {versions['torch']}, transformers"
-            f" {versions['transformers']}), on {work.source}. The numbers are from one run with one seed.",
-            "",
-            *markdown_table(("", ""), ((what, str(fact)) for what, fact in facts.items() if fact is not None)),
-            "",
-            "## Evaluation on held-out pairs and prompts",
-            "",
-            *markdown_table(COLUMNS, metric_rows(metrics, record.get("metric_labels", {}))),
-            "",
-            "## Command",
-            "",
-            "    "
-            + " ".join(
-                f"python -m dpo_lab.{work.command} {shlex.join(record['overrides'])}".split()
-            ),  # always one line
-            "",
-        ]
-    )
+    command = f"python -m dpo_lab.{work.command} {shlex.join(record['overrides'])}"
+    card = environment().get_template("model_card.md").render(
+        matter={key: Markup(json.dumps(value)) for key, value in matter.items()},  # a JSON string is a YAML one
+        work=work,
+        name=Markup(cell(str(config["name"]))),
+        versions=versions,
+        facts=_table(("", ""), [(what, str(fact)) for what, fact in facts.items() if fact is not None]),
+        metrics=_table(COLUMNS, metric_rows(metrics, record.get("metric_labels", {}))),
+        command=Markup(" ".join(command.split())),  # always one line
+    )  # fmt: skip
+    return f"{card}\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Any:
+    from markupsafe import Markup
+
+    return Markup("\n".join(markdown_table(head, rows)))
 
 
 def cell(text: str) -> str:

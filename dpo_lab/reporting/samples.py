@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.reporting.figures.axes import format_value
+from dpo_lab.reporting.formatting import format_value
 from dpo_lab.runs.examples import EXAMPLES
 from dpo_lab.studies.run_data import RunData, RunSet
 

@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dpo_lab.distributed.signals import StopSignal
+from dpo_lab.errors import first_line
 from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
 from dpo_lab.runs.fingerprint import changed_files, config_digest, difference, fingerprint
 from dpo_lab.runs.redact import redact, redact_override, redact_text
@@ -240,7 +241,7 @@ def ending(error: BaseException) -> tuple[str, str]:
         return error.status, f"stopped by {error}"
     if isinstance(error, SystemExit):  # how a scheduler's handler exits after it has requeued the job
         return "preempted", "requeued by the scheduler"
-    what = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    what = first_line(f"{type(error).__name__}: {error}")
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", redact_text(what)
 
 

@@ -28,6 +28,7 @@ from dpo_lab.config.schema import RunConfig
 from dpo_lab.distributed.launcher import DDP_VARIABLES, PARENT, set_parent_death_signal, stop
 from dpo_lab.distributed.resource_locks import acquire_gpus, threads_per_job
 from dpo_lab.distributed.signals import STOP_SIGNALS, StopSignal, stopped_by
+from dpo_lab.errors import first_line
 from dpo_lab.runs import run_record
 from dpo_lab.runs.redact import redact_command
 from dpo_lab.sweeps.job_status import LOG, MARK, SweepFolder, open_log, tail, write_line
@@ -236,11 +237,6 @@ def _share_of_machine(threads: int | None, trainer: Mapping[str, Any]) -> Iterat
 
 def _rank() -> int:
     return int(os.environ.get("SLURM_PROCID") or os.environ.get("SUBMITIT_LOCAL_GLOBALID") or 0)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().partition("\n")[0]
 
 
 def _forward_stop(sweep: SweepFolder, over: threading.Event) -> None:

@@ -135,8 +135,9 @@ class StatusReader:
         if record is not None and record != before and record["status"] != "running":
             return record["status"], record.get("error")
         if _size(folder / LOG) > size:
-            status, _, error = tail(folder / LOG)[-1].removeprefix(MARK).partition(": ")
-            return (status, error or None) if status in ENDINGS else ("running", None)
+            last = tail(folder / LOG)[-1]
+            status, _, error = last.removeprefix(MARK).partition(": ")
+            return (status, error or None) if last.startswith(MARK) and status in ENDINGS else ("running", None)
         return "not started", None
 
 

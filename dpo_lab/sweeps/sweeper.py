@@ -19,9 +19,10 @@ from rich.console import Console
 
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.distributed.signals import StopRequest, StopSignal
+from dpo_lab.errors import first_line
 from dpo_lab.runs.run_record import RunStatus, now
 from dpo_lab.sweeps import plan, summary
-from dpo_lab.sweeps.job import first_line, max_parallel_jobs
+from dpo_lab.sweeps.job import max_parallel_jobs
 from dpo_lab.sweeps.job_status import Outcome, StatusReader, SweepFolder, is_alive
 from dpo_lab.sweeps.monitor import monitor
 from dpo_lab.sweeps.ray_launcher import RayLauncher, check
@@ -122,7 +123,7 @@ def _launch(launcher: Launcher, jobs: Sequence[plan.Job]) -> str | None:
     except StopSignal:
         pass  # a second SIGINT: the summary shows how far the jobs are
     except Exception as error:
-        return f"{type(error).__name__}: {first_line(error)}"
+        return first_line(f"{type(error).__name__}: {error}")
     return None
 
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from dpo_lab.errors import first_line
 from dpo_lab.runs.atomic_write import sync
 from dpo_lab.runs.run_record import RunFailed
 
@@ -74,8 +75,9 @@ class VerifiedCheckpointIO(CheckpointIO):
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (UnpicklingError, RuntimeError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{path}: holds more than plain values and is not read ({first})") from None
+            raise CheckpointError(
+                f"{path}: holds more than plain values and is not read ({first_line(error)})"
+            ) from None
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_lab.core.histogram import Histogram
 from dpo_lab.core.losses import Loss
-from dpo_lab.core.metrics import GROUPS, PreferenceMetrics, reward_margins
+from dpo_lab.core.metrics import GROUPS, PreferenceMetrics, Values, reward_margins
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.models.forward import pair_logps, pair_loss
 from dpo_lab.models.reference import ReferenceLogps
@@ -58,7 +57,7 @@ class DPOModule(BaseModule):
         sizes = dict(total_steps=total_steps, tokens_per_microbatch=tokens_per_microbatch)
         super().__init__(model, optim, PreferenceMetrics, **sizes)
         self.loss, self.reference, self.batch_size = loss, reference, batch_size
-        self.val_margins = Histogram()
+        self.val_margins = Values()
 
     def normalizer(self, batch: PairBatch) -> int:
         return self.batch_size
@@ -76,10 +75,10 @@ class DPOModule(BaseModule):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        histogram = self.val_margins.compute()
+        margins = self.val_margins.compute()
         self.val_margins.reset()
         if not self.trainer.sanity_checking:
-            show_histogram(self.trainer, "val/margins", histogram, self.global_step)
+            show_histogram(self.trainer, "val/margins", margins, self.global_step)
 
     def _update_metrics(
         self, metrics: PreferenceMetrics, policy: PairLogps, reference: PairLogps, batch: PairBatch

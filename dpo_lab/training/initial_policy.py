@@ -12,6 +12,7 @@ from pathlib import Path
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.splits import TRAIN
 from dpo_lab.data.tasks.base import Task
+from dpo_lab.errors import check_at_least
 from dpo_lab.models.policy import Init, Policy, TinyPolicy, load_policy
 from dpo_lab.runs.cache import cached
 from dpo_lab.training.optim import Optim
@@ -32,8 +33,7 @@ class SFT:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name}={getattr(self, name)}: must be 1 or more; type e.g. sft.{name}=256")
+            check_at_least(f"sft.{name}", getattr(self, name), 1, 256)
 
 
 def initial_policy(tiny: TinyPolicy, sft: SFT, task: Task, seed: int, cache: Path) -> tuple[Policy, Path]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from dpo_lab.errors import check_at_least
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -38,16 +40,12 @@ class Optim:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.lr >= 0 and math.isfinite(self.lr)):
-            raise ValueError(f"optim.lr={self.lr}: must be 0 or more; type e.g. optim.lr=3e-4")
+        check_at_least("optim.lr", self.lr, 0, "3e-4")
+        check_at_least("optim.warmup_steps", self.warmup_steps, 0, 20)
+        check_at_least("optim.weight_decay", self.weight_decay, 0, 0.01)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)}: must lie in [0, 1); type e.g. optim.{name}=0.9")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"optim.warmup_steps={self.warmup_steps}, optim.weight_decay={self.weight_decay}: must be 0 or more"
-            )
-
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(
                 f"optim.max_grad_norm={self.max_grad_norm}: must be more than 0;"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import socket
 import sys
 
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]  # documented there
 
-from dpo_lab.distributed.launcher import STORE
+from dpo_lab.distributed.supervisor import STORE
 
 _opened: list[TCPStore] = []  # keeps the stores open until the process ends
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from <malloc.h>
@@ -24,8 +23,8 @@ def setup_torch(threads: int | None, on_cpu: bool) -> None:
         torch.set_num_threads(threads)
     if on_cpu:
         keep_memory()
-    if os.environ.get(STORE) and os.environ["RANK"] == "0":
-        open_store(int(os.environ["MASTER_PORT"]))
+    if STORE in os.environ:
+        open_store(int(os.environ["MASTER_PORT"]), int(os.environ[STORE]))
 
 
 def set_up_device(strategy: Strategy) -> None:
@@ -37,15 +36,9 @@ def set_up_device(strategy: Strategy) -> None:
     strategy.accelerator.setup_device(strategy.root_device)
 
 
-def open_store(port: int) -> None:
-    """Open the rendezvous store of the ranks on the loopback interface; torch's own would listen on all interfaces."""
-    with socket.socket() as here:
-        here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        here.bind(("127.0.0.1", port))
-        here.listen()
-        _opened.append(
-            TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=here.detach())
-        )
+def open_store(port: int, listener: int) -> None:
+    """Open the rendezvous store of the ranks on a listening socket; torch's own would listen on all interfaces."""
+    _opened.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener))
 
 
 def keep_memory() -> bool:

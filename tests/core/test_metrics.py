@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_lab.core.losses import DPO, SimPO
-from dpo_lab.core.metrics import PreferenceMetrics, zero_out_rounding
+from dpo_lab.core.metrics import PreferenceMetrics, Values, zero_out_rounding
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from tests.support.ranks import run_in_ranks
 
@@ -124,3 +124,29 @@ def test_real_ranks_give_the_same_means():
     alone = uneven(slice(0, 7)).compute()
     for output in run_in_ranks("tests.core.test_metrics", "one_rank", 3):
         assert json.loads(output) == pytest.approx(alone, abs=1e-9)
+
+
+def test_values_are_all_that_are_finite_whatever_the_parts():
+    values = Values()
+    for part in (torch.arange(3.0), torch.tensor([float("nan"), float("inf")]), torch.zeros(0), torch.tensor([-1e9])):
+        values.update(part)
+    assert values.compute().tolist() == [0.0, 1.0, 2.0, -1e9]
+    values.reset()
+    values.update(torch.tensor([float("nan")]))
+    assert len(values.compute()) == 0
+
+
+def values_rank(rank: int, world_size: int) -> None:
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    uneven, of_one = Values(), Values()
+    uneven.update(torch.arange(7.0)[rank::world_size] - 3)
+    if rank == 0:  # the other ranks saw no batch
+        of_one.update(torch.arange(2.0))
+    print(sorted(uneven.compute().tolist()), of_one.compute().tolist())
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.ranks
+def test_every_rank_gets_the_values_of_all():
+    said = f"{[float(value) for value in range(-3, 4)]} [0.0, 1.0]"
+    assert [output.strip() for output in run_in_ranks("tests.core.test_metrics", "values_rank", 2)] == [said, said]

@@ -157,7 +157,7 @@ def test_two_runs_at_once_meet_at_ports_of_their_own(tmp_path):
             group.go(0)
             group.go(1)
             code, output, _ = group.gone()
-            assert (code, json.loads(output)) == (0, {"code": 0, "culprit": None, "error": None})
+            assert (code, json.loads(output)) == (0, {"code": 0, "failed_rank": None, "error": None})
 
 
 def test_a_command_that_is_not_there_leaves_nothing(tmp_path):

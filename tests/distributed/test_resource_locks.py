@@ -1,10 +1,8 @@
-"""GPUs and ports are leased to one at a time, whatever becomes of who leased them; the CPUs are shared out."""
+"""GPUs are locked by one process at a time, whatever becomes of it; the CPUs are shared out."""
 
 from __future__ import annotations
 
 import os
-import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -166,49 +164,25 @@ def test_nvidia_smi_is_asked_where_no_variable_tells(tmp_path, monkeypatch):
     assert resource_locks.visible_gpus() is None
 
 
-def test_two_leases_of_a_port_differ_and_what_listens_is_passed_over(monkeypatch):
-    monkeypatch.setattr(random.SystemRandom, "sample", lambda self, ports, k: list(ports)[:k])
-    with resource_locks.acquire_port() as first, resource_locks.acquire_port() as second:
-        assert first < second
-        with socket.create_server(("127.0.0.1", second + 1)), resource_locks.acquire_port() as third:
-            assert third > second + 1
-    with resource_locks.acquire_port() as again:
-        assert again == first
-
-
-def test_the_locks_lie_where_no_one_else_can_write(temp):
+def test_the_locks_lie_where_no_one_else_can_write(temp, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     place = temp / f"dpo_lab-{os.getuid()}"
-    with resource_locks.acquire_port():
+    with resource_locks.acquire_gpus(1):
         assert place.stat().st_mode & 0o777 == 0o700
     place.chmod(0o770)
     with pytest.raises(
         PermissionError, match="is a folder that other users own or can access; remove it, or set TMPDIR"
     ):
-        resource_locks.acquire_port().__enter__()
+        resource_locks.acquire_gpus(1).__enter__()
     place.chmod(0o700)
     place.rename(temp / "elsewhere")
     place.symlink_to(temp / "elsewhere")
     with pytest.raises(PermissionError, match="is a folder that other users own or can access"):
-        resource_locks.acquire_port().__enter__()
+        resource_locks.acquire_gpus(1).__enter__()
 
 
-def test_cpus_are_shared_out_within_the_limits_of_the_control_groups(tmp_path, monkeypatch):
-    membership = tmp_path / "cgroup"
-    membership.write_text("4:cpuset:/\n3:cpu,cpuacct:/job/step\n0::/job/step\n")
-    for path, text in {
-        "cpu/job/cpu.cfs_quota_us": "450000",
-        "cpu/job/cpu.cfs_period_us": "100000",
-        "cpu/job/step/cpu.cfs_quota_us": "-1",
-        "cpu/job/step/cpu.cfs_period_us": "100000",
-        "job/cpu.max": "600000 100000",
-        "job/step/cpu.max": "max 100000",
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(f"{text}\n")
-    quotas = resource_locks._quotas(tmp_path, membership)
-    assert sorted(quotas) == [4.5, 6.0]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(resource_locks, "_quotas", lambda *_: iter([4.5, 6.0]))
-    assert [resource_locks.threads_per_job(jobs) for jobs in (1, 2, 3, 9)] == [4, 2, 1, 1]
-    monkeypatch.setattr(resource_locks, "_quotas", lambda *_: iter([]))
-    assert resource_locks.threads_per_job(3) == 2
+def test_cpus_are_shared_out(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert [resource_locks.threads_per_job(jobs) for jobs in (1, 3)] == [1, 1]
+    monkeypatch.setattr("joblib.cpu_count", lambda: 8)
+    assert [resource_locks.threads_per_job(jobs) for jobs in (1, 2, 3, 9)] == [8, 4, 2, 1]

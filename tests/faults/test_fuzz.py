@@ -24,6 +24,7 @@ from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.formats import Format, Label, Pick
 from dpo_lab.data.rows import BadData
 from dpo_lab.data.sources import Contradictions, Data, OnBadRow
+from dpo_lab.data.text import LARGEST_ARRAY
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.data.tokenized_cache import TokenizedPairs
 from tests.support.mutations import COMPRESS, Damaged, damaged_bytes, damaged_folders, damaged_rows, damaged_text
@@ -62,9 +63,9 @@ BOMB = 1 << 27  # bytes, or nearly so, that a file of some kilobytes becomes
     [
         ("x.jsonl.gz", ".gz", lambda: bytes(BOMB)),
         ("x.jsonl.bz2", ".bz2", lambda: b"\n" * (BOMB // 128)),
-        ("x.json.zst", ".zst", lambda: b'[{"prompt": "' + b"p" * BOMB),
-        ("x.json.gz", ".gz", lambda: b"[" * BOMB),
-        ("x.json.zst", ".zst", lambda: b"[" + b" " * BOMB),
+        ("x.json.zst", ".zst", lambda: b'[{"prompt": "' + b"p" * LARGEST_ARRAY),
+        ("x.json.gz", ".gz", lambda: b"[" * (LARGEST_ARRAY + 1)),
+        ("x.json.zst", ".zst", lambda: b"[" + b" " * LARGEST_ARRAY),
         ("x.json.zst", ".zst", lambda: b"[" + b"1," * (BOMB // 1024)),
         ("x.csv.zst", ".zst", lambda: b"p" * BOMB),
         ("x.csv.zst", ".zst", lambda: b'prompt,chosen,rejected\n"' + b"p\n" * (BOMB // 8)),

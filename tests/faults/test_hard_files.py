@@ -74,8 +74,7 @@ def test_18_a_row_of_null_in_a_folder_is_a_bad_row(tmp_path):
     assert refused(tmp_path / "rows").startswith("rows/train.jsonl:2: not an object but NoneType; fix the row, or type")
 
 
-def test_18_a_json_array_is_read_piece_by_piece(tmp_path):
-    """Rows that lie across what is read at a time, with letters of several bytes."""
+def test_18_a_json_array_is_read_with_its_byte_order_mark_and_letters_of_several_bytes(tmp_path):
     rows = [ROW | {"prompt": f"ä🙂{i} " * i} for i in range(0, 3000, 61)]
     path = tmp_path / "x.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows, ensure_ascii=False, indent=1).encode())
@@ -83,6 +82,18 @@ def test_18_a_json_array_is_read_piece_by_piece(tmp_path):
     chunks = list(open_rows(str(path), None, None, None).chunks())
     assert [row for chunk in chunks for row in chunk.rows] == rows
     assert [number for chunk in chunks for number in chunk.numbers] == list(range(1, len(rows) + 1))
+
+
+@pytest.mark.parametrize(("name", "pack"), [("x.json", bytes), ("x.json.gz", gzip.compress)])
+def test_18_a_json_array_that_is_too_large_is_refused_with_what_to_type(name, pack, tmp_path, monkeypatch):
+    content = json.dumps([ROW] * 40_000).encode()
+    assert len(content) > 2 << 20
+    monkeypatch.setattr("dpo_lab.data.text.LARGEST_ARRAY", 2 << 20)
+    told = refused(tmp_path / name, pack(content))
+    assert told.startswith(f"{name}: a JSON array of more than 2 MiB, which would be kept in memory whole; convert it")
+    assert told.endswith("type e.g. jq -c '.[]' FILE.json > FILE.jsonl")
+    monkeypatch.setattr("dpo_lab.data.text.LARGEST_ARRAY", len(content))
+    assert sum(len(chunk.rows) for chunk in open_rows(str(tmp_path / name), None, None, None).chunks()) == 40_000
 
 
 def test_18_a_line_that_is_too_long_is_a_bad_row_and_the_others_are_kept(tmp_path):

@@ -214,7 +214,7 @@ def damaged(path: Path) -> Iterator[str]:
 def test_38_a_report_is_the_same_whatever_became_of_event_files(run_folder, capsys, tmp_path):
     outputs = run_folder.parents[1]
     before = told(capsys, tmp_path, outputs)
-    assert "<svg" in before["page"]  # learning curves, from the journal
+    assert '"xlabel":"optimizer steps"' in before["page"]  # learning curves, from the journal
     assert arms(before["csv"], "kl")["beta=0.1"]["value"] == "0.5"
     files = event_files(run_folder)
     assert {".end", ".settings"} < {path.suffix for path in files}

@@ -73,6 +73,7 @@ def in_safety():
         raise OSError(errno.ENOSPC, "No space left on device", "run.json")
 schema.validate = lambda cfg: cfg
 work, when = globals()[sys.argv[1]], sys.argv[2]
+del sys.argv[1:]
 if when == "finding plugins":
     sweeper.register = lambda as_record: work()
 in_a_run = lambda: entry_point.validate_and_run(OmegaConf.create(), lambda _: work())

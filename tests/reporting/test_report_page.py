@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
 
 from dpo_lab.reporting.comparison_page import page as drawn
+from dpo_lab.reporting.figures.charts import Panel, Point, Series, plain
 from dpo_lab.studies.load import gather
 from tests.conftest import REPOSITORY
 from tests.support.browser import MISSING, page
@@ -14,6 +17,7 @@ from tests.support.study_runs import write_study
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
+CHARTS = "figure:not(.effect) svg.chart"  # those with titles
 SCREENSHOTS = REPOSITORY / "outputs" / "screenshots"  # to be looked at; none of it is committed
 
 
@@ -58,7 +62,7 @@ def test_at_a_desk_it_sorts_filters_and_nothing_of_others_runs(address):
         assert arms(shown) == ["uniform, beta 0.3"]
         shown.locator("input.filter").fill("")
         assert len(arms(shown)) == 8
-        for chart in shown.locator("svg.chart").all():
+        for chart in shown.locator(CHARTS).all():
             box = chart.bounding_box()
             assert box["width"] > 300
             assert box["height"] > 150
@@ -84,8 +88,8 @@ def test_text_of_a_figure_is_neither_cut_nor_written_over(address):
     })"""
     with page(1280, 900) as shown:
         listened(shown, address)
-        assert shown.locator("svg.chart").count() > 5
-        assert shown.locator("svg.chart").evaluate_all(inside) == []
+        assert shown.locator(CHARTS).count() > 5
+        assert shown.locator(CHARTS).evaluate_all(inside) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -113,9 +117,10 @@ def test_in_the_dark_all_of_a_figure_can_be_read(address):
             listened(shown, address)
             for selector, property_, least in (
                 (".chart text", "fill", 3.0),
-                (".chart .line", "stroke", 3.0),
-                (".chart .mark", "fill", 3.0),
-                ("td, th, p, dd, dt, .legend bdi, small", "color", 4.5),
+                (".chart .line path", "stroke", 3.0),
+                (".chart .bar line", "stroke", 3.0),
+                (".chart .mark > *", "fill", 3.0),
+                ("td, th, p, dd, dt, li, .legend bdi, small, select", "color", 4.5),
             ):
                 ratios = shown.evaluate(contrast, [selector, property_])
                 assert ratios, selector
@@ -134,3 +139,174 @@ def test_printed_it_fits_a_sheet(address, tmp_path):
         shown.pdf(path=SCREENSHOTS / "report.pdf", format="A4")
         assert shown.locator("details.sample:not([open])").count() == 0
     assert Path(SCREENSHOTS / "report.pdf").stat().st_size > 10_000
+
+
+def test_a_pointer_reads_values_and_hostile_text_stays_text(address):
+    with page(1280, 900) as shown:
+        heard = listened(shown, address)
+        chart = shown.locator("svg.chart[aria-label=kl]")
+        chart.scroll_into_view_if_needed()
+        chart.locator(".mark > *").first.hover()
+        tip = chart.locator("g[aria-label=tip]")
+        assert "dpo, beta 0.1: kl" in tip.text_content()
+        assert ", n = 5" in tip.text_content()
+        by_arm = shown.locator("svg.chart[aria-label=true_accuracy]")
+        assert "<b>crash</b>" in by_arm.text_content()
+        assert by_arm.get_by_text("not measured").count() == 1
+        curves = shown.locator("svg.chart[aria-label='val/loss']")
+        curves.scroll_into_view_if_needed()
+        curves.hover()
+        assert re.search(r"optimizer steps \d+: 0\.\d", curves.locator("g[aria-label=tip]").text_content())
+        assert shown.locator("svg b, svg script, svg a, svg image, svg foreignObject").count() == 0
+        assert heard == []
+
+
+@pytest.mark.parametrize("by", ["pointer", "keyboard"])
+def test_a_legend_entry_hides_its_arms_and_the_others_keep_their_colours(address, by):
+    def press(button):
+        button.click() if by == "pointer" else button.press("Enter")
+
+    styles = "marks => marks.map(mark => mark.parentElement.getAttribute('fill') + getComputedStyle(mark).fill)"
+    with page(1280, 900) as shown:
+        figure = shown.locator("figure", has=shown.locator("svg[aria-label=kl]")).first
+        listened(shown, address)
+        marks = figure.locator("svg[aria-label=kl] .mark")
+        before = marks.evaluate_all(styles)
+        button = figure.get_by_role("button", name="dpo", exact=True)
+        press(button)
+        assert button.get_attribute("aria-pressed") == "false"
+        assert marks.evaluate_all(styles) == before[1:]
+        press(button)
+        assert button.get_attribute("aria-pressed") == "true"
+        assert marks.evaluate_all(styles) == before
+
+
+def test_an_axis_can_be_made_log_and_linear_again(address):
+    with page(1280, 900) as shown:
+        heard = listened(shown, address)
+        figure = shown.locator("figure", has=shown.locator("svg[aria-label=kl]")).first
+        ticks = figure.locator("svg[aria-label=kl] [aria-label='y-axis tick label'] text")
+        linear = ticks.all_text_contents()
+        figure.get_by_label("y axis").select_option("log")
+        assert "kl, log scale" in figure.locator("svg[aria-label=kl]").text_content()
+        logged = [float(text) for text in ticks.all_text_contents()]
+        assert len(logged) >= 2
+        assert min(logged) > 0
+        assert {round(value / 10 ** math.floor(math.log10(value))) for value in logged} <= {1, 2, 5}
+        figure.get_by_label("x axis").select_option("linear")
+        assert "beta, log scale" not in figure.text_content()
+        figure.get_by_label("y axis").select_option("linear")
+        assert ticks.all_text_contents() == linear
+        assert heard == []
+
+
+def test_without_javascript_every_number_is_there(address):
+    with page(1280, 900, java_script_enabled=False) as shown:
+        shown.goto(address)
+        figure = shown.locator("figure", has=shown.locator("details.values")).first
+        assert figure.get_by_text("uniform, beta 0.3: kl ").is_visible()
+        assert shown.locator("figure .legend").first.is_visible()
+        assert shown.locator("table.filtered tbody tr").count() == 8
+
+
+def draw(shown, panel: Panel, **types: str):
+    """Draw one panel in place of the page's first figure, 440 px wide; gives the chart. types: chosen scales of axes."""
+    code = """([panel, types]) => {
+        const chart = draw(panel, new Set(), types, 440);
+        document.querySelector(".panels").replaceChildren(chart);
+        if (chart) separate(chart);
+    }"""
+    shown.evaluate(code, [plain(panel), types])
+    return shown.locator(".panels").first.locator("svg")
+
+
+def test_names_beside_points_touch_neither_each_other_nor_what_is_drawn(address):
+    points = [
+        Point(i / 10, math.sin(i), name=f"name {i}", y_interval=(math.sin(i) - 0.2, math.sin(i) + 0.2))
+        for i in range(12)
+    ]
+    boxes = "found => found.map(e => e.getBoundingClientRect()).map(b => [b.left, b.top, b.right, b.bottom])"
+    with page(1280, 900) as shown:
+        listened(shown, address)
+        chart = draw(shown, Panel("title", "x", [Series("one", points)]))
+        names = chart.locator(".names text").evaluate_all(boxes)
+        marks = chart.locator(".mark > *, .bar > *").evaluate_all(boxes)
+    assert len(names) >= 6
+    assert len(marks) == 24
+    for i, a in enumerate(names):
+        for b in [*names[:i], *marks]:
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_what_is_not_finite_is_a_gap_and_far_off_values_do_not_flatten_the_rest(address):
+    points = [Point(i, math.nan if i == 5 else 1e9 if i == 8 else 0.1 * i) for i in range(40)]
+    with page(1280, 900) as shown:
+        listened(shown, address)
+        chart = draw(shown, Panel("loss", "steps", [Series("one", points, has_markers=False)]))
+        path = chart.locator(".line path").get_attribute("d")
+        assert path.count("M") == 2
+        assert "NaN" not in path
+        assert "loss (1 outliers not shown)" in chart.text_content()
+        assert draw(shown, Panel("none", "x", [Series("one", [Point(0, math.nan)])])).count() == 0
+
+
+def test_what_a_log_axis_cannot_show_is_said(address):
+    panel = Panel("margin", "x", [Series("one", [Point(i, y) for i, y in enumerate((-2.0, 0.0, 1.0, 10.0))])])
+    below = Panel("logps", "x", [Series("one", [Point(1.0, -40.0), Point(2.0, -30.0)])])
+    with page(1280, 900) as shown:
+        listened(shown, address)
+        chart = draw(shown, panel, y="log")
+        assert "margin, log scale (2 at or below 0 not shown)" in chart.text_content()
+        assert chart.locator(".mark > *").count() == 2
+        assert draw(shown, panel, y="root").locator(".mark > *").count() == 4
+        chart = draw(shown, below, y="log")  # linear, rather than nothing
+        assert chart.locator(".mark > *").count() == 2
+        assert "log scale" not in chart.text_content()
+
+
+def test_a_far_drift_leaves_the_small_ones_apart(address):
+    """On a root scale, what reaches below 0, as an interval may, stands on the floor."""
+    points = [Point(i, kl, y_interval=(kl - 30, kl + 1)) for i, kl in enumerate((0.5, 15.0, 60.0))]
+    with page(1280, 900) as shown:
+        listened(shown, address)
+        chart = draw(shown, Panel("kl", "x", [Series("one", points)], y="root"))
+        assert "kl, root scale" in chart.text_content()
+        read = "(found, name) => found.map(e => Number(e.getAttribute(name)))"
+        y = chart.locator(".mark > *").evaluate_all(read, "cy")
+        ends = chart.locator(".bar line").evaluate_all(read, "y1")
+        floor = max(ends)
+        assert ends.count(floor) == 2
+        assert (floor - y[1]) / (floor - y[2]) == pytest.approx(0.5, abs=0.01)
+        assert floor - y[0] > 10
+
+
+def test_ticks_are_round_few_and_apart(address):
+    limits = ((0, 1), (-0.37, 0.11), (3e-5, 9e-5), (0, 1e7), (99.9, 100.1))
+    with page(1280, 900) as shown:
+        listened(shown, address)
+        for low, high in limits:
+            chart = draw(shown, Panel("loss", "steps", [Series("one", [Point(low, low), Point(high, high)])]))
+            for axis in "xy":
+                labels = chart.locator(f"[aria-label='{axis}-axis tick label'] text").all_text_contents()
+                assert 2 <= len(labels) <= 9
+                assert len(set(labels)) == len(labels)
+        points = [Point(x, 1.0) for x in (0.01, 10.0)]
+        chart = draw(shown, Panel("loss", "beta", [Series("one", points)], x="log"))
+        found = chart.locator("[aria-label='x-axis tick label'] text").all_text_contents()
+        assert {"0.01", "0.1", "1", "10"} <= set(found)
+        points = [Point(x, 1.0) for x in (0.01, 100.0)]
+        chart = draw(shown, Panel("loss", "beta", [Series("one", points)], x="log"))
+        assert "" not in chart.locator("[aria-label='x-axis tick label'] text").all_text_contents()
+
+
+def test_an_effect_shows_zero_and_what_would_matter(address):
+    with page(1280, 900) as shown:
+        listened(shown, address)
+        chart = shown.locator("figure.effect svg").first  # uniform costs more KL: at least 0.2
+        assert chart.get_attribute("aria-label").startswith("effect +")
+        solid, dashed = chart.locator(".level line").evaluate_all(
+            "lines => lines.map(l => [Number(l.getAttribute('x1')), getComputedStyle(l).strokeDasharray])"
+        )
+        assert (solid[1], dashed[1]) == ("none", "4px, 3px")
+        assert solid[0] < dashed[0]
+        assert chart.locator(".bar line").count() == 1

@@ -50,7 +50,7 @@ def live(cfg: DictConfig, settings: schema.RunConfig) -> None:
                 held.update(metrics={"accuracy": {"value": settings.beta, "se": None, "n": 1, "interval": None}})
 
     entry_point.run_or_spawn_ranks(
-        "tests.support.standin", settings, record, run=run, again=lambda record, folder: None, alone=False
+        "tests.support.standin", settings, record, run=run, if_done=lambda record, folder: None
     )
 
 

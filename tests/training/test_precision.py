@@ -15,9 +15,8 @@ from torch import nn
 from dpo_lab.config import precision
 from dpo_lab.config.allowed_targets import FSDP2
 from dpo_lab.config.schema import ConfigError, validate
-from dpo_lab.core.histogram import Histogram
 from dpo_lab.core.losses import DPO
-from dpo_lab.core.metrics import PreferenceMetrics
+from dpo_lab.core.metrics import PreferenceMetrics, Values
 from dpo_lab.models.policy import Dtype, Pretrained, TinyPolicy
 from dpo_lab.pipelines import setup
 from dpo_lab.training.master_weights import MasterAdamW, moved_weights
@@ -169,15 +168,15 @@ def test_the_share_of_weights_that_moved_is_counted():
 
 def figures(cast) -> list:
     """What all metrics come to that are cast between two updates."""
-    metrics, histogram, tokens = PreferenceMetrics(), Histogram(), TokenLoss()
-    module = nn.ModuleList([metrics, histogram, tokens])
+    metrics, margins, tokens = PreferenceMetrics(), Values(), TokenLoss()
+    module = nn.ModuleList([metrics, margins, tokens])
     for number in range(40):
         if number in (0, 20):
             cast(module)
         metrics.update(DPO(0.5), DPO(0.5)(POLICY, REFERENCE), POLICY, REFERENCE, BATCH)
-        histogram.update(POLICY.margin + number / 7)
+        margins.update(POLICY.margin + number / 7)
         tokens.update(POLICY.chosen.sum(), BATCH)
-    return [metrics.compute(), histogram.compute(), tokens.compute()]
+    return [metrics.compute(), margins.compute().tolist(), tokens.compute()]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.summary.writer import event_file_writer
 
-from dpo_lab.core.histogram import Histogram
+from dpo_lab.core.metrics import Values
 from dpo_lab.distributed.signals import StopSignal
 from dpo_lab.pipelines.loggers import TENSORBOARD, track_run_status
 from dpo_lab.training.dpo_module import DPOModule
@@ -137,12 +137,12 @@ def logger(tmp_path):
 
 
 def test_a_histogram_is_drawn_from_its_range_alone(logger, tmp_path):
-    histogram = Histogram()
+    margins = Values()
     trainer: Any = SimpleNamespace(loggers=[logger], is_global_zero=True)
-    histogram.update(torch.tensor([float("nan")]))
-    show_histogram(trainer, "val/margins", histogram.compute(), 1)  # nothing was counted
-    histogram.update(torch.tensor([-0.5, 0.25, 0.25]))
-    show_histogram(trainer, "val/margins", histogram.compute(), 2)
+    margins.update(torch.tensor([float("nan")]))
+    show_histogram(trainer, "val/margins", margins.compute(), 1)  # nothing was counted
+    margins.update(torch.tensor([-0.5, 0.25, 0.25]))
+    show_histogram(trainer, "val/margins", margins.compute(), 2)
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path))
     events.Reload()

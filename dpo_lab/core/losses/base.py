@@ -81,9 +81,3 @@ def log_sigmoid(x: Tensor) -> Tensor:
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(x)
-
-
-def check_weight(key: str, weight: float) -> None:
-    """Raise ValueError if a weight is not a number of 0 or more."""
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise ValueError(f"{key}={weight}: must be 0 or more; type e.g. {key}=1")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_lab.core.losses.base import Loss, check_weight, log_sigmoid
+from dpo_lab.core.losses.base import Loss, log_sigmoid
 from dpo_lab.core.pairs import PairLogps
+from dpo_lab.errors import check_at_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ class RPO(Loss, name="rpo", requires_reference=None, is_bradley_terry=True, is_p
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weight("loss.alpha", self.alpha)
+        check_at_least("loss.alpha", self.alpha, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         h = self.log_ratios(policy, reference).margin
@@ -45,7 +46,7 @@ class DPOP(Loss, name="dpop", requires_reference=None, is_bradley_terry=True, is
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weight("loss.penalty", self.penalty)
+        check_at_least("loss.penalty", self.penalty, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         ratios = self.log_ratios(policy, reference)
@@ -73,7 +74,7 @@ class DPOKL(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weight("loss.kl_weight", self.kl_weight)
+        check_at_least("loss.kl_weight", self.kl_weight, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         r = self.log_ratios(policy, reference)

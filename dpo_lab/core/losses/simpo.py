@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_lab.core.losses.base import Loss, check_weight, log_sigmoid
+from dpo_lab.core.losses.base import Loss, log_sigmoid
 from dpo_lab.core.pairs import PairLogps
+from dpo_lab.errors import check_at_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ class SimPO(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weight("loss.gamma", self.gamma)
+        check_at_least("loss.gamma", self.gamma, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         h = self.log_ratios(policy, reference).margin

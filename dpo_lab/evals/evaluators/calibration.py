@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dpo_lab.errors import check_at_least
 from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.calibration import BINS, reliability
 from dpo_lab.stats.estimates import Estimate
@@ -29,10 +30,7 @@ class Calibration(Evaluator, name="calibration", order=20, is_default=True, need
     bins: int = BINS
 
     def __post_init__(self) -> None:
-        if self.bins < 1:
-            raise ValueError(
-                f"evals.calibration.bins={self.bins}: must be 1 or more; type e.g. evals.calibration.bins=15"
-            )
+        check_at_least("evals.calibration.bins", self.bins, 1, 15)
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         if not context.loss.is_bradley_terry:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dpo_lab.errors import check_at_least
 from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.estimates import Estimate, best_of, mean
 
@@ -33,10 +34,7 @@ class Optimum(Evaluator, name="optimum", order=80, is_default=False, needs_sampl
 
     def __post_init__(self) -> None:
         for name, least in (("num_candidates", 2), ("num_prompts", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"evals.optimum.{name}={getattr(self, name)}: must be {least} or more; type e.g. evals.optimum.{name}=128"
-                )
+            check_at_least(f"evals.optimum.{name}", getattr(self, name), least, 128)
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         keys, rewards = context.candidate_rewards(self.num_prompts, self.num_candidates)

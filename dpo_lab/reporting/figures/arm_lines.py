@@ -1,28 +1,16 @@
-"""What the figures of a comparison share: the line of an arm, its style, its tooltip, the legend."""
+"""What the figures of a comparison share: the line of an arm, its style, its label, its tooltip."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from dpo_lab.reporting.comparison import interval_text
-from dpo_lab.reporting.figures.axes import format_short
-from dpo_lab.reporting.figures.markers import GREY, STYLES, swatch
-from dpo_lab.reporting.figures.svg import Point
+from dpo_lab.reporting.figures.charts import GREY, STYLES, Point
+from dpo_lab.reporting.formatting import format_short
 from dpo_lab.stats.estimates import Estimate, mean
 from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.spec import Arm
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure: panels of SVG side by side, one legend of (swatch, label), and a sentence on how to read it."""
-
-    title: str
-    panels: Sequence[str]
-    legend: Sequence[tuple[str, str]] = ()
-    says: str = ""
 
 
 def line_of(arm: Arm, axis: str) -> str:
@@ -71,20 +59,11 @@ def of_two(collection: RunSet, arm: Arm, x: str, y: str, axis: str) -> Point | N
     if not (both := sorted(across.keys() & up.keys())):
         return None
     right, high = mean(across[seed] for seed in both), mean(up[seed] for seed in both)
-    says = f"{tooltip(arm.name, y, high)}; {x} {interval_text(right)}"
+    tip = f"{tooltip(arm.name, y, high)}; {x} {interval_text(right)}"
     name = format_short(arm.axes[axis]) if axis in arm.axes else arm.name
-    return Point(right.value, high.value, says, name, x_interval=right.interval, y_interval=high.interval)
+    return Point(right.value, high.value, tip, name, x_interval=right.interval, y_interval=high.interval)
 
 
-def legend_of(lines: Mapping[str, Sequence[Arm]]) -> list[tuple[str, str]]:
-    """Return the legend of several lines, (swatch, label); empty for a single line."""
-    if len(lines) < 2:
-        return []
-    first = [(swatch(i, is_line=len(arms) > 1), name) for i, (name, arms) in enumerate(lines.items()) if i < STYLES]
-    more = [(swatch(GREY), f"{len(lines) - STYLES} others")] if len(lines) > STYLES else []
-    return first + more
-
-
-def non_empty(panels: Iterable[str]) -> list[str]:
-    """Return the panels that are not empty."""
-    return [each for each in panels if each]
+def label_of(number: int, names: Sequence[str]) -> str:
+    """Return the legend's label of line number `number`; lines in grey share one."""
+    return names[number] if number < STYLES else f"{len(names) - STYLES} more"

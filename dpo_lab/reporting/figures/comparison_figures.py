@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
-from dpo_lab.reporting.figures.arm_lines import Drawing, legend_of, lines_of, non_empty, style_of, tooltip
-from dpo_lab.reporting.figures.axes import Spacing
-from dpo_lab.reporting.figures.interval_rows import Row, rows
-from dpo_lab.reporting.figures.learning_curves import thinned
-from dpo_lab.reporting.figures.markers import GREY, STYLES, swatch
-from dpo_lab.reporting.figures.reward_kl import against, reward_against_kl, spacing_of
-from dpo_lab.reporting.figures.svg import Panel, Point, Series, panel
+from dpo_lab.reporting.figures.arm_lines import label_of, lines_of, style_of, tooltip
+from dpo_lab.reporting.figures.charts import GREY, STYLES, Chart, Panel, Point, Series, chart
+from dpo_lab.reporting.figures.learning_curves import POINTS, thinned
+from dpo_lab.reporting.figures.reward_kl import against, reward_against_kl, scale_of
+from dpo_lab.reporting.formatting import format_value
 from dpo_lab.stats.estimates import mean
 from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.spec import Arm, Figure, Kind
@@ -24,44 +24,43 @@ COLUMNS = (
     ("val/rewards/margins", "train/rewards/margins"),
     ("val/logratio/chosen",),
 )
+CURVE_POINTS = 2000  # of a panel of learning curves, shared by its arms
 MARKS = 10  # most values of an axis with a tick each; with more, ticks are at round values
 MetricsLogs = Callable[[str], Sequence[tuple[int, Sequence[Mapping[str, Any]]]]]  # arm -> (seed, rows)
 
 
-def study_figures(collection: RunSet, metrics: Sequence[str], logs: MetricsLogs) -> list[Drawing]:
+def study_figures(collection: RunSet, metrics: Sequence[str], logs: MetricsLogs) -> list[Chart]:
     """Return the study's figures; without a study, a figure for each axis along which arms differ, or one by arm."""
     study = collection.study
     wanted = study.figures if study else _suggested(collection, metrics)
-    drawings = []
+    charts = []
     for figure in wanted:
         arms = _arms(collection, figure.arms)
         if figure.kind is Kind.axis:
             is_axis = any(figure.x in arm.axes for arm in arms)
-            drawings.append((_along if is_axis else against)(collection, arms, figure.x, figure.y))
+            charts.append((_along if is_axis else against)(collection, arms, figure.x, figure.y))
         elif figure.kind is Kind.arms:
-            drawings.append(_by_arm(collection, arms, figure.y))
+            charts.append(_by_arm(collection, arms, figure.y))
         elif figure.kind is Kind.curves:
-            drawings.append(_curves(collection, arms, figure.y, logs))
+            charts.append(_curves(collection, arms, figure.y, logs))
         else:
-            drawings.append(reward_against_kl(collection, arms))
-    return [drawing for drawing in drawings if drawing.panels]
+            charts.append(reward_against_kl(collection, arms))
+    return [found for found in charts if found]
 
 
-def reward_kl_figure(collection: RunSet) -> Drawing | None:
+def reward_kl_figure(collection: RunSet) -> Chart | None:
     """Return the figure of all arms by reward and KL; None if these were not measured, or if the study has this figure."""
     study = collection.study
     if study and any(figure.kind is Kind.frontier and not figure.arms for figure in study.figures):
         return None
-    drawing = reward_against_kl(collection, collection.arms)
-    return drawing if drawing.panels else None
+    return reward_against_kl(collection, collection.arms)
 
 
-def learning(collection: RunSet, logs: MetricsLogs) -> Drawing | None:
+def learning(collection: RunSet, logs: MetricsLogs) -> Chart | None:
     """Return the learning curves of all arms; None if nothing was logged."""
     logged = {name for arm in collection.arms for _, rows in logs(arm.name) for row in rows for name in row}
     columns = [found for names in COLUMNS if (found := next((n for n in names if n in logged), None))]
-    drawing = _curves(collection, collection.arms, columns, logs)
-    return drawing if drawing.panels else None
+    return _curves(collection, collection.arms, columns, logs)
 
 
 def _suggested(collection: RunSet, metrics: Sequence[str]) -> list[Figure]:
@@ -80,55 +79,54 @@ def _arms(collection: RunSet, named: Sequence[str]) -> list[Arm]:
     return [arm for arm in collection.arms if any(arm in collection.members(name) for name in named)]
 
 
-def _along(collection: RunSet, arms: Sequence[Arm], axis: str, metrics: Sequence[str]) -> Drawing:
+def _along(collection: RunSet, arms: Sequence[Arm], axis: str, metrics: Sequence[str]) -> Chart | None:
     placed = [arm for arm in arms if axis in arm.axes]
     marks = sorted({arm.axes[axis] for arm in placed})
-    shown = marks if len(marks) <= MARKS else []
+    ticks = marks if len(marks) <= MARKS else ()
     is_log = bool(marks) and marks[0] > 0 and marks[-1] / marks[0] >= 8
     lines = lines_of(placed, axis)
     panels = []
     for metric in metrics:
         series = []
-        for number, (name, members) in enumerate(lines.items()):
+        for number, members in enumerate(lines.values()):
             points, cloud = [], []
             for arm in members:
                 if values := list(collection.values(arm.name, metric).values()):
                     estimate, x = mean(values), arm.axes[axis]
-                    points.append(
-                        Point(x, estimate.value, tooltip(arm.name, metric, estimate), y_interval=estimate.interval)
-                    )
+                    tip = tooltip(arm.name, metric, estimate)
+                    points.append(Point(x, estimate.value, tip, y_interval=estimate.interval))
                     cloud += [(x, value) for value in values]
+            label, is_line = label_of(number, list(lines)), len(points) > 1
             shift = _beside(number, len(lines))
-            series.append(Series(name, points, style_of(number), cloud=cloud, shift=shift))
-        across = Spacing.log if is_log else Spacing.linear
-        up, how = spacing_of(metric, max((value for s in series for _, value in s.cloud), default=0.0))
-        panels.append(panel(Panel(f"{metric}{how}", axis, series, across, up, marks=shown)))
-    return Drawing(f"{', '.join(metrics)} along {axis}", non_empty(panels), legend_of(lines), _SEEDS)
+            series.append(Series(label, points, style_of(number), is_line, cloud=cloud, shift=shift))
+        up = scale_of(metric, max((value for s in series for _, value in s.cloud), default=0.0))
+        panels.append(Panel(metric, axis, series, "log" if is_log else "linear", up, ticks))
+    return chart(f"{', '.join(metrics)} along {axis}", panels, _SEEDS)
 
 
 _SEEDS = "Large points: means over seeds with 95 % intervals (Student's t); small points: single seeds."
 
 
-def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> Drawing:
+def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> Chart | None:
     groups = list(dict.fromkeys(arm.group for arm in arms))
     panels = []
     for metric in metrics:
         base = list(collection.values(collection.baseline, metric).values()) if collection.baseline else []
-        rows_of = []
-        for arm in arms:
-            values = list(collection.values(arm.name, metric).values())
-            if not values:
-                rows_of.append(Row(arm.name, None))
-                continue
-            estimate = mean(values)
-            says = tooltip(arm.name, metric, estimate)
-            rows_of.append(
-                Row(arm.name, estimate.value, estimate.interval, values, style_of(groups.index(arm.group)), says)
-            )
-        panels.append(rows(metric, metric, rows_of, mean(base).value if base else None))
-    legend = [(swatch(style_of(i), is_line=False), group) for i, group in enumerate(groups) if group]
-    dashed = f" Dashed: {collection.baseline}." if collection.baseline else ""
-    return Drawing(f"{', '.join(metrics)} by arm", non_empty(panels), legend, _SEEDS + dashed)
+        series = []
+        for number, group in enumerate(groups):
+            points, cloud = [], []
+            for arm in arms:
+                values = list(collection.values(arm.name, metric).values())
+                if values and arm.group == group:
+                    estimate = mean(values)
+                    tip = tooltip(arm.name, metric, estimate)
+                    points.append(Point(estimate.value, arm.name, tip, x_interval=estimate.interval))
+                    cloud += [(value, arm.name) for value in values]
+            series.append(Series(group, points, style_of(number), is_line=False, cloud=cloud))
+        dashed = [mean(base).value] if base else []
+        panels.append(Panel(metric, metric, series, dashed=dashed, rows=[arm.name for arm in arms]))
+    baseline = f" Dashed: {collection.baseline}." if collection.baseline else ""
+    return chart(f"{', '.join(metrics)} by arm", panels, _SEEDS + baseline)
 
 
 def _beside(number: int, of: int) -> float:
@@ -136,9 +134,11 @@ def _beside(number: int, of: int) -> float:
     return 5.0 * (number - (of - 1) / 2) if of <= STYLES else 0.0
 
 
-def _curves(collection: RunSet, arms: Sequence[Arm], columns: Sequence[str], logs: MetricsLogs) -> Drawing:
+def _curves(collection: RunSet, arms: Sequence[Arm], columns: Sequence[str], logs: MetricsLogs) -> Chart | None:
     ordered = sorted(arms, key=lambda arm: arm.name != collection.baseline)
-    panels, names, most = [], [arm.name for arm in ordered], 1
+    names = [arm.name for arm in ordered]
+    limit = max(50, min(CURVE_POINTS // max(1, len(ordered)), POINTS))
+    panels, most = [], 1
     for column in columns:
         series = []
         for number, arm in enumerate(ordered):
@@ -150,28 +150,19 @@ def _curves(collection: RunSet, arms: Sequence[Arm], columns: Sequence[str], log
             if not by_step:
                 continue
             steps = sorted(by_step)
-            x, y, of_each = thinned(steps, [math.fsum(by_step[s]) / len(by_step[s]) for s in steps])
-            _, low, _ = thinned(steps, [min(by_step[s]) for s in steps])
-            _, high, _ = thinned(steps, [max(by_step[s]) for s in steps])
-            most = max(most, of_each)
-            style = style_of(number)
-            spans = list(zip(low, high, strict=True))
-            if len(x) == 1:  # logged once: a point instead of a line
-                points = [Point(x[0], y[0], y_interval=spans[0])]
-                series.append(Series(arm.name, points, style, shift=_beside(number, len(ordered))))
-                continue
-            band = [(at, *span) for at, span in zip(x, spans, strict=True)] if style != GREY else []
-            points = [Point(a, b) for a, b in zip(x, y, strict=True)]
-            series.append(Series(arm.name, points, style, has_markers=False, band=band))
-        panels.append(panel(Panel(column, "optimizer steps", series[::-1])))
-    legend = [(swatch(i, has_marker=False), name) for i, name in enumerate(names[:STYLES])]
-    if len(names) > STYLES:
-        legend.append(
-            (
-                swatch(GREY, has_marker=False),
-                "another arm" if len(names) == STYLES + 1 else f"{len(names) - STYLES} other arms",
+            (x, y, of_each), (_, low, _), (_, high, _) = (
+                thinned(steps, [of(by_step[step]) for step in steps], limit) for of in (fmean, min, max)
             )
-        )
-    says = "Lines: means over seeds; bands: from the lowest seed to the highest."
+            is_line, style = len(x) > 1, style_of(number)  # logged once: a point instead of a line
+            spans = [None] * len(x) if style == GREY and is_line else list(zip(low, high, strict=True))
+            points = [Point(at, value, y_interval=span) for at, value, span in zip(x, y, spans, strict=True)]
+            points[-1] = replace(points[-1], tip=f"{arm.name}: {column} {format_value(y[-1])} at step {x[-1]:g}")
+            most = max(most, of_each)
+            label, shift = label_of(number, names), 0.0 if is_line else _beside(number, len(ordered))
+            series.append(
+                Series(label, points, style, is_line, not is_line, has_band=is_line, shift=shift, arm=arm.name)
+            )
+        panels.append(Panel(column, "optimizer steps", series[::-1]))
     averaged = f" Points are means of up to {most} logged values." if most > 1 else ""
-    return Drawing("Learning curves", non_empty(panels), legend, says + averaged)
+    caption = "Lines: means over seeds; bands: from the lowest seed to the highest."
+    return chart("Learning curves", panels, caption + averaged)

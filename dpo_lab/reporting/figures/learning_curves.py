@@ -91,9 +91,9 @@ def points_of(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
     return [step for step, _ in logged], values
 
 
-def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float], int]:
-    """Return at most POINTS points and how many neighbours each is the mean of, without NaN."""
-    of_each = math.ceil(len(steps) / POINTS)
+def thinned(steps: Sequence[int], values: Sequence[float], most: int = POINTS) -> tuple[list[float], list[float], int]:
+    """Return at most `most` points and how many neighbours each is the mean of, without NaN."""
+    of_each = math.ceil(len(steps) / most)
     x, y = [], []
     for start in range(0, len(steps), of_each):
         part = slice(start, start + of_each)

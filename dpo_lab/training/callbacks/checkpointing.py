@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from dpo_lab.distributed.collectives import all_gather_object
 from dpo_lab.distributed.signals import StopSignal
+from dpo_lab.errors import check_at_least
 from dpo_lab.runs import metrics_log
 from dpo_lab.runs.run_record import CHECKPOINTS
 from dpo_lab.training import rng_state
@@ -34,13 +35,8 @@ class Checkpointing(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 80, save_total_limit: int = 2) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"callbacks.checkpoint.every_n_steps={every_n_steps}: must be 1 or more; type e.g. 80")
-        if save_total_limit < 2:
-            raise ValueError(
-                f"callbacks.checkpoint.save_total_limit={save_total_limit}: must be 2 or more, since one could be damaged;"
-                " type callbacks.checkpoint.save_total_limit=2"
-            )
+        check_at_least("callbacks.checkpoint.every_n_steps", every_n_steps, 1, 80)
+        check_at_least("callbacks.checkpoint.save_total_limit", save_total_limit, 2, 2)  # one could be damaged
         self.every_n_steps, self.save_total_limit = every_n_steps, save_total_limit
         self.saved = self.resumed = -1  # the step last saved, and the step resumed from
         self.pending_validation: dict[str, Any] | None = None  # the state of the run before a validation that is due

@@ -8,14 +8,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from dpo_lab.core.histogram import EDGES, HistogramCounts
 from dpo_lab.reporting.model_card import markdown_table
+
+BINS: Any = 30  # of a histogram: as many as TensorBoard draws
 
 
 def writers(loggers: Iterable[Logger]) -> Iterator[SummaryWriter]:
@@ -35,24 +38,11 @@ def show_charts(trainer: Trainer, charts: Mapping[str, Sequence[str]]) -> None:
         writer.add_custom_scalars(layout)
 
 
-def show_histogram(trainer: Trainer, name: str, histogram: HistogramCounts, step: int) -> None:
-    """Add a histogram, see core/histogram.py, unless it is empty."""
-    if not trainer.is_global_zero or not histogram.number:
-        return
-    non_empty = [i for i, count in enumerate(histogram.counts) if count]
-    buckets = slice(non_empty[0], non_empty[-1] + 1)
-    for writer in writers(trainer.loggers):
-        writer.add_histogram_raw(
-            name,
-            min=histogram.least,
-            max=histogram.greatest,
-            num=histogram.number,
-            sum=histogram.total,
-            sum_squares=histogram.squares,
-            bucket_limits=EDGES[buckets],
-            bucket_counts=histogram.counts[buckets],
-            global_step=step,
-        )
+def show_histogram(trainer: Trainer, name: str, values: Tensor, step: int) -> None:
+    """Add a histogram of values [N], unless there are none."""
+    if trainer.is_global_zero and len(values):
+        for writer in writers(trainer.loggers):
+            writer.add_histogram(name, values, step, bins=BINS)
 
 
 def show_samples(loggers: Iterable[Logger], samples: Sequence[Mapping[str, str]], step: int, most: int = 16) -> None:

@@ -2,6 +2,7 @@
 
 TensorBoard uses the first status that it finds in a folder. So the status at the end is written to a file of its own,
 which the next start of the run removes. No list of columns is written: TensorBoard then collects them from all runs.
+SummaryWriter.add_hparams would write a success at once, a folder of its own, and yes/no settings as numbers.
 """
 
 # pyright: reportAttributeAccessIssue=false
@@ -40,24 +41,19 @@ def columns(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
 
 def start(folder: Path, settings: Mapping[str, bool | float | str]) -> None:
     """Write the run's row, and remove the row and the end status of an earlier attempt in this folder."""
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
     for kind in (START, END):
         for earlier in _files(folder, kind):
             earlier.unlink()
-    info = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
-    for name, value in settings.items():
-        if isinstance(value, bool):  # before numbers: a bool is an int
-            info.hparams[name].bool_value = value
-        elif isinstance(value, int | float):
-            info.hparams[name].number_value = value
-        else:
-            info.hparams[name].string_value = value
-    _write(folder, START, metadata.SESSION_START_INFO_TAG, session_start_info=info)
+    _write(
+        folder, START, hparams_pb(dict(settings), trial_id="")
+    )  # without an id TensorBoard names a row by its folder
 
 
 def end(folder: Path, succeeded: bool) -> None:
     """Write the status at the end, if the run has a row. A run that is stopped to be resumed has not ended."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     if not _files(folder, START):
@@ -66,24 +62,17 @@ def end(folder: Path, succeeded: bool) -> None:
         earlier.unlink()
     status = api_pb2.Status.Value("STATUS_SUCCESS" if succeeded else "STATUS_FAILURE")
     info = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
-    _write(folder, END, metadata.SESSION_END_INFO_TAG, session_end_info=info)
+    about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))
+    _write(folder, END, Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about)]))
 
 
-def _write(folder: Path, kind: str, tag: str, **content: Any) -> None:
+def _write(folder: Path, kind: str, summary: Any) -> None:
     from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
-    from tensorboard.summary.writer.record_writer import RecordWriter
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    data = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
-    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
-    value = Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
-    now = time.time()
-    with (folder / f"events.out.tfevents.{int(now):010d}.{kind}").open("wb") as file:
-        records = RecordWriter(file)
-        for event in (Event(file_version="brain.Event:2"), Event(summary=Summary(value=[value]))):
-            event.wall_time = now
-            records.write(event.SerializeToString())
+    writer = EventFileWriter(str(folder), filename_suffix=f".{kind}")
+    writer.add_event(Event(wall_time=time.time(), summary=summary))
+    writer.close()
 
 
 def _files(folder: Path, kind: str) -> list[Path]:
