@@ -1,4 +1,4 @@
-"""Tables of classes by their names in configs, filled where a class is defined: no list needs an entry for a new one."""
+"""Tables of classes by their names in configs, filled where a class is defined, so that no list needs an entry."""
 
 from __future__ import annotations
 

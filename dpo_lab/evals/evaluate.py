@@ -48,7 +48,7 @@ class SharedSettings:
         return [getattr(self, name, None) or EVALUATORS[name]() for name in self.evaluators]
 
 
-# The settings of an evaluation, `evals.key=`: the shared ones, and those of each evaluator that has some, under its name.
+# The settings of an evaluation, `evals.key=`: the shared ones and, under their names, those of evaluators with fields.
 Evals = make_dataclass(
     "Evals",
     [(name, kind, field(default_factory=kind)) for name, kind in EVALUATORS.items() if fields(kind)],

@@ -84,12 +84,16 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path: Path):
     earlier["policy"]["pickled_weights"] = earlier["policy"].pop("allow_pickle")
     earlier["data"]["world"] = earlier["data"].pop("task")
     earlier["data"]["workers"] = earlier["data"].pop("tokenize_workers")
+    evals, names = earlier["evals"], ("prompts", "texts", "train_pairs")
+    evals["run"] = evals.pop("evaluators")
+    evals |= {"samples" if name == "prompts" else name: evals.pop(f"num_{name}") for name in names}
+    evals["optimum"] = {name: evals["optimum"][f"num_{name}"] for name in ("candidates", "prompts")}
     checkpoint = earlier["callbacks"]["checkpoint"]
     checkpoint["keep"] = checkpoint.pop("save_total_limit")
     record = {
         "status": "done",
         "config": earlier,
-        "overrides": ["policy=lora", "data.workers=2"],
+        "overrides": ["policy=lora", "data.workers=2", "evals.optimum.prompts=128"],
         "starts": [{"status": "failed"}],
         "health": [{"name": "too easy", "says": "it is", "tries": "more"}],
     }
@@ -98,11 +102,12 @@ def test_a_record_of_an_earlier_version_is_read(tmp_path: Path):
     assert read == {
         "status": "done",
         "config": config,
-        "overrides": ["policy=lora", "data.tokenize_workers=2"],
+        "overrides": ["policy=lora", "data.tokenize_workers=2", "evals.optimum.num_prompts=128"],
         "attempts": [{"status": "failed"}],
         "health": [{"name": "too easy", "message": "it is", "suggestion": "more"}],
     }
-    assert schema.validate(from_record(read["config"])).policy == schema.validate(cfg).policy
+    again, first = schema.validate(from_record(read["config"])), schema.validate(cfg)
+    assert (again.policy, again.evals) == (first.policy, first.evals)
 
 
 def test_a_moved_class_is_found():

@@ -60,8 +60,10 @@ class Loss:
         raise NotImplementedError
 
     def traits(self) -> dict[str, Any]:
-        """Return the traits for the record of a run. loss_at_zero_margin: the loss of a policy that equals its reference
-        (DPO: ln 2); None if it is not determined by the margin, or if the loss has no reference.
+        """Return the traits for the record of a run.
+
+        loss_at_zero_margin: the loss of a policy that equals its reference (DPO: ln 2); None if the margin does not
+        determine it, or if the loss has no reference.
         """
         import torch
 

@@ -88,7 +88,7 @@ class Task:
         raise NotImplementedError
 
     def draw(self, sample: Callable[[random.Random], str], split: str, count: int, seed: int, stream: str) -> list[str]:
-        """Call `sample` until `count` texts belong to a split, and return these. stream: the name of the random stream."""
+        """Call `sample` until `count` texts belong to a split, and return them. stream: name of the random stream."""
         rng = random.Random(derive_seed(seed, f"world/{stream}/{split}"))
         texts: list[str] = []
         while len(texts) < count:

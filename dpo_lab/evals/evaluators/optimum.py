@@ -27,7 +27,7 @@ class Optimum(Evaluator, name="optimum", order=80, is_default=False, needs_sampl
     candidates. The interval is over prompts.
     """
 
-    labels = {"best_of_16/gold_gain": "gold gain, best of 16 of initial"}
+    labels = {"best_of_16/gold_gain": "gold gain, best of 16 initial"}
 
     num_candidates: int = 128
     num_prompts: int = 128
