@@ -159,7 +159,7 @@ def run_ranks(
         if request.signum is None:
             return root_cause(ranks)
         root_cause([rank for rank in ranks if rank.code not in EXIT_CODES and not rank.stopped])  # prints its log
-        request.obey(request.signum)
+        request.raise_or_requeue(request.signum)
         raise StopSignal(request.signum)
 
 

@@ -84,7 +84,7 @@ def end_on_signals() -> None:
 class StopRequest:
     """A context that records a stop signal in `signum` (None: no signal yet) instead of raising it.
 
-    The training loop checks it between two steps, saves, then calls `obey`. A second SIGINT raises StopSignal at once,
+    The training loop checks it between two steps, saves, then calls `raise_or_requeue`. A second SIGINT raises StopSignal at once,
     for a user who does not want to wait. Outside of the main thread, which receives no signals, it does nothing.
     """
 
@@ -116,7 +116,7 @@ class StopRequest:
         if self.signum is None:
             self.signum = signum
 
-    def obey(self, signum: int) -> None:
+    def raise_or_requeue(self, signum: int) -> None:
         """Stop for `signum`, a signal sent to this process or to another one of the same run.
 
         Calls the scheduler's handler for REQUEUE, which requeues the job and exits; raises StopSignal for other

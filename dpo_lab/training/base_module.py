@@ -176,7 +176,7 @@ class BaseModule(LightningModule):
 
     def _stop_if_asked(self) -> None:
         if self.stopping and self.request is not None:
-            self.request.obey(self.stopping)
+            self.request.raise_or_requeue(self.stopping)
 
     def _any_rank(self, flag: Tensor) -> bool:
         """Return whether the flag is set on any rank; set `stopping` in the same collective."""

@@ -70,7 +70,7 @@ def behave(folder: Path) -> None:
         with StopRequest() as request:
             while not Path("go").exists():
                 if request.signum is not None:
-                    request.obey(request.signum)
+                    request.raise_or_requeue(request.signum)
                 time.sleep(0.02)
 
 

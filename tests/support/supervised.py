@@ -63,7 +63,7 @@ class Agreed(StopRequest):
             if self.signum is not None:
                 open(self.agreed, "w").close()
             time.sleep(0.005)
-        self.obey(signal.SIGTERM)
+        self.raise_or_requeue(signal.SIGTERM)
 
 def child():  # as a worker of a data loader: in the rank's group, and deaf to SIGTERM
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
@@ -87,7 +87,7 @@ def saves():  # its save takes as long as the test likes
         say("asked", signum=request.signum)
         go()
         say("saved")
-        request.obey(request.signum)
+        request.raise_or_requeue(request.signum)
 
 def is_stuck():
     signal.signal(signal.SIGTERM, lambda *_: say("asked"))
