@@ -84,8 +84,9 @@ def end_on_signals() -> None:
 class StopRequest:
     """A context that records a stop signal in `signum` (None: no signal yet) instead of raising it.
 
-    The training loop checks it between two steps, saves, then calls `raise_or_requeue`. A second SIGINT raises StopSignal at once,
-    for a user who does not want to wait. Outside of the main thread, which receives no signals, it does nothing.
+    The training loop checks it between two steps, saves, then calls `raise_or_requeue`. A second SIGINT raises
+    StopSignal at once, for a user who does not want to wait. Outside of the main thread, which receives no signals, it
+    does nothing.
     """
 
     def __init__(self) -> None:
