@@ -55,7 +55,7 @@ def write_pairs(path: Path, pairs: Sequence[PairExample]) -> None:
         kind = "train" if pair.split == "train" else "held_out"
         if kind == "held_out" and pair.probability is not None:
             columns["probability"] = pair.probability
-        examples.keep(kind, [pair.key], **{name: [value] for name, value in columns.items()})
+        examples.add(kind, [pair.key], **{name: [value] for name, value in columns.items()})
     examples.write(path)
 
 

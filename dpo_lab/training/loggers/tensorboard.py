@@ -39,8 +39,8 @@ def show_charts(trainer: Trainer, charts: Mapping[str, Sequence[str]]) -> None:
 
 
 def show_histogram(trainer: Trainer, name: str, values: Tensor, step: int) -> None:
-    """Add a histogram of values [N], unless there are none."""
-    if trainer.is_global_zero and len(values):
+    """Add a histogram of values, of any shape, unless there are none."""
+    if trainer.is_global_zero and values.numel():
         for writer in writers(trainer.loggers):
             writer.add_histogram(name, values, step, bins=BINS)
 
