@@ -18,7 +18,7 @@ from dpo_lab.runs.atomic_write import write_atomic
 LIMIT = 2000  # jobs per file: the most recently planned ones
 KEPT = 4  # files: the most recent states of the sources
 
-# Resolvers that depend on the config and this package only; a config with any other resolver may change its value and is not cached.
+# Resolvers that depend on the config and this package only; a config with any other may change and is not cached.
 DETERMINISTIC = frozenset(
     "hydra run_name run_slug not_in_folder_names default_evaluators gpus_per_node"
     " oc.select oc.decode oc.dict.keys oc.dict.values".split()
