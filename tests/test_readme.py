@@ -136,6 +136,13 @@ def test_the_readme_is_short_and_its_folders_exist():
     assert {f"{path.relative_to(REPOSITORY)}/" for path in packages} <= set(listed)
 
 
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_modules_that_a_document_names_exist(name):
+    named = set(re.findall(r"`(dpo_lab/[\w/]+\.py)`", (REPOSITORY / name).read_text()))
+    assert {path for path in named if not (REPOSITORY / path).is_file()} == set()
+    assert named or name != "docs/architecture.md"
+
+
 def test_the_file_map_is_true():
     """Every file of the package is on the map with the sentence that opens it, and nothing else is."""
     (block,) = re.findall(r"```text\n(.*?)```", (REPOSITORY / "docs/architecture.md").read_text(), re.S)
