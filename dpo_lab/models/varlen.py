@@ -24,7 +24,7 @@ def supports(query: Tensor, value: Tensor, dropout: float) -> bool:
         and head_size == value.shape[-1]
         and head_size % 8 == 0
         and head_size <= 256
-        and torch.__version__ >= (2, 13)
+        and torch.__version__ >= "2.13"
         and torch.version.hip is None
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
@@ -59,7 +59,8 @@ class Layout:
         """Return the layout of a stream of B items, lengths [B][1 + K]; it takes one copy to the device, without a sync.
 
         >>> Layout.of([[2, 1, 3]], "cpu")     # prompt 0 1, responses 2 and 3 4 5
-        cu_q [0, 3, 6], cu_k [0, 3, 8], rows [0, 1, 2, 0, 1, 3, 4, 5], places [0, 3, 1, 4, 2, 5, 6, 7], starts [0, 2, 4, 5, 6, 7]
+        cu_q [0, 3, 6], cu_k [0, 3, 8], rows [0, 1, 2, 0, 1, 3, 4, 5]
+        places [0, 3, 1, 4, 2, 5, 6, 7], starts [0, 2, 4, 5, 6, 7]
         """
         parts = np.array(lengths)
         prompts, responses = parts[:, :1], parts[:, 1:]
@@ -110,7 +111,7 @@ def varlen_attention(
     from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler, 1.6 s that a run on the CPU saves
 
     dtype = _compute_dtype(query)
-    q, k, v = (each[0].transpose(0, 1).to(dtype) for each in (query, key, value))
+    q, k, v = (each.squeeze(0).transpose(0, 1).to(dtype) for each in (query, key, value))
     output = varlen_attn(
         q,
         layout.repeat(k),
@@ -123,4 +124,4 @@ def varlen_attention(
         window_size=window,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return output[None]  # type: ignore[index]  # a tensor, as no log-sum-exp is asked for
+    return output.unsqueeze(0)  # type: ignore[union-attr]  # a tensor, as no log-sum-exp is asked for

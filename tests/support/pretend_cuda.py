@@ -281,7 +281,10 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
     joined = patch.object(distributed, "init_process_group", join_by_gloo)
     unwrapped = patch.object(DDPStrategy, "configure_ddp", lambda self: None)  # torch's C++ would look for CUDA
     with of_ranks, joined, unwrapped, patch.multiple(torch.cuda, **of_cuda), patch.multiple(torch, **of_torch), mode:
-        swapped, cudnn = torch.__future__.get_swap_module_params_on_conversion(), torch.backends.cuda.cudnn_sdp_enabled()
+        swapped, cudnn = (
+            torch.__future__.get_swap_module_params_on_conversion(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        )
         torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter that moves stays the object it is
         try:
             yield mode
