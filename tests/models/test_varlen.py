@@ -13,6 +13,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import gpu
 from dpo_lab.models import attention
 from dpo_lab.models.attention import Segments, shared_prompt_attention
 from dpo_lab.models.forward import response_logps, select_forward
@@ -102,31 +103,39 @@ def test_a_sliding_window_reaches_back_into_the_prompt(responses, left):
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators that compute: those whose results are not views. The kernel is one of them, whatever it does."""
+    """Counts operators that a GPU computes: no views and no allocations. The kernel is one of them, whatever it does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not any(returned.alias_info is not None for returned in func._schema.returns):
+        if not any(returned.alias_info is not None for returned in func._schema.returns) and "empty" not in func.name():
             self.counts[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
 
-def operators(attend, lengths, heads=(4, 2)) -> Counter[str]:
-    """Of attention's forward and backward passes."""
-    inputs = draw_inputs(lengths, heads)
-    with Operators() as mode:
-        attend(inputs, lengths).sum().backward()
+def operators(attend, pairs: int) -> Counter[str]:
+    """Of attention's forward and backward passes over pairs under autocast; all layers share layouts and masks."""
+    lengths = [[30, 20, 25]] * pairs
+    query, key, value = draw_inputs(lengths, (4, 2), torch.float32)
+    inputs = [query, key, value.detach().bfloat16().requires_grad_()]
+    gradient = torch.ones(1, 75 * pairs, 4, 8, dtype=torch.bfloat16)
+    mode = Operators()
+    with mode, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        output = attend(inputs, lengths)
+    with mode:
+        output.backward(gradient)
     return mode.counts
 
 
 def test_its_operators_are_as_many_for_any_number_of_pairs():
-    one, many = (operators(by_kernel, [[3, 2, 4]] * pairs) for pairs in (1, 16))
+    one, many = (operators(by_kernel, pairs) for pairs in (1, 16))
     assert one == many
     assert one["torch_attn::_varlen_attn"] == one["torch_attn::_varlen_attn_backward"] == 1
-    assert operators(by_loop, [[3, 2, 4]] * 16).total() > 5 * many.total()
+    assert many.total() == gpu.KERNELS
+    loop = [operators(by_loop, pairs).total() for pairs in (4, 5)]
+    assert loop[1] - loop[0] == gpu.LOOPED
 
 
 def test_gradients_are_summed_without_atomics():
