@@ -9,18 +9,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from dpo_lab.models.varlen import Layout, supports, varlen_attention
 
 SHARED_PROMPT = "shared_prompt"  # name of this attention in transformers' registry
 
 
 @dataclass
 class Segments:
-    """The segments of a packed stream: lengths [B][1 + K], numbers of tokens of each item's prompt and K responses."""
+    """The segments of a packed stream: lengths [B][1 + K], numbers of tokens of each item's prompt and K responses.
+
+    Masks and the kernel's layout are built for the first layer and shared by all.
+    """
 
     lengths: Sequence[Sequence[int]]
-    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)  # shared by all layers
+    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    layouts: dict[torch.device, Layout] = field(default_factory=dict)
+
+    def layout(self, device: torch.device) -> Layout:
+        """Return the layout for the variable-length kernel on a device."""
+        if device not in self.layouts:
+            self.layouts[device] = Layout.of(self.lengths, device)
+        return self.layouts[device]
 
     def mask(self, prompt: int, response: int, like: Tensor) -> Tensor:
         """Return an additive causal mask [response, prompt + response] over the prompt and the response itself."""
@@ -44,12 +56,17 @@ def shared_prompt_attention(
 ) -> tuple[Tensor, None]:
     """Compute causal attention [1, N, heads, d] over a packed stream, from query, key, value [1, heads, N, d].
 
-    Without `segments` this is transformers' SDPA attention, so the same model also runs padded rows and generation.
+    Without `segments` this is transformers' SDPA attention, so the same model also runs padded rows and generation. With
+    them it is one call of the variable-length kernel where that is supported, elsewhere one SDPA call per response.
     """
     if segments is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    if supports(query, value, dropout):
+        return varlen_attention(query, key, value, segments.layout(query.device), scaling), None
+    if query.device.type == "cuda":  # with enable_gqa, SDPA's fast kernels take no mask and no float32
+        key, value = (repeat_kv(each, query.shape[1] // key.shape[1]) for each in (key, value))
     grouped = query.shape[1] != key.shape[1]
     # one split instead of a slice per segment, whose backward would write a gradient of the whole stream each
     sizes = [size for item in segments.lengths for size in (item[0] + item[1], *item[2:])]

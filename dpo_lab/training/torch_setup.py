@@ -34,6 +34,8 @@ def set_up_device(strategy: Strategy) -> None:
     """
     assert strategy.accelerator is not None
     strategy.accelerator.setup_device(strategy.root_device)
+    if strategy.root_device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN prepares a plan for each new shape, and here most are new
 
 
 def open_store(port: int, listener: int) -> None:

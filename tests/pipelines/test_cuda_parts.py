@@ -80,6 +80,7 @@ def test_a_gpu_is_set_up_before_anything_asks_for_it(trainer, door, cuda, tmp_pa
     device = forward_settings(made).device
     assert device.type == "cuda"
     assert restart_peak(device) == 7 << 20  # refused before a GPU is initialised
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_messages_travel_over_a_group_that_serves_gpus_alone(of_gpus, policy):

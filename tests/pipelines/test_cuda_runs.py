@@ -26,11 +26,13 @@ QUIET = (
 
 
 def pretended(*command: str) -> None:
-    """A command in this process, which has a GPU; prints how many products of matrices it computed on the CPU.
+    """A command in this process, which has a GPU; prints how many products of matrices it computed on the CPU, and calls of
+    the kernel for shared prompts, forward and backward.
 
     A model is probed where it is loaded, on the CPU, before the run has a device: that is left out.
     """
     from dpo_lab.models import load
+    from tests.support import varlen
     from tests.support.pretend_cuda import pretend_cuda
 
     with patch.object(load, "check_behaviour"), pretend_cuda(int(os.environ.get("WORLD_SIZE", "1"))) as cuda:
@@ -38,6 +40,7 @@ def pretended(*command: str) -> None:
             warm.main(*command)
         finally:
             print("on the CPU:", cuda.cpu_products)
+            print("kernel calls:", varlen.CALLS["forward"], varlen.CALLS["backward"])
 
 
 def make_shop(folder: Path, policy: Policy) -> Path:
@@ -60,16 +63,23 @@ def record_of(shop: Path, name: str) -> dict:
     return json.loads(next((shop / "outputs" / name).glob("*/*/run.json")).read_text())
 
 
-def on_gpu(shop: Path, module: str, *arguments: str) -> None:
+def on_gpu(shop: Path, module: str, *arguments: str) -> tuple[int, int]:
+    """How often it called the kernel for shared prompts, forward and backward."""
     with warm.Warm(pretended, module, *arguments, cwd=shop) as process:
         code, output, errors = process.wait(120)
     assert code == 0, errors
     assert "on the CPU: 0" in output
+    forward, backward = output.split("kernel calls:")[1].split()
+    return int(forward), int(backward)
 
 
 @pytest.fixture(scope="module")
-def trained(shop) -> Path:
-    on_gpu(shop, "dpo_lab.train", "trainer=gpu", "name=bf16", *QUIET)
+def calls(shop) -> tuple[int, int]:
+    return on_gpu(shop, "dpo_lab.train", "trainer=gpu", "name=bf16", *QUIET)
+
+
+@pytest.fixture(scope="module")
+def trained(shop, calls) -> Path:
     return shop
 
 
@@ -82,11 +92,20 @@ def test_a_run_in_bf16_computes_everything_on_the_gpu(trained):
     assert load_policy(next((trained / "outputs/bf16").glob("*/*")) / "policy").model.device.type == "cpu"
 
 
+def test_a_run_in_bf16_attends_to_shared_prompts_by_one_kernel(calls, policy):
+    """Once a layer and micro-batch, of which each of 3 steps has at least one; without gradients for the reference."""
+    forward, backward = calls
+    layers = policy.model.config.num_hidden_layers
+    assert forward % layers == backward % layers == 0
+    assert forward > backward >= 3 * layers
+
+
 def test_a_run_in_fp32_after_one_on_the_cpu_has_its_figures_and_a_reference_of_its_own(shop):
     one = warm.door("dpo_lab.train", "name=cpu", *QUIET, cwd=shop)
     assert one.returncode == 0, one.stderr
     before = set((shop / "outputs/cache").glob("reference-*.safetensors"))
-    on_gpu(shop, "dpo_lab.train", "trainer=gpu", "trainer.precision=32-true", "name=fp32", *QUIET)
+    calls = on_gpu(shop, "dpo_lab.train", "trainer=gpu", "trainer.precision=32-true", "name=fp32", *QUIET)
+    assert calls == (0, 0)  # the kernel has no float32
     assert len(set((shop / "outputs/cache").glob("reference-*.safetensors")) - before) == 1
     cpu, gpu = record_of(shop, "cpu"), record_of(shop, "fp32")
     assert cpu["identity"] == gpu["identity"]

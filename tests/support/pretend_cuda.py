@@ -24,6 +24,8 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import tests.support.varlen  # noqa: F401  # the attention kernel of a GPU, on the CPU
+
 DEVICE, CPU = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torch.device("cpu")
 aten = torch.ops.aten
 TAKES_BOTH = {aten._to_copy.default, aten.copy_.default}  # these carry numbers from one device to the other
@@ -279,9 +281,13 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
     joined = patch.object(distributed, "init_process_group", join_by_gloo)
     unwrapped = patch.object(DDPStrategy, "configure_ddp", lambda self: None)  # torch's C++ would look for CUDA
     with of_ranks, joined, unwrapped, patch.multiple(torch.cuda, **of_cuda), patch.multiple(torch, **of_torch), mode:
-        swapped = torch.__future__.get_swap_module_params_on_conversion()
+        swapped, cudnn = (
+            torch.__future__.get_swap_module_params_on_conversion(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        )
         torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter that moves stays the object it is
         try:
             yield mode
         finally:
             torch.__future__.set_swap_module_params_on_conversion(swapped)
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
