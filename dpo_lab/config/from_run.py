@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, explain, input_files, validate
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import changed_files
+from dpo_lab.training.optim import OptimKind
 
-OVERRIDABLE_KEYS = ("evals", "trainer", "threads")
+OVERRIDABLE_KEYS = ("evals", "trainer", "threads", "data.tokens_per_microbatch")
 COMMAND_KEYS = ("run", "trained", "name")
 
 
@@ -76,10 +77,11 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
     file has changed.
     """
     recorded = from_record(record["config"])
+    recorded.optim.kind = OptimKind.adamw  # nothing is trained here, so the package of another kind is not needed
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         group = key.partition(".")[0]
-        if group in OVERRIDABLE_KEYS:
+        if {group, key} & {*OVERRIDABLE_KEYS}:
             value = OmegaConf.select(cfg, key)
             value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value  # interpolations unresolved
             if key == "trainer":
@@ -87,8 +89,8 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
             OmegaConf.update(recorded, key, value, merge=True, force_add=True)
         elif group not in COMMAND_KEYS:
             raise ConfigError(
-                f"{key}: a run is evaluated with its own settings; type run= with evals..., trainer... or threads="
-                " alone, or trained=FOLDER in place of run="
+                f"{key}: a run is evaluated with its own settings; type run= with evals..., trainer..., threads= or"
+                " data.tokens_per_microbatch= alone, or trained=FOLDER in place of run="
             )
     config = validate(recorded)
     if changed := changed_files(record.get("files", {}), input_files(config)):

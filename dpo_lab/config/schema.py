@@ -35,7 +35,7 @@ from dpo_lab.data.sources import Data
 from dpo_lab.data.tasks.base import TASKS
 from dpo_lab.evals.evaluate import Evals, SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
-from dpo_lab.models.policy import POLICIES, PolicyConfig, TinyPolicy
+from dpo_lab.models.policy import POLICIES, Dtype, PolicyConfig, Pretrained, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, Reference
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import NOT_IN_FOLDER_NAMES
@@ -87,7 +87,10 @@ class RunConfig:
             loss = next(f"loss={name}" for name, kind in LOSSES.items() if kind is type(self.loss))
             why = "measures drift from the initial policy" if required else "has no reference"
             raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
-        self.reference.check(self.policy, is_sharded=target_of(self.trainer.get("strategy")) == FSDP2)
+        is_sharded = target_of(self.trainer.get("strategy")) == FSDP2
+        self.reference.check(self.policy, is_sharded=is_sharded)
+        is_short = isinstance(self.policy, Pretrained) and self.policy.dtype is not Dtype.float32
+        self.optim.check(trains_16_bits=is_short and not self.policy.has_adapters, is_sharded=is_sharded)
         check_precision(self.trainer)
         for key, seed in (("seed", self.seed), ("noise.seed", self.noise.seed)):
             if not 0 <= seed < 2**32:

@@ -17,6 +17,7 @@ from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.models.sampling import generate_responses
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.runs.cache import is_intact, write_checksum
+from dpo_lab.runs.out_of_memory import explain_out_of_memory, halved
 
 FORMAT = "2"  # increase it when a change of the code changes the texts of a key
 
@@ -55,7 +56,7 @@ def candidates(
         cached = all_gather_object(_read(path) if path is not None and rank_and_world_size()[0] == 0 else None)[0]
         if cached is not None:
             return cached
-        with context():
+        with context(), sampling_explained(batch_size, count * len(prompts)):
             samples = generate_responses(
                 policy.model,
                 encoder,
@@ -72,6 +73,11 @@ def candidates(
             write_atomic(path, json.dumps(responses))
             write_checksum(path)
         return responses
+
+
+def sampling_explained(batch_size: int, samples: int) -> AbstractContextManager[None]:
+    """Return a context that explains out of memory in sampling so many samples by the size of their batches."""
+    return explain_out_of_memory("sampling", *halved("evals.batch_size", min(batch_size, samples)))
 
 
 def _locked(path: Path | None) -> AbstractContextManager:

@@ -20,7 +20,7 @@ from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.distributed.collectives import P, R, map_across_ranks, rank_and_world_size
-from dpo_lab.evals.candidates import candidates
+from dpo_lab.evals.candidates import candidates, sampling_explained
 from dpo_lab.evals.judge import Score
 from dpo_lab.evals.scored_pairs import ScoredPairs
 from dpo_lab.models.forward import pair_logps, response_logps
@@ -207,7 +207,7 @@ class EvalContext:
         return score_pairs(model, prompts, responses, self.tokens, self.context)
 
     def _sample(self, policy: Policy, name: str) -> list[Sample]:
-        with self.context():
+        with self.context(), sampling_explained(self.batch_size, len(self.prompt_ids)):
             return generate_responses(
                 policy.model,
                 self.encoder,

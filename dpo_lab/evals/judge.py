@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_lab.errors import check_at_least, first_line
+from dpo_lab.runs.out_of_memory import explain_out_of_memory, halved
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +114,8 @@ class Judge:
 
         scores = np.empty(len(texts))
         sizes = [sum(len(texts[i]) for i in part) for part in parts]
-        for part, of_part in zip(parts, map_across_ranks(parts, sizes, compute), strict=True):
+        with explain_out_of_memory("the judge", *halved("evals.judge.batch_size", self.batch_size)):
+            computed = map_across_ranks(parts, sizes, compute)
+        for part, of_part in zip(parts, computed, strict=True):
             scores[part] = of_part.numpy()
         return scores

@@ -24,8 +24,9 @@ from dpo_lab.models.adapters import base_of, with_fresh_adapters, with_trained_a
 from dpo_lab.models.checkpoint_keys import check_keys
 from dpo_lab.models.decoding import sample_without_cache
 from dpo_lab.models.folder_errors import unreadable
-from dpo_lab.models.policy import Policy, PolicyError, Pretrained, is_adapter
+from dpo_lab.models.policy import Dtype, Policy, PolicyError, Pretrained, is_adapter
 from dpo_lab.models.probes import behaviour_of
+from dpo_lab.runs.out_of_memory import OutOfMemory, explain_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -195,8 +196,13 @@ def _read_model(settings: Pretrained) -> PreTrainedModel:
     if settings.key_prefix:
         options["key_mapping"] = {f"^{re.escape(settings.key_prefix)}": ""}
     logging.getLogger("transformers.modeling_utils").addFilter(_no_report)
+    is_float32 = settings.dtype is Dtype.float32
+    smaller = ["policy.dtype=bfloat16" if is_float32 else "policy.path= of a smaller model"]
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(settings.path, **options)  # type: ignore[misc]
+        with explain_out_of_memory("loading the policy", *smaller):
+            model, info = AutoModelForCausalLM.from_pretrained(settings.path, **options)  # type: ignore[misc]
+    except OutOfMemory:
+        raise
     except Exception as error:  # many types, depending on hub, file and format
         raise unreadable(settings, error) from error
     finally:

@@ -24,7 +24,15 @@ from dpo_lab.health.diagnose import print_health
 from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.pipelines.inputs import TrainingInputs
 from dpo_lab.pipelines.loggers import add_loggers, log_final_metrics, track_run_status
-from dpo_lab.pipelines.setup import REFUSALS, forward_settings, logging_to, make_trainer, process_group, setup_process
+from dpo_lab.pipelines.setup import (
+    REFUSALS,
+    forward_settings,
+    logging_to,
+    make_trainer,
+    memory_explained,
+    process_group,
+    setup_process,
+)
 from dpo_lab.pipelines.stage_timer import StageTimer
 from dpo_lab.reporting.figures import draw_run, remove_figures
 from dpo_lab.reporting.model_card import model_card
@@ -81,7 +89,8 @@ class Session:
             trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
         step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, run.record.get("started", "")
         add_loggers(trainer, self.config_dict, run.folder, step, started=started, charts=module.charts)
-        fit(self.config, trainer, module, inputs, resume.checkpoint)
+        with memory_explained(self.config, "training", trains=True):
+            fit(self.config, trainer, module, inputs, resume.checkpoint)
 
     def save_trained_policy(self, module: BaseModule, inputs: TrainingInputs) -> Policy:
         """Gather the trained policy from all ranks, in evaluation mode, on the device that it trained on, and save it.
@@ -166,7 +175,7 @@ def open_session(config: RunConfig, config_dict: dict[str, Any], folder: Path) -
         run.update(ranks=_same_on_all_ranks(trainer, config_dict))
         if acquired:
             warn_of_slow_bf16(trainer, config.policy)
-        with reraise_stop():
+        with reraise_stop(), memory_explained(config, "a pass before or after training"):
             yield Session(config, config_dict, run, trainer)
 
 

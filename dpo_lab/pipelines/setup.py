@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from dpo_lab.config.precision import check_device_precision
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
+from dpo_lab.models.policy import Pretrained
 from dpo_lab.pipelines.inputs import Forward
 from dpo_lab.pipelines.loggers import last_line
 from dpo_lab.runs.atomic_write import explain_disk_error
+from dpo_lab.runs.out_of_memory import OutOfMemory, explain_out_of_memory, halved
 from dpo_lab.runs.redact import Redacting
 from dpo_lab.runs.run_record import RunFailed, RunRefused
 from dpo_lab.terminal.progress import log_handler
@@ -89,7 +91,9 @@ def logging_to(folder: Path) -> Iterator[None]:
         raise  # the command prints it in one line
     except Exception as error:
         if line := str(error) if isinstance(error, RunFailed) else explain_disk_error(error):
-            file.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": f"the run failed: {line}"}))
+            where = (type(error), error, error.__traceback__) if isinstance(error, OutOfMemory) else None
+            entry = {"levelname": "ERROR", "msg": f"the run failed: {line}", "exc_info": where}
+            file.handle(logging.makeLogRecord(entry))
         else:
             log.exception("the run failed")
         raise
@@ -98,6 +102,18 @@ def logging_to(folder: Path) -> Iterator[None]:
             log.removeHandler(handler)
             handler.close()
         logging.captureWarnings(False)
+
+
+def memory_explained(config: RunConfig, where: str, trains: bool = False) -> AbstractContextManager[None]:
+    """Return a context that explains out of memory by the settings of passes over a model, and of training if it
+    `trains`.
+    """
+    settings = halved("data.tokens_per_microbatch", config.data.tokens_per_microbatch)
+    if trains and not config.policy.gradient_checkpointing:
+        settings.append("policy.gradient_checkpointing=true")
+    if trains and isinstance(config.policy, Pretrained) and not config.policy.has_adapters:
+        settings.append("policy.lora.r=16 optim=lora")
+    return explain_out_of_memory(where, *settings)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from typing import Any
 
 # Config keys by their earlier name. A key of a list may be a group: all keys under it are renamed with it.
@@ -34,6 +35,8 @@ RENAMED_VALUES = {
         "dpo_lab.training.strategies.fsdp.FSDP2Strategy"
     ),
 }
+# Config keys that were added, with the value for what was done before.
+ADDED_KEYS = {"optim.kind": "adamw", "sft.optim.kind": "adamw"}
 # Keys of run.json, and of each finding in its `health`.
 RENAMED_RECORD_KEYS = {"starts": "attempts"}
 RENAMED_FINDING_KEYS = {"says": "message", "tries": "suggestion"}
@@ -65,7 +68,7 @@ def present_override(override: str) -> str:
 
 
 def present_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded config, nested mappings, with the present names of its keys and values."""
+    """Return a recorded config, nested mappings, with the present names of its keys and values, and added keys."""
     config_dict: dict[str, Any] = {}
     for path, value in _leaves(config):
         key = ".".join(path)
@@ -75,6 +78,11 @@ def present_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[leaf] = RENAMED_VALUES.get((present, value), value) if isinstance(value, str) else value
+    for key, value in ADDED_KEYS.items():
+        *parents, leaf = key.split(".")
+        node = reduce(lambda node, parent: node.get(parent, {}), parents, config_dict)
+        if node:
+            node.setdefault(leaf, value)
     return config_dict
 
 

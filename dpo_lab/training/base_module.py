@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -151,6 +151,18 @@ class BaseModule(LightningModule):
         optimizer, schedule = self.optim.build(self.model.parameters(), self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the state of the module without its frozen weights, which a checkpoint does not need."""
+        state = super().state_dict(*args, **kwargs)
+        for name in self._frozen & state.keys():
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the state of the module and leave its frozen weights as they are, also if `state_dict` holds them."""
+        frozen = {name: tensor for name, tensor in super().state_dict().items() if name in self._frozen}
+        return super().load_state_dict({**state_dict, **frozen}, strict, assign)
+
     def log_means(self, metrics: Metric, split: str, counters: Mapping[str, float]) -> None:
         """Log the means since the last call, summed over ranks by `compute`, at the number of optimizer steps done.
 
@@ -194,6 +206,11 @@ class BaseModule(LightningModule):
         parameters = [] if self._is_sharded else [p for p in self.model.parameters() if p.requires_grad]
         pairs = all_gather_object(nonfinite_pairs(parts, losses, self.part_loss, parameters))
         raise not_finite(self.global_step + 1, pairs, Path(self.trainer.default_root_dir) / CHECKPOINTS)
+
+    @property
+    def _frozen(self) -> set[str]:
+        """The names of the weights that are not trained: under adapters, those of the base."""
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
     @property
     def _is_sharded(self) -> bool:

@@ -15,7 +15,7 @@ from dpo_lab.data.tasks.base import Task
 from dpo_lab.errors import check_at_least
 from dpo_lab.models.policy import Init, Policy, TinyPolicy, load_policy
 from dpo_lab.runs.cache import cached
-from dpo_lab.training.optim import Optim
+from dpo_lab.training.optim import Optim, OptimKind
 
 
 @dataclass
@@ -44,9 +44,11 @@ def initial_policy(tiny: TinyPolicy, sft: SFT, task: Task, seed: int, cache: Pat
     from dpo_lab.models.tokenizer import train_tokenizer
 
     texts = task.texts(TRAIN, sft.steps * sft.batch_size, derive_seed(seed, "sft/reviews"))
+    # `kind` is left out at its default: it is newer than policies in caches
+    optim = {name: value for name, value in asdict(sft.optim).items() if (name, value) != ("kind", OptimKind.adamw)}
     inputs = {
         "tiny": asdict(replace(tiny, gradient_checkpointing=False)),  # which does not change the policy
-        "sft": {name: value for name, value in asdict(sft).items() if name != "text_column"},  # not used here
+        "sft": {"steps": sft.steps, "batch_size": sft.batch_size, "optim": optim},
         "seed": seed,
         "format": 4,
     }

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: AdamW, linear warm-up, then cosine or linear decay to zero."""
+"""The optimizer and its schedule: AdamW, with a state of 32 or 8 bits, linear warm-up, then cosine or linear decay to zero."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from dpo_lab.errors import check_at_least
 
@@ -24,6 +25,17 @@ class Decay(str, Enum):
     constant = "constant"
 
 
+class OptimKind(str, Enum):
+    """The optimizer: torch's AdamW, or that of bitsandbytes, whose two moments take 1 byte a weight each instead of 4.
+
+    The paged one lets the driver move its state to the host's memory where that of the GPU is full.
+    """
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+
+
 @dataclass
 class Optim:
     """Settings of AdamW and its schedule. weight_decay applies to matrices only, not to norms and biases.
@@ -31,6 +43,7 @@ class Optim:
     max_grad_norm: gradients are clipped to this norm over all parameters (None: no clipping).
     """
 
+    kind: OptimKind = OptimKind.adamw
     lr: float = 3e-4
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -51,6 +64,24 @@ class Optim:
                 f"optim.max_grad_norm={self.max_grad_norm}: must be more than 0;"
                 " type optim.max_grad_norm=1.0, or null for no limit"
             )
+        if self.kind is not OptimKind.adamw and find_spec("bitsandbytes") is None:
+            raise ValueError(f"optim.kind={self.kind.value} needs bitsandbytes; type pip install 'dpo_lab[quantized]'")
+
+    def check(self, trains_16_bits: bool, is_sharded: bool) -> None:
+        """Raise ValueError if the optimizer can't train weights kept in 16 bits, or sharded over ranks."""
+        if self.kind is OptimKind.adamw:
+            return
+        if trains_16_bits:
+            raise ValueError(
+                f"optim.kind={self.kind.value}: weights kept in 16 bits need the float32 master copies of"
+                " optim.kind=adamw, else small updates are lost; type policy.dtype=float32, or policy.lora.r=16 for"
+                " adapters in float32"
+            )
+        if is_sharded:
+            raise ValueError(
+                f"optim.kind={self.kind.value}: bitsandbytes can't update weights sharded over ranks; type"
+                " optim.kind=adamw, whose state is sharded too, or trainer=ddp"
+            )
 
     def build(
         self, parameters: Iterable[nn.Parameter], total_steps: int, fused: bool = True
@@ -70,9 +101,19 @@ class Optim:
             {"params": [p for p in training if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in training if p.ndim < 2], "weight_decay": 0.0},
         ]
-        kind = MasterAdamW if any(map(is_short, training)) else AdamW
-        optimizer = kind([g for g in groups if g["params"]], lr=self.lr, betas=(self.beta1, self.beta2), fused=fused)
+        groups, is_any_short = [g for g in groups if g["params"]], any(map(is_short, training))
+        settings: dict[str, Any] = {"lr": self.lr, "betas": (self.beta1, self.beta2)}
+        if self.kind is OptimKind.adamw:
+            optimizer = (MasterAdamW if is_any_short else AdamW)(groups, fused=fused, **settings)
+        else:
+            self.check(trains_16_bits=is_any_short, is_sharded=False)
+            optimizer = self._class_of_8_bits()(groups, **settings)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+    def _class_of_8_bits(self) -> type[Optimizer]:
+        from bitsandbytes import optim  # type: ignore[import-not-found]
+
+        return optim.AdamW8bit if self.kind is OptimKind.adamw_8bit else optim.PagedAdamW8bit
 
     def clip(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Clip gradients to max_grad_norm and return their norm before, which is not finite if a gradient is not."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "tests" / "faults"
-ROWS = 45
+ROWS = 46
 
 
 @cache

@@ -178,6 +178,12 @@ def test_a_runs_own_settings_are_not_changed(typed):
         config_from_run({"config": recorded()}, composed(*overrides, name="evaluate"), overrides)
 
 
+def test_what_bounds_memory_may_be_changed():
+    overrides = ["run=folder", "data.tokens_per_microbatch=77", "evals.batch_size=5"]
+    found = config_from_run({"config": recorded("beta=0.3")}, composed(*overrides, name="evaluate"), overrides)
+    assert (found.data.tokens_per_microbatch, found.evals.batch_size, found.beta) == (77, 5, 0.3)
+
+
 def test_a_file_that_changed_since_is_refused(tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text("{}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from dpo_lab.config import schema
 from dpo_lab.config.from_run import from_record
 from dpo_lab.models.policy import Lora
 from dpo_lab.runs import renamed_keys
+from dpo_lab.runs.fingerprint import difference
 from dpo_lab.runs.run_record import read_record
-from tests.support.configs import composed
+from tests.support.configs import composed, recorded
 
 CONTEXT = {
     "policy.rank": ("policy=lora", "policy.path=x"),
@@ -48,6 +51,16 @@ def test_present_keys_exist():
     missing = {present for present in renamed_keys.RENAMED_KEYS.values() if present not in known}
     assert missing == {"callbacks.checkpoint.save_total_limit"}  # not in the schema, but in the default config
     assert composed().callbacks.checkpoint.save_total_limit == 2
+
+
+def test_a_record_from_before_a_key_was_added_is_that_of_its_default():
+    before = recorded()
+    for key in renamed_keys.ADDED_KEYS:
+        *parents, leaf = key.split(".")
+        del reduce(getitem, parents, before)[leaf]
+    assert difference(renamed_keys.present_config(before), recorded()) == {}
+    assert set(difference(renamed_keys.present_config(before), recorded("optim.lr=1"))) == {"optim.lr"}
+    assert renamed_keys.present_config({"sft": {"text_column": "text"}}) == {"sft": {"text_column": "text"}}
 
 
 def test_an_earlier_choice_is_refused_with_the_present_one():

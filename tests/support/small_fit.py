@@ -101,10 +101,12 @@ def run(
     workers: int = 0,
     optim: Optim | None = None,
     loggers: Callable[[int], list[Logger]] | None = None,
+    adapters: torch.dtype | None = None,
     **settings,
 ) -> Trainer:
     """Start a fit in `folder`, or go on with the one there, as every start of a run does.
 
+    adapters: train low-rank adapters alone, and keep all weights in this dtype.
     loggers: those beside the journal, of a run that goes on from a step (0: from none).
     """
     remove_leftovers(folder / CHECKPOINTS)
@@ -114,6 +116,10 @@ def run(
     trainer = trainer_of(folder, **settings)
     seed_everything(3, verbose=False)
     model = TinyPolicy(hidden_size=8, layers=1, heads=2, intermediate_size=8).build(TOKENIZER, seed=0)
+    if adapters is not None:
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, lora).to(adapters)
     select_forward(model)
     optim = optim or Optim(lr=1e-2, warmup_steps=2)
     step = dict(total_steps=trainer.max_steps, tokens_per_microbatch=40)

@@ -44,6 +44,42 @@ def test_going_on_from_any_step_is_bit_identical(step, whole, tmp_path):
     assert difference(left(tmp_path), left(whole)) is None
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_of_adapters_holds_what_trains_and_going_on_is_bit_identical(dtype, tmp_path):
+    """From the checkpoint of an earlier version as well, which held the base too."""
+    trainer = run(tmp_path / "whole", adapters=dtype)
+    trained = {name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+    assert left(tmp_path / "whole")["state_dict"].keys() == trained
+    assert all("lora_" in name for name in trained)
+    for earlier in (False, True):
+        folder = tmp_path / f"cut-{earlier}"
+        cut(folder, 5, adapters=dtype)
+        if earlier:
+            path = folder / CHECKPOINTS / "step=4.ckpt"
+            found = VerifiedCheckpointIO().load_checkpoint(path)
+            found["state_dict"] |= {
+                name: p for name, p in trainer.lightning_module.named_parameters() if name not in trained
+            }
+            VerifiedCheckpointIO().save_checkpoint(found, path)
+        run(folder, adapters=dtype)
+        assert difference(left(folder), left(tmp_path / "whole")) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_a_checkpoint_of_other_adapters_is_not_loaded(change, tmp_path):
+    cut(tmp_path, 5, adapters=torch.float32)
+    path = tmp_path / CHECKPOINTS / "step=4.ckpt"
+    found = VerifiedCheckpointIO().load_checkpoint(path)
+    weight = found["state_dict"].popitem()[1]
+    if change == "unexpected":
+        found["state_dict"]["model.other"] = weight
+    VerifiedCheckpointIO().save_checkpoint(found, path)
+    with pytest.raises(RuntimeError, match="Missing key.*lora_"):
+        run(tmp_path, adapters=torch.float32)
+
+
 def test_supervised_fine_tuning_goes_on_too_and_goes_on_counting_tokens(tmp_path):
     run(tmp_path / "whole", kind=SFTModule)
     cut(tmp_path / "cut", 5, kind=SFTModule)

@@ -82,6 +82,21 @@ def test_the_best_policy_is_kept_though_two_later_checkpoints_are_there(best):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+def test_the_best_adapters_are_kept_and_their_base_is_left_alone(tmp_path):
+    record, weights = kept_by(run(tmp_path, steps=20, callbacks=callbacks(), adapters=torch.float32))
+    assert record["step"] == 6
+    best = weights_in(tmp_path, 6)
+    assert best.keys() == {name for name in weights if "lora_" in name}
+    assert difference({name: weights[name] for name in best}, best) is None
+    assert difference(dict(best), dict(weights_in(tmp_path, 12))) is not None
+    base = fresh().state_dict()
+    frozen = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor for name, tensor in weights.items()
+    }
+    assert all(torch.equal(frozen[name], tensor) for name, tensor in base.items())
+
+
 def test_the_last_policy_is_kept_where_the_config_says_so(tmp_path):
     record, weights = kept_by(run(tmp_path, steps=20, callbacks=callbacks(policy_to_keep="last")))
     assert (record["policy"], record["step"], record["best_step"]) == ("last", 12, 6)

@@ -103,6 +103,11 @@ def sharded_rank(number: int, world_size: int, folder: str) -> None:
     weights["resumed"] = flat(module.model.parameters())
     module, _ = train(place, world_size, resume=place / "alone.ckpt")
     weights["from one process"] = flat(module.model.parameters())
+    module, trainer = train(place, world_size, STOP, adapters=True)
+    trainer.save_checkpoint(place / "half-adapters.ckpt")
+    for name in ("half-adapters", "alone-adapters", "alone-with-base"):
+        module, _ = train(place, world_size, adapters=True, resume=place / f"{name}.ckpt")
+        weights[name] = flat(module.model.parameters())
     module, trainer = train(place, world_size, dtype=torch.bfloat16)
     weights["bf16"] = flat(module.model.parameters())
     weights["bf16 masters"] = flat(trainer.optimizers[0].state[p]["master"] for p in module.model.parameters())
@@ -120,6 +125,11 @@ def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     _, trainer = train(folder, 1, STOP)
     trainer.save_checkpoint(folder / "alone.ckpt")
+    module, trainer = train(folder, 1, STOP, adapters=True)
+    trainer.save_checkpoint(folder / "alone-adapters.ckpt")
+    earlier = torch.load(folder / "alone-adapters.ckpt", weights_only=True)  # as an earlier version wrote it
+    earlier["state_dict"] |= {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    torch.save(earlier, folder / "alone-with-base.ckpt")
     outputs = run_in_ranks("tests.training.test_strategies", "sharded_rank", WORLD, str(folder))
     results = [json.loads(output.split("RESULT", 1)[1]) for output in outputs]
     return folder, results, [torch.load(folder / f"weights-{n}.pt", weights_only=True) for n in range(WORLD)]
@@ -165,9 +175,21 @@ def test_a_run_goes_on_from_a_checkpoint_by_any_number_of_ranks(checkpoint, kind
         assert (flat(module.model.parameters()) - of_rank[kind]).abs().max().item() < 2e-6
 
 
-def test_a_checkpoint_of_several_ranks_is_that_of_one(sharded):
+def test_adapters_go_on_from_a_checkpoint_without_their_base(sharded):
+    """From that of ranks, of one process, and of an earlier version, which held the base too."""
+    _, _, weights = sharded
+    for of_rank in weights:
+        assert torch.equal(of_rank["half-adapters"], of_rank["adapters"])
+        for name in ("alone-adapters", "alone-with-base"):
+            assert (of_rank[name] - of_rank["adapters"]).abs().max().item() < 2e-6
+
+
+@pytest.mark.parametrize("adapters", ["", "-adapters"])
+def test_a_checkpoint_of_several_ranks_is_that_of_one(adapters, sharded):
     folder, _, _ = sharded
-    ours, theirs = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("half", "alone"))
+    names = (f"half{adapters}.ckpt", f"alone{adapters}.ckpt")
+    ours, theirs = (torch.load(folder / name, weights_only=True) for name in names)
+    assert all(("lora_" in name) is bool(adapters) for name in ours["state_dict"])
     assert ours["state_dict"].keys() == theirs["state_dict"].keys()
     for name, tensor in theirs["state_dict"].items():
         assert type(ours["state_dict"][name]) is torch.Tensor

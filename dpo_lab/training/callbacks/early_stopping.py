@@ -87,8 +87,8 @@ def keep_policy(trainer: Trainer, model: PreTrainedModel) -> dict[str, Any]:
             )
         saved = VerifiedCheckpointIO().load_checkpoint(path)["state_dict"]
         weights = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
-        assert {name for name, _ in model.named_parameters()} <= weights.keys()
-        model.load_state_dict(weights, strict=False)  # not strict: a tied weight may be stored only once
+        assert {name for name, p in model.named_parameters() if p.requires_grad} <= weights.keys()
+        model.load_state_dict(weights, strict=False)  # frozen weights are not stored, a tied weight may be stored once
     kept = {
         "policy": BEST if is_best else LAST,
         "step": best if is_best else last,
