@@ -29,10 +29,10 @@ KEY = "dpo_lab"  # key of this package's state in a checkpoint
 class Checkpointing(Checkpoint):
     """Saves checkpoints/step=N.ckpt every `every_n_steps` optimizer steps, after the last step, and when asked to stop.
 
-    The last `keep` checkpoints are kept, and that of the best policy if early stopping keeps it; then every validation
-    has a checkpoint. A checkpoint is saved after the metrics of its step are logged and before validation. It records
-    whether that validation is pending; a resumed run starts with it. Checkpoints contain neither the reference
-    nor frozen weights.
+    The last `save_total_limit` checkpoints are kept, and that of the best policy if early stopping keeps it; then every
+    validation has a checkpoint. A checkpoint is saved after the metrics of its step are logged and before validation.
+    It records whether that validation is pending; a resumed run starts with it. Checkpoints contain neither the
+    reference nor frozen weights.
     """
 
     def __init__(self, every_n_steps: int = 80, save_total_limit: int = 2) -> None:
