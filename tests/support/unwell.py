@@ -82,7 +82,7 @@ def train(
     optim = Optim(lr=lr, warmup_steps=4)
     config = {
         "loss": {"kind": "dpo", "beta": 0.5},
-        "optim": {"lr": lr, "warmup_steps": 4},
+        "optim": {"kind": optim.kind.value, "lr": lr, "warmup_steps": 4},
         "data": {"batch_size": BATCH},
         "trainer": {"max_steps": steps},
         "if_exists": "refuse",
