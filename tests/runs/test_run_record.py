@@ -27,7 +27,7 @@ CONFIG = {
     "loss": {"kind": "dpo"},
     "data": {"num_workers": 0},
     "trainer": {"max_steps": 160, "devices": 1},
-    "if_exists": "refuse",
+    "if_exists": "error",
 }
 
 

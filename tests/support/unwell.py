@@ -85,7 +85,7 @@ def train(
         "optim": {"kind": optim.kind.value, "lr": lr, "warmup_steps": 4},
         "data": {"batch_size": BATCH},
         "trainer": {"max_steps": steps},
-        "if_exists": "refuse",
+        "if_exists": "error",
     }
     data = {
         "train pairs": len(table),
