@@ -107,9 +107,5 @@ def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun]
     )
 
 
-def _key(word: str) -> str:
-    return word.lstrip("+").partition("=")[0]
-
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -206,7 +206,7 @@ class _QualityPass:
         return Noise(flipped, self._longer(before))
 
     def _longer(self, differences: np.ndarray) -> Estimate:
-        return share_in_groups((np.sign(differences) + 1) / 2, self.groups)
+        return share_in_groups(np.heaviside(differences, 0.5), self.groups)
 
 
 def _pass_over(table: PairTable, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

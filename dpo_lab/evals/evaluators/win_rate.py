@@ -34,7 +34,7 @@ class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_sampl
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         wins = {
-            "win" if name == "gold" else f"{name}_win": (np.sign(trained - initial) + 1) / 2
+            "win" if name == "gold" else f"{name}_win": np.heaviside(trained - initial, 0.5)
             for name, (trained, initial) in context.rewards.items()
         }
         if not wins:
