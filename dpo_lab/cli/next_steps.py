@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from dpo_lab.config.allowed_targets import target_of
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.models.policy import Pretrained
+from dpo_lab.runs.fingerprint import override_key
 from dpo_lab.runs.run_record import OUTPUTS
 
 # Settings of the policy that loading the result needs too.
@@ -93,7 +94,7 @@ def command(module: str, *arguments: str) -> str:
 
 
 def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+    return override_key(override).partition("@")[0]
 
 
 def _without(overrides: Sequence[str], *keys: str) -> list[str]:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, explain, input_files, validate
 from dpo_lab.runs import run_record
-from dpo_lab.runs.fingerprint import changed_files
+from dpo_lab.runs.fingerprint import changed_files, override_key
 from dpo_lab.training.optim import OptimKind
 
 OVERRIDABLE_KEYS = ("evals", "trainer", "threads", "data.tokens_per_microbatch")
@@ -79,7 +79,7 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
     recorded = from_record(record["config"])
     recorded.optim.kind = OptimKind.adamw  # nothing is trained here, so the package of another kind is not needed
     for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+        key = override_key(override)
         group = key.partition(".")[0]
         if {group, key} & {*OVERRIDABLE_KEYS}:
             value = OmegaConf.select(cfg, key)

@@ -73,6 +73,11 @@ def changed_files(recorded: Mapping[str, Mapping[str, Any]], files: Sequence[Pat
     return gone + added + changed
 
 
+def override_key(override: str) -> str:
+    """Return the key of an override, `key=value` with Hydra's + or ~."""
+    return override.lstrip("+~").partition("=")[0]
+
+
 def is_under(key: str, keys: Iterable[str]) -> bool:
     """Return whether a dotted key is one of `keys` or lies under one."""
     return any(key == each or key.startswith(f"{each}.") for each in keys)

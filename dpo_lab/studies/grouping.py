@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_lab.runs.fingerprint import EXECUTION_KEYS, LOGGING_KEYS, RECORD_KEYS, effective_config, is_under
+from dpo_lab.runs.fingerprint import EXECUTION_KEYS, LOGGING_KEYS, RECORD_KEYS, effective_config, is_under, override_key
 
 SEEDS = ("seed", "noise.seed")  # settings that differ between the runs of one arm
 IGNORED_OVERRIDES = (*SEEDS, *RECORD_KEYS, *LOGGING_KEYS, *EXECUTION_KEYS)  # overrides that do not define an arm
@@ -81,5 +81,5 @@ def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _key(override: str) -> str:
-    key = override.lstrip("+~").partition("=")[0]
+    key = override_key(override)
     return "launcher" if key.startswith("hydra.") else key
