@@ -80,30 +80,35 @@ class Pair:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Which work a trainer does. padding: padded tokens over real ones in a batch."""
+    """Which work a trainer does. head_products: products of response rows with the head's weight in a step, 3 if logits
+    are computed once; None: all rows are scored at once, and their logits held. padding: padded tokens over real ones.
+    pairs: in a micro-batch.
+    """
 
     name: str
     shared_prompt: bool
-    all_rows_scored: bool
+    head_products: int | None
     reference_each_step: bool
     checkpointing: bool
     padding: float
+    pairs: int = 4
 
     def flops(self, shape: Shape, pair: Pair) -> float:
         """Of one pair in one step: forward, backward (twice a forward), and the forwards that are made again."""
         tokens = self.padding * (pair.once if self.shared_prompt else pair.twice)
-        rows = tokens if self.all_rows_scored else 2 * pair.response
+        rows = tokens if self.head_products is None else 2 * pair.response
         forward = 2 * shape.body * tokens + 4 * shape.hidden * shape.layers * pair.seen(self.shared_prompt)
         head = 2 * shape.hidden * shape.vocabulary * rows
-        return (3 + self.checkpointing) * forward + 3 * head + self.reference_each_step * (forward + head)
+        products = self.head_products or 3
+        return (3 + self.checkpointing) * forward + products * head + self.reference_each_step * (forward + head)
 
-    def activation_bytes(self, shape: Shape, pair: Pair, pairs: float) -> float:
-        """What grows with the tokens of a micro-batch of `pairs` pairs, and the logits."""
-        tokens = pairs * self.padding * (pair.once if self.shared_prompt else pair.twice)
+    def activation_bytes(self, shape: Shape, pair: Pair) -> float:
+        """What grows with the tokens of a micro-batch, and the logits."""
+        tokens = self.pairs * self.padding * (pair.once if self.shared_prompt else pair.twice)
         body = shape.checkpoints(tokens) if self.checkpointing else shape.activations(tokens)
-        if self.all_rows_scored:  # bf16 logits, their fp32 copy and its gradient
+        if self.head_products is None:  # bf16 logits, their fp32 copy and its gradient
             return body + tokens * shape.vocabulary * (2 + 4 + 4)
-        return body + min(LOGITS, pairs * 2 * pair.response * shape.vocabulary) * (4 + 2)
+        return body + min(LOGITS, self.pairs * 2 * pair.response * shape.vocabulary) * (4 + 2)
 
     def state_bytes(self, shape: Shape) -> float:
         """Weights, gradients and Adam's two moments in fp32, a bf16 copy under autocast, the reference in bf16."""
@@ -116,11 +121,11 @@ SHAPES = (
     Shape("70B (Llama 3.1)", 8192, 80, 1024, 28672, 128256, tied=False),
 )
 PAIRS = (Pair("chat", 200, 150), Pair("long", 600, 100), Pair("short", 16, 32))
-OURS = Trainer("ours", True, False, False, False, 1.0)
-OURS_CHECKPOINTED = Trainer("ours, checkpointing", True, False, False, True, 1.0)
-ORIGINAL = Trainer("original loop", False, True, True, False, 1.3)
-TRL = Trainer("TRL, its defaults", False, True, True, True, 1.3)
-TUNED = Trainer("TRL tuned", False, True, False, False, 1.0)
+OURS = Trainer("ours", True, 3, False, False, 1.0)
+OURS_CHECKPOINTED = Trainer("ours, checkpointing", True, 3, False, True, 1.0)
+ORIGINAL = Trainer("original loop", False, None, True, False, 1.3)
+TRL = Trainer("TRL, its defaults", False, 4, True, True, 1.3)  # 1.16 on a GPU
+TUNED = Trainer("TRL tuned", False, 4, False, False, 1.0, pairs=1)
 TRAINERS = (OURS, OURS_CHECKPOINTED, ORIGINAL, TRL, TUNED)
 
 # An H100 SXM, from its data sheet but for the share of the peak that a training step reaches.
@@ -159,12 +164,12 @@ def memory_table() -> list[str]:
     rows = []
     for shape in SHAPES:
         for t in TRAINERS:
-            state, moving = t.state_bytes(shape) / 1e9, t.activation_bytes(shape, PAIRS[0], pairs=4) / 1e9
+            state, moving = t.state_bytes(shape) / 1e9, t.activation_bytes(shape, PAIRS[0]) / 1e9
             sharded = [state / n + moving for n in (1, GPUS, 8 * GPUS)]
             fits = ["yes" if total < MEMORY / 1e9 else "no" for total in sharded]
             cells = [f"{total:.0f} ({fit})" for total, fit in zip(sharded, fits, strict=True)]
             rows.append([shape.name, t.name, f"{state:.0f}", f"{moving:.1f}", *cells])
-    head = ["model", "trainer", "states, GB", "4 chat pairs, GB", "one GPU or DDP", "FSDP over 8", "FSDP over 64"]
+    head = ["model", "trainer", "states, GB", "a micro-batch, GB", "one GPU or DDP", "FSDP over 8", "FSDP over 64"]
     return table(head, rows)
 
 
@@ -214,8 +219,7 @@ def page() -> str:
             "from model shapes, lengths and a data sheet (H100 SXM).",
         ),
         *prose(
-            f"Summary: for 8B on chat pairs a DPO Lab step needs 1/{gain[TRL.name]:.1f} of the FLOPs of TRL's",
-            "defaults and",
+            f"Summary: for 8B on chat pairs a DPO Lab step needs 1/{gain[TRL.name]:.1f} of the FLOPs of TRL's defaults and",
             f"1/{gain[TUNED.name]:.1f} of TRL tuned. Attention is one variable-length kernel a layer: for a 0.5B",
             "model a loop over pairs would cancel the gain. Optimizer states, not activations, decide what fits.",
         ),
@@ -224,13 +228,12 @@ def page() -> str:
         *prose(
             "FLOPs per pair: `2 Nb` per token and forward pass of the body, `2 H V` per scored row, `4 H L` per",
             "pair of tokens",
-            "that attend; a backward pass counts as two forward passes. Ours: the prompt once, only response",
-            "rows scored, the",
-            "reference from the cache. TRL's defaults: the prompt twice, every row scored, a reference forward",
-            "pass, one more forward pass for",
-            f"checkpointing; with padding, a batch of several pairs has {TRL.padding:.1f} tokens per real token,",
-            "as the chat mix of",
-            "workload.py at 4 pairs. TRL tuned: single pairs, no reference forward pass, no checkpointing.",
+            "that attend; a backward pass counts as two forward passes. Ours: the prompt once, only response rows scored,",
+            "the reference from the cache. TRL 1.16, read from its source: the prompt twice; on a GPU only response rows are",
+            "scored, in tiles that are computed again in the backward pass (4 products where ours takes 3). At its defaults a",
+            "reference forward pass and one more for checkpointing; with padding, a batch of several pairs has",
+            f"{TRL.padding:.1f} tokens per real token, as the chat mix of workload.py at 4 pairs. TRL tuned: single pairs, no",
+            "reference forward pass, no checkpointing.",
         ),
         *flops_table(),
         f"Pairs per second on one GPU, counting matrix products only, at {REACHED:.0%} of {PEAK / 1e12:.0f} TFLOP/s:",
@@ -246,7 +249,8 @@ def page() -> str:
         *prose(
             "States: fp32 weights, gradients and Adam's moments, 16 bytes per parameter, 2 more for autocast's",
             "copies, 2",
-            "more for a bf16 reference if there is one. Activations and logits: for 4 chat pairs in one micro-batch.",
+            "more for a bf16 reference if there is one. A micro-batch: activations and logits of 4 chat pairs, of one pair",
+            "for TRL tuned.",
         ),
         *memory_table(),
         *prose(
@@ -284,7 +288,16 @@ def page() -> str:
             "loop. Counted on a CPU with Qwen2.5-0.5B's 24 layers and heads, narrower, under autocast, forward and",
             "backward pass of a micro-batch: of 4 chat pairs, 3,985 operators, by the loop 5,673; of 16, 4,501 and 11,685.",
         ),
-        "## To check on a real GPU, in this order",
+        "## On a real GPU",
+        "",
+        *prose(
+            "`python -m benchmarks.gpu_session` checks and measures in one script of at most 15 minutes, and prints tables:",
+            "`make test-gpu`; runs that repeat, resume and share no reference cache with the CPU; exactness and rounding of",
+            "every path; step times, launches and memory against TRL, whole and with LoRA; chunks of the head; sampling; the",
+            "line of a run out of memory. **It has never run on a GPU**; with `--device cpu --scale tiny` it rehearses on a",
+            "CPU, which its tests do.",
+        ),
+        "What its figures will tell of this page:",
         "",
         *CHECKS,
         "",
@@ -293,14 +306,11 @@ def page() -> str:
 
 
 CHECKS = (
-    "1. Step 0 is ln 2 in bf16-mixed, and log-probs lie within bf16 rounding of the padded path's, with flash attention.",
-    "2. `make test-gpu`: the kernel's causal alignment is bottom-right, its backward pass exact and, where asked,",
-    "   deterministic; then its speed against the loop's, in a model of 0.5B.",
-    "3. Synchronisation: split, attention and head each copy lengths to the host in every micro-batch; one copy should do.",
-    f"4. The {REACHED:.0%} above, and the share of the fused head, whose softmax is memory-bound: 12 bytes per logit.",
-    "5. DDP over NCCL, one sync per step; FSDP2, which shards the head's weight, so that it must be gathered explicitly.",
-    "6. Peak memory compared with the table, by `torch.cuda.max_memory_allocated`.",
-    "7. TRL with flash attention and a loss that stores no logits (Liger), where TRL tuned is better than in this table.",
+    "- `exactness`, `tests`: the kernel's causal alignment and backward pass, against padded rows in float32.",
+    "- `rounding`: whether the step-0 check's tolerance for bf16 (dpo_lab/training/step_zero.py) holds there.",
+    f"- `steps`: the {REACHED:.0%} above; launches against the {LAUNCH * 1e6:.0f} us each; peak memory against the table.",
+    "- `head`: its softmax is memory-bound, 12 bytes per logit; how many rows a chunk should have.",
+    "- Not in it: several GPUs. DDP over NCCL has one sync per step; FSDP2 shards the head's weight as well.",
 )
 
 

@@ -37,8 +37,9 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def bf16() -> AbstractContextManager:
-    return torch.autocast("cpu", torch.bfloat16)
+def computes_in(dtype: str, device: str = "cpu") -> AbstractContextManager:
+    """Autocast for bf16, nothing for fp32."""
+    return torch.autocast(device, torch.bfloat16) if dtype == "bf16" else nullcontext()
 
 
 def padded(pairs: Sequence[EncodedPair]) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,14 +94,13 @@ def ours(
     if checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
     disable_dropout(policy)
-    context = bf16 if dtype == "bf16" else nullcontext
     parts = collate(sorted(pairs, key=lambda pair: -pair.size)).split(tokens)
-    with torch.no_grad(), context():
+    with torch.no_grad(), computes_in(dtype):
         cached: list[PairLogps] = [pair_logps(reference, part) for part in parts]
     loss = DPO(BETA)
 
     def backward() -> None:
-        with context():
+        with computes_in(dtype):
             for part, of_reference in zip(parts, cached, strict=True):
                 total, _ = pair_loss(policy, part, loss, of_reference)
                 (total / len(pairs)).backward()
@@ -109,8 +109,10 @@ def ours(
     return Variant(name, dtype, checkpointing, backward)
 
 
-def trl_config(beta: float, dtype: str, checkpointing: bool = True, precomputed: bool = False, **more):
-    """TRL's settings, its defaults but for what is named; quiet, on the CPU."""
+def trl_config(
+    beta: float, dtype: str, checkpointing: bool = True, precomputed: bool = False, device: str = "cpu", **more
+):
+    """TRL's settings, its defaults but for what is named; quiet."""
     from trl.trainer.dpo_config import DPOConfig
 
     return DPOConfig(
@@ -118,11 +120,68 @@ def trl_config(beta: float, dtype: str, checkpointing: bool = True, precomputed:
         bf16=dtype == "bf16",
         gradient_checkpointing=checkpointing,
         precompute_ref_log_probs=precomputed,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         report_to="none",
         disable_tqdm=True,
         **({"output_dir": tempfile.mkdtemp()} | more),
     )
+
+
+class TRL:
+    """TRL's own DPOTrainer: its collator, compute_loss and backward, set up as its train() would.
+
+    At its defaults a reference model runs in every step and layers are checkpointed; tuned: precomputed reference
+    log-probs and single pairs, which need no padding.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        dtype: str,
+        checkpointing: bool = True,
+        tuned: bool = False,
+    ) -> None:
+        from datasets import Dataset
+        from trl.trainer.dpo_trainer import DPOTrainer
+
+        config = trl_config(BETA, dtype, checkpointing, precomputed=tuned, device=policy.device.type)
+        rows = [{"prompt": "w3", "chosen": " w4", "rejected": " w5"}]  # the measured pairs are token ids already
+        self.tuned = tuned
+        self.trainer = DPOTrainer(
+            policy,
+            reference,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=make_tokenizer(policy.config.vocab_size),
+        )
+        self.model = self.trainer.accelerator.prepare_model(self.trainer.model)
+        if checkpointing:
+            self.trainer.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs
+            )
+        self.model.train()
+
+    def batches(self, pairs: Sequence[EncodedPair]) -> list[dict[str, Tensor]]:
+        """The collated batches of a step, with reference log-probs if these are precomputed."""
+        from accelerate.utils import send_to_device
+
+        trainer, rows = self.trainer, []
+        for p in pairs:
+            rows.append({"prompt_ids": [*p.prompt], "chosen_ids": [*p.chosen], "rejected_ids": [*p.rejected]})
+        groups = [[row] for row in rows] if self.tuned else [rows]
+        found = [send_to_device(trainer.data_collator(group), trainer.accelerator.device) for group in groups]
+        for batch in found if self.tuned else ():
+            logps = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = logps
+        return found
+
+    def backward(self, batches: Sequence[dict[str, Tensor]]) -> None:
+        """Forward and backward pass of the mean loss of all pairs."""
+        for batch in batches:
+            with self.trainer.compute_loss_context_manager():
+                loss = self.trainer.compute_loss(self.model, batch)
+            self.trainer.accelerator.backward(loss / len(batches))
 
 
 def trl(
@@ -134,42 +193,10 @@ def trl(
     checkpointing: bool = True,
     tuned: bool = False,
 ) -> Variant:
-    """TRL's own DPOTrainer: its collator, compute_loss and backward, set up as its train() would.
-
-    At its defaults a reference model runs in every step and layers are checkpointed; tuned: precomputed reference
-    log-probs and single pairs, which need no padding.
-    """
-    from datasets import Dataset
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    config = trl_config(BETA, dtype, checkpointing, precomputed=tuned)
-    rows = [{"prompt": "w3", "chosen": " w4", "rejected": " w5"}]  # the measured pairs are token ids already
-    policy = twin(policy)
-    trainer = DPOTrainer(
-        policy,
-        twin(reference),
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(policy.config.vocab_size),
-    )
-    model = trainer.accelerator.prepare_model(trainer.model)
-    if checkpointing:
-        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs)
-    model.train()
-    examples = [{"prompt_ids": [*p.prompt], "chosen_ids": [*p.chosen], "rejected_ids": [*p.rejected]} for p in pairs]
-    batches = [trainer.data_collator([e]) for e in examples] if tuned else [trainer.data_collator(examples)]
-    if tuned:
-        for batch in batches:
-            logps = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
-            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = logps
-
-    def backward() -> None:
-        for batch in batches:
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, batch)
-            trainer.accelerator.backward(loss / len(batches))
-
-    return Variant(name, dtype, checkpointing, backward)
+    """TRL on these pairs."""
+    peer = TRL(twin(policy), twin(reference), dtype, checkpointing, tuned)
+    batches = peer.batches(pairs)
+    return Variant(name, dtype, checkpointing, lambda: peer.backward(batches))
 
 
 def all_variants(

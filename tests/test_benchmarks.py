@@ -39,7 +39,8 @@ def test_worked_flops():
     assert pair.seen(shared=True) == 1 + 2 * (1 + 1)
     assert pair.seen(shared=False) == 2 + 2 * (1 + 1)
     assert gpu.OURS.flops(shape, pair) == 3 * (2 * 160 * 3 + 4 * 4 * 5) + 3 * 2 * 4 * 10 * 2
-    assert gpu.TUNED.flops(shape, pair) == 3 * (2 * 160 * 4 + 4 * 4 * 6) + 3 * 2 * 4 * 10 * 4
+    assert gpu.TUNED.flops(shape, pair) == 3 * (2 * 160 * 4 + 4 * 4 * 6) + 4 * 2 * 4 * 10 * 2
+    assert gpu.ORIGINAL.flops(shape, pair) == 1.3 * 4 * (2 * 160 * 4 + 2 * 4 * 10 * 4) + 4 * 4 * 4 * 6
     assert gpu.OURS.state_bytes(shape) == 18 * 200
 
 

@@ -1,0 +1,1 @@
+"""One session of checks and measurements on a real GPU."""
