@@ -126,12 +126,12 @@ def pair_values(
     loss: Loss, losses: Float[Tensor, " pairs"], policy: PairLogps, reference: PairLogps
 ) -> Float64[Tensor, "pairs quantities"]:
     """Return every LABELLED quantity of every pair."""
-    ratios = loss.log_ratios(policy, reference)
+    ratios, scores = loss.log_ratios(policy, reference), loss.scores(policy, reference)
     margins = reward_margins(loss, policy, reference)
     columns = {
         "loss": losses,
-        "rewards/chosen": loss.beta * ratios.chosen,
-        "rewards/rejected": loss.beta * ratios.rejected,
+        "rewards/chosen": loss.beta * scores.chosen,
+        "rewards/rejected": loss.beta * scores.rejected,
         "rewards/margins": margins,
         "rewards/accuracies": half_ties(margins),
         "rewards/ties": margins == 0,
@@ -145,7 +145,8 @@ def pair_values(
 
 def reward_margins(loss: Loss, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
     """Return the reward of chosen minus that of rejected for each pair; 0 for ties."""
-    return loss.beta * zero_out_rounding(loss.log_ratios(policy, reference).margin, policy, reference)
+    is_tie = zero_out_rounding(loss.log_ratios(policy, reference).margin, policy, reference) == 0
+    return loss.beta * loss.scores(policy, reference).margin.masked_fill(is_tie, 0.0)
 
 
 def zero_out_rounding(

@@ -51,12 +51,10 @@ class ScoredPairs:
         return ratios.chosen.double().numpy(), ratios.rejected.double().numpy()
 
     def rewards(self, loss: Loss) -> np.ndarray:
-        """Return margins of the implicit reward: beta times the log-ratios, to the loss's reference, that `loss`
-        compares.
-        """
+        """Return margins of the implicit reward: beta times the scores, to the loss's reference, that `loss` compares."""
         reference = self.initial if self.reference is None else self.reference
         summed = zero_out_rounding((self.trained - reference).margin, self.trained, reference)
-        margins = loss.log_ratios(self.trained, reference).margin.double()
+        margins = loss.scores(self.trained, reference).margin.double()
         return (loss.beta * margins).masked_fill(summed == 0, 0.0).numpy()
 
     def columns(self) -> dict[str, np.ndarray]:

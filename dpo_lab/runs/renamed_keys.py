@@ -36,7 +36,12 @@ RENAMED_VALUES = {
     ),
 }
 # Config keys that were added, with the value for what was done before.
-ADDED_KEYS = {"optim.kind": "adamw", "sft.optim.kind": "adamw"}
+ADDED_KEYS = {
+    "optim.kind": "adamw",
+    "sft.optim.kind": "adamw",
+    "loss.divergence": "reverse_kl",
+    "loss.divergence_alpha": 0.5,
+}
 # Keys of run.json, and of each finding in its `health`.
 RENAMED_RECORD_KEYS = {"starts": "attempts"}
 RENAMED_FINDING_KEYS = {"says": "message", "tries": "suggestion"}

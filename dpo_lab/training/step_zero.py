@@ -53,7 +53,7 @@ def first_batch(
 ) -> dict[str, float]:
     """Return loss, accuracy and number of pairs of a batch before the first step, for a reference that may differ."""
     policy_logps, reference_logps = _logps(model, reference, batch.split(tokens))
-    margins = loss.log_ratios(policy_logps, reference_logps).margin
+    margins = loss.scores(policy_logps, reference_logps).margin
     return {
         "loss": loss(policy_logps, reference_logps).mean().item(),
         "accuracy": half_ties(margins).mean().item(),

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from dpo_lab.cli import entry_point
 from dpo_lab.config import logger_packages, schema
-from dpo_lab.core.losses import DPO, IPOSum, SimPO
+from dpo_lab.core.losses import DPO, LOSSES, IPOSum, SimPO
 from dpo_lab.models.reference import Uniform, UniformOver
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import KEYS_WITHOUT_EFFECT
@@ -29,9 +29,7 @@ CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.p
 
 
 NEEDED = {
-    ("loss", "simpo"): ["reference=uniform"],
-    ("loss", "sft"): ["reference=uniform"],
-    ("loss", "unlikelihood"): ["reference=uniform"],
+    **{("loss", name): ["reference=uniform"] for name, loss in LOSSES.items() if loss.requires_reference is False},
     ("data", "jsonl"): ["data.path=pairs.jsonl"],
     ("data", "mix"): ["+data.sources={a: {path: a.jsonl}}"],
     ("policy", "pretrained"): ["policy.path=folder"],

@@ -250,12 +250,15 @@ def test_a_record_without_traits_has_those_that_its_loss_states(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_of_the_margin_alone_ignores_the_rest(name):
-    """Both log-probabilities of the policy shift by one number: the margin stays, and so does a loss of it alone."""
+    """Both log-probabilities of the policy shift by one number, and where margins are not per token the chosen responses are
+    longer: the margin stays, and so does a loss of it alone.
+    """
+    loss = LOSSES[name](beta=0.2)
     lengths = dict(chosen_length=[3] * 4, rejected_length=[3] * 4)
+    others = lengths if loss.is_per_token else lengths | {"chosen_length": [5] * 4}
     reference = logps([-2.8, -2.3, -3.8, -1.4], [-3.2, -2.7, -4.2, -1.8], **lengths)
     policy = logps([-3, -2.5, -4, -1.5], [-5, -3.5, -6, -2.5], **lengths)
-    shifted = logps([-4, -3.5, -5, -2.5], [-6, -4.5, -7, -3.5], **lengths)
-    loss = LOSSES[name](beta=0.2)
+    shifted = logps([-4, -3.5, -5, -2.5], [-6, -4.5, -7, -3.5], **others)
     is_equal = loss(policy, reference).tolist() == pytest.approx(loss(shifted, reference).tolist())
     assert is_equal == loss.is_margin_only
 

@@ -7,13 +7,30 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dpo_lab.core.losses import DPO, RDPO, RPO, Hinge, IPOMean, SFTChosen
+from dpo_lab.core.losses import (
+    DPO,
+    EXO,
+    NCA,
+    RDPO,
+    RPO,
+    SPPO,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    DPOMean,
+    Hinge,
+    IPOMean,
+    SFTChosen,
+)
+from dpo_lab.core.losses.base import Divergence
 from dpo_lab.core.pairs import EncodedPair, PairLogps
 from dpo_lab.data.formats import Shape
 from dpo_lab.data.splits import TRAIN
@@ -160,14 +177,26 @@ def test_chats_are_the_same_up_to_the_turns_end(family, explicit, trl_ids):
     assert expected == trl_ids(rows, tokenizer)
 
 
-# TRL's losses and their weights beside ours, at beta 0.3; each pair a batch of its own, see below.
+# TRL's losses and their weights beside ours, at beta 0.3 and TRL's label_smoothing 0.2.
 SAME_LOSS = {
     "dpo": (DPO(0.3), ["sigmoid"], [1.0]),
     "hinge": (Hinge(0.3), ["hinge"], [1.0]),
     "ipo_mean": (IPOMean(0.3), ["ipo"], [1.0]),
     "rdpo": (RDPO(0.3, 0.2), ["robust"], [1.0]),
-    "rpo": (RPO(0.3, alpha=0.7), ["sigmoid", "sft"], [1.0, 0.7]),
+    "exo": (EXO(0.3, 0.2), ["exo_pair"], [1.0]),
+    "nca": (NCA(0.3), ["nca_pair"], [1.0]),
+    "sppo": (SPPO(0.3), ["sppo_hard"], [1.0]),
+    "apo_zero": (APOZero(0.3), ["apo_zero"], [1.0]),
+    "apo_down": (APODown(0.3), ["apo_down"], [1.0]),
+    "discopop": (DiscoPOP(0.3, tau=0.05), ["discopop"], [1.0]),
+    "dpo_mean": (DPOMean(0.3), ["sigmoid_norm"], [1.0]),
 }
+DIVERGENCES = {  # TRL's name, its coefficient
+    Divergence.forward_kl: ("forward_kl", None),
+    Divergence.js: ("js_divergence", None),
+    Divergence.alpha: ("alpha_divergence", 0.6),  # theirs is 1 - alpha
+}
+BATCHES = 200
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +204,14 @@ def scored() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities of tokens [8, 12] by a policy and by a reference, and which of them are a response's [8, 13]: four
     chosen ones above four rejected ones, of 1 to 12 tokens.
     """
-    generator = torch.Generator().manual_seed(0)
+    return scored_batch(0, (12, 3, 1, 7, 2, 9, 5, 4))
+
+
+def scored_batch(seed: int, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     by_policy, by_reference = -3 * torch.rand(2, 8, 12, generator=generator, dtype=torch.float64)
     mask = torch.zeros(8, 13, dtype=torch.long)
-    for row, length in enumerate((12, 3, 1, 7, 2, 9, 5, 4)):
+    for row, length in enumerate(lengths):
         mask[row, 13 - length :] = 1
     return by_policy * mask[:, 1:], by_reference * mask[:, 1:], mask
 
@@ -195,7 +228,16 @@ class Says(torch.nn.Module):
         return SimpleNamespace(log_probs=self.logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
 
 
-def trl_loss(of_policy, of_reference, mask, losses: list[str], weights: list[float], **settings) -> float:
+def trl_loss(
+    of_policy,
+    of_reference,
+    mask,
+    losses: list[str],
+    weights: list[float],
+    divergence="reverse_kl",
+    coefficient=0.5,
+    **settings,
+) -> float:
     """What TRL's trainer makes of the log-probabilities of a batch's tokens."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -204,11 +246,12 @@ def trl_loss(of_policy, of_reference, mask, losses: list[str], weights: list[flo
         model=model,
         ref_model=Says(of_reference),
         accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
-        args=SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None),
+        args=SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None, discopop_tau=0.05),
         aux_loss_enabled=False,
         precompute_ref_logps=False,
         ld_alpha=None,
-        f_divergence_type="reverse_kl",
+        f_divergence_type=divergence,
+        f_alpha_divergence_coef=coefficient,
         loss_types=losses,
         loss_weights=weights,
         use_weighting=False,
@@ -236,14 +279,36 @@ def without_checkpointing():
 
 
 @pytest.mark.parametrize("name", SAME_LOSS)
-def test_a_pair_costs_the_same(name, scored, without_checkpointing):
+def test_a_batch_costs_the_same(name, without_checkpointing):
     loss, types, weights = SAME_LOSS[name]
+    rng = random.Random(0)
+    for seed in range(BATCHES):
+        batch = by_policy, by_reference, mask = scored_batch(seed, [rng.randint(1, 12) for _ in range(8)])
+        ours = loss(our_logps(by_policy, mask), our_logps(by_reference, mask)).mean().item()
+        theirs = trl_loss(*batch, types, weights, beta=0.3, label_smoothing=0.2)
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", ["dpo", "hinge", "exo", "dpo_mean"])
+def test_a_batch_costs_the_same_by_every_divergence(name, divergence, without_checkpointing):
+    loss, types, weights = SAME_LOSS[name]
+    loss = replace(loss, divergence=divergence, divergence_alpha=0.4)
+    theirs, coefficient = DIVERGENCES[divergence]
+    for seed in range(20):
+        batch = by_policy, by_reference, mask = scored_batch(seed, [1, 5, 2, 8, 3, 12, 2, 9])
+        ours = loss(our_logps(by_policy, mask), our_logps(by_reference, mask)).mean().item()
+        settings = dict(beta=0.3, label_smoothing=0.2, divergence=theirs, coefficient=coefficient)
+        found = trl_loss(*(rows.float() if rows is not mask else rows for rows in batch), types, weights, **settings)
+        assert ours == pytest.approx(found, rel=1e-4)  # theirs takes float32 at most
+
+
+def test_fine_tuning_beside_dpo_costs_the_same_in_a_batch_of_one(scored, without_checkpointing):
+    """In larger ones theirs is a mean over the tokens of a batch, see below."""
     by_policy, by_reference, mask = scored
-    ours = loss(our_logps(by_policy, mask), our_logps(by_reference, mask)).tolist()
-    theirs = [
-        trl_loss(*(rows[[pair, pair + 4]] for rows in scored), types, weights, beta=0.3, label_smoothing=0.2)
-        for pair in range(4)
-    ]
+    ours = RPO(0.3, alpha=0.7)(our_logps(by_policy, mask), our_logps(by_reference, mask)).tolist()
+    pairs = [[rows[[pair, pair + 4]] for rows in scored] for pair in range(4)]
+    theirs = [trl_loss(*pair, ["sigmoid", "sft"], [1.0, 0.7], beta=0.3, label_smoothing=0.2) for pair in pairs]
     assert ours == pytest.approx(theirs, rel=1e-9)
 
 

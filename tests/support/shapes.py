@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
@@ -13,12 +14,14 @@ import jaxtyping
 import torch
 from beartype import beartype
 
+from dpo_lab.core import losses
+
 # Lowest first: each is imported, and its functions replaced, before a later one imports them.
 MODULES = (
     "core.pairs",
     "core.logps",
     "core.fused_lm_head",
-    *(f"core.losses.{name}" for name in ("base", "dpo", "dpo_with_term", "fine_tuning", "hinge", "ipo", "simpo")),
+    *(f"core.losses.{module.name}" for module in iter_modules(losses.__path__)),  # its base is the first by name
     "core.metrics",
     "core.functional",
     "models.forward",

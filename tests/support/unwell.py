@@ -22,6 +22,7 @@ from dpo_lab.models.policy import Policy, TinyPolicy, trainable_copy
 from dpo_lab.models.reference import Cached, Uniform
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.runs import run_record
+from dpo_lab.runs.renamed_keys import present_config
 from dpo_lab.runs.run_record import CHECKPOINTS
 from dpo_lab.training.callbacks.checkpointing import Checkpointing
 from dpo_lab.training.callbacks.health import Health
@@ -80,13 +81,14 @@ def train(
     model, loss, reference = trainable_copy(initial_policy().model), DPO(0.5), reference or Cached()
     logps = reference.prepare(model, table.concat(aside), folder)
     optim = Optim(lr=lr, warmup_steps=4)
-    config = {
+    settings = {
         "loss": {"kind": "dpo", "beta": 0.5},
-        "optim": {"kind": optim.kind.value, "lr": lr, "warmup_steps": 4},
+        "optim": {"lr": lr, "warmup_steps": 4},
         "data": {"batch_size": BATCH},
         "trainer": {"max_steps": steps},
         "if_exists": "error",
     }
+    config = present_config(settings)  # with the keys that were added
     data = {
         "train pairs": len(table),
         "held-out pairs": len(aside),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpo_lab.core.pairs import PairLogps
@@ -13,12 +14,23 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+EXPONENT = 40.0  # the largest exponent of a score: its square fits into float32
 LOSSES: dict[str, type[Loss]] = {}  # by name in configs
+
+
+class Divergence(str, Enum):
+    """The divergence from the reference that limits the policy."""
+
+    reverse_kl = "reverse_kl"
+    forward_kl = "forward_kl"
+    js = "js"
+    alpha = "alpha"
 
 
 @dataclass
 class Loss:
     """The base class of losses. beta: strength of the regularisation towards the reference, in units of the loss.
+    divergence: what beta weighs, see `scores`; divergence_alpha: the alpha of divergence=alpha.
 
     A subclass states all of its traits, which have no defaults. name: its name in configs. requires_reference: True if
     the loss requires a reference that equals the initial policy, False if it requires reference=uniform, None if it
@@ -32,6 +44,8 @@ class Loss:
     is_per_token: ClassVar[bool]
     is_margin_only: ClassVar[bool]
     beta: float = 0.1
+    divergence: Divergence = field(default=Divergence.reverse_kl, kw_only=True)
+    divergence_alpha: float = field(default=0.5, kw_only=True)
 
     def __init_subclass__(
         cls,
@@ -49,11 +63,40 @@ class Loss:
     def __post_init__(self) -> None:
         if not (self.beta > 0 and math.isfinite(self.beta)):
             raise ValueError(f"beta={self.beta}: must be a positive number; type e.g. beta=0.1")
+        if self.divergence is not Divergence.reverse_kl and self.requires_reference is False:
+            raise ValueError(
+                f"loss.divergence={self.divergence.value}: this loss has no reference to diverge from;"
+                " type loss.divergence=reverse_kl"
+            )
+        if not 0 < self.divergence_alpha <= 1:
+            raise ValueError(
+                f"loss.divergence_alpha={self.divergence_alpha}: must lie in (0, 1]; type e.g. loss.divergence_alpha=0.5"
+            )
 
     def log_ratios(self, policy: PairLogps, reference: PairLogps) -> PairLogps:
-        """Return the log-ratios that the loss compares; rewards are beta times these."""
+        """Return log pi - log ref of both responses, or its mean over tokens if the loss is per token."""
         ratios = policy - reference
         return ratios.per_token() if self.is_per_token else ratios
+
+    def scores(self, policy: PairLogps, reference: PairLogps) -> PairLogps:
+        """Return what the loss compares; rewards are beta times these. They are f'(pi / ref) of the f-divergence: with the
+        reverse KL divergence the log-ratios r, 1 - exp(-r) with the forward one, ln 2 + log sigma(r) with Jensen and
+        Shannon's, (1 - exp(-alpha r)) / alpha with an alpha-divergence. All are 0 where pi = ref. Where a loss is per
+        token they are divided by the number of tokens.
+
+        Wang et al. 2023 (arXiv:2309.16240), table 1 and equation 9, without its constants.
+        """
+        if self.divergence is Divergence.reverse_kl:
+            return self.log_ratios(policy, reference)
+        ratios = policy - reference
+        scores = replace(ratios, chosen=self._derivative(ratios.chosen), rejected=self._derivative(ratios.rejected))
+        return scores.per_token() if self.is_per_token else scores
+
+    def _derivative(self, ratios: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        if self.divergence is Divergence.js:
+            return math.log(2) + log_sigmoid(ratios)
+        alpha = 1.0 if self.divergence is Divergence.forward_kl else self.divergence_alpha
+        return -(-alpha * ratios).clamp(max=EXPONENT).expm1() / alpha
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
         """Return the loss of each pair."""
@@ -68,12 +111,14 @@ class Loss:
         import torch
 
         zero = torch.zeros(1, dtype=torch.float64)
+        is_determined = self.is_margin_only and self.divergence is Divergence.reverse_kl
+        is_determined = is_determined and self.requires_reference is not False
         at_zero = self(*[PairLogps(zero, zero, zero + 1, zero + 1)] * 2).item()
         return {
             "requires_reference": self.requires_reference,
             "is_bradley_terry": self.is_bradley_terry,
             "is_per_token": self.is_per_token,
-            "loss_at_zero_margin": at_zero if self.is_margin_only and self.requires_reference is not False else None,
+            "loss_at_zero_margin": at_zero if is_determined else None,
         }
 
 

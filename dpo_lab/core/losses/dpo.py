@@ -18,7 +18,7 @@ class DPO(Loss, name="dpo", requires_reference=None, is_bradley_terry=True, is_p
     """-log sigma(beta h). Rafailov et al. 2023 (arXiv:2305.18290), equation 7."""
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        h = self.log_ratios(policy, reference).margin
+        h = self.scores(policy, reference).margin
         return -log_sigmoid(self.beta * h)
 
 
@@ -40,7 +40,7 @@ class CDPO(Loss, name="cdpo", requires_reference=None, is_bradley_terry=True, is
             )
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        h = self.log_ratios(policy, reference).margin
+        h = self.scores(policy, reference).margin
         eps = self.label_smoothing
         return -(1 - eps) * log_sigmoid(self.beta * h) - eps * log_sigmoid(-self.beta * h)
 
@@ -64,7 +64,7 @@ class RDPO(Loss, name="rdpo", requires_reference=None, is_bradley_terry=True, is
             )
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        h = self.log_ratios(policy, reference).margin
+        h = self.scores(policy, reference).margin
         eps = self.flip_rate
         as_labelled, as_flipped = -log_sigmoid(self.beta * h), -log_sigmoid(-self.beta * h)
         return ((1 - eps) * as_labelled - eps * as_flipped) / (1 - 2 * eps)

@@ -30,7 +30,7 @@ class RPO(Loss, name="rpo", requires_reference=None, is_bradley_terry=True, is_p
         check_at_least("loss.alpha", self.alpha, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        h = self.log_ratios(policy, reference).margin
+        h = self.scores(policy, reference).margin
         return -log_sigmoid(self.beta * h) - self.alpha * policy.per_token().chosen
 
 
@@ -50,7 +50,7 @@ class DPOP(Loss, name="dpop", requires_reference=None, is_bradley_terry=True, is
         check_at_least("loss.penalty", self.penalty, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        ratios = self.log_ratios(policy, reference)
+        ratios = self.scores(policy, reference)
         return -log_sigmoid(self.beta * (ratios.margin - self.penalty * (-ratios.chosen).relu()))
 
 
@@ -78,6 +78,6 @@ class DPOKL(
         check_at_least("loss.kl_weight", self.kl_weight, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        r = self.log_ratios(policy, reference)
+        r, h = self.log_ratios(policy, reference), self.scores(policy, reference).margin
         kl = (r.chosen.square() + r.rejected.square()) / 4
-        return -log_sigmoid(self.beta * r.margin) + self.kl_weight * kl
+        return -log_sigmoid(self.beta * h) + self.kl_weight * kl

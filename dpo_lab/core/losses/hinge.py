@@ -20,5 +20,5 @@ class Hinge(
     """max(0, 1 - beta h). SLiC-HF's calibration loss on log-ratios; Zhao et al. 2023 (arXiv:2305.10425), equation 2."""
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        h = self.log_ratios(policy, reference).margin
+        h = self.scores(policy, reference).margin
         return (1 - self.beta * h).relu()

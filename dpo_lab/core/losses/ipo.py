@@ -20,7 +20,7 @@ class IPOSum(Loss, name="ipo", requires_reference=None, is_bradley_terry=True, i
     """
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        h = self.log_ratios(policy, reference).margin
+        h = self.scores(policy, reference).margin
         return (h - 1 / (2 * self.beta)).square()
 
 
@@ -31,5 +31,5 @@ class IPOMean(
     """IPO on per-token log-ratios, (h - 1 / (2 beta))^2, as TRL and LLaMA-Factory implement it."""
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        h = self.log_ratios(policy, reference).margin
+        h = self.scores(policy, reference).margin
         return (h - 1 / (2 * self.beta)).square()

@@ -32,5 +32,5 @@ class SimPO(
         check_at_least("loss.gamma", self.gamma, 0, 1)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-        h = self.log_ratios(policy, reference).margin
+        h = self.scores(policy, reference).margin
         return -log_sigmoid(self.beta * h - self.gamma)

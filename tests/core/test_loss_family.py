@@ -1,0 +1,188 @@
+"""Losses of the family beside DPO's own, each against a number worked by hand, and their own properties."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dpo_lab.core.losses import (
+    CPO,
+    DPO,
+    EXO,
+    LOSSES,
+    NCA,
+    ORPO,
+    SPPO,
+    APODown,
+    APOZero,
+    CalDPO,
+    DiscoPOP,
+    DPOLength,
+    DPOMean,
+    Hinge,
+    Loss,
+    SLiC,
+)
+from dpo_lab.core.losses.base import Divergence
+from dpo_lab.core.metrics import LABELLED, pair_values
+from dpo_lab.core.pairs import PairLogps
+
+
+def logps(chosen: float, rejected: float) -> PairLogps:
+    """Of a pair whose chosen response has four tokens, its rejected one two."""
+    return PairLogps(*(torch.tensor([value], dtype=torch.float64) for value in (chosen, rejected, 4, 2)))
+
+
+# r(w) = 2, r(l) = -1, h = 3; means over tokens: of the log-ratios .5 and -.5, of the policy -1 and -3
+POLICY, REFERENCE, UNIFORM = logps(-4, -6), logps(-6, -5), logps(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (NCA(0.5), 0.313262 + (1.313262 + 0.474077) / 2),  # -log sigma(1), of -1 and of .5
+        (SPPO(0.5), (2 - 1) ** 2 + (-1 + 1) ** 2),
+        (SPPO(0.25), (2 - 2) ** 2 + (-1 + 2) ** 2),
+        (APOZero(0.5), 0.268941 + 0.377541),  # sigma(-1), sigma(-.5)
+        (APODown(0.5), 0.731059 + 0.182426),  # sigma(1), sigma(-1.5)
+        (CalDPO(0.5), 0.048587 + 1),  # -log sigma(3)
+        (EXO(0.5, 0.1), 0.817574 * (-0.201413 + 0.105361) + 0.182426 * (-1.701413 + 2.302585)),  # q = sigma(1.5)
+        (DiscoPOP(0.5, 0.5), 0.047426 * 0.201413 + 0.952574 * 0.223130),  # m = sigma(3), exp(-1.5)
+        (DPOMean(0.5), 0.474077),  # -log sigma(.5)
+        (DPOLength(0.5, 0.25), 0.126928),  # -log sigma(1.5 + .25 * 2)
+        (CPO(0.5, 0.5), 0.313262 + 2),  # -log sigma(.5 * 2), four nats
+        (ORPO(0.5), 1 + 0.5 * 0.086206),  # log odds -1 + .458675 and -3 + .051069
+        (SLiC(0.5, 0.25), 1),  # a margin of 2 that is met
+        (SLiC(0.25, 0.25), 2 + 1),
+    ],
+)
+def test_by_hand(loss: Loss, expected):
+    reference = UNIFORM if loss.requires_reference is False else REFERENCE
+    assert loss(POLICY, reference).item() == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (NCA(0.3), 2 * math.log(2)),
+        (SPPO(0.5), 2),
+        (APOZero(0.3), 1),
+        (APODown(0.3), 1),
+        (CalDPO(0.5), math.log(2) + 2),
+        (DiscoPOP(0.3), (math.log(2) + 1) / 2),
+        (DPOMean(0.3), math.log(2)),
+        (EXO(0.3, 0.5), 0),  # the policy has no preference, as the labels
+    ],
+)
+def test_where_policy_and_reference_are_equal(loss, expected):
+    assert loss(REFERENCE, REFERENCE).item() == pytest.approx(expected)
+
+
+def minimum(loss: Loss) -> tuple[float, float]:
+    """r(w) and r(l) at the minimum of a loss, by Newton's steps of L-BFGS."""
+    ratios = torch.tensor([0.1, -0.1], dtype=torch.float64, requires_grad=True)
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    optimizer = torch.optim.LBFGS([ratios], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(PairLogps(ratios[:1], ratios[1:], one, one), PairLogps(zero, zero, one, one)).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return tuple(ratios.tolist())
+
+
+def test_where_the_losses_that_bound_the_chosen_response_have_their_minimum():
+    assert minimum(NCA(0.5))[0] == pytest.approx(math.log(2) / 0.5, abs=1e-5)
+    assert minimum(SPPO(0.25)) == pytest.approx((2, -2), abs=1e-5)
+    chosen, rejected = minimum(CalDPO(0.25))
+    assert chosen == pytest.approx(-rejected, abs=1e-6)
+    assert chosen == pytest.approx(2 + (1 - 1 / (1 + math.exp(-2 * chosen))) / 2, abs=1e-5)  # the gradient is 0
+
+
+def test_exo_has_its_minimum_where_the_policy_rates_as_the_labels():
+    chosen, rejected = minimum(EXO(0.5, 0.1))
+    assert 0.5 * (chosen - rejected) == pytest.approx(math.log(0.9 / 0.1), abs=1e-4)
+
+
+def test_slic_is_hinge_times_its_margin():
+    assert (SLiC(0.25, 0)(POLICY, UNIFORM) * 0.25).item() == Hinge(0.25)(POLICY, UNIFORM).item()
+
+
+def test_a_response_of_probability_one_has_finite_odds():
+    sure = PairLogps(*(torch.tensor([value], requires_grad=value == 0) for value in (0.0, -2.0, 1.0, 1.0)))
+    loss = ORPO()(sure, UNIFORM)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert sure.chosen.grad is not None
+    assert sure.chosen.grad.isfinite().all()
+
+
+# f'(t) of ratios t = e^2 and e^-1
+DERIVATIVES = {
+    "reverse_kl": (2, -1),
+    "forward_kl": (1 - 0.135335, 1 - 2.718282),
+    "js": (math.log(2 * 7.389056 / 8.389056), math.log(2 * 0.367879 / 1.367879)),
+    "alpha": ((1 - 7.389056**-0.5) / 0.5, (1 - 0.367879**-0.5) / 0.5),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_divergences_by_hand(name):
+    loss = DPO(0.3, divergence=Divergence(name))
+    chosen, rejected = DERIVATIVES[name]
+    assert loss(POLICY, REFERENCE).item() == pytest.approx(math.log1p(math.exp(-0.3 * (chosen - rejected))), rel=1e-5)
+    rewards = pair_values(loss, loss(POLICY, REFERENCE), POLICY, REFERENCE)[0].tolist()
+    shown = dict(zip(LABELLED, rewards, strict=True))
+    assert shown["rewards/chosen"] == pytest.approx(0.3 * chosen, rel=1e-5)
+    assert shown["logratio/chosen"] == 2
+    assert loss(REFERENCE, REFERENCE).item() == pytest.approx(math.log(2))
+    assert DPOMean(0.3, divergence=Divergence(name)).scores(POLICY, REFERENCE).rejected.item() == pytest.approx(
+        rejected / 2, rel=1e-5
+    )
+
+
+def test_alpha_lies_between_the_two_kl_divergences():
+    def scores(divergence: str, alpha: float = 0.5) -> float:
+        return DPO(divergence=Divergence(divergence), divergence_alpha=alpha).scores(POLICY, REFERENCE).chosen.item()
+
+    assert scores("alpha", 1) == scores("forward_kl")
+    assert scores("alpha", 1e-6) == pytest.approx(scores("reverse_kl"), abs=1e-5)
+
+
+@pytest.mark.parametrize("divergence", list(Divergence))
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.requires_reference is not False])
+@pytest.mark.parametrize("margin", [1e4, -1e4])
+def test_divergences_stay_finite(name, divergence, margin):
+    chosen, zero, one = torch.tensor([margin], requires_grad=True), torch.zeros(1), torch.ones(1)
+    loss = LOSSES[name](divergence=divergence)
+    value = loss(PairLogps(chosen, zero, one, one), PairLogps(zero, zero, one, one))
+    (gradient,) = torch.autograd.grad(value.sum(), chosen)
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+def test_another_divergence_does_not_determine_the_loss_by_the_margin():
+    assert DPO(divergence=Divergence.js).traits()["loss_at_zero_margin"] is None
+    assert DPO().traits()["loss_at_zero_margin"] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: DPO(divergence=Divergence.alpha, divergence_alpha=0), "loss.divergence_alpha"),
+        (lambda: CPO(divergence=Divergence.js), "loss.divergence=js: this loss has no reference"),
+        (lambda: EXO(label_smoothing=0), "loss.label_smoothing"),
+        (lambda: DiscoPOP(tau=1.5), "loss.tau"),
+        (lambda: DPOLength(alpha=-1), "loss.alpha"),
+        (lambda: CPO(alpha=math.nan), "loss.alpha"),
+        (lambda: SLiC(alpha=-0.1), "loss.alpha"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, key):
+    with pytest.raises(ValueError, match=key):
+        make()
