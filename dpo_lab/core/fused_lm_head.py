@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +51,7 @@ def fused_loss(
     hidden: Float[Tensor, "rows width"],
     weight: Float[Tensor, "vocabulary width"],
     targets: Int[Tensor, " rows"],
-    lengths: Int[Tensor, "items parts"],
+    lengths: Int[np.ndarray, "items parts"],
     loss_of: LossOf,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "items parts-1"]]:
     """Return the sum of a batch's losses, differentiable, and the log-probabilities of responses, detached.
