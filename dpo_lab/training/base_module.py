@@ -93,9 +93,6 @@ class BaseModule(LightningModule):
         if self.device_mesh is not None:
             shard(self)
 
-    def transfer_batch_to_device(self, batch: PairBatch, device: torch.device, dataloader_idx: int) -> PairBatch:
-        return batch.to(device)
-
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         optimizer: LightningOptimizer = self.optimizers()  # type: ignore[assignment]
         share = self.trainer.world_size / self.normalizer(batch)  # gradient synchronisation averages over ranks
