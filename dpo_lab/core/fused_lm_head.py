@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -49,7 +50,7 @@ def fused_loss(
     hidden: Float[Tensor, "rows width"],
     head: LMHead,
     targets: Int[Tensor, " rows"],
-    lengths: Int[Tensor, "items parts"],
+    lengths: Int[np.ndarray, "items parts"],
     loss_of: LossOf,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "items parts-1"]]:
     """Return the sum of a batch's losses, differentiable, and the log-probabilities of responses, detached.
@@ -114,7 +115,7 @@ class _Head:
         exact = torch.promote_types(dtype, torch.float32)
         self.hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         self.weight_grad = torch.empty_like(weight, dtype=exact) if needs_weight else None
-        self.bias_grad = torch.zeros_like(bias, dtype=exact) if needs_bias else None
+        self.bias_grad = torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None
         self.started = False  # whether weight_grad is initialised
         rows = min(rows_per_chunk(len(weight)), len(targets))
         self.probabilities = torch.empty(rows, len(weight), dtype=exact, device=hidden.device)

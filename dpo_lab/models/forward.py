@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -102,7 +103,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def response_logps(
-    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items parts"]
+    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]
 ) -> Float[Tensor, "items parts-1"]:
     """Return the log-probabilities, in nats, of each item's responses given its prompt; differentiable.
 
@@ -118,7 +119,7 @@ def response_logps(
 
 def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
     """Return the log-probabilities of both responses of every pair, by one forward pass of any causal LM."""
-    return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.lengths)
+    return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.response_lengths)
 
 
 def pair_loss(
@@ -129,16 +130,16 @@ def pair_loss(
         hidden, head, stream = _response_rows(model, batch.tokens, batch.lengths)
 
         def loss_of(logps: Tensor, pairs: slice) -> Tensor:
-            return loss(PairLogps.of(logps, batch.lengths[pairs]), reference[pairs])
+            return loss(PairLogps.of(logps, batch.response_lengths[pairs]), reference[pairs])
 
         total, logps = fused_loss(hidden, head, stream.targets, batch.lengths, loss_of)
-        return total, PairLogps.of(logps, batch.lengths)
+        return total, PairLogps.of(logps, batch.response_lengths)
     policy = pair_logps(model, batch)
     return loss(policy, reference).sum(), policy.detach()
 
 
 def response_nll(
-    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items 2"]
+    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items 2"]
 ) -> Float[Tensor, ""]:
     """Return the negative log-likelihood, in nats, summed over all response tokens of a stream; differentiable.
 
@@ -154,8 +155,8 @@ def _shares_prompts(model: PreTrainedModel) -> bool:
     return causal_lm(model).config._attn_implementation == SHARED_PROMPT
 
 
-def _response_rows(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, LMHead, StreamRows]:
-    """Return the hidden states [R, H] of the rows that predict response tokens, the LM head, and these rows."""
+def _response_rows(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray) -> tuple[Tensor, LMHead, StreamRows]:
+    """Return the hidden states [R, H] of the rows that predict response tokens, the LM head [V, H], and these rows."""
     if reason := why_not_shared(model):
         raise RuntimeError(
             f"the model was changed after its path was selected: {reason}; call select_forward(model) last"

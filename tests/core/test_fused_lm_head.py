@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from dpo_lab.core.fused_lm_head import fused_loss, token_logps
 from dpo_lab.core.lm_head import LMHead
 from dpo_lab.core.logps import sum_responses
 
-LENGTHS = torch.tensor([[3, 5, 2], [1, 9, 4], [2, 1, 1]])
+LENGTHS = np.array([[3, 5, 2], [1, 9, 4], [2, 1, 1]])
 ROWS = int(LENGTHS[:, 1:].sum())
 HEADS = {
     "plain": {},

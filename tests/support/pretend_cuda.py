@@ -155,6 +155,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """func(*args, **kwargs) on the CPU, its results on the device that CUDA would leave them on."""
     if func.namespace == "c10d":
         return collective(func, args)
+    if func in (aten.is_pinned.default, aten._pin_memory.default):
+        return args[0].clone() if func is aten._pin_memory.default else False
     tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
     check_devices(func, args, tensors)
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
