@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.core.fused_lm_head import fused_loss, token_logps
+from dpo_lab.core.lm_head import LMHead
 from dpo_lab.core.logps import StreamRows, pad_rows, sequence_logps, stream_rows, sum_responses
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
@@ -101,15 +103,15 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def response_logps(
-    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items parts"]
+    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]
 ) -> Float[Tensor, "items parts-1"]:
     """Return the log-probabilities, in nats, of each item's responses given its prompt; differentiable.
 
     tokens: a packed stream of prompts and responses; lengths: of each part; see core/logps.py.
     """
     if _shares_prompts(model):
-        hidden, weight, stream = _response_rows(model, tokens, lengths)
-        return sum_responses(token_logps(hidden, weight, stream.targets), lengths)
+        hidden, head, stream = _response_rows(model, tokens, lengths)
+        return sum_responses(token_logps(hidden, head, stream.targets), lengths)
     input_ids, labels = pad_rows(tokens, lengths, pad_id=pad_id_of(model))
     sums, _ = sequence_logps(model(input_ids=input_ids, use_cache=False).logits, labels)
     return sums.view(-1, len(lengths)).T
@@ -117,7 +119,7 @@ def response_logps(
 
 def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
     """Return the log-probabilities of both responses of every pair, by one forward pass of any causal LM."""
-    return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.lengths)
+    return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.response_lengths)
 
 
 def pair_loss(
@@ -125,27 +127,27 @@ def pair_loss(
 ) -> tuple[Float[Tensor, ""], PairLogps]:
     """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached."""
     if _shares_prompts(model):
-        hidden, weight, stream = _response_rows(model, batch.tokens, batch.lengths)
+        hidden, head, stream = _response_rows(model, batch.tokens, batch.lengths)
 
         def loss_of(logps: Tensor, pairs: slice) -> Tensor:
-            return loss(PairLogps.of(logps, batch.lengths[pairs]), reference[pairs])
+            return loss(PairLogps.of(logps, batch.response_lengths[pairs]), reference[pairs])
 
-        total, logps = fused_loss(hidden, weight, stream.targets, batch.lengths, loss_of)
-        return total, PairLogps.of(logps, batch.lengths)
+        total, logps = fused_loss(hidden, head, stream.targets, batch.lengths, loss_of)
+        return total, PairLogps.of(logps, batch.response_lengths)
     policy = pair_logps(model, batch)
     return loss(policy, reference).sum(), policy.detach()
 
 
 def response_nll(
-    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items 2"]
+    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items 2"]
 ) -> Float[Tensor, ""]:
     """Return the negative log-likelihood, in nats, summed over all response tokens of a stream; differentiable.
 
     For `tokens` and `lengths` see response_logps.
     """
     if _shares_prompts(model):
-        hidden, weight, stream = _response_rows(model, tokens, lengths)
-        return fused_loss(hidden, weight, stream.targets, lengths, lambda logps, _: -logps.sum(1))[0]
+        hidden, head, stream = _response_rows(model, tokens, lengths)
+        return fused_loss(hidden, head, stream.targets, lengths, lambda logps, _: -logps.sum(1))[0]
     return -response_logps(model, tokens, lengths).sum()
 
 
@@ -153,7 +155,7 @@ def _shares_prompts(model: PreTrainedModel) -> bool:
     return causal_lm(model).config._attn_implementation == SHARED_PROMPT
 
 
-def _response_rows(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, StreamRows]:
+def _response_rows(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray) -> tuple[Tensor, LMHead, StreamRows]:
     """Return the hidden states [R, H] of the rows that predict response tokens, the LM head [V, H], and these rows."""
     if reason := why_not_shared(model):
         raise RuntimeError(
@@ -169,4 +171,4 @@ def _response_rows(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> t
         segments=Segments(lengths.tolist()),
     )
     head: nn.Linear = bare.get_output_embeddings()  # type: ignore[assignment]
-    return output.last_hidden_state[0].index_select(0, stream.rows), head.weight, stream
+    return output.last_hidden_state[0].index_select(0, stream.rows), LMHead(head, len(head.weight)), stream

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -77,7 +78,7 @@ class BaseModule(LightningModule):
     def dummy_loss(self) -> Tensor:
         """Return a differentiable loss of 0, from a response of one token."""
         tokens = torch.zeros(2, dtype=torch.long, device=self.device)
-        return 0 * response_nll(self.model, tokens, torch.ones_like(tokens)[None])
+        return 0 * response_nll(self.model, tokens, np.ones((1, 2), int))
 
     def dummy_passes(self, parts: int) -> range:
         """Return the dummy passes that a rank with `parts` micro-batches has to run, so that all ranks run equally
@@ -184,19 +185,23 @@ class BaseModule(LightningModule):
     def _agree_to_stop(self) -> None:
         """Set `stopping` to the signal that asked any rank to stop; a collective that all ranks have to call."""
         if self.request is not None:
-            self._any_rank(torch.zeros((), dtype=torch.bool, device=self.device))
+            self._any_rank(None)
 
     def _stop_if_asked(self) -> None:
         if self.stopping and self.request is not None:
             self.request.raise_or_requeue(self.stopping)
 
-    def _any_rank(self, flag: Tensor) -> bool:
-        """Return whether the flag is set on any rank; set `stopping` in the same collective."""
+    def _any_rank(self, flag: Tensor | None) -> bool:
+        """Return whether the flag is set on any rank; set `stopping` in the same collective.
+
+        This is where a step waits for a GPU, the only time.
+        """
         signum = (self.request and self.request.signum) or 0
         if self.trainer.world_size == 1:
             self.stopping = signum
-            return bool(flag)
-        message = torch.stack((flag.long(), torch.tensor(signum, device=flag.device)))
+            return flag is not None and bool(flag)
+        first = torch.zeros((), dtype=torch.long, device=self.device) if flag is None else flag.long()
+        message = torch.stack((first, torch.full_like(first, signum)))
         reduced: Tensor = self.trainer.strategy.reduce(message, reduce_op="max")  # type: ignore[assignment]
         is_set, self.stopping = reduced.tolist()
         return bool(is_set)

@@ -27,7 +27,7 @@ MODULES = (
     "models.forward",
     "models.sampling",
 )
-SHAPE = re.compile(r"\b(Float|Float64|Int|Bool|Num)\[Tensor, ")
+SHAPE = re.compile(r"\b(Float|Float64|Int|Bool|Num)\[(Tensor|np\.ndarray), ")
 
 
 def check_shapes() -> int:

@@ -1,0 +1,61 @@
+"""The LM head with bias, scale and soft-cap: the fused loss, chunk by chunk, against autograd over all logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dpo_lab.core import fused_lm_head
+from dpo_lab.core.fused_lm_head import fused_loss, token_logps
+from dpo_lab.core.lm_head import LMHead
+from dpo_lab.core.logps import sum_responses
+
+LENGTHS = np.array([[3, 5, 2], [1, 9, 4], [2, 1, 1]])
+ROWS = int(LENGTHS[:, 1:].sum())
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.3},
+    "soft-cap": {"softcap": 2.0},
+    "all": {"bias": True, "scale": -1.7, "softcap": 1.5},
+}
+
+
+class NotPlain(nn.Linear):
+    """A subclass, as adapters have it, may compute anything."""
+
+
+def a_head(kind: type[nn.Linear], bias: bool = False, **how) -> LMHead:
+    torch.manual_seed(0)
+    return LMHead(kind(8, 13, bias=bias).double(), 13, **how)
+
+
+def loss_of(logps: torch.Tensor, items: slice) -> torch.Tensor:
+    return (logps[:, 0] - 2 * logps[:, 1]).tanh()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 512])
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("kind", [nn.Linear, NotPlain])
+def test_any_head_has_the_gradient_of_all_its_logits(kind, name, rows, frozen, monkeypatch):
+    monkeypatch.setattr(fused_lm_head, "ROWS", rows)
+    head = a_head(kind, **HEADS[name])
+    head.module.requires_grad_(not frozen)
+    hidden = (3 * torch.randn(ROWS, 8, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(13, (ROWS,))
+    inputs = [hidden, *(p for p in head.module.parameters() if not frozen)]
+
+    logits = head.scale * nn.functional.linear(hidden, head.module.weight, head.module.bias)
+    logits = logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
+    exact = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    expected = loss_of(sum_responses(exact, LENGTHS), slice(None)).sum()
+    found, sums = fused_loss(hidden, head, targets, LENGTHS, loss_of)
+
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sums, sum_responses(exact, LENGTHS).detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(token_logps(hidden, head, targets), exact, rtol=0, atol=1e-12)
+    for ours, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-12)
