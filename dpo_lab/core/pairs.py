@@ -181,6 +181,14 @@ class PairLogps:
         """Build from the sums and the lengths of chosen and rejected."""
         return cls(*sums.unbind(1), *response_lengths.unbind(1))
 
+    @classmethod
+    def concat(cls, parts: Sequence[PairLogps]) -> PairLogps:
+        """Concatenate the pairs of several batches."""
+        import torch
+
+        names = ("chosen", "rejected", "chosen_length", "rejected_length")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
     @property
     def margin(self) -> Float[Tensor, " pairs"]:
         """chosen - rejected, in nats."""

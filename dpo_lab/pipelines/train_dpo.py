@@ -25,6 +25,7 @@ from dpo_lab.runs.examples import EXAMPLES
 from dpo_lab.training.callbacks.throughput import throughput
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.memory import MemoryTracker
+from dpo_lab.training.step_level_module import module_for
 from dpo_lab.training.step_zero import check_step_zero, first_batch
 
 log = logging.getLogger("dpo_lab")
@@ -95,7 +96,7 @@ def _prepare_training(session: Session, inputs: TrainingInputs) -> tuple[DPOModu
         else:
             run.update(first_batch=first_batch(model, config.loss, reference, batch, tokens))
     run.update(step_zero_loss=step_zero_loss, seconds=session.timer.stop("reference"))
-    module = DPOModule(
+    module = module_for(config.loss)(
         model,
         config.loss,
         reference,

@@ -63,6 +63,9 @@ class BaseModule(LightningModule):
         """Return the number that the summed loss of this batch's step is divided by, counted over all ranks."""
         raise NotImplementedError
 
+    def prepare_step(self, parts: Sequence[PairBatch]) -> None:
+        """Compute what the losses of a step's micro-batches, the `parts` of this rank, share; called before them."""
+
     def part_loss(self, part: PairBatch) -> Tensor:
         """Return the sum of a micro-batch's losses, differentiable, and update train_metrics."""
         raise NotImplementedError
@@ -97,6 +100,7 @@ class BaseModule(LightningModule):
         optimizer: LightningOptimizer = self.optimizers()  # type: ignore[assignment]
         share = self.trainer.world_size / self.normalizer(batch)  # gradient synchronisation averages over ranks
         parts, losses = batch.split(self.tokens_per_microbatch), []
+        self.prepare_step(parts)
         for _ in self.dummy_passes(len(parts)):
             with optimizer.toggle_model(sync_grad=False):
                 self.manual_backward(self.dummy_loss())

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import GROUPS, PreferenceMetrics, Values, reward_margins
-from dpo_lab.core.pairs import PairBatch, PairLogps
+from dpo_lab.core.pairs import PairBatch
 from dpo_lab.models.forward import pair_logps, pair_loss
 from dpo_lab.models.reference import ReferenceLogps
 from dpo_lab.training.base_module import BaseModule
@@ -65,12 +65,12 @@ class DPOModule(BaseModule):
     def part_loss(self, part: PairBatch) -> Tensor:
         reference = self.reference(part)
         loss, policy = pair_loss(self.model, part, self.loss, reference)
-        self._update_metrics(self.train_metrics, policy, reference, part)
+        self.train_metrics.update(self.loss, self.loss(policy, reference), policy, reference, part)
         return loss
 
     def validate_part(self, part: PairBatch) -> None:
         policy, reference = pair_logps(self.model, part), self.reference(part)
-        self._update_metrics(self.val_metrics, policy, reference, part)
+        self.val_metrics.update(self.loss, self.loss(policy, reference), policy, reference, part)
         self.val_margins.update(reward_margins(self.loss, policy, reference))
 
     def on_validation_epoch_end(self) -> None:
@@ -79,8 +79,3 @@ class DPOModule(BaseModule):
         self.val_margins.reset()
         if not self.trainer.sanity_checking:
             show_histogram(self.trainer, "val/margins", margins, self.global_step)
-
-    def _update_metrics(
-        self, metrics: PreferenceMetrics, policy: PairLogps, reference: PairLogps, batch: PairBatch
-    ) -> None:
-        metrics.update(self.loss, self.loss(policy, reference), policy, reference, batch)

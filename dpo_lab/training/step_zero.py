@@ -63,7 +63,8 @@ def first_batch(
 
 def _logps(model, reference: ReferenceLogps, parts: Sequence[PairBatch]) -> tuple[PairLogps, PairLogps]:
     """Return the log-probabilities of all parts under policy and reference, by one forward pass per part."""
-    return _concat([pair_logps(model, part) for part in parts]), _concat([reference(part) for part in parts])
+    policy, reference_logps = [pair_logps(model, part) for part in parts], [reference(part) for part in parts]
+    return PairLogps.concat(policy), PairLogps.concat(reference_logps)
 
 
 def _over_tolerance(policy: PairLogps, reference: PairLogps, keys: Sequence[str], dtype: torch.dtype) -> str | None:
@@ -103,14 +104,6 @@ def _differences(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tenso
     lengths = torch.stack((policy.chosen_length, policy.rejected_length), 1).flatten().double().clamp(min=1)
     difference = policy - reference
     return torch.stack((difference.chosen, difference.rejected), 1).flatten().double().abs() / lengths, lengths
-
-
-def _concat(parts: Sequence[PairLogps]) -> PairLogps:
-    chosen, rejected, chosen_length, rejected_length = (
-        torch.cat([getattr(part, name) for part in parts])
-        for name in ("chosen", "rejected", "chosen_length", "rejected_length")
-    )
-    return PairLogps(chosen, rejected, chosen_length, rejected_length)
 
 
 def _matmul_dtype(model) -> torch.dtype:

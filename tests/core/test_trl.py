@@ -16,12 +16,15 @@ import pytest
 import torch
 
 from dpo_lab.core.losses import (
+    AOT,
+    BCO,
     DPO,
     EXO,
     NCA,
     RDPO,
     RPO,
     SPPO,
+    AOTUnpaired,
     APODown,
     APOZero,
     DiscoPOP,
@@ -190,7 +193,11 @@ SAME_LOSS = {
     "apo_down": (APODown(0.3), ["apo_down"], [1.0]),
     "discopop": (DiscoPOP(0.3, tau=0.05), ["discopop"], [1.0]),
     "dpo_mean": (DPOMean(0.3), ["sigmoid_norm"], [1.0]),
+    "aot": (AOT(0.3), ["aot"], [1.0]),
+    "aot_unpaired": (AOTUnpaired(0.3), ["aot_unpaired"], [1.0]),
+    "bco": (BCO(0.3, shift=False), ["bco_pair"], [1.0]),
 }
+SMOOTHED = ("robust", "exo_pair")  # those of theirs that take label_smoothing as ours does
 DIVERGENCES = {  # TRL's name, its coefficient
     Divergence.forward_kl: ("forward_kl", None),
     Divergence.js: ("js_divergence", None),
@@ -285,7 +292,8 @@ def test_a_batch_costs_the_same(name, without_checkpointing):
     for seed in range(BATCHES):
         batch = by_policy, by_reference, mask = scored_batch(seed, [rng.randint(1, 12) for _ in range(8)])
         ours = loss(our_logps(by_policy, mask), our_logps(by_reference, mask)).mean().item()
-        theirs = trl_loss(*batch, types, weights, beta=0.3, label_smoothing=0.2)
+        smoothing = 0.2 if types[0] in SMOOTHED else 0.0
+        theirs = trl_loss(*batch, types, weights, beta=0.3, label_smoothing=smoothing)
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from dpo_lab.core.losses import DPO
+from dpo_lab.core.losses import DPO, Loss
 from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.policy import Policy, TinyPolicy, trainable_copy
@@ -19,6 +19,7 @@ from dpo_lab.models.reference import Cached
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.optim import Optim
+from dpo_lab.training.step_level_module import module_for
 from tests.conftest import make_pairs
 
 PAIRS, BATCH, HELD_OUT = 30, 8, 7
@@ -32,13 +33,16 @@ def initial_policy(layers: int = 1) -> Policy:
     return Policy(model, tokenizer)
 
 
-def make_module(model: PreTrainedModel, folder: Path, steps: int, tokens: int = 2048) -> DPOModule:
-    """DPO of a copy of `model`; tokens: of a micro-batch."""
+def make_module(
+    model: PreTrainedModel, folder: Path, steps: int, tokens: int = 2048, loss: Loss | None = None
+) -> DPOModule:
+    """DPO, or another loss, of a copy of `model`; tokens: of a micro-batch."""
     pairs, held_out = make_pairs(PAIRS, vocabulary=250), make_pairs(HELD_OUT, seed=9, vocabulary=250)
     reference = Cached().prepare(model, [*pairs, *held_out], folder)
     step = dict(total_steps=steps, batch_size=BATCH, tokens_per_microbatch=tokens)
     # at such a rate Adam's first steps would blow a rounding difference up; the rate of a real run does not
-    return DPOModule(trainable_copy(model), DPO(0.5), reference, Optim(lr=1e-3, warmup_steps=0), **step)
+    loss = loss or DPO(0.5)
+    return module_for(loss)(trainable_copy(model), loss, reference, Optim(lr=1e-3, warmup_steps=0), **step)
 
 
 def make_data(num_workers: int = 0, seed: int = 0) -> PreferenceDataModule:

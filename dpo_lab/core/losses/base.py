@@ -122,6 +122,26 @@ class Loss:
         }
 
 
+class StepLevel:
+    """Mixed into a loss that is not a sum over pairs: it is called with all pairs of an optimizer step, of all ranks.
+
+    momentum: of the running mean of `statistic` over steps, from which the loss may take its shift or its beta; 0 is the
+    step's own. Where no mean is given, as for held-out pairs before the first step, it is that of the pairs.
+    """
+
+    momentum: float = 0.0
+
+    def statistic(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, ""] | None:
+        """Return the number whose running mean the loss takes, None if it takes none."""
+        return None
+
+    def __call__(
+        self, policy: PairLogps, reference: PairLogps, running: Float[Tensor, ""] | None = None
+    ) -> Float[Tensor, " pairs"]:
+        """Return a loss of each pair, whose sum is the loss of the step."""
+        raise NotImplementedError
+
+
 def log_sigmoid(x: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
     """Return log sigma(x); value and gradient are finite at any x."""
     from torch.nn.functional import logsigmoid
