@@ -30,6 +30,7 @@ CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.p
 
 NEEDED = {
     **{("loss", name): ["reference=uniform"] for name, loss in LOSSES.items() if loss.requires_reference is False},
+    ("loss", "mix"): ["+loss.terms={dpo: 1, sft: 0.1}"],
     ("data", "jsonl"): ["data.path=pairs.jsonl"],
     ("data", "mix"): ["+data.sources={a: {path: a.jsonl}}"],
     ("policy", "pretrained"): ["policy.path=folder"],

@@ -20,7 +20,9 @@ from dpo_lab.core import losses
 MODULES = (
     "core.pairs",
     "core.logps",
+    "core.lm_head",
     "core.fused_lm_head",
+    "core.linear_loss",
     *(f"core.losses.{module.name}" for module in iter_modules(losses.__path__)),  # its base is the first by name
     "core.metrics",
     "core.functional",

@@ -73,6 +73,11 @@ class Loss:
                 f"loss.divergence_alpha={self.divergence_alpha}: must lie in (0, 1]; type e.g. loss.divergence_alpha=0.5"
             )
 
+    @property
+    def is_step_level(self) -> bool:
+        """Whether the loss is a function of all pairs of an optimizer step together, see StepLevel."""
+        return isinstance(self, StepLevel)
+
     def log_ratios(self, policy: PairLogps, reference: PairLogps) -> PairLogps:
         """Return log pi - log ref of both responses, or its mean over tokens if the loss is per token."""
         ratios = policy - reference
@@ -131,12 +136,18 @@ class StepLevel:
 
     momentum: float = 0.0
 
-    def statistic(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, ""] | None:
-        """Return the number whose running mean the loss takes, None if it takes none."""
+    def statistic(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " *terms"] | None:
+        """Return the number whose running mean the loss takes, or one for each of its terms; None if it takes none."""
         return None
 
+    def update(
+        self, running: Float[Tensor, " *terms"], statistic: Float[Tensor, " *terms"]
+    ) -> Float[Tensor, " *terms"]:
+        """Return the running mean after a step."""
+        return self.momentum * running + (1 - self.momentum) * statistic
+
     def __call__(
-        self, policy: PairLogps, reference: PairLogps, running: Float[Tensor, ""] | None = None
+        self, policy: PairLogps, reference: PairLogps, running: Float[Tensor, " *terms"] | None = None
     ) -> Float[Tensor, " pairs"]:
         """Return a loss of each pair, whose sum is the loss of the step."""
         raise NotImplementedError
