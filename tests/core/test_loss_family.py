@@ -213,7 +213,7 @@ def test_another_divergence_does_not_determine_the_loss_by_the_margin():
     [
         (lambda: DPO(divergence=Divergence.alpha, divergence_alpha=0), "loss.divergence_alpha"),
         (lambda: CPO(divergence=Divergence.js), "loss.divergence=js: this loss has no reference"),
-        (lambda: Mix(), "loss.terms: names no loss; type e.g. .\+loss.terms="),
+        (lambda: Mix(), r"loss.terms: names no loss; type e.g. .\+loss.terms="),
         (lambda: Mix(terms={"dop": 1}), "loss.terms: 'dop' is none of the losses aot"),
         (lambda: Mix(terms={"mix": 1}), "loss.terms: 'mix' is none"),
         (lambda: Mix(terms={"dpo": 1}, settings={"rpo": {"alpha": 1}}), "loss.settings: rpo is not among loss.terms"),
