@@ -42,6 +42,13 @@ WAITS: list[str] = []  # what made the host wait for the GPU, with the place in 
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 
+IN_FLOAT32 = torch.library.Library(
+    "aten", "IMPL"
+)  # products of 16 bits with sums of 32, which torch has for GPUs alone
+IN_FLOAT32.impl("mm.dtype", lambda left, right, dtype: left.to(dtype) @ right.to(dtype), "CPU")
+IN_FLOAT32.impl(
+    "addmm.dtype_out", lambda to, left, right, dtype, out: out.copy_(to + left.to(dtype) @ right.to(dtype)), "CPU"
+)
 PINNED: dict[int, torch.Tensor] = {}  # by address
 
 
@@ -329,11 +336,13 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
         on_gpu = isinstance(lists[0][0], CudaTensor)
         return {(DEVICE if on_gpu else key[0], key[1]): found for key, found in group(lists, *args).items()}
 
+    foreach = patch.object(clip_grad, "_has_foreach_support", lambda *_: True)
     clips, steps = (patch.object(each, group.__name__, by_device) for each in (clip_grad, optimizer))
     of_ranks = patch.object(distributed_c10d, "_get_object_coll_device", lambda group=None: DEVICE)  # as for NCCL
     joined = patch.object(distributed, "init_process_group", join_by_gloo)
     unwrapped = patch.object(DDPStrategy, "configure_ddp", lambda self: None)  # torch's C++ would look for CUDA
     with (
+        foreach,
         clips,
         steps,
         of_ranks,

@@ -1,0 +1,28 @@
+"""Matrix products of 16-bit tensors whose float32 sums are not rounded to 16 bits, on GPUs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def product(left: Float[Tensor, "n k"], right: Float[Tensor, "k m"], dtype: torch.dtype) -> Float[Tensor, "n m"]:
+    """Return left @ right in `dtype`; on a GPU it is rounded to that dtype alone, on the CPU to that of `left` first."""
+    if left.is_cuda and left.dtype != dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def add_product(total: Float[Tensor, "n m"], left: Float[Tensor, "n k"], right: Float[Tensor, "k m"]) -> None:
+    """Add left @ right to `total` in place, see `product`."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
