@@ -1,6 +1,6 @@
 """Count the operators that a step launches on a GPU, by kind, without one: on a pretended GPU, under bf16 autocast.
 
-    python -m benchmarks.launches [PAIRS ...] [--tokens N]        default: 4 16, in micro-batches of at most 16384 tokens
+    python -m benchmarks.launches [PAIRS ...] [--tokens N]        default: 4 16, in micro-batches of at most 8192 tokens
 
 A model of Qwen2.5-0.5B's 24 layers, narrower and with fewer words, as the number depends on neither. Views and allocations
 are left out; the attention kernel counts as one. One operator may launch several kernels (a fused optimizer step does).
@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from dpo_lab.core import fused_lm_head
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
@@ -40,7 +42,7 @@ CONFIG = Qwen2Config(
     tie_word_embeddings=True,
     pad_token_id=0,
 )
-PROMPT, CHOSEN, REJECTED = 200, 150, 140  # tokens of a chat pair
+SIZES = (50, 37, 35)  # tokens: a quarter of a chat pair's, and pieces of logits have a quarter of the rows
 CAST = "casts"
 
 
@@ -62,7 +64,7 @@ class Operators(TorchDispatchMode):
 
 
 def pairs(count: int) -> list[EncodedPair]:
-    return [EncodedPair(str(i), *([3 + i] * size for size in (PROMPT, CHOSEN, REJECTED))) for i in range(count)]
+    return [EncodedPair(str(i), *([3 + i] * size for size in SIZES)) for i in range(count)]
 
 
 @contextmanager
@@ -75,7 +77,7 @@ def counting(counts: dict[str, Counter[str]], phase: str) -> Iterator[None]:
 def step(count: int, tokens: int) -> dict[str, Counter[str]]:
     """The operators of a step of `count` chat pairs, after a first step, by phase; metrics are counted on their own."""
     counts: dict[str, Counter[str]] = {}
-    with pretend_cuda():
+    with pretend_cuda(), patch.object(fused_lm_head, "GPU_ROWS", fused_lm_head.GPU_ROWS // 4):
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(CONFIG)
         select_forward(model)
@@ -93,7 +95,7 @@ def step(count: int, tokens: int) -> dict[str, Counter[str]]:
             metrics: list[Any] = []
             with counting(counts, "copies of the batch"):
                 batch = collate(pairs(count)).to(DEVICE)
-            for part in batch.split(tokens):
+            for part in batch.split(tokens // 4):
                 with counting(counts, "forward"), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
                     loss = module.part_loss(part)
                 with counting(counts, "backward"):
@@ -113,7 +115,7 @@ def step(count: int, tokens: int) -> dict[str, Counter[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", nargs="*", type=int, default=[4, 16])
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--kinds", type=int, default=12)
     options = parser.parse_args()
     for count in options.pairs:

@@ -18,11 +18,15 @@ def product(left: Float[Tensor, "n k"], right: Float[Tensor, "k m"], dtype: torc
     return (left @ right).to(dtype)
 
 
-def add_product(total: Float[Tensor, "n m"], left: Float[Tensor, "n k"], right: Float[Tensor, "k m"]) -> None:
-    """Add left @ right to `total` in place, see `product`."""
+def add_product(
+    total: Float[Tensor, "n m"], left: Float[Tensor, "n k"], right: Float[Tensor, "k m"], beta: float = 1.0
+) -> None:
+    """Set `total` to beta * total + left @ right, see `product`; with beta=0 it may hold anything before."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=beta)
     elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
+    elif beta == 0:
+        total.copy_(left @ right)
     else:
-        total += left @ right
+        total.mul_(beta).add_(left @ right)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -47,7 +48,9 @@ IN_FLOAT32 = torch.library.Library(
 )  # products of 16 bits with sums of 32, which torch has for GPUs alone
 IN_FLOAT32.impl("mm.dtype", lambda left, right, dtype: left.to(dtype) @ right.to(dtype), "CPU")
 IN_FLOAT32.impl(
-    "addmm.dtype_out", lambda to, left, right, dtype, out: out.copy_(to + left.to(dtype) @ right.to(dtype)), "CPU"
+    "addmm.dtype_out",
+    lambda to, left, right, dtype, beta=1, out=None: to.addmm_(left.to(dtype), right.to(dtype), beta=beta),  # in place
+    "CPU",
 )
 PINNED: dict[int, torch.Tensor] = {}  # by address
 
@@ -293,6 +296,7 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
         set_device=initialise,
         is_bf16_supported=lambda *_, **__: True,
         get_device_capability=lambda *_: (9, 0),
+        get_device_properties=lambda *_: SimpleNamespace(total_memory=80 << 30),
         get_device_name=lambda *_: "pretended",
         reset_peak_memory_stats=allocated,
         memory_allocated=allocated,
