@@ -51,10 +51,9 @@ def path_for(
 ) -> ForwardPath:
     """Return the path for a model on `device` (its own if None) under `context` (autocast), which it is tried in.
 
-    cache: folder of the results of earlier trials; the model is moved to the device and back only without one.
+    cache: folder of the results of earlier trials. For a trial the model is moved to the device, and then back.
     """
-    home = model.device
-    device = device or home
+    device = device or model.device
     if cache is None:
         return _on(model, device, context)
 
