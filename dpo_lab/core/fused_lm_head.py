@@ -5,52 +5,61 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dpo_lab.core.lm_head import LMHead
 from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.pairs import chunk_by_size
+from dpo_lab.core.products import add_product, product
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 ROWS, LOGITS = 512, 2**25  # the largest number of rows and of logits in a chunk (128 MB in float32)
+GPU_ROWS, GPU_SHARE = 2048, 1 / 32  # on a GPU: of rows, and of its memory for a chunk's logits in both dtypes
 
 LossOf = Callable[[Tensor, slice], Tensor]  # (log-probs [b, K] of the items' responses, the items) -> one loss per item
 
 
-def rows_per_chunk(vocabulary: int) -> int:
-    """Return the number of rows of a chunk of logits."""
-    return max(1, min(ROWS, LOGITS // vocabulary))
+def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
+    """Return the number of rows of a chunk of logits.
+
+    On a GPU it depends on all of its memory, not on what is free, so that a run repeats to the bit.
+    """
+    rows, logits = ROWS, LOGITS
+    if device.type == "cuda" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(device).total_memory
+        rows, logits = GPU_ROWS, max(LOGITS, int(memory * GPU_SHARE) // 6)  # 4 bytes in float32 and 2 in 16 bits
+    return max(1, min(rows, logits // vocabulary))
 
 
 def token_logps(
-    hidden: Float[Tensor, "rows width"], weight: Float[Tensor, "vocabulary width"], targets: Int[Tensor, " rows"]
+    hidden: Float[Tensor, "rows width"], head: LMHead, targets: Int[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """Return the log-probabilities of `targets`, in nats, given hidden states and the weight of an LM head.
+    """Return the log-probabilities of `targets`, in nats, given hidden states and an LM head.
 
     Computed in float32 or higher. Differentiable: the backward pass recomputes the logits of each chunk.
     """
 
     def score(hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = F.linear(hidden, weight)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return -F.cross_entropy(logits, targets, reduction="none")
+        return -F.cross_entropy(head(hidden), targets, reduction="none")
 
-    size = rows_per_chunk(len(weight))
+    size = rows_per_chunk(head.vocabulary, hidden.device)
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in head.module.parameters())):
         return torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])  # type: ignore[arg-type]
     return torch.cat([score(*chunk) for chunk in chunks])
 
 
 def fused_loss(
     hidden: Float[Tensor, "rows width"],
-    weight: Float[Tensor, "vocabulary width"],
+    head: LMHead,
     targets: Int[Tensor, " rows"],
-    lengths: Int[Tensor, "items parts"],
+    lengths: Int[np.ndarray, "items parts"],
     loss_of: LossOf,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "items parts-1"]]:
     """Return the sum of a batch's losses, differentiable, and the log-probabilities of responses, detached.
@@ -59,19 +68,24 @@ def fused_loss(
     computes the gradient: an item's loss depends only on the log-probabilities of its K responses, so its derivative,
     one number per response, turns the item's logits into their gradient while they are in memory. This takes 6 H V R
     FLOPs and holds one chunk of logits; logits are computed twice only for an item of more rows than a chunk. Logits
-    are computed in the dtype of autocast if it is enabled, their softmax in float32 or higher.
+    are computed in the dtype of autocast if it is enabled, their softmax in float32 or higher. A head that is not linear
+    is differentiated by autograd, which computes logits twice.
     """
+    if head.linear is None:
+        group = sum_responses(token_logps(hidden, head, targets), lengths)
+        return loss_of(group, slice(None)).sum(), group.detach()
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _FusedLoss.apply(hidden, weight, targets, lengths, loss_of, dtype)  # type: ignore[return-value]
+        weights = head.linear.weight, head.linear.bias
+        return _FusedLoss.apply(hidden, *weights, targets, lengths, loss_of, head, dtype)  # type: ignore[return-value]
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, lengths, loss_of, dtype):
-        head = _Head(hidden, weight, targets, dtype, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        size, rows_of = rows_per_chunk(len(weight)), lengths[:, 1:].sum(1).tolist()
+    def forward(ctx, hidden, weight, bias, targets, lengths, loss_of, lm_head, dtype):
+        head = _Head(hidden, weight, bias, targets, lm_head, dtype, ctx.needs_input_grad)
+        size, rows_of = rows_per_chunk(len(weight), hidden.device), lengths[:, 1:].sum(1).tolist()
         total, sums, stop = 0, [], 0
         for items in chunk_by_size(rows_of, size):
             start, stop = stop, stop + sum(rows_of[items])
@@ -88,38 +102,53 @@ class _FusedLoss(torch.autograd.Function):
                 head.add_gradient(chunk, derivative[chunk.start - start : chunk.stop - start])
             total = total + loss.detach()
             sums.append(group.detach())
-        weight_grad = None if head.weight_grad is None else head.weight_grad.to(weight.dtype)
-        ctx.save_for_backward(head.hidden_grad, weight_grad)
+        grads = zip((hidden, weight, bias), (head.hidden_grad, head.weight_grad, head.bias_grad), strict=True)
+        ctx.save_for_backward(*(grad if grad is None else grad.to(of.dtype) for of, grad in grads))
         sums = torch.cat(sums)
         ctx.mark_non_differentiable(sums)
         return total, sums
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden_grad, weight_grad = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
-        return hidden_grad, weight_grad, None, None, None, None
+        return *(saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), *[None] * 5
 
 
 class _Head:
-    """The LM head on one chunk of logits at a time, in a shared buffer; accumulates hidden_grad and weight_grad."""
+    """The LM head on one chunk of logits at a time, in a shared buffer; accumulates the gradients of its inputs."""
 
-    def __init__(self, hidden, weight, targets, dtype, needs_hidden, needs_weight) -> None:
+    def __init__(self, hidden, weight, bias, targets, lm_head: LMHead, dtype, needs_grad) -> None:
         self.hidden, self.weight, self.targets = hidden.detach().to(dtype), weight.detach().to(dtype), targets
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.scale, self.softcap = lm_head.scale, lm_head.softcap
+        needs_hidden, needs_weight, needs_bias, *_ = needs_grad
         exact = torch.promote_types(dtype, torch.float32)
         self.hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         self.weight_grad = torch.empty_like(weight, dtype=exact) if needs_weight else None
+        self.bias_grad = torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None
         self.started = False  # whether weight_grad is initialised
-        rows = min(rows_per_chunk(len(weight)), len(targets))
+        rows = min(rows_per_chunk(len(weight), hidden.device), len(targets))
         self.probabilities = torch.empty(rows, len(weight), dtype=exact, device=hidden.device)
         self.logits = self.probabilities if dtype == exact else torch.empty_like(self.probabilities, dtype=dtype)
+        self.slopes = torch.empty_like(
+            self.probabilities if self.softcap is not None else hidden[:0]
+        )  # of the soft-cap
 
     def score(self, chunk: slice) -> Tensor:
         """Return the log-probabilities of the chunk's targets; leave its softmax in `probabilities`."""
         hidden, targets = self.hidden[chunk], self.targets[chunk, None]
         logits, probabilities = self.logits[: len(hidden)], self.probabilities[: len(hidden)]
-        torch.mm(hidden, self.weight.T, out=logits)
+        if self.bias is None:
+            torch.mm(hidden, self.weight.T, out=logits)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.T, out=logits)
         if self.logits is not self.probabilities:
             probabilities.copy_(logits)
+        if self.scale != 1:
+            probabilities *= self.scale
+        if self.softcap is not None:
+            probabilities.div_(self.softcap).tanh_()
+            torch.square(probabilities, out=self.slopes[: len(hidden)]).neg_().add_(1)
+            probabilities *= self.softcap
         highest = probabilities.amax(-1, keepdim=True)
         shifted = probabilities.gather(1, targets) - highest
         torch.softmax(probabilities, -1, out=probabilities)
@@ -130,17 +159,17 @@ class _Head:
         hidden, targets = self.hidden[chunk], self.targets[chunk, None]
         logits, residual = self.logits[: len(hidden)], self.probabilities[: len(hidden)]
         residual.scatter_add_(1, targets, residual.new_full(targets.shape, -1.0))  # d logp / d logits, negated
+        if self.softcap is not None:
+            residual *= self.slopes[: len(hidden)]
         if self.logits is not self.probabilities:
             logits.copy_(residual)
-        derivative = -derivative[:, None]
+        derivative = (-self.scale * derivative)[:, None]
+        if self.bias_grad is not None:
+            self.bias_grad += residual.T @ derivative[:, 0]
         if self.hidden_grad is not None:
-            self.hidden_grad[chunk] = (logits @ self.weight) * derivative
+            of_hidden = product(logits, self.weight, self.hidden_grad.dtype)
+            torch.mul(of_hidden, derivative, out=self.hidden_grad[chunk])
         if self.weight_grad is not None:
             scaled = (hidden * derivative).to(logits.dtype)
-            if logits.dtype == self.weight_grad.dtype:
-                self.weight_grad.addmm_(logits.T, scaled, beta=float(self.started))
-            elif self.started:
-                self.weight_grad += logits.T @ scaled
-            else:
-                self.weight_grad.copy_(logits.T @ scaled)
+            add_product(self.weight_grad, logits.T, scaled, beta=float(self.started))
             self.started = True

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dpo_lab.core.pairs import to_device
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -15,7 +18,7 @@ IGNORE = -100
 
 
 def pad_rows(
-    tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items parts"], pad_id: int
+    tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"], pad_id: int
 ) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows columns"]]:
     """Unpack a stream to padded rows: (input_ids, labels); all first responses, then all second, ...
 
@@ -24,21 +27,33 @@ def pad_rows(
     labels hold the token at response tokens, IGNORE elsewhere. Padding is on the right, where a causal model does not
     attend, so rows need no attention mask.
 
-    >>> pad_rows(torch.tensor([1, 2, 7, 8, 9]), torch.tensor([[2, 1, 2]]), pad_id=0)   # 1 2 | 7 | 8 9
+    >>> pad_rows(torch.tensor([1, 2, 7, 8, 9]), np.array([[2, 1, 2]]), pad_id=0)   # 1 2 | 7 | 8 9
     input_ids  [[1, 2, 7, 0], [1, 2, 8, 9]]
     labels     [[I, I, 7, I], [I, I, 8, 9]]
     """
-    ends = lengths.cumsum(1)
-    item = ends[:, -1].cumsum(0) - ends[:, -1]  # [B], start of each item in the stream
-    start = (item[:, None] + ends[:, :-1]).T.reshape(-1, 1)  # [K * B, 1], start of each response
-    response = lengths[:, 1:].T.reshape(-1, 1)
-    responses = lengths.shape[1] - 1
-    prompt, item = lengths[:, 0].repeat(responses)[:, None], item.repeat(responses)[:, None]
-    column = torch.arange(int((prompt + response).max()), device=tokens.device)[None, :]
+    begins = lengths.cumsum().reshape(lengths.shape) - lengths  # of each part in the stream
+    start, response = (each[:, 1:].T.reshape(-1, 1) for each in (begins, lengths))  # [K * B, 1], of each response
+    item, prompt = (np.tile(each[:, 0], lengths.shape[1] - 1)[:, None] for each in (begins, lengths))
+    column = np.arange((prompt + response).max())[None, :]
     real, in_response = column < prompt + response, column >= prompt
-    source = torch.where(in_response, start + column - prompt, item + column).clamp(max=len(tokens) - 1)
-    rows = tokens[source]
-    return rows.masked_fill(~real, pad_id), rows.masked_fill(~(real & in_response), IGNORE)
+    source = np.where(in_response, start + column - prompt, item + column)
+    found = to_device(torch.from_numpy(np.stack((np.where(real, source, -1), in_response))), tokens.device)
+    rows, is_padding = tokens[found[0].clamp(min=0)], found[0] < 0
+    return rows.masked_fill(is_padding, pad_id), rows.masked_fill(is_padding | (found[1] == 0), IGNORE)
+
+
+def predicting_rows(lengths: Int[np.ndarray, "items parts"]) -> Int[np.ndarray, " response_tokens"]:
+    """Return which of pad_rows' rows, flattened, predict the response tokens, in the order of the stream.
+
+    >>> predicting_rows(np.array([[2, 1, 2]]))    # of rows of 4 columns
+    [1, 5, 6]
+    """
+    items, responses = len(lengths), lengths.shape[1] - 1
+    counts = lengths[:, 1:].ravel()
+    rows = np.arange(responses) * items + np.arange(items)[:, None]  # of each response
+    columns = (lengths[:, :1] + lengths[:, 1:]).max()
+    begins = (rows * columns + lengths[:, :1] - 1).ravel() - (counts.cumsum() - counts)
+    return np.arange(counts.sum()) + np.repeat(begins, counts)
 
 
 def sequence_logps(
@@ -72,30 +87,34 @@ class StreamRows:
     targets: Int[Tensor, " response_tokens"]
 
 
-def stream_rows(tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items parts"]) -> StreamRows:
+def stream_rows(tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]) -> StreamRows:
     """Return positions, rows and targets of a packed stream; for `tokens` and `lengths` see pad_rows.
 
-    >>> stream_rows(torch.tensor([1, 2, 7, 8, 9]), torch.tensor([[2, 1, 2]]))
+    >>> stream_rows(torch.tensor([1, 2, 7, 8, 9]), np.array([[2, 1, 2]]))
     positions [0, 1, 2, 2, 3], rows [1, 1, 3], targets [7, 8, 9]
     """
-    parts = lengths.shape[1]
-    flat = lengths.flatten()
-    ends = flat.cumsum(0)
-    part = torch.arange(len(flat), device=flat.device).repeat_interleave(flat, output_size=len(tokens))  # [N]
-    item, is_response = part // parts, part % parts != 0
-    place = torch.arange(len(tokens), device=flat.device)
-    offset = place - (ends - flat)[part]
-    positions = offset + lengths[:, 0][item] * is_response
-    last_of_prompt = ends.view(-1, parts)[:, 0][item] - 1
-    predictor = torch.where(offset == 0, last_of_prompt, place - 1)
-    return StreamRows(positions, predictor[is_response], tokens[is_response])
+    flat = lengths.ravel()
+    ends = flat.cumsum()
+    place = np.arange(len(tokens))
+    offset = place - np.repeat(ends - flat, flat)  # of each token in its part
+    is_response = np.repeat(np.arange(len(flat)) % lengths.shape[1] != 0, flat)
+    prompts, ends_of_prompts = (
+        np.repeat(each[:, 0], lengths.sum(1)) for each in (lengths, ends.reshape(lengths.shape))
+    )
+    predictor = np.where(offset == 0, ends_of_prompts - 1, place - 1)
+    found = np.concatenate((offset + prompts * is_response, predictor[is_response], place[is_response]))
+    counts = [len(tokens), *[int(is_response.sum())] * 2]
+    positions, rows, responses = to_device(torch.from_numpy(found), tokens.device).split(counts)
+    return StreamRows(positions, rows, tokens[responses])
 
 
 def sum_responses(
-    token_logps: Float[Tensor, " response_tokens"], lengths: Int[Tensor, "items parts"]
+    token_logps: Float[Tensor, " response_tokens"], lengths: Int[np.ndarray, "items parts"]
 ) -> Float[Tensor, "items parts-1"]:
-    """Sum token log-probabilities, in the order of the stream, over each response."""
-    counts = lengths[:, 1:].reshape(-1, 1)
-    mask = torch.arange(int(counts.max()), device=counts.device) < counts
-    rows = token_logps.new_zeros(mask.shape).masked_scatter(mask, token_logps)
+    """Sum token log-probabilities, in the order of the stream, over each response; for `lengths` see pad_rows."""
+    counts = lengths[:, 1:].ravel()
+    width = int(counts.max())
+    begins = np.arange(len(counts)) * width - (counts.cumsum() - counts)
+    places = to_device(torch.from_numpy(np.arange(counts.sum()) + np.repeat(begins, counts)), token_logps.device)
+    rows = token_logps.new_zeros(len(counts) * width).scatter(0, places, token_logps).view(-1, width)
     return rows.sum(1).view(len(lengths), -1)  # pairwise summation; index_add's rounding error is ten times as large

@@ -65,10 +65,11 @@ class Values(FixedDtypeMetric):
     @torch.no_grad()
     def update(self, values: Float[Tensor, " values"]) -> None:
         """Add values."""
-        self.values.append(values[values.isfinite()].double())
+        self.values.append(values.double())
 
     def compute(self) -> Tensor:
-        return dim_zero_cat(self.values)
+        values = dim_zero_cat(self.values)
+        return values[values.isfinite()]
 
 
 class PreferenceMetrics(FixedDtypeMetric):
@@ -102,24 +103,18 @@ class PreferenceMetrics(FixedDtypeMetric):
         self.sums += groups @ columns
         self.counts += groups.sum(1)
         margins = columns[:, LABELLED.index("rewards/margins")]
-        known = batch.gold_margin.nan_to_num(0) != 0
-        towards_truth = (margins * batch.gold_margin.double().sign())[known]
-        self.true_sums += torch.stack((towards_truth.sum(), half_ties(towards_truth).sum()))
+        side = batch.gold_margin.double().nan_to_num(0).sign()  # 0 where the truth is unknown, or a tie
+        known = side != 0
+        towards_truth = torch.where(known, margins * side, 0)
+        self.true_sums += torch.stack((towards_truth.sum(), (half_ties(towards_truth) * known).sum()))
         self.true_count += known.sum()
 
     def compute(self) -> dict[str, float]:
-        labelled = {
-            group + name: (self.sums[g, k] / self.counts[g]).item()
-            for g, group in enumerate(GROUPS)
-            for k, name in enumerate(LABELLED)
-            if self.counts[g] > 0
-        }
-        true = {
-            name: (total / self.true_count).item()
-            for name, total in zip(TRUE, self.true_sums, strict=True)
-            if self.true_count > 0
-        }
-        return labelled | true
+        means = self.sums / self.counts[:, None], self.true_sums / self.true_count
+        names = [group + name for group in GROUPS for name in LABELLED] + [*TRUE]
+        counts = torch.cat((self.counts.repeat_interleave(len(LABELLED)), self.true_count.repeat(len(TRUE))))
+        values, counts = torch.stack((torch.cat([each.flatten() for each in means]), counts)).tolist()
+        return {name: value for name, value, count in zip(names, values, counts, strict=True) if count > 0}
 
 
 def pair_values(

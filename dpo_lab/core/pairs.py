@@ -99,13 +99,16 @@ class EncodedPair:
 class PairBatch:
     """The pairs of a step, without padding; the forward pass pads them if it needs to.
 
-    tokens: prompt, chosen, rejected of pair 0, then of pair 1, ...; lengths: number of tokens of each; flipped: whether
-    label noise swapped chosen and rejected; gold_margin: see Pair; keys: one a pair.
+    tokens: prompt, chosen, rejected of pair 0, then of pair 1, ...; lengths: number of tokens of each, in an array,
+    since shapes depend on it and a GPU's tensor would have to be waited for; response_lengths: those of chosen and
+    rejected, on the device of the batch; flipped: whether label noise swapped chosen and rejected; gold_margin: see
+    Pair; keys: one a pair.
     """
 
     keys: list[str]
     tokens: Int[Tensor, " tokens"]
-    lengths: Int[Tensor, "pairs 3"]
+    lengths: Int[np.ndarray, "pairs 3"]
+    response_lengths: Int[Tensor, "pairs 2"]
     flipped: Bool[Tensor, " pairs"]
     gold_margin: Float[Tensor, " pairs"]
 
@@ -114,24 +117,35 @@ class PairBatch:
 
     def split(self, tokens: int) -> list[PairBatch]:
         """Split into micro-batches of consecutive pairs, see `chunk_by_size`."""
-        sizes = self.lengths.sum(1).tolist()
+        sizes: list[int] = self.lengths.sum(1).tolist()
         parts = chunk_by_size(sizes, tokens)
         streams = self.tokens.split([sum(sizes[part]) for part in parts])
         return [
-            PairBatch(self.keys[part], stream, self.lengths[part], self.flipped[part], self.gold_margin[part])
+            PairBatch(
+                self.keys[part],
+                stream,
+                self.lengths[part],
+                self.response_lengths[part],
+                self.flipped[part],
+                self.gold_margin[part],
+            )
             for part, stream in zip(parts, streams, strict=True)
         ]
 
-    def to(self, device: device | str, non_blocking: bool = False) -> PairBatch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: device | str) -> PairBatch:
+        """Copy the tensors of the batch to a device, see `to_device`."""
+        names = ("tokens", "response_lengths", "flipped", "gold_margin")
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
-    def pin_memory(self) -> PairBatch:
-        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function) -> PairBatch:
-        return PairBatch(
-            self.keys, function(self.tokens), function(self.lengths), function(self.flipped), function(self.gold_margin)
-        )
+def to_device(tensor: Tensor, device: device | str) -> Tensor:
+    """Copy a tensor to a device; from the CPU to a GPU through pinned memory, so that the host does not wait."""
+    import torch
+
+    if not (tensor.is_cpu and str(device).startswith("cuda")):
+        return tensor.to(device)
+    pinned = tensor.pin_memory() if torch.cuda.is_available() else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def chunk_by_size(sizes: Sequence[int], limit: int) -> list[slice]:
@@ -163,9 +177,9 @@ class PairLogps:
     rejected_length: Num[Tensor, " pairs"]
 
     @classmethod
-    def of(cls, sums: Float[Tensor, "pairs 2"], lengths: Int[Tensor, "pairs 3"]) -> PairLogps:
-        """Build from the sums of chosen and rejected, and the lengths of a batch."""
-        return cls(*sums.unbind(1), *lengths[:, 1:].unbind(1))
+    def of(cls, sums: Float[Tensor, "pairs 2"], response_lengths: Int[Tensor, "pairs 2"]) -> PairLogps:
+        """Build from the sums and the lengths of chosen and rejected."""
+        return cls(*sums.unbind(1), *response_lengths.unbind(1))
 
     @property
     def margin(self) -> Float[Tensor, " pairs"]:

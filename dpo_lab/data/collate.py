@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,21 +16,22 @@ def collate(pairs: Sequence[EncodedPair]) -> PairBatch:
     """Collate pairs to one packed stream of tokens, without padding.
 
     >>> collate([EncodedPair("k", prompt=[1, 2], chosen=[7], rejected=[8, 9])])
-    PairBatch(keys=["k"], tokens=[1, 2, 7, 8, 9], lengths=[[2, 1, 2]], flipped=[False], gold_margin=[nan])
+    PairBatch(keys=["k"], tokens=[1, 2, 7, 8, 9], lengths=[[2, 1, 2]], response_lengths=[[1, 2]], flipped=[False],
+    gold_margin=[nan])
     """
+    lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs], np.int64).reshape(-1, 3)
     return PairBatch(
         keys=[p.key for p in pairs],
         tokens=torch.from_numpy(flat([part for p in pairs for part in (p.prompt, p.chosen, p.rejected)])).long(),
-        lengths=torch.tensor([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs], dtype=torch.long).view(
-            -1, 3
-        ),
+        lengths=lengths,
+        response_lengths=torch.from_numpy(lengths[:, 1:].copy()),
         flipped=torch.tensor([p.flipped for p in pairs], dtype=torch.bool),
         gold_margin=torch.tensor([p.gold_margin for p in pairs]),
     )
 
 
-def collate_responses(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+def collate_responses(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> tuple[Tensor, np.ndarray]:
     """Collate prompts with one response each to a packed stream: (tokens [N], lengths [S, 2])."""
     items = list(zip(prompts, responses, strict=True))
     tokens = torch.from_numpy(flat([part for item in items for part in item])).long()
-    return tokens, torch.tensor([[len(prompt), len(response)] for prompt, response in items])
+    return tokens, np.array([[len(prompt), len(response)] for prompt, response in items])

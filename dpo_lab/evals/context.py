@@ -281,7 +281,7 @@ def score_pairs(
     def compute(indices: list[int]) -> torch.Tensor:
         stream, lengths = collate_responses([prompts[i] for i in indices], [responses[i] for i in indices])
         with context():
-            return response_logps(model, stream.to(device), lengths.to(device))[:, 0].float().cpu()
+            return response_logps(model, stream.to(device), lengths)[:, 0].float().cpu()
 
     parts = [order[part] for part in chunk_by_size([sizes[i] for i in order], tokens)]
     sums = torch.empty(len(sizes))

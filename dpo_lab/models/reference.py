@@ -130,7 +130,7 @@ class UniformLogps:
     nats_per_token: float
 
     def __call__(self, batch: PairBatch) -> PairLogps:
-        _, chosen, rejected = batch.lengths.unbind(1)
+        chosen, rejected = batch.response_lengths.unbind(1)
         return PairLogps(-self.nats_per_token * chosen, -self.nats_per_token * rejected, chosen, rejected)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo_lab.core.pair_table import PairTable
-from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, chunk_by_size
+from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, chunk_by_size, to_device
 from dpo_lab.data.collate import collate
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.numerics import numerics_of
@@ -48,11 +48,10 @@ class CachedLogps:
         if (missing := self.keys[indices] != keys).any():
             key = batch.keys[int(missing.argmax())]
             raise KeyError(f"pair {key} has no row in the reference cache {self.path}; delete the file")
-        first, second = self.rows[self.at[indices]].to(batch.tokens.device).unbind(1)
-        _, chosen_length, rejected_length = batch.lengths.unbind(1)
+        first, second = to_device(self.rows[self.at[indices]], batch.tokens.device).unbind(1)
         chosen = torch.where(batch.flipped, second, first)
         rejected = torch.where(batch.flipped, first, second)
-        return PairLogps(chosen, rejected, chosen_length, rejected_length)
+        return PairLogps(chosen, rejected, *batch.response_lengths.unbind(1))
 
 
 def cached_logps(

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from dpo_lab.core.pairs import to_device
+
 CAUSAL = (-1, 0)  # window of any number of tokens to the left and none to the right, aligned at the last token
 
 
@@ -77,7 +79,7 @@ class Layout:
         rows = per_key(begins[:, :1]) + place + (place >= per_key(prompts)) * per_key(skipped)
         counts = np.bincount(rows)
         found = (cu_q, cu_k, rows, rows.argsort(kind="stable"), counts.cumsum() - counts)
-        together = torch.from_numpy(np.concatenate(found).astype(np.int32)).to(device, non_blocking=True)
+        together = to_device(torch.from_numpy(np.concatenate(found).astype(np.int32)), device)
         cu_q, cu_k, rows, places, starts = together.split([len(each) for each in found])
         return cls(cu_q, cu_k, int(queries.max()), int(keys.max()), rows, places, starts)
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torchmetrics import Metric
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from dpo_lab.core.pairs import PairBatch
 from dpo_lab.distributed.collectives import all_gather_object, all_reduce_max
 from dpo_lab.distributed.signals import StopRequest
+from dpo_lab.models.autocast_linear import LinearCasts
 from dpo_lab.models.forward import disable_dropout, response_nll
 from dpo_lab.runs.run_record import CHECKPOINTS
 from dpo_lab.training.nonfinite import nonfinite_pairs, not_finite
@@ -42,6 +45,7 @@ class BaseModule(LightningModule):
     FORWARDS = ("part_loss", "validate_part", "dummy_loss")  # the methods that compute with the model's weights
     request: StopRequest | None = None
     stopping: int = 0
+    casts: LinearCasts | None = None
 
     def __init__(
         self,
@@ -70,6 +74,10 @@ class BaseModule(LightningModule):
         """Update val_metrics with a micro-batch."""
         raise NotImplementedError
 
+    def models(self) -> list[PreTrainedModel]:
+        """Return the models that a step runs: the one in training, and a reference if there is one."""
+        return [self.model]
+
     def counters(self) -> dict[str, float]:
         """Return values to log besides the means."""
         return {}
@@ -77,7 +85,7 @@ class BaseModule(LightningModule):
     def dummy_loss(self) -> Tensor:
         """Return a differentiable loss of 0, from a response of one token."""
         tokens = torch.zeros(2, dtype=torch.long, device=self.device)
-        return 0 * response_nll(self.model, tokens, torch.ones_like(tokens)[None])
+        return 0 * response_nll(self.model, tokens, np.ones((1, 2), int))
 
     def dummy_passes(self, parts: int) -> range:
         """Return the dummy passes that a rank with `parts` micro-batches has to run, so that all ranks run equally
@@ -112,6 +120,8 @@ class BaseModule(LightningModule):
         if self._any_rank(~torch.isfinite(total)):
             self._raise_not_finite(parts, losses)
         optimizer.step()
+        if self.casts is not None:
+            self.casts.refresh()
         optimizer.zero_grad()
         self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning sets it
@@ -131,6 +141,9 @@ class BaseModule(LightningModule):
     def on_train_start(self) -> None:
         disable_dropout(self.model)  # else DPO's loss at step 0 is not ln 2, and a loss depends on the micro-batches
         self._install_signal_handlers()
+        if isinstance(self.trainer.precision_plugin, MixedPrecision) and not self._is_sharded:
+            saves_memory = any(getattr(each, "gradient_checkpointing", False) for each in self.model.modules())
+            self.casts = LinearCasts(self.models(), keeps_copies=not saves_memory).install()
 
     def on_validation_start(self) -> None:
         self._install_signal_handlers()
@@ -144,6 +157,8 @@ class BaseModule(LightningModule):
         self._stop_if_asked()
 
     def on_train_end(self) -> None:
+        if self.casts is not None:
+            self.casts.remove()
         self._agree_to_stop()
         self._stop_if_asked()
 
@@ -184,19 +199,23 @@ class BaseModule(LightningModule):
     def _agree_to_stop(self) -> None:
         """Set `stopping` to the signal that asked any rank to stop; a collective that all ranks have to call."""
         if self.request is not None:
-            self._any_rank(torch.zeros((), dtype=torch.bool, device=self.device))
+            self._any_rank(None)
 
     def _stop_if_asked(self) -> None:
         if self.stopping and self.request is not None:
             self.request.raise_or_requeue(self.stopping)
 
-    def _any_rank(self, flag: Tensor) -> bool:
-        """Return whether the flag is set on any rank; set `stopping` in the same collective."""
+    def _any_rank(self, flag: Tensor | None) -> bool:
+        """Return whether the flag is set on any rank; set `stopping` in the same collective.
+
+        This is where a step waits for a GPU, the only time.
+        """
         signum = (self.request and self.request.signum) or 0
         if self.trainer.world_size == 1:
             self.stopping = signum
-            return bool(flag)
-        message = torch.stack((flag.long(), torch.tensor(signum, device=flag.device)))
+            return flag is not None and bool(flag)
+        first = torch.zeros((), dtype=torch.long, device=self.device) if flag is None else flag.long()
+        message = torch.stack((first, torch.full_like(first, signum)))
         reduced: Tensor = self.trainer.strategy.reduce(message, reduce_op="max")  # type: ignore[assignment]
         is_set, self.stopping = reduced.tolist()
         return bool(is_set)

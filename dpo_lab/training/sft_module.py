@@ -28,7 +28,9 @@ class SFTModule(BaseModule):
         self.tokens = 0  # number of tokens trained on
 
     def normalizer(self, batch: PairBatch) -> int:
-        tokens = int(self.trainer.strategy.reduce(batch.lengths[:, 1].sum(), reduce_op="sum"))
+        tokens = int(batch.lengths[:, 1].sum())
+        if self.trainer.world_size > 1:
+            tokens = int(self.trainer.strategy.reduce(torch.full((), tokens, device=self.device), reduce_op="sum"))
         self.tokens += tokens
         return tokens
 
@@ -64,7 +66,7 @@ class TokenLoss(FixedDtypeMetric):
     def update(self, nll: Tensor, batch: PairBatch) -> None:
         """Add a batch. nll: negative log-likelihood in nats, summed over its chosen responses."""
         self.nats += nll.double()
-        self.tokens += batch.lengths[:, 1].sum()
+        self.tokens += int(batch.lengths[:, 1].sum())
 
     def compute(self) -> dict[str, float]:
         return {"loss": (self.nats / self.tokens).item()}

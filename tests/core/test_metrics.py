@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +17,9 @@ from tests.support.ranks import run_in_ranks
 
 def batch_of(flipped: list[bool], gold: list[float]) -> PairBatch:
     size = len(flipped)
-    lengths = torch.tensor([[1, 2, 4]] * size)
-    keys = [str(i) for i in range(size)]
-    return PairBatch(keys, torch.arange(7 * size), lengths, torch.tensor(flipped), torch.tensor(gold))
+    lengths = np.array([[1, 2, 4]] * size)
+    keys, of_responses = [str(i) for i in range(size)], torch.from_numpy(lengths[:, 1:])
+    return PairBatch(keys, torch.arange(7 * size), lengths, of_responses, torch.tensor(flipped), torch.tensor(gold))
 
 
 def logps_of(chosen: list[float], rejected: list[float]) -> PairLogps:

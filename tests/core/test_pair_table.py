@@ -65,7 +65,8 @@ def test_flips(table):
 def test_collated_it_is_the_same_batch(table):
     ours, theirs = collate([table[i] for i in range(10)]), collate(PAIRS)
     assert ours.keys == theirs.keys
-    for name in ("tokens", "lengths", "flipped"):
+    assert np.array_equal(ours.lengths, theirs.lengths)
+    for name in ("tokens", "response_lengths", "flipped"):
         assert getattr(ours, name).equal(getattr(theirs, name)), name
         assert getattr(ours, name).dtype == getattr(theirs, name).dtype
     assert ours.gold_margin.nan_to_num(9).equal(theirs.gold_margin.nan_to_num(9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -22,9 +23,9 @@ ONES, TWO = torch.ones(3), torch.ones(2)
     [
         lambda: sequence_logps(torch.zeros(2, 4, 9), torch.zeros(2, 3, dtype=torch.long)),
         lambda: sequence_logps(torch.zeros(2, 4, 9), torch.zeros(2, 4)),
-        lambda: sum_responses(torch.zeros(3, 1), torch.ones(1, 3, dtype=torch.long)),
+        lambda: sum_responses(torch.zeros(3, 1), np.ones((1, 3), int)),
         lambda: PairLogps(ONES, TWO, ONES, ONES),
-        lambda: PairLogps.of(torch.zeros(4, 3), torch.ones(4, 3, dtype=torch.long)),
+        lambda: PairLogps.of(torch.zeros(4, 2), torch.ones(4, 3, dtype=torch.long)),
     ],
 )
 def test_a_wrong_shape_is_an_error(wrong):

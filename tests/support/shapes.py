@@ -17,6 +17,7 @@ from beartype import beartype
 MODULES = (
     "core.pairs",
     "core.logps",
+    "core.products",
     "core.fused_lm_head",
     *(f"core.losses.{name}" for name in ("base", "dpo", "dpo_with_term", "fine_tuning", "hinge", "ipo", "simpo")),
     "core.metrics",
@@ -24,7 +25,7 @@ MODULES = (
     "models.forward",
     "models.sampling",
 )
-SHAPE = re.compile(r"\b(Float|Float64|Int|Bool|Num)\[Tensor, ")
+SHAPE = re.compile(r"\b(Float|Float64|Int|Bool|Num)\[(Tensor|np\.ndarray), ")
 
 
 def check_shapes() -> int:
