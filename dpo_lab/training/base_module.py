@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torchmetrics import Metric
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from dpo_lab.core.pairs import PairBatch
 from dpo_lab.distributed.collectives import all_gather_object, all_reduce_max
 from dpo_lab.distributed.signals import StopRequest
+from dpo_lab.models.autocast_linear import LinearCasts
 from dpo_lab.models.forward import disable_dropout, response_nll
 from dpo_lab.runs.run_record import CHECKPOINTS
 from dpo_lab.training.nonfinite import nonfinite_pairs, not_finite
@@ -43,6 +45,7 @@ class BaseModule(LightningModule):
     FORWARDS = ("part_loss", "validate_part", "dummy_loss")  # the methods that compute with the model's weights
     request: StopRequest | None = None
     stopping: int = 0
+    casts: LinearCasts | None = None
 
     def __init__(
         self,
@@ -71,6 +74,10 @@ class BaseModule(LightningModule):
         """Update val_metrics with a micro-batch."""
         raise NotImplementedError
 
+    def models(self) -> list[PreTrainedModel]:
+        """Return the models that a step runs: the one in training, and a reference if there is one."""
+        return [self.model]
+
     def counters(self) -> dict[str, float]:
         """Return values to log besides the means."""
         return {}
@@ -93,9 +100,6 @@ class BaseModule(LightningModule):
         if self.device_mesh is not None:
             shard(self)
 
-    def transfer_batch_to_device(self, batch: PairBatch, device: torch.device, dataloader_idx: int) -> PairBatch:
-        return batch.to(device)
-
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         optimizer: LightningOptimizer = self.optimizers()  # type: ignore[assignment]
         share = self.trainer.world_size / self.normalizer(batch)  # gradient synchronisation averages over ranks
@@ -116,6 +120,8 @@ class BaseModule(LightningModule):
         if self._any_rank(~torch.isfinite(total)):
             self._raise_not_finite(parts, losses)
         optimizer.step()
+        if self.casts is not None:
+            self.casts.refresh()
         optimizer.zero_grad()
         self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning sets it
@@ -135,6 +141,9 @@ class BaseModule(LightningModule):
     def on_train_start(self) -> None:
         disable_dropout(self.model)  # else DPO's loss at step 0 is not ln 2, and a loss depends on the micro-batches
         self._install_signal_handlers()
+        if isinstance(self.trainer.precision_plugin, MixedPrecision) and not self._is_sharded:
+            saves_memory = any(getattr(each, "gradient_checkpointing", False) for each in self.model.modules())
+            self.casts = LinearCasts(self.models(), keeps_copies=not saves_memory).install()
 
     def on_validation_start(self) -> None:
         self._install_signal_handlers()
@@ -148,6 +157,8 @@ class BaseModule(LightningModule):
         self._stop_if_asked()
 
     def on_train_end(self) -> None:
+        if self.casts is not None:
+            self.casts.remove()
         self._agree_to_stop()
         self._stop_if_asked()
 

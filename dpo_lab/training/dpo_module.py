@@ -9,7 +9,7 @@ from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import GROUPS, PreferenceMetrics, Values, reward_margins
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.models.forward import pair_logps, pair_loss
-from dpo_lab.models.reference import ReferenceLogps
+from dpo_lab.models.reference import ReferenceLogps, reference_model
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.loggers.tensorboard import show_histogram
 from dpo_lab.training.optim import Optim
@@ -61,6 +61,10 @@ class DPOModule(BaseModule):
 
     def normalizer(self, batch: PairBatch) -> int:
         return self.batch_size
+
+    def models(self) -> list[PreTrainedModel]:
+        reference = reference_model(self.reference)
+        return [self.model] if reference is None else [self.model, reference]
 
     def part_loss(self, part: PairBatch) -> Tensor:
         reference = self.reference(part)

@@ -8,9 +8,12 @@ CUDA's kernels, streams and memory. Use it in a process of its own, for it repla
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +23,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 from torch._C._distributed_c10d import FakeWork
 from torch.distributed import distributed_c10d
+from torch.nn.utils import clip_grad
+from torch.optim import optimizer
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -30,7 +35,24 @@ DEVICE, CPU = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), torc
 aten = torch.ops.aten
 TAKES_BOTH = {aten._to_copy.default, aten.copy_.default}  # these carry numbers from one device to the other
 INDEXES = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+READ = {  # by the host, which waits for them: a number, or how many there are of something
+    *(aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default),
+    *(aten.masked_select.default, aten._unique2.default, aten.unique_dim.default),
+}
+WAITS: list[str] = []  # what made the host wait for the GPU, with the place in our code
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+
+
+IN_FLOAT32 = torch.library.Library(
+    "aten", "IMPL"
+)  # products of 16 bits with sums of 32, which torch has for GPUs alone
+IN_FLOAT32.impl("mm.dtype", lambda left, right, dtype: left.to(dtype) @ right.to(dtype), "CPU")
+IN_FLOAT32.impl(
+    "addmm.dtype_out",
+    lambda to, left, right, dtype, beta=1, out=None: to.addmm_(left.to(dtype), right.to(dtype), beta=beta),  # in place
+    "CPU",
+)
+PINNED: dict[int, torch.Tensor] = {}  # by address
 
 
 class DevicesDiffer(RuntimeError):
@@ -72,6 +94,7 @@ class CudaTensor(torch.Tensor):
         return self
 
     def tolist(self) -> Any:
+        note_wait("tolist")
         return self.inner.tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +141,7 @@ class _ToCpu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: CudaTensor) -> torch.Tensor:
+        note_wait("copied to the CPU")
         return tensor.inner.clone()
 
     @staticmethod
@@ -156,9 +180,11 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func.namespace == "c10d":
         return collective(func, args)
     if func in (aten.is_pinned.default, aten._pin_memory.default):
-        return args[0].clone() if func is aten._pin_memory.default else False
+        return pinned(args[0]) if func is aten._pin_memory.default else False
     tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
     check_devices(func, args, tensors)
+    if makes_wait(func, args, kwargs, tensors):
+        note_wait(func.name())
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     first = args[0] if args else None
     on_cuda = any(isinstance(value, CudaTensor) for value in tensors)  # C++ gives new_zeros and the like the CPU's name
@@ -172,6 +198,12 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if isinstance(result, torch.Tensor):
         return CudaTensor(result) if on_cuda else result
     return tree_map_only(torch.Tensor, CudaTensor, result) if on_cuda else result
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.clone()
+    PINNED[copy.data_ptr()] = copy
+    return copy
 
 
 def collective(func: Any, args: Any) -> Any:
@@ -203,6 +235,28 @@ def inner_of(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(inner_of(each) for each in value)
     return value.inner if isinstance(value, CudaTensor) else value
+
+
+def makes_wait(func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> bool:
+    """Whether the host would wait for the GPU: to read from it, or to copy from memory that is not pinned."""
+    of_gpu = [isinstance(value, CudaTensor) for value in tensors]
+    if func in TAKES_BOTH:
+        target = kwargs.get("device")
+        to_gpu = of_gpu[0] if func is aten.copy_.default else target is not None and torch.device(target).type == "cuda"
+        non_blocking = kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))
+        return to_gpu and not of_gpu[-1] and not (non_blocking and tensors[-1].data_ptr() in PINNED)
+    if not any(of_gpu):
+        return False
+    if func is aten.repeat_interleave.Tensor:
+        return kwargs.get("output_size") is None
+    if func in INDEXES:  # where a mask is true is counted, indices of the CPU are copied
+        return any(value is not None and (value.dtype is torch.bool or value.is_cpu) for value in args[1])
+    return func in READ
+
+
+def note_wait(what: str) -> None:
+    frames = [frame for frame in traceback.extract_stack() if "dpo_lab" in frame.filename]
+    WAITS.append(what + "".join(f", {Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames[-1:]))
 
 
 def check_devices(func: Any, args: Any, tensors: list[torch.Tensor]) -> None:
@@ -242,6 +296,7 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
         set_device=initialise,
         is_bf16_supported=lambda *_, **__: True,
         get_device_capability=lambda *_: (9, 0),
+        get_device_properties=lambda *_: SimpleNamespace(total_memory=80 << 30),
         get_device_name=lambda *_: "pretended",
         reset_peak_memory_stats=allocated,
         memory_allocated=allocated,
@@ -279,10 +334,28 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
     def join_by_gloo(backend: str = "nccl", device_id: Any = None, **kwargs: Any) -> None:
         join("gloo" if backend == "nccl" else backend, **kwargs)
 
+    group = clip_grad._group_tensors_by_device_and_dtype
+
+    def by_device(lists: Any, *args: Any) -> Any:  # C++ would say that they are the CPU's
+        on_gpu = isinstance(lists[0][0], CudaTensor)
+        return {(DEVICE if on_gpu else key[0], key[1]): found for key, found in group(lists, *args).items()}
+
+    foreach = patch.object(clip_grad, "_has_foreach_support", lambda *_: True)
+    clips, steps = (patch.object(each, group.__name__, by_device) for each in (clip_grad, optimizer))
     of_ranks = patch.object(distributed_c10d, "_get_object_coll_device", lambda group=None: DEVICE)  # as for NCCL
     joined = patch.object(distributed, "init_process_group", join_by_gloo)
     unwrapped = patch.object(DDPStrategy, "configure_ddp", lambda self: None)  # torch's C++ would look for CUDA
-    with of_ranks, joined, unwrapped, patch.multiple(torch.cuda, **of_cuda), patch.multiple(torch, **of_torch), mode:
+    with (
+        foreach,
+        clips,
+        steps,
+        of_ranks,
+        joined,
+        unwrapped,
+        patch.multiple(torch.cuda, **of_cuda),
+        patch.multiple(torch, **of_torch),
+        mode,
+    ):
         swapped, cudnn = (
             torch.__future__.get_swap_module_params_on_conversion(),
             torch.backends.cuda.cudnn_sdp_enabled(),

@@ -18,7 +18,7 @@ from dpo_lab.core.losses import DPO
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.policy import TinyPolicy
-from dpo_lab.models.reference import Uniform
+from dpo_lab.models.reference import Reference, Uniform
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.pipelines.session import fit
 from dpo_lab.runs.run_record import CHECKPOINTS
@@ -76,7 +76,7 @@ def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks:
     every = settings.pop("every_n_steps", 2)
     keepers = [Checkpointing(every_n_steps=every)] if every else []
     return Trainer(
-        accelerator="cpu",
+        accelerator=settings.pop("accelerator", "cpu"),
         devices=devices,
         strategy=settings.pop("strategy", "ddp" if devices > 1 else "auto"),
         max_steps=steps,
@@ -102,6 +102,7 @@ def run(
     optim: Optim | None = None,
     loggers: Callable[[int], list[Logger]] | None = None,
     adapters: torch.dtype | None = None,
+    reference: Reference | None = None,
     **settings,
 ) -> Trainer:
     """Start a fit in `folder`, or go on with the one there, as every start of a run does.
@@ -127,7 +128,8 @@ def run(
     if issubclass(kind, SFTModule):
         module, train, held_out = kind(model, optim, **step), train.chosen_only(), held_out.chosen_only()
     else:
-        module = kind(model, DPO(0.5), Uniform().prepare(model, [], folder), optim, batch_size=4, **step)
+        logps = (reference or Uniform()).prepare(model, [*PAIRS, *HELD_OUT], folder)
+        module = kind(model, DPO(0.5), logps, optim, batch_size=4, **step)
     config: Any = SimpleNamespace(
         data=SimpleNamespace(batch_size=4, num_workers=workers),
         seed=5,
