@@ -35,8 +35,8 @@ RENAMED_VALUES = {
         "dpo_lab.training.strategies.fsdp.FSDP2Strategy"
     ),
 }
-# Config keys that were added, with the value for what was done before.
-ADDED_KEYS = {"optim.kind": "adamw", "sft.optim.kind": "adamw"}
+# Config keys that were added, with the value for what was done before; those of policies are not the embedded one's.
+ADDED_KEYS = {"optim.kind": "adamw", "sft.optim.kind": "adamw", "policy.quantize": None}
 # Keys of run.json, and of each finding in its `health`.
 RENAMED_RECORD_KEYS = {"starts": "attempts"}
 RENAMED_FINDING_KEYS = {"says": "message", "tries": "suggestion"}
@@ -81,7 +81,7 @@ def present_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in ADDED_KEYS.items():
         *parents, leaf = key.split(".")
         node = reduce(lambda node, parent: node.get(parent, {}), parents, config_dict)
-        if node:
+        if node and node.get("kind") != "tiny":
             node.setdefault(leaf, value)
     return config_dict
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -169,14 +169,19 @@ class BaseModule(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the state of the module without its frozen weights, which a checkpoint does not need."""
         state = super().state_dict(*args, **kwargs)
-        for name in self._frozen & state.keys():
+        for name in self._frozen(state):
             del state[name]
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the state of the module and leave its frozen weights as they are, also if `state_dict` holds them."""
-        frozen = {name: tensor for name, tensor in super().state_dict().items() if name in self._frozen}
-        return super().load_state_dict({**state_dict, **frozen}, strict, assign)
+        frozen = self._frozen(state_dict)
+        trained = {name: tensor for name, tensor in state_dict.items() if name not in frozen}
+        missing, unexpected = super().load_state_dict(trained, strict=False, assign=assign)
+        missing = [name for name in missing if name not in self._frozen(missing)]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"the checkpoint lacks the weights {missing}, and holds {unexpected} in their place")
+        return missing, unexpected
 
     def log_means(self, metrics: Metric, split: str, counters: Mapping[str, float]) -> None:
         """Log the means since the last call, summed over ranks by `compute`, at the number of optimizer steps done.
@@ -226,10 +231,13 @@ class BaseModule(LightningModule):
         pairs = all_gather_object(nonfinite_pairs(parts, losses, self.part_loss, parameters))
         raise not_finite(self.global_step + 1, pairs, Path(self.trainer.default_root_dir) / CHECKPOINTS)
 
-    @property
-    def _frozen(self) -> set[str]:
-        """The names of the weights that are not trained: under adapters, those of the base."""
-        return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    def _frozen(self, names: Iterable[str]) -> set[str]:
+        """Return which names of state are of weights that are not trained: under adapters, of the base.
+
+        The scales of a quantized weight are named after it: NAME.absmax.
+        """
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {name for name in names if name in frozen or f"{name.partition('.weight.')[0]}.weight" in frozen}
 
     @property
     def _is_sharded(self) -> bool:

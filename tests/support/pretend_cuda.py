@@ -192,6 +192,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         on_cuda = device.type == "cuda"
     if device is not None and device.type == "cuda":
         kwargs = kwargs | {"device": CPU}
+    if kwargs.get("pin_memory"):  # torch's CPU build has no allocator of pinned memory
+        kwargs = kwargs | {"pin_memory": False}
     result = func(*inner_of(args), **{name: inner_of(value) for name, value in kwargs.items()})
     if any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
         return kwargs.get("out", first)
@@ -301,6 +303,8 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
         reset_peak_memory_stats=allocated,
         memory_allocated=allocated,
         max_memory_allocated=allocated,
+        memory_reserved=allocated,
+        mem_get_info=lambda *_: (80 << 30, 80 << 30),
         empty_cache=lambda: None,
         synchronize=lambda *_: None,
         manual_seed_all=lambda *_: None,
