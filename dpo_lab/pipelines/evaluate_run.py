@@ -12,7 +12,7 @@ from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.models.policy import Lora, Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
-from dpo_lab.pipelines.inputs import prepare_pairs
+from dpo_lab.pipelines.inputs import prepare_pairs, select_on_device
 from dpo_lab.pipelines.setup import forward_settings, logging_to, make_trainer, memory_explained, setup_process
 from dpo_lab.pipelines.stage_timer import StageTimer
 from dpo_lab.reporting.run_summary import print_summary
@@ -44,6 +44,7 @@ def evaluate_run(
     trained = _load_trained(config.policy, folder)
     into.mkdir(parents=True, exist_ok=True)
     with logging_to(into), memory_explained(config, "the evaluation"):
+        select_on_device(trained, CACHE, forward)
         inputs = prepare_pairs(config, CACHE, forward)
         identity = inputs.identity() | {"trained_policy": weights_digest(trained.model)}
         if record is not None:
@@ -67,13 +68,17 @@ def evaluate_run(
 
 
 def _load_trained(policy: PolicyConfig, folder: Path) -> Policy:
-    """Load the policy in a folder with the settings of the initial policy; adapters are merged."""
+    """Load the policy in a folder with the settings of the initial policy; adapters are merged unless their base is
+    quantized.
+    """
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such folder; type trained=FOLDER of a policy, or run=FOLDER of a run that has one"
         )
     settings = policy if isinstance(policy, Pretrained) else Pretrained(path=str(folder))
-    settings = replace(settings, lora=Lora(), merge=False)
+    if not (settings.is_quantized and is_adapter(folder)):
+        settings = replace(settings, lora=Lora(), quantize=None)
+    settings = replace(settings, merge=False)
     if is_adapter(folder) and not is_adapter(Path(settings.path)):
         settings = replace(settings, adapter=str(folder))
     else:
@@ -90,7 +95,7 @@ def _load_trained(policy: PolicyConfig, folder: Path) -> Policy:
 def _check_identity(record: Mapping[str, Any], now: Mapping[str, str], policy: PolicyConfig) -> None:
     """Raise RunRefused if the hashes of the inputs differ from the recorded ones."""
     was = dict(record["identity"])
-    if not policy.has_adapters:  # adapters are merged here and separate in the run, so their hashes differ
+    if policy.is_quantized or not policy.has_adapters:  # else adapters are merged here, separate in the run
         was["trained_policy"] = record["trained_policy"]
     if changed := [f"{name} was {value}, is {now[name]}" for name, value in was.items() if now[name] != value]:
         raise run_record.RunRefused(

@@ -72,9 +72,11 @@ class StepLevelModule(DPOModule):
         super().on_validation_epoch_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["running"] = self.running
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.running = checkpoint["running"]
 
     def _linearize(self, scored: Sequence[Scored], is_training: bool) -> LinearLoss:
