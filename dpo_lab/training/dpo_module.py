@@ -69,9 +69,9 @@ class DPOModule(BaseModule):
         return [self.model] if reference is None else [self.model, reference]
 
     def finish_step(self) -> None:
-        if isinstance(self.reference, MovingModel) and self.reference.follow(self.model, self.global_step):
-            if self.casts is not None:
-                self.casts.refresh(is_trained=False)
+        moves = isinstance(self.reference, MovingModel) and self.reference.follow(self.model, self.global_step)
+        if moves and self.casts is not None:
+            self.casts.refresh(is_trained=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if isinstance(self.reference, MovingModel):
