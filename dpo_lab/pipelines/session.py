@@ -22,7 +22,7 @@ from dpo_lab.data.sources import AUTO
 from dpo_lab.distributed.collectives import all_gather_object
 from dpo_lab.distributed.signals import StopRequest, reraise_stop
 from dpo_lab.health.diagnose import print_health
-from dpo_lab.models.forward import causal_lm
+from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.pipelines.inputs import TrainingInputs
 from dpo_lab.pipelines.loggers import add_loggers, log_final_metrics, track_run_status

@@ -13,8 +13,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.config.precision import canonical
 from dpo_lab.config.schema import RunConfig
-from dpo_lab.models.forward import causal_lm
 from dpo_lab.models.load import untrained_model
+from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import Lora, PolicyConfig, Pretrained, Quantization, TinyPolicy
 from dpo_lab.models.reference import Frozen
 from dpo_lab.planning.shapes import (

@@ -16,7 +16,8 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.core.fused_lm_head import rows_per_chunk
-from dpo_lab.models.forward import causal_lm, disable_dropout
+from dpo_lab.models.forward import disable_dropout
+from dpo_lab.models.paths import causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
