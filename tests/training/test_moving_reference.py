@@ -14,7 +14,7 @@ from tests.support.configs import settled
 from tests.support.fits import flat, initial_policy, make_data, make_module, make_trainer
 from tests.support.small_fit import IGNORED, cut, difference, left, run
 
-pytestmark = [pytest.mark.filterwarnings(each) for each in IGNORED]
+pytestmark = [pytest.mark.filterwarnings(each) for each in (*IGNORED, "ignore:.*gradient_checkpointing:FutureWarning")]
 
 
 class Weights(Callback):
@@ -71,9 +71,8 @@ def test_a_crash_at_any_step_changes_nothing(step, adapters, tmp_path):
     run(tmp_path / "cut", **settings)
     whole, resumed = left(tmp_path / "whole"), left(tmp_path / "cut")
     assert difference(whole, resumed) is None
-    assert {f"model.{name}" for name in whole["reference"]} == {
-        name for name in whole["state_dict"] if "model." in name
-    }
+    assert {f"model.{name}" for name in whole["reference"]} <= whole["state_dict"].keys()
+    assert len(whole["reference"]) == (14 if adapters else 11)  # two matrices of each linear layer; tied weights once
 
 
 @pytest.mark.parametrize(
