@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_lab.config.allowed_targets import FSDP2, check_targets, target_of
+from dpo_lab.config.choices import describe_choices
 from dpo_lab.config.logger_packages import check_packages
 from dpo_lab.config.precision import check_precision
 from dpo_lab.config.trainer_arguments import advice, check_trainer
@@ -151,6 +152,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_slug", run_record.slug, replace=True)
     OmegaConf.register_new_resolver("run_name", run_record.name_of_folder, replace=True)
     OmegaConf.register_new_resolver("not_in_folder_names", lambda: list(NOT_IN_FOLDER_NAMES), replace=True)
+    OmegaConf.register_new_resolver("describe_choices", lambda: describe_choices(Path(conf_dir())), replace=True)
 
 
 def conf_dir() -> str:
