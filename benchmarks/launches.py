@@ -1,9 +1,10 @@
 """Count the operators that a step launches on a GPU, by kind, without one: on a pretended GPU, under bf16 autocast.
 
-    python -m benchmarks.launches [PAIRS ...] [--tokens N]        default: 4 16, in micro-batches of at most 8192 tokens
+    python -m benchmarks.launches [PAIRS ...] [--tokens N] [--plain]        default: 4 16, micro-batches of 8192 tokens
 
-A model of Qwen2.5-0.5B's 24 layers, narrower and with fewer words, as the number depends on neither. Views and allocations
-are left out; the attention kernel counts as one. One operator may launch several kernels (a fused optimizer step does).
+A model of Qwen2.5-0.5B's 24 layers, narrower and with fewer words, as the number depends on neither; pieces of logits are
+those of a GPU of 80 GB. Views and allocations are left out; the attention kernel counts as one. One operator may launch
+several kernels, as a fused optimizer step does. --plain: with autocast's own casts in linear layers.
 """
 
 from __future__ import annotations
@@ -31,17 +32,8 @@ from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.optim import Optim
 from tests.support.pretend_cuda import DEVICE, pretend_cuda
 
-CONFIG = Qwen2Config(
-    vocab_size=500,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=24,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=2048,
-    tie_word_embeddings=True,
-    pad_token_id=0,
-)
+LAYERS = 24
+SHAPE = dict(vocab_size=500, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
 SIZES = (50, 37, 35)  # tokens: a quarter of a chat pair's, and pieces of logits have a quarter of the rows
 CAST = "casts"
 
@@ -74,12 +66,12 @@ def counting(counts: dict[str, Counter[str]], phase: str) -> Iterator[None]:
     counts.setdefault(phase, Counter()).update(mode.counts)
 
 
-def step(count: int, tokens: int) -> dict[str, Counter[str]]:
-    """The operators of a step of `count` chat pairs, after a first step, by phase; metrics are counted on their own."""
+def step(count: int, tokens: int = 8192, layers: int = LAYERS, plain: bool = False) -> dict[str, Counter[str]]:
+    """The operators of the second step of `count` chat pairs, by phase; metrics are counted on their own."""
     counts: dict[str, Counter[str]] = {}
     with pretend_cuda(), patch.object(fused_lm_head, "GPU_ROWS", fused_lm_head.GPU_ROWS // 4):
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(CONFIG)
+        model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=layers, tie_word_embeddings=True, **SHAPE))
         select_forward(model)
         reference = Uniform().prepare(model, [], None)  # type: ignore[arg-type]
         optim = Optim()
@@ -88,7 +80,7 @@ def step(count: int, tokens: int) -> dict[str, Counter[str]]:
         ).to(DEVICE)
         disable_dropout(model)
         optimizer, _ = optim.build(model.parameters(), 9)
-        casts = LinearCasts(module.models()).install()
+        casts = LinearCasts([] if plain else module.models()).install()
         update, module._update_metrics = module._update_metrics, lambda *args: metrics.append(args)
         for _ in range(2):
             counts.clear()
@@ -112,15 +104,20 @@ def step(count: int, tokens: int) -> dict[str, Counter[str]]:
     return counts
 
 
+def total(found: dict[str, Counter[str]]) -> int:
+    return sum(counts.total() for counts in found.values())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="*", type=int, default=[4, 16])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--kinds", type=int, default=12)
+    parser.add_argument("--plain", action="store_true")
     options = parser.parse_args()
     for count in options.pairs:
-        found = step(count, options.tokens)
-        print(f"{count} pairs: {sum(c.total() for c in found.values())} operators")
+        found = step(count, options.tokens, plain=options.plain)
+        print(f"{count} pairs: {total(found)} operators")
         for phase, counts in found.items():
             kinds = ", ".join(f"{name} {number}" for name, number in counts.most_common(options.kinds))
             print(f"  {phase:20} {counts.total():5}   {kinds}")

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dpo_lab.core.products import product
-from dpo_lab.models.forward import causal_lm
+from dpo_lab.models.paths import causal_lm
 
 
 class LinearCasts:

@@ -17,6 +17,7 @@ from beartype import beartype
 MODULES = (
     "core.pairs",
     "core.logps",
+    "core.products",
     "core.fused_lm_head",
     *(f"core.losses.{name}" for name in ("base", "dpo", "dpo_with_term", "fine_tuning", "hinge", "ipo", "simpo")),
     "core.metrics",
