@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo_lab.models.padded_attention import Padding, are_short, padded_attention
 from dpo_lab.models.varlen import Layout, supports, varlen_attention
 
 SHARED_PROMPT = "shared_prompt"  # name of this attention in transformers' registry
@@ -27,12 +28,19 @@ class Segments:
     lengths: Sequence[Sequence[int]]
     masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
     layouts: dict[torch.device, Layout] = field(default_factory=dict)
+    padded: Padding | None = None
 
     def layout(self, device: torch.device) -> Layout:
         """Return the layout for the variable-length kernel on a device."""
         if device not in self.layouts:
             self.layouts[device] = Layout.of(self.lengths, device)
         return self.layouts[device]
+
+    def padding(self) -> Padding:
+        """Return the padding of short sequences."""
+        if self.padded is None:
+            self.padded = Padding.of(self.lengths)
+        return self.padded
 
     def mask(self, prompt: int, response: int, like: Tensor) -> Tensor:
         """Return an additive causal mask [response, prompt + response] over the prompt and the response itself."""
@@ -57,7 +65,8 @@ def shared_prompt_attention(
     """Compute causal attention [1, N, heads, d] over a packed stream, from query, key, value [1, heads, N, d].
 
     Without `segments` this is transformers' SDPA attention, so the same model also runs padded rows and generation. With
-    them it is one call of the variable-length kernel where that is supported, elsewhere one SDPA call per response.
+    them it is one call of the variable-length kernel where that is supported, elsewhere one SDPA call per response, or
+    batched products of padded sequences where these are short.
     """
     if segments is None:
         return sdpa_attention_forward(
@@ -65,6 +74,24 @@ def shared_prompt_attention(
         )
     if supports(query, value, dropout):
         return varlen_attention(query, key, value, segments.layout(query.device), scaling), None
+    if query.device.type != "cpu":
+        return attention_by_response(query, key, value, segments, scaling, dropout), None
+    dtype = torch.promote_types(
+        query.dtype, torch.float32
+    )  # SDPA's backward pass takes up to 5 times as long in 16 bits
+    with torch.autocast("cpu", enabled=False):
+        inputs = query.to(dtype), key.to(dtype), value.to(dtype)
+        if dropout == 0 and are_short(segments.lengths, query):
+            output = padded_attention(*inputs, segments.padding(), scaling)
+        else:
+            output = attention_by_response(*inputs, segments, scaling, dropout)
+        return output.to(value.dtype), None
+
+
+def attention_by_response(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, dropout: float = 0.0
+) -> Tensor:
+    """Compute what shared_prompt_attention does by one SDPA call per response, on any device."""
     if query.device.type == "cuda":  # with enable_gqa, SDPA's fast kernels take no mask and no float32
         key, value = (repeat_kv(each, query.shape[1] // key.shape[1]) for each in (key, value))
     grouped = query.shape[1] != key.shape[1]
@@ -82,7 +109,7 @@ def shared_prompt_attention(
             v = torch.cat((first_v[:, :, :prompt], v), 2)
             mask = segments.mask(prompt, response, like=q)
             outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **attend))
-    return torch.cat([o.transpose(1, 2) for o in outputs], 1), None
+    return torch.cat([o.transpose(1, 2) for o in outputs], 1)
 
 
 AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import gpu
 from dpo_lab.models import attention
-from dpo_lab.models.attention import Segments, shared_prompt_attention
+from dpo_lab.models.attention import Segments, attention_by_response
 from dpo_lab.models.forward import response_logps, select_forward
 from dpo_lab.models.varlen import CAUSAL, Layout, supports, varlen_attention
 from tests.support import varlen as kernel
@@ -42,7 +42,7 @@ def by_kernel(inputs: list[Tensor], lengths, scale=None, window=CAUSAL) -> Tenso
 
 
 def by_loop(inputs: list[Tensor], lengths, scale=None) -> Tensor:
-    return shared_prompt_attention(torch.nn.Module(), *inputs, None, segments=Segments(lengths), scaling=scale)[0]
+    return attention_by_response(*inputs, Segments(lengths), scale)
 
 
 def by_definition(inputs: list[Tensor], lengths, left: int) -> Tensor:
