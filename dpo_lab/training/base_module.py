@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, distributed
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
@@ -221,8 +221,8 @@ class BaseModule(LightningModule):
             return flag is not None and bool(flag)
         first = torch.zeros((), dtype=torch.long, device=self.device) if flag is None else flag.long()
         message = torch.stack((first, torch.full_like(first, signum)))
-        reduced: Tensor = self.trainer.strategy.reduce(message, reduce_op="max")  # type: ignore[assignment]
-        is_set, self.stopping = reduced.tolist()
+        distributed.all_reduce(message, distributed.ReduceOp.MAX)  # Lightning's `reduce` waits at a barrier before it
+        is_set, self.stopping = message.tolist()
         return bool(is_set)
 
     def _raise_not_finite(self, parts: Sequence[PairBatch], losses: Sequence[Tensor]) -> None:

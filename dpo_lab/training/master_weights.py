@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
+from dpo_lab.core.products import copy_each
+
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 
@@ -50,9 +52,7 @@ class MasterAdamW(AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
-            short = [pair for pair in zip(weights, masters, strict=True) if pair[0] is not pair[1]]
-            if short:
-                torch._foreach_copy_(*zip(*short, strict=True))
+            copy_each(pair for pair in zip(weights, masters, strict=True) if pair[0] is not pair[1])
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -79,9 +79,7 @@ class MasterAdamW(AdamW):
 def _in_float32(gradients: list[Tensor]) -> list[Tensor]:
     """Return the gradients in float32, those of 16 bits copied by one operator."""
     found = [torch.empty_like(g, dtype=torch.float32) if is_short(g) else g for g in gradients]
-    short = [pair for pair in zip(found, gradients, strict=True) if pair[0] is not pair[1]]
-    if short:
-        torch._foreach_copy_(*zip(*short, strict=True))
+    copy_each(pair for pair in zip(found, gradients, strict=True) if pair[0] is not pair[1])
     return found
 
 
