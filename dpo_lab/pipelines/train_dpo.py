@@ -82,7 +82,8 @@ def _prepare_training(session: Session, inputs: TrainingInputs) -> tuple[DPOModu
     config, run, forward = session.config, session.run, session.forward
     seed_everything(config.seed, workers=True, verbose=False)
     memory = MemoryTracker(forward.device)
-    if config.policy.has_adapters:  # its base is held once, not here and on the host
+    is_sharded = getattr(session.trainer.strategy, "shards_model", False)
+    if config.policy.has_adapters and not is_sharded:  # the base is held once on the device
         inputs.initial.model.to(forward.device)  # type: ignore[arg-type]
     model = trainable_copy(inputs.initial.model).to(forward.device)  # type: ignore[arg-type]
     pairs, tokens = inputs.train.concat(inputs.held_out), config.data.forward_tokens

@@ -178,9 +178,9 @@ class BaseModule(LightningModule):
         frozen = self._frozen(state_dict)
         trained = {name: tensor for name, tensor in state_dict.items() if name not in frozen}
         missing, unexpected = super().load_state_dict(trained, strict=False, assign=assign)
-        missing = [name for name in missing if name not in self._frozen(missing)]
+        missing = sorted({*missing} - self._frozen(missing))
         if strict and (missing or unexpected):
-            raise RuntimeError(f"the checkpoint lacks the weights {missing}, and holds {unexpected} in their place")
+            raise RuntimeError(f"the checkpoint is of other weights: Missing keys: {missing}; unexpected: {unexpected}")
         return missing, unexpected
 
     def log_means(self, metrics: Metric, split: str, counters: Mapping[str, float]) -> None:
