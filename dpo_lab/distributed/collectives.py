@@ -1,4 +1,4 @@
-"""Collectives over the ranks of a run: work divided over ranks and gathered in order, gathered objects, maxima."""
+"""Collectives over the ranks of a run: work divided over ranks and gathered in order, gathered or broadcast objects, maxima."""
 
 from __future__ import annotations
 
@@ -63,6 +63,15 @@ def all_gather_object(value: Any) -> list[Any]:
     values: list[Any] = [None] * rank_and_world_size()[1]
     distributed.all_gather_object(values, value)
     return values
+
+
+def broadcast_object(value: R) -> R:
+    """Return rank 0's value on every rank. A collective: all ranks have to call it."""
+    if rank_and_world_size()[1] == 1:
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def all_reduce_max(number: int) -> int:

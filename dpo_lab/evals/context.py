@@ -19,16 +19,15 @@ from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tokenize import PairTokenizer
-from dpo_lab.distributed.collectives import P, R, map_across_ranks, rank_and_world_size
 from dpo_lab.evals.candidates import candidates, sampling_explained
 from dpo_lab.evals.judge import Score
 from dpo_lab.evals.scored_pairs import ScoredPairs
 from dpo_lab.models.forward import pair_logps, response_logps
+from dpo_lab.models.passes import map_passes
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference import ReferenceLogps
 from dpo_lab.models.sampling import Sample, generate_responses
 from dpo_lab.runs.examples import Examples, numbered
-from dpo_lab.terminal.progress import track
 
 
 @dataclass
@@ -230,7 +229,7 @@ class EvalContext:
                 logps = logps_of(collate(pairs[part]).to(device))
             return PairLogps(*(column.cpu() for column in _columns(logps)))
 
-        logps = _map_with_progress("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute)
+        logps = map_passes("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute, least=1.0)
         return PairLogps(*(torch.cat(column) for column in zip(*map(_columns, logps), strict=True)))
 
 
@@ -240,26 +239,6 @@ def _hash(*parts: Tokens) -> str:
 
 def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
     return logps.chosen, logps.rejected, logps.chosen_length, logps.rejected_length
-
-
-def _map_with_progress(title: str, parts: Sequence[P], sizes: Sequence[float], compute: Callable[[P], R]) -> list[R]:
-    """Call map_across_ranks with a progress bar on rank 0, shown if it takes more than a second.
-
-    The bar counts parts: those of rank 0 when each is done, those of other ranks at the end.
-    """
-    done = 0
-    with track(title, len(parts), shown=rank_and_world_size()[0] == 0, least=1.0) as advance:
-
-        def compute_and_count(part: P) -> R:
-            nonlocal done
-            result = compute(part)
-            done += 1
-            advance(1)
-            return result
-
-        results = map_across_ranks(parts, sizes, compute_and_count)
-        advance(len(parts) - done)
-    return results
 
 
 @torch.no_grad()
@@ -286,6 +265,6 @@ def score_pairs(
     parts = [order[part] for part in chunk_by_size([sizes[i] for i in order], tokens)]
     sums = torch.empty(len(sizes))
     work = [sum(sizes[i] for i in part) for part in parts]
-    for indices, logps in zip(parts, _map_with_progress("Log-probs of texts", parts, work, compute), strict=True):
+    for indices, logps in zip(parts, map_passes("Log-probs of texts", parts, work, compute, least=1.0), strict=True):
         sums[indices] = logps
     return sums, torch.tensor([len(response) for response in responses])

@@ -25,7 +25,7 @@ from dpo_lab.models.limits import Limits
 from dpo_lab.models.policy import Init, Policy, PolicyError, Pretrained, TinyPolicy, weights_digest
 from dpo_lab.models.reference_cache import cached_logps
 from dpo_lab.models.sampling import generate_responses
-from dpo_lab.runs.cache import cached
+from dpo_lab.runs.cache import cached_by_ranks
 from dpo_lab.training.initial_policy import initial_policy
 
 log = logging.getLogger(__name__)
@@ -211,13 +211,12 @@ def responses(
     recipe += "" if uses_cache(policy.model) else "without a KV cache"
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
-    def make(path: Path) -> None:
+    def make() -> bytes:
         ids = [encoder.prompt(prompt) for prompt in prompts]
         samples = generate_responses(
-            policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="Task responses"
+            policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="Task responses", by_ranks=True
         )
-        path.write_text(
-            json.dumps([encoder.text(s.tokens) if s.stopped is encoder.append_eos else None for s in samples])
-        )
+        texts = [encoder.text(s.tokens) if s.stopped is encoder.append_eos else None for s in samples]
+        return json.dumps(texts).encode()
 
-    return json.loads(cached(cache / f"responses-{digest}.json", make).read_text())
+    return json.loads(cached_by_ranks(cache / f"responses-{digest}.json", make))
