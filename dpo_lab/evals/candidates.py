@@ -59,7 +59,6 @@ def candidates(
                 seed=seed,
                 batch_size=batch_size,
                 what="Candidates (initial)",
-                by_ranks=True,
             )
         texts = [encoder.text(sample.tokens) for sample in samples]
         return json.dumps([texts[start : start + count] for start in range(0, len(texts), count)]).encode()

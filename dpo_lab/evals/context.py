@@ -25,8 +25,9 @@ from dpo_lab.evals.scored_pairs import ScoredPairs
 from dpo_lab.models.forward import pair_logps, response_logps
 from dpo_lab.models.passes import map_passes
 from dpo_lab.models.policy import Policy
-from dpo_lab.models.reference import ReferenceLogps
+from dpo_lab.models.reference import ReferenceLogps, reference_model
 from dpo_lab.models.sampling import Sample, generate_responses
+from dpo_lab.models.sharding import device_of
 from dpo_lab.runs.examples import Examples, numbered
 
 
@@ -171,7 +172,9 @@ class EvalContext:
     @cached_property
     def held_out(self) -> ScoredPairs:
         """The held-out pairs with their log-probabilities under both policies."""
-        reference = None if self.reference is None else self._pair_logps(self.reference, self.pairs)
+        reference = None
+        if self.reference is not None:
+            reference = self._pair_logps(reference_model(self.reference), self.reference, self.pairs)
         return ScoredPairs(self.pairs, *self.pair_logps, reference)
 
     @cached_property
@@ -186,7 +189,8 @@ class EvalContext:
 
     def _logps_of_pairs(self, pairs: Sequence[EncodedPair]) -> tuple[PairLogps, PairLogps]:
         trained, initial = (
-            self._pair_logps(partial(pair_logps, policy.model), pairs) for policy in (self.trained, self.initial)
+            self._pair_logps(policy.model, partial(pair_logps, policy.model), pairs)
+            for policy in (self.trained, self.initial)
         )
         return trained, initial
 
@@ -215,12 +219,16 @@ class EvalContext:
                 seed=derive_seed(self.seed, f"evaluation/{name}"),
                 batch_size=self.batch_size,
                 what=f"Samples ({name})",
-                by_ranks=True,
             )
 
     @torch.no_grad()
-    def _pair_logps(self, logps_of: Callable[[PairBatch], PairLogps], pairs: Sequence[EncodedPair]) -> PairLogps:
-        device = next(self.trained.model.parameters()).device
+    def _pair_logps(
+        self,
+        model: PreTrainedModel | None,
+        logps_of: Callable[[PairBatch], PairLogps],
+        pairs: Sequence[EncodedPair],
+    ) -> PairLogps:
+        device = device_of(self.trained.model)
         sizes = [pair.size for pair in pairs]
         parts = chunk_by_size(sizes, self.tokens)
 
@@ -229,7 +237,7 @@ class EvalContext:
                 logps = logps_of(collate(pairs[part]).to(device))
             return PairLogps(*(column.cpu() for column in _columns(logps)))
 
-        logps = map_passes("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute, least=1.0)
+        logps = map_passes("Log-probs of pairs", model, parts, [sum(sizes[part]) for part in parts], compute, least=1.0)
         return PairLogps(*(torch.cat(column) for column in zip(*map(_columns, logps), strict=True)))
 
 
@@ -253,7 +261,7 @@ def score_pairs(
 
     For `tokens` and `context` see EvalContext. All ranks have to call it; each computes its share, all get all results.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
 
@@ -265,6 +273,8 @@ def score_pairs(
     parts = [order[part] for part in chunk_by_size([sizes[i] for i in order], tokens)]
     sums = torch.empty(len(sizes))
     work = [sum(sizes[i] for i in part) for part in parts]
-    for indices, logps in zip(parts, map_passes("Log-probs of texts", parts, work, compute, least=1.0), strict=True):
+    for indices, logps in zip(
+        parts, map_passes("Log-probs of texts", model, parts, work, compute, least=1.0), strict=True
+    ):
         sums[indices] = logps
     return sums, torch.tensor([len(response) for response in responses])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -13,6 +14,7 @@ from dpo_lab.core.logps import StreamRows, pad_rows, sequence_logps, stream_rows
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.models.attention import SHARED_PROMPT, Segments
+from dpo_lab.models.sharding import class_of, device_of, one_pass
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -37,7 +39,7 @@ ROPES = {"default", "linear", "llama3", "yarn"}  # angles depend only on a token
 
 def select_forward(model: PreTrainedModel) -> None:
     """Switch the model to the shared-prompt path if it supports it; log which path it takes and why."""
-    kind = type(causal_lm(model)).__name__
+    kind = class_of(causal_lm(model)).__name__
     if reason := why_not_shared(model):
         log.info("forward: padded rows for %s, because %s", kind, reason)
     else:
@@ -53,7 +55,7 @@ def forward_name(model: PreTrainedModel) -> str:
 def why_not_shared(model: PreTrainedModel) -> str | None:
     """Return why the model can't take the shared-prompt path, from its class, modules and config; None if it can."""
     bare = causal_lm(model)
-    config, kind = bare.config, type(bare)
+    config, kind = bare.config, class_of(bare)
     if kind.__name__ not in PROVEN or not kind.__module__.startswith("transformers."):
         return "this architecture is not among the tested ones"
     if config._attn_implementation not in ("sdpa", "eager", SHARED_PROMPT):
@@ -100,6 +102,7 @@ def disable_dropout(model: nn.Module) -> None:
                     setattr(layer, name, 0.0)
 
 
+@one_pass
 def response_logps(
     model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items parts"]
 ) -> Float[Tensor, "items parts-1"]:
@@ -120,6 +123,7 @@ def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
     return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.lengths)
 
 
+@one_pass
 def pair_loss(
     model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps
 ) -> tuple[Float[Tensor, ""], PairLogps]:
@@ -136,6 +140,7 @@ def pair_loss(
     return loss(policy, reference).sum(), policy.detach()
 
 
+@one_pass
 def response_nll(
     model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[Tensor, "items 2"]
 ) -> Float[Tensor, ""]:
@@ -147,6 +152,12 @@ def response_nll(
         hidden, weight, stream = _response_rows(model, tokens, lengths)
         return fused_loss(hidden, weight, stream.targets, lengths, lambda logps, _: -logps.sum(1))[0]
     return -response_logps(model, tokens, lengths).sum()
+
+
+def dummy_nll(model: PreTrainedModel) -> Float[Tensor, ""]:
+    """Return response_nll of a response of one token, for a pass that other ranks need."""
+    tokens = torch.zeros(2, dtype=torch.long, device=device_of(model))
+    return response_nll(model, tokens, torch.ones_like(tokens)[None])
 
 
 def _shares_prompts(model: PreTrainedModel) -> bool:

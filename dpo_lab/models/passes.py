@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from dpo_lab.distributed.collectives import P, R, map_across_ranks, rank_and_world_size
+from dpo_lab.models.sharding import own_passes
 from dpo_lab.terminal.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def map_passes(
     title: str,
+    model: PreTrainedModel | None,
     parts: Sequence[P],
     sizes: Sequence[float],
     compute: Callable[[P], R],
@@ -18,8 +24,8 @@ def map_passes(
 ) -> list[R]:
     """Call map_across_ranks with a progress bar on rank 0, shown if it takes more than `least` seconds.
 
-    counts: what the bar counts for each part, by default 1. The parts of rank 0 are counted when each is done, those of
-    other ranks at the end.
+    model: the one that `compute` runs, which may be sharded; None: none. counts: what the bar counts for each part, by
+    default 1. The parts of rank 0 are counted when each is done, those of other ranks at the end.
     """
     counts = [1] * len(parts) if counts is None else counts
     done, indices = 0, range(len(parts))
@@ -32,6 +38,6 @@ def map_passes(
             advance(counts[index])
             return result
 
-        results = map_across_ranks(indices, sizes, compute_and_count)
+        results = map_across_ranks(indices, sizes, compute_and_count, own_passes(model))
         advance(sum(counts) - done)
     return results

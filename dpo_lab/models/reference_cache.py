@@ -23,6 +23,7 @@ from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.numerics import numerics_of
 from dpo_lab.models.passes import map_passes
 from dpo_lab.models.policy import weights_digest
+from dpo_lab.models.sharding import device_of
 from dpo_lab.runs.cache import cached_by_ranks
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _compute(
     order = np.argsort(pairs.sizes, kind="stable")
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     parts = [order[chunk] for chunk in chunk_by_size(pairs.sizes[order].tolist(), tokens)]
 
     def compute(indices: np.ndarray) -> Tensor:
@@ -105,7 +106,7 @@ def _compute(
         return torch.stack((logps.chosen, logps.rejected), 1).float().cpu()
 
     work = [int(pairs.sizes[part].sum()) for part in parts]
-    computed = map_passes("Reference log-probs", parts, work, compute, counts=[len(part) for part in parts])
+    computed = map_passes("Reference log-probs", model, parts, work, compute, [len(part) for part in parts])
     rows = torch.empty(len(pairs), 2)
     for indices, logps in zip(parts, computed, strict=True):
         rows[torch.from_numpy(indices)] = logps

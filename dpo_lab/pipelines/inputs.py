@@ -20,11 +20,15 @@ from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.quality import Quality, quality_of
 from dpo_lab.data.sources import Splits
 from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.distributed.collectives import broadcast_object, rank_and_world_size
 from dpo_lab.models.decoding import uses_cache
 from dpo_lab.models.limits import Limits
 from dpo_lab.models.policy import Init, Policy, PolicyError, Pretrained, TinyPolicy, weights_digest
+from dpo_lab.models.probes import hard_positions
 from dpo_lab.models.reference_cache import cached_logps
 from dpo_lab.models.sampling import generate_responses
+from dpo_lab.models.sharded_weights import from_rank_zero, gathered_as_stored
+from dpo_lab.models.sharding import Facts, Sharding, on_device
 from dpo_lab.runs.cache import cached_by_ranks
 from dpo_lab.training.initial_policy import initial_policy
 
@@ -33,10 +37,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Forward:
-    """The device and the autocast context of forward passes outside of training: the same as in training."""
+    """The device and the autocast context of forward passes outside of training, and how models are sharded (None: they
+    are not): the same as in training.
+    """
 
     device: torch.device
     context: Callable[[], AbstractContextManager]
+    sharding: Sharding | None = None
 
 
 @dataclass
@@ -67,19 +74,19 @@ class TrainingInputs:
 
 def prepare_pairs(config: RunConfig, cache: Path, forward: Forward) -> TrainingInputs:
     """Return the inputs of a DPO run. Raise ConfigError if the pairs don't fit the model or don't fill a batch."""
-    policy, response_policy = policies(config, cache)
+    policy, response_policy = policies(config, cache, forward.sharding)
     encoder = encoder_of(config, policy.tokenizer)
     splits = with_noise(config, policy, load_pairs(config, encoder, response_policy, cache), cache, forward)
     inputs = TrainingInputs(policy, encoder, splits.train, splits.held_out, splits.counts)
     return _check_inputs(inputs, "pairs", config)
 
 
-def prepare_responses(config: RunConfig, cache: Path) -> TrainingInputs:
+def prepare_responses(config: RunConfig, cache: Path, forward: Forward) -> TrainingInputs:
     """Return the inputs of supervised fine-tuning: the chosen responses of `prepare_pairs`' pairs, or plain texts.
 
     Raises ConfigError if the responses don't fit the model or don't fill a batch.
     """
-    policy, response_policy = policies(config, cache)
+    policy, response_policy = policies(config, cache, forward.sharding)
     if config.sft.text_column is not None:
         config = replace(config, data=config.data.as_texts(config.sft.text_column))
     encoder = encoder_of(config, policy.tokenizer)
@@ -142,7 +149,7 @@ def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: 
     margins = None
     if config.noise.needs_reference:
         assert policy is not None
-        policy.model.to(forward.device)  # type: ignore[arg-type]
+        on_device(policy.model, forward.device)
         reference = cached_logps(policy.model, splits.train, cache, forward.context, config.data.tokens_per_microbatch)
         margins = (reference.rows[:, 0] - reference.rows[:, 1]).double().numpy()
     try:
@@ -167,11 +174,45 @@ def distinct_prompts(pairs: PairTable) -> list[list[int]]:
     return list({tuple(pair.prompt): list(pair.prompt) for pair in pairs}.values())
 
 
-def policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
+def policies(config: RunConfig, cache: Path, sharding: Sharding | None = None) -> tuple[Policy, Policy]:
     """Return the initial policy, and the policy that generates the responses of a task.
 
-    With the embedded policy the latter is always the fine-tuned one, so that a run from random weights has the same
-    pairs.
+    Where they are sharded over ranks, rank 0 loads them and scatters their weights.
+    """
+    if sharding is None:
+        return _load_policies(config, cache)
+    loaded: Sequence[Policy | None] = (None, None)
+    refusal: ConfigError | None = None
+    if rank_and_world_size()[0] == 0:
+        try:
+            loaded = _load_policies(config, cache)
+        except ConfigError as error:
+            refusal = error
+    refusal, is_one = broadcast_object((refusal, loaded[0] is loaded[1]))
+    if refusal is not None:
+        raise refusal
+    policy = _shard(loaded[0], sharding)
+    response_policy = policy if is_one else _shard(loaded[1], sharding)
+    # responses are sampled without autocast, the same in every precision
+    return policy, Policy(gathered_as_stored(response_policy.model), response_policy.tokenizer)
+
+
+def _shard(policy: Policy | None, sharding: Sharding) -> Policy:
+    """Return rank 0's policy with its model sharded; other ranks give None."""
+    model = facts = None
+    if policy is not None:
+        model = policy.model
+        facts = Facts(weights_digest(model), hard_positions(model))
+    tokenizer = broadcast_object(None if policy is None else policy.tokenizer)
+    assert tokenizer is not None
+    return Policy(from_rank_zero(sharding, model, facts), tokenizer)
+
+
+def _load_policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
+    """Return the policies of `policies`, whole.
+
+    With the embedded policy the one that generates responses is always the fine-tuned one, so that a run from random
+    weights has the same pairs.
     """
     if isinstance(config.policy, Pretrained):
         with policy_errors():
@@ -214,7 +255,7 @@ def responses(
     def make() -> bytes:
         ids = [encoder.prompt(prompt) for prompt in prompts]
         samples = generate_responses(
-            policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="Task responses", by_ranks=True
+            policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="Task responses"
         )
         texts = [encoder.text(s.tokens) if s.stopped is encoder.append_eos else None for s in samples]
         return json.dumps(texts).encode()

@@ -41,17 +41,17 @@ def cached_by_ranks(path: Path | None, make: Callable[[], bytes]) -> bytes:
     A collective: all ranks have to call it, and `make` may run collectives. Of several runs one makes the file while the
     others wait. path: None stores nothing.
     """
-    is_first = path is not None and rank_and_world_size()[0] == 0
-    if is_first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock") if is_first else nullcontext():
-        content = broadcast_object(path.read_bytes() if is_first and is_intact(path) else None)
+    own = path if rank_and_world_size()[0] == 0 else None  # the file that this rank reads and writes
+    if own is not None:
+        own.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{own}.lock") if own is not None else nullcontext():
+        content = broadcast_object(own.read_bytes() if own is not None and is_intact(own) else None)
         if content is None:
             content = make()
-            if is_first:
-                with atomic_path(path) as beside:
+            if own is not None:
+                with atomic_path(own) as beside:
                     beside.write_bytes(content)
-                write_checksum(path)
+                write_checksum(own)
     return content
 
 
