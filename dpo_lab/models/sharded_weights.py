@@ -29,7 +29,8 @@ def from_rank_zero(sharding: Sharding, whole: PreTrainedModel | None, facts: Fac
     other ranks, which get the model's modules without weights.
     """
     skeleton, known = broadcast_object((None if whole is None else on_meta(whole), facts))
-    assert skeleton is not None and known is not None
+    assert skeleton is not None
+    assert known is not None
     model = _with_weights(sharding, skeleton, _scattered_from(sharding, whole))
     _state(model).facts = known
     return model

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from dpo_lab.models.sharded_weights import load_full, shard_like
 from dpo_lab.models.sharding import Sharding
+from dpo_lab.training.checkpoint_io import VerifiedCheckpointIO
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -94,6 +95,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if isinstance(self.checkpoint_io, VerifiedCheckpointIO):
+            self.checkpoint_io.maps = True  # a rank uses its shards alone
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
