@@ -10,9 +10,9 @@ from pathlib import Path
 from dpo_lab.core.pairs import Tokens, content_hash
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.models.numerics import numerics_of
+from dpo_lab.models.passes import cached_by_ranks
 from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.models.sampling import generate_responses
-from dpo_lab.runs.cache import cached_by_ranks
 from dpo_lab.runs.out_of_memory import explain_out_of_memory, halved
 
 FORMAT = "2"  # increase it when a change of the code changes the texts of a key

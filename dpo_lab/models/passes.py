@@ -1,12 +1,18 @@
-"""Forward passes divided over ranks, with a progress bar on rank 0."""
+"""What ranks do together: forward passes divided over them, with a progress bar on rank 0, and files of results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_lab.distributed.collectives import P, R, map_across_ranks, rank_and_world_size
+from filelock import FileLock
+
+from dpo_lab.distributed.collectives import P, R, broadcast_object, map_across_ranks, rank_and_world_size
 from dpo_lab.models.sharding import own_passes
+from dpo_lab.runs.atomic_write import atomic_path
+from dpo_lab.runs.cache import is_intact, write_checksum
 from dpo_lab.terminal.progress import track
 
 if TYPE_CHECKING:
@@ -41,3 +47,24 @@ def map_passes(
         results = map_across_ranks(indices, sizes, compute_and_count, own_passes(model))
         advance(sum(counts) - done)
     return results
+
+
+def cached_by_ranks(path: Path | None, make: Callable[[], bytes]) -> bytes:
+    """Return the content of the file `path`; if it is missing or damaged, all ranks `make` it together, and rank 0
+    writes it.
+
+    A collective: all ranks have to call it, and `make` may run collectives. Of several runs one makes the file while the
+    others wait. path: None stores nothing.
+    """
+    own = path if rank_and_world_size()[0] == 0 else None  # the file that this rank reads and writes
+    if own is not None:
+        own.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{own}.lock") if own is not None else nullcontext():
+        content = broadcast_object(own.read_bytes() if own is not None and is_intact(own) else None)
+        if content is None:
+            content = make()
+            if own is not None:
+                with atomic_path(own) as beside:
+                    beside.write_bytes(content)
+                write_checksum(own)
+    return content

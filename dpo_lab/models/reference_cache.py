@@ -21,10 +21,9 @@ from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, chunk_by_size
 from dpo_lab.data.collate import collate
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.numerics import numerics_of
-from dpo_lab.models.passes import map_passes
+from dpo_lab.models.passes import cached_by_ranks, map_passes
 from dpo_lab.models.policy import weights_digest
 from dpo_lab.models.sharding import device_of
-from dpo_lab.runs.cache import cached_by_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,13 +23,13 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.distributed.collectives import broadcast_object, rank_and_world_size
 from dpo_lab.models.decoding import uses_cache
 from dpo_lab.models.limits import Limits
+from dpo_lab.models.passes import cached_by_ranks
 from dpo_lab.models.policy import Init, Policy, PolicyError, Pretrained, TinyPolicy, weights_digest
 from dpo_lab.models.probes import hard_positions
 from dpo_lab.models.reference_cache import cached_logps
 from dpo_lab.models.sampling import generate_responses
 from dpo_lab.models.sharded_weights import from_rank_zero, gathered_as_stored
 from dpo_lab.models.sharding import Facts, Sharding, on_device
-from dpo_lab.runs.cache import cached_by_ranks
 from dpo_lab.training.initial_policy import initial_policy
 
 log = logging.getLogger(__name__)

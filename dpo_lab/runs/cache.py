@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 from filelock import FileLock
 
-from dpo_lab.distributed.collectives import broadcast_object, rank_and_world_size
 from dpo_lab.runs.atomic_write import atomic_path
 
 log = logging.getLogger("dpo_lab")
@@ -32,27 +30,6 @@ def cached(path: Path, make: Callable[[Path], None]) -> Path:
                 make(beside)
             write_checksum(path)
     return path
-
-
-def cached_by_ranks(path: Path | None, make: Callable[[], bytes]) -> bytes:
-    """Return the content of the file `path`; if it is missing or damaged, all ranks `make` it together, and rank 0
-    writes it.
-
-    A collective: all ranks have to call it, and `make` may run collectives. Of several runs one makes the file while the
-    others wait. path: None stores nothing.
-    """
-    own = path if rank_and_world_size()[0] == 0 else None  # the file that this rank reads and writes
-    if own is not None:
-        own.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{own}.lock") if own is not None else nullcontext():
-        content = broadcast_object(own.read_bytes() if own is not None and is_intact(own) else None)
-        if content is None:
-            content = make()
-            if own is not None:
-                with atomic_path(own) as beside:
-                    beside.write_bytes(content)
-                write_checksum(own)
-    return content
 
 
 def is_intact(path: Path) -> bool:
