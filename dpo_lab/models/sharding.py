@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.distributed.collectives import rank_and_world_size
@@ -27,7 +28,7 @@ from dpo_lab.distributed.collectives import rank_and_world_size
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-F = TypeVar("F", bound=Callable[..., Any])
+Compute = TypeVar("Compute", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Sharding:
         for layer in [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
             fully_shard(layer, **options)
         fully_shard(model, **options)
-        if self.dtype is not None:  # as under autocast the sum of the layers' outputs is of float32
-            model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.float())
+        if self.dtype is not None:
+            _keep_activations(model)
         sharded = model.sharded = Sharded(self, skeleton)
         model.register_forward_pre_hook(lambda module, args: sharded.announce(), prepend=True)
         model.run_as_forward = lambda compute, *args: compute(model, *args)
@@ -142,7 +143,7 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     return type(model).__mro__[2] if is_sharded(model) else type(model)
 
 
-def one_pass(compute: F) -> F:
+def one_pass(compute: Compute) -> Compute:
     """Decorate a function that runs one forward pass of the model that is its first argument, which may be sharded."""
 
     @functools.wraps(compute)
@@ -182,6 +183,19 @@ def device_of(model: PreTrainedModel) -> torch.device:
 def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Move a model to a device; a sharded one is where it has to be."""
     return model if is_sharded(model) else model.to(device)  # type: ignore[arg-type]
+
+
+def _keep_activations(model: Any) -> None:
+    """Let a model whose gathered weights are of 16 bits sum its layers' outputs in float32, as it does under autocast."""
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.float())
+    for module in model.modules():
+        if type(module) is nn.LayerNorm:  # on a CPU it does not mix dtypes
+            module.forward = functools.partial(_layer_norm, module)  # type: ignore[assignment]
+
+
+def _layer_norm(module: nn.LayerNorm, values: Tensor) -> Tensor:
+    weight, bias = (None if weight is None else weight.to(values.dtype) for weight in (module.weight, module.bias))
+    return F.layer_norm(values, module.normalized_shape, weight, bias, module.eps)
 
 
 def on_meta(model: PreTrainedModel) -> PreTrainedModel:
