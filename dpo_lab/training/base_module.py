@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -17,14 +16,14 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import PairBatch
-from dpo_lab.distributed.collectives import all_gather_object, all_reduce_max
+from dpo_lab.distributed.collectives import all_gather_object
 from dpo_lab.distributed.signals import StopRequest
 from dpo_lab.models.autocast_linear import LinearCasts
-from dpo_lab.models.forward import disable_dropout, response_nll
+from dpo_lab.models.forward import disable_dropout, dummy_nll
+from dpo_lab.models.sharded_weights import full_tensor, set_digest
 from dpo_lab.runs.run_record import CHECKPOINTS
 from dpo_lab.training.nonfinite import nonfinite_pairs, not_finite
 from dpo_lab.training.optim import Optim
-from dpo_lab.training.strategies.fsdp import full_tensor, shard
 
 
 class BaseModule(LightningModule):
@@ -42,7 +41,6 @@ class BaseModule(LightningModule):
 
     title: ClassVar[str]
     charts: ClassVar[dict[str, tuple[str, ...]]] = {"loss/training and held out": ("train/loss", "val/loss")}
-    FORWARDS = ("part_loss", "validate_part", "dummy_loss")  # the methods that compute with the model's weights
     request: StopRequest | None = None
     stopping: int = 0
     casts: LinearCasts | None = None
@@ -84,8 +82,7 @@ class BaseModule(LightningModule):
 
     def dummy_loss(self) -> Tensor:
         """Return a differentiable loss of 0, from a response of one token."""
-        tokens = torch.zeros(2, dtype=torch.long, device=self.device)
-        return 0 * response_nll(self.model, tokens, np.ones((1, 2), int))
+        return 0 * dummy_nll(self.model)
 
     def dummy_passes(self, parts: int) -> range:
         """Return the dummy passes that a rank with `parts` micro-batches has to run, so that all ranks run equally
@@ -94,11 +91,16 @@ class BaseModule(LightningModule):
         Where the model is sharded, every rank takes part in each pass of the others; otherwise there are no dummy
         passes.
         """
-        return range(all_reduce_max(parts) - parts if self._is_sharded else 0)
+        if not self._is_sharded:
+            return range(0)
+        most = self.trainer.strategy.reduce(torch.tensor(parts, device=self.device), reduce_op="max")
+        return range(int(most) - parts)  # type: ignore[arg-type]
 
     def configure_model(self) -> None:
-        if self.device_mesh is not None:
-            shard(self)
+        """Shard the model, unless it is sharded already; its weights are about to change."""
+        if self._is_sharded:
+            self.trainer.strategy.sharding.shard(self.model)  # type: ignore[attr-defined]
+            set_digest(self.model, None)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         optimizer: LightningOptimizer = self.optimizers()  # type: ignore[assignment]
