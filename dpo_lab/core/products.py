@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 
 
 def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second tensor of each pair to the first, whose dtype may differ: on a GPU by a few kernels for all."""
+    """Copy the second tensor of each pair to the first, whose dtype may differ: on a GPU by a few kernels for all.
+
+    Of tensors that are sharded over ranks alike, each rank copies its shards.
+    """
     if found := [*zip(*pairs, strict=True)]:
-        torch._foreach_copy_([*found[0]], [*found[1]])  # type: ignore[reportPrivateImportUsage]
+        to, of = ([getattr(tensor, "_local_tensor", tensor) for tensor in tensors] for tensors in found)
+        torch._foreach_copy_(to, of)  # type: ignore[reportPrivateImportUsage]
 
 
 def product(left: Float[Tensor, "n k"], right: Float[Tensor, "k m"], dtype: torch.dtype) -> Float[Tensor, "n m"]:
