@@ -6,6 +6,7 @@ import copy
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
@@ -19,7 +20,7 @@ from dpo_lab.models.sharding import Facts, Sharding, is_sharded
 from tests.support.architectures import CACHED, UNCACHED, made
 
 KINDS = ("Llama", "GPT-2", "Gemma 2", "Qwen3 MoE", "DeepSeek-V3", "BLOOM", "GPT-NeoX", "Mamba")
-TOKENS, LENGTHS = torch.arange(3, 20), torch.tensor([[4, 3, 2], [3, 2, 3]])
+TOKENS, LENGTHS = torch.arange(3, 20), np.array([[4, 3, 2], [3, 2, 3]])
 
 
 @pytest.fixture(scope="module")
