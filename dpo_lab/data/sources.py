@@ -132,13 +132,10 @@ class Data(Source):
                 f" data.tokens_per_microbatch={FORWARD_TOKENS}"
             )
         for name in ("pairs", "validation_pairs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: must be 1 or more; type e.g. data.{name}=32")
+            check_at_least(f"data.{name}", getattr(self, name), 1, 32)
         check_at_least("data.num_workers", self.num_workers, 0, 0)
-        if self.tokenize_workers is not None and self.tokenize_workers < 1:
-            raise ValueError(
-                f"data.tokenize_workers={self.tokenize_workers}: must be 1 or more; type e.g. data.tokenize_workers=4"
-            )
+        if self.tokenize_workers is not None:
+            check_at_least("data.tokenize_workers", self.tokenize_workers, 1, 4)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction}: must lie between 0 and 1;"
