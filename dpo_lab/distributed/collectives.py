@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 from torch import distributed
 
 P = TypeVar("P")
@@ -76,9 +77,14 @@ def broadcast_object(value: R) -> R:
     return values[0]
 
 
-def all_reduce_max(number: int) -> int:
+def all_reduce_max(number: int, device: torch.device | None = None) -> int:
     """Return the largest of the ranks' numbers. A collective.
 
-    It is gathered as an object, for which torch chooses a device that the group's backend supports (NCCL: only GPUs).
+    device: one that the group's backend supports (NCCL: only GPUs); None: the number is gathered as an object, for which
+    torch chooses the device, in two collectives.
     """
-    return max(all_gather_object(number))
+    if device is None or rank_and_world_size()[1] == 1:
+        return max(all_gather_object(number))
+    largest = torch.tensor(number, device=device)
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest)

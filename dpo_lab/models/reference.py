@@ -98,8 +98,8 @@ class AdapterOff(Reference, name="adapter_off", starts_at_policy=True):
             )
         if is_sharded:
             raise ValueError(
-                "reference=adapter_off: a policy sharded over the ranks runs one forward pass per micro-batch, not"
-                " a second one without adapters; type reference=cached, or trainer=ddp"
+                "reference=adapter_off: the adapters of a policy that is sharded over ranks can't be disabled for a pass;"
+                " type reference=cached, or trainer=ddp"
             )
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:

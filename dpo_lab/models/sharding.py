@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.distributed.collectives import rank_and_world_size
+from dpo_lab.distributed.collectives import all_reduce_max, rank_and_world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,9 +123,7 @@ class Sharded:
         model.reshard()
 
     def _any_rank_runs(self, runs: bool) -> bool:
-        flag = torch.tensor(int(runs), device=self.sharding.device)
-        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-        return bool(flag)
+        return bool(all_reduce_max(runs, self.sharding.device))
 
 
 def sharded_of(model: nn.Module | None) -> Sharded | None:

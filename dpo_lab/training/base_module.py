@@ -16,7 +16,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import PairBatch
-from dpo_lab.distributed.collectives import all_gather_object
+from dpo_lab.distributed.collectives import all_gather_object, all_reduce_max
 from dpo_lab.distributed.signals import StopRequest
 from dpo_lab.models.autocast_linear import LinearCasts
 from dpo_lab.models.forward import disable_dropout, dummy_nll
@@ -91,10 +91,7 @@ class BaseModule(LightningModule):
         Where the model is sharded, every rank takes part in each pass of the others; otherwise there are no dummy
         passes.
         """
-        if not self._is_sharded:
-            return range(0)
-        most = self.trainer.strategy.reduce(torch.tensor(parts, device=self.device), reduce_op="max")
-        return range(int(most) - parts)  # type: ignore[arg-type]
+        return range(all_reduce_max(parts, self.device) - parts if self._is_sharded else 0)
 
     def configure_model(self) -> None:
         """Shard the model, unless it is sharded already; its weights are about to change."""

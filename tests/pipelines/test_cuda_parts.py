@@ -26,7 +26,6 @@ from dpo_lab.models.sharding import Sharded
 from dpo_lab.pipelines.setup import forward_settings, make_trainer
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.memory import MemoryTracker, peak_memory, restart_peak
-from dpo_lab.training.strategies.fsdp import FSDP2Strategy
 from tests.conftest import make_pairs
 from tests.evals.test_evals import subject_of
 from tests.support import small_fit
@@ -97,11 +96,11 @@ def test_messages_travel_over_a_group_that_serves_gpus_alone(of_gpus, policy):
 
 
 def test_ranks_count_passes_and_share_caches_over_such_a_group(of_gpus, policy, tmp_path):
-    sharded: Any = Sharded(SimpleNamespace(device=DEVICE), None)  # type: ignore[arg-type]
+    sharding: Any = SimpleNamespace(device=DEVICE)
+    sharded = Sharded(sharding, policy.model)
     assert sharded._any_rank_runs(True) is True
     assert sharded._any_rank_runs(False) is False
-    trainer = SimpleNamespace(strategy=FSDP2Strategy())
-    module: Any = SimpleNamespace(_is_sharded=True, device=DEVICE, trainer=trainer)
+    module: Any = SimpleNamespace(_is_sharded=True, device=DEVICE)
     assert len(BaseModule.dummy_passes(module, 2)) == 0
     on_gpu = copy.deepcopy(policy.model).to(DEVICE)
     first, again = (cached_logps(on_gpu, make_pairs(3), tmp_path, bf16, 10**6) for _ in range(2))
