@@ -1,7 +1,8 @@
-"""Matrix products of 16-bit tensors whose float32 sums are not rounded to 16 bits, on GPUs."""
+"""Operators on 16-bit tensors: products whose float32 sums are not rounded, and casts of many tensors at once, on GPUs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,16 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+
+def copy_each(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second tensor of each pair to the first, whose dtype may differ: on a GPU by a few kernels for all.
+
+    Of tensors that are sharded over ranks alike, each rank copies its shards.
+    """
+    if found := [*zip(*pairs, strict=True)]:
+        to, of = ([getattr(tensor, "_local_tensor", tensor) for tensor in tensors] for tensors in found)
+        torch._foreach_copy_(to, of)  # type: ignore[reportPrivateImportUsage]
 
 
 def product(left: Float[Tensor, "n k"], right: Float[Tensor, "k m"], dtype: torch.dtype) -> Float[Tensor, "n m"]:

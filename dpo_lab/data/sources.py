@@ -24,6 +24,7 @@ from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.data.tokenized_cache import BadRows, TokenizedPairs, load_or_build
+from dpo_lab.errors import check_at_least
 
 log = logging.getLogger(__name__)
 
@@ -124,20 +125,17 @@ class Data(Source):
             raise ValueError(
                 f"data.sources.{missing[0]}.path is missing; type +data.sources.{missing[0]}.path=FILE.jsonl"
             )
-        if isinstance(self.tokens_per_microbatch, str) and self.tokens_per_microbatch != AUTO:
+        tokens = self.tokens_per_microbatch
+        if tokens != AUTO and (isinstance(tokens, str) or tokens < 1):
             raise ValueError(
-                f"data.tokens_per_microbatch={self.tokens_per_microbatch}: must be a whole number or auto; type"
+                f"data.tokens_per_microbatch={tokens}: must be 1 or more, or auto; type e.g."
                 f" data.tokens_per_microbatch={FORWARD_TOKENS}"
             )
-        for name in ("pairs", "validation_pairs", "batch_size", "forward_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: must be 1 or more; type e.g. data.{name}=32")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers={self.num_workers}: must be 0 or more; type e.g. data.num_workers=0")
-        if self.tokenize_workers is not None and self.tokenize_workers < 1:
-            raise ValueError(
-                f"data.tokenize_workers={self.tokenize_workers}: must be 1 or more; type e.g. data.tokenize_workers=4"
-            )
+        for name in ("pairs", "validation_pairs", "batch_size"):
+            check_at_least(f"data.{name}", getattr(self, name), 1, 32)
+        check_at_least("data.num_workers", self.num_workers, 0, 0)
+        if self.tokenize_workers is not None:
+            check_at_least("data.tokenize_workers", self.tokenize_workers, 1, 4)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"data.validation_fraction={self.validation_fraction}: must lie between 0 and 1;"

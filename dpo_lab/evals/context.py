@@ -19,16 +19,16 @@ from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tokenize import PairTokenizer
-from dpo_lab.distributed.collectives import P, R, map_across_ranks, rank_and_world_size
 from dpo_lab.evals.candidates import candidates, sampling_explained
 from dpo_lab.evals.judge import Score
 from dpo_lab.evals.scored_pairs import ScoredPairs
 from dpo_lab.models.forward import pair_logps, response_logps
+from dpo_lab.models.passes import map_passes
 from dpo_lab.models.policy import Policy
-from dpo_lab.models.reference import ReferenceLogps
+from dpo_lab.models.reference import ReferenceLogps, reference_model
 from dpo_lab.models.sampling import Sample, generate_responses
+from dpo_lab.models.sharding import device_of
 from dpo_lab.runs.examples import Examples, numbered
-from dpo_lab.terminal.progress import track
 
 
 @dataclass
@@ -172,7 +172,9 @@ class EvalContext:
     @cached_property
     def held_out(self) -> ScoredPairs:
         """The held-out pairs with their log-probabilities under both policies."""
-        reference = None if self.reference is None else self._pair_logps(self.reference, self.pairs)
+        reference = None
+        if self.reference is not None:
+            reference = self._pair_logps(reference_model(self.reference), self.reference, self.pairs)
         return ScoredPairs(self.pairs, *self.pair_logps, reference)
 
     @cached_property
@@ -187,7 +189,8 @@ class EvalContext:
 
     def _logps_of_pairs(self, pairs: Sequence[EncodedPair]) -> tuple[PairLogps, PairLogps]:
         trained, initial = (
-            self._pair_logps(partial(pair_logps, policy.model), pairs) for policy in (self.trained, self.initial)
+            self._pair_logps(policy.model, partial(pair_logps, policy.model), pairs)
+            for policy in (self.trained, self.initial)
         )
         return trained, initial
 
@@ -216,12 +219,16 @@ class EvalContext:
                 seed=derive_seed(self.seed, f"evaluation/{name}"),
                 batch_size=self.batch_size,
                 what=f"Samples ({name})",
-                by_ranks=True,
             )
 
     @torch.no_grad()
-    def _pair_logps(self, logps_of: Callable[[PairBatch], PairLogps], pairs: Sequence[EncodedPair]) -> PairLogps:
-        device = next(self.trained.model.parameters()).device
+    def _pair_logps(
+        self,
+        model: PreTrainedModel | None,
+        logps_of: Callable[[PairBatch], PairLogps],
+        pairs: Sequence[EncodedPair],
+    ) -> PairLogps:
+        device = device_of(self.trained.model)
         sizes = [pair.size for pair in pairs]
         parts = chunk_by_size(sizes, self.tokens)
 
@@ -230,7 +237,7 @@ class EvalContext:
                 logps = logps_of(collate(pairs[part]).to(device))
             return PairLogps(*(column.cpu() for column in _columns(logps)))
 
-        logps = _map_with_progress("Log-probs of pairs", parts, [sum(sizes[part]) for part in parts], compute)
+        logps = map_passes("Log-probs of pairs", model, parts, [sum(sizes[part]) for part in parts], compute, least=1.0)
         return PairLogps(*(torch.cat(column) for column in zip(*map(_columns, logps), strict=True)))
 
 
@@ -240,26 +247,6 @@ def _hash(*parts: Tokens) -> str:
 
 def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
     return logps.chosen, logps.rejected, logps.chosen_length, logps.rejected_length
-
-
-def _map_with_progress(title: str, parts: Sequence[P], sizes: Sequence[float], compute: Callable[[P], R]) -> list[R]:
-    """Call map_across_ranks with a progress bar on rank 0, shown if it takes more than a second.
-
-    The bar counts parts: those of rank 0 when each is done, those of other ranks at the end.
-    """
-    done = 0
-    with track(title, len(parts), shown=rank_and_world_size()[0] == 0, least=1.0) as advance:
-
-        def compute_and_count(part: P) -> R:
-            nonlocal done
-            result = compute(part)
-            done += 1
-            advance(1)
-            return result
-
-        results = map_across_ranks(parts, sizes, compute_and_count)
-        advance(len(parts) - done)
-    return results
 
 
 @torch.no_grad()
@@ -274,7 +261,7 @@ def score_pairs(
 
     For `tokens` and `context` see EvalContext. All ranks have to call it; each computes its share, all get all results.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
 
@@ -286,6 +273,8 @@ def score_pairs(
     parts = [order[part] for part in chunk_by_size([sizes[i] for i in order], tokens)]
     sums = torch.empty(len(sizes))
     work = [sum(sizes[i] for i in part) for part in parts]
-    for indices, logps in zip(parts, _map_with_progress("Log-probs of texts", parts, work, compute), strict=True):
+    for indices, logps in zip(
+        parts, map_passes("Log-probs of texts", model, parts, work, compute, least=1.0), strict=True
+    ):
         sums[indices] = logps
     return sums, torch.tensor([len(response) for response in responses])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dpo_lab.core.products import product
+from dpo_lab.core.products import copy_each, product
 from dpo_lab.models.paths import causal_lm
 
 
@@ -29,8 +29,7 @@ class LinearCasts:
         layers = {id(layer): layer for model in models for layer in _layers(model)}
         self.layers, self.keeps_copies = list(layers.values()), keeps_copies
         self.copies: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the id of the weight
-        self.last: tuple[weakref.ref[Tensor], int | None, torch.dtype] | None = None  # the last input that was cast
-        self.last_cast: Tensor | None = None
+        self.last: tuple[weakref.ref[Tensor], int | None, Tensor] | None = None  # an input, its version, and its cast
 
     def install(self) -> LinearCasts:
         for layer in self.layers:
@@ -41,15 +40,12 @@ class LinearCasts:
         for layer in self.layers:
             layer.__dict__.pop("forward", None)
         self.copies.clear()
-        self.last = self.last_cast = None
+        self.last = None
 
     @torch.no_grad()
     def refresh(self, is_trained: bool = True) -> None:
         """Copy the weights that an optimizer step has changed: those that are trained, or the others."""
-        changed = [pair for pair in self.copies.values() if pair[0].requires_grad == is_trained]
-        if changed:
-            weights, copies = zip(*changed, strict=True)
-            torch._foreach_copy_(copies, weights)
+        copy_each((copy, weight) for weight, copy in self.copies.values() if weight.requires_grad == is_trained)
 
     def _forward(self, layer: nn.Linear, x: Tensor) -> Tensor:
         device, weight, bias = x.device.type, layer.weight, layer.bias
@@ -76,13 +72,15 @@ class LinearCasts:
             self.copies[id(weight)] = weight, copy
         return copy
 
-    def _cast(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if x.dtype is dtype:
             return x.detach()
         version = None if x.is_inference() else x._version
-        if self.last is None or self.last[0]() is not x or self.last[1:] != (version, dtype):
-            self.last, self.last_cast = (weakref.ref(x), version, dtype), x.detach().to(dtype)
-        return self.last_cast
+        if self.last is not None and self.last[0]() is x and self.last[1] == version and self.last[2].dtype is dtype:
+            return self.last[2]
+        cast = x.detach().to(dtype)
+        self.last = weakref.ref(x), version, cast
+        return cast
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dpo_lab.core.pairs import Tokens
 from dpo_lab.models.paths import causal_lm
+from dpo_lab.models.sharding import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ class FullRows:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Tokens]) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.rows = [torch.tensor(list(prompt), device=self.device) for prompt in prompts]
         accepted = inspect.signature(causal_lm(model).forward).parameters
         self.settings = {"use_cache": False} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
@@ -82,7 +83,7 @@ class CachedRows:
     """Rows with a KV cache, padded on the left; each step runs only the newest token."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Tokens], pad_id: int, new_tokens: int) -> None:
-        device = next(model.parameters()).device
+        device = device_of(model)
         width = max(len(p) for p in prompts)
         self.model = model
         self.input_ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)

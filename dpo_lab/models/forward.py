@@ -18,6 +18,7 @@ from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.models.paths import apply_path, response_rows, shares_prompts
+from dpo_lab.models.sharding import device_of, one_pass
 from dpo_lab.models.trial import path_for
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def disable_dropout(model: nn.Module) -> None:
                     setattr(layer, name, 0.0)
 
 
+@one_pass
 def response_logps(
     model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]
 ) -> Float[Tensor, "items parts-1"]:
@@ -73,6 +75,7 @@ def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
     return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.response_lengths)
 
 
+@one_pass
 def pair_loss(
     model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps
 ) -> tuple[Float[Tensor, ""], PairLogps]:
@@ -86,6 +89,7 @@ def pair_loss(
     return total, PairLogps.of(logps, batch.response_lengths)
 
 
+@one_pass
 def response_nll(
     model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items 2"]
 ) -> Float[Tensor, ""]:
@@ -95,3 +99,9 @@ def response_nll(
     """
     hidden, head, targets = response_rows(model, tokens, lengths)
     return fused_loss(hidden, head, targets, lengths, lambda logps, _: -logps.sum(1))[0]
+
+
+def dummy_nll(model: PreTrainedModel) -> Float[Tensor, ""]:
+    """Return response_nll of a response of one token, for a pass that other ranks need."""
+    tokens = torch.zeros(2, dtype=torch.long, device=device_of(model))
+    return response_nll(model, tokens, np.ones((1, 2), int))

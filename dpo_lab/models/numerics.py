@@ -10,6 +10,7 @@ import torch
 
 from dpo_lab.models.decoding import uses_cache
 from dpo_lab.models.paths import causal_lm
+from dpo_lab.models.sharding import device_of, sharded_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,12 +21,15 @@ def numerics_of(model: PreTrainedModel, context: Callable[[], AbstractContextMan
 
     Autocast depends on the device type, so its dtype is read from a matrix product on the model's device.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     with context():
         product = torch.empty(1, 1, device=device) @ torch.empty(1, 1, device=device)
     parts = [device.type, model.dtype, product.dtype, torch.get_float32_matmul_precision()]
     parts.append(causal_lm(model).config._attn_implementation)
     parts += [] if uses_cache(model) else ["without a KV cache"]
+    sharded = sharded_of(model)
+    if sharded is not None and sharded.sharding.dtype is not None:
+        parts.append(f"weights gathered in {sharded.sharding.dtype}")
     if device.type == "cuda":  # scaled_dot_product_attention selects one of the enabled kernels
         kernels = torch.backends.cuda
         flags = (kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled())

@@ -263,6 +263,11 @@ def is_adapter(folder: Path) -> bool:
 
 def trainable_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Copy the trainable weights of a model; frozen ones are shared, so LoRA keeps one base model in memory."""
+    from dpo_lab.models.sharded_weights import sharded_copy
+    from dpo_lab.models.sharding import is_sharded
+
+    if is_sharded(model):
+        return sharded_copy(model)
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
@@ -272,9 +277,17 @@ def load_policy(folder: Path) -> Policy:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Return a hash of all weights: names, shapes, dtypes and values; new adapters (B = 0) count as none."""
+    """Return a hash of all weights: names, shapes, dtypes and values; new adapters (B = 0) count as none.
+
+    That of a sharded model was computed where it was whole.
+    """
     import torch
 
+    from dpo_lab.models.sharding import sharded_of
+
+    if (sharded := sharded_of(model)) is not None:
+        assert sharded.facts.digest is not None, "the weights have changed since they were whole"
+        return sharded.facts.digest
     weights = model.state_dict()
     new = {name for name, tensor in weights.items() if ".lora_B." in name and not tensor.any()}
     new |= {name.replace(".lora_B.", ".lora_A.") for name in new}

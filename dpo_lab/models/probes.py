@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpo_lab.models.decoding import CachedRows
 from dpo_lab.models.paths import causal_lm, pad_id_of
+from dpo_lab.models.sharding import sharded_of
 from dpo_lab.runs.cache import cached
 
 if TYPE_CHECKING:
@@ -71,7 +72,12 @@ def _declared_positions(model: PreTrainedModel) -> int | None:
 
 @torch.inference_mode()
 def hard_positions(model: PreTrainedModel) -> bool:
-    """Return whether a row longer than positions_of(model) can't be computed, as with learned positions."""
+    """Return whether a row longer than positions_of(model) can't be computed, as with learned positions.
+
+    It runs the model, so for a sharded model it is what was found before.
+    """
+    if (sharded := sharded_of(model)) is not None:
+        return sharded.facts.hard_positions
     positions = _declared_positions(model)
     if positions is None or ropes_of(model):
         return False  # an angle can be computed for any position

@@ -68,6 +68,11 @@ class Frozen(Reference, name="frozen", starts_at_policy=True):
     """
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
+        from dpo_lab.models.sharding import sharded_of
+
+        sharded = sharded_of(initial)
+        if sharded is not None and sharded.origin is not None:
+            return FrozenModel(sharded.origin)  # which is kept for the evaluation anyway
         return FrozenModel(trainable_copy(initial))
 
 
@@ -120,8 +125,8 @@ class AdapterOff(Reference, name="adapter_off", starts_at_policy=True):
             )
         if is_sharded:
             raise ValueError(
-                "reference=adapter_off: a policy sharded over the ranks runs one forward pass per micro-batch, not"
-                " a second one without adapters; type reference=cached, or trainer=ddp"
+                "reference=adapter_off: the adapters of a policy that is sharded over ranks can't be disabled for a pass;"
+                " type reference=cached, or trainer=ddp"
             )
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
@@ -171,8 +176,9 @@ class FrozenModel:
         import torch
 
         from dpo_lab.models.forward import pair_logps
+        from dpo_lab.models.sharding import on_device
 
-        self.model.to(batch.tokens.device)  # type: ignore[arg-type]
+        on_device(self.model, batch.tokens.device)
         with torch.no_grad():
             return pair_logps(self.model, batch)
 

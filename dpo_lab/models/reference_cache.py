@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dpo_lab.core.pair_table import PairTable
@@ -21,14 +21,14 @@ from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, chunk_by_size,
 from dpo_lab.data.collate import collate
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.numerics import numerics_of
+from dpo_lab.models.passes import cached_by_ranks, map_passes
 from dpo_lab.models.policy import weights_digest
-from dpo_lab.runs.cache import cached
-from dpo_lab.terminal.progress import track
+from dpo_lab.models.sharding import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = "3"  # increase it when a change of the code changes the cached numbers
+FORMAT = "4"  # increase it when a change of the code changes the cached numbers
 
 
 @dataclass
@@ -63,18 +63,18 @@ def cached_logps(
 ) -> CachedLogps:
     """Return the cached log-probabilities of these pairs under this model, from `folder` or computed and stored there.
 
-    tokens: approximate number of tokens per forward pass.
+    tokens: approximate number of tokens per forward pass. A collective: each rank computes its share of the forward
+    passes, whose batches do not depend on the number of ranks, so that the file is that of one process.
     """
     table = pairs if isinstance(pairs, PairTable) else PairTable.of(pairs)
     table = table.flip(table.flipped)
     key = _cache_key(weights_digest(initial), f"{FORMAT} {numerics_of(initial, context)}", table)
     path = folder / f"reference-{key[:16]}.safetensors"
 
-    def make(path: Path) -> None:
-        rows = _compute(initial, table, context, tokens)
-        save_file({"logps": rows}, path)
+    def make() -> bytes:
+        return save({"logps": _compute(initial, table, context, tokens)})
 
-    rows = load_file(cached(path, make))["logps"].clone()  # not memory-mapped: the file may change
+    rows = load(cached_by_ranks(path, make))["logps"]
     order = np.argsort(table.keys, kind="stable")
     return CachedLogps(rows, table.keys[order], order, path)
 
@@ -93,17 +93,21 @@ def _compute(
     model: PreTrainedModel, pairs: PairTable, context: Callable[[], AbstractContextManager], tokens: int
 ) -> Tensor:
     order = np.argsort(pairs.sizes, kind="stable")
-    rows = torch.empty(len(pairs), 2)
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    with track("Reference log-probs", len(order)) as advance:
-        for chunk in chunk_by_size(pairs.sizes[order].tolist(), tokens):
-            indices = order[chunk]
-            with context():
-                logps = pair_logps(model, collate([pairs[int(i)] for i in indices]).to(device))
-            rows[torch.from_numpy(indices)] = torch.stack((logps.chosen, logps.rejected), 1).float().cpu()
-            advance(len(indices))
+    device = device_of(model)
+    parts = [order[chunk] for chunk in chunk_by_size(pairs.sizes[order].tolist(), tokens)]
+
+    def compute(indices: np.ndarray) -> Tensor:
+        with context():
+            logps = pair_logps(model, collate([pairs[int(i)] for i in indices]).to(device))
+        return torch.stack((logps.chosen, logps.rejected), 1).float().cpu()
+
+    work = [int(pairs.sizes[part].sum()) for part in parts]
+    computed = map_passes("Reference log-probs", model, parts, work, compute, [len(part) for part in parts])
+    rows = torch.empty(len(pairs), 2)
+    for indices, logps in zip(parts, computed, strict=True):
+        rows[torch.from_numpy(indices)] = logps
     model.train(was_training)
     if not rows.isfinite().all():
         bad = pairs.key(int((~rows.isfinite()).any(1).nonzero()[0]))

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import Tokens
 from dpo_lab.data.tokenize import PairTokenizer
-from dpo_lab.distributed.collectives import map_across_ranks, map_local, rank_and_world_size
+from dpo_lab.distributed.collectives import map_across_ranks, rank_and_world_size
 from dpo_lab.models.decoding import rows_of
+from dpo_lab.models.sharding import device_of, is_sharded, own_passes
 from dpo_lab.terminal.progress import track
 
 if TYPE_CHECKING:
@@ -29,10 +30,9 @@ def generate_responses(
     seed: int,
     what: str,
     batch_size: int = 512,
-    by_ranks: bool = False,
 ) -> list[Sample]:
     """Sample a response to each encoded prompt, with a progress bar titled `what`; see `sample`."""
-    with track(what, len(prompts), shown=not by_ranks or rank_and_world_size()[0] == 0) as advance:
+    with track(what, len(prompts), shown=rank_and_world_size()[0] == 0) as advance:
         return sample(
             model,
             prompts,
@@ -41,7 +41,6 @@ def generate_responses(
             pad_id=encoder.pad_id,
             seed=seed,
             batch_size=batch_size,
-            by_ranks=by_ranks,
             progress=advance,
         )
 
@@ -54,7 +53,6 @@ class Sample:
     stopped: bool
 
 
-@torch.inference_mode()
 def sample(
     model: PreTrainedModel,
     prompts: Sequence[Tokens],
@@ -64,23 +62,22 @@ def sample(
     pad_id: int,
     seed: int,
     batch_size: int = 512,
-    by_ranks: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
     """Sample one response per prompt (token ids) from the model's full distribution at temperature 1.
 
     Each prompt has its own uniform random numbers, a function of the seed and of its index in `prompts`. So batching
-    does not change the samples, except where rounding moves the boundary between two tokens. by_ranks: divide the
-    batches over ranks, which all have to call it and get all samples; a batch holds the same prompts for any number of
-    ranks, so samples are equal bit for bit. progress is called with the number of responses finished since its last
-    call, assuming that the other ranks are as fast as this one.
+    does not change the samples, except where rounding moves the boundary between two tokens. Batches are divided over
+    ranks, which all have to call it and get all samples; a batch holds the same prompts for any number of ranks, so
+    samples are equal bit for bit. progress is called with the number of responses finished since its last call,
+    assuming that the other ranks are as fast as this one.
     """
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     work = [len(indices) * (len(prompts[indices[-1]]) + max_new_tokens) for indices in batches]
-    ranks, left = rank_and_world_size()[1] if by_ranks else 1, len(prompts)
+    ranks, left = rank_and_world_size()[1], len(prompts)
 
     def finish(count: int) -> None:
         nonlocal left
@@ -96,7 +93,9 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        sampled = (map_across_ranks if by_ranks else map_local)(batches, work, sample_batch)
+        # FSDP would gather weights into inference tensors, which training can't use
+        with torch.inference_mode(not is_sharded(model)), torch.no_grad():
+            sampled = map_across_ranks(batches, work, sample_batch, own_passes(model))
     finally:
         model.train(was_training)
     if left:
@@ -110,7 +109,7 @@ def sample(
 def _sample_batch(
     model: PreTrainedModel, prompts: list[Tokens], uniforms: Tensor, end_ids: Sequence[int], pad_id: int
 ) -> list[Sample]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows = rows_of(model, prompts, pad_id, uniforms.shape[1])
     uniforms, ends = uniforms.to(device), torch.tensor(end_ids, device=device)
     tokens = torch.full(uniforms.shape, pad_id, device=device)

@@ -11,6 +11,7 @@ from dpo_lab.data.splits import HELD_OUT, hash_draws
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.judge import JudgeError, Score
 from dpo_lab.models.policy import Policy
+from dpo_lab.models.sharding import on_device
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts
 from dpo_lab.runs.cache import CACHE
 
@@ -39,7 +40,7 @@ def build_eval_context(
     Moves both policies to the forward's device.
     """
     for policy in (trained, inputs.initial):
-        policy.model.to(forward.device)  # type: ignore[arg-type]
+        on_device(policy.model, forward.device)
     encoder, evals = inputs.encoder, config.evals
     if config.data.uses_task:
         task = config.data.task

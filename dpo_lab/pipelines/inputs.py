@@ -20,16 +20,19 @@ from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.quality import Quality, quality_of
 from dpo_lab.data.sources import Splits
 from dpo_lab.data.tokenize import PairTokenizer
-from dpo_lab.distributed.collectives import all_gather_object
+from dpo_lab.distributed.collectives import broadcast_object, rank_and_world_size
 from dpo_lab.models.decoding import uses_cache
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.limits import Limits
+from dpo_lab.models.passes import cached_by_ranks
 from dpo_lab.models.paths import apply_path, path_of
 from dpo_lab.models.policy import Init, Policy, PolicyError, Pretrained, TinyPolicy, weights_digest
+from dpo_lab.models.probes import hard_positions
 from dpo_lab.models.reference_cache import cached_logps
 from dpo_lab.models.sampling import generate_responses
+from dpo_lab.models.sharded_weights import from_rank_zero, gathered_as_stored
+from dpo_lab.models.sharding import Facts, Sharding, on_device
 from dpo_lab.models.trial import compute_dtype
-from dpo_lab.runs.cache import cached
 from dpo_lab.training.initial_policy import initial_policy
 
 log = logging.getLogger(__name__)
@@ -37,10 +40,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Forward:
-    """The device and the autocast context of forward passes outside of training: the same as in training."""
+    """The device and the autocast context of forward passes outside of training, and how models are sharded (None: they
+    are not): the same as in training.
+    """
 
     device: torch.device
     context: Callable[[], AbstractContextManager]
+    sharding: Sharding | None = None
 
 
 @dataclass
@@ -71,7 +77,7 @@ class TrainingInputs:
 
 def prepare_pairs(config: RunConfig, cache: Path, forward: Forward) -> TrainingInputs:
     """Return the inputs of a DPO run. Raise ConfigError if the pairs don't fit the model or don't fill a batch."""
-    policy, response_policy = policies(config, cache)
+    policy, response_policy = policies(config, cache, forward.sharding)
     select_on_device(policy, cache, forward)
     encoder = encoder_of(config, policy.tokenizer)
     splits = with_noise(config, policy, load_pairs(config, encoder, response_policy, cache), cache, forward)
@@ -79,12 +85,13 @@ def prepare_pairs(config: RunConfig, cache: Path, forward: Forward) -> TrainingI
     return _check_inputs(inputs, "pairs", config)
 
 
-def prepare_responses(config: RunConfig, cache: Path) -> TrainingInputs:
+def prepare_responses(config: RunConfig, cache: Path, forward: Forward) -> TrainingInputs:
     """Return the inputs of supervised fine-tuning: the chosen responses of `prepare_pairs`' pairs, or plain texts.
 
     Raises ConfigError if the responses don't fit the model or don't fill a batch.
     """
-    policy, response_policy = policies(config, cache)
+    policy, response_policy = policies(config, cache, forward.sharding)
+    select_on_device(policy, cache, forward)
     if config.sft.text_column is not None:
         config = replace(config, data=config.data.as_texts(config.sft.text_column))
     encoder = encoder_of(config, policy.tokenizer)
@@ -147,7 +154,7 @@ def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: 
     margins = None
     if config.noise.needs_reference:
         assert policy is not None
-        policy.model.to(forward.device)  # type: ignore[arg-type]
+        on_device(policy.model, forward.device)
         reference = cached_logps(policy.model, splits.train, cache, forward.context, config.data.forward_tokens)
         margins = (reference.rows[:, 0] - reference.rows[:, 1]).double().numpy()
     try:
@@ -161,13 +168,15 @@ def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: 
 def select_on_device(policy: Policy, cache: Path, forward: Forward) -> None:
     """Select the forward path again, where and how passes run, unless as it was loaded; all ranks take that of rank 0.
 
-    A collective: all ranks have to call it.
+    A collective: all ranks have to call it. A sharded model keeps the path that was found where rank 0 loaded it.
     """
+    if forward.sharding is not None:
+        return
     with forward.context():
         is_loaded_so = (forward.device.type, compute_dtype(forward.device)) == ("cpu", torch.float32)
     if not is_loaded_so:
         select_forward(policy.model, cache, forward.device, forward.context)
-    apply_path(policy.model, all_gather_object(path_of(policy.model))[0])
+    apply_path(policy.model, broadcast_object(path_of(policy.model)))
 
 
 @contextmanager
@@ -184,11 +193,45 @@ def distinct_prompts(pairs: PairTable) -> list[list[int]]:
     return list({tuple(pair.prompt): list(pair.prompt) for pair in pairs}.values())
 
 
-def policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
+def policies(config: RunConfig, cache: Path, sharding: Sharding | None = None) -> tuple[Policy, Policy]:
     """Return the initial policy, and the policy that generates the responses of a task.
 
-    With the embedded policy the latter is always the fine-tuned one, so that a run from random weights has the same
-    pairs.
+    Where they are sharded over ranks, rank 0 loads them and scatters their weights.
+    """
+    if sharding is None:
+        return _load_policies(config, cache)
+    loaded: Sequence[Policy | None] = (None, None)
+    refusal: ConfigError | None = None
+    if rank_and_world_size()[0] == 0:
+        try:
+            loaded = _load_policies(config, cache)
+        except ConfigError as error:
+            refusal = error
+    refusal, is_one = broadcast_object((refusal, loaded[0] is loaded[1]))
+    if refusal is not None:
+        raise refusal
+    policy = _shard(loaded[0], sharding)
+    response_policy = policy if is_one else _shard(loaded[1], sharding)
+    # responses are sampled without autocast, the same in every precision
+    return policy, Policy(gathered_as_stored(response_policy.model), response_policy.tokenizer)
+
+
+def _shard(policy: Policy | None, sharding: Sharding) -> Policy:
+    """Return rank 0's policy with its model sharded; other ranks give None."""
+    model = facts = None
+    if policy is not None:
+        model = policy.model
+        facts = Facts(weights_digest(model), hard_positions(model))
+    tokenizer = broadcast_object(None if policy is None else policy.tokenizer)
+    assert tokenizer is not None
+    return Policy(from_rank_zero(sharding, model, facts), tokenizer)
+
+
+def _load_policies(config: RunConfig, cache: Path) -> tuple[Policy, Policy]:
+    """Return the policies of `policies`, whole.
+
+    With the embedded policy the one that generates responses is always the fine-tuned one, so that a run from random
+    weights has the same pairs.
     """
     if isinstance(config.policy, Pretrained):
         with policy_errors():
@@ -228,13 +271,12 @@ def responses(
     recipe += "" if uses_cache(policy.model) else "without a KV cache"
     digest = hashlib.blake2b(recipe.encode(), digest_size=8).hexdigest()
 
-    def make(path: Path) -> None:
+    def make() -> bytes:
         ids = [encoder.prompt(prompt) for prompt in prompts]
         samples = generate_responses(
             policy.model, encoder, ids, max_new_tokens=max_new_tokens, seed=seed, what="Task responses"
         )
-        path.write_text(
-            json.dumps([encoder.text(s.tokens) if s.stopped is encoder.append_eos else None for s in samples])
-        )
+        texts = [encoder.text(s.tokens) if s.stopped is encoder.append_eos else None for s in samples]
+        return json.dumps(texts).encode()
 
-    return json.loads(cached(cache / f"responses-{digest}.json", make).read_text())
+    return json.loads(cached_by_ranks(cache / f"responses-{digest}.json", make))

@@ -19,11 +19,13 @@ from dpo_lab.config.precision import warn_of_slow_bf16
 from dpo_lab.config.schema import RunConfig, input_files
 from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.data.sources import AUTO
-from dpo_lab.distributed.collectives import all_gather_object
+from dpo_lab.distributed.collectives import all_gather_object, broadcast_object
 from dpo_lab.distributed.signals import StopRequest, reraise_stop
 from dpo_lab.health.diagnose import print_health
 from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import Policy, weights_digest
+from dpo_lab.models.sharded_weights import gather_model, kept_on_disk, set_digest
+from dpo_lab.models.sharding import is_sharded, on_device
 from dpo_lab.pipelines.inputs import TrainingInputs
 from dpo_lab.pipelines.loggers import add_loggers, log_final_metrics, track_run_status
 from dpo_lab.pipelines.setup import (
@@ -54,7 +56,6 @@ from dpo_lab.training.checkpoint_io import newest, remove_leftovers, step_of
 from dpo_lab.training.master_weights import moved_weights
 from dpo_lab.training.memory import peak_memory
 from dpo_lab.training.microbatch import find_tokens
-from dpo_lab.training.strategies.fsdp import gather_model
 
 log = logging.getLogger("dpo_lab")
 
@@ -94,7 +95,8 @@ class Session:
             trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
         step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, run.record.get("started", "")
         add_loggers(trainer, self.config_dict, run.folder, step, started=started, charts=module.charts)
-        with memory_explained(self.config, "training", trains=True, tokens=module.tokens_per_microbatch):
+        explained = memory_explained(self.config, "training", trains=True, tokens=module.tokens_per_microbatch)
+        with explained, kept_on_disk(inputs.initial.model):
             fit(self.config, trainer, module, inputs, resume.checkpoint)
 
     def _choose_memory(self, module: BaseModule, inputs: TrainingInputs) -> None:
@@ -119,20 +121,25 @@ class Session:
             run.update(tokens_per_microbatch=found)
 
     def save_trained_policy(self, module: BaseModule, inputs: TrainingInputs) -> Policy:
-        """Gather the trained policy from all ranks, in evaluation mode, on the device that it trained on, and save it.
+        """Return the trained policy, in evaluation mode, on the device that it trained on, and save it.
 
-        Early stopping may keep an earlier policy; which one, and how many 16-bit weights moved, is recorded. Moves the
-        initial policy to that device too. Lightning leaves a module on the CPU after a fit.
+        A sharded policy stays so; to be saved it is gathered in the memory of rank 0's host. Early stopping may keep an
+        earlier policy; which one, and how many 16-bit weights moved, is recorded. Moves the initial policy to that
+        device too. Lightning leaves a module on the CPU after a fit.
         """
         device = self.forward.device
-        initial = inputs.initial.model.to(device)  # type: ignore[arg-type]
-        trained = Policy(gather_model(module.model, initial, device).eval(), inputs.initial.tokenizer)
-        self.run.update(**keep_policy(self.trainer, trained.model))
-        if moved := moved_weights(trained.model, initial):
+        initial, model = on_device(inputs.initial.model, device), on_device(module.model, device)
+        trained = Policy(model.eval(), inputs.initial.tokenizer)
+        self.run.update(**keep_policy(self.trainer, model))
+        if moved := moved_weights(model, initial):
             self.run.update(moved_weights=moved)
+        whole = gather_model(model)
+        if is_sharded(model):
+            set_digest(model, broadcast_object(None if whole is None else weights_digest(whole)))
         if self.run.writes:
+            assert whole is not None
             with atomic_path(self.run.folder / "policy") as folder:
-                self.config.policy.export(trained).save(folder)
+                self.config.policy.export(Policy(whole, trained.tokenizer)).save(folder)
         return trained
 
     def finish(

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from torch import distributed
 from transformers.utils.logging import disable_progress_bar
 
 from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked
@@ -30,6 +30,7 @@ from dpo_lab.terminal.progress import log_handler
 from dpo_lab.training.callbacks.progress_bar import TimeLimit
 from dpo_lab.training.callbacks.throughput import Throughput
 from dpo_lab.training.checkpoint_io import VerifiedCheckpointIO
+from dpo_lab.training.strategies.fsdp import FSDP2Strategy
 from dpo_lab.training.torch_setup import set_up_device, setup_torch
 
 log = logging.getLogger("dpo_lab")
@@ -55,6 +56,8 @@ def make_trainer(config: RunConfig, config_dict: dict[str, Any], folder: Path) -
         plan = {"default_root_dir": folder, "use_distributed_sampler": False, "plugins": [VerifiedCheckpointIO()]}
         trainer = instantiate_checked(settings, Trainer, logger=False, callbacks=callbacks, **plan)
         check_device_precision(settings, trainer)
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            trainer.strategy.check_mesh()
     except (HydraException, TargetRefused) as error:
         raise ConfigError(f"the trainer or a callback can't be created: {last_line(error)}") from error
     except MisconfigurationException as error:
@@ -69,8 +72,13 @@ def make_trainer(config: RunConfig, config_dict: dict[str, Any], folder: Path) -
 
 
 def forward_settings(trainer: Trainer) -> Forward:
-    """Return the device and the autocast context in which the trainer runs forward passes."""
-    return Forward(trainer.strategy.root_device, trainer.precision_plugin.forward_context)
+    """Return how forward passes outside of training run: as the trainer runs them.
+
+    The process group has to be initialised if the strategy shards the model.
+    """
+    strategy = trainer.strategy
+    sharding = strategy.sharding if isinstance(strategy, FSDP2Strategy) and distributed.is_initialized() else None
+    return Forward(strategy.root_device, trainer.precision_plugin.forward_context, sharding)
 
 
 @contextmanager
@@ -122,11 +130,11 @@ def memory_explained(
 
 @contextmanager
 def process_group(trainer: Trainer) -> Iterator[None]:
-    """Initialise the process group if there are several ranks, and destroy it at the end."""
-    if trainer.world_size > 1:
+    """Initialise the process group if there are several ranks or the model is sharded, and destroy it at the end."""
+    if trainer.world_size > 1 or isinstance(trainer.strategy, FSDP2Strategy):
         trainer.strategy.setup_environment()
     try:
         yield
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

@@ -17,6 +17,7 @@ from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.health.diagnose import of_folder
 from dpo_lab.models.policy import trainable_copy
 from dpo_lab.models.reference import reference_model
+from dpo_lab.models.sharding import on_device
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
 from dpo_lab.pipelines.inputs import TrainingInputs, prepare_pairs
 from dpo_lab.pipelines.session import Session, open_session
@@ -83,9 +84,9 @@ def _prepare_training(session: Session, inputs: TrainingInputs) -> tuple[DPOModu
     config, run, forward = session.config, session.run, session.forward
     seed_everything(config.seed, workers=True, verbose=False)
     memory = MemoryTracker(forward.device)
-    if config.policy.has_adapters:  # its base is held once, not here and on the host
-        inputs.initial.model.to(forward.device)  # type: ignore[arg-type]
-    model = trainable_copy(inputs.initial.model).to(forward.device)  # type: ignore[arg-type]
+    if config.policy.has_adapters:  # the base is held once on the device
+        on_device(inputs.initial.model, forward.device)
+    model = on_device(trainable_copy(inputs.initial.model), forward.device)
     pairs, tokens = inputs.train.concat(inputs.held_out), config.data.forward_tokens
     reference = config.reference.prepare(model, pairs, CACHE, forward.context, tokens)
     memory.count_weights(model, reference_model(reference))

@@ -14,7 +14,8 @@ from dpo_lab.config.schema import ConfigError, RunConfig, sft_record
 from dpo_lab.core.noise import Symmetric
 from dpo_lab.evals.held_out import LABELS, heldout_loss
 from dpo_lab.models.policy import TinyPolicy, trainable_copy
-from dpo_lab.pipelines.inputs import prepare_responses, select_on_device
+from dpo_lab.models.sharding import on_device
+from dpo_lab.pipelines.inputs import prepare_responses
 from dpo_lab.pipelines.session import Session, open_session
 from dpo_lab.pipelines.setup import setup_process
 from dpo_lab.runs.cache import CACHE
@@ -57,13 +58,12 @@ def _make_initial_policy(config: RunConfig) -> None:
 def _run_stages(session: Session) -> None:
     """Prepare the inputs, train, gather the policy, measure, and write the run's record."""
     config, run, trainer, forward = session.config, session.run, session.trainer, session.forward
-    inputs = prepare_responses(config, CACHE)
-    select_on_device(inputs.initial, CACHE, forward)
+    inputs = prepare_responses(config, CACHE, forward)
     session.record_inputs(inputs)
     run.update(seconds=session.timer.stop("prepare"))
     seed_everything(config.seed, workers=True, verbose=False)
     tokens = config.data.forward_tokens
-    model = trainable_copy(inputs.initial.model).to(forward.device)  # type: ignore[arg-type]
+    model = on_device(trainable_copy(inputs.initial.model), forward.device)
     module = SFTModule(model, config.optim, total_steps=trainer.max_steps, tokens_per_microbatch=tokens)
     session.train(module, inputs)
     seconds = session.timer.stop("sft")

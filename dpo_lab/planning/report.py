@@ -31,7 +31,7 @@ def print_plan(config: RunConfig, console: Console) -> None:
         f"{plan.parameters:,} parameters, {plan.trained:,} trained; micro-batches of {plan.tokens:,} tokens; pairs of"
         f" {plan.prompt} + 2 x {plan.response} tokens, the longest that data.max_prompt_length and data.max_length allow"
     )
-    console.print(_memory_table(plan, ranks))
+    console.print(_memory_table(plan, None if config.policy.is_quantized else ranks))
     console.print(_card_table(config, plan, ranks if is_sharded else 1))
     console.print(
         f"An estimate, nothing was run: memory from shapes, {RESERVED / 1e9:.0f} GB of a card kept free; a step is"
@@ -45,12 +45,16 @@ def _ranks(config: RunConfig) -> int:
     return devices if isinstance(devices, int) and devices > 1 else SHARDS
 
 
-def _memory_table(plan: Plan, ranks: int) -> Table:
-    table = Table("GB", "one card", f"FSDP over {ranks}, each", title="Memory", title_justify="left")
-    sharded = plan.memory.sharded(ranks)
+def _memory_table(plan: Plan, ranks: int | None) -> Table:
+    """Return the table of memory. ranks: of the column for FSDP, None for no such column."""
+    columns = {"one card": plan.memory}
+    if ranks is not None:
+        columns[f"FSDP over {ranks}, each"] = plan.memory.sharded(ranks)
+    table = Table("GB", *columns, title="Memory", title_justify="left")
     for name, label in PARTS.items():
-        cells = [f"{getattr(memory, name) / 1e9:.2f}" for memory in (plan.memory, sharded)]
-        table.add_row(label, *(cells if name != "sampling" else (cells[0], "")), end_section=name == "head")
+        values = [getattr(memory, name) / 1e9 for memory in columns.values()]
+        shown = values[:1] if name == "sampling" else values
+        table.add_row(label, *(f"{value:.2f}" for value in shown), end_section=name == "head")
     return table
 
 

@@ -181,7 +181,9 @@ def activation_bytes(model: PreTrainedModel, tokens: int, recomputes: bool = Fal
     if not recomputes or not layers:
         return whole
     bare.activation_checkpointing_enable({"use_reentrant": False})
-    return saved_bytes(model, run) + whole / layers
+    inputs = saved_bytes(model, run)
+    bare.activation_checkpointing_disable()  # else there is no KV cache
+    return inputs + whole / layers
 
 
 def head_bytes(shape: Shape, rows: float, weight: Tensor, trained: bool, product: torch.dtype) -> float:

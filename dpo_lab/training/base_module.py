@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
+from torch import Tensor, distributed
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
@@ -20,11 +19,11 @@ from dpo_lab.core.pairs import PairBatch
 from dpo_lab.distributed.collectives import all_gather_object, all_reduce_max
 from dpo_lab.distributed.signals import StopRequest
 from dpo_lab.models.autocast_linear import LinearCasts
-from dpo_lab.models.forward import disable_dropout, response_nll
+from dpo_lab.models.forward import disable_dropout, dummy_nll
+from dpo_lab.models.sharded_weights import full_tensor, set_digest
 from dpo_lab.runs.run_record import CHECKPOINTS
 from dpo_lab.training.nonfinite import nonfinite_pairs, not_finite
 from dpo_lab.training.optim import Optim
-from dpo_lab.training.strategies.fsdp import full_tensor, shard
 
 
 class BaseModule(LightningModule):
@@ -42,7 +41,6 @@ class BaseModule(LightningModule):
 
     title: ClassVar[str]
     charts: ClassVar[dict[str, tuple[str, ...]]] = {"loss/training and held out": ("train/loss", "val/loss")}
-    FORWARDS = ("part_loss", "validate_part", "dummy_loss")  # the methods that compute with the model's weights
     request: StopRequest | None = None
     stopping: int = 0
     casts: LinearCasts | None = None
@@ -90,8 +88,7 @@ class BaseModule(LightningModule):
 
     def dummy_loss(self) -> Tensor:
         """Return a differentiable loss of 0, from a response of one token."""
-        tokens = torch.zeros(2, dtype=torch.long, device=self.device)
-        return 0 * response_nll(self.model, tokens, np.ones((1, 2), int))
+        return 0 * dummy_nll(self.model)
 
     def dummy_passes(self, parts: int) -> range:
         """Return the dummy passes that a rank with `parts` micro-batches has to run, so that all ranks run equally
@@ -100,11 +97,13 @@ class BaseModule(LightningModule):
         Where the model is sharded, every rank takes part in each pass of the others; otherwise there are no dummy
         passes.
         """
-        return range(all_reduce_max(parts) - parts if self._is_sharded else 0)
+        return range(all_reduce_max(parts, self.device) - parts if self._is_sharded else 0)
 
     def configure_model(self) -> None:
-        if self.device_mesh is not None:
-            shard(self)
+        """Shard the model, unless it is sharded already; its weights are about to change."""
+        if self._is_sharded:
+            self.trainer.strategy.sharding.shard(self.model)  # type: ignore[attr-defined]
+            set_digest(self.model, None)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> None:
         optimizer: LightningOptimizer = self.optimizers()  # type: ignore[assignment]
@@ -186,9 +185,9 @@ class BaseModule(LightningModule):
         frozen = self._frozen(state_dict)
         trained = {name: tensor for name, tensor in state_dict.items() if name not in frozen}
         missing, unexpected = super().load_state_dict(trained, strict=False, assign=assign)
-        missing = [name for name in missing if name not in self._frozen(missing)]
+        missing = sorted({*missing} - self._frozen(missing))
         if strict and (missing or unexpected):
-            raise RuntimeError(f"the checkpoint lacks the weights {missing}, and holds {unexpected} in their place")
+            raise RuntimeError(f"the checkpoint is of other weights: Missing keys: {missing}; unexpected: {unexpected}")
         return missing, unexpected
 
     def log_means(self, metrics: Metric, split: str, counters: Mapping[str, float]) -> None:
@@ -229,8 +228,8 @@ class BaseModule(LightningModule):
             return flag is not None and bool(flag)
         first = torch.zeros((), dtype=torch.long, device=self.device) if flag is None else flag.long()
         message = torch.stack((first, torch.full_like(first, signum)))
-        reduced: Tensor = self.trainer.strategy.reduce(message, reduce_op="max")  # type: ignore[assignment]
-        is_set, self.stopping = reduced.tolist()
+        distributed.all_reduce(message, distributed.ReduceOp.MAX)  # Lightning's `reduce` waits at a barrier before it
+        is_set, self.stopping = message.tolist()
         return bool(is_set)
 
     def _raise_not_finite(self, parts: Sequence[PairBatch], losses: Sequence[Tensor]) -> None:

@@ -37,8 +37,12 @@ class VerifiedCheckpointIO(CheckpointIO):
     """Checkpoint files with their checksum in the comment of the zip archive, readable by torch.load, mapped or not.
 
     A file is streamed to a temporary file in the same folder, without a copy in memory or on another file system, and
-    then renamed; a crash at any point leaves the old file or the new one.
+    then renamed; a crash at any point leaves the old file or the new one. maps: load files memory-mapped, so that only
+    those parts of tensors are read that are used.
     """
+
+    def __init__(self, maps: bool = False) -> None:
+        self.maps = maps
 
     def save_checkpoint(self, checkpoint: Mapping[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint; raise CheckpointError if that fails, and leave an earlier file at `path` as it was."""
@@ -73,7 +77,7 @@ class VerifiedCheckpointIO(CheckpointIO):
         if reason := damage(Path(path)):
             raise CheckpointError(f"{path}: {reason}; delete it, and the same command resumes from the one before")
         try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True, mmap=self.maps)
         except (UnpicklingError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: holds more than plain values and is not read ({first_line(error)})"

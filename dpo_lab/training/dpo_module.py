@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import GROUPS, PreferenceMetrics, Values, reward_margins
 from dpo_lab.core.pairs import PairBatch
-from dpo_lab.models.forward import pair_logps, pair_loss
+from dpo_lab.models.forward import dummy_nll, pair_logps, pair_loss
 from dpo_lab.models.reference import MovingModel, ReferenceLogps, reference_model
+from dpo_lab.models.sharding import is_sharded
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.loggers.tensorboard import show_histogram
 from dpo_lab.training.optim import Optim
@@ -81,6 +83,13 @@ class DPOModule(BaseModule):
         if isinstance(self.reference, MovingModel):
             self.reference.load_state_dict(checkpoint["reference"])
 
+    def dummy_loss(self) -> Tensor:
+        model = reference_model(self.reference)
+        if model is not None and is_sharded(model):  # its passes are run together too, each before the policy's
+            with torch.no_grad():
+                dummy_nll(model)
+        return super().dummy_loss()
+
     def part_loss(self, part: PairBatch) -> Tensor:
         reference = self.reference(part)
         loss, policy = pair_loss(self.model, part, self.loss, reference)
@@ -88,7 +97,7 @@ class DPOModule(BaseModule):
         return loss
 
     def validate_part(self, part: PairBatch) -> None:
-        policy, reference = pair_logps(self.model, part), self.reference(part)
+        reference, policy = self.reference(part), pair_logps(self.model, part)
         self.val_metrics.update(self.loss, self.loss(policy, reference), policy, reference, part)
         self.val_margins.update(reward_margins(self.loss, policy, reference))
 

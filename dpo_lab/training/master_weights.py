@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
+from dpo_lab.core.products import copy_each
+from dpo_lab.models.sharded_weights import full_tensor
+
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 
@@ -50,9 +53,7 @@ class MasterAdamW(AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
-            short = [pair for pair in zip(weights, masters, strict=True) if pair[0] is not pair[1]]
-            if short:
-                torch._foreach_copy_(*zip(*short, strict=True))
+            copy_each(pair for pair in zip(weights, masters, strict=True) if pair[0] is not pair[1])
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -79,9 +80,7 @@ class MasterAdamW(AdamW):
 def _in_float32(gradients: list[Tensor]) -> list[Tensor]:
     """Return the gradients in float32, those of 16 bits copied by one operator."""
     found = [torch.empty_like(g, dtype=torch.float32) if is_short(g) else g for g in gradients]
-    short = [pair for pair in zip(found, gradients, strict=True) if pair[0] is not pair[1]]
-    if short:
-        torch._foreach_copy_(*zip(*short, strict=True))
+    copy_each(pair for pair in zip(found, gradients, strict=True) if pair[0] is not pair[1])
     return found
 
 
@@ -94,14 +93,15 @@ def moved_weights(trained: nn.Module, initial: nn.Module) -> dict[str, Any] | No
     """Return how many trained weights differ from the initial ones, for a model that trains weights of 16 bits, else
     None.
 
-    In float32 no update is lost. Both models have to be unsharded and to have the same names of parameters.
+    In float32 no update is lost. Both models have to have the same names of parameters; if one is sharded, both are,
+    and it is a collective.
     """
     before = dict(initial.named_parameters())
-    weights = [(weight, before[name]) for name, weight in trained.named_parameters() if before[name].requires_grad]
+    weights = [(weight, before[name]) for name, weight in trained.named_parameters() if weight.requires_grad]
     short = [(weight, start) for weight, start in weights if is_short(weight)]
     if not short:
         return None
-    moved = sum(int((weight != start.to(weight.device)).sum()) for weight, start in short)
+    moved = sum(int(full_tensor((weight != start.to(weight.device)).sum())) for weight, start in short)
     total = sum(weight.numel() for weight, _ in short)
     return {
         "moved": moved,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dpo_lab.distributed.collectives import all_reduce_max
 from dpo_lab.training.torch_setup import release_free_memory
@@ -54,9 +55,14 @@ class MemoryTracker:
 
 
 def bytes_of_weights(models: Iterable[nn.Module]) -> int:
-    """Return the bytes of all storages of the models' parameters, where a shared storage is counted once."""
-    storages = (parameter.untyped_storage() for model in models for parameter in model.parameters())
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    """Return the bytes of all storages of the models' parameters, where a shared storage is counted once.
+
+    A sharded parameter counts with all its shards.
+    """
+    weights = [weight for model in models for weight in model.parameters()]
+    whole = [weight.untyped_storage() for weight in weights if not isinstance(weight, DTensor)]
+    shards = {id(weight): weight.numel() * weight.element_size() for weight in weights if isinstance(weight, DTensor)}
+    return sum({storage.data_ptr(): storage.nbytes() for storage in whole}.values()) + sum(shards.values())
 
 
 def peak_memory(device: torch.device) -> int:

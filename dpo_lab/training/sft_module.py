@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from dpo_lab.core.metrics import FixedDtypeMetric
@@ -30,7 +30,9 @@ class SFTModule(BaseModule):
     def normalizer(self, batch: PairBatch) -> int:
         tokens = int(batch.lengths[:, 1].sum())
         if self.trainer.world_size > 1:
-            tokens = int(self.trainer.strategy.reduce(torch.full((), tokens, device=self.device), reduce_op="sum"))
+            of_ranks = torch.full((), tokens, device=self.device)
+            distributed.all_reduce(of_ranks)
+            tokens = int(of_ranks)  # with more ranks than one a step waits once more
         self.tokens += tokens
         return tokens
 

@@ -14,7 +14,6 @@ from dpo_lab.core.metrics import reward_margins
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.distributed.collectives import all_gather_object, rank_and_world_size
 from dpo_lab.models.forward import pair_logps, pair_loss
-from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.dpo_module import DPOModule
 
 Scored = tuple[PairLogps, PairLogps]  # by policy and reference
@@ -28,24 +27,17 @@ class StepLevelModule(DPOModule):
     device once more. Held-out pairs are one step together, at the end of the validation.
     """
 
-    FORWARDS = (*BaseModule.FORWARDS, "score")
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.running: float | list[float] | None = None  # the running mean that the loss takes
         self.linear: dict[int, LinearLoss] = {}  # of the step's micro-batches, by identity
         self.held_out: list[tuple[PairBatch, Scored]] = []
 
-    @torch.no_grad()
-    def score(self, part: PairBatch) -> PairLogps:
-        """Return the policy's log-probabilities, without gradient."""
-        return pair_logps(self.model, part)
-
     def prepare_step(self, parts: Sequence[PairBatch]) -> None:
-        for _ in self.dummy_passes(len(parts)):
-            with torch.no_grad():
+        with torch.no_grad():
+            for _ in self.dummy_passes(len(parts)):
                 self.dummy_loss()
-        scored = [(self.score(part), self.reference(part)) for part in parts]
+            scored = [self._score(part) for part in parts]
         linear = self._linearize(scored, is_training=True)
         starts = [sum(len(part) for part in parts[:i]) for i in range(len(parts))]
         self.linear = {id(part): linear[start : start + len(part)] for part, start in zip(parts, starts, strict=True)}
@@ -59,7 +51,7 @@ class StepLevelModule(DPOModule):
         return loss
 
     def validate_part(self, part: PairBatch) -> None:
-        self.held_out.append((part, (pair_logps(self.model, part), self.reference(part))))
+        self.held_out.append((part, self._score(part)))
 
     def on_validation_epoch_end(self) -> None:
         scored, self.held_out = self.held_out, []
@@ -78,6 +70,10 @@ class StepLevelModule(DPOModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.running = checkpoint["running"]
+
+    def _score(self, part: PairBatch) -> Scored:
+        reference = self.reference(part)  # first, as in a dummy pass
+        return pair_logps(self.model, part), reference
 
     def _linearize(self, scored: Sequence[Scored], is_training: bool) -> LinearLoss:
         """Return the loss of the pairs of all ranks made linear in those of this rank; update the running mean."""

@@ -14,6 +14,7 @@ from dpo_lab.core.metrics import half_ties
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.reference import TOKENS, ReferenceLogps
+from dpo_lab.models.sharding import device_of, is_sharded
 from dpo_lab.runs.run_record import RunFailed
 
 # Tolerance in nats per token between two valid computations of a one-token response's log-probability; for n tokens it
@@ -38,7 +39,10 @@ def check_step_zero(model, loss: Loss, reference: ReferenceLogps, batch: PairBat
     policy_logps, reference_logps = _logps(model, reference, parts)
     dtype = _matmul_dtype(model)
     error = _over_tolerance(policy_logps, reference_logps, batch.keys, dtype)
-    if error is None and dtype is not torch.float32 and model.dtype is torch.float32:
+    can_be_exact = model.dtype is torch.float32 and not is_sharded(
+        model
+    )  # a sharded one gathers its weights in 16 bits
+    if error is None and dtype is not torch.float32 and can_be_exact:
         error = _reference_in_float32(model, parts[0], policy_logps, reference_logps, dtype)
     if error is not None:
         path = getattr(reference, "path", None)
@@ -108,5 +112,5 @@ def _differences(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tenso
 
 def _matmul_dtype(model) -> torch.dtype:
     """Return the dtype of a matrix product of the model's weights, autocast included."""
-    weight = torch.empty(1, 1, device=model.device, dtype=model.dtype)
+    weight = torch.empty(1, 1, device=device_of(model), dtype=model.dtype)
     return (weight @ weight).dtype

@@ -12,6 +12,7 @@ from dpo_lab.cli import entry_point
 from dpo_lab.config import choices, logger_packages, schema
 from dpo_lab.core.losses import DPO, LOSSES, IPOSum, SimPO
 from dpo_lab.core.losses.base import StepLevel
+from dpo_lab.models import policy
 from dpo_lab.models.reference import Uniform, UniformOver
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import KEYS_WITHOUT_EFFECT
@@ -36,13 +37,15 @@ NEEDED = {
     ("data", "mix"): ["+data.sources={a: {path: a.jsonl}}"],
     ("policy", "pretrained"): ["policy.path=folder"],
     ("policy", "lora"): ["policy.path=folder"],
+    ("policy", "qlora"): ["policy.path=folder"],
     ("reference", "adapter_off"): ["policy=lora", "policy.path=folder"],
 }
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes(group, choice, monkeypatch):
-    monkeypatch.setattr(logger_packages, "find_spec", lambda module: object())  # as if all extras were installed
+    for module in (logger_packages, policy):  # as if all extras were installed
+        monkeypatch.setattr(module, "find_spec", lambda name: object())
     settled(f"{group}={choice}", *NEEDED.get((group, choice), []))
 
 
@@ -105,7 +108,8 @@ def test_a_record_tells_losses_of_the_same_fields_apart():
 
 
 @pytest.mark.parametrize("group", schema.KINDS)
-def test_every_kind_has_a_choice(group):
+def test_every_kind_has_a_choice(group, monkeypatch):
+    monkeypatch.setattr(policy, "find_spec", lambda name: object())
     axis = group.split(".")[0]
     chosen = {
         type(attrgetter(group)(settled(f"{axis}={p.stem}", *NEEDED.get((axis, p.stem), []))))

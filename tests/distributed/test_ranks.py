@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from dpo_lab.evals.evaluators.base import in_order
 from dpo_lab.evals.evaluators.optimum import Optimum
 from dpo_lab.evals.held_out import heldout_loss
 from dpo_lab.models.policy import Policy, load_policy
+from dpo_lab.models.reference_cache import cached_logps
+from dpo_lab.pipelines.inputs import responses
 from tests.conftest import make_pairs
 from tests.evals.test_evals import perturbed, subject_of
 from tests.support.fits import Seen, flat, initial_policy, make_data, make_module, make_trainer
@@ -72,7 +75,11 @@ def measured(folder: Path, cache: Path, pairs: int, prompts: int, texts: int) ->
     optimum = Optimum(num_candidates=5, num_prompts=4)
     metrics = evaluate(subject, Evals(evaluators=in_order(), optimum=optimum).selected())
     model = subject.trained.model
+    reference = cached_logps(initial.model, make_pairs(pairs), cache, nullcontext, 40)
+    written = responses(initial, subject.encoder, ["the plot", "its music"] * prompts, 6, 0, cache)
     return {
+        "reference": reference.rows.tolist(),
+        "responses": written,
         "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
         "samples": [[list(s.tokens), s.stopped] for s in (*subject.samples, *subject.initial_samples)],
         "logps": subject.pair_logps[0].chosen.tolist(),
@@ -111,9 +118,11 @@ def test_an_evaluation_by_several_ranks_is_that_of_one(world_size, policy, tmp_p
         assert rank["whole"] == [0, 1, 4, 9, 16]
         assert rank["most"] == 10 * (world_size - 1)
     assert sorted(part for rank in of_ranks for part in rank["computed"]) == [0, 1, 2, 3, 4]  # none computed twice
-    kept = [{p.name: p.read_text() for p in (tmp_path / who).glob("*.json")} for who in ("alone", "of ranks")]
+    files = [(tmp_path / who).glob("[!.]*") for who in ("alone", "of ranks")]
+    kept = [{path.name: path.read_bytes() for path in of_one if path.suffix != ".lock"} for of_one in files]
     assert kept[0] == kept[1]
-    assert len(kept[0]) == 2  # candidates of each of the two sizes
+    kinds = sorted(name.split("-")[0] for name in kept[0])
+    assert kinds == ["candidates"] * 2 + ["reference"] * 2 + ["responses"] * 2  # of each of the two sizes
     bars = [output.count("Samples (trained)") for output in outputs]
     assert bars[0] > 0
     assert bars[1:] == [0] * (world_size - 1)

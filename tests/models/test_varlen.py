@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import gpu
 from dpo_lab.models import attention
-from dpo_lab.models.attention import Segments, shared_prompt_attention
+from dpo_lab.models.attention import Segments, attention_by_response
 from dpo_lab.models.forward import response_logps, select_forward
 from dpo_lab.models.varlen import CAUSAL, Layout, supports, varlen_attention
 from tests.support import varlen as kernel
@@ -43,8 +43,8 @@ def by_kernel(inputs: list[Tensor], lengths, scale=None, window=CAUSAL) -> Tenso
 
 
 def by_loop(inputs: list[Tensor], lengths, scale=None, window: int | None = None) -> Tensor:
-    how = {"segments": Segments(lengths), "scaling": scale, "sliding_window": window}
-    return shared_prompt_attention(torch.nn.Module(), *inputs, None, **how)[0]
+    query, key, value = inputs
+    return attention_by_response(query, key, value, Segments(lengths), scale, window=window)
 
 
 def by_definition(inputs: list[Tensor], lengths, left: int) -> Tensor:

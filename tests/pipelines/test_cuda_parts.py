@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,17 +16,16 @@ from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dpo_lab.config import schema
-from dpo_lab.distributed.collectives import all_gather_object, all_reduce_max, map_across_ranks
+from dpo_lab.distributed.collectives import all_gather_object, all_reduce_max, broadcast_object, map_across_ranks
 from dpo_lab.distributed.signals import StopSignal
 from dpo_lab.evals.candidates import candidates
 from dpo_lab.models.numerics import numerics_of
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference_cache import cached_logps
+from dpo_lab.models.sharding import Sharded
 from dpo_lab.pipelines.setup import forward_settings, make_trainer
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.memory import MemoryTracker, peak_memory, restart_peak
-from dpo_lab.training.strategies import fsdp
-from dpo_lab.training.strategies.fsdp import gather_model
 from tests.conftest import make_pairs
 from tests.evals.test_evals import subject_of
 from tests.support import small_fit
@@ -92,6 +92,19 @@ def test_messages_travel_over_a_group_that_serves_gpus_alone(of_gpus, policy):
     memory.count_weights(policy.model, None)
     assert memory.as_record()["peak_growth"] == 0
     assert map_across_ranks(["a"], [1], str.upper) == ["A"]
+    assert broadcast_object({"a": 1}) == {"a": 1}
+
+
+def test_ranks_count_passes_and_share_caches_over_such_a_group(of_gpus, policy, tmp_path):
+    sharding: Any = SimpleNamespace(device=DEVICE)
+    sharded = Sharded(sharding, policy.model)
+    assert sharded._any_rank_runs(True) is True
+    assert sharded._any_rank_runs(False) is False
+    module: Any = SimpleNamespace(_is_sharded=True, device=DEVICE)
+    assert len(BaseModule.dummy_passes(module, 2)) == 0
+    on_gpu = copy.deepcopy(policy.model).to(DEVICE)
+    first, again = (cached_logps(on_gpu, make_pairs(3), tmp_path, bf16, 10**6) for _ in range(2))
+    assert torch.equal(first.rows, again.rows)
 
 
 def test_such_a_group_refuses_tensors_of_the_cpu(of_gpus):
@@ -136,18 +149,6 @@ def test_a_gpu_has_a_reference_and_candidates_of_its_own(policy, cuda, tmp_path)
         candidates(each, encoder, [encoder.prompt("the plot")], 2, context=context, **how)
     assert len(list(tmp_path.glob("reference-*.safetensors"))) == 3
     assert len(list(tmp_path.glob("candidates-*.json"))) == 3
-
-
-def test_a_policy_that_was_cut_over_ranks_is_gathered_where_it_is_evaluated(policy, cuda, monkeypatch):
-    monkeypatch.setattr(fsdp, "DTensor", torch.nn.Parameter)
-    monkeypatch.setattr(fsdp, "full_tensor", lambda weight: weight.detach().clone())
-    model = copy.deepcopy(policy.model)
-    for parameter in model.parameters():
-        parameter.data.add_(1)
-    gathered = gather_model(model, policy.model, DEVICE)
-    assert {parameter.device for parameter in gathered.parameters()} == {DEVICE}
-    weights = zip(gathered.parameters(), model.parameters(), strict=True)
-    assert all(torch.equal(one.cpu(), other) for one, other in weights)
 
 
 class StopAfter(Callback):

