@@ -58,13 +58,13 @@ def make_material(shape: str, mix: str, pairs: int) -> int:
     return len(held_out)
 
 
-def cpu_seconds(command: Sequence[str]) -> float:
-    """CPU seconds of a command with all that it starts, in FOLDER, one thread a process. Raises where it fails."""
+def cpu_seconds(command: Sequence[str], folder: Path) -> float:
+    """CPU seconds of a command with all that it starts, in a folder, one thread a process. Raises where it fails."""
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    with (FOLDER / "log.txt").open("a") as log:
-        subprocess.run(command, cwd=FOLDER, env=environment, stdout=log, stderr=log, check=True)
+    with (folder / "log.txt").open("a") as log:
+        subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -84,14 +84,22 @@ def ours(pairs: int, dtype: str) -> list[str]:
 
 def theirs(beta: str, dtype: str, tuned: bool) -> list[str]:
     """One TRL run."""
-    options = ["--beta", beta, "--dtype", dtype, "--epochs", str(EPOCHS), "--batch", str(BATCH)]
-    return [sys.executable, "-m", "benchmarks.trl_run", *options, *(["--tuned"] if tuned else [])]
+    settings = {
+        "num_train_epochs": EPOCHS,
+        "eval_strategy": "epoch",
+        "per_device_train_batch_size": 1 if tuned else BATCH,
+        "gradient_accumulation_steps": BATCH if tuned else 1,
+        "gradient_checkpointing": not tuned,
+        "precompute_ref_log_probs": tuned,
+    }
+    options = ["--beta", beta, "--dtype", dtype, "--settings", json.dumps(settings)]
+    return [sys.executable, "-m", "benchmarks.trl_run", *options]
 
 
 def measure(part: str, pairs: int, dtype: str) -> dict[str, Any]:
     """One row of the table; ours comes with its CPU seconds by stage, over all jobs."""
     if part == "ours":
-        seconds = cpu_seconds(ours(pairs, dtype))
+        seconds = cpu_seconds(ours(pairs, dtype), FOLDER)
         done = [json.loads(path.read_text()) for path in FOLDER.glob("outputs/**/run.json")]
         assert [r["status"] for r in done] == ["done"] * len(BETAS), "ours did not finish; see log.txt"
         assert {r["steps"] for r in done} == {EPOCHS * pairs // BATCH}
@@ -99,7 +107,7 @@ def measure(part: str, pairs: int, dtype: str) -> dict[str, Any]:
         return {"what": PARTS[part], "seconds": seconds, "stages": stages}
     seconds = 0.0
     for beta in BETAS:
-        seconds += cpu_seconds(theirs(beta, dtype, tuned=part == "tuned"))
+        seconds += cpu_seconds(theirs(beta, dtype, tuned=part == "tuned"), FOLDER)
         print(f"{part}, beta {beta}: {seconds:.0f} s so far", flush=True)
     return {"what": PARTS[part], "seconds": seconds}
 

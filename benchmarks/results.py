@@ -8,6 +8,7 @@ import platform
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ def write_results() -> None:
     sweep = MEASURED / "end-to-end.json"
     if sweep.exists() and "ours" in (measured := json.loads(sweep.read_text()))["rows"]:
         found |= _section(_end_to_end(measured))
+    default = MEASURED / "default-run.json"
+    if default.exists() and "ours" in (measured := json.loads(default.read_text()))["rows"]:
+        found |= _section(_default_run(measured))
     if ranks := _measured("ranks"):
         found |= _section(_ranks(ranks))
     if saving := _measured("saving"):
@@ -77,6 +81,36 @@ def _end_to_end(sweep: dict[str, Any]) -> list[str]:
     )
     heading = f"## A whole sweep: {sweep['shape']}, {sweep['mix']}"
     return [heading, "", "| what | CPU s | times ours |", "|---|---|---|", *lines, "", notes, ""]
+
+
+def _default_run(measured: dict[str, Any]) -> list[str]:
+    parts = ("stage", "reference", "training", "validation", "whole")
+    spent = {
+        variant: {part: [turn[part] for turn in turns] for part in parts if part in turns[0]}
+        for variant, turns in measured["rows"].items()
+    }
+    middle = {variant: {part: median(of) for part, of in times.items()} for variant, times in spent.items()}
+    mine = middle["ours"]["stage"]
+    rows = [
+        "| what | DPO stage, CPU s | min .. max | times ours | reference | training | of it validation | whole command |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for variant, times in middle.items():
+        stage = spent[variant]["stage"]
+        inside = f"{times['validation']:.1f}" if "validation" in times else ""
+        rows.append(
+            f"| {variant} | {times['stage']:.1f} | {min(stage):.1f} .. {max(stage):.1f} | {times['stage'] / mine:.2f}"
+            f" | {times['reference']:.1f} | {times['training']:.1f} | {inside} | {times['whole']:.1f} |"
+        )
+    theirs = {name: times["stage"] / mine for name, times in middle.items() if not name.startswith("ours")}
+    summary = "Ours, its reference included, against " + "; ".join(f"{name}: {of:.2f} x" for name, of in theirs.items())
+    notes = (
+        f"{measured['date']}, `python -m benchmarks.default_run`: 160 steps of 32 pairs in float32, validated and saved"
+        " twice; the initial policy lies there already. CPU seconds of all processes, medians of"
+        f" {measured['repeats']}; ours evaluates by sampling in its whole command. {measured['machine']};"
+        f" {_versions(measured)}."
+    )
+    return ["## The default run", "", *rows, "", f"{summary}.", "", notes, ""]
 
 
 def _ranks(measured: list[dict[str, Any]]) -> list[str]:

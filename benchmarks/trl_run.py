@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import time
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
@@ -15,26 +18,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--beta", type=float, required=True)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], required=True)
-    parser.add_argument("--epochs", type=int, required=True)
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--tuned", action="store_true")
+    parser.add_argument("--settings", type=json.loads, required=True, help="of DPOConfig, as JSON")
+    parser.add_argument("--times", type=Path, help="a file for the CPU seconds of its parts")
+    parser.add_argument("--sorted", action="store_true", help="sort rows by their column length")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": chosen.batch}
-    together = {"per_device_train_batch_size": chosen.batch}
-    config = trl_config(
-        chosen.beta,
-        chosen.dtype,
-        checkpointing=not chosen.tuned,
-        precomputed=chosen.tuned,
-        output_dir=f"trl/{chosen.tuned}-{chosen.beta}",
-        num_train_epochs=chosen.epochs,
-        eval_strategy="epoch",
-        **(single if chosen.tuned else together),
-    )
+    config = trl_config(chosen.beta, chosen.dtype, output_dir="trl/run", **chosen.settings)
     rows = load_dataset("json", data_files={"train": "train.jsonl", "held_out": "held-out.jsonl"}, cache_dir="trl/data")
+    rows = rows.sort("length") if chosen.sorted else rows
+    seconds = {"reference": 0.0, "training": 0.0, "validation": 0.0}
+
+    def timed(part, function):
+        def call(*args, **kwargs):
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[part] += time.process_time() - start
+
+        return call
+
+    DPOTrainer._precompute_ref_logps = timed("reference", DPOTrainer._precompute_ref_logps)
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained("policy"),
         args=config,
@@ -42,8 +48,11 @@ def main() -> None:
         eval_dataset=rows["held_out"],
         processing_class=AutoTokenizer.from_pretrained("policy"),
     )
-    trainer.train()
+    trainer.evaluate = timed("validation", trainer.evaluate)
+    timed("training", trainer.train)()
     trainer.save_model()
+    if chosen.times:
+        chosen.times.write_text(json.dumps(seconds))
     print(trainer.state.global_step, "steps")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import LlamaConfig
 
-from benchmarks import end_to_end, gpu, launches, ranks, results, saving, variants
+from benchmarks import default_run, end_to_end, gpu, launches, ranks, results, saving, variants
 from benchmarks.step import relative_error
 from benchmarks.workload import LONGEST, MIXES, SHAPES, make_models, make_pairs, tokens_of, useful_flops
 from dpo_lab.core.pairs import EncodedPair
@@ -97,6 +98,26 @@ def test_a_sweep_is_measured_on_the_pairs_of_the_mix(tmp_path, monkeypatch):
     drawn = {(tuple(p.prompt), (*p.chosen, end), (*p.rejected, end)) for p in wanted}
     assert {tuple(tuple(part.tolist()) for part in (p.prompt, p.chosen, p.rejected)) for p in encoded} <= drawn
     assert len(encoded) == 16 + held_out
+
+
+def test_trls_tokenizer_reads_the_default_runs_tokens():
+    """With the end token among them, and nothing added."""
+    config = LlamaConfig(vocab_size=50, eos_token_id=7)
+    tokenizer = default_run.tokenizer_of(config)
+    prompt, response = [3, 49, 0], [12, 12, 7]
+    text = default_run.words(prompt) + " " + default_run.words(response)
+    assert tokenizer(text)["input_ids"] == prompt + response
+    assert text.endswith(tokenizer.eos_token)  # else TRL would add one
+
+
+def test_the_default_run_is_told_against_trl():
+    turn = {"reference": 8.0, "training": 24.0, "stage": 32.0, "whole": 50.0}
+    theirs = {"reference": 0.0, "training": 80.0, "stage": 80.0, "validation": 6.0, "whole": 90.0}
+    rows = {"ours": [turn, turn | {"stage": 30.0}, turn | {"stage": 33.0}], "TRL, its defaults": [theirs]}
+    page = "\n".join(results._default_run(results.context() | {"repeats": 3, "rows": rows}))
+    assert "| ours | 32.0 | 30.0 .. 33.0 | 1.00 | 8.0 | 24.0 |  | 50.0 |" in page
+    assert "| TRL, its defaults | 80.0 | 80.0 .. 80.0 | 2.50 | 0.0 | 80.0 | 6.0 | 90.0 |" in page
+    assert "Ours, its reference included, against TRL, its defaults: 2.50 x." in page
 
 
 def test_ranks_are_told_against_one_process():
