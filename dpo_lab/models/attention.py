@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo_lab.models.padded_attention import Padding, are_short, padded_attention
 from dpo_lab.models.varlen import CAUSAL, Layout, supports, varlen_attention
 
 SHARED_PROMPT = "shared_prompt"  # name of this attention in transformers' registry
@@ -28,12 +29,19 @@ class Segments:
     lengths: Sequence[Sequence[int]]
     masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
     layouts: dict[torch.device, Layout] = field(default_factory=dict)
+    padded: Padding | None = None
 
     def layout(self, device: torch.device) -> Layout:
         """Return the layout for the variable-length kernel on a device."""
         if device not in self.layouts:
             self.layouts[device] = Layout.of(self.lengths, device)
         return self.layouts[device]
+
+    def padding(self) -> Padding:
+        """Return the padding of short sequences."""
+        if self.padded is None:
+            self.padded = Padding.of(self.lengths)
+        return self.padded
 
     def mask(self, prompt: int, response: int, window: int | None, like: Tensor) -> Tensor:
         """Return an additive causal mask [response, prompt + response] over the prompt and the response itself.
@@ -63,8 +71,9 @@ def shared_prompt_attention(
     """Compute causal attention [1, N, heads, d] over a packed stream, from query, key, value [1, heads, N, d].
 
     Without `segments` this is transformers' SDPA attention, so the same model also runs padded rows and generation. With
-    them it is one call of the variable-length kernel where that is supported, elsewhere one SDPA call per response.
-    sliding_window: the number of tokens up to its own that a token attends to, all if None.
+    them it is one call of the variable-length kernel where that is supported, elsewhere one SDPA call per response, or
+    batched products of padded sequences where these are short. sliding_window: the number of tokens up to its own that a
+    token attends to, all if None.
     """
     if segments is None:
         if attention_mask is not None and attention_mask.dtype == torch.long:
@@ -77,6 +86,29 @@ def shared_prompt_attention(
     if supports(query, value, dropout):
         window = CAUSAL if sliding_window is None else (sliding_window - 1, 0)
         return varlen_attention(query, key, value, segments.layout(query.device), scaling, window), None
+    if query.device.type != "cpu":
+        return attention_by_response(query, key, value, segments, scaling, dropout, sliding_window), None
+    # SDPA's backward pass takes up to 5 times as long in 16 bits
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        inputs = query.to(dtype), key.to(dtype), value.to(dtype)
+        if dropout == 0 and are_short(segments.lengths, query):
+            output = padded_attention(*inputs, segments.padding(), scaling, sliding_window)
+        else:
+            output = attention_by_response(*inputs, segments, scaling, dropout, sliding_window)
+        return output.to(value.dtype), None
+
+
+def attention_by_response(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> Tensor:
+    """Compute what shared_prompt_attention does by one SDPA call per response, on any device."""
     if query.device.type == "cuda":  # with enable_gqa, SDPA's fast kernels take no mask and no float32
         key, value = (repeat_kv(each, query.shape[1] // key.shape[1]) for each in (key, value))
     grouped = query.shape[1] != key.shape[1]
@@ -87,18 +119,18 @@ def shared_prompt_attention(
     for prompt, _, *others in segments.lengths:
         q, first_k, first_v = next(parts)
         attend = {"scale": scaling, "dropout_p": dropout, "enable_gqa": grouped}
-        if sliding_window is None or sliding_window >= q.shape[2]:
+        if window is None or window >= q.shape[2]:
             outputs.append(scaled_dot_product_attention(q, first_k, first_v, is_causal=True, **attend))
         else:
-            mask = segments.mask(0, q.shape[2], sliding_window, like=q)
+            mask = segments.mask(0, q.shape[2], window, like=q)
             outputs.append(scaled_dot_product_attention(q, first_k, first_v, attn_mask=mask, **attend))
         for response in others:
             q, k, v = next(parts)
             k = torch.cat((first_k[:, :, :prompt], k), 2)
             v = torch.cat((first_v[:, :, :prompt], v), 2)
-            mask = segments.mask(prompt, response, sliding_window, like=q)
+            mask = segments.mask(prompt, response, window, like=q)
             outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **attend))
-    return torch.cat([o.transpose(1, 2) for o in outputs], 1), None
+    return torch.cat([o.transpose(1, 2) for o in outputs], 1)
 
 
 AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)

@@ -28,7 +28,7 @@ from dpo_lab.terminal.progress import track
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = "3"  # increase it when a change of the code changes the cached numbers
+FORMAT = "4"  # increase it when a change of the code changes the cached numbers
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import gpu
 from dpo_lab.models import attention
-from dpo_lab.models.attention import Segments, shared_prompt_attention
+from dpo_lab.models.attention import Segments, attention_by_response
 from dpo_lab.models.forward import response_logps, select_forward
 from dpo_lab.models.varlen import CAUSAL, Layout, supports, varlen_attention
 from tests.support import varlen as kernel
@@ -42,8 +42,9 @@ def by_kernel(inputs: list[Tensor], lengths, scale=None, window=CAUSAL) -> Tenso
     return varlen_attention(query, key, value, Layout.of(lengths, query.device), scale, window)
 
 
-def by_loop(inputs: list[Tensor], lengths, scale=None) -> Tensor:
-    return shared_prompt_attention(torch.nn.Module(), *inputs, None, segments=Segments(lengths), scaling=scale)[0]
+def by_loop(inputs: list[Tensor], lengths, scale=None, window: int | None = None) -> Tensor:
+    query, key, value = inputs
+    return attention_by_response(query, key, value, Segments(lengths), scale, window=window)
 
 
 def by_definition(inputs: list[Tensor], lengths, left: int) -> Tensor:
@@ -89,8 +90,9 @@ def test_the_kernel_gives_the_loops_numbers(responses, heads):
     for _ in range(42):
         lengths = draw_lengths(draw, responses)
         inputs = draw_inputs(lengths, HEADS[heads])
-        scale = draw.choice([None, 0.5])
-        assert_equal(by_kernel(inputs, lengths, scale), by_loop(inputs, lengths, scale), inputs)
+        scale, window = draw.choice([None, 0.5]), draw.choice([None, None, 1, 2, 5, 13, 21, 40, 100])
+        left = CAUSAL if window is None else (window - 1, 0)
+        assert_equal(by_kernel(inputs, lengths, scale, left), by_loop(inputs, lengths, scale, window), inputs)
 
 
 @pytest.mark.parametrize("left", [0, 1, 5, 12, 100])
@@ -100,7 +102,9 @@ def test_a_sliding_window_reaches_back_into_the_prompt(responses, left):
     for heads in HEADS.values():
         lengths = draw_lengths(draw, responses)
         inputs = draw_inputs(lengths, heads)
-        assert_equal(by_kernel(inputs, lengths, window=(left, 0)), by_definition(inputs, lengths, left), inputs)
+        defined = by_definition(inputs, lengths, left)
+        assert_equal(by_kernel(inputs, lengths, window=(left, 0)), defined, inputs)
+        assert_equal(by_loop(inputs, lengths, window=left + 1), by_definition(inputs, lengths, left), inputs)
 
 
 class Operators(TorchDispatchMode):
