@@ -113,17 +113,16 @@ def trl_config(beta: float, dtype: str, checkpointing: bool = True, precomputed:
     """TRL's settings, its defaults but for what is named; quiet, on the CPU."""
     from trl.trainer.dpo_config import DPOConfig
 
-    settings = {
-        "beta": beta,
-        "bf16": dtype == "bf16",
-        "gradient_checkpointing": checkpointing,
-        "precompute_ref_log_probs": precomputed,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        **more,
-    }
-    return DPOConfig(**({"output_dir": tempfile.mkdtemp()} | settings))
+    return DPOConfig(
+        beta=beta,
+        bf16=dtype == "bf16",
+        gradient_checkpointing=checkpointing,
+        precompute_ref_log_probs=precomputed,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **({"output_dir": tempfile.mkdtemp()} | more),
+    )
 
 
 def trl(
