@@ -46,9 +46,9 @@ SETTINGS = {  # TRL's settings for the same job
     "eval_strategy": "steps",
     "eval_steps": 80,
     "save_steps": 80,
-    "gradient_checkpointing": False,
+    "checkpointing": False,
 }
-PRECOMPUTED = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 64}
+PRECOMPUTED = {"precomputed": True, "precompute_ref_batch_size": 64}
 GROUPED = {  # its steps are of pairs of alike length, which are not the same pairs as without
     "train_sampling_strategy": "group_by_length",
     "length_column_name": "length",

@@ -89,8 +89,8 @@ def theirs(beta: str, dtype: str, tuned: bool) -> list[str]:
         "eval_strategy": "epoch",
         "per_device_train_batch_size": 1 if tuned else BATCH,
         "gradient_accumulation_steps": BATCH if tuned else 1,
-        "gradient_checkpointing": not tuned,
-        "precompute_ref_log_probs": tuned,
+        "checkpointing": not tuned,
+        "precomputed": tuned,
     }
     options = ["--beta", beta, "--dtype", dtype, "--settings", json.dumps(settings)]
     return [sys.executable, "-m", "benchmarks.trl_run", *options]

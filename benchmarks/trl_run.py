@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_dataset
@@ -18,14 +19,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--beta", type=float, required=True)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], required=True)
-    parser.add_argument("--settings", type=json.loads, required=True, help="of DPOConfig, as JSON")
+    parser.add_argument("--settings", type=json.loads, required=True, help="of trl_config, as JSON")
     parser.add_argument("--times", type=Path, help="a file for the CPU seconds of its parts")
     parser.add_argument("--sorted", action="store_true", help="sort rows by their column length")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    config = trl_config(chosen.beta, chosen.dtype, output_dir="trl/run", **chosen.settings)
+    given: dict[str, Any] = {"checkpointing": True, "precomputed": False, "output_dir": "trl/run", **chosen.settings}
+    config = trl_config(chosen.beta, chosen.dtype, **given)
     rows = load_dataset("json", data_files={"train": "train.jsonl", "held_out": "held-out.jsonl"}, cache_dir="trl/data")
     rows = rows.sort("length") if chosen.sorted else rows
     seconds = {"reference": 0.0, "training": 0.0, "validation": 0.0}

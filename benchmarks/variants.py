@@ -115,17 +115,16 @@ def trl_config(
     """TRL's settings, its defaults but for what is named; quiet."""
     from trl.trainer.dpo_config import DPOConfig
 
-    settings = {
-        "beta": beta,
-        "bf16": dtype == "bf16",
-        "gradient_checkpointing": checkpointing,
-        "precompute_ref_log_probs": precomputed,
-        "use_cpu": device == "cpu",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **more,
-    }
-    return DPOConfig(**({"output_dir": tempfile.mkdtemp()} | settings))
+    return DPOConfig(
+        beta=beta,
+        bf16=dtype == "bf16",
+        gradient_checkpointing=checkpointing,
+        precompute_ref_log_probs=precomputed,
+        use_cpu=device == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        **({"output_dir": tempfile.mkdtemp()} | more),
+    )
 
 
 class TRL:

@@ -28,17 +28,17 @@ class LinearCasts:
     def __init__(self, models: Iterable[nn.Module], keeps_copies: bool = True) -> None:
         layers = {id(layer): layer for model in models for layer in _layers(model)}
         self.layers, self.keeps_copies = list(layers.values()), keeps_copies
-        self.copies: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the id of the weight
+        self.copies: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the weight
         self.last: tuple[weakref.ref[Tensor], int | None, Tensor] | None = None  # an input, its version, and its cast
 
     def install(self) -> LinearCasts:
         for layer in self.layers:
-            layer.forward = partial(self._forward, layer)
+            vars(layer)["forward"] = partial(self._forward, layer)
         return self
 
     def remove(self) -> None:
         for layer in self.layers:
-            layer.__dict__.pop("forward", None)
+            vars(layer).pop("forward", None)
         self.copies.clear()
         self.last = None
 
@@ -62,7 +62,7 @@ class LinearCasts:
             return F.linear(*casts)
         return _Linear.apply(x, weight, bias, *casts)  # type: ignore[return-value]
 
-    def _copy(self, weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    def _copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.keeps_copies:
             return weight.detach().to(dtype)
         _, copy = self.copies.get(id(weight), (weight, None))

@@ -63,7 +63,8 @@ class Padding:
         back = query.argsort(kind="stable")[len(unused) :]
         places = real[row[real].argsort(kind="stable")]
         found = (row.clip(0), back, unused, places, counts.cumsum() - counts)
-        return cls(shapes, *(torch.from_numpy(each) for each in found))
+        rows_of_all, back, unused, places, starts = (torch.from_numpy(each) for each in found)
+        return cls(shapes, rows_of_all, back, unused, places, starts)
 
     def mask(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Return an additive causal mask [length, length]. window: the tokens up to its own that a token attends to."""
@@ -151,7 +152,7 @@ def _gradients(
         query, key, value, probs = saved[4 * number : 4 * number + 4]
         grad_output = grad_output.view(len(key), -1, grad_output.shape[-1])
         grad_probs = torch.bmm(grad_output, value.mT)
-        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(scale)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(scale)
         products = (grad_scores, key), (grad_scores.mT, query), (probs.mT, grad_output)
         grads.append([torch.bmm(*product) for product in products])
     of_queries, *others = zip(*grads, strict=True)

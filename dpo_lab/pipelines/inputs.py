@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import init_hf_modules
 
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.core.pair_table import PairTable
@@ -200,6 +201,8 @@ def policies(config: RunConfig, cache: Path, sharding: Sharding | None = None) -
     """
     if sharding is None:
         return _load_policies(config, cache)
+    if isinstance(config.policy, Pretrained) and config.policy.trust_remote_code:
+        init_hf_modules()  # lets ranks that load nothing import the classes of rank 0's model
     loaded: Sequence[Policy | None] = (None, None)
     refusal: ConfigError | None = None
     if rank_and_world_size()[0] == 0:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.config.precision import canonical
 from dpo_lab.config.schema import RunConfig
+from dpo_lab.errors import first_line
 from dpo_lab.models.load import untrained_model
 from dpo_lab.models.paths import causal_lm
-from dpo_lab.models.policy import Lora, PolicyConfig, Pretrained, Quantization, TinyPolicy
-from dpo_lab.models.reference import Frozen
+from dpo_lab.models.policy import PolicyConfig, PolicyError, Pretrained, TinyPolicy
+from dpo_lab.models.reference import AdapterOff, Frozen
+from dpo_lab.models.weight_settings import Dtype, Lora, Quantization
 from dpo_lab.planning.shapes import (
     Shape,
     Work,
@@ -86,16 +91,15 @@ def plan_of(config: RunConfig, policy: PolicyConfig | None = None) -> Plan:
     """
     data, policy = config.data, policy or config.policy
     precision = AUTOCAST.get(canonical(config.trainer.get("precision")))
-    prompt = min(data.max_prompt_length, data.max_length - 1)
-    pair = Work.of_pair(prompt, data.max_length - prompt)
+    prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
     longest = 2 * data.max_length - 1  # an empty prompt with two responses
     tokens = min(max(data.forward_tokens, longest), data.batch_size * longest)
-    with on_paper(lambda: _model_of(policy), precision) as model:
+    with _explained(policy), on_paper(lambda: _model_of(policy), precision) as model:
         shape, memory = Shape.of(model), _memory_of(model, config, policy, tokens, precision)
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         in_16_bits = precision is not None or model.dtype.itemsize == 2
     flops = shape.step_flops(
-        pair,
+        Work.of_pair(prompt, response).times(data.batch_size),
         recomputes=policy.gradient_checkpointing,
         reference=_runs_reference(config),
         frozen=policy.has_adapters,
@@ -106,30 +110,43 @@ def plan_of(config: RunConfig, policy: PolicyConfig | None = None) -> Plan:
         trained=sum(size for size, is_trained in sizes if is_trained),
         tokens=tokens,
         prompt=prompt,
-        response=data.max_length - prompt,
-        flops=flops * data.batch_size,
+        response=response,
+        flops=flops,
         steps=int(config.trainer["max_steps"]),
         in_16_bits=in_16_bits,
     )
 
 
+@contextmanager
+def _explained(policy: PolicyConfig) -> Iterator[None]:
+    """Raise PolicyError for a model whose passes need more than shapes, or have no rule for them in torch."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would log a traceback as well
+    try:
+        yield
+    except PolicyError:
+        raise
+    except Exception as error:  # many types, depending on the architecture
+        raise PolicyError(
+            f"policy.path={getattr(policy, 'path', '')}: its memory can't be told from shapes ({first_line(error)}); type"
+            " policy.dtype=bfloat16 with --plan where products of experts fail, else leave --plan out"
+        ) from error
+
+
 def alternatives(config: RunConfig) -> Iterator[tuple[str, Plan]]:
-    """Yield what to type for less memory, each with its plan, the mildest change first."""
+    """Yield what to type for less memory, each with its plan, the mildest change first; each adds to the ones before."""
     policy, typed = copy.copy(config.policy), []
+    changes: list[tuple[str, dict[str, Any]]] = []
     if not policy.gradient_checkpointing:
-        policy.gradient_checkpointing = True
-        typed.append("policy.gradient_checkpointing=true")
-        yield " ".join(typed), plan_of(config, policy)
+        changes.append(("policy.gradient_checkpointing=true", {"gradient_checkpointing": True}))
     if isinstance(policy, Pretrained) and not policy.has_adapters:
-        policy = copy.copy(policy)
-        policy.lora = Lora(r=16)
-        typed.append("policy.lora.r=16 optim=lora")
-        yield " ".join(typed), plan_of(config, policy)
+        changes.append(("policy.lora.r=16 optim=lora", {"lora": Lora(r=16)}))
     if isinstance(policy, Pretrained) and not policy.is_quantized:
+        smaller = {"quantize": Quantization.nf4, "dtype": Dtype.bfloat16}
+        changes.append(("policy.quantize=nf4 policy.dtype=bfloat16", smaller))
+    for words, settings in changes:
         policy = copy.copy(policy)
-        policy.quantize = Quantization.nf4  # not by replace, which asks for the package
-        policy.dtype = type(policy.dtype).bfloat16
-        typed.append("policy.quantize=nf4 policy.dtype=bfloat16")
+        vars(policy).update(settings)  # not by replace, which asks for bitsandbytes
+        typed.append(words)
         yield " ".join(typed), plan_of(config, policy)
 
 
@@ -142,7 +159,7 @@ def _model_of(policy: PolicyConfig) -> PreTrainedModel:
 
 def _runs_reference(config: RunConfig) -> bool:
     """Return whether each step has a forward pass of the reference."""
-    return config.reference.starts_at_policy and type(config.reference).__name__ != "Cached"
+    return isinstance(config.reference, (Frozen, AdapterOff))
 
 
 def _memory_of(
@@ -157,6 +174,7 @@ def _memory_of(
     rows, length = min(evals.batch_size, evals.num_prompts), config.data.max_prompt_length + evals.max_new_tokens
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {id(p) for layer in layers for p in layer.parameters()}
+    kept = activation_bytes(model, tokens, policy.gradient_checkpointing)
     largest = max((_bytes_of(list(layer.parameters()), packed) for layer in layers), default=0.0)
     gathered = largest + _bytes_of([p for p in model.parameters() if id(p) not in inside], packed)
     return Memory(
@@ -164,7 +182,7 @@ def _memory_of(
         gradients=weight_bytes(trained),
         optimizer=float(config.optim.state_bytes(trained)),
         reference=weight_bytes(trained) if isinstance(config.reference, Frozen) else 0.0,
-        activations=activation_bytes(model, tokens, policy.gradient_checkpointing),
+        activations=kept / len(layers) if policy.activation_offload and layers else kept,  # about one layer's
         head=head_bytes(shape, tokens, of_head, of_head.requires_grad, precision or model.dtype),
         sampling=weights
         + weight_bytes(trained)  # of the initial policy

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from dpo_lab.config.allowed_targets import FSDP2, target_of
 from dpo_lab.config.schema import RunConfig
-from dpo_lab.planning.cards import CARDS, REACHED, RESERVED
+from dpo_lab.planning.cards import CARDS, REACHED, RESERVED, Card
 from dpo_lab.planning.plan import Plan, alternatives, plan_of
 
 PARTS = {
@@ -59,26 +59,28 @@ def _memory_table(plan: Plan, ranks: int | None) -> Table:
 
 
 def _card_table(config: RunConfig, plan: Plan, ranks: int) -> Table:
-    def needed(planned: Plan) -> float:
-        return (planned.memory if ranks == 1 else planned.memory.sharded(ranks)).needed
+    """Return the table of cards: whether each holds the plan, or what to type so that it does. ranks: that share it."""
+    others, planned = alternatives(config), list[tuple[str, Plan]]()
 
-    others = alternatives(config)
-    known: list[tuple[str, Plan]] = []  # an alternative is only planned where a card needs it
+    def fits(card: Card, plan: Plan) -> bool:
+        return card.fits((plan.memory if ranks == 1 else plan.memory.sharded(ranks)).needed)
+
+    def first_that_fits(card: Card) -> tuple[str, Plan] | None:
+        """Return what to type, and its plan; further alternatives are only planned where they are needed."""
+        for typed, other in planned:
+            if fits(card, other):
+                return typed, other
+        for typed, other in others:
+            planned.append((typed, other))
+            if fits(card, other):
+                return typed, other
+        return None
+
     table = Table("card", "fits", "s a step", title="Cards", title_justify="left")
-    for card in reversed(CARDS):
-        chosen, verdict = plan, "yes"
-        if not card.fits(needed(plan)):
-            known += [] if any(card.fits(needed(other)) for _, other in known) else list(_until(others, card, needed))
-            found = next(((typed, other) for typed, other in known if card.fits(needed(other))), None)
-            chosen = found[1] if found else plan
-            verdict = f"no: type {found[0]}" if found else "no"
+    for card in CARDS:
+        verdict, chosen = "yes", plan
+        if not fits(card, plan):
+            found = first_that_fits(card)
+            verdict, chosen = (f"no: type {found[0]}", found[1]) if found else ("no", plan)
         table.add_row(card.name, verdict, f"{card.seconds(chosen.flops / ranks, chosen.in_16_bits):.3g}")
     return table
-
-
-def _until(others, card, needed):
-    """Yield alternatives up to the first that fits a card."""
-    for typed, other in others:
-        yield typed, other
-        if card.fits(needed(other)):
-            return

@@ -74,11 +74,12 @@ class Shape:
         experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
         active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
         matrices = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in embeddings]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", 0)  # of a recurrent model there are none
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
         return cls(
             body=int(sum(p.numel() * (active if ".experts." in name else 1) for name, p in matrices)),
             hidden=config.hidden_size,
-            attention=config.num_attention_heads * head_dim,
+            attention=heads * head_dim,
             layers=config.num_hidden_layers,
             vocabulary=config.vocab_size,
         )
@@ -203,6 +204,6 @@ def cache_bytes(model: PreTrainedModel, rows: int, length: int) -> float:
     """
     with torch.no_grad():
         output = causal_lm(model)(input_ids=torch.zeros(1, PROBE, dtype=torch.long), use_cache=True)
-    layers = getattr(output.past_key_values, "layers", [])
+    layers = getattr(getattr(output, "past_key_values", None), "layers", [])  # a recurrent model has none
     kept = [t for layer in layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     return rows * length * sum(t.nbytes for t in kept if t is not None) / PROBE

@@ -9,8 +9,9 @@ from dpo_lab.core.losses import DPO
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
-from dpo_lab.models.forward import causal_lm, disable_dropout, pair_loss, select_forward
+from dpo_lab.models.forward import disable_dropout, pair_loss, select_forward
 from dpo_lab.models.load import untrained_model
+from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import Lora, Pretrained, Quantization, TinyPolicy
 from dpo_lab.models.reference import Uniform
 from dpo_lab.planning.shapes import activation_bytes, on_paper

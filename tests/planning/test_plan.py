@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.pair_table import PairTable
@@ -18,8 +19,9 @@ from dpo_lab.data.collate import collate
 from dpo_lab.models.decoding import CachedRows
 from dpo_lab.models.forward import disable_dropout, pair_loss, select_forward
 from dpo_lab.models.load import untrained_model
-from dpo_lab.models.policy import Lora, Pretrained, TinyPolicy
+from dpo_lab.models.policy import Lora, PolicyError, Pretrained, TinyPolicy
 from dpo_lab.models.reference import Uniform
+from dpo_lab.planning import plan
 from dpo_lab.planning.cards import CARDS, RESERVED
 from dpo_lab.planning.plan import alternatives, plan_of
 from dpo_lab.planning.report import print_plan
@@ -64,8 +66,6 @@ def folder(tmp_path_factory):
 
 def adapted(folder) -> torch.nn.Module:
     peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
 
@@ -100,13 +100,13 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_step(folder):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     state = sum(t.nbytes for each in optimizer.state.values() for t in each.values() if t.ndim)
-    plan = plan_of(settled(*overrides))
+    planned = plan_of(settled(*overrides))
     weights = bytes_of_weights([model])
-    assert (plan.memory.weights, plan.memory.gradients, plan.memory.optimizer) == (weights, weights, state)
-    assert plan.parameters == plan.trained == weights / 4
+    assert (planned.memory.weights, planned.memory.gradients, planned.memory.optimizer) == (weights, weights, state)
+    assert planned.parameters == planned.trained == weights / 4
     checkpointed = plan_of(settled(*overrides, "policy.gradient_checkpointing=true")).memory
-    assert checkpointed.activations < plan.memory.activations
-    assert checkpointed.sampling == plan.memory.sampling > 2 * weights  # both policies, and the KV cache
+    assert checkpointed.activations < planned.memory.activations
+    assert checkpointed.sampling == planned.memory.sampling > 2 * weights  # both policies, and the KV cache
     adapters = plan_of(settled(*overrides, "policy.lora.r=4", "reference=frozen"))
     trained = 4 * sum(p.numel() for p in adapted(folder).parameters() if p.requires_grad)
     assert adapters.memory.weights == weights + trained
@@ -174,10 +174,10 @@ def test_the_work_of_a_pair():
 
 
 def test_shards_hold_their_share_and_the_largest_layer_whole(folder):
-    plan = plan_of(settled("policy=pretrained", f"policy.path={folder}"))
-    sharded = plan.memory.sharded(4)
-    assert sharded.weights == plan.memory.weights / 4
-    assert plan.memory.activations < sharded.activations < plan.memory.activations + 2 * plan.memory.weights
+    planned = plan_of(settled("policy=pretrained", f"policy.path={folder}"))
+    sharded = planned.memory.sharded(4)
+    assert sharded.weights == planned.memory.weights / 4
+    assert planned.memory.activations < sharded.activations < planned.memory.activations + 2 * planned.memory.weights
 
 
 LLAMA_8B = dict(
@@ -192,15 +192,46 @@ LLAMA_8B = dict(
 )
 
 
+SMALL = dict(hidden_size=64, num_hidden_layers=2, vocab_size=300)
+GROUPED = SMALL | dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, head_dim=16)
+EXPERTS = GROUPED | dict(num_local_experts=4, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("gemma2", GROUPED), ("mixtral", EXPERTS), ("mamba", SMALL)])
+def test_other_architectures_have_shapes_too(kind, sizes):
+    """Windows and caps, experts, recurrent states."""
+    config = AutoConfig.for_model(kind, **sizes)
+    with on_paper(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), torch.bfloat16) as model:
+        shape = Shape.of(model)
+        assert 0 < activation_bytes(model, 64) < activation_bytes(model, 128)
+        assert (cache_bytes(model, 2, 32) > 0) == (kind != "mamba")
+    whole = sum(p.numel() for p in model.parameters())
+    assert 0 < shape.body < whole
+    if kind == "mixtral":  # of 4 experts 2
+        expert = 2 * 3 * 64 * 96
+        assert shape.body == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 4 * 64) + 2 * expert
+
+
+def test_what_shapes_do_not_tell_is_said_in_one_line(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("no rule for this operator\nmore")
+
+    monkeypatch.setattr(plan, "activation_bytes", fail)
+    with pytest.raises(
+        PolicyError, match=r"^policy.path=: its memory can't be told .*\(no rule for this operator\); type"
+    ):
+        plan_of(settled("policy.layers=1"))
+
+
 def test_a_model_of_8_billion_is_planned_from_its_config_alone(tmp_path):
     """Trained whole it fits no card; what to type is named, and does fit."""
     pytest.importorskip("peft")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     config = settled("policy=pretrained", f"policy.path={tmp_path}", "trainer=gpu")
-    plan = plan_of(config)
-    assert plan.parameters == 8_030_261_248
-    assert plan.memory.weights == 4 * plan.parameters
-    assert not any(card.fits(plan.memory.needed) for card in CARDS)
+    planned = plan_of(config)
+    assert planned.parameters == 8_030_261_248
+    assert planned.memory.weights == 4 * planned.parameters
+    assert not any(card.fits(planned.memory.needed) for card in CARDS)
     console = Console(file=io.StringIO(), width=200)
     print_plan(config, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -209,7 +240,7 @@ def test_a_model_of_8_billion_is_planned_from_its_config_alone(tmp_path):
     assert "policy.quantize=nf4" in text
     for _, other in alternatives(config):
         assert math.isfinite(other.memory.needed)
-        assert other.memory.needed < plan.memory.needed
+        assert other.memory.needed < planned.memory.needed
     assert CARDS[0].fits(other.memory.needed) == (other.memory.needed + RESERVED <= 24e9)
 
 
@@ -238,8 +269,8 @@ def test_of_smollm2_too(adapters):
     found, tokens = kept_by_a_step(model, 300, checkpoints=False)
     config = settled("policy=smollm2_135m", "data.max_length=100", "data.max_prompt_length=50")
     config.data.tokens_per_microbatch, config.data.batch_size = tokens, 10
-    plan = plan_of(config, settings)
-    assert plan.tokens == tokens
+    planned = plan_of(config, settings)
+    assert planned.tokens == tokens
     of_head = 4 * tokens * 576 * 0.6 + (0 if adapters else 4 * 49152 * 576)
-    assert found == pytest.approx(plan.memory.activations + of_head, rel=TOLERANCE)
-    assert plan.memory.weights == bytes_of_weights([model])
+    assert found == pytest.approx(planned.memory.activations + of_head, rel=TOLERANCE)
+    assert planned.memory.weights == bytes_of_weights([model])

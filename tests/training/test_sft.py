@@ -29,7 +29,7 @@ from dpo_lab.models.forward import forward_name, pair_logps, response_nll, selec
 from dpo_lab.models.policy import Lora, Policy, Pretrained, TinyPolicy, load_policy
 from dpo_lab.models.reference import REFERENCES
 from dpo_lab.models.tokenizer import train_tokenizer
-from dpo_lab.pipelines.inputs import prepare_pairs, prepare_responses
+from dpo_lab.pipelines.inputs import Forward, prepare_pairs, prepare_responses
 from dpo_lab.pipelines.setup import forward_settings
 from dpo_lab.pipelines.train_dpo import train_dpo
 from dpo_lab.pipelines.train_sft import train_sft
@@ -243,12 +243,15 @@ def said(table: PairTable) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [(tuple(pair.prompt.tolist()), tuple(pair.chosen.tolist())) for pair in table]
 
 
+def on_a_cpu() -> Forward:
+    return forward_settings(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+
+
 @pytest.mark.parametrize("file", ["pairs.jsonl", "chats.jsonl"])
 def test_the_ids_are_those_that_dpo_sees(file, shop, tmp_path):
     _, settings = settled(shop, file)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    pairs = prepare_pairs(settings, tmp_path, forward_settings(trainer))
-    responses = prepare_responses(settings, tmp_path)
+    pairs = prepare_pairs(settings, tmp_path, on_a_cpu())
+    responses = prepare_responses(settings, tmp_path, on_a_cpu())
     assert len(list(tmp_path.glob("pairs-*.lock"))) == 1  # one store
     for of_dpo, of_sft in ((pairs.train, responses.train), (pairs.held_out, responses.held_out)):
         assert Counter(said(of_sft)) == Counter(set(said(of_dpo)))
@@ -264,7 +267,7 @@ def test_the_ids_are_those_that_dpo_sees(file, shop, tmp_path):
 
 def test_whole_texts(shop, tmp_path):
     _, settings = settled(shop, "texts.jsonl", "sft.text_column=body")
-    material = prepare_responses(settings, tmp_path)
+    material = prepare_responses(settings, tmp_path, on_a_cpu())
     encoder = material.encoder
     texts = [json.loads(line)["body"] for line in (shop / "texts.jsonl").read_text().splitlines()]
     expected = [(tuple(encoder.prompt("")), tuple(encoder.response(text, encoder.prompt("")))) for text in texts[:-1]]
