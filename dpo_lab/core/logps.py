@@ -42,6 +42,20 @@ def pad_rows(
     return rows.masked_fill(is_padding, pad_id), rows.masked_fill(is_padding | (found[1] == 0), IGNORE)
 
 
+def predicting_rows(lengths: Int[np.ndarray, "items parts"]) -> Int[np.ndarray, " response_tokens"]:
+    """Return which of pad_rows' rows, flattened, predict the response tokens, in the order of the stream.
+
+    >>> predicting_rows(np.array([[2, 1, 2]]))    # of rows of 4 columns
+    [1, 5, 6]
+    """
+    items, responses = len(lengths), lengths.shape[1] - 1
+    counts = lengths[:, 1:].ravel()
+    rows = np.arange(responses) * items + np.arange(items)[:, None]  # of each response
+    columns = (lengths[:, :1] + lengths[:, 1:]).max()
+    begins = (rows * columns + lengths[:, :1] - 1).ravel() - (counts.cumsum() - counts)
+    return np.arange(counts.sum()) + np.repeat(begins, counts)
+
+
 def sequence_logps(
     logits: Float[Tensor, "rows columns vocabulary"], labels: Int[Tensor, "rows columns"]
 ) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:

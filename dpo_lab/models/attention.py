@@ -12,9 +12,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpo_lab.models.varlen import Layout, supports, varlen_attention
+from dpo_lab.models.varlen import CAUSAL, Layout, supports, varlen_attention
 
 SHARED_PROMPT = "shared_prompt"  # name of this attention in transformers' registry
+WITHOUT_EFFECT = {"position_ids", "use_cache", "output_attentions", "cache_position"}  # arguments of some models
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Segments:
     """
 
     lengths: Sequence[Sequence[int]]
-    masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
     layouts: dict[torch.device, Layout] = field(default_factory=dict)
 
     def layout(self, device: torch.device) -> Layout:
@@ -34,12 +35,16 @@ class Segments:
             self.layouts[device] = Layout.of(self.lengths, device)
         return self.layouts[device]
 
-    def mask(self, prompt: int, response: int, like: Tensor) -> Tensor:
-        """Return an additive causal mask [response, prompt + response] over the prompt and the response itself."""
-        key = (prompt, response, like.dtype)
+    def mask(self, prompt: int, response: int, window: int | None, like: Tensor) -> Tensor:
+        """Return an additive causal mask [response, prompt + response] over the prompt and the response itself.
+
+        window: the number of tokens up to its own that a token attends to.
+        """
+        key = (prompt, response, window, like.dtype)
         if key not in self.masks:
-            mask = like.new_full((response, prompt + response), float("-inf"))
-            self.masks[key] = mask.triu_(prompt + 1)
+            ones = torch.ones(response, prompt + response, dtype=torch.bool, device=like.device)
+            hidden = ones.triu(prompt + 1) if window is None else ones.triu(prompt + 1) | ones.tril(prompt - window)
+            self.masks[key] = like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         return self.masks[key]
 
 
@@ -52,19 +57,26 @@ def shared_prompt_attention(
     segments: Segments | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Compute causal attention [1, N, heads, d] over a packed stream, from query, key, value [1, heads, N, d].
 
     Without `segments` this is transformers' SDPA attention, so the same model also runs padded rows and generation. With
     them it is one call of the variable-length kernel where that is supported, elsewhere one SDPA call per response.
+    sliding_window: the number of tokens up to its own that a token attends to, all if None.
     """
     if segments is None:
+        if attention_mask is not None and attention_mask.dtype == torch.long:
+            raise TypeError("its layers do not pass the segments of a stream on to their attention")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    if others := {name for name, given in kwargs.items() if given is not None} - WITHOUT_EFFECT:
+        raise TypeError(f"its attention has {', '.join(sorted(others))}, which shared prompts can't have")
     if supports(query, value, dropout):
-        return varlen_attention(query, key, value, segments.layout(query.device), scaling), None
+        window = CAUSAL if sliding_window is None else (sliding_window - 1, 0)
+        return varlen_attention(query, key, value, segments.layout(query.device), scaling, window), None
     if query.device.type == "cuda":  # with enable_gqa, SDPA's fast kernels take no mask and no float32
         key, value = (repeat_kv(each, query.shape[1] // key.shape[1]) for each in (key, value))
     grouped = query.shape[1] != key.shape[1]
@@ -75,12 +87,16 @@ def shared_prompt_attention(
     for prompt, _, *others in segments.lengths:
         q, first_k, first_v = next(parts)
         attend = {"scale": scaling, "dropout_p": dropout, "enable_gqa": grouped}
-        outputs.append(scaled_dot_product_attention(q, first_k, first_v, is_causal=True, **attend))
+        if sliding_window is None or sliding_window >= q.shape[2]:
+            outputs.append(scaled_dot_product_attention(q, first_k, first_v, is_causal=True, **attend))
+        else:
+            mask = segments.mask(0, q.shape[2], sliding_window, like=q)
+            outputs.append(scaled_dot_product_attention(q, first_k, first_v, attn_mask=mask, **attend))
         for response in others:
             q, k, v = next(parts)
             k = torch.cat((first_k[:, :, :prompt], k), 2)
             v = torch.cat((first_v[:, :, :prompt], v), 2)
-            mask = segments.mask(prompt, response, like=q)
+            mask = segments.mask(prompt, response, sliding_window, like=q)
             outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, **attend))
     return torch.cat([o.transpose(1, 2) for o in outputs], 1), None
 

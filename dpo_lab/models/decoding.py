@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dpo_lab.core.pairs import Tokens
-from dpo_lab.models.forward import causal_lm
+from dpo_lab.models.paths import causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,20 +1,24 @@
-"""The forward pass: log-probabilities of responses, on the shared-prompt path where it is proven, else on padded rows."""
+"""The forward pass: log-probabilities of responses, and losses of them, on the path that was selected for the model."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.core.fused_lm_head import fused_loss, token_logps
-from dpo_lab.core.lm_head import LMHead
-from dpo_lab.core.logps import StreamRows, pad_rows, sequence_logps, stream_rows, sum_responses
+from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
-from dpo_lab.models.attention import SHARED_PROMPT, Segments
+from dpo_lab.models.paths import apply_path, response_rows, shares_prompts
+from dpo_lab.models.trial import path_for
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -22,71 +26,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Architectures that tests/models/test_shared_prompt.py compares with the padded path; subclasses are not included.
-PROVEN = {
-    "LlamaForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "MistralForCausalLM",
-    "GPT2LMHeadModel",
-    "GPTNeoXForCausalLM",
-    "Olmo2ForCausalLM",
-    "SmolLM3ForCausalLM",
-    "Phi3ForCausalLM",
-}
-ROPES = {"default", "linear", "llama3", "yarn"}  # angles depend only on a token's position
 
-
-def select_forward(model: PreTrainedModel) -> None:
-    """Switch the model to the shared-prompt path if it supports it; log which path it takes and why."""
-    kind = type(causal_lm(model)).__name__
-    if reason := why_not_shared(model):
-        log.info("forward: padded rows for %s, because %s", kind, reason)
-    else:
-        causal_lm(model).set_attn_implementation(SHARED_PROMPT)
-        log.info("forward: shared prompts for %s, without padding", kind)
+def select_forward(
+    model: PreTrainedModel,
+    cache: Path | None = None,
+    device: torch.device | None = None,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
+    """Let the model take the path that path_for returns for it, and log which and why."""
+    path = path_for(model, cache, device, context)
+    apply_path(model, path)
+    log.info("forward: %s", path.why)
 
 
 def forward_name(model: PreTrainedModel) -> str:
     """Return the name of the path that the model takes, which is part of its numerics."""
-    return "shared prompt" if _shares_prompts(model) else "padded"
-
-
-def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Return why the model can't take the shared-prompt path, from its class, modules and config; None if it can."""
-    bare = causal_lm(model)
-    config, kind = bare.config, type(bare)
-    if kind.__name__ not in PROVEN or not kind.__module__.startswith("transformers."):
-        return "this architecture is not among the tested ones"
-    if config._attn_implementation not in ("sdpa", "eager", SHARED_PROMPT):
-        return f"its attention is {config._attn_implementation}"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return "not all its layers have full attention"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"it has a sliding attention window of {config.sliding_window} tokens"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if (rope_type := rope.get("rope_type", "default")) not in ROPES:
-        return f"its position embedding ({rope_type}) depends on the length of the whole stream"
-    if getattr(config, "reorder_and_upcast_attn", False):
-        return "it computes attention scores in its own way (reorder_and_upcast_attn)"
-    head = bare.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return "its LM head is not a plain matrix"
-    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
-        return "its adapter puts virtual tokens before the prompt"
-    return None
-
-
-def causal_lm(model) -> PreTrainedModel:
-    """Return the Hugging Face model, unwrapped from its adapter if it has one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def pad_id_of(model: PreTrainedModel) -> int:
-    """Return the token id for padding; any valid id would do, since padding is not scored."""
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
-    pad_id = getattr(causal_lm(model).config.get_text_config(), "pad_token_id", None) or 0
-    return pad_id if 0 <= pad_id < rows else 0
+    return "shared prompt" if shares_prompts(model) else "padded"
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -109,12 +64,8 @@ def response_logps(
 
     tokens: a packed stream of prompts and responses; lengths: of each part; see core/logps.py.
     """
-    if _shares_prompts(model):
-        hidden, head, stream = _response_rows(model, tokens, lengths)
-        return sum_responses(token_logps(hidden, head, stream.targets), lengths)
-    input_ids, labels = pad_rows(tokens, lengths, pad_id=pad_id_of(model))
-    sums, _ = sequence_logps(model(input_ids=input_ids, use_cache=False).logits, labels)
-    return sums.view(-1, len(lengths)).T
+    hidden, head, targets = response_rows(model, tokens, lengths)
+    return sum_responses(token_logps(hidden, head, targets), lengths)
 
 
 def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
@@ -126,16 +77,13 @@ def pair_loss(
     model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps
 ) -> tuple[Float[Tensor, ""], PairLogps]:
     """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached."""
-    if _shares_prompts(model):
-        hidden, head, stream = _response_rows(model, batch.tokens, batch.lengths)
+    hidden, head, targets = response_rows(model, batch.tokens, batch.lengths)
 
-        def loss_of(logps: Tensor, pairs: slice) -> Tensor:
-            return loss(PairLogps.of(logps, batch.response_lengths[pairs]), reference[pairs])
+    def loss_of(logps: Tensor, pairs: slice) -> Tensor:
+        return loss(PairLogps.of(logps, batch.response_lengths[pairs]), reference[pairs])
 
-        total, logps = fused_loss(hidden, head, stream.targets, batch.lengths, loss_of)
-        return total, PairLogps.of(logps, batch.response_lengths)
-    policy = pair_logps(model, batch)
-    return loss(policy, reference).sum(), policy.detach()
+    total, logps = fused_loss(hidden, head, targets, batch.lengths, loss_of)
+    return total, PairLogps.of(logps, batch.response_lengths)
 
 
 def response_nll(
@@ -145,30 +93,5 @@ def response_nll(
 
     For `tokens` and `lengths` see response_logps.
     """
-    if _shares_prompts(model):
-        hidden, head, stream = _response_rows(model, tokens, lengths)
-        return fused_loss(hidden, head, stream.targets, lengths, lambda logps, _: -logps.sum(1))[0]
-    return -response_logps(model, tokens, lengths).sum()
-
-
-def _shares_prompts(model: PreTrainedModel) -> bool:
-    return causal_lm(model).config._attn_implementation == SHARED_PROMPT
-
-
-def _response_rows(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray) -> tuple[Tensor, LMHead, StreamRows]:
-    """Return the hidden states [R, H] of the rows that predict response tokens, the LM head [V, H], and these rows."""
-    if reason := why_not_shared(model):
-        raise RuntimeError(
-            f"the model was changed after its path was selected: {reason}; call select_forward(model) last"
-        )
-    bare = causal_lm(model)
-    stream = stream_rows(tokens, lengths)
-    output = bare.base_model(
-        input_ids=tokens[None],
-        position_ids=stream.positions[None],
-        attention_mask=tokens.new_ones(1, 1, 1, 1),  # transformers passes on a mask of four dimensions and builds none
-        use_cache=False,
-        segments=Segments(lengths.tolist()),
-    )
-    head: nn.Linear = bare.get_output_embeddings()  # type: ignore[assignment]
-    return output.last_hidden_state[0].index_select(0, stream.rows), LMHead(head, len(head.weight)), stream
+    hidden, head, targets = response_rows(model, tokens, lengths)
+    return fused_loss(hidden, head, targets, lengths, lambda logps, _: -logps.sum(1))[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import Tokens
-from dpo_lab.models.forward import causal_lm
+from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import PolicyError
 from dpo_lab.models.probes import hard_positions, positions_of, ropes_of
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dpo_lab.models.decoding import uses_cache
-from dpo_lab.models.forward import causal_lm
+from dpo_lab.models.paths import causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -217,7 +217,7 @@ class Pretrained(PolicyConfig):
         from dpo_lab.models.load import check_behaviour, read_policy
 
         policy = read_policy(self, seed)
-        select_forward(policy.model)
+        select_forward(policy.model, cache)
         if not known:
             check_behaviour(policy, self, cache)
         return policy

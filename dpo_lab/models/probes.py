@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from dpo_lab.models.decoding import CachedRows
-from dpo_lab.models.forward import causal_lm, pad_id_of
+from dpo_lab.models.paths import causal_lm, pad_id_of
 from dpo_lab.runs.cache import cached
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def behaviour_of(model: PreTrainedModel, cache: Path | None = None) -> Behaviour
     def make(path: Path) -> None:
         path.write_text(json.dumps(asdict(_probe(model))))
 
-    return Behaviour(**json.loads(cached(cache / f"behaviour-{_fingerprint(model)}.json", make).read_text()))
+    return Behaviour(**json.loads(cached(cache / f"behaviour-{fingerprint(model, [FORMAT])}.json", make).read_text()))
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
@@ -94,9 +94,9 @@ def ropes_of(model: PreTrainedModel) -> list[dict[str, Any]]:
     return nested or ([parameters] if parameters else [])
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
-    """Return a hash of versions, class, config, and each weight's name, shape, dtype and a sample of its values."""
-    versions = [FORMAT, transformers.__version__, torch.__version__]
+def fingerprint(model: PreTrainedModel, what: Sequence[str]) -> str:
+    """Return a hash of `what`, versions, class, config, and each weight's name, shape, dtype and a sample of its values."""
+    versions = [*what, transformers.__version__, torch.__version__]
     config = causal_lm(model).config.to_json_string()
     digest = hashlib.blake2b(json.dumps([*versions, str(type(causal_lm(model))), config]).encode(), digest_size=8)
     for name, weight in model.named_parameters():
@@ -112,11 +112,11 @@ def _probe(model: PreTrainedModel) -> Behaviour:
     tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
     half = len(rows[0]) // 2
     changed = torch.cat((rows[0][:half], rows[1]))  # the first row with other tokens in its second half
-    with _evaluated(model):
+    with evaluated(model):
         try:
             logits = _padded(model, [*rows, changed])
         except Exception as error:  # any type
-            return Behaviour(refused=f"its forward does not take plain rows of tokens ({_line(error)})")
+            return Behaviour(refused=f"its forward does not take plain rows of tokens ({error_line(error)})")
         difference = _median(logits[-1][:half], logits[0][:half])
         if difference > LEAK_TOLERANCE.get(model.dtype, LEAK_TOLERANCE[torch.bfloat16]):
             return Behaviour(
@@ -152,7 +152,7 @@ def _why_uncached(model: PreTrainedModel, rows: list[Tensor], logits: list[Tenso
                 cached.keep(torch.tensor(active, device=logits[0].device))
             cached.append(torch.stack([rows[i][len(rows[i]) - STEPS + step] for i in active]))
     except Exception as error:  # any type
-        return _line(error)
+        return error_line(error)
     if not largest <= tolerance:
         return f"its logits differ from those of a full forward pass (by {largest:.2g} of their standard deviation)"
     return None
@@ -160,16 +160,16 @@ def _why_uncached(model: PreTrainedModel, rows: list[Tensor], logits: list[Tenso
 
 def _made_up_rows(model: PreTrainedModel) -> list[Tensor]:
     """Return rows of arbitrary tokens without padding, the same in each call."""
+    lengths = [length + STEPS for length in PROMPTS]
+    return list(made_up_tokens(model, sum(lengths)).split(lengths))
+
+
+def made_up_tokens(model: PreTrainedModel, count: int) -> Tensor:
+    """Return arbitrary tokens, none of them the pad token, the same in each call."""
     vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randperm(vocabulary, generator=generator)
+    ids = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))
     ids = ids[ids != pad_id_of(model)]
-    rows, start = [], 0
-    for length in PROMPTS:
-        indices = torch.arange(start, start + length + STEPS) % len(ids)
-        rows.append(ids[indices].to(model.device))
-        start += length + STEPS
-    return rows
+    return ids[torch.arange(count) % len(ids)].to(model.device)
 
 
 def _padded(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
@@ -181,15 +181,15 @@ def _padded(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
 
 def _maximum(logits: Tensor, expected: Tensor) -> float:
     """Return the largest relative difference of T."""
-    return float(_relative_differences(logits, expected).max())
+    return float(relative_differences(logits, expected).max())
 
 
 def _median(logits: Tensor, expected: Tensor) -> float:
     """Return the median relative difference of T, which ignores single tokens that are routed to another expert."""
-    return float(_relative_differences(logits, expected).median())
+    return float(relative_differences(logits, expected).median())
 
 
-def _relative_differences(logits: Tensor, expected: Tensor) -> Tensor:
+def relative_differences(logits: Tensor, expected: Tensor) -> Tensor:
     """Return the root mean square difference of logits [T, V] relative to their standard deviation, [T]."""
     logits, expected = logits.double().log_softmax(-1), expected.double().log_softmax(-1)
     differences = (logits - expected).square().mean(-1).sqrt() / expected.std(-1).clamp(min=1e-12)
@@ -197,7 +197,7 @@ def _relative_differences(logits: Tensor, expected: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluated(model: PreTrainedModel) -> Iterator[None]:
+def evaluated(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
@@ -206,6 +206,6 @@ def _evaluated(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:200]

@@ -12,7 +12,7 @@ from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.models.policy import Lora, Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
-from dpo_lab.pipelines.inputs import prepare_pairs
+from dpo_lab.pipelines.inputs import prepare_pairs, select_on_device
 from dpo_lab.pipelines.setup import forward_settings, logging_to, make_trainer, memory_explained, setup_process
 from dpo_lab.pipelines.stage_timer import StageTimer
 from dpo_lab.reporting.run_summary import print_summary
@@ -44,6 +44,7 @@ def evaluate_run(
     trained = _load_trained(config.policy, folder)
     into.mkdir(parents=True, exist_ok=True)
     with logging_to(into), memory_explained(config, "the evaluation"):
+        select_on_device(trained, CACHE, forward)
         inputs = prepare_pairs(config, CACHE, forward)
         identity = inputs.identity() | {"trained_policy": weights_digest(trained.model)}
         if record is not None:

@@ -20,11 +20,15 @@ from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.quality import Quality, quality_of
 from dpo_lab.data.sources import Splits
 from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.distributed.collectives import all_gather_object
 from dpo_lab.models.decoding import uses_cache
+from dpo_lab.models.forward import select_forward
 from dpo_lab.models.limits import Limits
+from dpo_lab.models.paths import apply_path, path_of
 from dpo_lab.models.policy import Init, Policy, PolicyError, Pretrained, TinyPolicy, weights_digest
 from dpo_lab.models.reference_cache import cached_logps
 from dpo_lab.models.sampling import generate_responses
+from dpo_lab.models.trial import compute_dtype
 from dpo_lab.runs.cache import cached
 from dpo_lab.training.initial_policy import initial_policy
 
@@ -68,6 +72,7 @@ class TrainingInputs:
 def prepare_pairs(config: RunConfig, cache: Path, forward: Forward) -> TrainingInputs:
     """Return the inputs of a DPO run. Raise ConfigError if the pairs don't fit the model or don't fill a batch."""
     policy, response_policy = policies(config, cache)
+    select_on_device(policy, cache, forward)
     encoder = encoder_of(config, policy.tokenizer)
     splits = with_noise(config, policy, load_pairs(config, encoder, response_policy, cache), cache, forward)
     inputs = TrainingInputs(policy, encoder, splits.train, splits.held_out, splits.counts)
@@ -151,6 +156,18 @@ def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: 
         raise ConfigError(str(error)) from None
     splits.counts["flipped by label noise"] = int(train.flipped.sum())
     return replace(splits, train=train)
+
+
+def select_on_device(policy: Policy, cache: Path, forward: Forward) -> None:
+    """Select the forward path again, where and how passes run, unless as it was loaded; all ranks take that of rank 0.
+
+    A collective: all ranks have to call it.
+    """
+    with forward.context():
+        is_loaded_so = (forward.device.type, compute_dtype(forward.device)) == ("cpu", torch.float32)
+    if not is_loaded_so:
+        select_forward(policy.model, cache, forward.device, forward.context)
+    apply_path(policy.model, all_gather_object(path_of(policy.model))[0])
 
 
 @contextmanager

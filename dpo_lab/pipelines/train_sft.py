@@ -14,7 +14,7 @@ from dpo_lab.config.schema import ConfigError, RunConfig, sft_record
 from dpo_lab.core.noise import Symmetric
 from dpo_lab.evals.held_out import LABELS, heldout_loss
 from dpo_lab.models.policy import TinyPolicy, trainable_copy
-from dpo_lab.pipelines.inputs import prepare_responses
+from dpo_lab.pipelines.inputs import prepare_responses, select_on_device
 from dpo_lab.pipelines.session import Session, open_session
 from dpo_lab.pipelines.setup import setup_process
 from dpo_lab.runs.cache import CACHE
@@ -58,6 +58,7 @@ def _run_stages(session: Session) -> None:
     """Prepare the inputs, train, gather the policy, measure, and write the run's record."""
     config, run, trainer, forward = session.config, session.run, session.trainer, session.forward
     inputs = prepare_responses(config, CACHE)
+    select_on_device(inputs.initial, CACHE, forward)
     session.record_inputs(inputs)
     run.update(seconds=session.timer.stop("prepare"))
     seed_everything(config.seed, workers=True, verbose=False)

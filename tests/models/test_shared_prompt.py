@@ -1,4 +1,4 @@
-"""The shared-prompt path against its padded twin, for every proven architecture, and who may not take it."""
+"""The path of a model against padded rows with all their logits: shared prompts, padded rows, and who takes which."""
 
 from __future__ import annotations
 
@@ -16,15 +16,8 @@ from dpo_lab.core.losses import DPO, LOSSES, Loss
 from dpo_lab.core.pairs import EncodedPair, PairLogps
 from dpo_lab.data.collate import collate
 from dpo_lab.models.attention import SHARED_PROMPT
-from dpo_lab.models.forward import (
-    PROVEN,
-    disable_dropout,
-    forward_name,
-    pair_logps,
-    pair_loss,
-    select_forward,
-    why_not_shared,
-)
+from dpo_lab.models.forward import disable_dropout, forward_name, pair_logps, pair_loss, select_forward
+from dpo_lab.models.paths import path_of
 from dpo_lab.models.policy import load_policy
 
 pytestmark = pytest.mark.slow
@@ -44,7 +37,8 @@ LLAMA_LIKE = dict(
 )
 WITHOUT_GROUPS = {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}
 GPT2 = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=1024, bos_token_id=1, eos_token_id=2)
-CONFIGS = {
+HEAD = dict(head_dim=8)
+SHARED = {
     "LlamaForCausalLM": hf.LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
     "Qwen2ForCausalLM": hf.Qwen2Config(**LLAMA_LIKE),
     "Qwen3ForCausalLM": hf.Qwen3Config(**LLAMA_LIKE, head_dim=8),
@@ -54,13 +48,38 @@ CONFIGS = {
     "Olmo2ForCausalLM": hf.Olmo2Config(**LLAMA_LIKE),
     "SmolLM3ForCausalLM": hf.SmolLM3Config(**LLAMA_LIKE),
     "Phi3ForCausalLM": hf.Phi3Config(**LLAMA_LIKE),
+    "sliding window": hf.MistralConfig(**LLAMA_LIKE, sliding_window=8),
+    "a window in some layers": hf.Gemma3TextConfig(
+        **LLAMA_LIKE, **HEAD, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "scaled logits": hf.CohereConfig(**LLAMA_LIKE, logit_scale=0.3),
+    "divided logits": hf.GraniteConfig(**LLAMA_LIKE, logits_scaling=3.0),
+    "head bias": hf.PhiConfig(**LLAMA_LIKE),
+    "experts": hf.Qwen3MoeConfig(**LLAMA_LIKE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, **HEAD),
+}
+LAYERS = dict(n_layer=2, n_head=4)
+PADDED = {
+    "soft-capped": (hf.Gemma2Config(**LLAMA_LIKE, **HEAD, final_logit_softcapping=5.0, sliding_window=8), "softcap"),
+    "ALiBi": (hf.BloomConfig(vocab_size=V, hidden_size=32, **LAYERS), "attention"),
+    "head bias": (hf.GPTJConfig(**GPT2, rotary_dim=4), "attention"),
+    "state space": (
+        hf.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=8),
+        "linear_attention",
+    ),
+    "sinks": (
+        hf.GptOssConfig(**LLAMA_LIKE, **HEAD, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+        "s_aux",
+    ),
+    "segments are not passed on": (hf.StableLmConfig(**LLAMA_LIKE), "segments"),
+    "own attention": (hf.GPT2Config(**GPT2, reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
 }
 LENGTHS = [(1, 5, 9), (600, 30, 7), (17, 1, 40), (40, 90, 60)]  # prompt, chosen, rejected
 
 
 def make_model(config, attention: str = "sdpa"):
     torch.manual_seed(0)
-    return hf.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+    how = dict(attn_implementation=attention, experts_implementation="eager")  # the only one for experts in float64
+    return hf.AutoModelForCausalLM.from_config(copy.deepcopy(config), **how).eval()
 
 
 def make_batch(lengths=LENGTHS):
@@ -86,8 +105,8 @@ def run(model, batch, reference: PairLogps, loss: Loss) -> tuple[Tensor, Tensor,
     return total.detach(), torch.cat((policy.chosen, policy.rejected)), gradient
 
 
-def both_paths(model, batch, loss: Loss | None = None):
-    """The same of the padded twin and of the shared path; the reference is another model of the same architecture."""
+def both_paths(model, batch, loss: Loss | None = None, path: str = "shared prompt"):
+    """The same of the padded twin and of the selected path; the reference is another model of the same architecture."""
     loss = loss or DPO(0.1)
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -97,7 +116,8 @@ def both_paths(model, batch, loss: Loss | None = None):
     assert forward_name(model) == "padded"
     twin = run(model, batch, reference, loss)
     select_forward(model)
-    assert forward_name(model) == "shared prompt"
+    assert forward_name(model) == path
+    assert path_of(model).vocabulary == V
     return twin, run(model, batch, reference, loss)
 
 
@@ -107,27 +127,23 @@ def errors(twin, ours) -> tuple[float, float]:
     return logps, ((ours[2] - twin[2]).norm() / twin[2].norm()).item()
 
 
-def test_every_proven_architecture_is_tested():
-    assert set(CONFIGS) == PROVEN
-
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, (1e-6, 5e-5)), (torch.float64, (1e-9, 1e-7))])
 def test_exact(name, dtype, most, batch):
-    logps, gradient = errors(*both_paths(make_model(CONFIGS[name]).to(dtype), batch))
+    logps, gradient = errors(*both_paths(make_model(SHARED[name]).to(dtype), batch))
     assert logps <= most[0]
     assert gradient <= most[1]
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_works_unchanged(name, batch):
-    twin, ours = both_paths(make_model(CONFIGS["LlamaForCausalLM"]).double(), batch, LOSSES[name](beta=0.1))
+    twin, ours = both_paths(make_model(SHARED["LlamaForCausalLM"]).double(), batch, LOSSES[name](beta=0.1))
     assert ours[0].item() == pytest.approx(twin[0].item(), rel=1e-9)
     assert errors(twin, ours)[1] <= 1e-7
 
 
 def test_inference_gives_the_training_numbers(batch):
-    model = make_model(CONFIGS["LlamaForCausalLM"])
+    model = make_model(SHARED["LlamaForCausalLM"])
     select_forward(model)
     _, policy = pair_loss(model, batch, DPO(), pair_logps(model, batch).detach())
     with torch.no_grad():
@@ -143,7 +159,7 @@ def test_pair_logps_is_differentiable(batch):
         (logps.chosen.sum() - 2 * logps.rejected.sum()).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    model = make_model(SHARED["LlamaForCausalLM"]).double()
     twin = gradient(model)
     select_forward(model)
     assert ((gradient(model) - twin).norm() / twin.norm()).item() <= 1e-7
@@ -156,7 +172,7 @@ def test_any_piece_of_the_head_gives_the_same(rows, batch, monkeypatch):
     seen = []
     real = fused_lm_head._Head.score
     monkeypatch.setattr(fused_lm_head._Head, "score", lambda self, at: seen.append((at.stop - at.start, len(self.probabilities))) or real(self, at))  # fmt: skip # noqa: E501
-    logps, gradient = errors(*both_paths(make_model(CONFIGS["LlamaForCausalLM"]).double(), batch))
+    logps, gradient = errors(*both_paths(make_model(SHARED["LlamaForCausalLM"]).double(), batch))
     assert logps <= 1e-9
     assert gradient <= 1e-7
     assert max(max(held) for held in seen) <= rows
@@ -169,7 +185,7 @@ def test_large_vocabularies_get_fewer_rows():
 
 
 def test_gradient_checkpointing(batch):
-    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    model = make_model(SHARED["LlamaForCausalLM"]).double()
     select_forward(model)
     reference = pair_logps(model, batch).detach()
     with torch.no_grad():
@@ -188,23 +204,35 @@ def test_under_lora(name, batch):
     settings = peft.LoraConfig(
         r=4, target_modules=wrapped, init_lora_weights=False, fan_in_fan_out=name == "GPT2LMHeadModel"
     )
-    model = peft.get_peft_model(make_model(CONFIGS[name]).double(), settings).eval()
+    model = peft.get_peft_model(make_model(SHARED[name]).double(), settings).eval()
     twin, ours = both_paths(model, batch)
     assert errors(twin, ours) <= (1e-9, 1e-7)
     assert all(p.grad is None for n, p in model.named_parameters() if "lora" not in n)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-def test_lora_on_the_head_takes_padded_rows(batch):
+def test_lora_on_the_head(batch):
+    """Its adapters are part of the head, also where they are new and change nothing, so a trial can't see them."""
     peft = pytest.importorskip("peft")
-    model = make_model(hf.LlamaConfig(**LLAMA_LIKE))
-    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["lm_head"]))
-    assert "LM head" in str(why_not_shared(model))
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(make_model(hf.LlamaConfig(**LLAMA_LIKE)).double(), settings).eval()
+    select_forward(model)
+    assert forward_name(model) == "shared prompt"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        reference = pair_logps(model, batch)
+    ours = run(model, batch, reference, DPO())
+    del model.get_base_model().forward_path
+    assert forward_name(model) == "padded"
+    twin = run(model, batch, reference, DPO())
+    assert errors(twin, ours) <= (1e-9, 1e-7)
 
 
 @pytest.mark.parametrize("frozen", ["head", "body"])
 def test_frozen_parts(frozen, batch):
-    model = make_model(CONFIGS["Qwen2ForCausalLM"]).double()
+    model = make_model(SHARED["Qwen2ForCausalLM"]).double()
     (model.lm_head if frozen == "head" else model.model).requires_grad_(False)
     twin, ours = both_paths(model, batch)
     assert errors(twin, ours)[1] <= 1e-7
@@ -212,7 +240,7 @@ def test_frozen_parts(frozen, batch):
 
 def test_bf16_autocast(batch):
     """Both paths in bf16 lie about as far from float32 as each other."""
-    model = make_model(CONFIGS["LlamaForCausalLM"])
+    model = make_model(SHARED["LlamaForCausalLM"])
     reference = pair_logps(model, batch).detach()
     with torch.no_grad():
         model.model.norm.weight *= 1.1
@@ -231,7 +259,7 @@ def test_bf16_autocast(batch):
 
 def test_pairs_do_not_see_each_other(batch):
     """Two pairs that share nothing: each has the numbers that it has alone, and one's tokens leave the other's alone."""
-    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    model = make_model(SHARED["LlamaForCausalLM"]).double()
     select_forward(model)
     two = make_batch([(7, 20, 30), (11, 25, 15)])
     changed = copy.deepcopy(two)
@@ -245,7 +273,7 @@ def test_pairs_do_not_see_each_other(batch):
 
 
 def test_rejected_does_not_see_chosen():
-    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    model = make_model(SHARED["LlamaForCausalLM"]).double()
     select_forward(model)
     one = make_batch([(7, 20, 30)])
     changed = copy.deepcopy(one)
@@ -258,7 +286,7 @@ def test_rejected_does_not_see_chosen():
 
 def test_stock_attention_over_the_flat_stream_is_wrong_and_refused():
     """Stock SDPA takes the stream, and lets rejected see chosen or take it for a text of its own: numbers, but wrong."""
-    model = make_model(CONFIGS["LlamaForCausalLM"]).double()
+    model = make_model(SHARED["LlamaForCausalLM"]).double()
     select_forward(model)
     one = make_batch([(7, 20, 30)])
     with torch.no_grad():
@@ -274,43 +302,26 @@ def test_stock_attention_over_the_flat_stream_is_wrong_and_refused():
 
 
 def test_a_model_changed_after_its_choice_is_refused(batch):
-    model = make_model(CONFIGS["LlamaForCausalLM"])
+    model = make_model(SHARED["LlamaForCausalLM"])
     select_forward(model)
     model.config.sliding_window = 8
-    with pytest.raises(RuntimeError, match="window of 8 tokens; call select_forward"):
+    with pytest.raises(RuntimeError, match="sliding_window=8; call select_forward"):
         pair_logps(model, batch)
 
 
-OTHERS = {
-    "sliding window": (hf.MistralConfig(**LLAMA_LIKE, sliding_window=8), "window of 8"),
-    "soft-capped": (
-        hf.Gemma2Config(**LLAMA_LIKE, head_dim=8, final_logit_softcapping=5.0, sliding_window=2048),
-        "architecture",
-    ),
-    "scaled logits": (hf.CohereConfig(**LLAMA_LIKE), "architecture"),
-    "head bias": (
-        hf.PhiConfig(**LLAMA_LIKE),
-        "architecture",
-    ),
-    "dynamic rope": (
-        hf.LlamaConfig(**LLAMA_LIKE, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "dynamic",
-    ),
-    "own attention": (hf.GPT2Config(**GPT2, reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", PADDED)
 def test_every_other_model_takes_padded_rows_and_says_why(name, caplog):
-    config, reason = OTHERS[name]
+    config, reason = PADDED[name]
+    batch = make_batch([(3, 5, 9), (17, 12, 30)])
     model = make_model(config, "eager")
     with caplog.at_level(logging.INFO):
-        select_forward(model)
-    assert forward_name(model) == "padded"
-    assert len(caplog.records) == 1
+        twin, ours = both_paths(model, batch, path="padded")
+    assert len([record for record in caplog.records if record.name.startswith("dpo_lab")]) == 1
     assert "padded rows" in caplog.text
     assert reason in caplog.text
-    batch = make_batch([(3, 5, 9), (17, 12, 30)])
+    logps, gradient = errors(twin, ours)
+    assert logps <= 1e-6
+    assert gradient <= 5e-5
     with torch.no_grad():
         logps = pair_logps(model, batch)
         row = torch.cat((batch.tokens[:3], batch.tokens[8:17]))  # the first pair's prompt and rejected, alone
@@ -318,9 +329,44 @@ def test_every_other_model_takes_padded_rows_and_says_why(name, caplog):
     assert logps.rejected[0].item() == pytest.approx(alone[range(2, 11), row[3:]].sum().item(), rel=1e-5)
 
 
+LONG = {  # beyond 8 tokens the angles of all tokens change
+    "dynamic": dict(rope_type="dynamic", factor=4.0, rope_theta=1e4),
+    "longrope": dict(
+        rope_type="longrope",
+        rope_theta=1e4,
+        short_factor=[1.0] * 4,
+        long_factor=[3.0, 2.0, 5.0, 1.5],
+        original_max_position_embeddings=8,
+        factor=4.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("rope", LONG)
+def test_rows_that_would_change_the_angles_of_others_are_computed_alone(rope, caplog):
+    kind = hf.LlamaConfig(**LLAMA_LIKE | {"max_position_embeddings": 8}, rope_parameters=LONG[rope])
+    model = make_model(kind).double()
+    with caplog.at_level(logging.INFO):
+        select_forward(model)
+    assert "rows of more than 8 tokens" in caplog.text
+    assert forward_name(model) == "shared prompt"
+    for lengths in ([(5, 20, 4), (3, 2, 5)], [(3, 5, 2), (4, 1, 3)], [(7, 20, 1)]):
+        batch = make_batch(lengths)
+        logps = pair_logps(model, batch)
+        parts = iter(batch.tokens.split(batch.lengths.ravel().tolist()))
+        for chosen, rejected in zip(logps.chosen.tolist(), logps.rejected.tolist(), strict=True):
+            prompt = next(parts)
+            for found, response in ((chosen, next(parts)), (rejected, next(parts))):
+                row = torch.cat((prompt, response))
+                with torch.no_grad():  # by a model that has seen no other row
+                    alone = make_model(kind).double()(input_ids=row[None], use_cache=False).logits[0].log_softmax(-1)
+                expected = alone[range(len(prompt) - 1, len(row) - 1), response].sum()
+                assert found == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_sampling_and_padding_are_untouched(batch):
     """The same model generates and pads as with SDPA, and its folder says nothing of our attention."""
-    model = make_model(CONFIGS["LlamaForCausalLM"])
+    model = make_model(SHARED["LlamaForCausalLM"])
     tokens = torch.randint(3, V, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0  # padded on the left
