@@ -52,10 +52,11 @@ def fused_loss(
     targets: Int[Tensor, " rows"],
     lengths: Int[np.ndarray, "items parts"],
     loss_of: LossOf,
+    weights: Float[Tensor, " rows"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "items parts-1"]]:
     """Return the sum of a batch's losses, differentiable, and the log-probabilities of responses, detached.
 
-    hidden, targets: response rows in the order of the stream; lengths: see core/logps.py. The forward pass already
+    hidden, targets: response rows in the order of the stream; lengths, weights: see core/logps.py. The forward pass already
     computes the gradient: an item's loss depends only on the log-probabilities of its K responses, so its derivative,
     one number per response, turns the item's logits into their gradient while they are in memory. This takes 6 H V R
     FLOPs and holds one chunk of logits; logits are computed twice only for an item of more rows than a chunk. Logits
@@ -63,18 +64,18 @@ def fused_loss(
     is differentiated by autograd, which computes logits twice.
     """
     if head.linear is None:
-        group = sum_responses(token_logps(hidden, head, targets), lengths)
+        group = sum_responses(token_logps(hidden, head, targets), lengths, weights)
         return loss_of(group, slice(None)).sum(), group.detach()
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        weights = head.linear.weight, head.linear.bias
-        return _FusedLoss.apply(hidden, *weights, targets, lengths, loss_of, head, dtype)  # type: ignore[return-value]
+        matrix, bias = head.linear.weight, head.linear.bias
+        return _FusedLoss.apply(hidden, matrix, bias, targets, lengths, loss_of, weights, head, dtype)  # type: ignore[return-value]
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, lengths, loss_of, lm_head, dtype):
+    def forward(ctx, hidden, weight, bias, targets, lengths, loss_of, weights, lm_head, dtype):
         head = _Head(hidden, weight, bias, targets, lm_head, dtype, ctx.needs_input_grad)
         size, rows_of = rows_per_chunk(len(weight)), lengths[:, 1:].sum(1).tolist()
         total, sums, stop = 0, [], 0
@@ -84,7 +85,7 @@ class _FusedLoss(torch.autograd.Function):
             logps = torch.cat([head.score(chunk) for chunk in chunks])
             with torch.enable_grad():
                 logps.requires_grad_()
-                group = sum_responses(logps, lengths[items])
+                group = sum_responses(logps, lengths[items], None if weights is None else weights[start:stop])
                 loss = loss_of(group, items).sum()
                 (derivative,) = torch.autograd.grad(loss, logps)
             for chunk in reversed(chunks):  # the buffer still holds the softmax of the last chunk
@@ -101,7 +102,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        return *(saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), *[None] * 5
+        return *(saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), *[None] * 6
 
 
 class _Head:

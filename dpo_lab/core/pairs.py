@@ -68,8 +68,10 @@ def content_hash(content: Any) -> str:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as token ids, special tokens included; rejected may be empty in supervised fine-tuning. flipped: whether
-    label noise swapped chosen and rejected.
+    """A pair as token ids, special tokens included; rejected may be empty in supervised fine-tuning.
+
+    flipped: whether label noise swapped chosen and rejected. scored: which tokens of chosen and of rejected are scored,
+    None for all; tail_weight: see `token_weights`.
     """
 
     key: str
@@ -78,11 +80,31 @@ class EncodedPair:
     rejected: Tokens
     gold_margin: float = math.nan
     flipped: bool = False
+    scored: tuple[np.ndarray, np.ndarray] | None = None
+    tail_weight: float = 1.0
 
     @property
     def size(self) -> int:
         """Number of tokens, prompt counted once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def scored_lengths(self) -> tuple[int, int]:
+        """Number of scored tokens of chosen and of rejected."""
+        if self.scored is None:
+            return len(self.chosen), len(self.rejected)
+        return int(self.scored[0].sum()), int(self.scored[1].sum())
+
+    @property
+    def token_weights(self) -> np.ndarray:
+        """The weight of each token of chosen, then of rejected, in their log-probabilities: 0 for a token that is not
+        scored, tail_weight for a scored one beyond the number of scored tokens of the other response, else 1.
+        """
+        shared = min(self.scored_lengths)
+        scored = self.scored or (np.ones(len(self.chosen), bool), np.ones(len(self.rejected), bool))
+        return np.concatenate(
+            [np.where(each.cumsum() > shared, self.tail_weight, 1) * each for each in scored], dtype=np.float32
+        )
 
     def flip(self) -> EncodedPair:
         """Return the pair with chosen and rejected swapped; flipping twice returns the original pair."""
@@ -92,6 +114,7 @@ class EncodedPair:
             rejected=self.chosen,
             gold_margin=-self.gold_margin,
             flipped=not self.flipped,
+            scored=self.scored and self.scored[::-1],
         )
 
 
@@ -100,17 +123,20 @@ class PairBatch:
     """The pairs of a step, without padding; the forward pass pads them if it needs to.
 
     tokens: prompt, chosen, rejected of pair 0, then of pair 1, ...; lengths: number of tokens of each, in an array,
-    since shapes depend on it and a GPU's tensor would have to be waited for; response_lengths: those of chosen and
-    rejected, on the device of the batch; flipped: whether label noise swapped chosen and rejected; gold_margin: see
+    since shapes depend on it and a GPU's tensor would have to be waited for; scored_lengths: number of scored tokens of
+    chosen and rejected; response_lengths: the same on the device of the batch; weights: of the response tokens, in the
+    order of the stream, None where all are 1; flipped: whether label noise swapped chosen and rejected; gold_margin: see
     Pair; keys: one a pair.
     """
 
     keys: list[str]
     tokens: Int[Tensor, " tokens"]
     lengths: Int[np.ndarray, "pairs 3"]
+    scored_lengths: Int[np.ndarray, "pairs 2"]
     response_lengths: Int[Tensor, "pairs 2"]
     flipped: Bool[Tensor, " pairs"]
     gold_margin: Float[Tensor, " pairs"]
+    weights: Float[Tensor, " response_tokens"] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -120,21 +146,31 @@ class PairBatch:
         sizes: list[int] = self.lengths.sum(1).tolist()
         parts = chunk_by_size(sizes, tokens)
         streams = self.tokens.split([sum(sizes[part]) for part in parts])
+        counts = [int(self.lengths[part, 1:].sum()) for part in parts]
+        weights = [None] * len(parts) if self.weights is None else self.weights.split(counts)
         return [
             PairBatch(
                 self.keys[part],
                 stream,
                 self.lengths[part],
+                self.scored_lengths[part],
                 self.response_lengths[part],
                 self.flipped[part],
                 self.gold_margin[part],
+                weights_of_part,
             )
-            for part, stream in zip(parts, streams, strict=True)
+            for part, stream, weights_of_part in zip(parts, streams, weights, strict=True)
         ]
 
     def to(self, device: device | str) -> PairBatch:
         """Copy the tensors of the batch to a device, see `to_device`."""
-        names = ("tokens", "response_lengths", "flipped", "gold_margin")
+        names = [
+            "tokens",
+            "response_lengths",
+            "flipped",
+            "gold_margin",
+            *(["weights"] if self.weights is not None else []),
+        ]
         return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
 
@@ -167,8 +203,8 @@ def chunk_by_size(sizes: Sequence[int], limit: int) -> list[slice]:
 class PairLogps:
     """Log-probabilities of both responses of pairs, or log-ratios of two models (`policy - reference`).
 
-    chosen, rejected: in nats, summed over the tokens of the response, end-of-sequence token included; chosen_length,
-    rejected_length: the number of these tokens.
+    chosen, rejected: in nats, summed over the scored tokens of the response, end-of-sequence token included, each times
+    its weight if it has one; chosen_length, rejected_length: the number of these tokens.
     """
 
     chosen: Float[Tensor, " pairs"]

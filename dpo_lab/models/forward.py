@@ -58,19 +58,24 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def response_logps(
-    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]
+    model: PreTrainedModel,
+    tokens: Int[Tensor, " tokens"],
+    lengths: Int[np.ndarray, "items parts"],
+    weights: Float[Tensor, " response_tokens"] | None = None,
 ) -> Float[Tensor, "items parts-1"]:
     """Return the log-probabilities, in nats, of each item's responses given its prompt; differentiable.
 
-    tokens: a packed stream of prompts and responses; lengths: of each part; see core/logps.py.
+    tokens: a packed stream of prompts and responses; lengths: of each part; weights: of each response token, None for 1;
+    see core/logps.py.
     """
     hidden, head, targets = response_rows(model, tokens, lengths)
-    return sum_responses(token_logps(hidden, head, targets), lengths)
+    return sum_responses(token_logps(hidden, head, targets), lengths, weights)
 
 
 def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
     """Return the log-probabilities of both responses of every pair, by one forward pass of any causal LM."""
-    return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.response_lengths)
+    sums = response_logps(model, batch.tokens, batch.lengths, batch.weights)
+    return PairLogps.of(sums, batch.response_lengths)
 
 
 def pair_loss(
@@ -82,16 +87,19 @@ def pair_loss(
     def loss_of(logps: Tensor, pairs: slice) -> Tensor:
         return loss(PairLogps.of(logps, batch.response_lengths[pairs]), reference[pairs])
 
-    total, logps = fused_loss(hidden, head, targets, batch.lengths, loss_of)
+    total, logps = fused_loss(hidden, head, targets, batch.lengths, loss_of, batch.weights)
     return total, PairLogps.of(logps, batch.response_lengths)
 
 
 def response_nll(
-    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items 2"]
+    model: PreTrainedModel,
+    tokens: Int[Tensor, " tokens"],
+    lengths: Int[np.ndarray, "items 2"],
+    weights: Float[Tensor, " response_tokens"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the negative log-likelihood, in nats, summed over all response tokens of a stream; differentiable.
 
-    For `tokens` and `lengths` see response_logps.
+    For `tokens`, `lengths` and `weights` see response_logps.
     """
     hidden, head, targets = response_rows(model, tokens, lengths)
-    return fused_loss(hidden, head, targets, lengths, lambda logps, _: -logps.sum(1))[0]
+    return fused_loss(hidden, head, targets, lengths, lambda logps, _: -logps.sum(1), weights)[0]

@@ -20,8 +20,10 @@ from dpo_lab.core import losses
 MODULES = (
     "core.pairs",
     "core.logps",
+    "core.lm_head",
     "core.fused_lm_head",
     *(f"core.losses.{module.name}" for module in iter_modules(losses.__path__)),  # its base is the first by name
+    "core.linear_loss",
     "core.metrics",
     "core.functional",
     "models.forward",

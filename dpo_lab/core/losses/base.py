@@ -30,7 +30,9 @@ class Divergence(str, Enum):
 @dataclass
 class Loss:
     """The base class of losses. beta: strength of the regularisation towards the reference, in units of the loss.
-    divergence: what beta weighs, see `scores`; divergence_alpha: the alpha of divergence=alpha.
+    divergence: what beta weighs, see `scores`; divergence_alpha: the alpha of divergence=alpha. ld_alpha: the weight of
+    the tokens of the longer response beyond the length of the shorter one, by policy and reference alike (LD-DPO, Liu et al.
+    2024, arXiv:2409.06411); it changes the log-probabilities that the loss is given, see PairTable.tail_weight.
 
     A subclass states all of its traits, which have no defaults. name: its name in configs. requires_reference: True if
     the loss requires a reference that equals the initial policy, False if it requires reference=uniform, None if it
@@ -46,6 +48,7 @@ class Loss:
     beta: float = 0.1
     divergence: Divergence = field(default=Divergence.reverse_kl, kw_only=True)
     divergence_alpha: float = field(default=0.5, kw_only=True)
+    ld_alpha: float = field(default=1.0, kw_only=True)
 
     def __init_subclass__(
         cls,
@@ -71,6 +74,14 @@ class Loss:
         if not 0 < self.divergence_alpha <= 1:
             raise ValueError(
                 f"loss.divergence_alpha={self.divergence_alpha}: must lie in (0, 1]; type e.g. loss.divergence_alpha=0.5"
+            )
+
+        if not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"loss.ld_alpha={self.ld_alpha}: must lie in [0, 1]; type e.g. loss.ld_alpha=0.5")
+        if self.ld_alpha != 1 and self.is_per_token:
+            raise ValueError(
+                f"loss.ld_alpha={self.ld_alpha}: this loss takes the length out by a mean over tokens already; type"
+                " loss.ld_alpha=1"
             )
 
     def log_ratios(self, policy: PairLogps, reference: PairLogps) -> PairLogps:
