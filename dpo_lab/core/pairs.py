@@ -29,9 +29,10 @@ Tokens = Sequence[int] | np.ndarray  # token ids
 class Pair:
     """A preference pair: for `prompt`, an annotator preferred `chosen` to `rejected`.
 
-    All three are plain text, or all three are lists of chat messages: any number for the prompt, one assistant message
-    for each response. tools: tool descriptions that the chat template renders. A text without a prompt, for supervised
-    fine-tuning only, is `chosen` with an empty prompt and an empty `rejected`.
+    All three are plain text, or all three are lists of chat messages: any number for the prompt; a response begins and
+    ends with one of the assistant, and what others say between is not scored. tools: tool descriptions that the chat
+    template renders. A text without a prompt, for supervised fine-tuning only, is `chosen` with an empty prompt and an
+    empty `rejected`.
 
     gold_margin is the true reward of chosen minus that of rejected (NaN if unknown). Its sign is the true preference;
     it is used in evaluation only and never enters a loss. score_margin is the same difference in the scores that came
@@ -100,7 +101,7 @@ class EncodedPair:
         """The weight of each token of chosen, then of rejected, in their log-probabilities: 0 for a token that is not
         scored, tail_weight for a scored one beyond the number of scored tokens of the other response, else 1.
         """
-        shared = min(self.scored_lengths)
+        shared = min(self.scored_lengths) or max(self.scored_lengths)  # an empty response is shorter than none
         scored = self.scored or (np.ones(len(self.chosen), bool), np.ones(len(self.rejected), bool))
         return np.concatenate(
             [np.where(each.cumsum() > shared, self.tail_weight, 1) * each for each in scored], dtype=np.float32
