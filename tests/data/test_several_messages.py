@@ -35,7 +35,8 @@ MARKED = CHATML.replace(
 )
 # Writes an answer otherwise once others follow, as templates do that leave out earlier reasoning.
 FORGETS = CHATML.replace(
-    "{{ m.content or", "{{ ('(earlier) ' if m.role == 'assistant' and not loop.last) ~ m.content or"
+    "{{ m.content or (m.tool_calls | tojson) }}",
+    "{{ '(earlier) ' if m.role == 'assistant' and not loop.last }}{{ m.content or (m.tool_calls | tojson) }}",
 )
 
 
@@ -188,8 +189,8 @@ def test_a_response_of_one_message_has_no_marks():
 def test_a_tokenizer_that_begins_texts_with_a_space_has_no_such_token_inside():
     tokenizer = words_tokenizer(["user:", "assistant:", "tool:", "hi", "one", "two", "three"])
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
+        "{% for m in messages %} {{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %} assistant:{% endif %}"
     )
     say = lambda role, content: {"role": role, "content": content}  # noqa: E731
     row = {
