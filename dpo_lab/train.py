@@ -1,7 +1,10 @@
-"""The command `python -m dpo_lab.train [key=value ...] [--multirun] [--help]`: train a policy by DPO and evaluate it."""
+"""The command `python -m dpo_lab.train [key=value ...] [--multirun] [--plan] [--help]`: train a policy by DPO and evaluate
+it.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +18,8 @@ from dpo_lab.cli.next_steps import after_training, print_finished_run
 from dpo_lab.config import schema
 
 schema.register()
+
+PLAN = "--plan"
 
 
 @hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="train")
@@ -35,8 +40,31 @@ def _train(cfg: DictConfig, settings: schema.RunConfig) -> None:
     entry_point.run_or_spawn_ranks("dpo_lab.train", settings, schema.as_record(cfg, settings), run=run, if_done=if_done)
 
 
+@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="train")
+def plan(cfg: DictConfig) -> None:
+    entry_point.validate_and_run(cfg, _plan)
+
+
+def _plan(settings: schema.RunConfig) -> None:
+    with entry_point.fast_imports():
+        from dpo_lab.models.policy import PolicyError
+        from dpo_lab.planning.report import print_plan
+        from dpo_lab.terminal.progress import plain_console
+
+    logging.captureWarnings(True)  # libraries' warnings
+    try:
+        print_plan(settings, plain_console())
+    except PolicyError as error:
+        raise schema.ConfigError(str(error)) from None
+
+
 def main() -> int:
-    return entry_point.run_command(train)
+    if PLAN not in sys.argv:
+        return entry_point.run_command(train)
+    if {"--multirun", "-m"} & {*sys.argv}:
+        return entry_point.print_error(f"{PLAN}: plans one run; type it without --multirun", 2)
+    sys.argv = [*(each for each in sys.argv if each != PLAN), "hydra.run.dir=."]  # no folder is made
+    return entry_point.run_command(plan)
 
 
 if __name__ == "__main__":

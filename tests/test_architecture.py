@@ -23,7 +23,7 @@ LAYERS = (
     ("dpo_lab.sweeps",),
     ("dpo_lab.cli",),
     ("dpo_lab.pipelines",),
-    ("dpo_lab.inspection",),
+    ("dpo_lab.inspection", "dpo_lab.planning"),
     ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate", "dpo_lab.report"),
     ("dpo_lab.study",),
 )

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -22,11 +22,13 @@ from benchmarks.step import relative_error
 from benchmarks.variants import BETA, TRL, computes_in
 from benchmarks.workload import make_pairs, tokens_of
 from dpo_lab.core import fused_lm_head
+from dpo_lab.core.lm_head import LMHead
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.pairs import EncodedPair, PairLogps
 from dpo_lab.data.collate import collate
-from dpo_lab.models.attention import SHARED_PROMPT
-from dpo_lab.models.forward import causal_lm, disable_dropout, pair_logps, pair_loss, response_logps
+from dpo_lab.models.autocast_linear import LinearCasts
+from dpo_lab.models.forward import disable_dropout, pair_logps, pair_loss, response_logps
+from dpo_lab.models.paths import ForwardPath, apply_path, causal_lm
 from dpo_lab.models.sampling import sample
 
 Row = dict[str, Any]
@@ -42,7 +44,7 @@ def exactness(scale: Scale, device: torch.device) -> Iterator[Row]:
         for dtype in ("fp32", "bf16"):
             for path in paths(device, dtype):
                 found = _logps_and_gradient(model, path, dtype, tokens, lengths)
-                nats = (found[0] - exact[0]).abs() / lengths[:, 1:]
+                nats = (found[0] - exact[0]).abs().cpu() / torch.from_numpy(lengths[:, 1:])
                 error = relative_error(found[1], exact[1])
                 yield {
                     "responses": responses,
@@ -91,14 +93,14 @@ def steps(scale: Scale, device: torch.device) -> Iterator[Row]:
 def head(scale: Scale, device: torch.device) -> Iterator[Row]:
     """Times of the fused LM head, forward and backward, by the number of rows of a chunk."""
     width, vocabulary = scale.whole.hidden_size, scale.whole.vocab_size
-    weight = torch.randn(vocabulary, width, device=device, dtype=torch.float32).mul_(0.02).requires_grad_()
     hidden = torch.randn(scale.rows, width, device=device).requires_grad_()
     targets = torch.randint(vocabulary, (scale.rows,), device=device)
-    lengths = torch.tensor([[8, scale.rows // 8 - 4, 4]] * 8, device=device)
+    lengths = np.array([[8, scale.rows // 8 - 4, 4]] * 8)
+    of_logits = LMHead(nn.Linear(width, vocabulary, bias=False, device=device), vocabulary)
 
     def work() -> None:
         with computes_in("bf16", device.type):
-            loss, _ = fused_lm_head.fused_loss(hidden, weight, targets, lengths, lambda logps, _: -logps.sum(1))
+            loss, _ = fused_lm_head.fused_loss(hidden, of_logits, targets, lengths, lambda logps, _: -logps.sum(1))
         loss.backward()
 
     for rows in scale.pieces:
@@ -139,8 +141,9 @@ def paths(device: torch.device, dtype: str) -> list[str]:
 
 @contextmanager
 def taking(model: PreTrainedModel, path: str) -> Iterator[None]:
-    """The model on this path."""
-    causal_lm(model).set_attn_implementation("sdpa" if path == "padded" else SHARED_PROMPT)
+    """The model on this path, with the LM head on response tokens alone."""
+    causal_lm(model).set_attn_implementation("sdpa")
+    apply_path(model, ForwardPath(shares_prompts=path != "padded", vocabulary=model.config.vocab_size))
     if path == "loop":
         with patch("dpo_lab.models.attention.supports", lambda *_: False):
             yield
@@ -148,7 +151,7 @@ def taking(model: PreTrainedModel, path: str) -> Iterator[None]:
         yield
 
 
-def _items(scale: Scale, responses: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _items(scale: Scale, responses: int, device: torch.device) -> tuple[Tensor, np.ndarray]:
     """A packed stream of four prompts with this number of responses each, and its lengths."""
     pairs = make_pairs(scale.mix, 8, scale.whole.vocab_size, seed=responses)
     items = [
@@ -156,12 +159,12 @@ def _items(scale: Scale, responses: int, device: torch.device) -> tuple[Tensor, 
         for i in range(4)
     ]
     parts = [part for item in items for part in item[: 1 + responses]]
-    lengths = torch.tensor([[len(part) for part in item[: 1 + responses]] for item in items])
-    return torch.tensor(np.concatenate(parts)).to(device), lengths.to(device)
+    lengths = np.array([[len(part) for part in item[: 1 + responses]] for item in items])
+    return torch.tensor(np.concatenate(parts)).to(device), lengths
 
 
 def _logps_and_gradient(
-    model: PreTrainedModel, path: str, dtype: str, tokens: Tensor, lengths: Tensor
+    model: PreTrainedModel, path: str, dtype: str, tokens: Tensor, lengths: np.ndarray
 ) -> tuple[Tensor, list[Tensor]]:
     """The log-probabilities, and the gradient of a weighted sum of them."""
     parameters = list(model.parameters())
@@ -220,15 +223,16 @@ def _to_train(scale: Scale, adapted: bool, device: torch.device) -> PreTrainedMo
 
 def _ours(model: PreTrainedModel, path: str, tokens: int, device: torch.device) -> Work:
     """DPOModule's step without Lightning; its reference's log-probs are made up, as if from the cache."""
-    loss = DPO(BETA)
+    loss, casts = DPO(BETA), LinearCasts([model]).install()
 
     def prepare(pairs: Sequence[EncodedPair]) -> Callable[[], None]:
         batch = collate(sorted(pairs, key=lambda pair: -pair.size))
 
         def backward() -> None:
+            casts.refresh()
             for part in batch.split(tokens):
                 part = part.to(device)
-                cached = PairLogps(*part.lengths[:, 1:].mul(-1.0).unbind(1), *part.lengths[:, 1:].unbind(1))
+                cached = PairLogps.of(-part.response_lengths.float(), part.response_lengths)
                 with taking(model, path), computes_in("bf16", device.type):
                     total, _ = pair_loss(model, part, loss, cached)
                 (total / len(pairs)).backward()

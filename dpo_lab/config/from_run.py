@@ -77,7 +77,8 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
     file has changed.
     """
     recorded = from_record(record["config"])
-    recorded.optim.kind = OptimKind.adamw  # nothing is trained here, so the package of another kind is not needed
+    # nothing is trained here, so neither a package nor a GPU is needed for it
+    recorded.optim.kind, recorded.policy.activation_offload = OptimKind.adamw, False
     for override in overrides:
         key = override_key(override)
         group = key.partition(".")[0]

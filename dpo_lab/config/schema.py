@@ -26,12 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dpo_lab.config.allowed_targets import FSDP2, check_targets, target_of
+from dpo_lab.config.choices import describe_choices
 from dpo_lab.config.logger_packages import check_packages
 from dpo_lab.config.precision import check_precision
 from dpo_lab.config.trainer_arguments import advice, check_trainer
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.noise import NOISES, LabelNoise
-from dpo_lab.data.sources import Data
+from dpo_lab.data.sources import AUTO, Data
 from dpo_lab.data.tasks.base import TASKS
 from dpo_lab.evals.evaluate import Evals, SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
@@ -89,6 +90,12 @@ class RunConfig:
             raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
         is_sharded = target_of(self.trainer.get("strategy")) == FSDP2
         self.reference.check(self.policy, is_sharded=is_sharded)
+        self.policy.check(is_sharded=is_sharded, on_cpu=self.trainer.get("accelerator") == "cpu")
+        if is_sharded and self.data.tokens_per_microbatch == AUTO:
+            raise ValueError(
+                f"data.tokens_per_microbatch={AUTO}: its trials run before the model is sharded; type a number, e.g."
+                " data.tokens_per_microbatch=4096"
+            )
         is_short = isinstance(self.policy, Pretrained) and self.policy.dtype is not Dtype.float32
         self.optim.check(trains_16_bits=is_short and not self.policy.has_adapters, is_sharded=is_sharded)
         check_precision(self.trainer)
@@ -145,6 +152,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_slug", run_record.slug, replace=True)
     OmegaConf.register_new_resolver("run_name", run_record.name_of_folder, replace=True)
     OmegaConf.register_new_resolver("not_in_folder_names", lambda: list(NOT_IN_FOLDER_NAMES), replace=True)
+    OmegaConf.register_new_resolver("describe_choices", lambda: describe_choices(Path(conf_dir())), replace=True)
 
 
 def conf_dir() -> str:

@@ -14,18 +14,27 @@ from torch.utils.checkpoint import checkpoint
 from dpo_lab.core.lm_head import LMHead
 from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.pairs import chunk_by_size
+from dpo_lab.core.products import add_product, product
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 ROWS, LOGITS = 512, 2**25  # the largest number of rows and of logits in a chunk (128 MB in float32)
+GPU_ROWS, GPU_SHARE = 2048, 1 / 32  # on a GPU: of rows, and of its memory for a chunk's logits in both dtypes
 
 LossOf = Callable[[Tensor, slice], Tensor]  # (log-probs [b, K] of the items' responses, the items) -> one loss per item
 
 
-def rows_per_chunk(vocabulary: int) -> int:
-    """Return the number of rows of a chunk of logits."""
-    return max(1, min(ROWS, LOGITS // vocabulary))
+def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
+    """Return the number of rows of a chunk of logits.
+
+    On a GPU it depends on all of its memory, not on what is free, so that a run repeats to the bit.
+    """
+    rows, logits = ROWS, LOGITS
+    if device.type == "cuda" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(device).total_memory
+        rows, logits = GPU_ROWS, max(LOGITS, int(memory * GPU_SHARE) // 6)  # 4 bytes in float32 and 2 in 16 bits
+    return max(1, min(rows, logits // vocabulary))
 
 
 def token_logps(
@@ -39,7 +48,7 @@ def token_logps(
     def score(hidden: Tensor, targets: Tensor) -> Tensor:
         return -F.cross_entropy(head(hidden), targets, reduction="none")
 
-    size = rows_per_chunk(head.vocabulary)
+    size = rows_per_chunk(head.vocabulary, hidden.device)
     chunks = zip(hidden.split(size), targets.split(size), strict=True)
     if torch.is_grad_enabled() and (hidden.requires_grad or any(p.requires_grad for p in head.module.parameters())):
         return torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])  # type: ignore[arg-type]
@@ -77,7 +86,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, lengths, loss_of, weights, lm_head, dtype):
         head = _Head(hidden, weight, bias, targets, lm_head, dtype, ctx.needs_input_grad)
-        size, rows_of = rows_per_chunk(len(weight)), lengths[:, 1:].sum(1).tolist()
+        size, rows_of = rows_per_chunk(len(weight), hidden.device), lengths[:, 1:].sum(1).tolist()
         total, sums, stop = 0, [], 0
         for items in chunk_by_size(rows_of, size):
             start, stop = stop, stop + sum(rows_of[items])
@@ -118,7 +127,7 @@ class _Head:
         self.weight_grad = torch.empty_like(weight, dtype=exact) if needs_weight else None
         self.bias_grad = torch.zeros_like(bias, dtype=exact) if bias is not None and needs_bias else None
         self.started = False  # whether weight_grad is initialised
-        rows = min(rows_per_chunk(len(weight)), len(targets))
+        rows = min(rows_per_chunk(len(weight), hidden.device), len(targets))
         self.probabilities = torch.empty(rows, len(weight), dtype=exact, device=hidden.device)
         self.logits = self.probabilities if dtype == exact else torch.empty_like(self.probabilities, dtype=dtype)
         self.slopes = torch.empty_like(
@@ -159,13 +168,9 @@ class _Head:
         if self.bias_grad is not None:
             self.bias_grad += residual.T @ derivative[:, 0]
         if self.hidden_grad is not None:
-            self.hidden_grad[chunk] = (logits @ self.weight) * derivative
+            of_hidden = product(logits, self.weight, self.hidden_grad.dtype)
+            torch.mul(of_hidden, derivative, out=self.hidden_grad[chunk])
         if self.weight_grad is not None:
             scaled = (hidden * derivative).to(logits.dtype)
-            if logits.dtype == self.weight_grad.dtype:
-                self.weight_grad.addmm_(logits.T, scaled, beta=float(self.started))
-            elif self.started:
-                self.weight_grad += logits.T @ scaled
-            else:
-                self.weight_grad.copy_(logits.T @ scaled)
+            add_product(self.weight_grad, logits.T, scaled, beta=float(self.started))
             self.started = True

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.data.tokenized_cache import BadRows, TokenizedPairs, load_or_build
 
 log = logging.getLogger(__name__)
+
+AUTO, FORWARD_TOKENS = "auto", 2048  # the word for tokens that a trial finds, and the default
 
 Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
 
@@ -104,7 +106,7 @@ class Data(Source):
     max_length: int = 512
     max_prompt_length: int = 256
     batch_size: int = 32
-    tokens_per_microbatch: int = 2048
+    tokens_per_microbatch: Union[int, str] = FORWARD_TOKENS  # noqa: UP007  # OmegaConf reads no other union
     num_workers: int = 0
     tokenize_workers: int | None = None
     task: Task = field(default_factory=SyntheticReviews)
@@ -122,7 +124,12 @@ class Data(Source):
             raise ValueError(
                 f"data.sources.{missing[0]}.path is missing; type +data.sources.{missing[0]}.path=FILE.jsonl"
             )
-        for name in ("pairs", "validation_pairs", "batch_size", "tokens_per_microbatch"):
+        if isinstance(self.tokens_per_microbatch, str) and self.tokens_per_microbatch != AUTO:
+            raise ValueError(
+                f"data.tokens_per_microbatch={self.tokens_per_microbatch}: must be a whole number or auto; type"
+                f" data.tokens_per_microbatch={FORWARD_TOKENS}"
+            )
+        for name in ("pairs", "validation_pairs", "batch_size", "forward_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be 1 or more; type e.g. data.{name}=32")
         if self.num_workers < 0:
@@ -148,6 +155,11 @@ class Data(Source):
                 f" data.max_length={self.max_length}, to leave room for responses;"
                 " type e.g. data.max_length=512 data.max_prompt_length=256"
             )
+
+    @property
+    def forward_tokens(self) -> int:
+        """The most tokens of passes outside of training, whose size no trial finds."""
+        return FORWARD_TOKENS if isinstance(self.tokens_per_microbatch, str) else self.tokens_per_microbatch
 
     @property
     def uses_task(self) -> bool:

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +27,7 @@ from dpo_lab.models.decoding import sample_without_cache
 from dpo_lab.models.folder_errors import unreadable
 from dpo_lab.models.policy import Dtype, Policy, PolicyError, Pretrained, is_adapter
 from dpo_lab.models.probes import behaviour_of
+from dpo_lab.models.quantized import keep_packing, quantization_of, requantized
 from dpo_lab.runs.out_of_memory import OutOfMemory, explain_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,8 @@ def read_tokenizer(settings: Pretrained) -> PreTrainedTokenizerBase:
 def read_policy(settings: Pretrained, seed: int) -> Policy:
     """Load model and tokenizer, with adapters if the settings name them; raise PolicyError if they can't be loaded."""
     settings = _locate(settings)
-    _check_config(settings)
+    if settings.gguf_file is None:  # such a file is always a causal language model, and its header is read with it
+        _read_config(settings)
     model, tokenizer = _read_model(settings), read_tokenizer(settings)
     if settings.adapter is not None:
         model = with_trained_adapters(model, settings)
@@ -83,6 +86,15 @@ def read_policy(settings: Pretrained, seed: int) -> Policy:
         log.info("policy: pad token %d exceeds the %d rows of the embedding; padding with the end token", token, rows)
         tokenizer.pad_token = tokenizer.eos_token
     return Policy(model.eval(), tokenizer)  # peft leaves adapters in train mode, with dropout
+
+
+def untrained_model(settings: Pretrained) -> PreTrainedModel:
+    """Return the model that the settings name, of random weights: only its config is read, and that of its adapters."""
+    settings = _locate(settings)
+    model = AutoModelForCausalLM.from_config(
+        _read_config(settings), dtype=getattr(torch, settings.dtype.value), trust_remote_code=settings.trust_remote_code
+    )
+    return model if settings.lora.r is None else with_fresh_adapters(model, settings, seed=0)
 
 
 def check_behaviour(policy: Policy, settings: Pretrained, cache: Path | None) -> None:
@@ -146,10 +158,8 @@ def _may_be_on_the_hub(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
 
 
-def _check_config(settings: Pretrained) -> None:
-    """Raise PolicyError if config.json is not that of a causal language model, as GGUF files always are."""
-    if settings.gguf_file is not None:
-        return
+def _read_config(settings: Pretrained) -> PreTrainedConfig:
+    """Read config.json, or the header of a GGUF file. Raise PolicyError if it is not that of a causal language model."""
     try:
         config = AutoConfig.from_pretrained(settings.path, **_source(settings))
     except Exception as error:  # many types, depending on hub, file and format
@@ -172,6 +182,7 @@ def _check_config(settings: Pretrained) -> None:
             " router_aux_loss_coef=%s), which no loss here includes, so its experts may become unbalanced",
             text.router_aux_loss_coef,
         )
+    return config
 
 
 def _read_model(settings: Pretrained) -> PreTrainedModel:
@@ -193,6 +204,8 @@ def _read_model(settings: Pretrained) -> PreTrainedModel:
         options["quantization_config"] = GgufConfig(dequantize=True)
     elif not settings.allow_pickle:
         options["use_safetensors"] = True
+    if settings.quantize is not None and settings.gguf_file is None:
+        options["quantization_config"] = quantization_of(settings)
     if settings.key_prefix:
         options["key_mapping"] = {f"^{re.escape(settings.key_prefix)}": ""}
     logging.getLogger("transformers.modeling_utils").addFilter(_no_report)
@@ -208,4 +221,7 @@ def _read_model(settings: Pretrained) -> PreTrainedModel:
     finally:
         logging.getLogger("transformers.modeling_utils").removeFilter(_no_report)
     check_keys(model, info, f"policy.path={settings.path}", "policy.key_prefix")
+    if settings.quantize is not None and settings.gguf_file is not None:
+        model = requantized(model, settings, options)
+    keep_packing(model)
     return model

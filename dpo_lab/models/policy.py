@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dpo_lab.models.weight_settings import Dtype, Lora, Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,14 +31,30 @@ class PolicyError(ValueError):
 
 @dataclass
 class PolicyConfig:
-    """The base class of policy configs. gradient_checkpointing: less memory in training for one more forward pass."""
+    """The base class of policy configs. gradient_checkpointing: less memory in training for one more forward pass;
+    activation_offload: less memory of a GPU for the host's, and the time of two copies.
+    """
 
     gradient_checkpointing: bool = False
+    activation_offload: bool = False
 
     @property
     def has_adapters(self) -> bool:
         """Whether only low-rank adapters are trained."""
         return False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base of the adapters is quantized, so that they are not merged into it."""
+        return False
+
+    def check(self, is_sharded: bool, on_cpu: bool) -> None:
+        """Raise ValueError if the policy can't be trained as the trainer is to: sharded over ranks, or on the CPU."""
+        if self.activation_offload and on_cpu:
+            raise ValueError(
+                "policy.activation_offload=true: on the CPU activations are in the host's memory already; type"
+                " policy.activation_offload=false, or trainer=gpu"
+            )
 
     def files(self) -> list[Path]:
         """Return the local files that the policy is loaded from."""
@@ -73,24 +92,29 @@ class TinyPolicy(PolicyConfig):
     def build(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
         """Return the model with random weights."""
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
 
-        config = LlamaConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
-            intermediate_size=self.intermediate_size,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=self.context,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
-            eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
-            pad_token_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
-        )
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return LlamaForCausalLM(config)
+            return self.untrained(len(tokenizer), **ids)
+
+    def untrained(self, vocabulary: int, **ids: int) -> PreTrainedModel:
+        """Return the model with weights from torch's generator. ids: of its special tokens, as LlamaConfig names them."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=self.hidden_size,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.heads,
+                intermediate_size=self.intermediate_size,
+                vocab_size=vocabulary,
+                max_position_embeddings=self.context,
+                tie_word_embeddings=True,
+                **ids,  # type: ignore[arg-type]
+            )
+        )
 
 
 @dataclass
@@ -102,13 +126,13 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder with safetensors and tokenizer; any rank may call it."""
-        with _saved_by_this_rank(self.model):
+        with saved_by_this_rank(self.model):
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
 @contextmanager
-def _saved_by_this_rank(model: PreTrainedModel) -> Iterator[None]:
+def saved_by_this_rank(model: PreTrainedModel) -> Iterator[None]:
     """Let transformers write weights on any rank: once a process group exists, it silently saves on rank 0 only, but a
     cache is written by the rank that takes its lock first.
     """
@@ -119,35 +143,6 @@ def _saved_by_this_rank(model: PreTrainedModel) -> Iterator[None]:
         del vars(model)["should_save_on_this_rank"]
 
 
-class Dtype(str, Enum):
-    """The dtype of weights; that of computations is trainer.precision.
-
-    In bfloat16 a frozen weight takes 2 bytes. A trained one takes 16 bytes in both: in bfloat16 2 for the weight, 2 for
-    its gradient, and 12 for AdamW's float32 master copy and moments, see training/master_weights.py.
-    """
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-@dataclass
-class Lora:
-    """Low-rank adapters: W + lora_alpha / r B A with B = 0 initially (Hu et al. 2021, arXiv:2106.09685, equation 3).
-
-    r: their rank; None trains all weights. target_modules: names of the matrices with adapters, or all-linear: all but
-    the LM head. The names are those of peft's LoraConfig.
-    """
-
-    r: int | None = None
-    lora_alpha: int = 32
-    target_modules: Any = "all-linear"  # a name or a list of names
-
-    def __post_init__(self) -> None:
-        for name, value in (("r", self.r), ("lora_alpha", self.lora_alpha)):
-            if value is not None and value < 1:
-                raise ValueError(f"policy.lora.{name}={value}: must be 1 or more; type e.g. policy.lora.{name}=16")
-
-
 @dataclass
 class Pretrained(PolicyConfig):
     """A pretrained causal language model: a Hugging Face folder, or a name on the hub.
@@ -156,7 +151,8 @@ class Pretrained(PolicyConfig):
     dequantised; package: a Python package that contains the model as a GGUF file, used instead of `path` if it is
     installed; dtype: dtype of the weights; attention: transformers' name of an attention implementation (None: its
     default), for models that take padded rows; chat_template: a Jinja file that replaces the tokenizer's template;
-    key_prefix: a prefix to remove from the names of weights, as torch.compile and wrappers add it ('_orig_mod.').
+    key_prefix: a prefix to remove from the names of weights, as torch.compile and wrappers add it ('_orig_mod.');
+    quantize: the 4-bit type of the base's matrices, beside adapters in float32 (QLoRA).
 
     lora: low-rank adapters to train instead of all weights. adapter: a folder of trained adapters (`path` may be one
     too); they are trained further if lora.r is set, else merged into their base. merge: save the trained policy merged
@@ -173,6 +169,7 @@ class Pretrained(PolicyConfig):
     attention: str | None = None
     chat_template: str | None = None
     key_prefix: str | None = None
+    quantize: Quantization | None = None
     lora: Lora = field(default_factory=Lora)
     adapter: str | None = None
     merge: bool = False
@@ -184,10 +181,38 @@ class Pretrained(PolicyConfig):
             raise ValueError("policy.path is empty; type policy.path=FOLDER, or a model's name on the Hugging Face hub")
         if self.merge and self.lora.r is None:
             raise ValueError("policy.merge=true: the policy has no adapters to merge; type policy.lora.r=16 with it")
+        if self.quantize is not None:
+            self._check_quantize(f"policy.quantize={self.quantize.value}")
+
+    def _check_quantize(self, key: str) -> None:
+        """Raise ValueError if the quantized policy can't be trained or its package is missing. key: as typed."""
+        if self.lora.r is None:
+            raise ValueError(
+                f"{key}: weights of 4 bits can't be trained, only adapters beside them; type policy.lora.r=16 optim=lora"
+            )
+        if self.merge:
+            raise ValueError(
+                "policy.merge=true: adapters merged into weights of 4 bits lose precision; type policy.merge=false, and"
+                " merge them into the unquantized base later"
+            )
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(f"{key}: needs bitsandbytes; type pip install 'dpo_lab[quantized]'")
+
+    def check(self, is_sharded: bool, on_cpu: bool) -> None:
+        super().check(is_sharded, on_cpu)
+        if is_sharded and self.quantize is not None:
+            raise ValueError(
+                f"policy.quantize={self.quantize.value}: FSDP can't shard weights of 4 bits here; type trainer=ddp, or"
+                " policy.quantize=null"
+            )
 
     @property
     def has_adapters(self) -> bool:
         return self.lora.r is not None
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.quantize is not None
 
     @property
     def starts_from_adapter(self) -> bool:

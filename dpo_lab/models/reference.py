@@ -7,7 +7,7 @@ log-probabilities under the reference.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
 from dpo_lab.core.registry import add_to_table
+from dpo_lab.errors import check_at_least
 from dpo_lab.models.policy import PolicyConfig, Pretrained, trainable_copy
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 ReferenceLogps = Callable[[PairBatch], PairLogps]
@@ -67,6 +69,31 @@ class Frozen(Reference, name="frozen", starts_at_policy=True):
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         return FrozenModel(trainable_copy(initial))
+
+
+@dataclass
+class Moving(Reference, name="moving", starts_at_policy=True):
+    """A copy of the policy that follows it (TR-DPO): every `every` steps the copy's weights become (1 - mixup) times
+    themselves plus mixup times the policy's. mixup=1 is the hard update, a small one at every=1 the soft update.
+
+    Gorbatovski et al. 2024 (arXiv:2404.09656), equations 5 and 6. It needs the memory of `frozen`, and its weights are in
+    checkpoints. Rewards and margins that are logged in training are against it; evaluation is against the initial policy.
+    """
+
+    every: int = 64
+    mixup: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_at_least("reference.every", self.every, 1, 64)
+        if not 0 < self.mixup <= 1:
+            raise ValueError(f"reference.mixup={self.mixup}: must lie in (0, 1]; type e.g. reference.mixup=0.6")
+
+    def check(self, policy: PolicyConfig, is_sharded: bool) -> None:
+        if is_sharded:
+            raise ValueError("reference=moving: does not follow a policy sharded over the ranks; type trainer=ddp")
+
+    def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
+        return MovingModel(trainable_copy(initial), self.every, self.mixup)
 
 
 @dataclass
@@ -152,6 +179,36 @@ class FrozenModel:
         self.model.to(batch.tokens.device)  # type: ignore[arg-type]
         with torch.no_grad():
             return pair_logps(self.model, batch)
+
+
+class MovingModel(FrozenModel):
+    """Log-probabilities under a model that follows the policy, see Moving."""
+
+    def __init__(self, model: PreTrainedModel, every: int, mixup: float) -> None:
+        names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        super().__init__(model)
+        self.every, self.mixup, self.names = every, mixup, names
+
+    def follow(self, policy: PreTrainedModel, step: int) -> bool:
+        """Update the weights after an optimizer step, counted from 1; return whether this step is one of every `every`."""
+        import torch
+
+        if step % self.every:
+            return False
+        theirs = dict(policy.named_parameters())
+        mine = self.state_dict()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(mine.values()), [theirs[name].detach() for name in mine], self.mixup)
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights that move, which are those that the policy trains."""
+        weights = dict(self.model.named_parameters())
+        return {name: weights[name].detach() for name in self.names}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, weight in self.state_dict().items():
+            weight.copy_(state[name])
 
 
 class WithoutAdapters:

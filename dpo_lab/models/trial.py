@@ -181,7 +181,7 @@ def _with_shared_prompts(
     bare = causal_lm(model)
     was = bare.config._attn_implementation
     if path.vocabulary is None:
-        return path, "it has no hidden states that its LM head could be applied to"
+        return path, "it needs all logits"
     if was not in ("sdpa", "eager", SHARED_PROMPT):
         return path, f"its attention is {was}"
     if getattr(bare.config, "reorder_and_upcast_attn", False):
@@ -197,7 +197,7 @@ def _with_shared_prompts(
         if was == "eager":  # from then on rows with padding, and sampling, take SDPA's attention
             found.append(items.compare(model, path))
     except Exception as error:  # any type
-        return path, error_line(error)
+        return path, error_line(error).removeprefix("TypeError: ")  # the attention's own word
     finally:
         bare.set_attn_implementation(was)
     if not windows:

@@ -52,7 +52,7 @@ def build_eval_context(
         prompt_ids = distinct_prompts(inputs.held_out)[: evals.num_prompts]
         prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
         texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.num_texts]]
-    reference, tokens = None, config.data.tokens_per_microbatch
+    reference, tokens = None, config.data.forward_tokens
     if not config.reference.starts_at_policy:
         pairs = inputs.train.concat(inputs.held_out)  # as in training, whose cache is found
         reference = config.reference.prepare(inputs.initial.model, pairs, CACHE, forward.context, tokens)

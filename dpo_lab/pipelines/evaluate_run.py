@@ -68,13 +68,17 @@ def evaluate_run(
 
 
 def _load_trained(policy: PolicyConfig, folder: Path) -> Policy:
-    """Load the policy in a folder with the settings of the initial policy; adapters are merged."""
+    """Load the policy in a folder with the settings of the initial policy; adapters are merged unless their base is
+    quantized.
+    """
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: no such folder; type trained=FOLDER of a policy, or run=FOLDER of a run that has one"
         )
     settings = policy if isinstance(policy, Pretrained) else Pretrained(path=str(folder))
-    settings = replace(settings, lora=Lora(), merge=False)
+    if not (settings.is_quantized and is_adapter(folder)):
+        settings = replace(settings, lora=Lora(), quantize=None)
+    settings = replace(settings, merge=False)
     if is_adapter(folder) and not is_adapter(Path(settings.path)):
         settings = replace(settings, adapter=str(folder))
     else:
@@ -91,7 +95,7 @@ def _load_trained(policy: PolicyConfig, folder: Path) -> Policy:
 def _check_identity(record: Mapping[str, Any], now: Mapping[str, str], policy: PolicyConfig) -> None:
     """Raise RunRefused if the hashes of the inputs differ from the recorded ones."""
     was = dict(record["identity"])
-    if not policy.has_adapters:  # adapters are merged here and separate in the run, so their hashes differ
+    if policy.is_quantized or not policy.has_adapters:  # else adapters are merged here, separate in the run
         was["trained_policy"] = record["trained_policy"]
     if changed := [f"{name} was {value}, is {now[name]}" for name, value in was.items() if now[name] != value]:
         raise run_record.RunRefused(

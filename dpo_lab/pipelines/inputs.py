@@ -153,7 +153,7 @@ def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: 
     if config.noise.needs_reference:
         assert policy is not None
         policy.model.to(forward.device)  # type: ignore[arg-type]
-        reference = cached_logps(policy.model, splits.train, cache, forward.context, config.data.tokens_per_microbatch)
+        reference = cached_logps(policy.model, splits.train, cache, forward.context, config.data.forward_tokens)
         margins = (reference.rows[:, 0] - reference.rows[:, 1]).double().numpy()
     try:
         train = splits.train.flip(config.noise.flips(splits.train, margins))

@@ -18,9 +18,11 @@ from lightning.pytorch import Trainer
 from dpo_lab.config.precision import warn_of_slow_bf16
 from dpo_lab.config.schema import RunConfig, input_files
 from dpo_lab.data.datamodule import PreferenceDataModule
+from dpo_lab.data.sources import AUTO
 from dpo_lab.distributed.collectives import all_gather_object
 from dpo_lab.distributed.signals import StopRequest, reraise_stop
 from dpo_lab.health.diagnose import print_health
+from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.pipelines.inputs import TrainingInputs
 from dpo_lab.pipelines.loggers import add_loggers, log_final_metrics, track_run_status
@@ -43,6 +45,7 @@ from dpo_lab.runs.fingerprint import config_digest
 from dpo_lab.runs.run_record import Run, RunFailed
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.terminal.progress import plain_console
+from dpo_lab.training.activation_offload import offload_activations
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.callbacks.checkpointing import Checkpointing
 from dpo_lab.training.callbacks.early_stopping import keep_policy
@@ -50,6 +53,7 @@ from dpo_lab.training.callbacks.health import final_findings
 from dpo_lab.training.checkpoint_io import newest, remove_leftovers, step_of
 from dpo_lab.training.master_weights import moved_weights
 from dpo_lab.training.memory import peak_memory
+from dpo_lab.training.microbatch import find_tokens
 from dpo_lab.training.strategies.fsdp import gather_model
 
 log = logging.getLogger("dpo_lab")
@@ -82,6 +86,7 @@ class Session:
     def train(self, module: BaseModule, inputs: TrainingInputs) -> None:
         """Train the module's model, from the first step or from the last checkpoint of an earlier attempt."""
         run, trainer = self.run, self.trainer
+        self._choose_memory(module, inputs)
         resume = broadcast_from_rank_zero(trainer, lambda: _find_checkpoint(run))
         if run.resumes:
             log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
@@ -89,8 +94,29 @@ class Session:
             trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
         step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, run.record.get("started", "")
         add_loggers(trainer, self.config_dict, run.folder, step, started=started, charts=module.charts)
-        with memory_explained(self.config, "training", trains=True):
+        with memory_explained(self.config, "training", trains=True, tokens=module.tokens_per_microbatch):
             fit(self.config, trainer, module, inputs, resume.checkpoint)
+
+    def _choose_memory(self, module: BaseModule, inputs: TrainingInputs) -> None:
+        """Set how the module saves memory, and the tokens of its micro-batches if a trial is to find them.
+
+        A resumed run takes the number that was found first.
+        """
+        policy, run, device = self.config.policy, self.run, self.forward.device
+        if policy.gradient_checkpointing:
+            module.model.activation_checkpointing_enable({"use_reentrant": False})
+        if policy.activation_offload and device.type == "cuda":
+            offload_activations(causal_lm(module.model).base_model)
+        elif policy.activation_offload:
+            log.info("policy.activation_offload: without effect on %s, which has no memory of its own", device.type)
+        if self.config.data.tokens_per_microbatch == AUTO:
+            found = broadcast_from_rank_zero(self.trainer, lambda: run.record.get("tokens_per_microbatch"))
+            if found is None:
+                with memory_explained(self.config, "a trial of micro-batches", trains=True):
+                    pairs, size = inputs.train, -(-self.config.data.batch_size // self.trainer.world_size)
+                    found = find_tokens(module, pairs, size, device, self.forward.context)
+            module.tokens_per_microbatch = found
+            run.update(tokens_per_microbatch=found)
 
     def save_trained_policy(self, module: BaseModule, inputs: TrainingInputs) -> Policy:
         """Gather the trained policy from all ranks, in evaluation mode, on the device that it trained on, and save it.
@@ -233,8 +259,6 @@ def fit(
         num_workers=config.data.num_workers,
         seed=config.seed,
     )
-    if config.policy.gradient_checkpointing:
-        module.model.activation_checkpointing_enable({"use_reentrant": False})
     module.model.train()
     with StopRequest() as module.request:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

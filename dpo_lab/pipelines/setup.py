@@ -104,11 +104,15 @@ def logging_to(folder: Path) -> Iterator[None]:
         logging.captureWarnings(False)
 
 
-def memory_explained(config: RunConfig, where: str, trains: bool = False) -> AbstractContextManager[None]:
+def memory_explained(
+    config: RunConfig, where: str, trains: bool = False, tokens: int | None = None
+) -> AbstractContextManager[None]:
     """Return a context that explains out of memory by the settings of passes over a model, and of training if it
     `trains`.
+
+    tokens: of a micro-batch, if not those of the config.
     """
-    settings = halved("data.tokens_per_microbatch", config.data.tokens_per_microbatch)
+    settings = halved("data.tokens_per_microbatch", tokens or config.data.forward_tokens)
     if trains and not config.policy.gradient_checkpointing:
         settings.append("policy.gradient_checkpointing=true")
     if trains and isinstance(config.policy, Pretrained) and not config.policy.has_adapters:

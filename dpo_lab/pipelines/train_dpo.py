@@ -84,8 +84,10 @@ def _prepare_training(session: Session, inputs: TrainingInputs) -> tuple[DPOModu
     config, run, forward = session.config, session.run, session.forward
     seed_everything(config.seed, workers=True, verbose=False)
     memory = MemoryTracker(forward.device)
+    if config.policy.has_adapters:  # its base is held once, not here and on the host
+        inputs.initial.model.to(forward.device)  # type: ignore[arg-type]
     model = trainable_copy(inputs.initial.model).to(forward.device)  # type: ignore[arg-type]
-    pairs, tokens = inputs.train.concat(inputs.held_out), config.data.tokens_per_microbatch
+    pairs, tokens = inputs.train.concat(inputs.held_out), config.data.forward_tokens
     reference = config.reference.prepare(model, pairs, CACHE, forward.context, tokens)
     memory.count_weights(model, reference_model(reference))
     step_zero_loss = None

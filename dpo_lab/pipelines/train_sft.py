@@ -62,7 +62,7 @@ def _run_stages(session: Session) -> None:
     session.record_inputs(inputs)
     run.update(seconds=session.timer.stop("prepare"))
     seed_everything(config.seed, workers=True, verbose=False)
-    tokens = config.data.tokens_per_microbatch
+    tokens = config.data.forward_tokens
     model = trainable_copy(inputs.initial.model).to(forward.device)  # type: ignore[arg-type]
     module = SFTModule(model, config.optim, total_steps=trainer.max_steps, tokens_per_microbatch=tokens)
     session.train(module, inputs)

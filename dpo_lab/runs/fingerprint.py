@@ -17,6 +17,8 @@ EXECUTION_KEYS = (
     "launcher",
     "data.num_workers",
     "data.tokenize_workers",
+    "evals.batch_size",
+    "policy.activation_offload",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",

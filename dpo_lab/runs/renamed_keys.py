@@ -35,10 +35,11 @@ RENAMED_VALUES = {
         "dpo_lab.training.strategies.fsdp.FSDP2Strategy"
     ),
 }
-# Config keys that were added, with the value for what was done before.
+# Config keys that were added, with the value for what was done before; those of policies are not the embedded one's.
 ADDED_KEYS = {
     "optim.kind": "adamw",
     "sft.optim.kind": "adamw",
+    "policy.quantize": None,
     "loss.divergence": "reverse_kl",
     "loss.divergence_alpha": 0.5,
     "loss.ld_alpha": 1.0,
@@ -87,7 +88,7 @@ def present_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in ADDED_KEYS.items():
         *parents, leaf = key.split(".")
         node = reduce(lambda node, parent: node.get(parent, {}), parents, config_dict)
-        if node:
+        if node and node.get("kind") != "tiny":
             node.setdefault(leaf, value)
     return config_dict
 

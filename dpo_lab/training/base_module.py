@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torchmetrics import Metric
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from dpo_lab.core.pairs import PairBatch
 from dpo_lab.distributed.collectives import all_gather_object, all_reduce_max
 from dpo_lab.distributed.signals import StopRequest
+from dpo_lab.models.autocast_linear import LinearCasts
 from dpo_lab.models.forward import disable_dropout, response_nll
 from dpo_lab.runs.run_record import CHECKPOINTS
 from dpo_lab.training.nonfinite import nonfinite_pairs, not_finite
@@ -43,6 +45,7 @@ class BaseModule(LightningModule):
     FORWARDS = ("part_loss", "validate_part", "dummy_loss")  # the methods that compute with the model's weights
     request: StopRequest | None = None
     stopping: int = 0
+    casts: LinearCasts | None = None
 
     def __init__(
         self,
@@ -66,6 +69,9 @@ class BaseModule(LightningModule):
     def prepare_step(self, parts: Sequence[PairBatch]) -> None:
         """Compute what the losses of a step's micro-batches, the `parts` of this rank, share; called before them."""
 
+    def finish_step(self) -> None:
+        """Do what follows the optimizer's step."""
+
     def part_loss(self, part: PairBatch) -> Tensor:
         """Return the sum of a micro-batch's losses, differentiable, and update train_metrics."""
         raise NotImplementedError
@@ -73,6 +79,10 @@ class BaseModule(LightningModule):
     def validate_part(self, part: PairBatch) -> None:
         """Update val_metrics with a micro-batch."""
         raise NotImplementedError
+
+    def models(self) -> list[PreTrainedModel]:
+        """Return the models that a step runs: the one in training, and a reference if there is one."""
+        return [self.model]
 
     def counters(self) -> dict[str, float]:
         """Return values to log besides the means."""
@@ -117,6 +127,9 @@ class BaseModule(LightningModule):
         if self._any_rank(~torch.isfinite(total)):
             self._raise_not_finite(parts, losses)
         optimizer.step()
+        if self.casts is not None:
+            self.casts.refresh()
+        self.finish_step()
         optimizer.zero_grad()
         self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning sets it
@@ -136,6 +149,9 @@ class BaseModule(LightningModule):
     def on_train_start(self) -> None:
         disable_dropout(self.model)  # else DPO's loss at step 0 is not ln 2, and a loss depends on the micro-batches
         self._install_signal_handlers()
+        if isinstance(self.trainer.precision_plugin, MixedPrecision) and not self._is_sharded:
+            saves_memory = any(getattr(each, "gradient_checkpointing", False) for each in self.model.modules())
+            self.casts = LinearCasts(self.models(), keeps_copies=not saves_memory).install()
 
     def on_validation_start(self) -> None:
         self._install_signal_handlers()
@@ -149,6 +165,8 @@ class BaseModule(LightningModule):
         self._stop_if_asked()
 
     def on_train_end(self) -> None:
+        if self.casts is not None:
+            self.casts.remove()
         self._agree_to_stop()
         self._stop_if_asked()
 
@@ -159,14 +177,19 @@ class BaseModule(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the state of the module without its frozen weights, which a checkpoint does not need."""
         state = super().state_dict(*args, **kwargs)
-        for name in self._frozen & state.keys():
+        for name in self._frozen(state):
             del state[name]
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the state of the module and leave its frozen weights as they are, also if `state_dict` holds them."""
-        frozen = {name: tensor for name, tensor in super().state_dict().items() if name in self._frozen}
-        return super().load_state_dict({**state_dict, **frozen}, strict, assign)
+        frozen = self._frozen(state_dict)
+        trained = {name: tensor for name, tensor in state_dict.items() if name not in frozen}
+        missing, unexpected = super().load_state_dict(trained, strict=False, assign=assign)
+        missing = [name for name in missing if name not in self._frozen(missing)]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"the checkpoint lacks the weights {missing}, and holds {unexpected} in their place")
+        return missing, unexpected
 
     def log_means(self, metrics: Metric, split: str, counters: Mapping[str, float]) -> None:
         """Log the means since the last call, summed over ranks by `compute`, at the number of optimizer steps done.
@@ -216,10 +239,13 @@ class BaseModule(LightningModule):
         pairs = all_gather_object(nonfinite_pairs(parts, losses, self.part_loss, parameters))
         raise not_finite(self.global_step + 1, pairs, Path(self.trainer.default_root_dir) / CHECKPOINTS)
 
-    @property
-    def _frozen(self) -> set[str]:
-        """The names of the weights that are not trained: under adapters, those of the base."""
-        return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    def _frozen(self, names: Iterable[str]) -> set[str]:
+        """Return which names of state are of weights that are not trained: under adapters, of the base.
+
+        The scales of a quantized weight are named after it: NAME.absmax.
+        """
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {name for name in names if name in frozen or f"{name.partition('.weight.')[0]}.weight" in frozen}
 
     @property
     def _is_sharded(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -9,7 +11,7 @@ from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import GROUPS, PreferenceMetrics, Values, reward_margins
 from dpo_lab.core.pairs import PairBatch
 from dpo_lab.models.forward import pair_logps, pair_loss
-from dpo_lab.models.reference import ReferenceLogps
+from dpo_lab.models.reference import MovingModel, ReferenceLogps, reference_model
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.loggers.tensorboard import show_histogram
 from dpo_lab.training.optim import Optim
@@ -61,6 +63,23 @@ class DPOModule(BaseModule):
 
     def normalizer(self, batch: PairBatch) -> int:
         return self.batch_size
+
+    def models(self) -> list[PreTrainedModel]:
+        reference = reference_model(self.reference)
+        return [self.model] if reference is None else [self.model, reference]
+
+    def finish_step(self) -> None:
+        moves = isinstance(self.reference, MovingModel) and self.reference.follow(self.model, self.global_step)
+        if moves and self.casts is not None:
+            self.casts.refresh(is_trained=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if isinstance(self.reference, MovingModel):
+            checkpoint["reference"] = self.reference.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if isinstance(self.reference, MovingModel):
+            self.reference.load_state_dict(checkpoint["reference"])
 
     def part_loss(self, part: PairBatch) -> Tensor:
         reference = self.reference(part)

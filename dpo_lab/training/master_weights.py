@@ -34,7 +34,7 @@ class MasterAdamW(AdamW):
             beta1, beta2 = group["betas"]
             adamw(
                 masters,
-                [p.grad.float() for p in weights],
+                _in_float32([p.grad for p in weights]),
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
@@ -50,9 +50,9 @@ class MasterAdamW(AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
-            for weight, master in zip(weights, masters, strict=True):
-                if master is not weight:
-                    weight.copy_(master)
+            short = [pair for pair in zip(weights, masters, strict=True) if pair[0] is not pair[1]]
+            if short:
+                torch._foreach_copy_(*zip(*short, strict=True))
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -74,6 +74,15 @@ class MasterAdamW(AdamW):
         if is_short(weight) and MASTER not in state:
             state[MASTER] = weight.detach().float()
         return state
+
+
+def _in_float32(gradients: list[Tensor]) -> list[Tensor]:
+    """Return the gradients in float32, those of 16 bits copied by one operator."""
+    found = [torch.empty_like(g, dtype=torch.float32) if is_short(g) else g for g in gradients]
+    short = [pair for pair in zip(found, gradients, strict=True) if pair[0] is not pair[1]]
+    if short:
+        torch._foreach_copy_(*zip(*short, strict=True))
+    return found
 
 
 def is_short(tensor: Tensor) -> bool:

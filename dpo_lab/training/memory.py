@@ -44,7 +44,7 @@ class MemoryTracker:
         rank where it is largest. It includes gradients, optimizer state and activations, and is None if the system
         can't reset the peak.
         """
-        growth = _peak(self.device) - self.before if self.before is not None else -1
+        growth = current_peak(self.device) - self.before if self.before is not None else -1
         largest = all_reduce_max(growth)
         return {
             "weights": round(self.weight_bytes / self.policy_bytes, 4),
@@ -61,7 +61,7 @@ def bytes_of_weights(models: Iterable[nn.Module]) -> int:
 
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory of all ranks so far, in bytes: of the GPU, or of the process without one; a collective."""
-    return all_reduce_max(max(_peak(device), _earlier.get(device.type, 0)))
+    return all_reduce_max(max(current_peak(device), _earlier.get(device.type, 0)))
 
 
 def resident_peak() -> int:
@@ -77,7 +77,7 @@ def resident_peak() -> int:
 
 def restart_peak(device: torch.device) -> int | None:
     """Release free memory, reset the peak and return the bytes in use now; return None if the peak can't be reset."""
-    _earlier[device.type] = max(_earlier.get(device.type, 0), _peak(device))
+    _earlier[device.type] = max(_earlier.get(device.type, 0), current_peak(device))
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -90,7 +90,8 @@ def restart_peak(device: torch.device) -> int | None:
     return _status("VmRSS")
 
 
-def _peak(device: torch.device) -> int:
+def current_peak(device: torch.device) -> int:
+    """Return the peak of this rank since `restart_peak`, in bytes."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
 
 

@@ -110,6 +110,19 @@ class Optim:
             optimizer = self._class_of_8_bits()(groups, **settings)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
+    def state_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Return the bytes of the optimizer's state of the trainable parameters: moments, and master copies of 16 bits.
+
+        The state of 8 bits is that of matrices of 4,096 weights and more; their scales are not counted.
+        """
+        from dpo_lab.training.master_weights import is_short
+
+        total = 0
+        for p in parameters:
+            is_small = self.kind is not OptimKind.adamw and p.numel() >= 4096
+            total += p.requires_grad * p.numel() * (2 if is_small else 12 if is_short(p) else 8)
+        return total
+
     def _class_of_8_bits(self) -> type[Optimizer]:
         from bitsandbytes import optim  # type: ignore[import-not-found]
 

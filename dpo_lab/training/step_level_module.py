@@ -32,7 +32,7 @@ class StepLevelModule(DPOModule):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.running: float | None = None  # the running mean that the loss takes
+        self.running: float | list[float] | None = None  # the running mean that the loss takes
         self.linear: dict[int, LinearLoss] = {}  # of the step's micro-batches, by identity
         self.held_out: list[tuple[PairBatch, Scored]] = []
 
@@ -72,9 +72,11 @@ class StepLevelModule(DPOModule):
         super().on_validation_epoch_end()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["running"] = self.running
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.running = checkpoint["running"]
 
     def _linearize(self, scored: Sequence[Scored], is_training: bool) -> LinearLoss:
@@ -85,11 +87,11 @@ class StepLevelModule(DPOModule):
         policy, reference = (_to(PairLogps.concat(each), self.device) for each in zip(*ranks, strict=True))
         loss: StepLevel = self.loss  # type: ignore[assignment]
         running = loss.statistic(policy, reference)
-        if running is not None:
-            if is_training:
-                earlier = running if self.running is None else self.running
-                self.running = (loss.momentum * earlier + (1 - loss.momentum) * running).item()
-            running = running if self.running is None else running.new_tensor(self.running)
+        if running is not None and self.running is not None:
+            earlier = running.new_tensor(self.running)
+            running = loss.update(earlier, running) if is_training else earlier
+        if running is not None and is_training:
+            self.running = running.tolist()
         linear = LinearLoss.of(lambda logps: loss(logps, reference, running), policy)
         is_finite = (policy.margin - reference.margin).isfinite()
         linear.losses = linear.losses.masked_fill(~is_finite, torch.nan)  # sorted, it would be another pair's
@@ -104,4 +106,4 @@ def _to(logps: PairLogps, device: Any) -> PairLogps:
 
 def module_for(loss: Loss) -> Callable[..., DPOModule]:
     """Return the LightningModule that trains with a loss."""
-    return StepLevelModule if isinstance(loss, StepLevel) else DPOModule
+    return StepLevelModule if loss.is_step_level else DPOModule

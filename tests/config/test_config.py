@@ -9,8 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from dpo_lab.cli import entry_point
-from dpo_lab.config import logger_packages, schema
+from dpo_lab.config import choices, logger_packages, schema
 from dpo_lab.core.losses import DPO, LOSSES, IPOSum, SimPO
+from dpo_lab.core.losses.base import StepLevel
 from dpo_lab.models.reference import Uniform, UniformOver
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import KEYS_WITHOUT_EFFECT
@@ -30,6 +31,7 @@ CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.p
 
 NEEDED = {
     **{("loss", name): ["reference=uniform"] for name, loss in LOSSES.items() if loss.requires_reference is False},
+    ("loss", "mix"): ["+loss.terms={dpo: 1, sft: 0.1}"],
     ("data", "jsonl"): ["data.path=pairs.jsonl"],
     ("data", "mix"): ["+data.sources={a: {path: a.jsonl}}"],
     ("policy", "pretrained"): ["policy.path=folder"],
@@ -42,6 +44,16 @@ NEEDED = {
 def test_every_choice_composes(group, choice, monkeypatch):
     monkeypatch.setattr(logger_packages, "find_spec", lambda module: object())  # as if all extras were installed
     settled(f"{group}={choice}", *NEEDED.get((group, choice), []))
+
+
+def test_help_has_a_line_for_every_loss_under_what_it_requires():
+    lines = choices.describe_choices(CONF).splitlines()
+    for name, loss in LOSSES.items():
+        (at,) = [i for i, line in enumerate(lines) if line.startswith(f"  {name} ")]
+        heading = next(line for line in reversed(lines[:at]) if line.startswith("loss, "))
+        together = issubclass(loss, StepLevel)
+        assert heading == f"loss, {choices.TOGETHER if together else choices.HEADINGS[loss.requires_reference]}:"
+    assert max(map(len, lines)) < 135
 
 
 @pytest.mark.parametrize("name", ["train", "sft", "inspect", "evaluate"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dpo_lab.core.losses import (
+    BCO,
     CPO,
     DPO,
     EXO,
@@ -17,17 +18,20 @@ from dpo_lab.core.losses import (
     SPPO,
     APODown,
     APOZero,
+    BetaDPO,
     CalDPO,
     DiscoPOP,
     DPOLength,
     DPOMean,
     Hinge,
     Loss,
+    Mix,
     SLiC,
 )
 from dpo_lab.core.losses.base import Divergence
 from dpo_lab.core.metrics import LABELLED, pair_values
 from dpo_lab.core.pairs import PairLogps
+from tests.support.losses import make_loss
 
 
 def logps(chosen: float, rejected: float) -> PairLogps:
@@ -109,6 +113,39 @@ def test_exo_has_its_minimum_where_the_policy_rates_as_the_labels():
     assert 0.5 * (chosen - rejected) == pytest.approx(math.log(0.9 / 0.1), abs=1e-4)
 
 
+def test_a_mixture_is_the_weighted_sum_of_its_terms():
+    """Those without a reference take none, and settings are a term's own."""
+    mix = Mix(0.5, terms={"dpo": 0.8, "bco": 0.2, "cpo": 0.1}, settings={"cpo": {"alpha": 2}, "bco": {"shift": False}})
+    parts = (DPO(0.5), 0.8, REFERENCE), (BCO(0.5, shift=False), 0.2, REFERENCE), (CPO(0.5, 2), 0.1, UNIFORM)
+    expected = sum(weight * loss(POLICY, reference).item() for loss, weight, reference in parts)
+    assert mix(POLICY, REFERENCE).item() == pytest.approx(expected)
+    assert mix.requires_reference is True  # bco's
+
+
+def test_a_mixture_has_what_its_terms_have():
+    assert Mix(terms={"dpo": 1, "sft": 0.1}).requires_reference is None
+    assert Mix(terms={"simpo": 1, "sft": 0.1}).requires_reference is False
+    assert not Mix(terms={"dpo": 1, "sft": 0.1}).is_step_level
+    assert Mix(terms={"dpo": 1, "aot": 0.1}).is_step_level
+    mix = Mix(0.5, divergence=Divergence.js, terms={"hinge": 1, "sft": 0})
+    assert mix(POLICY, REFERENCE).item() == pytest.approx(
+        Hinge(0.5, divergence=Divergence.js)(POLICY, REFERENCE).item()
+    )
+
+
+def test_the_running_means_of_a_mixture_are_its_terms_own():
+    mix = Mix(0.5, terms={"dpo": 1, "bco": 1, "beta_dpo": 1}, settings={"bco": {"momentum": 0.5}})
+    first, second = mix.statistic(POLICY, REFERENCE), mix.statistic(REFERENCE, REFERENCE)
+    assert first is not None
+    assert second is not None
+    assert first.tolist() == pytest.approx([0, 0.5 * (2 - 1) / 2, 0.5 * 3])
+    running = mix.update(first, second)
+    assert running.tolist() == pytest.approx([0, 0.5 * 0.25, 0.9 * 1.5])
+    parts = [DPO(0.5)(POLICY, REFERENCE), BCO(0.5)(POLICY, REFERENCE, running[1])]
+    parts.append(BetaDPO(0.5)(POLICY, REFERENCE, running[2]))
+    assert mix(POLICY, REFERENCE, running).item() == pytest.approx(sum(part.item() for part in parts))
+
+
 def test_slic_is_hinge_times_its_margin():
     assert (SLiC(0.25, 0)(POLICY, UNIFORM) * 0.25).item() == Hinge(0.25)(POLICY, UNIFORM).item()
 
@@ -159,7 +196,7 @@ def test_alpha_lies_between_the_two_kl_divergences():
 @pytest.mark.parametrize("margin", [1e4, -1e4])
 def test_divergences_stay_finite(name, divergence, margin):
     chosen, zero, one = torch.tensor([margin], requires_grad=True), torch.zeros(1), torch.ones(1)
-    loss = LOSSES[name](divergence=divergence)
+    loss = make_loss(name, divergence=divergence)
     value = loss(PairLogps(chosen, zero, one, one), PairLogps(zero, zero, one, one))
     (gradient,) = torch.autograd.grad(value.sum(), chosen)
     assert value.isfinite().all()
@@ -176,6 +213,12 @@ def test_another_divergence_does_not_determine_the_loss_by_the_margin():
     [
         (lambda: DPO(divergence=Divergence.alpha, divergence_alpha=0), "loss.divergence_alpha"),
         (lambda: CPO(divergence=Divergence.js), "loss.divergence=js: this loss has no reference"),
+        (lambda: Mix(), r"loss.terms: names no loss; type e.g. .\+loss.terms="),
+        (lambda: Mix(terms={"dop": 1}), "loss.terms: 'dop' is none of the losses aot"),
+        (lambda: Mix(terms={"mix": 1}), "loss.terms: 'mix' is none"),
+        (lambda: Mix(terms={"dpo": 1}, settings={"rpo": {"alpha": 1}}), "loss.settings: rpo is not among loss.terms"),
+        (lambda: Mix(terms={"rpo": 1}, settings={"rpo": {"gamma": 1}}), "loss.settings.rpo: has no setting gamma"),
+        (lambda: Mix(terms={"rpo": 1}, settings={"rpo": {"alpha": -1}}), "loss.alpha"),
         (lambda: EXO(label_smoothing=0), "loss.label_smoothing"),
         (lambda: DiscoPOP(tau=1.5), "loss.tau"),
         (lambda: DPOLength(alpha=-1), "loss.alpha"),

@@ -24,9 +24,9 @@ from dpo_lab.core.losses import (
     SimPO,
     Unlikelihood,
 )
-from dpo_lab.core.losses.base import StepLevel
 from dpo_lab.core.pairs import PairLogps
 from dpo_lab.health.evidence import loss_traits
+from tests.support.losses import OF_PAIRS, make_loss
 
 
 def logps(chosen, rejected, chosen_length=None, rejected_length=None) -> PairLogps:
@@ -37,7 +37,6 @@ def logps(chosen, rejected, chosen_length=None, rejected_length=None) -> PairLog
     )
 
 
-OF_PAIRS = [name for name, loss in LOSSES.items() if not issubclass(loss, StepLevel)]
 POLICY_A = logps([-0.5, -10, -1], [-0.1, -30, -21])
 REFERENCE_A = logps([-0.5, -10.1, -0.1], [-0.1, -20.1, -0.1])
 UNIFORM_A = logps([0, 0, 0], [0, 0, 0])
@@ -167,7 +166,7 @@ def test_rdpo_is_unbiased_under_flips():
 def test_extreme_margins_stay_finite(name, margin):
     chosen = torch.tensor([margin], requires_grad=True)
     zero, one = torch.zeros(1), torch.ones(1)
-    value = LOSSES[name]()(PairLogps(chosen, zero, one, one), PairLogps(zero, zero, one, one))
+    value = make_loss(name)(PairLogps(chosen, zero, one, one), PairLogps(zero, zero, one, one))
     value.sum().backward()
     assert value.isfinite().all()
     assert chosen.grad is not None
@@ -176,7 +175,7 @@ def test_extreme_margins_stay_finite(name, margin):
 
 @pytest.mark.parametrize("name", OF_PAIRS)
 def test_gradient_against_finite_differences(name):
-    loss = LOSSES[name](beta=0.2)
+    loss = make_loss(name, beta=0.2)
     sides = [side.clone().requires_grad_() for side in (POLICY_B.chosen, POLICY_B.rejected)]
     lengths = torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
     reference = PairLogps(REFERENCE_B.chosen, REFERENCE_B.rejected, lengths, lengths)
@@ -210,7 +209,7 @@ def test_gradients_by_hand(loss, moved, expected):
 @pytest.mark.parametrize("name", LOSSES)
 def test_beta_out_of_range_is_refused(name, beta):
     with pytest.raises(ValueError, match="beta="):
-        LOSSES[name](beta=beta)
+        make_loss(name, beta=beta)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +242,7 @@ EARLIER = "dpo cdpo rdpo ipo ipo_mean hinge simpo sft unlikelihood rpo dpop dpo_
 
 @pytest.mark.parametrize("name", EARLIER)
 def test_a_record_without_traits_has_those_that_its_loss_states(name):
-    stated, config = LOSSES[name](beta=0.2).traits(), {"loss": {"kind": name, "beta": 0.2}}
+    stated, config = make_loss(name, beta=0.2).traits(), {"loss": {"kind": name, "beta": 0.2}}
     assert loss_traits({"config": config, "loss_traits": stated}) == stated
     derived = loss_traits({"config": config})
     assert derived is not None
@@ -255,7 +254,7 @@ def test_a_loss_of_the_margin_alone_ignores_the_rest(name):
     """Both log-probabilities of the policy shift by one number, and where margins are not per token the chosen responses are
     longer: the margin stays, and so does a loss of it alone.
     """
-    loss = LOSSES[name](beta=0.2)
+    loss = make_loss(name, beta=0.2)
     lengths = dict(chosen_length=[3] * 4, rejected_length=[3] * 4)
     others = lengths if loss.is_per_token else lengths | {"chosen_length": [5] * 4}
     reference = logps([-2.8, -2.3, -3.8, -1.4], [-3.2, -2.7, -4.2, -1.8], **lengths)

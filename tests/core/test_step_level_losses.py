@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dpo_lab.core.linear_loss import LinearLoss
-from dpo_lab.core.losses import AOT, BCO, DPO, LOSSES, AOTUnpaired, BetaDPO
+from dpo_lab.core.losses import AOT, BCO, DPO, AOTUnpaired, BetaDPO
 from dpo_lab.core.losses.base import StepLevel
 from dpo_lab.core.pairs import PairLogps
+from tests.support.losses import STEP_LEVEL, make_loss
 
 
 def logps(chosen: list[float], rejected: list[float]) -> PairLogps:
@@ -21,7 +22,6 @@ def logps(chosen: list[float], rejected: list[float]) -> PairLogps:
 # margins 3, -1, 1 and under the reference 0, 2, -1; r(w) 1, -1, 0 and r(l) -2, 2, -2
 POLICY = logps([-1, -4, -3], [-4, -3, -4])
 REFERENCE = logps([-2, -3, -3], [-2, -5, -2])
-STEP_LEVEL = [name for name, loss in LOSSES.items() if issubclass(loss, StepLevel)]
 
 
 def softplus(*values: float) -> list[float]:
@@ -57,15 +57,15 @@ def test_beta_follows_the_margins_of_the_step():
 
 @pytest.mark.parametrize("name", STEP_LEVEL)
 def test_the_order_of_pairs_does_not_matter(name):
-    loss, order = LOSSES[name](beta=0.5), [2, 0, 1]
+    loss, order = make_loss(name, beta=0.5), [2, 0, 1]
     mixed = [PairLogps(*(getattr(of, field)[order] for field in vars(of))) for of in (POLICY, REFERENCE)]
     assert loss(*mixed).tolist() == pytest.approx(loss(POLICY, REFERENCE)[order].tolist())
 
 
 @pytest.mark.parametrize("name", STEP_LEVEL)
 def test_a_step_of_a_policy_that_equals_its_reference(name):
-    expected = 2 * math.log(2) if name == "bco" else math.log(2)
-    assert LOSSES[name]()(REFERENCE, REFERENCE).tolist() == pytest.approx([expected] * 3)
+    expected = {"bco": 2, "mix": 0.7 + 0.3 * 2}.get(name, 1) * math.log(2)
+    assert make_loss(name)(REFERENCE, REFERENCE).tolist() == pytest.approx([expected] * 3)
 
 
 def test_aot_unpaired_does_not_see_which_responses_belong_together():
@@ -77,7 +77,7 @@ def test_aot_unpaired_does_not_see_which_responses_belong_together():
 
 @pytest.mark.parametrize("name", ["dpo", *STEP_LEVEL])
 def test_the_linear_form_has_the_value_and_the_gradient_of_the_loss(name):
-    loss = LOSSES[name](beta=0.5)
+    loss = make_loss(name, beta=0.5)
     linear = LinearLoss.of(lambda policy: loss(policy, REFERENCE), POLICY)
     sides = [POLICY.chosen.clone().requires_grad_(), POLICY.rejected.clone().requires_grad_()]
     policy = PairLogps(*sides, POLICY.chosen_length, POLICY.rejected_length)
@@ -92,12 +92,12 @@ def test_the_linear_form_has_the_value_and_the_gradient_of_the_loss(name):
 @pytest.mark.parametrize("name", STEP_LEVEL)
 def test_gradient_against_finite_differences(name):
     """Where the running mean is given, through which no gradient flows."""
-    loss, running = LOSSES[name](beta=0.5), torch.tensor(0.1, dtype=torch.float64)
+    loss, running = make_loss(name, beta=0.5), torch.full((2,), 0.1, dtype=torch.float64)
     if name == "beta_dpo":
         loss.alpha = 0.0  # no gradient flows through its beta either
     sides = [torch.tensor(of, dtype=torch.float64, requires_grad=True) for of in ([-1, -4, -3.5], [-4.5, -3, -4])]
-    lengths = POLICY.chosen_length
-    assert torch.autograd.gradcheck(lambda *both: loss(PairLogps(*both, lengths, lengths), REFERENCE, running), sides)
+    lengths, of_loss = POLICY.chosen_length, running if name == "mix" else running[0]
+    assert torch.autograd.gradcheck(lambda *both: loss(PairLogps(*both, lengths, lengths), REFERENCE, of_loss), sides)
 
 
 def test_momentum_out_of_range_is_refused():

@@ -268,7 +268,7 @@ def test_a_run_on_the_file_goes_on_bit_identically(tmp_path):
     common = (
         f"policy=pretrained policy.path=model data=jsonl data.path={FILE} data.validation_fraction=0.3 data.batch_size=4"
         " data.max_length=600 data.max_prompt_length=400 evals.max_new_tokens=8 evals.num_prompts=4 figures=false"
-        " loss.ld_alpha=0.5 trainer.val_check_interval=3 trainer.log_every_n_steps=1 optim.warmup_steps=0"
+        " loss.ld_alpha=0.5 trainer.val_check_interval=3 trainer.log_every_n_steps=1 optim.warmup_steps=0 optim.decay=constant"
     ).split()
     weights = {}
     for name, runs in {"whole": [6], "halves": [3, 6]}.items():

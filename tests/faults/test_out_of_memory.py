@@ -154,6 +154,20 @@ def test_46_a_run_fails_in_one_line_and_its_log_has_the_traceback(place, shop):
 
 
 @pytest.mark.slow
+def test_46_a_run_that_failed_in_sampling_goes_on_with_the_setting_that_the_line_names(shop):
+    """In its folder, from the end of its training: the size of a batch of samples names no other run."""
+    command = ["dpo_lab.train", "name=again", *QUIET]
+    with warm.Warm(failing, "sampling", *command, cwd=shop) as process:
+        assert process.wait(120)[0] == 1
+    again = warm.door(*command, "evals.batch_size=2", cwd=shop)
+    assert again.returncode == 0, again.stderr
+    (record,) = (json.loads(path.read_text()) for path in (shop / "outputs" / "again").glob("*/*/run.json"))
+    assert record["status"] == "done"
+    assert len(record["attempts"]) == 1  # the earlier one
+    assert "resuming from" in again.stdout + again.stderr
+
+
+@pytest.mark.slow
 def test_46_so_does_a_later_evaluation_and_settings_that_the_line_names_let_it_go_on(shop):
     assert warm.door("dpo_lab.train", "name=done", *QUIET, cwd=shop).returncode == 0
     (folder,) = (path.parent.relative_to(shop) for path in (shop / "outputs" / "done").glob("*/*/run.json"))

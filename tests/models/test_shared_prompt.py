@@ -179,9 +179,9 @@ def test_any_piece_of_the_head_gives_the_same(rows, batch, monkeypatch):
 
 
 def test_large_vocabularies_get_fewer_rows():
-    assert fused_lm_head.rows_per_chunk(8192) == 512
-    assert fused_lm_head.rows_per_chunk(2**20) * 2**20 <= fused_lm_head.LOGITS
-    assert fused_lm_head.rows_per_chunk(2**30) == 1
+    assert fused_lm_head.rows_per_chunk(8192, torch.device("cpu")) == 512
+    assert fused_lm_head.rows_per_chunk(2**20, torch.device("cpu")) * 2**20 <= fused_lm_head.LOGITS
+    assert fused_lm_head.rows_per_chunk(2**30, torch.device("cpu")) == 1
 
 
 def test_gradient_checkpointing(batch):

@@ -42,8 +42,9 @@ def by_kernel(inputs: list[Tensor], lengths, scale=None, window=CAUSAL) -> Tenso
     return varlen_attention(query, key, value, Layout.of(lengths, query.device), scale, window)
 
 
-def by_loop(inputs: list[Tensor], lengths, scale=None) -> Tensor:
-    return shared_prompt_attention(torch.nn.Module(), *inputs, None, segments=Segments(lengths), scaling=scale)[0]
+def by_loop(inputs: list[Tensor], lengths, scale=None, window: int | None = None) -> Tensor:
+    how = {"segments": Segments(lengths), "scaling": scale, "sliding_window": window}
+    return shared_prompt_attention(torch.nn.Module(), *inputs, None, **how)[0]
 
 
 def by_definition(inputs: list[Tensor], lengths, left: int) -> Tensor:
@@ -89,8 +90,9 @@ def test_the_kernel_gives_the_loops_numbers(responses, heads):
     for _ in range(42):
         lengths = draw_lengths(draw, responses)
         inputs = draw_inputs(lengths, HEADS[heads])
-        scale = draw.choice([None, 0.5])
-        assert_equal(by_kernel(inputs, lengths, scale), by_loop(inputs, lengths, scale), inputs)
+        scale, window = draw.choice([None, 0.5]), draw.choice([None, None, 1, 2, 5, 13, 21, 40, 100])
+        left = CAUSAL if window is None else (window - 1, 0)
+        assert_equal(by_kernel(inputs, lengths, scale, left), by_loop(inputs, lengths, scale, window), inputs)
 
 
 @pytest.mark.parametrize("left", [0, 1, 5, 12, 100])
@@ -100,7 +102,9 @@ def test_a_sliding_window_reaches_back_into_the_prompt(responses, left):
     for heads in HEADS.values():
         lengths = draw_lengths(draw, responses)
         inputs = draw_inputs(lengths, heads)
-        assert_equal(by_kernel(inputs, lengths, window=(left, 0)), by_definition(inputs, lengths, left), inputs)
+        defined = by_definition(inputs, lengths, left)
+        assert_equal(by_kernel(inputs, lengths, window=(left, 0)), defined, inputs)
+        assert_equal(by_loop(inputs, lengths, window=left + 1), by_definition(inputs, lengths, left), inputs)
 
 
 class Operators(TorchDispatchMode):

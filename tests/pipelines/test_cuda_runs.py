@@ -128,6 +128,19 @@ def test_supervised_fine_tuning_computes_on_the_gpu(shop):
     assert record_of(shop, "sft")["status"] == "done"
 
 
+def test_a_run_that_finds_what_fits_and_offloads_is_the_same_bits(shop):
+    """As one with that number of tokens and without offloading: trials leave no trace."""
+    saving = ["data.tokens_per_microbatch=auto", "policy.activation_offload=true", "policy.gradient_checkpointing=true"]
+    on_gpu(shop, "dpo_lab.train", "trainer=gpu", "name=saving", *QUIET, *saving)
+    saved = record_of(shop, "saving")
+    tokens = f"data.tokens_per_microbatch={saved['tokens_per_microbatch']}"
+    on_gpu(shop, "dpo_lab.train", "trainer=gpu", "name=plain", *QUIET, tokens)
+    plain = record_of(shop, "plain")
+    assert "tokens_per_microbatch" not in plain
+    assert saved["tokens_per_microbatch"] > 100
+    assert saved["trained_policy"] == plain["trained_policy"]
+
+
 def test_ranks_talk_over_a_group_that_serves_gpus_alone(shop):
     """Two ranks of DDP from start to end; DDP's own sum of gradients, which is C++, is left out."""
     with socket.socket() as free:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -42,6 +43,15 @@ WAITS: list[str] = []  # what made the host wait for the GPU, with the place in 
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 
+IN_FLOAT32 = torch.library.Library(
+    "aten", "IMPL"
+)  # products of 16 bits with sums of 32, which torch has for GPUs alone
+IN_FLOAT32.impl("mm.dtype", lambda left, right, dtype: left.to(dtype) @ right.to(dtype), "CPU")
+IN_FLOAT32.impl(
+    "addmm.dtype_out",
+    lambda to, left, right, dtype, beta=1, out=None: to.addmm_(left.to(dtype), right.to(dtype), beta=beta),  # in place
+    "CPU",
+)
 PINNED: dict[int, torch.Tensor] = {}  # by address
 
 
@@ -182,6 +192,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         on_cuda = device.type == "cuda"
     if device is not None and device.type == "cuda":
         kwargs = kwargs | {"device": CPU}
+    if kwargs.get("pin_memory"):  # torch's CPU build has no allocator of pinned memory
+        kwargs = kwargs | {"pin_memory": False}
     result = func(*inner_of(args), **{name: inner_of(value) for name, value in kwargs.items()})
     if any(returned.alias_info is not None and returned.alias_info.is_write for returned in func._schema.returns):
         return kwargs.get("out", first)
@@ -286,10 +298,13 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
         set_device=initialise,
         is_bf16_supported=lambda *_, **__: True,
         get_device_capability=lambda *_: (9, 0),
+        get_device_properties=lambda *_: SimpleNamespace(total_memory=80 << 30),
         get_device_name=lambda *_: "pretended",
         reset_peak_memory_stats=allocated,
         memory_allocated=allocated,
         max_memory_allocated=allocated,
+        memory_reserved=allocated,
+        mem_get_info=lambda *_: (80 << 30, 80 << 30),
         empty_cache=lambda: None,
         synchronize=lambda *_: None,
         manual_seed_all=lambda *_: None,
@@ -329,11 +344,13 @@ def pretend_cuda(devices: int = 1) -> Iterator[PretendCuda]:
         on_gpu = isinstance(lists[0][0], CudaTensor)
         return {(DEVICE if on_gpu else key[0], key[1]): found for key, found in group(lists, *args).items()}
 
+    foreach = patch.object(clip_grad, "_has_foreach_support", lambda *_: True)
     clips, steps = (patch.object(each, group.__name__, by_device) for each in (clip_grad, optimizer))
     of_ranks = patch.object(distributed_c10d, "_get_object_coll_device", lambda group=None: DEVICE)  # as for NCCL
     joined = patch.object(distributed, "init_process_group", join_by_gloo)
     unwrapped = patch.object(DDPStrategy, "configure_ddp", lambda self: None)  # torch's C++ would look for CUDA
     with (
+        foreach,
         clips,
         steps,
         of_ranks,

@@ -21,9 +21,10 @@ MODULES = (
     "core.pairs",
     "core.logps",
     "core.lm_head",
+    "core.products",
     "core.fused_lm_head",
-    *(f"core.losses.{module.name}" for module in iter_modules(losses.__path__)),  # its base is the first by name
     "core.linear_loss",
+    *(f"core.losses.{module.name}" for module in iter_modules(losses.__path__)),  # its base is the first by name
     "core.metrics",
     "core.functional",
     "models.forward",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 CALLS: Counter[str] = Counter()  # of the kernel, forward and backward
 
 
+@cache
 def allowed(queries: int, keys: int, left: int, right: int) -> Tensor:
     """Which keys a query attends to, [queries, keys]: a window around it, where its last is aligned with the last key."""
     ahead = torch.arange(keys) - (torch.arange(queries)[:, None] + keys - queries)

@@ -8,25 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_lab.core.losses import LOSSES, PairLogps
-from dpo_lab.core.losses.base import StepLevel
+from dpo_lab.core.losses import PairLogps
 from dpo_lab.data.collate import collate
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.training.step_level_module import StepLevelModule
 from tests.support.fits import BATCH, Seen, flat, initial_policy, make_data, make_module, make_trainer
+from tests.support.losses import STEP_LEVEL, make_loss
 from tests.support.ranks import become_rank, run_in_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning"),
 ]
-NAMES = [name for name, loss in LOSSES.items() if issubclass(loss, StepLevel)]
 STEPS, STOP = 5, 3
 
 
 def train(folder: Path, name: str, tokens: int, devices: int = 1, steps: int = STEPS, resume: Path | None = None):
     """(module, what was logged and the first gradient, the trainer)."""
     seen = Seen()
-    module = make_module(initial_policy().model, folder, STEPS, tokens, LOSSES[name](beta=0.5))
+    module = make_module(initial_policy().model, folder, STEPS, tokens, make_loss(name, beta=0.5))
     strategy = "ddp" if devices > 1 else "auto"
     trainer = make_trainer(steps, devices, callbacks=[seen], strategy=strategy)
     trainer.fit(module, datamodule=make_data(), ckpt_path=resume)
@@ -35,7 +34,7 @@ def train(folder: Path, name: str, tokens: int, devices: int = 1, steps: int = S
 
 def rank(number: int, world_size: int, folder: str) -> None:
     become_rank(number, world_size)
-    for name in NAMES:
+    for name in STEP_LEVEL:
         module, seen, trainer = train(Path(folder), name, 60, world_size)
         if number == 0:
             held_out = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -51,7 +50,7 @@ def by_ranks(tmp_path_factory):
     return folder, {row["name"]: row for row in rows}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STEP_LEVEL)
 def test_micro_batches_change_nothing(name, tmp_path):
     whole, seen, trainer = train(tmp_path, name, 100_000)
     split, seen_split, trainer_split = train(tmp_path, name, 60)
@@ -65,7 +64,7 @@ def test_micro_batches_change_nothing(name, tmp_path):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STEP_LEVEL)
 def test_ranks_change_nothing(name, by_ranks, tmp_path):
     folder, rows = by_ranks
     module, seen, trainer = train(tmp_path, name, 100_000)
@@ -77,11 +76,11 @@ def test_ranks_change_nothing(name, by_ranks, tmp_path):
     assert rows[name]["held out"]["val/loss"] == pytest.approx(trainer.callback_metrics["val/loss"].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STEP_LEVEL)
 def test_the_gradient_is_that_of_the_loss_of_the_whole_step(name, tmp_path):
     """Against autograd through one forward pass of all pairs."""
     module, seen, _ = train(tmp_path, name, 60, steps=1)
-    model, loss = initial_policy().model, LOSSES[name](beta=0.5)
+    model, loss = initial_policy().model, make_loss(name, beta=0.5)
     batch = next(iter(make_data().train_dataloader()))
     policy, reference = pair_logps(model, batch), module.reference(batch)
     assert len(batch) == BATCH
@@ -103,7 +102,7 @@ def test_the_running_mean_goes_on_from_a_checkpoint(tmp_path):
 
 
 def test_a_pair_that_is_not_finite_is_named(tmp_path):
-    module = make_module(initial_policy().model, tmp_path, STEPS, 60, LOSSES["aot"](beta=0.5))
+    module = make_module(initial_policy().model, tmp_path, STEPS, 60, make_loss("aot", beta=0.5))
     reference = module.reference
 
     def broken(batch):

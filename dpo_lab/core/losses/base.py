@@ -75,7 +75,6 @@ class Loss:
             raise ValueError(
                 f"loss.divergence_alpha={self.divergence_alpha}: must lie in (0, 1]; type e.g. loss.divergence_alpha=0.5"
             )
-
         if not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"loss.ld_alpha={self.ld_alpha}: must lie in [0, 1]; type e.g. loss.ld_alpha=0.5")
         if self.ld_alpha != 1 and self.is_per_token:
@@ -83,6 +82,11 @@ class Loss:
                 f"loss.ld_alpha={self.ld_alpha}: this loss takes the length out by a mean over tokens already; type"
                 " loss.ld_alpha=1"
             )
+
+    @property
+    def is_step_level(self) -> bool:
+        """Whether the loss is a function of all pairs of an optimizer step together, see StepLevel."""
+        return isinstance(self, StepLevel)
 
     def log_ratios(self, policy: PairLogps, reference: PairLogps) -> PairLogps:
         """Return log pi - log ref of both responses, or its mean over tokens if the loss is per token."""
@@ -142,12 +146,18 @@ class StepLevel:
 
     momentum: float = 0.0
 
-    def statistic(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, ""] | None:
-        """Return the number whose running mean the loss takes, None if it takes none."""
+    def statistic(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " *terms"] | None:
+        """Return the number whose running mean the loss takes, or one for each of its terms; None if it takes none."""
         return None
 
+    def update(
+        self, running: Float[Tensor, " *terms"], statistic: Float[Tensor, " *terms"]
+    ) -> Float[Tensor, " *terms"]:
+        """Return the running mean after a step."""
+        return self.momentum * running + (1 - self.momentum) * statistic
+
     def __call__(
-        self, policy: PairLogps, reference: PairLogps, running: Float[Tensor, ""] | None = None
+        self, policy: PairLogps, reference: PairLogps, running: Float[Tensor, " *terms"] | None = None
     ) -> Float[Tensor, " pairs"]:
         """Return a loss of each pair, whose sum is the loss of the step."""
         raise NotImplementedError

