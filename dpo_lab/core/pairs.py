@@ -205,18 +205,31 @@ class PairLogps:
     """Log-probabilities of both responses of pairs, or log-ratios of two models (`policy - reference`).
 
     chosen, rejected: in nats, summed over the scored tokens of the response, end-of-sequence token included, each times
-    its weight if it has one; chosen_length, rejected_length: the number of these tokens.
+    its weight if it has one; chosen_length, rejected_length: the number of these tokens. weight: of the pair's loss, None
+    for 1.
     """
 
     chosen: Float[Tensor, " pairs"]
     rejected: Float[Tensor, " pairs"]
     chosen_length: Num[Tensor, " pairs"]
     rejected_length: Num[Tensor, " pairs"]
+    weight: Float[Tensor, " pairs"] | None = None
 
     @classmethod
-    def of(cls, sums: Float[Tensor, "pairs 2"], response_lengths: Int[Tensor, "pairs 2"]) -> PairLogps:
-        """Build from the sums and the lengths of chosen and rejected."""
-        return cls(*sums.unbind(1), *response_lengths.unbind(1))
+    def of(cls, sums: Float[Tensor, "pairs sums"], response_lengths: Int[Tensor, "pairs 2"]) -> PairLogps:
+        """Build from the sums and the lengths of chosen and rejected.
+
+        sums: those of log-probabilities [B, 2], and maybe beside them those of relative ones [B, 2], see fused_loss. From
+        these follows the weight of the pair, w(chosen) w(rejected): w(y) is the exponential of their mean over tokens.
+        """
+        pair = cls(*sums[:, :2].unbind(1), *response_lengths.unbind(1))
+        if sums.shape[1] == 2:
+            return pair
+        return replace(pair, weight=(sums[:, 2:] / response_lengths.clamp(min=1)).sum(1).exp().detach())
+
+    def weigh(self, losses: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        """Multiply the loss of each pair with its weight, if it has one."""
+        return losses if self.weight is None else losses * self.weight
 
     @classmethod
     def concat(cls, parts: Sequence[PairLogps]) -> PairLogps:
@@ -239,8 +252,9 @@ class PairLogps:
         return replace(self, chosen=self.chosen / self.chosen_length, rejected=self.rejected / self.rejected_length)
 
     def __getitem__(self, pairs: slice) -> PairLogps:
+        columns = (self.chosen, self.rejected, self.chosen_length, self.rejected_length)
         return PairLogps(
-            self.chosen[pairs], self.rejected[pairs], self.chosen_length[pairs], self.rejected_length[pairs]
+            *(column[pairs] for column in columns), weight=None if self.weight is None else self.weight[pairs]
         )
 
     def detach(self) -> PairLogps:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.core.fused_lm_head import fused_loss, token_logps
+from dpo_lab.core.fused_lm_head import fused_loss, relative_sums, token_log_squares, token_logps
 from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
@@ -72,22 +72,31 @@ def response_logps(
     return sum_responses(token_logps(hidden, head, targets), lengths, weights)
 
 
-def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
-    """Return the log-probabilities of both responses of every pair, by one forward pass of any causal LM."""
-    sums = response_logps(model, batch.tokens, batch.lengths, batch.weights)
+def pair_logps(model: PreTrainedModel, batch: PairBatch, weighs_pairs: bool = False) -> PairLogps:
+    """Return the log-probabilities of both responses of every pair, by one forward pass of any causal LM.
+
+    weighs_pairs: with the weight of each pair, see PairLogps.of.
+    """
+    hidden, head, targets = response_rows(model, batch.tokens, batch.lengths)
+    log_squares = token_log_squares(hidden, head) if weighs_pairs else None
+    sums = relative_sums(token_logps(hidden, head, targets), log_squares, batch.lengths, batch.weights)
     return PairLogps.of(sums, batch.response_lengths)
 
 
 def pair_loss(
-    model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps
+    model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps, weighs_pairs: bool = False
 ) -> tuple[Float[Tensor, ""], PairLogps]:
-    """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached."""
+    """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached.
+
+    weighs_pairs: whether each loss is multiplied with the weight of its pair, see PairLogps.of.
+    """
     hidden, head, targets = response_rows(model, batch.tokens, batch.lengths)
 
     def loss_of(logps: Tensor, pairs: slice) -> Tensor:
-        return loss(PairLogps.of(logps, batch.response_lengths[pairs]), reference[pairs])
+        policy = PairLogps.of(logps, batch.response_lengths[pairs])
+        return policy.weigh(loss(policy, reference[pairs]))
 
-    total, logps = fused_loss(hidden, head, targets, batch.lengths, loss_of, batch.weights)
+    total, logps = fused_loss(hidden, head, targets, batch.lengths, loss_of, batch.weights, weighs_pairs)
     return total, PairLogps.of(logps, batch.response_lengths)
 
 

@@ -191,11 +191,12 @@ def test_the_reference_cache_holds_weighted_sums_under_their_own_key(policy, tmp
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_of_sums_takes_ld_alpha(name):
+    terms = {"terms": {"dpo": 1.0}} if name == "mix" else {}
     if LOSSES[name].is_per_token:
         with pytest.raises(ValueError, match=r"by a mean over tokens already; type loss.ld_alpha=1"):
-            LOSSES[name](ld_alpha=0.5)
+            LOSSES[name](ld_alpha=0.5, **terms)
     else:
-        assert LOSSES[name](ld_alpha=0.5).ld_alpha == 0.5
+        assert LOSSES[name](ld_alpha=0.5, **terms).ld_alpha == 0.5
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
