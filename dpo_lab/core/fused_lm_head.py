@@ -55,45 +55,74 @@ def token_logps(
     return torch.cat([score(*chunk) for chunk in chunks])
 
 
+def relative_sums(
+    logps: Float[Tensor, " rows"],
+    log_squares: Float[Tensor, " rows"] | None,
+    lengths: Int[np.ndarray, "items parts"],
+    weights: Float[Tensor, " rows"] | None,
+) -> Float[Tensor, "items sums"]:
+    """Sum token log-probabilities over each response; beside these, without gradient, those relative to `log_squares`."""
+    sums = sum_responses(logps, lengths, weights)
+    if log_squares is None:
+        return sums
+    return torch.cat((sums, sum_responses((logps - log_squares).detach(), lengths, weights)), 1)
+
+
+@torch.no_grad()
+def token_log_squares(hidden: Float[Tensor, "rows width"], head: LMHead) -> Float[Tensor, " rows"]:
+    """Return log sum_v p(v)^2 of each row's distribution p over the vocabulary."""
+    logits = (head(chunk) for chunk in hidden.split(rows_per_chunk(head.vocabulary, hidden.device)))
+    return torch.cat([(2 * each).logsumexp(-1) - 2 * each.logsumexp(-1) for each in logits])
+
+
 def fused_loss(
     hidden: Float[Tensor, "rows width"],
     head: LMHead,
     targets: Int[Tensor, " rows"],
     lengths: Int[np.ndarray, "items parts"],
     loss_of: LossOf,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "items parts-1"]]:
+    weights: Float[Tensor, " rows"] | None = None,
+    is_relative: bool = False,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "items sums"]]:
     """Return the sum of a batch's losses, differentiable, and the log-probabilities of responses, detached.
 
-    hidden, targets: response rows in the order of the stream; lengths: see core/logps.py. The forward pass already
+    hidden, targets: response rows in the order of the stream; lengths, weights: see core/logps.py. The forward pass already
     computes the gradient: an item's loss depends only on the log-probabilities of its K responses, so its derivative,
     one number per response, turns the item's logits into their gradient while they are in memory. This takes 6 H V R
     FLOPs and holds one chunk of logits; logits are computed twice only for an item of more rows than a chunk. Logits
     are computed in the dtype of autocast if it is enabled, their softmax in float32 or higher. A head that is not linear
     is differentiated by autograd, which computes logits twice.
+
+    is_relative: whether loss_of is given, beside the K sums of an item, those of log p(token) - log sum_v p(v)^2, which have
+    no gradient; they are returned too.
     """
     if head.linear is None:
-        group = sum_responses(token_logps(hidden, head, targets), lengths)
+        log_squares = token_log_squares(hidden, head) if is_relative else None
+        group = relative_sums(token_logps(hidden, head, targets), log_squares, lengths, weights)
         return loss_of(group, slice(None)).sum(), group.detach()
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        weights = head.linear.weight, head.linear.bias
-        return _FusedLoss.apply(hidden, *weights, targets, lengths, loss_of, head, dtype)  # type: ignore[return-value]
+        matrix, bias = head.linear.weight, head.linear.bias
+        return _FusedLoss.apply(hidden, matrix, bias, targets, lengths, loss_of, weights, is_relative, head, dtype)  # type: ignore[return-value]
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, lengths, loss_of, lm_head, dtype):
+    def forward(ctx, hidden, weight, bias, targets, lengths, loss_of, weights, is_relative, lm_head, dtype):
         head = _Head(hidden, weight, bias, targets, lm_head, dtype, ctx.needs_input_grad)
         size, rows_of = rows_per_chunk(len(weight), hidden.device), lengths[:, 1:].sum(1).tolist()
         total, sums, stop = 0, [], 0
         for items in chunk_by_size(rows_of, size):
             start, stop = stop, stop + sum(rows_of[items])
             chunks = [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
-            logps = torch.cat([head.score(chunk) for chunk in chunks])
+            scored = [(head.score(chunk), head.log_squares(chunk) if is_relative else None) for chunk in chunks]
+            logps = torch.cat([found for found, _ in scored])
+            log_squares = torch.cat([found for _, found in scored]) if is_relative else None  # type: ignore[misc]
             with torch.enable_grad():
                 logps.requires_grad_()
-                group = sum_responses(logps, lengths[items])
+                weights_of_items = None if weights is None else weights[start:stop]
+                group = relative_sums(logps, log_squares, lengths[items], weights_of_items)
                 loss = loss_of(group, items).sum()
                 (derivative,) = torch.autograd.grad(loss, logps)
             for chunk in reversed(chunks):  # the buffer still holds the softmax of the last chunk
@@ -110,7 +139,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        return *(saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), *[None] * 5
+        return *(saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), *[None] * 7
 
 
 class _Head:
@@ -153,6 +182,10 @@ class _Head:
         shifted = probabilities.gather(1, targets) - highest
         torch.softmax(probabilities, -1, out=probabilities)
         return (shifted + probabilities.amax(-1, keepdim=True).log())[:, 0]  # the highest has probability 1 / sum
+
+    def log_squares(self, chunk: slice) -> Tensor:
+        """Return log sum_v p(v)^2 of the chunk scored last."""
+        return 2 * torch.linalg.vector_norm(self.probabilities[: len(self.hidden[chunk])], dim=-1).log()
 
     def add_gradient(self, chunk: slice, derivative: Tensor) -> None:
         """Add the gradients of the chunk scored last; derivative [rows]: of the loss by each log-probability."""

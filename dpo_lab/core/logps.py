@@ -109,9 +109,16 @@ def stream_rows(tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items 
 
 
 def sum_responses(
-    token_logps: Float[Tensor, " response_tokens"], lengths: Int[np.ndarray, "items parts"]
+    token_logps: Float[Tensor, " response_tokens"],
+    lengths: Int[np.ndarray, "items parts"],
+    weights: Float[Tensor, " response_tokens"] | None = None,
 ) -> Float[Tensor, "items parts-1"]:
-    """Sum token log-probabilities, in the order of the stream, over each response; for `lengths` see pad_rows."""
+    """Sum token log-probabilities, in the order of the stream, over each response; for `lengths` see pad_rows.
+
+    weights: what each is multiplied with first, None for 1.
+    """
+    if weights is not None:
+        token_logps = token_logps * weights
     counts = lengths[:, 1:].ravel()
     width = int(counts.max())
     begins = np.arange(len(counts)) * width - (counts.cumsum() - counts)

@@ -15,6 +15,8 @@ import numpy as np
 
 from dpo_lab.core.pairs import EncodedPair
 
+MAPPED = {"tokens": np.int32, "scored": np.bool_}  # columns that may be memory-mapped files
+
 
 @dataclass(frozen=True)
 class PairTable(Sequence[EncodedPair]):
@@ -23,7 +25,8 @@ class PairTable(Sequence[EncodedPair]):
     keys [N] (ASCII bytes); tokens [T] int32: token ids of all pairs, possibly of others too; starts [N]: offset of each
     pair in `tokens`; lengths [N, 3]: number of tokens of prompt, chosen and rejected as annotated, stored in that
     order; gold_margin, score_margin [N]: see Pair, as annotated; flipped [N]: whether label noise swapped chosen and
-    rejected.
+    rejected. scored [T] bool: which of `tokens` are scored if they belong to a response, None for all; tail_weight: of
+    every pair, see EncodedPair.
     """
 
     keys: np.ndarray
@@ -33,6 +36,8 @@ class PairTable(Sequence[EncodedPair]):
     gold_margin: np.ndarray
     score_margin: np.ndarray
     flipped: np.ndarray
+    scored: np.ndarray | None = None
+    tail_weight: float = 1.0
 
     @classmethod
     def of(cls, pairs: Iterable[EncodedPair], score_margins: Iterable[float] = ()) -> PairTable:
@@ -49,6 +54,8 @@ class PairTable(Sequence[EncodedPair]):
             gold_margin=np.array([p.gold_margin for p in as_annotated], np.float32),
             score_margin=np.array(list(score_margins) or [math.nan] * len(pairs), np.float32),
             flipped=np.array([p.flipped for p in pairs], bool),
+            scored=scored_of(as_annotated),
+            tail_weight=pairs[0].tail_weight if pairs else 1.0,
         )
 
     def __len__(self) -> int:
@@ -69,6 +76,10 @@ class PairTable(Sequence[EncodedPair]):
             self.tokens[first:second],
             self.tokens[second : second + rejected],
             float(self.gold_margin[at]),
+            scored=None
+            if self.scored is None
+            else (self.scored[first:second], self.scored[second : second + rejected]),
+            tail_weight=self.tail_weight,
         )
         return pair.flip() if self.flipped[at] else pair
 
@@ -88,7 +99,12 @@ class PairTable(Sequence[EncodedPair]):
 
     def select(self, rows: slice | np.ndarray) -> PairTable:
         """Return some of the pairs, by index or mask, without copying tokens."""
-        return PairTable(self.keys[rows], self.tokens, *(column[rows] for column in self._columns))
+        columns = (column[rows] for column in self._columns)
+        return PairTable(self.keys[rows], self.tokens, *columns, scored=self.scored, tail_weight=self.tail_weight)
+
+    def with_tail_weight(self, weight: float) -> PairTable:
+        """Return the same pairs with another weight of the tokens beyond the shorter response of a pair."""
+        return replace(self, tail_weight=weight)
 
     def flip(self, mask: np.ndarray) -> PairTable:
         """Return the same pairs with chosen and rejected swapped where the mask is True."""
@@ -98,9 +114,17 @@ class PairTable(Sequence[EncodedPair]):
         """Return the concatenation of two tables."""
         shared = self.tokens is other.tokens
         tokens = self.tokens if shared else np.concatenate([self.tokens, other.tokens])
+        scored = self.scored
+        if not shared and (self.scored is not None or other.scored is not None):
+            scored = np.concatenate(
+                [each._all_scored if each.scored is None else each.scored for each in (self, other)]
+            )
         shifted = other if shared else replace(other, starts=other.starts + len(self.tokens))
         columns = zip(self._columns, shifted._columns, strict=True)
-        return PairTable(np.concatenate([self.keys, other.keys]), tokens, *(np.concatenate(pair) for pair in columns))
+        joined = (np.concatenate(pair) for pair in columns)
+        return PairTable(
+            np.concatenate([self.keys, other.keys]), tokens, *joined, scored=scored, tail_weight=self.tail_weight
+        )
 
     def chosen_only(self) -> PairTable:
         """Return the distinct chosen responses, before label noise, with empty rejected responses."""
@@ -122,7 +146,13 @@ class PairTable(Sequence[EncodedPair]):
         tokens = np.asarray(self.tokens)  # not a memmap, whose slices are slow to create
         for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True):
             digest.update(tokens[start : start + size].tobytes())
+            if self.scored is not None:
+                digest.update(self.scored[start : start + size].tobytes())
         return digest.hexdigest()
+
+    @property
+    def _all_scored(self) -> np.ndarray:
+        return np.ones(len(self.tokens), bool)
 
     @property
     def _columns(self) -> tuple[np.ndarray, ...]:
@@ -131,19 +161,29 @@ class PairTable(Sequence[EncodedPair]):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling, in which a memory-mapped file is replaced by its path."""
         state = dict(self.__dict__)
-        if isinstance(self.tokens, np.memmap):
-            state["tokens"] = Path(str(self.tokens.filename))
+        for name in MAPPED:
+            if isinstance(state[name], np.memmap):
+                state[name] = Path(str(state[name].filename))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["tokens"], Path):
-            state["tokens"] = np.memmap(state["tokens"], np.int32, "r")
+        for name, dtype in MAPPED.items():
+            if isinstance(state[name], Path):
+                state[name] = np.memmap(state[name], dtype, "r")
         self.__dict__.update(state)
 
 
 def flat(parts: Sequence[Sequence[int] | np.ndarray]) -> np.ndarray:
     """Concatenate token ids, as int32."""
     return np.concatenate([np.empty(0, np.int32), *parts], dtype=np.int32, casting="unsafe")
+
+
+def scored_of(pairs: Sequence[EncodedPair]) -> np.ndarray | None:
+    """Return which of the pairs' tokens are scored if they belong to a response, [T] bool; None if all are."""
+    if all(pair.scored is None for pair in pairs):
+        return None
+    every = [(np.ones(len(p.prompt), bool), *(p.scored or map(np.ones_like, (p.chosen, p.rejected)))) for p in pairs]
+    return np.concatenate([part for parts in every for part in parts], dtype=bool, casting="unsafe")
 
 
 def starts_of(lengths: np.ndarray) -> np.ndarray:

@@ -29,9 +29,10 @@ Tokens = Sequence[int] | np.ndarray  # token ids
 class Pair:
     """A preference pair: for `prompt`, an annotator preferred `chosen` to `rejected`.
 
-    All three are plain text, or all three are lists of chat messages: any number for the prompt, one assistant message
-    for each response. tools: tool descriptions that the chat template renders. A text without a prompt, for supervised
-    fine-tuning only, is `chosen` with an empty prompt and an empty `rejected`.
+    All three are plain text, or all three are lists of chat messages: any number for the prompt; a response begins and
+    ends with one of the assistant, and what others say between is not scored. tools: tool descriptions that the chat
+    template renders. A text without a prompt, for supervised fine-tuning only, is `chosen` with an empty prompt and an
+    empty `rejected`.
 
     gold_margin is the true reward of chosen minus that of rejected (NaN if unknown). Its sign is the true preference;
     it is used in evaluation only and never enters a loss. score_margin is the same difference in the scores that came
@@ -68,8 +69,10 @@ def content_hash(content: Any) -> str:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as token ids, special tokens included; rejected may be empty in supervised fine-tuning. flipped: whether
-    label noise swapped chosen and rejected.
+    """A pair as token ids, special tokens included; rejected may be empty in supervised fine-tuning.
+
+    flipped: whether label noise swapped chosen and rejected. scored: which tokens of chosen and of rejected are scored,
+    None for all; tail_weight: see `token_weights`.
     """
 
     key: str
@@ -78,11 +81,31 @@ class EncodedPair:
     rejected: Tokens
     gold_margin: float = math.nan
     flipped: bool = False
+    scored: tuple[np.ndarray, np.ndarray] | None = None
+    tail_weight: float = 1.0
 
     @property
     def size(self) -> int:
         """Number of tokens, prompt counted once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def scored_lengths(self) -> tuple[int, int]:
+        """Number of scored tokens of chosen and of rejected."""
+        if self.scored is None:
+            return len(self.chosen), len(self.rejected)
+        return int(self.scored[0].sum()), int(self.scored[1].sum())
+
+    @property
+    def token_weights(self) -> np.ndarray:
+        """The weight of each token of chosen, then of rejected, in their log-probabilities: 0 for a token that is not
+        scored, tail_weight for a scored one beyond the number of scored tokens of the other response, else 1.
+        """
+        shared = min(self.scored_lengths) or max(self.scored_lengths)  # an empty response is shorter than none
+        scored = self.scored or (np.ones(len(self.chosen), bool), np.ones(len(self.rejected), bool))
+        return np.concatenate(
+            [np.where(each.cumsum() > shared, self.tail_weight, 1) * each for each in scored], dtype=np.float32
+        )
 
     def flip(self) -> EncodedPair:
         """Return the pair with chosen and rejected swapped; flipping twice returns the original pair."""
@@ -92,6 +115,7 @@ class EncodedPair:
             rejected=self.chosen,
             gold_margin=-self.gold_margin,
             flipped=not self.flipped,
+            scored=self.scored and self.scored[::-1],
         )
 
 
@@ -100,17 +124,20 @@ class PairBatch:
     """The pairs of a step, without padding; the forward pass pads them if it needs to.
 
     tokens: prompt, chosen, rejected of pair 0, then of pair 1, ...; lengths: number of tokens of each, in an array,
-    since shapes depend on it and a GPU's tensor would have to be waited for; response_lengths: those of chosen and
-    rejected, on the device of the batch; flipped: whether label noise swapped chosen and rejected; gold_margin: see
+    since shapes depend on it and a GPU's tensor would have to be waited for; scored_lengths: number of scored tokens of
+    chosen and rejected; response_lengths: the same on the device of the batch; weights: of the response tokens, in the
+    order of the stream, None where all are 1; flipped: whether label noise swapped chosen and rejected; gold_margin: see
     Pair; keys: one a pair.
     """
 
     keys: list[str]
     tokens: Int[Tensor, " tokens"]
     lengths: Int[np.ndarray, "pairs 3"]
+    scored_lengths: Int[np.ndarray, "pairs 2"]
     response_lengths: Int[Tensor, "pairs 2"]
     flipped: Bool[Tensor, " pairs"]
     gold_margin: Float[Tensor, " pairs"]
+    weights: Float[Tensor, " response_tokens"] | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -120,21 +147,31 @@ class PairBatch:
         sizes: list[int] = self.lengths.sum(1).tolist()
         parts = chunk_by_size(sizes, tokens)
         streams = self.tokens.split([sum(sizes[part]) for part in parts])
+        counts = [int(self.lengths[part, 1:].sum()) for part in parts]
+        weights = [None] * len(parts) if self.weights is None else self.weights.split(counts)
         return [
             PairBatch(
                 self.keys[part],
                 stream,
                 self.lengths[part],
+                self.scored_lengths[part],
                 self.response_lengths[part],
                 self.flipped[part],
                 self.gold_margin[part],
+                weights_of_part,
             )
-            for part, stream in zip(parts, streams, strict=True)
+            for part, stream, weights_of_part in zip(parts, streams, weights, strict=True)
         ]
 
     def to(self, device: device | str) -> PairBatch:
         """Copy the tensors of the batch to a device, see `to_device`."""
-        names = ("tokens", "response_lengths", "flipped", "gold_margin")
+        names = [
+            "tokens",
+            "response_lengths",
+            "flipped",
+            "gold_margin",
+            *(["weights"] if self.weights is not None else []),
+        ]
         return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
 
@@ -167,19 +204,32 @@ def chunk_by_size(sizes: Sequence[int], limit: int) -> list[slice]:
 class PairLogps:
     """Log-probabilities of both responses of pairs, or log-ratios of two models (`policy - reference`).
 
-    chosen, rejected: in nats, summed over the tokens of the response, end-of-sequence token included; chosen_length,
-    rejected_length: the number of these tokens.
+    chosen, rejected: in nats, summed over the scored tokens of the response, end-of-sequence token included, each times
+    its weight if it has one; chosen_length, rejected_length: the number of these tokens. weight: of the pair's loss, None
+    for 1.
     """
 
     chosen: Float[Tensor, " pairs"]
     rejected: Float[Tensor, " pairs"]
     chosen_length: Num[Tensor, " pairs"]
     rejected_length: Num[Tensor, " pairs"]
+    weight: Float[Tensor, " pairs"] | None = None
 
     @classmethod
-    def of(cls, sums: Float[Tensor, "pairs 2"], response_lengths: Int[Tensor, "pairs 2"]) -> PairLogps:
-        """Build from the sums and the lengths of chosen and rejected."""
-        return cls(*sums.unbind(1), *response_lengths.unbind(1))
+    def of(cls, sums: Float[Tensor, "pairs sums"], response_lengths: Int[Tensor, "pairs 2"]) -> PairLogps:
+        """Build from the sums and the lengths of chosen and rejected.
+
+        sums: those of log-probabilities [B, 2], and maybe beside them those of relative ones [B, 2], see fused_loss. From
+        these follows the weight of the pair, w(chosen) w(rejected): w(y) is the exponential of their mean over tokens.
+        """
+        pair = cls(*sums[:, :2].unbind(1), *response_lengths.unbind(1))
+        if sums.shape[1] == 2:
+            return pair
+        return replace(pair, weight=(sums[:, 2:] / response_lengths.clamp(min=1)).sum(1).exp().detach())
+
+    def weigh(self, losses: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+        """Multiply the loss of each pair with its weight, if it has one."""
+        return losses if self.weight is None else losses * self.weight
 
     @classmethod
     def concat(cls, parts: Sequence[PairLogps]) -> PairLogps:
@@ -202,8 +252,9 @@ class PairLogps:
         return replace(self, chosen=self.chosen / self.chosen_length, rejected=self.rejected / self.rejected_length)
 
     def __getitem__(self, pairs: slice) -> PairLogps:
+        columns = (self.chosen, self.rejected, self.chosen_length, self.rejected_length)
         return PairLogps(
-            self.chosen[pairs], self.rejected[pairs], self.chosen_length[pairs], self.rejected_length[pairs]
+            *(column[pairs] for column in columns), weight=None if self.weight is None else self.weight[pairs]
         )
 
     def detach(self) -> PairLogps:

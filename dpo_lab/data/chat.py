@@ -25,6 +25,7 @@ CALL = {"id": "a", "type": "function", "function": {"name": "find", "arguments":
 NOW = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(['"])([^'"]*)\1\s*\)""")
 # Marks of turns: <|user|>, <start_of_turn>, [INST], <<SYS>>
 MARK = re.compile(r"<\|[^|<>]{1,40}\|>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|<</?[A-Z]+>>")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SECONDS = 5.0  # time limit per chat; templates take about a millisecond
 SHOWN = 200  # characters of a template's error to show
 LONGEST = 10_000_000  # the most characters of a rendered chat
@@ -56,9 +57,34 @@ class Chat:
                 "the pairs are chats, and the policy's tokenizer has no chat template; type"
                 " policy.chat_template=FILE.jinja, or policy.path= of a model that was trained on chats"
             )
+        return self._rendered(self._as_taken(messages), tools, answer_next)
+
+    @property
+    def has_generation_marks(self) -> bool:
+        return bool(GENERATION.search(str(self.tokenizer.chat_template)))  # type: ignore[attr-defined]
+
+    def generated(self, messages: Sequence[Message], tools: Any, rendered: str) -> list[tuple[int, int]]:
+        """Return the spans of a rendered chat that the template marks as the assistant's, by {% generation %}."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.tokenizer.get_chat_template(None, tools)
+        rendered_chats: Any = render_jinja_template(
+            [list(self._as_taken(messages))],
+            tools=tools,
+            chat_template=_dated(template) if self.writes_date else template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,  # type: ignore[arg-type]
+        )
+        (text,), (spans,) = rendered_chats
+        if text != rendered:
+            raise BadChat("the chat template writes another text where its generation marks are read")
+        return spans
+
+    def _as_taken(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return the messages with the arguments of tool calls as the template needs them."""
         if any(message.get("tool_calls") for message in messages) and self._takes_text:
-            messages = [_with_text(message) for message in messages]
-        return self._rendered(messages, tools, answer_next)
+            return [_with_text(message) for message in messages]
+        return messages
 
     def _rendered(self, messages: Sequence[Message], tools: Any = None, answer_next: bool = False) -> str:
         template = _dated(self.tokenizer.get_chat_template(None, tools)) if self.writes_date else None

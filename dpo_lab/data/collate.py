@@ -16,17 +16,21 @@ def collate(pairs: Sequence[EncodedPair]) -> PairBatch:
     """Collate pairs to one packed stream of tokens, without padding.
 
     >>> collate([EncodedPair("k", prompt=[1, 2], chosen=[7], rejected=[8, 9])])
-    PairBatch(keys=["k"], tokens=[1, 2, 7, 8, 9], lengths=[[2, 1, 2]], response_lengths=[[1, 2]], flipped=[False],
-    gold_margin=[nan])
+    PairBatch(keys=["k"], tokens=[1, 2, 7, 8, 9], lengths=[[2, 1, 2]], scored_lengths=[[1, 2]], flipped=[False],
+    gold_margin=[nan], weights=None)   # scored_lengths and response_lengths are the same numbers
     """
     lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs], np.int64).reshape(-1, 3)
+    scored_lengths = np.array([p.scored_lengths for p in pairs], np.int64).reshape(-1, 2)
+    weighs_all_alike = all(p.scored is None and p.tail_weight == 1 for p in pairs)
     return PairBatch(
         keys=[p.key for p in pairs],
         tokens=torch.from_numpy(flat([part for p in pairs for part in (p.prompt, p.chosen, p.rejected)])).long(),
         lengths=lengths,
-        response_lengths=torch.from_numpy(lengths[:, 1:].copy()),
+        scored_lengths=scored_lengths,
+        response_lengths=torch.from_numpy(scored_lengths.copy()),
         flipped=torch.tensor([p.flipped for p in pairs], dtype=torch.bool),
         gold_margin=torch.tensor([p.gold_margin for p in pairs]),
+        weights=None if weighs_all_alike else torch.from_numpy(np.concatenate([p.token_weights for p in pairs])),
     )
 
 

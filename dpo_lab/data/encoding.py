@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_lab.core.pair_table import flat
+from dpo_lab.core.pair_table import flat, scored_of
 from dpo_lab.core.pairs import Pair, content_hash
 from dpo_lab.data.formats import NoPair, Shape
 from dpo_lab.data.messages import content_of
@@ -36,6 +36,7 @@ class Encoded:
     """
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    scored: np.ndarray | None = None  # see PairTable
     lengths: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int32))
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, "S32"))
     sides: np.ndarray = field(default_factory=lambda: np.empty(0, "S32"))
@@ -76,6 +77,7 @@ def encode_chunk(chunk: Chunk, shape: Shape, encoder: PairTokenizer) -> Encoded:
     if kept:
         parts = [part for *_, ids in kept for part in (ids.prompt, ids.chosen, ids.rejected)]
         encoded.tokens = flat(parts)
+        encoded.scored = scored_of([ids for *_, ids in kept])
         encoded.lengths = np.array([len(part) for part in parts], np.int32).reshape(-1, 3)
         encoded.keys = np.array([pair.key.encode() for _, pair, _ in kept], "S32")
         encoded.sides = np.array([_unordered(pair) for _, pair, _ in kept], "S32")

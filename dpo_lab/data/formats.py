@@ -23,7 +23,7 @@ from dpo_lab.data.messages import (
     message,
     number,
     readable,
-    shared,
+    shared_messages,
     shared_words,
     shorten,
     show_role,
@@ -214,7 +214,7 @@ class Shape:
             return Pair(prompt, chosen, rejected)
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in (chosen, rejected)]
-        common = shared(*sides)
+        common = shared_messages(*sides)
         messages = merge_messages(given, sides[0][:common])
         if not messages:
             what = f"is missing, or empty, and both sides share no first message (the row {describe(row)})"
@@ -223,9 +223,9 @@ class Shape:
             messages = [{"role": "system", "content": system}, *messages]
         for name, side in zip(SIDES, sides, strict=True):
             roles = [show_role(turn["role"]) for turn in side[common:]]
-            if roles != ["assistant"]:
+            if roles[:1] != ["assistant"] or roles[-1] != "assistant":
                 what = f"holds {len(roles)} messages after the prompt (roles {', '.join(roles[:MOST])})"
-                raise field_error(self._column(name), f"{what}: a response must be one message of the assistant")
+                raise field_error(self._column(name), f"{what}: a response must begin and end with the assistant")
             if not (side[-1].get("content", "").strip() or side[-1].get("tool_calls")):
                 raise field_error(self._column(name), "is empty")
         return Pair(messages, sides[0][common:], sides[1][common:], tools=tools)

@@ -22,6 +22,14 @@ def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i in range(most) if a[i] != b[i]), max(most, 0))
 
 
+def shared_messages(a: Sequence[Message], b: Sequence[Message]) -> int:
+    """Return the number of common first messages after which both dialogues go on with a message of the assistant."""
+    common = shared(a, b)
+    while common and any(side[common]["role"] != "assistant" for side in (a, b)):
+        common -= 1
+    return common
+
+
 def shared_words(a: str, b: str) -> int:
     """Return the length in characters of the longest common prefix of whole words, the implicit prompt of two texts.
 

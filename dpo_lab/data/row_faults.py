@@ -13,6 +13,7 @@ UNKNOWN = "pairs with characters that the tokenizer does not know"
 REASONING = "prompts without the reasoning of earlier turns"
 TOOLS = "prompts without the tools of their rows"
 DATED = "prompts with a fixed date"
+SEVERAL = "pairs with several messages after the prompt"  # no fault: it has no description
 REPEATED = "pairs whose sides both begin with the prompt"
 MEDIA = "rows with images, sound or video, which are not read"
 JSON_READ = "rows of messages as JSON text"

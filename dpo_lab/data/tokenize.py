@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_lab.core.pairs import EncodedPair, Pair, Text, content_hash
+from dpo_lab.data.assistant_text import common_prefix, split_response
 from dpo_lab.data.chat import BadChat, Chat
 from dpo_lab.data.content_checks import check_content, check_marks
-from dpo_lab.data.row_faults import BEGUN, DATE, DATED, SPECIAL, UNKNOWN
+from dpo_lab.data.row_faults import BEGUN, DATE, DATED, SEVERAL, SPECIAL, UNKNOWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
+Pieces = list[Ids]  # of a response: what is scored and what is not, in turn; the first is scored and may be empty
 BEFORE = ("\n", "a", "0", ".", "|")  # prefixes to tokenize a text behind, as inside a longer text
 SHOWN = 20  # characters of a text to show in an error
 
@@ -34,6 +36,7 @@ class PairTokenizer:
     many as fit into max_length after the prompt; a truncated response has no end token. Both responses of a pair have
     the same prompt. A chat is rendered by the tokenizer's template: the prompt ends where the assistant's answer
     begins, a response is the answer up to the token that ends its turn; text of the template after that is left out.
+    In a response of several messages what the assistant wrote is scored, see assistant_text.py, and tokenized on its own.
     Without `append_eos` responses of plain text have no end token: all of them were truncated before.
 
     No token spans prompt and response, and their tokens together decode to the concatenated text. So both responses of
@@ -125,35 +128,40 @@ class PairTokenizer:
         encoded = (self.encode(pair, ids, counts) for pair, ids in self.tokenize(pairs, counts))
         return [pair for pair in encoded if pair is not None]
 
-    def tokenize(self, pairs: Iterable[Pair], counts: Counter[str]) -> list[tuple[Pair, tuple[Ids, Ids, Ids]]]:
+    def tokenize(self, pairs: Iterable[Pair], counts: Counter[str]) -> list[tuple[Pair, tuple[Ids, Pieces, Pieces]]]:
         """Return each pair with the ids of prompt, chosen and rejected, before truncation, begin and end tokens."""
         pairs = list(pairs)
         texts = [self._texts(pair, counts) for pair in pairs]
         prompts = self._batch([prompt for prompt, *_ in texts])
-        sides = self._batch([s if self._adds_no_space else p + s for p, *both in texts for s in both])
+        sides = self._batch([s[0] if self._adds_no_space else p + s[0] for p, *both in texts for s in both])
         if not self._adds_no_space:
             for i, (prompt, (_, *both)) in enumerate(zip(prompts, texts, strict=True)):
                 for j, side in enumerate(both, start=2 * i):
                     is_prefix = sides[j][: len(prompt)] == prompt
-                    sides[j] = sides[j][len(prompt) :] if is_prefix else self._inside(side)
-        return list(zip(pairs, zip(prompts, sides[::2], sides[1::2], strict=True), strict=True))
+                    sides[j] = sides[j][len(prompt) :] if is_prefix else self._inside(side[0])
+        later = self._ids if self._adds_no_space else self._inside
+        rest = ([later(text) for text in side[1:]] for _, *both in texts for side in both)
+        pieces = [[first, *others] for first, others in zip(sides, rest, strict=True)]
+        return list(zip(pairs, zip(prompts, pieces[::2], pieces[1::2], strict=True), strict=True))
 
-    def encode(self, pair: Pair, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> EncodedPair | None:
+    def encode(self, pair: Pair, ids: tuple[Ids, Pieces, Pieces], counts: Counter[str]) -> EncodedPair | None:
         """Add begin and end tokens and truncate; return None, and count it, if both responses are the same then."""
+        text, *pieces = ids
+        joined = [[number for piece in side for number in piece] for side in pieces]
         if pair.is_chat:
-            begin, text = (self._bos, ids[0][1:]) if self._bos and ids[0][:1] == self._bos else ([], ids[0])
+            begin, text = (self._bos, text[1:]) if self._bos and text[:1] == self._bos else ([], text)
             room = self.max_prompt_length - len(begin)
         else:
-            begin, text, room = self._begin, ids[0], self.max_prompt_length - len(self._begin)
+            begin, room = self._begin, self.max_prompt_length - len(self._begin)
             if self._is_begun(text):
                 text = text[len(begin) :]
                 counts[BEGUN] += 1
             if not self._special_but_unknown.isdisjoint(text):
                 counts[SPECIAL] += 1
-        if self._unknown and not all(map(self._unknown.isdisjoint, ids)):
+        if self._unknown and not all(map(self._unknown.isdisjoint, (ids[0], *joined))):
             counts[UNKNOWN] += 1
         prompt = self._fit_prompt(begin, text)
-        sides = [self._with_end(side) for side in ids[1:]]
+        sides = [self._with_end(side) for side in joined]
         if sides[0] == sides[1]:
             counts["dropped: identical as tokens"] += 1
             return None
@@ -163,11 +171,16 @@ class PairTokenizer:
         if chosen == rejected:
             counts["dropped: identical after truncation"] += 1
             return None
-        return EncodedPair(pair.key, prompt, chosen, rejected, pair.gold_margin)
+        scored = None
+        if any(len(side) > 1 for side in pieces):
+            counts[SEVERAL] += 1
+            scored = _is_scored(pieces[0], len(chosen)), _is_scored(pieces[1], len(rejected))
+        return EncodedPair(pair.key, prompt, chosen, rejected, pair.gold_margin, scored=scored)
 
-    def _texts(self, pair: Pair, counts: Counter[str]) -> tuple[str, str, str]:
+    def _texts(self, pair: Pair, counts: Counter[str]) -> tuple[str, list[str], list[str]]:
+        """Return the prompt, and of each response what is scored and what is not, in turn."""
         if not pair.is_chat:
-            return pair.prompt, pair.chosen, pair.rejected  # type: ignore[return-value]
+            return pair.prompt, [pair.chosen], [pair.rejected]  # type: ignore[return-value,list-item]
         prompt = self._chat.render(_messages(pair.prompt), pair.tools, answer_next=True)
         wholes = [
             self._chat.render(_messages(pair.prompt) + _messages(side), pair.tools)
@@ -181,7 +194,12 @@ class PairTokenizer:
         check_marks(pair, *self._chat.marks, counts)
         if self._chat.writes_date:
             counts[DATED] += 1
-        chosen, rejected = (self._chat.until_turn_end(whole[len(prompt) :]) for whole in wholes)
+        chosen, rejected = (
+            [self._chat.until_turn_end(whole[len(prompt) :])]
+            if len(side) == 1
+            else split_response(self._chat, _messages(pair.prompt), _messages(side), pair.tools, whole, len(prompt))
+            for side, whole in zip((pair.chosen, pair.rejected), wholes, strict=True)
+        )
         return prompt, chosen, rejected
 
     def _without_opening(self, pair: Pair, prompt: str, wholes: list[str]) -> tuple[str, int]:
@@ -194,7 +212,7 @@ class PairTokenizer:
                 "the chat template writes the prompt otherwise once it is answered; type another"
                 " policy.chat_template=FILE.jinja"
             )
-        return _common_prefix(prompt, *wholes), len(closed)
+        return common_prefix(prompt, *wholes), len(closed)
 
     @cached_property
     def _chat(self) -> Chat:
@@ -271,10 +289,10 @@ class PairTokenizer:
         return ids if not self.append_eos or (ids and ids[-1] in self.end_ids) else [*ids, self.eos_id]
 
 
-def _common_prefix(*texts: str) -> str:
-    """Return the longest common prefix."""
-    columns = enumerate(zip(*texts, strict=False))
-    return texts[0][: next((i for i, column in columns if len(set(column)) > 1), min(map(len, texts)))]
+def _is_scored(pieces: Pieces, length: int) -> np.ndarray:
+    """Return which of a response's first `length` tokens are scored: every other piece, and the end token."""
+    scored = [at % 2 == 0 for at, piece in enumerate(pieces) for _ in piece]
+    return np.array([*scored, True][:length])
 
 
 def _messages(text: Text) -> list:

@@ -26,7 +26,8 @@ from dpo_lab.terminal.progress import track
 
 log = logging.getLogger(__name__)
 
-FORMAT = "4"  # increase it when a change of the code changes the cached content
+FORMAT = "5"  # increase it when a change of the code changes the cached content
+SCORED = "scored.bin"  # which tokens are scored, where not all are
 SHOWN = 5  # bad rows to show
 MOST_REPEATED = 0.5  # share of pairs; above it responses do not repeat the prompt by chance
 
@@ -81,6 +82,9 @@ def _build(folder: Path, sources: Sequence[Source], encoder: PairTokenizer, bad:
     repeats = ""  # location of the first row whose responses both begin with the prompt
     names: list[str] = []
     parts: list[dict[str, np.ndarray]] = []
+    masks: list[
+        tuple[int, np.ndarray | None]
+    ] = []  # of each chunk: its tokens, and which of them are scored if not all
     with track("Pairs", 100) as advance, (folder / "tokens.bin").open("wb") as file:
         total = sum(rows.total for rows, _ in sources)
         for at, chunk, encoded in encoded_chunks(sources, encoder, workers):
@@ -96,6 +100,7 @@ def _build(folder: Path, sources: Sequence[Source], encoder: PairTokenizer, bad:
             shown += [f"{chunk.place}:{number}: {what}" for number, what in encoded.bad[: SHOWN - len(shown)]]
             if chunk.place not in names:
                 names.append(chunk.place)
+            masks.append((len(encoded.tokens), encoded.scored))
             file.write(encoded.tokens.tobytes())
             parts.append(
                 {
@@ -124,6 +129,9 @@ def _build(folder: Path, sources: Sequence[Source], encoder: PairTokenizer, bad:
             " prompt)"
         )
     columns = _drop_repeats(columns, counts)
+    if any(scored is not None for _, scored in masks):
+        every = [np.ones(size, bool) if scored is None else scored for size, scored in masks]
+        (folder / SCORED).write_bytes(np.concatenate(every).tobytes())
     save_file({name: _without_text(column) for name, column in columns.items()}, folder / "columns.safetensors")
     (folder / "store.json").write_text(json.dumps({"names": names, "counts": dict(counts)}, indent=1))
 
@@ -168,6 +176,7 @@ def _open(folder: Path) -> TokenizedPairs:
         gold_margin=np.full(len(columns["keys"]), np.nan, np.float32),
         score_margin=columns["scores"],
         flipped=np.zeros(len(columns["keys"]), bool),
+        scored=np.memmap(folder / SCORED, np.bool_, "r") if (folder / SCORED).exists() else None,
     )
     rest = {name: columns[name] for name in ("splits", "sources", "places", "numbers", "opposite")}
     return TokenizedPairs(table, **rest, names=record["names"], counts=Counter(record["counts"]))

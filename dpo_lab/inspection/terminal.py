@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -64,15 +66,17 @@ def _pair(console: Console, pair: PairView) -> None:
 
 
 def _part(console: Console, part: Part) -> None:
-    style = STYLES[part.name]
-    _print(console, f"  {part.name}: {len(part.tokens)} tokens, {part.about}", style)
-    words = [Text(token.text, style + SPECIAL if token.special else style) for token in part.tokens]
-    if part.cut:
-        words.insert(len(words) if part.scored else 0, Text(CUT, "bold"))
-    lines = Text(" ").join(words).wrap(console, max(8, console.width - MARGIN - 1), overflow="fold")
-    for line in lines:
-        line.rstrip()
-        console.print(Text(f"  {MARKS[part.name]} ", style) + line, soft_wrap=True, highlight=False)
+    _print(console, f"  {part.name}: {len(part.tokens)} tokens, {part.about}", STYLES[part.name])
+    runs = [(scored, list(tokens)) for scored, tokens in groupby(part.tokens, lambda token: token.scored)]
+    for at, (scored, tokens) in enumerate(runs):
+        name = part.name if scored else "prompt"  # of the same look as the prompt, which is not scored
+        style = STYLES[name]
+        words = [Text(token.text, style + SPECIAL if token.special else style) for token in tokens]
+        if part.cut and at == (len(runs) - 1 if part.scored else 0):
+            words.insert(len(words) if part.scored else 0, Text(CUT, "bold"))
+        for line in Text(" ").join(words).wrap(console, max(8, console.width - MARGIN - 1), overflow="fold"):
+            line.rstrip()
+            console.print(Text(f"  {MARKS[name]} ", style) + line, soft_wrap=True, highlight=False)
 
 
 def _print(console: Console, line: str, style: str = "") -> None:

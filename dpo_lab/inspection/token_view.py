@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 
+import numpy as np
+
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import Tokens
 from dpo_lab.data.tokenize import PairTokenizer
@@ -20,10 +22,11 @@ MARKS = {*SIGNS.values(), *SPECIAL, *PIECE, CUT}
 
 @dataclass(frozen=True)
 class Token:
-    """A token as text that is safe to print."""
+    """A token as text that is safe to print; scored: whether its log-probability enters the loss."""
 
     text: str
     special: bool
+    scored: bool
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Part:
 
     @property
     def scored(self) -> bool:
-        """Return whether the log-probabilities of its tokens enter the loss."""
+        """Return whether the log-probabilities of its tokens, or of some of them, enter the loss."""
         return self.name != "prompt"
 
     @property
@@ -44,7 +47,9 @@ class Part:
         """Return whether the part is scored and where it was truncated."""
         if not self.scored:
             return "not scored, as long as allowed: may be truncated at its start" if self.cut else "not scored"
-        return "scored, truncated at its end" if self.cut else "scored"
+        count = sum(token.scored for token in self.tokens)
+        what = "scored" if count == len(self.tokens) else f"{count} of them scored"
+        return f"{what}, truncated at its end" if self.cut else what
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,11 @@ def view_pair(table: PairTable, at: int, encoder: PairTokenizer, place: str) -> 
     """Return the view of pair number `at` of a table."""
     pair = table[at]
     full = len(pair.prompt) >= encoder.max_prompt_length
-    parts = [Part("prompt", _tokens(pair.prompt, encoder), full)]
-    for name, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    masks = pair.scored or [np.ones(len(ids), bool) for ids in (pair.chosen, pair.rejected)]
+    parts = [Part("prompt", _tokens(pair.prompt, np.zeros(len(pair.prompt), bool), encoder), full)]
+    for name, ids, scored in zip(("chosen", "rejected"), (pair.chosen, pair.rejected), masks, strict=True):
         cut = bool(encoder.is_truncated(len(pair.prompt), len(ids), ids[-1]))
-        parts.append(Part(name, _tokens(ids, encoder), cut))
+        parts.append(Part(name, _tokens(ids, scored, encoder), cut))
     return PairView(pair.key, visible(place, blanks=False), pair.flipped, parts)
 
 
@@ -87,8 +93,11 @@ def _visible_character(character: str, blanks: bool) -> str:
     return character
 
 
-def _tokens(ids: Tokens, encoder: PairTokenizer) -> list[Token]:
-    return [Token(_text(int(number), encoder), int(number) in encoder.special_ids) for number in ids]
+def _tokens(ids: Tokens, scored: np.ndarray, encoder: PairTokenizer) -> list[Token]:
+    return [
+        Token(_text(int(number), encoder), int(number) in encoder.special_ids, bool(is_scored))
+        for number, is_scored in zip(ids, scored, strict=True)
+    ]
 
 
 def _text(number: int, encoder: PairTokenizer) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.core.fused_lm_head import fused_loss, token_logps
+from dpo_lab.core.fused_lm_head import fused_loss, relative_sums, token_log_squares, token_logps
 from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
@@ -60,45 +60,63 @@ def disable_dropout(model: nn.Module) -> None:
 
 @one_pass
 def response_logps(
-    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]
+    model: PreTrainedModel,
+    tokens: Int[Tensor, " tokens"],
+    lengths: Int[np.ndarray, "items parts"],
+    weights: Float[Tensor, " response_tokens"] | None = None,
 ) -> Float[Tensor, "items parts-1"]:
     """Return the log-probabilities, in nats, of each item's responses given its prompt; differentiable.
 
-    tokens: a packed stream of prompts and responses; lengths: of each part; see core/logps.py.
+    tokens: a packed stream of prompts and responses; lengths: of each part; weights: of each response token, None for 1;
+    see core/logps.py.
     """
     hidden, head, targets = response_rows(model, tokens, lengths)
-    return sum_responses(token_logps(hidden, head, targets), lengths)
+    return sum_responses(token_logps(hidden, head, targets), lengths, weights)
 
 
-def pair_logps(model: PreTrainedModel, batch: PairBatch) -> PairLogps:
-    """Return the log-probabilities of both responses of every pair, by one forward pass of any causal LM."""
-    return PairLogps.of(response_logps(model, batch.tokens, batch.lengths), batch.response_lengths)
+@one_pass
+def pair_logps(model: PreTrainedModel, batch: PairBatch, weighs_pairs: bool = False) -> PairLogps:
+    """Return the log-probabilities of both responses of every pair, by one forward pass of any causal LM.
+
+    weighs_pairs: with the weight of each pair, see PairLogps.of.
+    """
+    hidden, head, targets = response_rows(model, batch.tokens, batch.lengths)
+    log_squares = token_log_squares(hidden, head) if weighs_pairs else None
+    sums = relative_sums(token_logps(hidden, head, targets), log_squares, batch.lengths, batch.weights)
+    return PairLogps.of(sums, batch.response_lengths)
 
 
 @one_pass
 def pair_loss(
-    model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps
+    model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps, weighs_pairs: bool = False
 ) -> tuple[Float[Tensor, ""], PairLogps]:
-    """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached."""
+    """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached.
+
+    weighs_pairs: whether each loss is multiplied with the weight of its pair, see PairLogps.of.
+    """
     hidden, head, targets = response_rows(model, batch.tokens, batch.lengths)
 
     def loss_of(logps: Tensor, pairs: slice) -> Tensor:
-        return loss(PairLogps.of(logps, batch.response_lengths[pairs]), reference[pairs])
+        policy = PairLogps.of(logps, batch.response_lengths[pairs])
+        return policy.weigh(loss(policy, reference[pairs]))
 
-    total, logps = fused_loss(hidden, head, targets, batch.lengths, loss_of)
+    total, logps = fused_loss(hidden, head, targets, batch.lengths, loss_of, batch.weights, weighs_pairs)
     return total, PairLogps.of(logps, batch.response_lengths)
 
 
 @one_pass
 def response_nll(
-    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items 2"]
+    model: PreTrainedModel,
+    tokens: Int[Tensor, " tokens"],
+    lengths: Int[np.ndarray, "items 2"],
+    weights: Float[Tensor, " response_tokens"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the negative log-likelihood, in nats, summed over all response tokens of a stream; differentiable.
 
-    For `tokens` and `lengths` see response_logps.
+    For `tokens`, `lengths` and `weights` see response_logps.
     """
     hidden, head, targets = response_rows(model, tokens, lengths)
-    return fused_loss(hidden, head, targets, lengths, lambda logps, _: -logps.sum(1))[0]
+    return fused_loss(hidden, head, targets, lengths, lambda logps, _: -logps.sum(1), weights)[0]
 
 
 def dummy_nll(model: PreTrainedModel) -> Float[Tensor, ""]:

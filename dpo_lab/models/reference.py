@@ -157,13 +157,17 @@ class Uniform(Reference, name="uniform", starts_at_policy=False):
 
 @dataclass
 class UniformLogps:
-    """Log-probabilities under a uniform reference: -nats_per_token for every response token."""
+    """Log-probabilities under a uniform reference: -nats_per_token for every scored token, times its weight."""
 
     nats_per_token: float
 
     def __call__(self, batch: PairBatch) -> PairLogps:
-        chosen, rejected = batch.response_lengths.unbind(1)
-        return PairLogps(-self.nats_per_token * chosen, -self.nats_per_token * rejected, chosen, rejected)
+        from dpo_lab.core.logps import sum_responses
+
+        weighted = batch.response_lengths
+        if batch.weights is not None:
+            weighted = sum_responses(batch.weights, batch.lengths)
+        return PairLogps.of(-self.nats_per_token * weighted, batch.response_lengths)
 
 
 class FrozenModel:

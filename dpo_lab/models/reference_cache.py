@@ -85,6 +85,10 @@ def _cache_key(weights: str, numerics: str, pairs: PairTable) -> str:
     digest.update(pairs.lengths.tobytes())
     for start, size in zip(pairs.starts.tolist(), pairs.sizes.tolist(), strict=True):
         digest.update(pairs.tokens[start : start + size].tobytes())
+        if pairs.scored is not None:
+            digest.update(pairs.scored[start : start + size].tobytes())
+    if pairs.tail_weight != 1:
+        digest.update(f"tail {pairs.tail_weight!r}".encode())
     return digest.hexdigest()
 
 

@@ -71,6 +71,11 @@ class TrainingInputs:
             "initial_policy": weights_digest(self.initial.model),
         }
 
+    def with_tail_weight(self, weight: float) -> TrainingInputs:
+        """Return the same inputs with another weight of tokens beyond the shorter response, see EncodedPair."""
+        train, held_out = (pairs.with_tail_weight(weight) for pairs in (self.train, self.held_out))
+        return replace(self, train=train, held_out=held_out)
+
     def quality(self) -> Quality:
         """Return the data quality of the pairs in numbers."""
         return quality_of(self.train, self.held_out, self.counts, self.encoder)

@@ -57,9 +57,10 @@ def _run_stages(session: Session) -> None:
     session.record_inputs(inputs)
     traits = config.loss.traits()
     run.update(data_quality=quality.as_record(), loss_traits=traits, seconds=session.timer.stop("prepare"))
-    module, memory = _prepare_training(session, inputs)
+    weighted = inputs.with_tail_weight(config.loss.ld_alpha)
+    module, memory = _prepare_training(session, weighted)
     try:
-        session.train(module, inputs)
+        session.train(module, weighted)
     except BaseException:
         run.update(health=[finding.as_record() for finding in of_folder(run.folder, run.record)])
         raise

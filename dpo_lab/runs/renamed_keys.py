@@ -42,6 +42,8 @@ ADDED_KEYS = {
     "policy.quantize": None,
     "loss.divergence": "reverse_kl",
     "loss.divergence_alpha": 0.5,
+    "loss.ld_alpha": 1.0,
+    "loss.weighting": "none",
 }
 # Keys of run.json, and of each finding in its `health`.
 RENAMED_RECORD_KEYS = {"starts": "attempts"}

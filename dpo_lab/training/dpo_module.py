@@ -92,13 +92,15 @@ class DPOModule(BaseModule):
 
     def part_loss(self, part: PairBatch) -> Tensor:
         reference = self.reference(part)
-        loss, policy = pair_loss(self.model, part, self.loss, reference)
-        self.train_metrics.update(self.loss, self.loss(policy, reference), policy, reference, part)
+        loss, policy = pair_loss(self.model, part, self.loss, reference, self.loss.weighs_pairs)
+        losses = policy.weigh(self.loss(policy, reference))
+        self.train_metrics.update(self.loss, losses, policy, reference, part)
         return loss
 
     def validate_part(self, part: PairBatch) -> None:
-        reference, policy = self.reference(part), pair_logps(self.model, part)
-        self.val_metrics.update(self.loss, self.loss(policy, reference), policy, reference, part)
+        reference, policy = self.reference(part), pair_logps(self.model, part, self.loss.weighs_pairs)
+        losses = policy.weigh(self.loss(policy, reference))
+        self.val_metrics.update(self.loss, losses, policy, reference, part)
         self.val_margins.update(reward_margins(self.loss, policy, reference))
 
     def on_validation_epoch_end(self) -> None:

@@ -18,7 +18,7 @@ from dpo_lab.training.optim import Optim
 class SFTModule(BaseModule):
     """Trains `model` on chosen responses; the loss is averaged over all response tokens that a step has on all ranks.
 
-    So every token has the same weight. Batches hold pairs with an empty rejected response, see PairTable.chosen_only.
+    So every scored token has the same weight. Batches hold pairs with an empty rejected response, see PairTable.chosen_only.
     """
 
     title = "SFT"
@@ -28,7 +28,7 @@ class SFTModule(BaseModule):
         self.tokens = 0  # number of tokens trained on
 
     def normalizer(self, batch: PairBatch) -> int:
-        tokens = int(batch.lengths[:, 1].sum())
+        tokens = int(batch.scored_lengths[:, 0].sum())
         if self.trainer.world_size > 1:
             of_ranks = torch.full((), tokens, device=self.device)
             distributed.all_reduce(of_ranks)
@@ -46,12 +46,13 @@ class SFTModule(BaseModule):
         self.tokens = checkpoint["tokens"]
 
     def part_loss(self, part: PairBatch) -> Tensor:
-        nll = response_nll(self.model, part.tokens, part.lengths[:, :2])
+        nll = response_nll(self.model, part.tokens, part.lengths[:, :2], part.weights)
         self.train_metrics.update(nll.detach(), part)
         return nll
 
     def validate_part(self, part: PairBatch) -> None:
-        self.val_metrics.update(-response_logps(self.model, part.tokens, part.lengths[:, :2]).sum(), part)
+        logps = response_logps(self.model, part.tokens, part.lengths[:, :2], part.weights)
+        self.val_metrics.update(-logps.sum(), part)
 
 
 class TokenLoss(FixedDtypeMetric):
@@ -68,7 +69,7 @@ class TokenLoss(FixedDtypeMetric):
     def update(self, nll: Tensor, batch: PairBatch) -> None:
         """Add a batch. nll: negative log-likelihood in nats, summed over its chosen responses."""
         self.nats += nll.double()
-        self.tokens += int(batch.lengths[:, 1].sum())
+        self.tokens += int(batch.scored_lengths[:, 0].sum())
 
     def compute(self) -> dict[str, float]:
         return {"loss": (self.nats / self.tokens).item()}

@@ -19,7 +19,8 @@ def batch_of(flipped: list[bool], gold: list[float]) -> PairBatch:
     size = len(flipped)
     lengths = np.array([[1, 2, 4]] * size)
     keys, of_responses = [str(i) for i in range(size)], torch.from_numpy(lengths[:, 1:])
-    return PairBatch(keys, torch.arange(7 * size), lengths, of_responses, torch.tensor(flipped), torch.tensor(gold))
+    flips, truth = torch.tensor(flipped), torch.tensor(gold)
+    return PairBatch(keys, torch.arange(7 * size), lengths, lengths[:, 1:], of_responses, flips, truth)
 
 
 def logps_of(chosen: list[float], rejected: list[float]) -> PairLogps:

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -226,13 +227,14 @@ def scored_batch(seed: int, lengths: Sequence[int]) -> tuple[torch.Tensor, torch
 class Says(torch.nn.Module):
     """A model that gives its tokens these log-probabilities."""
 
-    def __init__(self, logps: torch.Tensor) -> None:
+    def __init__(self, logps: torch.Tensor, log_squares: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.logps = logps
+        self.logps, self.log_squares = logps, log_squares
 
     def forward(self, **inputs) -> SimpleNamespace:
         zeros = torch.zeros_like(self.logps)
-        return SimpleNamespace(log_probs=self.logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+        says = dict(log_probs=self.logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+        return SimpleNamespace(**says, log_sum_sq_probs=self.log_squares)
 
 
 def trl_loss(
@@ -243,12 +245,14 @@ def trl_loss(
     weights: list[float],
     divergence="reverse_kl",
     coefficient=0.5,
+    ld_alpha: float | None = None,
+    log_squares: torch.Tensor | None = None,
     **settings,
 ) -> float:
     """What TRL's trainer makes of the log-probabilities of a batch's tokens."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    model = Says(of_policy)
+    model = Says(of_policy, log_squares)
     trainer = SimpleNamespace(
         model=model,
         ref_model=Says(of_reference),
@@ -256,12 +260,12 @@ def trl_loss(
         args=SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None, discopop_tau=0.05),
         aux_loss_enabled=False,
         precompute_ref_logps=False,
-        ld_alpha=None,
+        ld_alpha=ld_alpha,
         f_divergence_type=divergence,
         f_alpha_divergence_coef=coefficient,
         loss_types=losses,
         loss_weights=weights,
-        use_weighting=False,
+        use_weighting=log_squares is not None,
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
@@ -309,6 +313,44 @@ def test_a_batch_costs_the_same_by_every_divergence(name, divergence, without_ch
         settings = dict(beta=0.3, label_smoothing=0.2, divergence=theirs, coefficient=coefficient)
         found = trl_loss(*(rows.float() if rows is not mask else rows for rows in batch), types, weights, **settings)
         assert ours == pytest.approx(found, rel=1e-4)  # theirs takes float32 at most
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["dpo", "hinge", "apo_zero"])
+def test_a_batch_costs_the_same_with_the_longer_response_weighed_less(name, alpha, without_checkpointing):
+    loss, types, weights = SAME_LOSS[name]
+    rng = random.Random(1)
+    for seed in range(BATCHES):
+        lengths = [rng.randint(1, 12) for _ in range(8)]
+        batch = by_policy, by_reference, mask = scored_batch(seed, lengths)
+        pairs = [
+            EncodedPair(str(at), [0], range(lengths[at]), range(lengths[at + 4]), tail_weight=alpha) for at in range(4)
+        ]
+        sides = [np.split(pair.token_weights, [len(pair.chosen)]) for pair in pairs]
+        of_tokens = torch.zeros(8, 12, dtype=torch.float64)
+        for row, weight in enumerate([chosen for chosen, _ in sides] + [rejected for _, rejected in sides]):
+            of_tokens[row, 12 - len(weight) :] = torch.from_numpy(weight)
+        policy, reference = (our_logps(rows * of_tokens, mask) for rows in (by_policy, by_reference))
+        theirs = trl_loss(*batch, types, weights, beta=0.3, label_smoothing=0.0, ld_alpha=alpha)
+        assert loss(policy, reference).mean().item() == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo_mean", "sppo"])
+def test_a_batch_costs_the_same_with_pairs_weighed_by_the_policy(name, without_checkpointing):
+    loss, types, weights = SAME_LOSS[name]
+    rng = random.Random(2)
+    for seed in range(BATCHES):
+        batch = by_policy, by_reference, mask = scored_batch(seed, [rng.randint(1, 12) for _ in range(8)])
+        generator = torch.Generator().manual_seed(1000 + seed)
+        log_squares = -2 * torch.rand(8, 12, generator=generator, dtype=torch.float64)
+        relative = ((by_policy - log_squares) * mask[:, 1:]).sum(1)
+        plain = our_logps(by_policy, mask)
+        lengths = torch.stack((plain.chosen_length, plain.rejected_length), 1)
+        sums = torch.stack((plain.chosen, plain.rejected, *relative.chunk(2)), 1)
+        policy = PairLogps.of(sums, lengths)
+        ours = policy.weigh(loss(policy, our_logps(by_reference, mask))).mean().item()
+        theirs = trl_loss(*batch, types, weights, beta=0.3, label_smoothing=0.0, log_squares=log_squares)
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_fine_tuning_beside_dpo_costs_the_same_in_a_batch_of_one(scored, without_checkpointing):

@@ -396,9 +396,8 @@ BAD = [
         ROW | {"chosen": TWO},
         {},
         "field 'chosen' holds 4 messages after the prompt (roles user, assistant, user, assistant):"
-        " a response must be one message of the assistant",
+        " a response must begin and end with the assistant",
     ),
-    ({"chosen": TWO, "rejected": TWO[:2]}, {}, "field 'chosen' holds 3 messages after the prompt"),
     ({"chosen": TWO[:3], "rejected": TWO[:2]}, {}, "field 'chosen' holds 2 messages after the prompt"),
     (ROW | {"chosen": [user("x")]}, {}, "field 'chosen' holds 1 messages after the prompt (roles user)"),
     (ROW | {"prompt": "Where is the\0 cat?"}, {}, "field 'prompt' has a NUL character at position 12"),

@@ -24,7 +24,7 @@ from dpo_lab.stats.estimates import Estimate, exp_of_ratio, mean, rank_correlati
 
 CONFIG = {
     "beta": 0.1,
-    "loss": {"kind": "dpo", "divergence": "reverse_kl", "divergence_alpha": 0.5},
+    "loss": {"kind": "dpo", "divergence": "reverse_kl", "divergence_alpha": 0.5, "ld_alpha": 1.0, "weighting": "none"},
     "data": {"num_workers": 0},
     "trainer": {"max_steps": 160, "devices": 1},
     "if_exists": "error",

@@ -27,10 +27,20 @@ class Divergence(str, Enum):
     alpha = "alpha"
 
 
+class Weighting(str, Enum):
+    """The weight of a pair in the loss."""
+
+    none = "none"
+    wpo = "wpo"  # by the policy's own probability of both responses
+
+
 @dataclass
 class Loss:
     """The base class of losses. beta: strength of the regularisation towards the reference, in units of the loss.
-    divergence: what beta weighs, see `scores`; divergence_alpha: the alpha of divergence=alpha.
+    divergence: what beta weighs, see `scores`; divergence_alpha: the alpha of divergence=alpha. ld_alpha: the weight of
+    the tokens of the longer response beyond the length of the shorter one, by policy and reference alike (LD-DPO, Liu et al.
+    2024, arXiv:2409.06411); it changes the log-probabilities that the loss is given, see PairTable.tail_weight. weighting:
+    of pairs; with wpo a pair's loss is multiplied with PairLogps.weight (Zhou et al. 2024, arXiv:2406.11827, equation 2).
 
     A subclass states all of its traits, which have no defaults. name: its name in configs. requires_reference: True if
     the loss requires a reference that equals the initial policy, False if it requires reference=uniform, None if it
@@ -46,6 +56,8 @@ class Loss:
     beta: float = 0.1
     divergence: Divergence = field(default=Divergence.reverse_kl, kw_only=True)
     divergence_alpha: float = field(default=0.5, kw_only=True)
+    ld_alpha: float = field(default=1.0, kw_only=True)
+    weighting: Weighting = field(default=Weighting.none, kw_only=True)
 
     def __init_subclass__(
         cls,
@@ -72,6 +84,24 @@ class Loss:
             raise ValueError(
                 f"loss.divergence_alpha={self.divergence_alpha}: must lie in (0, 1]; type e.g. loss.divergence_alpha=0.5"
             )
+        if not 0 <= self.ld_alpha <= 1:
+            raise ValueError(f"loss.ld_alpha={self.ld_alpha}: must lie in [0, 1]; type e.g. loss.ld_alpha=0.5")
+        if self.ld_alpha != 1 and self.is_per_token:
+            raise ValueError(
+                f"loss.ld_alpha={self.ld_alpha}: this loss takes the length out by a mean over tokens already; type"
+                " loss.ld_alpha=1"
+            )
+        if self.weighs_pairs and (isinstance(self, StepLevel) or self.ld_alpha != 1):
+            why = "this loss is one of a whole step" if isinstance(self, StepLevel) else "loss.ld_alpha weighs tokens"
+            raise ValueError(
+                f"loss.weighting={self.weighting.value}: weighs single pairs whose tokens weigh alike, and {why}; type"
+                " loss.weighting=none"
+            )
+
+    @property
+    def weighs_pairs(self) -> bool:
+        """Whether the loss of a pair is multiplied with its weight, which the policy determines."""
+        return self.weighting is Weighting.wpo
 
     @property
     def is_step_level(self) -> bool:
