@@ -30,7 +30,8 @@ class Pair:
     """A preference pair: for `prompt`, an annotator preferred `chosen` to `rejected`.
 
     All three are plain text, or all three are lists of chat messages: any number for the prompt, one assistant message
-    for each response. tools: tool descriptions that the chat template renders. A text without a prompt, for supervised
+    for each response. tools: tool descriptions that the chat template renders. A response that was labelled on its own
+    is `chosen` if it is desirable and `rejected` if not; the other side is empty. A text without a prompt, for supervised
     fine-tuning only, is `chosen` with an empty prompt and an empty `rejected`.
 
     gold_margin is the true reward of chosen minus that of rejected (NaN if unknown). Its sign is the true preference;
@@ -56,9 +57,14 @@ class Pair:
         return not isinstance(self.prompt, str)
 
     @property
+    def responses(self) -> dict[str, Text]:
+        """The responses that the pair has, `chosen` and `rejected` or one of them."""
+        return {name: side for name, side in (("chosen", self.chosen), ("rejected", self.rejected)) if side}
+
+    @property
     def decides_split(self) -> Text:
-        """The text that decides the split: the prompt, or the text if there is no prompt; it is never in both splits."""
-        return self.prompt if self.rejected else self.chosen
+        """The text that decides the split, which is never in both: the prompt, or a single text if it has no prompt."""
+        return self.prompt if self.prompt or len(self.responses) == 2 else self.chosen or self.rejected
 
 
 def content_hash(content: Any) -> str:
@@ -68,8 +74,8 @@ def content_hash(content: Any) -> str:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as token ids, special tokens included; rejected may be empty in supervised fine-tuning. flipped: whether
-    label noise swapped chosen and rejected.
+    """A pair as token ids, special tokens included; one side is empty where a response was labelled on its own. flipped:
+    whether label noise swapped chosen and rejected.
     """
 
     key: str
@@ -168,7 +174,7 @@ class PairLogps:
     """Log-probabilities of both responses of pairs, or log-ratios of two models (`policy - reference`).
 
     chosen, rejected: in nats, summed over the tokens of the response, end-of-sequence token included; chosen_length,
-    rejected_length: the number of these tokens.
+    rejected_length: the number of these tokens, 0 of a response that a pair does not have, whose sum is 0.
     """
 
     chosen: Float[Tensor, " pairs"]

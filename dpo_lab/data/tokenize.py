@@ -153,7 +153,10 @@ class PairTokenizer:
         if self._unknown and not all(map(self._unknown.isdisjoint, ids)):
             counts[UNKNOWN] += 1
         prompt = self._fit_prompt(begin, text)
-        sides = [self._with_end(side) for side in ids[1:]]
+        sides = [
+            self._with_end(side) if name in pair.responses else []
+            for name, side in zip(("chosen", "rejected"), ids[1:], strict=True)
+        ]
         if sides[0] == sides[1]:
             counts["dropped: identical as tokens"] += 1
             return None
@@ -170,8 +173,7 @@ class PairTokenizer:
             return pair.prompt, pair.chosen, pair.rejected  # type: ignore[return-value]
         prompt = self._chat.render(_messages(pair.prompt), pair.tools, answer_next=True)
         wholes = [
-            self._chat.render(_messages(pair.prompt) + _messages(side), pair.tools)
-            for side in (pair.chosen, pair.rejected)
+            self._chat.render(_messages(pair.prompt) + _messages(side), pair.tools) for side in pair.responses.values()
         ]
         start = len(prompt)  # offset of the answers
         if not all(whole.startswith(prompt) for whole in wholes):
@@ -181,8 +183,9 @@ class PairTokenizer:
         check_marks(pair, *self._chat.marks, counts)
         if self._chat.writes_date:
             counts[DATED] += 1
-        chosen, rejected = (self._chat.until_turn_end(whole[len(prompt) :]) for whole in wholes)
-        return prompt, chosen, rejected
+        answers = [self._chat.until_turn_end(whole[len(prompt) :]) for whole in wholes]
+        by_side = dict(zip(pair.responses, answers, strict=True))
+        return prompt, by_side.get("chosen", ""), by_side.get("rejected", "")
 
     def _without_opening(self, pair: Pair, prompt: str, wholes: list[str]) -> tuple[str, int]:
         """Shorten the prompt to what both rendered answers begin with, for templates that open an answer with text that

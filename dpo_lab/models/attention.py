@@ -78,6 +78,8 @@ def shared_prompt_attention(
         outputs.append(scaled_dot_product_attention(q, first_k, first_v, is_causal=True, **attend))
         for response in others:
             q, k, v = next(parts)
+            if not response:  # of a pair with one side
+                continue
             k = torch.cat((first_k[:, :, :prompt], k), 2)
             v = torch.cat((first_v[:, :, :prompt], v), 2)
             mask = segments.mask(prompt, response, like=q)

@@ -47,6 +47,18 @@ def test_by_hand(loss, expected):
     assert loss(POLICY, REFERENCE).tolist() == pytest.approx(expected)
 
 
+def test_bco_takes_responses_labelled_on_their_own():
+    """Rewards .5, 1 and, of a pair, 0 and -1: their mean is 1/8; a side that there is not has no term."""
+    policy, reference = logps([-1, 0, -3], [0, -3, -4]), logps([-2, 0, -3], [0, -5, -2])
+    for each in (policy, reference):
+        each.chosen_length, each.rejected_length = torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1])
+    expected = [softplus(-0.5 + 1 / 8), softplus(1 - 1 / 8), softplus(0 + 1 / 8, -1 - 1 / 8)]
+    assert BCO(0.5)(policy, reference).tolist() == pytest.approx([sum(terms) for terms in expected])
+    assert BCO(0.5).statistic(policy, reference).item() == pytest.approx(1 / 8)
+    assert {name for name, loss in LOSSES.items() if loss.takes_unpaired} >= {"bco"}
+    assert not DPO.takes_unpaired
+
+
 def test_beta_follows_the_margins_of_the_step():
     """beta h is 1.5 -1.5 1, its mean 1/3; the running mean is 0, so beta is .5 (1 + .6 / 3)."""
     found = BetaDPO(0.5, alpha=0.6)(POLICY, REFERENCE, torch.tensor(0.0))
