@@ -207,7 +207,7 @@ class PairLogps:
         """Divide by the number of tokens of each response."""
         return replace(self, chosen=self.chosen / self.chosen_length, rejected=self.rejected / self.rejected_length)
 
-    def __getitem__(self, pairs: slice) -> PairLogps:
+    def __getitem__(self, pairs: slice | Tensor) -> PairLogps:
         return PairLogps(
             self.chosen[pairs], self.rejected[pairs], self.chosen_length[pairs], self.rejected_length[pairs]
         )

@@ -41,6 +41,7 @@ ADDED_KEYS = {
     "sft.optim.kind": "adamw",
     "loss.divergence": "reverse_kl",
     "loss.divergence_alpha": 0.5,
+    "data.unpair": False,
 }
 # Keys of run.json, and of each finding in its `health`.
 RENAMED_RECORD_KEYS = {"starts": "attempts"}
