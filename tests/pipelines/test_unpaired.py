@@ -96,7 +96,8 @@ def test_a_killed_run_goes_on(trained):
         told = warm.door("dpo_lab.train", *again, cwd=trained)
         assert told.returncode == 0, told.stderr
     killed, other = record_of(trained, "killed"), record_of(trained, "whole")
-    assert (killed["attempts"], other["attempts"]) == (2, 1)
+    assert len(killed["attempts"]) == 1
+    assert "attempts" not in other
     assert killed["trained_policy"] == other["trained_policy"]
     assert killed["metrics"] == other["metrics"]
 
