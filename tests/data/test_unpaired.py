@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -12,14 +14,16 @@ from dpo_lab.core.noise import NOISES, Symmetric
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair, Pair
 from dpo_lab.data.formats import Format, Shape
+from dpo_lab.data.labels import NoPair
 from dpo_lab.data.quality import quality_of
 from dpo_lab.data.rows import BadData
 from dpo_lab.data.sources import Contradictions, Data
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.data.warnings import data_warnings
-from tests.conftest import make_pairs
+from tests.conftest import REPOSITORY, make_pairs
 from tests.data.test_formats import bot, said_by, system, user
 from tests.data.test_tokenized_cache import LENIENT, contents, store_of, written
+from tests.support.configs import settled
 from tests.support.templates import ids_of, tokenizer_of
 
 ROW = {"prompt": "p", "completion": "good", "label": True}
@@ -205,3 +209,19 @@ def test_rows_of_one_label_are_warned_of():
 def test_recognised_by_its_columns():
     assert Shape()._recognise(ROW) is Format.unpaired
     assert Shape()._recognise(ROW | {"chosen": "a", "rejected": "b"}) is Format.preference
+
+
+def test_the_examples_of_the_documentation():
+    text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", text, re.S)
+    arena, tie, good, bad = map(json.loads, block.splitlines())
+    assert said_by(arena) == [([user("Hi")], [bot("Hello.")], [bot("What?")])]
+    with pytest.raises(NoPair, match="tie"):
+        Shape().read(tie)
+    assert said_by(good) == [("The sky is", " blue.", "")]
+    assert said_by(bad) == [([user("Hi")], [], [bot("What?")])]
+    commands = [line.rsplit("  ", 1)[0] if "  " in line else line for line in text.splitlines() if "loss=bco" in line]
+    commands = [line for line in commands if line.startswith("data.path=")]
+    assert len(commands) == 3
+    for command in commands:
+        assert settled(*shlex.split(command)).loss.takes_unpaired
