@@ -16,7 +16,7 @@ from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float64
+    from jaxtyping import Bool, Float, Float64
 
 # One column of the state each. Rewards include the factor beta, log-ratios do not.
 LABELLED = (
@@ -77,7 +77,8 @@ class PreferenceMetrics(FixedDtypeMetric):
     margin.
 
     Sums and counts are summed over batches and ranks, so any number of ranks gives the same means. `compute` returns
-    {name: mean}, without names that no pair counts for. Pairs whose gold margin is unknown or 0 are left out of TRUE.
+    {name: mean}, without names that no pair counts for. Pairs whose gold margin is unknown or 0 are left out of TRUE. A
+    response labelled on its own counts in the means of its side, but has no margin and no accuracy.
     """
 
     sums: Tensor
@@ -89,7 +90,7 @@ class PreferenceMetrics(FixedDtypeMetric):
         super().__init__()
         zeros = torch.zeros(len(GROUPS), len(LABELLED), dtype=torch.float64)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(len(GROUPS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
         self.add_state("true_sums", torch.zeros(len(TRUE), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("true_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -100,8 +101,9 @@ class PreferenceMetrics(FixedDtypeMetric):
         """Add a batch. losses were computed by `loss` from `policy` and `reference`."""
         columns = pair_values(loss, losses, policy, reference)  # [B, K]
         groups = torch.stack((torch.ones_like(batch.flipped), ~batch.flipped, batch.flipped)).double()  # [3, B]
-        self.sums += groups @ columns
-        self.counts += groups.sum(1)
+        counted = _counted(policy)
+        self.sums += groups @ columns.masked_fill(~counted, 0)
+        self.counts += groups @ counted.double()
         margins = columns[:, LABELLED.index("rewards/margins")]
         side = batch.gold_margin.double().nan_to_num(0).sign()  # 0 where the truth is unknown, or a tie
         known = side != 0
@@ -110,11 +112,18 @@ class PreferenceMetrics(FixedDtypeMetric):
         self.true_count += known.sum()
 
     def compute(self) -> dict[str, float]:
-        means = self.sums / self.counts[:, None], self.true_sums / self.true_count
+        means = self.sums / self.counts, self.true_sums / self.true_count
         names = [group + name for group in GROUPS for name in LABELLED] + [*TRUE]
-        counts = torch.cat((self.counts.repeat_interleave(len(LABELLED)), self.true_count.repeat(len(TRUE))))
+        counts = torch.cat((self.counts.flatten(), self.true_count.repeat(len(TRUE))))
         values, counts = torch.stack((torch.cat([each.flatten() for each in means]), counts)).tolist()
         return {name: value for name, value, count in zip(names, values, counts, strict=True) if count > 0}
+
+
+def _counted(policy: PairLogps) -> Bool[Tensor, "pairs quantities"]:
+    """Return which pairs count for which LABELLED quantities: those that have the responses that it is about."""
+    chosen, rejected = policy.chosen_length > 0, policy.rejected_length > 0
+    of_side = {"loss": chosen | rejected, "chosen": chosen, "rejected": rejected}
+    return torch.stack([of_side.get(name.rpartition("/")[2], chosen & rejected) for name in LABELLED], 1)
 
 
 def pair_values(
@@ -139,9 +148,10 @@ def pair_values(
 
 
 def reward_margins(loss: Loss, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
-    """Return the reward of chosen minus that of rejected for each pair; 0 for ties."""
+    """Return the reward of chosen minus that of rejected for each pair; 0 for ties, NaN where there is one response."""
     is_tie = zero_out_rounding(loss.log_ratios(policy, reference).margin, policy, reference) == 0
-    return loss.beta * loss.scores(policy, reference).margin.masked_fill(is_tie, 0.0)
+    margins = loss.beta * loss.scores(policy, reference).margin.masked_fill(is_tie, 0.0)
+    return margins.masked_fill(policy.chosen_length * policy.rejected_length == 0, torch.nan)
 
 
 def zero_out_rounding(

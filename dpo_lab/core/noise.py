@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,12 +20,15 @@ class LabelNoise:
     """The base class of label noise: pair i is flipped iff hash(seed, key of the pair) / 2^64 < rates[i].
 
     So which pairs are flipped does not depend on order, worker, rank or subset, and pairs flipped at a lower rate are
-    also flipped at a higher one. A subclass defines `rates`; name: its name in configs.
+    also flipped at a higher one. A subclass defines `rates`; name: its name in configs; compares: whether its rates
+    compare the responses of a pair, so that it takes no responses that were labelled on their own.
     """
 
+    compares: ClassVar[bool]
     seed: int = 0
 
-    def __init_subclass__(cls, *, name: str) -> None:
+    def __init_subclass__(cls, *, name: str, compares: bool = False) -> None:
+        cls.compares = compares
         add_to_table(NOISES, name, cls)
 
     @property
@@ -41,6 +45,11 @@ class LabelNoise:
 
     def flips(self, pairs: PairTable, reference_margins: np.ndarray | None = None) -> np.ndarray:
         """Return which pairs are flipped, [N] bool. Raises ValueError if a rate is unknown."""
+        if self.compares and (single := int(pairs.is_one_sided.sum())):
+            raise ValueError(
+                f"noise: this kind compares the two responses of a pair, and {single:,} of {len(pairs):,} training rows have"
+                " one; type noise=symmetric"
+            )
         rates = self.rates(pairs, reference_margins).tolist()
         return np.array(
             [rate > 0 and self._draw(key) < rate * 2.0**64 for key, rate in zip(pairs.keys, rates, strict=True)], bool
@@ -72,7 +81,7 @@ class Gap(str, Enum):
 
 
 @dataclass
-class Uncertainty(LabelNoise, name="uncertainty"):
+class Uncertainty(LabelNoise, name="uncertainty", compares=True):
     """Noise on hard pairs: a pair is flipped with probability sigma(-|gap| / temperature).
 
     This is the probability of preferring the worse of two responses in the model of Bradley and Terry (1952): 1/2 at a
@@ -117,7 +126,7 @@ class Side(str, Enum):
 
 
 @dataclass
-class OneSided(LabelNoise, name="one_sided"):
+class OneSided(LabelNoise, name="one_sided", compares=True):
     """Noise with a length bias: pairs whose chosen response is the shorter (or longer) one in tokens are flipped at
     `rate`.
     """

@@ -97,6 +97,11 @@ class PairTable(Sequence[EncodedPair]):
         """Number of tokens of chosen and rejected under the current labels, [N, 2]."""
         return np.where(self.flipped[:, None], self.lengths[:, :0:-1], self.lengths[:, 1:])
 
+    @property
+    def is_one_sided(self) -> np.ndarray:
+        """Which pairs have one response only, chosen if it is desirable, else rejected, [N]."""
+        return (self.lengths[:, 1:] == 0).any(1)
+
     def select(self, rows: slice | np.ndarray) -> PairTable:
         """Return some of the pairs, by index or mask, without copying tokens."""
         columns = (column[rows] for column in self._columns)
@@ -126,6 +131,33 @@ class PairTable(Sequence[EncodedPair]):
             np.concatenate([self.keys, other.keys]), tokens, *joined, scored=scored, tail_weight=self.tail_weight
         )
 
+    def unpair(self) -> PairTable:
+        """Return both responses of each pair as rows of one response, the chosen one first; their tokens are copied.
+
+        The key of a row depends on that of the pair and on the side alone.
+        """
+        at, side = np.nonzero(self.lengths[:, 1:])  # of each response
+        lengths = np.zeros((len(at), 3), np.int32)
+        lengths[:, 0], lengths[np.arange(len(at)), side + 1] = self.lengths[at, 0], self.lengths[at, side + 1]
+        prompts = self.starts[at]
+        responses = prompts + self.lengths[at, 0] + side * self.lengths[at, 1]
+        spans = np.stack((prompts, lengths[:, 0], responses, lengths[:, 1:].sum(1)), 1).tolist()
+        tokens = np.asarray(self.tokens)  # not a memmap, whose slices are slow to create
+        own = self.is_one_sided[at].tolist()
+        keys = [
+            key if is_own else hashlib.blake2b(b"%s/%d" % (key, of), digest_size=16).hexdigest().encode()
+            for key, of, is_own in zip(self.keys[at].tolist(), side.tolist(), own, strict=True)
+        ]
+        return PairTable(
+            keys=np.array(keys, "S32"),
+            tokens=flat([tokens[begin : begin + size] for p, n, r, m in spans for begin, size in ((p, n), (r, m))]),
+            starts=starts_of(lengths),
+            lengths=lengths,
+            gold_margin=np.full(len(at), math.nan, np.float32),
+            score_margin=np.full(len(at), math.nan, np.float32),
+            flipped=self.flipped[at],
+        )
+
     def chosen_only(self) -> PairTable:
         """Return the distinct chosen responses, before label noise, with empty rejected responses."""
         lengths = self.lengths * np.array([1, 1, 0], np.int32)
@@ -136,7 +168,7 @@ class PairTable(Sequence[EncodedPair]):
         ]
         _, first = np.unique(np.array(content, "S32"), return_index=True)
         chosen = replace(self, lengths=lengths, flipped=np.zeros(len(self), bool))
-        return chosen.select(np.sort(first))
+        return chosen.select(np.sort(first[chosen.lengths[first, 1] > 0]))
 
     def digest(self) -> str:
         """Return a hash of the keys in order, of the token ids, and of which pairs label noise flipped."""

@@ -31,7 +31,8 @@ class Pair:
 
     All three are plain text, or all three are lists of chat messages: any number for the prompt; a response begins and
     ends with one of the assistant, and what others say between is not scored. tools: tool descriptions that the chat
-    template renders. A text without a prompt, for supervised fine-tuning only, is `chosen` with an empty prompt and an
+    template renders. A response that was labelled on its own is `chosen` if it is desirable and `rejected` if not; the
+    other side is empty. A text without a prompt, for supervised fine-tuning only, is `chosen` with an empty prompt and an
     empty `rejected`.
 
     gold_margin is the true reward of chosen minus that of rejected (NaN if unknown). Its sign is the true preference;
@@ -57,9 +58,14 @@ class Pair:
         return not isinstance(self.prompt, str)
 
     @property
+    def responses(self) -> dict[str, Text]:
+        """The responses that the pair has, `chosen` and `rejected` or one of them."""
+        return {name: side for name, side in (("chosen", self.chosen), ("rejected", self.rejected)) if side}
+
+    @property
     def decides_split(self) -> Text:
-        """The text that decides the split: the prompt, or the text if there is no prompt; it is never in both splits."""
-        return self.prompt if self.rejected else self.chosen
+        """The text that decides the split, which is never in both: the prompt, or a single text if it has no prompt."""
+        return self.prompt if self.prompt or len(self.responses) == 2 else self.chosen or self.rejected
 
 
 def content_hash(content: Any) -> str:
@@ -69,7 +75,7 @@ def content_hash(content: Any) -> str:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as token ids, special tokens included; rejected may be empty in supervised fine-tuning.
+    """A pair as token ids, special tokens included; one side is empty where a response was labelled on its own.
 
     flipped: whether label noise swapped chosen and rejected. scored: which tokens of chosen and of rejected are scored,
     None for all; tail_weight: see `token_weights`.
@@ -205,8 +211,8 @@ class PairLogps:
     """Log-probabilities of both responses of pairs, or log-ratios of two models (`policy - reference`).
 
     chosen, rejected: in nats, summed over the scored tokens of the response, end-of-sequence token included, each times
-    its weight if it has one; chosen_length, rejected_length: the number of these tokens. weight: of the pair's loss, None
-    for 1.
+    its weight if it has one; chosen_length, rejected_length: the number of these tokens, 0 of a response that a pair does
+    not have, whose sum is 0. weight: of the pair's loss, None for 1.
     """
 
     chosen: Float[Tensor, " pairs"]
@@ -251,7 +257,7 @@ class PairLogps:
         """Divide by the number of tokens of each response."""
         return replace(self, chosen=self.chosen / self.chosen_length, rejected=self.rejected / self.rejected_length)
 
-    def __getitem__(self, pairs: slice) -> PairLogps:
+    def __getitem__(self, pairs: slice | Tensor) -> PairLogps:
         columns = (self.chosen, self.rejected, self.chosen_length, self.rejected_length)
         return PairLogps(
             *(column[pairs] for column in columns), weight=None if self.weight is None else self.weight[pairs]

@@ -27,7 +27,7 @@ class BadChat(ValueError):
 def check_content(pair: Pair, prompt: str, wholes: Sequence[str], start: int, counts: Counter[str]) -> None:
     """Raise BadChat if a rendered text lacks a part of a message.
 
-    prompt, wholes: the rendered chat up to the answer, and with each of the two answers; start: offset of the answers.
+    prompt, wholes: the rendered chat up to the answer, and with each of the answers; start: offset of the answers.
     The template may leave out the reasoning of earlier turns, which is counted, but not that of an answer, which is
     scored.
     """
@@ -37,7 +37,7 @@ def check_content(pair: Pair, prompt: str, wholes: Sequence[str], start: int, co
         others = [part for part in lost if part[0] != THOUGHT]
         loses_reasoning |= len(others) < len(lost)
         _refuse(f"message {number} of the prompt ({message['role']})", others)
-    for name, side, whole in zip(("chosen", "rejected"), (pair.chosen, pair.rejected), wholes, strict=True):
+    for (name, side), whole in zip(pair.responses.items(), wholes, strict=True):
         for message in _messages(side):
             _refuse(f"'{name}'", _lost(message, whole, start))
     if loses_reasoning:

@@ -15,7 +15,8 @@ import numpy as np
 
 from dpo_lab.core.pair_table import flat, scored_of
 from dpo_lab.core.pairs import Pair, content_hash
-from dpo_lab.data.formats import NoPair, Shape
+from dpo_lab.data.formats import Shape
+from dpo_lab.data.labels import EmptyResponse, NoPair
 from dpo_lab.data.messages import content_of
 from dpo_lab.data.row_faults import REPEATED
 from dpo_lab.data.rows import Chunk, Rows, parse
@@ -25,12 +26,14 @@ from dpo_lab.data.tokenize import PairTokenizer
 FEWEST_REPEATED = 8  # characters of a prompt; a response may start with a shorter one by chance
 MIN_ROWS_FOR_WORKERS = 8  # chunks; for fewer, worker processes are not worth their start
 
+BAD, EMPTY = "dropped: bad row", "dropped: empty response"  # counted where bad rows are skipped
+
 Source = tuple[Rows, Shape]
 
 
 @dataclass
 class Encoded:
-    """An encoded chunk: its pairs as columns, counts, and its bad rows as (row number, error).
+    """An encoded chunk: its pairs as columns, counts, and its bad rows as (row number, error, reason to count).
 
     repeats: number of the first row whose responses both begin with the prompt; 0 without one.
     """
@@ -45,7 +48,7 @@ class Encoded:
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     counts: Counter[str] = field(default_factory=Counter)
     repeats: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    bad: list[tuple[int, str, str]] = field(default_factory=list)
 
 
 def encode_chunk(chunk: Chunk, shape: Shape, encoder: PairTokenizer) -> Encoded:
@@ -60,9 +63,9 @@ def encode_chunk(chunk: Chunk, shape: Shape, encoder: PairTokenizer) -> Encoded:
         except NoPair as reason:
             counts[f"dropped: {reason}"] += 1
         except ValueError as error:
-            encoded.bad.append((number, str(error)))
+            encoded.bad.append((number, str(error), EMPTY if isinstance(error, EmptyResponse) else BAD))
         except RecursionError:
-            encoded.bad.append((number, "nested too deeply"))
+            encoded.bad.append((number, "nested too deeply", BAD))
         else:
             found += [(number, pair) for pair in pairs]
             repeats = sum(repeats_prompt(pair) for pair in pairs)
@@ -105,7 +108,7 @@ def _tokenize(found: list[tuple[int, Pair]], encoder: PairTokenizer, encoded: En
             one_by_one += encoder.tokenize([pair], encoded.counts)
         except ValueError as error:
             if not encoded.bad or encoded.bad[-1][0] != number:  # unless another pair of this row was bad
-                encoded.bad.append((number, str(error)))
+                encoded.bad.append((number, str(error), BAD))
             one_by_one.append((pair, None))
     encoded.bad.sort()
     return one_by_one
@@ -153,8 +156,8 @@ def _work(at: int, chunk: Chunk) -> Encoded:
 
 
 def repeats_prompt(pair: Pair) -> bool:
-    """Return whether both responses begin with the prompt or, in a chat, with the prompt's last message."""
-    prompt, *sides = (content_of(text).strip() for text in (pair.prompt, pair.chosen, pair.rejected))
+    """Return whether its responses begin with the prompt or, in a chat, with the prompt's last message."""
+    prompt, *sides = (content_of(text).strip() for text in (pair.prompt, *pair.responses.values()))
     return len(prompt) >= FEWEST_REPEATED and all(side.startswith(prompt) for side in sides)
 
 

@@ -1,4 +1,4 @@
-"""Recognise the format of a preference row and read it as a pair; for supervised fine-tuning also rows of plain text."""
+"""Recognise the format of a row and read it as a pair, or as one labelled response; for fine-tuning also plain text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import combinations
 from typing import Any
 
 from dpo_lab.core.pairs import Pair, Text
 from dpo_lab.data.json_text import read_json_text
+from dpo_lab.data.labels import EmptyResponse, Label, NoPair, is_desirable, prefers_second
 from dpo_lab.data.media import check_media
 from dpo_lab.data.messages import (
     MOST,
@@ -25,14 +25,19 @@ from dpo_lab.data.messages import (
     readable,
     shared_messages,
     shared_words,
-    shorten,
     show_role,
 )
+from dpo_lab.data.ratings import Pick, pairs_of
 from dpo_lab.data.transcript import parted
 
 Row = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
-COLUMNS = ("prompt", *SIDES, *"system tools responses ratings score_chosen score_rejected label text".split())
+COLUMNS = (
+    "prompt",
+    *SIDES,
+    *"completion system tools responses ratings score_chosen score_rejected label text".split(),
+)
+ARENA = (("conversation_a", "conversation_b"), ("response_a", "response_b"))
 SCORES = {side: (f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating") for side in SIDES}
 RESPONSE_TEXT = ("content", "text", "response")
 RESPONSE_RATING = ("rating", "score", "overall_score")
@@ -48,26 +53,9 @@ class Format(str, Enum):
     )
     transcript = "transcript"  # chosen, rejected: complete dialogues "\n\nHuman: ...\n\nAssistant: ..."
     ratings = "ratings"  # prompt, responses, ratings
+    arena = "arena"  # conversation_a, conversation_b, winner; or prompt, response_a, response_b, winner
+    unpaired = "unpaired"  # prompt, completion, label: one response, desirable or not
     text = "text"  # text without a prompt, for supervised fine-tuning only
-
-
-class Pick(str, Enum):
-    """How rated responses become pairs; among equal ratings the first is the best."""
-
-    best_worst = "best_worst"  # the best against the worst: one pair per row
-    best_rest = "best_rest"  # the best against each other one
-    all = "all"  # all pairs with different ratings
-
-
-class Label(Enum):
-    """The meaning of a label of 1 for two unordered responses. (Not a str enum: str has a method `index`.)"""
-
-    first = "first"  # the first is preferred (0: the second)
-    index = "index"  # the one with index 1, the second, is preferred (0: the first)
-
-
-class NoPair(Exception):
-    """Raised for a well-formed row without a preference; the message is the reason, which is counted."""
 
 
 @dataclass
@@ -75,9 +63,10 @@ class Shape:
     """How the rows of a source are read as pairs.
 
     columns: name here -> name in the rows, or a dotted path to a nested value (`summaries.0.text`). `system`, `tools`
-    and scores are found by their usual names too; a label is read only if `columns` names it, since it may swap the
-    pair. pick: which pairs to form of rated responses; label_is: the meaning of a label. as_chat: plain strings become
-    messages, the prompt one of the user (after `system`, if the row has one) and each response one of the assistant.
+    and scores are found by their usual names too; the label of a pair is read only if `columns` names it, since it may
+    swap the pair; that of an arena's row, or of a single response, is found by its usual name too. pick: which pairs to
+    form of rated responses; label_is: the meaning of a label. as_chat: plain strings become messages, the prompt one of
+    the user (after `system`, if the row has one) and each response one of the assistant.
     """
 
     format: Format = Format.auto
@@ -99,17 +88,31 @@ class Shape:
         counts = Counter() if counts is None else counts
         if self.format is Format.text:
             return [self._text_row(row)]
-        pairs = self._pairs(self._parsed(row, counts))
-        check_media(row, {self._column(name) for name in COLUMNS}, pairs, counts)
+        shape = self._resolved(row)
+        pairs = shape._pairs(shape._parsed(row, counts))
+        check_media(row, {shape._column(name) for name in COLUMNS}, pairs, counts)
         return pairs
 
-    def _pairs(self, row: Row) -> list[Pair]:
+    def _resolved(self, row: Row) -> Shape:
+        """Return the shape with the format of the row, and with the columns that hold its responses and its label."""
         kind = self._recognise(row) if self.format is Format.auto else self.format
-        if kind is Format.ratings:
+        columns = {}
+        if kind is Format.unpaired:
+            columns = dict.fromkeys(SIDES, self._column("completion")) | {"label": "label"}
+        elif kind is Format.arena:
+            columns = dict(zip(SIDES, next((names for names in ARENA if names[0] in row), ARENA[0]), strict=True))
+            columns["label"] = "winner"
+        return Shape(kind, columns | self.columns, self.pick, self.label_is, self.as_chat)
+
+    def _pairs(self, row: Row) -> list[Pair]:
+        if self.format is Format.ratings:
             return self._rated(row)
-        pair = self._transcript(row) if kind is Format.transcript else self._preference(row)
+        if self.format is Format.unpaired:
+            return [self._unpaired(row)]
+        second_is_better = self._second_is_better(row)  # first: a tie need not hold a pair
+        pair = self._transcript(row) if self.format is Format.transcript else self._preference(row)
         pair = replace(pair, score_margin=self._score(row, "chosen") - self._score(row, "rejected"))
-        if self._second_is_better(row):
+        if second_is_better:
             pair = replace(pair, chosen=pair.rejected, rejected=pair.chosen, score_margin=-pair.score_margin)
         if pair.chosen == pair.rejected:
             raise NoPair("identical sides")
@@ -123,8 +126,13 @@ class Shape:
         return {**row, **{self._column(name): value for name, value in parsed.items()}} if parsed else row
 
     def _recognise(self, row: Row) -> Format:
-        if self._has(row, "responses") and not self._has(row, "chosen"):
-            return Format.ratings
+        if not self._has(row, "chosen"):
+            if self._has(row, "responses"):
+                return Format.ratings
+            if self._has(row, "completion"):
+                return Format.unpaired
+            if "winner" in row and any(first in row and second in row for first, second in ARENA):
+                return Format.arena
         sides = [self._get(row, name, None) for name in SIDES]
         if all(isinstance(s, str) and s.startswith("\n\nHuman:") and "\n\nAssistant:" in s for s in sides):
             return Format.transcript
@@ -144,6 +152,14 @@ class Shape:
         sides = [side[length:].lstrip() if self.as_chat else side[length:] for side in (chosen, rejected)]
         return self._pair(row, chosen[:length], *sides)
 
+    def _unpaired(self, row: Row) -> Pair:
+        """Read one response as a pair whose other side is empty: rejected if it is desirable, else chosen."""
+        label = is_desirable(self._get(row, "label"), self._column("label"))
+        completion = self._text(row, "chosen")
+        is_dialogue = not (isinstance(completion, str) or self._has(row, "prompt"))  # its last message is the response
+        pair = self._pair(row, [] if is_dialogue else self._text(row, "prompt"), completion, completion)
+        return replace(pair, **{"rejected" if label else "chosen": [] if pair.is_chat else ""})
+
     def _transcript(self, row: Row) -> Pair:
         texts = {self._column(name): self._text(row, name) for name in SIDES}
         turns, answers = parted(texts)
@@ -155,21 +171,8 @@ class Shape:
         return self._pair(row, f"{dialogue}\n\nAssistant:", *answers)
 
     def _rated(self, row: Row) -> list[Pair]:
-        prompt, rated = self._text(row, "prompt"), self._responses(row)
-        if len(rated) < 2:
-            raise NoPair("fewer than two responses")
-        best = max(rated, key=lambda response: response[1])
-        if self.pick is Pick.best_worst:
-            pairs = [(best, min(rated, key=lambda response: response[1]))]
-        elif self.pick is Pick.best_rest:
-            pairs = [(best, other) for other in rated]
-        else:
-            pairs = [(a, b) if a[1] > b[1] else (b, a) for a, b in combinations(rated, 2)]
-        ranked = [(better, worse) for better, worse in pairs if better[1] > worse[1]]
-        distinct = [(better, worse) for better, worse in ranked if better[0] != worse[0]]
-        if not distinct:
-            raise NoPair("identical sides" if ranked else "tied ratings")
-        return [replace(self._pair(row, prompt, a, b), score_margin=high - low) for (a, high), (b, low) in distinct]
+        prompt, pairs = self._text(row, "prompt"), pairs_of(self._responses(row), self.pick)
+        return [replace(self._pair(row, prompt, a, b), score_margin=high - low) for (a, high), (b, low) in pairs]
 
     def _text_row(self, row: Row) -> Pair:
         text, where = self._get(row, "text"), self._column("text")
@@ -199,7 +202,7 @@ class Shape:
             if not isinstance(text, str):
                 raise field_error(where, f"holds a response that is {type(text).__name__}, not a string")
             if not text.strip():
-                raise field_error(where, "holds an empty response")
+                raise EmptyResponse(f"field '{where}' holds an empty response")
             rated.append((readable(text, where), rating))
         return rated
 
@@ -227,7 +230,7 @@ class Shape:
                 what = f"holds {len(roles)} messages after the prompt (roles {', '.join(roles[:MOST])})"
                 raise field_error(self._column(name), f"{what}: a response must begin and end with the assistant")
             if not (side[-1].get("content", "").strip() or side[-1].get("tool_calls")):
-                raise field_error(self._column(name), "is empty")
+                raise EmptyResponse(f"field '{self._column(name)}' is empty")
         return Pair(messages, sides[0][common:], sides[1][common:], tools=tools)
 
     def _column(self, name: str) -> str:
@@ -265,7 +268,7 @@ class Shape:
         else:
             text = [message(item, where) for item in (value if isinstance(value, list) else [value])]
         if name in SIDES and not (text.strip() if isinstance(text, str) else text):
-            raise field_error(where, "is empty")
+            raise EmptyResponse(f"field '{where}' is empty")
         return text
 
     def _system(self, row: Row) -> str:
@@ -294,7 +297,4 @@ class Shape:
         """Return whether the label prefers the response in the column `rejected`."""
         if "label" not in self.columns:
             return False
-        label = self._get(row, "label")
-        if label not in (0, 1, "0", "1"):
-            raise field_error(self._column("label"), f"is {shorten(label)}, not 0 or 1")
-        return int(label) == (1 if self.label_is is Label.index else 0)
+        return prefers_second(self._get(row, "label"), self._column("label"), self.label_is)

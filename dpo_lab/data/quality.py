@@ -7,12 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dpo_lab.core.pair_table import PairTable
+from dpo_lab.data.token_hashes import counts_of_equal, mixed, pass_over
 from dpo_lab.stats.estimates import Estimate, share_in_groups
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 PARTS = ("prompt", "chosen", "rejected")
 BINS = 24
-BLOCK = 1 << 18  # tokens to process at once, which fit into the cache of a core
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ class Side:
     with a special token before their end; lengths: for each of PARTS; chosen_longer: share of pairs whose chosen
     response has more tokens, where a tie counts half, with an interval clustered by prompt; same_length: share of ties;
     difference: mean of tokens of chosen minus tokens of rejected; differences: its histogram; scores: margins of the
-    scores that came with the pairs; truth: margins of the task's gold reward.
+    scores that came with the pairs; truth: margins of the task's gold reward. unpaired: rows of one response among the
+    pairs, desirable and undesirable ones; what compares two responses leaves them out, and is None where nothing is left.
     """
 
     pairs: int
@@ -75,23 +75,24 @@ class Side:
     shared_responses: float
     special_inside: int
     lengths: dict[str, Lengths]
-    chosen_longer: Estimate
-    same_length: float
-    difference: float
+    chosen_longer: Estimate | None
+    same_length: float | None
+    difference: float | None
     differences: list[int]
     scores: Margins | None
     truth: Margins | None
+    unpaired: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The effect of label noise on the training pairs, by which response was the longer one before.
+    """The effect of label noise on the training pairs, by which response was the longer one before, or the only one.
 
     flipped: {"chosen longer": [pairs, flipped ones], ...}; chosen_longer: see Side, before label noise.
     """
 
     flipped: dict[str, list[int]]
-    chosen_longer: Estimate
+    chosen_longer: Estimate | None
 
     @property
     def total(self) -> int:
@@ -133,7 +134,7 @@ def quality_of(train: PairTable, held_out: PairTable, counts: Mapping[str, int],
     bins = {
         "prompt": _edges(max(int(t.lengths[:, 0].max()) for t in tables)),
         "response": _edges(max(int(t.lengths[:, 1:].max()) for t in tables)),
-        "difference": _edges_around_zero(max(int(np.abs(_differences(t)).max()) for t in tables)),
+        "difference": _edges_around_zero(max(int(np.abs(_differences(t)).max(initial=0)) for t in tables)),
     }
     passes = [_QualityPass(table, encoder) for table in tables]
     leaks = np.isin(passes[0].hashes[:, 0], passes[1].hashes[:, 0]) if len(passes) > 1 else np.zeros(0, bool)
@@ -160,19 +161,20 @@ class _QualityPass:
     def __init__(self, table: PairTable, encoder: PairTokenizer) -> None:
         self.table, self.encoder = table, encoder
         special = np.fromiter(encoder.special_ids, np.int64)
-        self.hashes, self.special = _pass_over(table, special)
+        self.hashes, self.special = pass_over(table, special)
         ends = table.starts[:, None] + np.cumsum(table.lengths, axis=1)
-        last = np.asarray(table.tokens[ends[:, 1:] - 1])
-        self.special[:, 1:] -= np.isin(last, special)
+        last, is_there = np.asarray(table.tokens[ends[:, 1:] - 1]), table.lengths[:, 1:] > 0
+        self.special[:, 1:] -= np.isin(last, special) & is_there
         self.cut = encoder.is_truncated(table.lengths[:, :1], table.lengths[:, 1:], last)
         _, self.groups, self.of_a_prompt = np.unique(self.hashes[:, 0], return_inverse=True, return_counts=True)
 
     def side(self, bins: Mapping[str, list[int]]) -> Side:
         table = self.table
         prompt, chosen, rejected = self.hashes.T
-        distinct = len(_runs(_mixed(prompt, chosen, rejected)))
-        unordered = len(_runs(_mixed(prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected))))
-        of_a_response = _runs(self.hashes[:, 1:].ravel())
+        distinct = len(counts_of_equal(mixed(prompt, chosen, rejected)))
+        unordered = len(counts_of_equal(mixed(prompt, np.minimum(chosen, rejected), np.maximum(chosen, rejected))))
+        is_there = table.lengths[:, 1:] > 0
+        of_a_response = counts_of_equal(self.hashes[:, 1:][is_there])
         differences = _differences(table)
         cut = np.where(table.flipped[:, None], self.cut[:, ::-1], self.cut)
         parts = {
@@ -188,77 +190,45 @@ class _QualityPass:
             repeated=len(table) - distinct,
             contradictions=distinct - unordered,
             responses=len(of_a_response),
-            shared_responses=float(of_a_response[of_a_response > 1].sum()) / (2 * len(table)),
+            shared_responses=float(of_a_response[of_a_response > 1].sum()) / int(is_there.sum()),
             special_inside=int((self.special[:, 1:] > 0).sum()),
             lengths={part: _lengths(*columns) for part, columns in parts.items()},
             chosen_longer=self._longer(differences),
-            same_length=float((differences == 0).mean()),
-            difference=float(differences.mean()),
+            same_length=float((differences == 0).mean()) if len(differences) else None,
+            difference=float(differences.mean()) if len(differences) else None,
             differences=np.histogram(differences, bins["difference"])[0].tolist(),
             scores=_margins(table.score_margin * sign),
             truth=_margins(table.gold_margin * sign),
+            unpaired=_unpaired(table.response_lengths),
         )
 
     def noise(self) -> Noise:
         before = _differences(self.table, before_noise=True)
+        one_sided, (_, chosen, _) = self.table.is_one_sided, self.table.lengths.T
+        flips = self.table.flipped[~one_sided]
         kinds = {"chosen longer": before > 0, "chosen shorter": before < 0, "same length": before == 0}
-        flipped = {kind: [int(mask.sum()), int(self.table.flipped[mask].sum())] for kind, mask in kinds.items()}
+        flipped = {kind: [int(mask.sum()), int(flips[mask].sum())] for kind, mask in kinds.items()}
+        if one_sided.any():
+            kinds = {"desirable": one_sided & (chosen > 0), "undesirable": one_sided & (chosen == 0)}
+            flipped |= {kind: [int(mask.sum()), int(self.table.flipped[mask].sum())] for kind, mask in kinds.items()}
         return Noise(flipped, self._longer(before))
 
-    def _longer(self, differences: np.ndarray) -> Estimate:
-        return share_in_groups(np.heaviside(differences, 0.5), self.groups)
-
-
-def _pass_over(table: PairTable, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return 64-bit hashes of the three parts of each pair, and the number of special tokens in each part, both [N, 3].
-
-    A hash is the sum over tokens of a random number of the token id times a random odd number of the position.
-    """
-    vocabulary, longest = 1 + max(int(table.tokens.max()), int(special.max(initial=0))), int(table.lengths.max())
-    of_token = _scrambled(np.arange(vocabulary, dtype=np.uint64))
-    of_position = _scrambled(np.arange(longest, dtype=np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
-    is_special = np.zeros(vocabulary, np.int64)
-    is_special[special] = 1
-    lengths = table.lengths.astype(np.int64)
-    hashes, specials = np.zeros(lengths.shape, np.uint64), np.zeros(lengths.shape, np.int64)
-    block_of = np.cumsum(table.sizes, dtype=np.int64) // BLOCK
-    borders = [0, *(np.flatnonzero(np.diff(block_of)) + 1).tolist(), len(table)]
-    for first, end in pairwise(borders):
-        block = lengths[first:end].ravel()
-        sizes = lengths[first:end].sum(1)
-        starts = np.cumsum(block) - block  # start of each part in the block
-        row = np.arange(int(sizes.sum()))
-        ids = table.tokens[row + np.repeat(table.starts[first:end] - starts[::3], sizes)]
-        position = row - np.repeat(starts, block)
-        is_filled = block > 0  # reduceat does not return 0 for an empty part
-        for out, values in ((hashes, of_token[ids] * of_position[position]), (specials, is_special[ids])):
-            out[first:end].reshape(-1)[is_filled] = np.add.reduceat(values, starts[is_filled])
-    return hashes, specials
-
-
-def _scrambled(numbers: np.ndarray) -> np.ndarray:
-    """Map 64-bit numbers to pseudo-random ones (splitmix64: Steele, Lea and Flood 2014)."""
-    z = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _mixed(prompt: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Combine three hashes; the result depends on their order."""
-    return _scrambled(_scrambled(_scrambled(prompt) ^ first) ^ second)
-
-
-def _runs(hashes: np.ndarray) -> np.ndarray:
-    """Return the count of each distinct value, by sorting, which takes a tenth of the time of np.unique."""
-    ordered = np.sort(hashes)
-    return np.diff(np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1], True]))
+    def _longer(self, differences: np.ndarray) -> Estimate | None:
+        if not len(differences):
+            return None
+        _, groups = np.unique(self.groups[~self.table.is_one_sided], return_inverse=True)
+        return share_in_groups(np.heaviside(differences, 0.5), groups)
 
 
 def _differences(table: PairTable, before_noise: bool = False) -> np.ndarray:
-    """Return tokens of chosen minus tokens of rejected, [N]."""
-    sides = table.lengths[:, 1:] if before_noise else table.response_lengths
+    """Return tokens of chosen minus tokens of rejected, of the pairs that have both, [N]."""
+    sides = (table.lengths[:, 1:] if before_noise else table.response_lengths)[~table.is_one_sided]
     return sides[:, 0].astype(np.int64) - sides[:, 1]
+
+
+def _unpaired(lengths: np.ndarray) -> tuple[int, int]:
+    chosen, rejected = (lengths > 0).T
+    return int((chosen & ~rejected).sum()), int((rejected & ~chosen).sum())
 
 
 def _edges(most: int) -> list[int]:
@@ -276,6 +246,9 @@ def _edges_around_zero(most: int) -> list[int]:
 
 
 def _lengths(tokens: np.ndarray, cut: np.ndarray, edges: list[int]) -> Lengths:
+    tokens, cut = tokens[tokens > 0], cut[tokens > 0]  # without responses that there are not
+    if not len(tokens):
+        return Lengths(0.0, 0.0, 0.0, 0, 0.0, [0] * (len(edges) - 1))
     return Lengths(
         mean=float(tokens.mean()),
         median=float(np.median(tokens)),

@@ -50,11 +50,12 @@ class Contradictions(str, Enum):
 
 @dataclass
 class Splits:
-    """Training and held-out pairs as token ids, and the counts of rows, of dropped ones by reason."""
+    """Training and held-out pairs as token ids; counts of rows, of dropped ones by reason; where unpaired rows come from."""
 
     train: PairTable
     held_out: PairTable
     counts: Counter[str]
+    unpaired: str = ""
 
 
 @dataclass
@@ -88,7 +89,8 @@ class Data(Source):
 
     validation_path, validation_split: the source of held-out pairs; without them validation_fraction of all pairs is
     held out, by a hash of the prompt. At most validation_pairs are held out. fraction: share of the training pairs to
-    use; a smaller one is a subset of a larger. batch_size: pairs per optimizer step, over all devices;
+    use; a smaller one is a subset of a larger. unpair: train on the two responses of each pair as two rows of one
+    labelled response; held-out pairs stay pairs. batch_size: pairs per optimizer step, over all devices;
     tokens_per_microbatch: the most tokens per forward pass (a pair of more tokens is a micro-batch of its own), in
     training and evaluation: memory depends on it, results do not. tokenize_workers: processes that read and tokenize many rows;
     None for one per core.
@@ -100,6 +102,7 @@ class Data(Source):
     validation_fraction: float = 0.1
     validation_pairs: int = 512
     fraction: float = 1.0
+    unpair: bool = False
     on_bad_row: OnBadRow = OnBadRow.error
     max_bad_share: float = 0.1
     contradictions: Contradictions = Contradictions.error
@@ -200,7 +203,7 @@ class Data(Source):
         train = tables[TRAIN]
         if self.fraction < 1:
             train = train.select(self._fraction(train, counts))
-        return self._checked(Splits(train, tables[HELD_OUT], counts), "the task")
+        return self._checked(self._unpaired(Splits(train, tables[HELD_OUT], counts)), "the task")
 
     def store(self, encoder: PairTokenizer, cache: Path) -> TokenizedPairs:
         """Return all pairs of the user's rows, before any are selected; raise BadData for bad rows."""
@@ -233,7 +236,9 @@ class Data(Source):
             counts["left out: more held-out pairs than data.validation_pairs"] = len(chosen) - self.validation_pairs
             first = np.argsort(hash_draws(store.table.keys[chosen], "held-out"), kind="stable")[: self.validation_pairs]
             chosen = np.sort(chosen[first])
-        splits = Splits(store.table.select(train), store.table.select(chosen), counts)
+        single = store.table.is_one_sided
+        unpaired = f"{store.where(int(single.argmax()))} is one response with a label" if single.any() else ""
+        splits = self._unpaired(Splits(store.table.select(train), store.table.select(chosen), counts, unpaired))
         if not held_out_sources and not len(chosen):
             log.warning("data: no pair is held out, so nothing can be measured; type data.validation_path=FILE.jsonl")
             return self._checked(splits, ", ".join(store.names), needed=("train",))
@@ -285,6 +290,13 @@ class Data(Source):
         kept = below_fraction(hash_draws(table.keys, "fraction"), self.fraction)
         counts["left out: by data.fraction"] = int((~kept).sum())
         return kept
+
+    def _unpaired(self, splits: Splits) -> Splits:
+        """Return the splits with each training pair as two rows of one response, if `unpair` is set."""
+        if not self.unpair:
+            return splits
+        splits.counts["training pairs split in two"] = int((~splits.train.is_one_sided).sum())
+        return replace(splits, train=splits.train.unpair(), unpaired="data.unpair=true splits pairs in two")
 
     def _checked(self, splits: Splits, what: str, needed: Sequence[str] = ("train", "held-out")) -> Splits:
         for name, table in (("train", splits.train), ("held-out", splits.held_out)):

@@ -161,7 +161,10 @@ class PairTokenizer:
         if self._unknown and not all(map(self._unknown.isdisjoint, (ids[0], *joined))):
             counts[UNKNOWN] += 1
         prompt = self._fit_prompt(begin, text)
-        sides = [self._with_end(side) for side in joined]
+        sides = [
+            self._with_end(side) if name in pair.responses else []
+            for name, side in zip(("chosen", "rejected"), joined, strict=True)
+        ]
         if sides[0] == sides[1]:
             counts["dropped: identical as tokens"] += 1
             return None
@@ -183,8 +186,7 @@ class PairTokenizer:
             return pair.prompt, [pair.chosen], [pair.rejected]  # type: ignore[return-value,list-item]
         prompt = self._chat.render(_messages(pair.prompt), pair.tools, answer_next=True)
         wholes = [
-            self._chat.render(_messages(pair.prompt) + _messages(side), pair.tools)
-            for side in (pair.chosen, pair.rejected)
+            self._chat.render(_messages(pair.prompt) + _messages(side), pair.tools) for side in pair.responses.values()
         ]
         start = len(prompt)  # offset of the answers
         if not all(whole.startswith(prompt) for whole in wholes):
@@ -194,13 +196,13 @@ class PairTokenizer:
         check_marks(pair, *self._chat.marks, counts)
         if self._chat.writes_date:
             counts[DATED] += 1
-        chosen, rejected = (
-            [self._chat.until_turn_end(whole[len(prompt) :])]
+        by_side = {
+            name: [self._chat.until_turn_end(whole[len(prompt) :])]
             if len(side) == 1
             else split_response(self._chat, _messages(pair.prompt), _messages(side), pair.tools, whole, len(prompt))
-            for side, whole in zip((pair.chosen, pair.rejected), wholes, strict=True)
-        )
-        return prompt, chosen, rejected
+            for (name, side), whole in zip(pair.responses.items(), wholes, strict=True)
+        }
+        return prompt, by_side.get("chosen", [""]), by_side.get("rejected", [""])
 
     def _without_opening(self, pair: Pair, prompt: str, wholes: list[str]) -> tuple[str, int]:
         """Shorten the prompt to what both rendered answers begin with, for templates that open an answer with text that

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_lab.core.pair_table import PairTable, starts_of
 from dpo_lab.core.pairs import content_hash
-from dpo_lab.data.encoding import Source, encoded_chunks
+from dpo_lab.data.encoding import BAD, EMPTY, Source, encoded_chunks
 from dpo_lab.data.formats import Shape
 from dpo_lab.data.row_faults import REPEATED
 from dpo_lab.data.rows import BadData
@@ -89,15 +89,15 @@ def _build(folder: Path, sources: Sequence[Source], encoder: PairTokenizer, bad:
         total = sum(rows.total for rows, _ in sources)
         for at, chunk, encoded in encoded_chunks(sources, encoder, workers):
             if encoded.bad and not bad.skip:
-                number, what = encoded.bad[0]
+                number, what, _ = encoded.bad[0]
                 raise BadData(
                     f"{chunk.place}:{number}: {what}; fix the row, or type data.on_bad_row=skip to leave such rows out"
                 )
             counts += encoded.counts
             if encoded.repeats and not repeats:
                 repeats = f"{chunk.place}:{encoded.repeats}"
-            counts["dropped: bad row"] += len(encoded.bad)
-            shown += [f"{chunk.place}:{number}: {what}" for number, what in encoded.bad[: SHOWN - len(shown)]]
+            counts.update(reason for *_, reason in encoded.bad)
+            shown += [f"{chunk.place}:{number}: {what}" for number, what, _ in encoded.bad[: SHOWN - len(shown)]]
             if chunk.place not in names:
                 names.append(chunk.place)
             masks.append((len(encoded.tokens), encoded.scored))
@@ -153,7 +153,7 @@ def _drop_repeats(columns: dict[str, np.ndarray], counts: Counter[str]) -> dict[
 
 def _report_bad_rows(shown: Sequence[str], counts: Counter[str], bad: BadRows) -> None:
     """Log the first bad rows; raise BadData if there are too many."""
-    found, rows = counts["dropped: bad row"], counts["rows"]
+    found, rows = counts[BAD] + counts[EMPTY], counts["rows"]
     for line in shown:
         log.warning("bad row: %s", line)
     if found > len(shown):

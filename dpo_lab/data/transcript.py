@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 from dpo_lab.core.pairs import Text
+from dpo_lab.data.labels import EmptyResponse
 from dpo_lab.data.messages import MOST, field_error, shared
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -31,5 +32,5 @@ def parted(texts: Mapping[str, Text]) -> tuple[list[Turn], list[str]]:
             what = f"after the turns of both sides: {', '.join(speakers[:MOST])}"
             raise field_error(where, f"continues beyond one answer ({what})")
         if not side[-1][1].strip():
-            raise field_error(where, r"is empty after the last '\n\nAssistant:'")
+            raise EmptyResponse(rf"field '{where}' is empty after the last '\n\nAssistant:'")
     return turns, [side[-1][1] for side in sides]

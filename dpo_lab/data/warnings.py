@@ -36,8 +36,10 @@ def _count_of(quality: Quality, what: str) -> str:
 
 def _on_labels(quality: Quality) -> Iterator[str]:
     longer = quality.train.chosen_longer
-    low, high = longer.interval or (0.0, 1.0)
-    if (pairs := quality.train.pairs) < FEWEST_TRAIN:
+    low, high = (longer and longer.interval) or (0.0, 1.0)
+    if longer is None:
+        yield from _on_single_labels(quality.train.unpaired)
+    elif (pairs := quality.train.pairs) < FEWEST_TRAIN:
         yield (
             f"only {_count(pairs, 'training pair')} (under {FEWEST_TRAIN}): too few to show anything about their source,"
             f" where chosen may be the longer one in anything from {100 * low:.0f} to {100 * high:.0f} % of the pairs;"
@@ -62,6 +64,19 @@ def _on_labels(quality: Quality) -> Iterator[str]:
         yield (
             f"{percent(scores.negative)} of the training pairs with scores (over {percent(AGAINST_SCORES)}) have the"
             " higher score on the rejected side: are chosen and rejected swapped? Look at data.label_is and data.columns"
+        )
+
+
+def _on_single_labels(unpaired: tuple[int, int]) -> Iterator[str]:
+    if (rows := sum(unpaired)) < FEWEST_TRAIN:
+        yield (
+            f"only {_count(rows, 'training row')} (under {FEWEST_TRAIN}): too few to show anything about their source; look"
+            " at more rows"
+        )
+    if not all(unpaired):
+        yield (
+            f"all training rows are {'desirable' if unpaired[0] else 'undesirable'} ones: the other label is never learned;"
+            " look at data.columns"
         )
 
 

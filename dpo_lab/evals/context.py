@@ -171,7 +171,12 @@ class EvalContext:
 
     @cached_property
     def held_out(self) -> ScoredPairs:
-        """The held-out pairs with their log-probabilities under both policies."""
+        """The held-out pairs that have two responses, with their log-probabilities under both policies."""
+        return self.held_out_rows.paired
+
+    @cached_property
+    def held_out_rows(self) -> ScoredPairs:
+        """All held-out pairs, responses labelled on their own included."""
         reference = None
         if self.reference is not None:
             reference = self._pair_logps(reference_model(self.reference), self.reference, self.pairs)
@@ -179,8 +184,8 @@ class EvalContext:
 
     @cached_property
     def train(self) -> ScoredPairs:
-        """The training pairs with their log-probabilities under both policies."""
-        return ScoredPairs(self.train_pairs, *self._logps_of_pairs(self.train_pairs))
+        """The training pairs that have two responses, with their log-probabilities under both policies."""
+        return ScoredPairs(self.train_pairs, *self._logps_of_pairs(self.train_pairs)).paired
 
     @cached_property
     def pair_logps(self) -> tuple[PairLogps, PairLogps]:

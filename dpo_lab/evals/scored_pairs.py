@@ -25,6 +25,16 @@ class ScoredPairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def paired(self) -> ScoredPairs:
+        """Those that have two responses, without responses that were labelled on their own."""
+        both = (self.trained.chosen_length > 0) & (self.trained.rejected_length > 0)
+        if both.all():
+            return self
+        pairs = [pair for pair, has_both in zip(self.pairs, both.tolist(), strict=True) if has_both]
+        reference = None if self.reference is None else self.reference[both]
+        return ScoredPairs(pairs, self.trained[both], self.initial[both], reference)
+
     @cached_property
     def keys(self) -> list[str]:
         return [pair.key for pair in self.pairs]
@@ -46,9 +56,12 @@ class ScoredPairs:
 
     @cached_property
     def change(self) -> tuple[np.ndarray, np.ndarray]:
-        """Changes of the log-probabilities of chosen and of rejected from the initial to the trained policy."""
+        """Changes of the log-probabilities of chosen and of rejected from the initial to the trained policy, of those that
+        there are.
+        """
         ratios = self.trained - self.initial
-        return ratios.chosen.double().numpy(), ratios.rejected.double().numpy()
+        chosen, rejected = ratios.chosen[ratios.chosen_length > 0], ratios.rejected[ratios.rejected_length > 0]
+        return chosen.double().numpy(), rejected.double().numpy()
 
     def rewards(self, loss: Loss) -> np.ndarray:
         """Return margins of the implicit reward: beta times the scores, to the loss's reference, that `loss` compares."""

@@ -80,7 +80,9 @@ def _difference(axis: Any, quality: Quality) -> None:
         axis.stairs(shown, edges, fill=not hatch, hatch=hatch, color=colour, label=label)
     longer = interval(quality.train.chosen_longer)
     axis.set(
-        title=f"Chosen is longer in {longer}, ties count half (train)",
+        title=f"Chosen is longer in {longer}, ties count half (train)"
+        if longer
+        else "No pair has two responses (train)",
         xlabel="difference in tokens, chosen minus rejected",
         ylabel="pairs",
     )

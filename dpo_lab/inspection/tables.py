@@ -67,9 +67,14 @@ def _findings(quality: Quality) -> Table:
         row("responses that also occur in another pair", lambda s: _percent(s.shared_responses)),
         row("responses that contain special tokens", lambda s: f"{s.special_inside:,}"),
         row("chosen is longer, ties count half (95 % interval)", lambda s: interval(s.chosen_longer)),
-        row("chosen and rejected equally long", lambda s: _percent(s.same_length)),
-        row("chosen minus rejected, mean tokens", lambda s: f"{s.difference:+z.1f}"),
+        row("chosen and rejected equally long", lambda s: "" if s.same_length is None else _percent(s.same_length)),
+        row("chosen minus rejected, mean tokens", lambda s: "" if s.difference is None else f"{s.difference:+z.1f}"),
     ]
+    if any(sum(side.unpaired) for side in sides):
+        rows[1:1] = [
+            row("rows of one desirable response, chosen", lambda s: f"{s.unpaired[0]:,}"),
+            row("rows of one undesirable response, rejected", lambda s: f"{s.unpaired[1]:,}"),
+        ]
     for what, margins in (("scores", _scores), ("truth", _truth)):
         if any(margins(side) for side in sides):
             rows += [
@@ -114,15 +119,18 @@ def _noise(quality: Quality) -> Table:
     ]
     total, all_pairs = quality.noise.total, quality.train.pairs
     rows.append(("all training pairs", f"{all_pairs:,}", f"{total:,}", _percent(total / all_pairs)))
-    before = f"Label noise (chosen longer in {interval(quality.noise.chosen_longer)} before it)"
-    return Table(before, ("", "pairs", "flipped", "share"), rows)
+    longer = quality.noise.chosen_longer
+    before = f" (chosen longer in {interval(longer)} before it)" if longer else ""
+    return Table(f"Label noise{before}", ("", "pairs", "flipped", "share"), rows)
 
 
 def _width(quality: Quality, of: str) -> int:
     return quality.bins[of][1] - quality.bins[of][0]
 
 
-def interval(estimate: Estimate) -> str:
-    """Return a share with its interval as text, `12.3 % (10.1 .. 14.5)`."""
+def interval(estimate: Estimate | None) -> str:
+    """Return a share with its interval as text, `12.3 % (10.1 .. 14.5)`; an empty text for none."""
+    if estimate is None:
+        return ""
     ends = format_interval(estimate.interval or (0.0, 1.0), lambda share: f"{100 * share:.1f}")
     return f"{_percent(estimate.value)} ({ends})"

@@ -59,8 +59,7 @@ def _table(table: Table) -> RichTable:
 
 
 def _pair(console: Console, pair: PairView) -> None:
-    flipped = ", chosen and rejected swapped by label noise" if pair.flipped else ""
-    _print(console, f"\n{pair.place}  {pair.key}{flipped}", "bold")
+    _print(console, f"\n{pair.place}  {pair.key}{pair.label}{pair.noise}", "bold")
     for part in pair.parts:
         _part(console, part)
 

@@ -61,6 +61,18 @@ class PairView:
     flipped: bool
     parts: list[Part]
 
+    @property
+    def label(self) -> str:
+        """Return the label of a response that was labelled on its own."""
+        names = [part.name for part in self.parts if part.scored]
+        return "" if len(names) > 1 else ", desirable" if names == ["chosen"] else ", undesirable"
+
+    @property
+    def noise(self) -> str:
+        """Return what label noise changed."""
+        what = "the label" if self.label else "chosen and rejected"
+        return f", {what} swapped by label noise" if self.flipped else ""
+
 
 def view_pair(table: PairTable, at: int, encoder: PairTokenizer, place: str) -> PairView:
     """Return the view of pair number `at` of a table."""
@@ -69,6 +81,8 @@ def view_pair(table: PairTable, at: int, encoder: PairTokenizer, place: str) -> 
     masks = pair.scored or [np.ones(len(ids), bool) for ids in (pair.chosen, pair.rejected)]
     parts = [Part("prompt", _tokens(pair.prompt, np.zeros(len(pair.prompt), bool), encoder), full)]
     for name, ids, scored in zip(("chosen", "rejected"), (pair.chosen, pair.rejected), masks, strict=True):
+        if not len(ids):
+            continue
         cut = bool(encoder.is_truncated(len(pair.prompt), len(ids), ids[-1]))
         parts.append(Part(name, _tokens(ids, scored, encoder), cut))
     return PairView(pair.key, visible(place, blanks=False), pair.flipped, parts)

@@ -126,6 +126,8 @@ def attention_by_response(
             outputs.append(scaled_dot_product_attention(q, first_k, first_v, attn_mask=mask, **attend))
         for response in others:
             q, k, v = next(parts)
+            if not response:  # of a pair with one side
+                continue
             k = torch.cat((first_k[:, :, :prompt], k), 2)
             v = torch.cat((first_v[:, :, :prompt], v), 2)
             mask = segments.mask(prompt, response, window, like=q)

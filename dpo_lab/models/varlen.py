@@ -67,14 +67,14 @@ class Layout:
         parts = np.array(lengths)
         prompts, responses = parts[:, :1], parts[:, 1:]
         begins = parts.cumsum().reshape(parts.shape) - parts  # of each part in the stream
-        keys = prompts + responses
-        queries = np.hstack((keys[:, :1], responses[:, 1:]))
-        cu_q, cu_k = (np.append(0, sizes.cumsum()) for sizes in (queries, keys))
+        queries = np.hstack((prompts + responses[:, :1], responses[:, 1:]))
+        keys = (prompts + responses) * (queries > 0)  # a response of no tokens, of a pair with one side, is no sequence
+        cu_q, cu_k = (np.append(0, sizes[queries > 0].cumsum()) for sizes in (queries, keys))
 
         def per_key(values: np.ndarray) -> np.ndarray:
             return np.repeat(np.broadcast_to(values, keys.shape), keys.ravel())
 
-        place = np.arange(cu_k[-1]) - np.repeat(cu_k[:-1], keys.ravel())  # of each key in its sequence
+        place = np.arange(cu_k[-1]) - np.repeat(cu_k[:-1], keys[queries > 0])  # of each key in its sequence
         skipped = begins[:, 1:] - begins[:, :1] - prompts  # tokens of other responses between prompt and response
         rows = per_key(begins[:, :1]) + place + (place >= per_key(prompts)) * per_key(skipped)
         counts = np.bincount(rows)

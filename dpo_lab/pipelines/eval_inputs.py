@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import torch
 
@@ -52,7 +54,8 @@ def build_eval_context(
         task = None
         prompt_ids = distinct_prompts(inputs.held_out)[: evals.num_prompts]
         prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
-        texts = [(pair.prompt, pair.chosen) for pair in inputs.held_out[: evals.num_texts]]
+        chosen = ((pair.prompt, pair.chosen) for pair in inputs.held_out if len(pair.chosen))
+        texts = list(islice(chosen, evals.num_texts))
     reference, tokens = None, config.data.forward_tokens
     if not config.reference.starts_at_policy:
         pairs = inputs.train.concat(inputs.held_out)  # as in training, whose cache is found

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import init_hf_modules
 
 from dpo_lab.config.schema import ConfigError, RunConfig
+from dpo_lab.core.losses import LOSSES
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.quality import Quality, quality_of
@@ -86,7 +87,14 @@ def prepare_pairs(config: RunConfig, cache: Path, forward: Forward) -> TrainingI
     policy, response_policy = policies(config, cache, forward.sharding)
     select_on_device(policy, cache, forward)
     encoder = encoder_of(config, policy.tokenizer)
-    splits = with_noise(config, policy, load_pairs(config, encoder, response_policy, cache), cache, forward)
+    splits = load_pairs(config, encoder, response_policy, cache)
+    if splits.unpaired and not config.loss.takes_unpaired:
+        names = {kind: name for name, kind in LOSSES.items()}
+        others = " or ".join(f"loss={name}" for name, kind in sorted(LOSSES.items()) if kind.takes_unpaired)
+        raise ConfigError(
+            f"loss={names[type(config.loss)]}: it compares two responses, and {splits.unpaired}; type {others}"
+        )
+    splits = with_noise(config, policy, splits, cache, forward)
     inputs = TrainingInputs(policy, encoder, splits.train, splits.held_out, splits.counts)
     return _check_inputs(inputs, "pairs", config)
 

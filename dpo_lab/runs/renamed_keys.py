@@ -44,6 +44,7 @@ ADDED_KEYS = {
     "loss.divergence_alpha": 0.5,
     "loss.ld_alpha": 1.0,
     "loss.weighting": "none",
+    "data.unpair": False,
 }
 # Keys of run.json, and of each finding in its `health`.
 RENAMED_RECORD_KEYS = {"starts": "attempts"}

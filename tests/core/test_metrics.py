@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from dpo_lab.core.losses import DPO, SimPO
-from dpo_lab.core.metrics import PreferenceMetrics, Values, zero_out_rounding
+from dpo_lab.core.losses import BCO, DPO, SimPO
+from dpo_lab.core.metrics import PreferenceMetrics, Values, reward_margins, zero_out_rounding
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from tests.support.ranks import run_in_ranks
 
@@ -52,6 +53,29 @@ def test_labelled_means():
     assert values["logratio/rejected"] == pytest.approx((-1 + 0 + 2 - 1) / 4)
     assert values["logps/chosen"] == pytest.approx(-14 / 4)
     assert values["loss"] == pytest.approx(sum(math.log1p(math.exp(-0.5 * h)) for h in (2, 0, -4, 1)) / 4)
+
+
+def test_a_side_that_a_pair_does_not_have_counts_in_no_mean():
+    """Two desirable responses with rewards 1 and -2, an undesirable one with 3, the last one flipped; and a pair."""
+    sides = torch.tensor([[2, 0], [2, 0], [0, 4], [2, 4]])
+    policy, reference = (replace(each, chosen_length=sides[:, 0], rejected_length=sides[:, 1]) for each in ONE_SIDED)
+    batch = replace(batch_of([False, False, True, False], [math.nan] * 4), response_lengths=sides)
+    metrics, loss = PreferenceMetrics(), BCO(1.0)
+    metrics.update(loss, torch.tensor([1.0, 2.0, 3.0, 4.0]), policy, reference, batch)
+    values = metrics.compute()
+    assert values["rewards/chosen"] == pytest.approx((1 - 2 + 5) / 3)
+    assert values["rewards/rejected"] == pytest.approx((3 + 1) / 2)
+    assert values["clean/rewards/rejected"] == pytest.approx(1)
+    assert values["flipped/rewards/rejected"] == pytest.approx(3)
+    assert (values["rewards/margins"], values["rewards/accuracies"]) == (4, 1)
+    assert not {"flipped/rewards/chosen", "flipped/rewards/margins", "flipped/rewards/accuracies"} & values.keys()
+    assert values["loss"] == 2.5
+    histogram = Values()
+    histogram.update(reward_margins(loss, policy, reference))
+    assert histogram.compute().item() == 4
+
+
+ONE_SIDED = logps_of([-1, -4, 0, -1], [0, 0, -2, -3]), logps_of([-2, -2, 0, -6], [0, 0, -5, -4])
 
 
 def test_clean_and_flipped_apart():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_lab.core.linear_loss import LinearLoss
-from dpo_lab.core.losses import AOT, BCO, DPO, AOTUnpaired, BetaDPO
+from dpo_lab.core.losses import AOT, BCO, DPO, LOSSES, AOTUnpaired, BetaDPO
 from dpo_lab.core.losses.base import StepLevel
 from dpo_lab.core.pairs import PairLogps
 from tests.support.losses import STEP_LEVEL, make_loss
@@ -45,6 +45,18 @@ def softplus(*values: float) -> list[float]:
 )
 def test_by_hand(loss, expected):
     assert loss(POLICY, REFERENCE).tolist() == pytest.approx(expected)
+
+
+def test_bco_takes_responses_labelled_on_their_own():
+    """Rewards .5, 1 and, of a pair, 0 and -1: their mean is 1/8; a side that there is not has no term."""
+    policy, reference = logps([-1, 0, -3], [0, -3, -4]), logps([-2, 0, -3], [0, -5, -2])
+    for each in (policy, reference):
+        each.chosen_length, each.rejected_length = torch.tensor([1, 0, 1]), torch.tensor([0, 1, 1])
+    expected = [softplus(-0.5 + 1 / 8), softplus(1 - 1 / 8), softplus(0 + 1 / 8, -1 - 1 / 8)]
+    assert BCO(0.5)(policy, reference).tolist() == pytest.approx([sum(terms) for terms in expected])
+    assert BCO(0.5).statistic(policy, reference).item() == pytest.approx(1 / 8)
+    assert {name for name, loss in LOSSES.items() if loss.takes_unpaired} >= {"bco"}
+    assert not DPO.takes_unpaired
 
 
 def test_beta_follows_the_margins_of_the_step():

@@ -413,7 +413,7 @@ BAD = [
     (ROW | {"system": 3}, {}, "field 'system' is int, not a string"),
     (ROW | {"score_chosen": "high"}, {}, "field 'score_chosen' has 'high' where a number should be"),
     (ROW | {"score_chosen": True}, {}, "field 'score_chosen' has True where a number should be"),
-    (ROW | {"mark": 2}, {"columns": {"label": "mark"}}, "field 'mark' is 2, not 0 or 1"),
+    (ROW | {"mark": 3}, {"columns": {"label": "mark"}}, "field 'mark' is 3, not 0 or 1"),
     (ROW | {"mark": None}, {"columns": {"label": "mark"}}, "field 'mark' is None, not 0 or 1"),
     (ROW | {"mark": "yes"}, {"columns": {"label": "mark"}}, "field 'mark' is 'yes', not 0 or 1"),
     (

@@ -94,7 +94,7 @@ def test_truth_is_as_labelled(encoder):
 
 def test_brute_force_says_the_same(encoder, monkeypatch):
     """Over many pairs of few tokens, so that much repeats; in many blocks; and of a table that is a part of another."""
-    monkeypatch.setattr("dpo_lab.data.quality.BLOCK", 50)
+    monkeypatch.setattr("dpo_lab.data.token_hashes.BLOCK", 50)
     rng = np.random.default_rng(0)
 
     def tokens(low: int) -> list[int]:

@@ -46,13 +46,15 @@ class Loss:
     the loss requires a reference that equals the initial policy, False if it requires reference=uniform, None if it
     takes any. is_bradley_terry: whether sigma(beta h) is the loss's probability of a label, as under the model of
     Bradley and Terry. is_per_token: whether the log-ratios that it compares are means over tokens instead of sums.
-    is_margin_only: whether the loss of a pair is a function of its margin h alone.
+    is_margin_only: whether the loss of a pair is a function of its margin h alone. takes_unpaired, the one trait with a
+    default: whether its terms are those of single responses, so that it takes responses that were labelled on their own.
     """
 
     requires_reference: ClassVar[bool | None]
     is_bradley_terry: ClassVar[bool]
     is_per_token: ClassVar[bool]
     is_margin_only: ClassVar[bool]
+    takes_unpaired: ClassVar[bool]
     beta: float = 0.1
     divergence: Divergence = field(default=Divergence.reverse_kl, kw_only=True)
     divergence_alpha: float = field(default=0.5, kw_only=True)
@@ -67,9 +69,10 @@ class Loss:
         is_bradley_terry: bool,
         is_per_token: bool,
         is_margin_only: bool,
+        takes_unpaired: bool = False,
     ) -> None:
         cls.requires_reference, cls.is_bradley_terry = requires_reference, is_bradley_terry
-        cls.is_per_token, cls.is_margin_only = is_per_token, is_margin_only
+        cls.is_per_token, cls.is_margin_only, cls.takes_unpaired = is_per_token, is_margin_only, takes_unpaired
         add_to_table(LOSSES, name, cls)
 
     def __post_init__(self) -> None:

@@ -23,12 +23,14 @@ class BCO(
     is_bradley_terry=False,
     is_per_token=False,
     is_margin_only=False,
+    takes_unpaired=True,
 ):
     """Binary classifier optimization, -log sigma(beta r(w) - delta) - log sigma(delta - beta r(l)): delta is the running mean
     of both rewards, and no gradient flows through it.
 
     Jung et al. 2024 (arXiv:2404.04656), equation 9, without its importance weights. r are the log-ratios. TRL's bco_pair
-    has delta = 0, which is shift=false here. At the start the loss is 2 ln 2.
+    has delta = 0, which is shift=false here. At the start the loss is 2 ln 2. A response labelled on its own has its own
+    term alone, and delta is the mean over all responses that there are.
     """
 
     momentum: float = 0.9
@@ -40,14 +42,16 @@ class BCO(
 
     def statistic(self, policy: PairLogps, reference: PairLogps) -> Float[Tensor, ""]:
         r = self.scores(policy, reference)
-        return (self.beta * (r.chosen + r.rejected) / 2).mean().detach() * self.shift
+        count = (r.chosen_length > 0).sum() + (r.rejected_length > 0).sum()
+        return (self.beta * (r.chosen + r.rejected)).sum().detach() / count * self.shift
 
     def __call__(
         self, policy: PairLogps, reference: PairLogps, running: Float[Tensor, ""] | None = None
     ) -> Float[Tensor, " pairs"]:
         r = self.scores(policy, reference)
         delta = self.statistic(policy, reference) if running is None else running
-        return -log_sigmoid(self.beta * r.chosen - delta) - log_sigmoid(delta - self.beta * r.rejected)
+        desirable = -log_sigmoid(self.beta * r.chosen - delta) * (r.chosen_length > 0)
+        return desirable - log_sigmoid(delta - self.beta * r.rejected) * (r.rejected_length > 0)
 
 
 @dataclass

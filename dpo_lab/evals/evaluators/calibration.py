@@ -33,7 +33,7 @@ class Calibration(Evaluator, name="calibration", order=20, is_default=True, need
         check_at_least("evals.calibration.bins", self.bins, 1, 15)
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        if not context.loss.is_bradley_terry:
+        if not context.loss.is_bradley_terry or not len(context.held_out):
             return
         import torch
 

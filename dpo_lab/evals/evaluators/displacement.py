@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 @dataclass
 class Displacement(Evaluator, name="displacement", order=30, is_default=True, needs_samples=False, needs_reward=False):
     """Share of held-out pairs whose chosen response is less likely than under the initial policy, and the mean change
-    of log-probability, in nats, of chosen and of rejected responses. Razin et al. 2024 (arXiv:2410.08847).
+    of log-probability, in nats, of chosen and of rejected responses, desirable and undesirable ones that were labelled on
+    their own included. Razin et al. 2024 (arXiv:2410.08847).
     """
 
     labels = {
@@ -26,7 +27,9 @@ class Displacement(Evaluator, name="displacement", order=30, is_default=True, ne
     }
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        chosen, rejected = context.held_out.change
-        yield "chosen_fell", share(chosen < 0)
-        yield "chosen_change", mean(chosen)
-        yield "rejected_change", mean(rejected)
+        chosen, rejected = context.held_out_rows.change
+        if len(chosen):
+            yield "chosen_fell", share(chosen < 0)
+            yield "chosen_change", mean(chosen)
+        if len(rejected):
+            yield "rejected_change", mean(rejected)

@@ -26,11 +26,15 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
     The same on a sample of the training pairs, under `train/`, for clean and flipped pairs separately. Both are
     measured with the labels they were trained on, so a high `train/flipped/accuracy` means that label noise was
     memorised.
+
+    Responses labelled on their own have no accuracy. `auc` is the share of pairs of a desirable and an undesirable
+    held-out response, of any prompts, where the desirable one has the larger log-ratio; a tie counts half.
     """
 
     labels = {
         "true_accuracy": "accuracy, truth (held-out)",
         "accuracy": "accuracy, labels (held-out)",
+        "auc": "AUC, desirable over undesirable (held-out)",
         "margin": "log-ratio margin (nats)",
         "gold_correlation": "rank correlation with gold",
         "train/clean/accuracy": "accuracy, clean (train)",
@@ -38,7 +42,20 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
     }
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        held_out = context.held_out
+        if len(held_out := context.held_out):
+            yield from self._held_out(context, held_out)
+        if len(held_out) < len(rows := context.held_out_rows):
+            yield from _of_single_responses(rows)
+        if not len(context.train_pairs) or not len(train := context.train):
+            return
+        context.examples.add("train", train.keys, **train.columns())
+        for group, rows in (("clean", ~train.flipped), ("flipped", train.flipped)):
+            if rows.any():
+                yield f"train/{group}/accuracy", share(np.heaviside(train.margins[rows], 0.5))
+                yield f"train/{group}/margin", mean(train.margins[rows])
+        yield from _by_truth(train, "train/")
+
+    def _held_out(self, context: EvalContext, held_out: ScoredPairs) -> Iterator[tuple[str, Estimate]]:
         context.examples.add("held_out", held_out.keys, **held_out.columns())
         yield "accuracy", share(np.heaviside(held_out.margins, 0.5))
         yield "ties", share(held_out.margins == 0)
@@ -47,15 +64,17 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
         known = ~np.isnan(held_out.gold)
         if correlation := rank_correlation(held_out.margins[known].tolist(), held_out.gold[known].tolist()):
             yield "gold_correlation", correlation
-        if not len(context.train_pairs):
-            return
-        train = context.train
-        context.examples.add("train", train.keys, **train.columns())
-        for group, rows in (("clean", ~train.flipped), ("flipped", train.flipped)):
-            if rows.any():
-                yield f"train/{group}/accuracy", share(np.heaviside(train.margins[rows], 0.5))
-                yield f"train/{group}/margin", mean(train.margins[rows])
-        yield from _by_truth(train, "train/")
+
+
+def _of_single_responses(rows: ScoredPairs) -> Iterator[tuple[str, Estimate]]:
+    from scipy.stats import mannwhitneyu
+
+    ratios = rows.trained - rows.initial
+    desirable = ratios.chosen[ratios.rejected_length == 0].double().numpy()
+    undesirable = ratios.rejected[ratios.chosen_length == 0].double().numpy()
+    if count := len(desirable) * len(undesirable):
+        auc = float(mannwhitneyu(desirable, undesirable).statistic) / count
+        yield "auc", Estimate(auc, n=len(desirable) + len(undesirable))
 
 
 def _by_truth(scored: ScoredPairs, prefix: str) -> Iterator[tuple[str, Estimate]]:
