@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +84,16 @@ def test_a_table_keeps_what_is_scored():
         assert [pair.token_weights.tolist() for pair in found] == [pair.token_weights.tolist() for pair in expected]
     assert table.digest() != replace(table, scored=None).digest()
     assert table.chosen_only()[0].scored_lengths == (int(table.flip(table.flipped)[0].scored_lengths[0]), 0)
+
+
+def test_a_mapped_file_of_what_is_scored_travels_by_name(tmp_path):
+    table = PairTable.of(with_gaps(make_pairs(6)))
+    table.scored.tofile(tmp_path / "scored.bin")
+    mapped = replace(table, scored=np.memmap(tmp_path / "scored.bin", np.bool_, "r"))
+    assert len(pickle.dumps(mapped)) < len(pickle.dumps(table)) + 200
+    copy = pickle.loads(pickle.dumps(mapped))
+    assert isinstance(copy.scored, np.memmap)
+    assert [pair.token_weights.tolist() for pair in copy] == [pair.token_weights.tolist() for pair in table]
 
 
 def test_micro_batches_split_weights_as_they_split_tokens():
