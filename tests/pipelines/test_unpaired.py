@@ -68,13 +68,17 @@ def test_label_noise_flips_labels_by_the_keys_of_rows(trained):
     kinds = record["data_quality"]["noise"]["flipped"]
     assert sum(n for _, n in (kinds["desirable"], kinds["undesirable"])) == flipped > 5
     assert kinds["chosen longer"] == [0, 0]
-    told = warm.door("dpo_lab.inspect", *SMALL[1:4], "data.path=unpaired.jsonl", "policy=pretrained", "policy.path=mine",
-                     "show=60", "noise=symmetric", "noise.rate=0.3", cwd=trained)  # fmt: skip
+    own = [*SMALL[1:4], "data.path=unpaired.jsonl", "policy=pretrained", "policy.path=mine"]
+    noise = ["noise=symmetric", "noise.rate=0.3"]
+    told = warm.door("dpo_lab.inspect", *own, *noise, "show=60", "page=page.html", cwd=trained)
     assert told.returncode == 0, told.stderr
     shown = [line for line in told.stdout.splitlines() if line.startswith("unpaired.jsonl:")]
     labels = [json.loads(line)["label"] for line in (trained / "unpaired.jsonl").read_text().splitlines()]
     swapped = [line for line in shown if line.endswith("the label swapped by label noise")]
     assert len(swapped) == flipped
+    page = (trained / "page.html").read_text()
+    assert page.count("the label swapped by label noise") == flipped
+    assert "rows of one undesirable response, rejected" in page
     for line in shown:
         place, key, label = line.split()[:3]
         was_desirable = labels[int(place.rpartition(":")[2]) - 1]
