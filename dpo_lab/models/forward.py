@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_lab.core.fused_lm_head import fused_loss, relative_sums, token_log_squares, token_logps
 from dpo_lab.core.logps import sum_responses
-from dpo_lab.core.losses import Loss
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.models.paths import apply_path, response_rows, shares_prompts
 from dpo_lab.models.sharding import device_of, one_pass
@@ -88,11 +87,15 @@ def pair_logps(model: PreTrainedModel, batch: PairBatch, weighs_pairs: bool = Fa
 
 @one_pass
 def pair_loss(
-    model: PreTrainedModel, batch: PairBatch, loss: Loss, reference: PairLogps, weighs_pairs: bool = False
+    model: PreTrainedModel,
+    batch: PairBatch,
+    loss: Callable[[PairLogps, Any], Tensor],
+    reference: Any,
+    weighs_pairs: bool = False,
 ) -> tuple[Float[Tensor, ""], PairLogps]:
     """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached.
 
-    weighs_pairs: whether each loss is multiplied with the weight of its pair, see PairLogps.of.
+    loss: a Loss, or another function of the log-probabilities of pairs and of their part of `reference`. weighs_pairs: whether each loss is multiplied with the weight of its pair, see PairLogps.of.
     """
     hidden, head, targets = response_rows(model, batch.tokens, batch.lengths)
 

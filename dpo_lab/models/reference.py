@@ -204,7 +204,8 @@ class MovingModel(FrozenModel):
         theirs = dict(policy.named_parameters())
         mine = self.state_dict()
         with torch.no_grad():
-            torch._foreach_lerp_(list(mine.values()), [theirs[name].detach() for name in mine], self.mixup)
+            for name, weight in mine.items():
+                weight.lerp_(theirs[name].detach(), self.mixup)
         return True
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.core.fused_lm_head import rows_per_chunk
+from dpo_lab.core.fused_lm_head import GPU_ROWS
 from dpo_lab.models.forward import disable_dropout
 from dpo_lab.models.paths import causal_lm
 
@@ -189,10 +189,10 @@ def activation_bytes(model: PreTrainedModel, tokens: int, recomputes: bool = Fal
 
 def head_bytes(shape: Shape, rows: float, weight: Tensor, trained: bool, product: torch.dtype) -> float:
     """Return the bytes of the LM head in training, for `rows` response rows: a chunk of logits in float32 and in the
-    dtype of products, the gradients of hidden states and, if it is trained, of its weight.
+    dtype of products, the largest on a GPU, the gradients of hidden states and, if it is trained, of its weight.
     """
     short = 0 if product == torch.float32 else product.itemsize
-    logits = min(rows, rows_per_chunk(shape.vocabulary)) * shape.vocabulary * (4 + short)
+    logits = min(rows, GPU_ROWS) * shape.vocabulary * (4 + short)
     copies = weight.numel() * (0 if product == weight.dtype else product.itemsize)
     return logits + copies + rows * shape.hidden * (4 + product.itemsize) + (4 * weight.numel() if trained else 0)
 
