@@ -95,7 +95,8 @@ def pair_loss(
 ) -> tuple[Float[Tensor, ""], PairLogps]:
     """Return the sum of a batch's losses, differentiable, and the policy's log-probabilities, detached.
 
-    loss: a Loss, or another function of the log-probabilities of pairs and of their part of `reference`. weighs_pairs: whether each loss is multiplied with the weight of its pair, see PairLogps.of.
+    loss: a Loss, or another function of the log-probabilities of pairs and of their part of `reference`. weighs_pairs:
+    whether each loss is multiplied with the weight of its pair, see PairLogps.of.
     """
     hidden, head, targets = response_rows(model, batch.tokens, batch.lengths)
 

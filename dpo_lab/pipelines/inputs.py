@@ -180,15 +180,16 @@ def with_noise(config: RunConfig, policy: Policy | None, splits: Splits, cache: 
 
 
 def select_on_device(policy: Policy, cache: Path, forward: Forward) -> None:
-    """Select the forward path again, where and how passes run, unless as it was loaded; all ranks take that of rank 0.
+    """Try shared prompts again where and how passes run, unless it was loaded so; all ranks take the path of rank 0.
 
+    A trial in 16 bits tells only large differences from rounding, so it can only take back what one at loading has found.
     A collective: all ranks have to call it. A sharded model keeps the path that was found where rank 0 loaded it.
     """
     if forward.sharding is not None:
         return
     with forward.context():
         is_loaded_so = (forward.device.type, compute_dtype(forward.device)) == ("cpu", torch.float32)
-    if not is_loaded_so:
+    if not is_loaded_so and path_of(policy.model).shares_prompts:
         select_forward(policy.model, cache, forward.device, forward.context)
     apply_path(policy.model, broadcast_object(path_of(policy.model)))
 

@@ -31,6 +31,12 @@ def rows() -> list[tuple[list[int], list[int]]]:
     return [tuple([draws.randrange(3, VOCABULARY) for _ in range(n)] for n in lengths) for lengths in LENGTHS]  # type: ignore[misc]
 
 
+def batch() -> Any:
+    """The rows as a packed stream, and its lengths."""
+    prompts, responses = zip(*rows(), strict=True)
+    return collate_responses(prompts, responses)
+
+
 def alone(model: Any, ids: list[int]) -> torch.Tensor:
     """Logits [T, V] of one row, without padding and without a cache."""
     return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
@@ -79,14 +85,12 @@ def measure(name: str) -> Row:
     original = made(*(CACHED | UNCACHED)[name], scale=3.0)
     model = copy.deepcopy(original)
     select_forward(model)
-    prompts, responses = zip(*rows(), strict=True)
-    batch = collate_responses(prompts, responses)
     with torch.no_grad():
-        found = response_logps(model, *batch)[:, 0].tolist()
+        found = response_logps(model, *batch())[:, 0].tolist()
     exact = [log_probability(original, prompt, response) for prompt, response in rows()]
     difference = max(abs(one - two) for one, two in zip(found, exact, strict=True))
     with patch.object(fused_lm_head, "ROWS", CHUNK), LogitRows() as seen:
-        response_nll(model, *batch).backward()
+        response_nll(model, *batch()).backward()
     path = path_of(model)
     return Row(name, path.shares_prompts, path.why, difference, seen.most)
 
