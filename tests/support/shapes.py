@@ -18,6 +18,7 @@ MODULES = (
     "core.pairs",
     "core.logps",
     "core.products",
+    "core.lm_head",
     "core.fused_lm_head",
     *(f"core.losses.{name}" for name in ("base", "dpo", "dpo_with_term", "fine_tuning", "hinge", "ipo", "simpo")),
     "core.metrics",
