@@ -22,6 +22,7 @@ MODULES = (
     "core.logps",
     "core.lm_head",
     "core.products",
+    "core.lm_head",
     "core.fused_lm_head",
     "core.linear_loss",
     *(f"core.losses.{module.name}" for module in iter_modules(losses.__path__)),  # its base is the first by name
