@@ -50,7 +50,7 @@ def test_it_gives_the_numbers_of_a_call_per_response(responses, heads):
         scale = draw.choice([None, 0.5])
         ours, loop = (
             by_padding(inputs, lengths, scale),
-            attention_by_response(inputs[0], *inputs[1:], Segments(lengths), scale),
+            attention_by_response(*inputs, Segments(lengths), scale),
         )
         assert_equal(ours, loop, inputs)
 
