@@ -8,6 +8,7 @@ import random
 import socket
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -29,13 +30,21 @@ def pretended(*command: str) -> None:
     """A command in this process, which has a GPU; prints how many products of matrices it computed on the CPU, and calls of
     the kernel for shared prompts, forward and backward.
 
-    A model is probed where it is loaded, on the CPU, before the run has a device: that is left out.
+    A model is probed, and its path tried, where it is loaded, on the CPU, before the run has a device: that is left out.
     """
-    from dpo_lab.models import load
+    from dpo_lab.models import forward, load
     from tests.support import varlen
     from tests.support.pretend_cuda import pretend_cuda
 
-    with patch.object(load, "check_behaviour"), pretend_cuda(int(os.environ.get("WORLD_SIZE", "1"))) as cuda:
+    select = forward.select_forward
+
+    def select_uncounted(*args: Any) -> None:
+        before = cuda.cpu_products
+        select(*args)
+        cuda.cpu_products = before
+
+    at_load = patch.object(forward, "select_forward", select_uncounted)  # not that of the pipelines, on the device
+    with patch.object(load, "check_behaviour"), pretend_cuda(int(os.environ.get("WORLD_SIZE", "1"))) as cuda, at_load:
         try:
             warm.main(*command)
         finally:

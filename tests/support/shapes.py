@@ -20,7 +20,6 @@ from dpo_lab.core import losses
 MODULES = (
     "core.pairs",
     "core.logps",
-    "core.lm_head",
     "core.products",
     "core.lm_head",
     "core.fused_lm_head",
