@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -448,6 +449,8 @@ def test_labels_are_of_metrics_that_are_measured(subject, monkeypatch):
     monkeypatch.setattr(SyntheticReviews, "gold", lambda self, text: sum(map(ord, text)) % 7)
     subject.judge = lambda texts: np.array([sum(map(ord, text)) % 11 for text in texts], float)
     subject.train_pairs = [*subject.pairs[:3], *(pair.flip() for pair in subject.pairs[3:])]
+    first, second = subject.pairs[:2]
+    subject.pairs = [*subject.pairs, replace(first, rejected=[]), replace(second, chosen=[])]  # labelled on their own
     words = SyntheticReviews().texts(HELD_OUT, 1, seed=0)[0].split() * 2
     with_samples(subject, *([" ".join(words[: i % n + 1]) for i in range(40)] for n in (7, 5)))
     optimum = Optimum(num_candidates=16, num_prompts=2)
