@@ -96,7 +96,7 @@ class Shape:
     def _resolved(self, row: Row) -> Shape:
         """Return the shape with the format of the row, and with the columns that hold its responses and its label."""
         kind = self._recognise(row) if self.format is Format.auto else self.format
-        columns = {}
+        columns: dict[Any, str] = {}
         if kind is Format.unpaired:
             columns = dict.fromkeys(SIDES, self._column("completion")) | {"label": "label"}
         elif kind is Format.arena:
