@@ -81,7 +81,7 @@ def step(count: int, tokens: int = 8192, layers: int = LAYERS, plain: bool = Fal
         disable_dropout(model)
         optimizer, _ = optim.build(model.parameters(), 9)
         casts = LinearCasts([] if plain else module.models()).install()
-        update, module._update_metrics = module._update_metrics, lambda *args: metrics.append(args)
+        update, module.train_metrics.update = module.train_metrics.update, lambda *args: metrics.append(args)
         for _ in range(2):
             counts.clear()
             metrics: list[Any] = []

@@ -1,8 +1,25 @@
-"""Faults of rows that are counted while pairs are read, and the warning for each."""
+"""Faults of rows: what to do with them, those that are counted while pairs are read, and the warning for each."""
 
 from __future__ import annotations
 
 from datetime import datetime
+from enum import Enum
+
+
+class OnBadRow(str, Enum):
+    """What to do with a row that is not a pair."""
+
+    error = "error"
+    skip = "skip"
+
+
+class Contradictions(str, Enum):
+    """What to do with two pairs that contradict each other: A preferred to B, and B preferred to A."""
+
+    error = "error"
+    keep = "keep"  # keep both: annotators differ
+    drop = "drop"  # drop both
+
 
 # Given to templates that ask for the current date, so that tokens don't depend on the day; the fallback of Llama's
 DATE = datetime(2024, 7, 26)

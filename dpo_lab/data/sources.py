@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any, Union
 
@@ -18,6 +17,7 @@ import numpy as np
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import Pair
 from dpo_lab.data.formats import Format, Shape
+from dpo_lab.data.row_faults import Contradictions, OnBadRow
 from dpo_lab.data.rows import BadData, Rows, local_files, open_rows
 from dpo_lab.data.splits import HELD_OUT, TRAIN, below_fraction, hash_draws
 from dpo_lab.data.tasks.base import Task
@@ -31,21 +31,6 @@ log = logging.getLogger(__name__)
 AUTO, FORWARD_TOKENS = "auto", 2048  # the word for tokens that a trial finds, and the default
 
 Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
-
-
-class OnBadRow(str, Enum):
-    """What to do with a row that is not a pair."""
-
-    error = "error"
-    skip = "skip"
-
-
-class Contradictions(str, Enum):
-    """What to do with two pairs that contradict each other: A preferred to B, and B preferred to A."""
-
-    error = "error"
-    keep = "keep"  # keep both: annotators differ
-    drop = "drop"  # drop both
 
 
 @dataclass

@@ -229,8 +229,7 @@ class PairTokenizer:
 
     @cached_property
     def _bos(self) -> Ids:
-        bos = self.tokenizer.bos_token_id
-        return [] if bos is None else [int(bos)]  # type: ignore[arg-type]
+        return [] if (bos := self.tokenizer.bos_token_id) is None else [int(bos)]  # type: ignore[arg-type]
 
     @cached_property
     def _unknown(self) -> frozenset[int]:
@@ -269,8 +268,7 @@ class PairTokenizer:
         )
 
     def _decoded(self, ids: Ids) -> str:
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(decoded)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _is_begun(self, ids: Ids) -> bool:
         """Return whether ids start with the tokens that the tokenizer prepends to every text."""

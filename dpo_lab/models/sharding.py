@@ -140,9 +140,11 @@ def one_pass(compute: Compute) -> Compute:
     """Decorate a function that runs one forward pass of the model that is its first argument, which may be sharded."""
 
     @functools.wraps(compute)
-    def run(model: PreTrainedModel, *args: Any) -> Any:
+    def run(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         sharded = sharded_of(model)
-        return compute(model, *args) if sharded is None else sharded.run(model, compute, *args)
+        if sharded is None:
+            return compute(model, *args, **kwargs)
+        return sharded.run(model, functools.partial(compute, **kwargs), *args)
 
     return run  # type: ignore[return-value]
 

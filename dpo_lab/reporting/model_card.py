@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo_lab.reporting.html_page import environment
 from dpo_lab.reporting.run_summary import COLUMNS, metric_rows
+from dpo_lab.runs.renamed_keys import ADDED_KEYS
 from dpo_lab.stats.estimates import Estimate
 
 
@@ -50,9 +51,9 @@ def model_card(record: Mapping[str, Any]) -> str:
     facts = {
         "data": data["path"] or ", ".join(paths) or f"task {data['task']['kind']}",
         "pairs": ", ".join(f"{what} {count:,}" for what, count in record["data"].items() if count),
-        "loss": _settings(config.get("loss")),
-        "reference": _settings(config.get("reference")),
-        "label noise": _settings(config.get("noise")),
+        "loss": _settings(config.get("loss"), "loss"),
+        "reference": _settings(config.get("reference"), "reference"),
+        "label noise": _settings(config.get("noise"), "noise"),
         "seed": config["seed"],
         "initial policy": f"{policy.get('path') or policy['kind']}, weights {record['initial_policy']}",
         "adapters": f"rank {rank}, alpha {policy['alpha']}" if rank is not None else None,
@@ -101,8 +102,9 @@ def _work(config: Mapping[str, Any]) -> Work:
     return BY_TEXTS if of_texts else BY_RESPONSES
 
 
-def _settings(node: Mapping[str, Any] | None) -> str | None:
-    """Return settings as text, `dpo, beta 0.1`."""
+def _settings(node: Mapping[str, Any] | None, group: str) -> str | None:
+    """Return the settings of a config group as text, `dpo, beta 0.1`, without options that are not in use."""
     if node is None:
         return None
-    return ", ".join(str(value) if key == "kind" else f"{key} {value}" for key, value in node.items())
+    in_use = {key: value for key, value in node.items() if ADDED_KEYS.get(f"{group}.{key}", node) != value}
+    return ", ".join(str(value) if key == "kind" else f"{key} {value}" for key, value in in_use.items())

@@ -53,7 +53,7 @@ def test_a_run_leaves_its_record(baseline):
     assert record["step_zero_loss"] == pytest.approx(0.693147, abs=1e-4)
     assert record["steps"] == 6
     assert record["data"]["rows"] == 96 + 24
-    assert record["config"]["loss"] == {"kind": "dpo", "beta": 0.1}
+    assert {"kind": "dpo", "beta": 0.1}.items() <= record["config"]["loss"].items()
     assert {
         "accuracy",
         "true_accuracy",

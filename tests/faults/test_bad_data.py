@@ -22,6 +22,7 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.models.policy import Policy, PolicyError, load_policy
 from dpo_lab.models.reference import Cached
 from tests.conftest import OWN_MODEL, make_pairs
+from tests.support.losses import make_loss
 from tests.support.ranks import become_rank, run_in_ranks
 from tests.support.templates import ids_of, tokenizer_of
 from tests.support.warm import door
@@ -205,7 +206,7 @@ def test_27_a_beta_that_is_none_is_refused(beta):
 def test_27_loss_and_gradient_stay_finite_at_great_margins(name, margin):
     chosen = torch.tensor([margin], requires_grad=True)
     zero, length = torch.zeros(1), torch.ones(1)
-    loss = LOSSES[name](beta=1.0)(PairLogps(chosen, zero, length, length), PairLogps(zero, zero, length, length))
+    loss = make_loss(name, beta=1.0)(PairLogps(chosen, zero, length, length), PairLogps(zero, zero, length, length))
     loss.sum().backward()
     assert loss.isfinite().all()
     assert chosen.grad.isfinite().all()

@@ -12,7 +12,12 @@ from dpo_lab.runs.fingerprint import changed_files, fingerprint
 
 pytestmark = pytest.mark.slow
 
-CONFIG = {"beta": 0.1, "data": {"path": "pairs.jsonl"}, "trainer": {"max_steps": 160}, "if_exists": "error"}
+CONFIG = {
+    "beta": 0.1,
+    "data": {"path": "pairs.jsonl", "unpair": False},
+    "trainer": {"max_steps": 160},
+    "if_exists": "error",
+}
 
 
 def left(folder: Path) -> dict[Path, bytes]:

@@ -19,6 +19,7 @@ from dpo_lab.models.attention import SHARED_PROMPT
 from dpo_lab.models.forward import disable_dropout, forward_name, pair_logps, pair_loss, select_forward
 from dpo_lab.models.paths import path_of
 from dpo_lab.models.policy import load_policy
+from tests.support.losses import make_loss
 
 pytestmark = pytest.mark.slow
 
@@ -137,7 +138,7 @@ def test_exact(name, dtype, most, batch):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_works_unchanged(name, batch):
-    twin, ours = both_paths(make_model(SHARED["LlamaForCausalLM"]).double(), batch, LOSSES[name](beta=0.1))
+    twin, ours = both_paths(make_model(SHARED["LlamaForCausalLM"]).double(), batch, make_loss(name, beta=0.1))
     assert ours[0].item() == pytest.approx(twin[0].item(), rel=1e-9)
     assert errors(twin, ours)[1] <= 1e-7
 

@@ -25,7 +25,7 @@ from dpo_lab.stats.estimates import Estimate, exp_of_ratio, mean, rank_correlati
 CONFIG = {
     "beta": 0.1,
     "loss": {"kind": "dpo", "divergence": "reverse_kl", "divergence_alpha": 0.5, "ld_alpha": 1.0, "weighting": "none"},
-    "data": {"num_workers": 0},
+    "data": {"num_workers": 0, "unpair": False},
     "trainer": {"max_steps": 160, "devices": 1},
     "if_exists": "error",
 }
@@ -84,7 +84,11 @@ def test_a_run_is_running_until_it_is_done(tmp_path):
 def test_a_finished_run_is_left_alone(tmp_path):
     finish(tmp_path)
     before = (tmp_path / "run.json").read_bytes()
-    same = CONFIG | {"data": {"num_workers": 3}, "name": "volatile", "trainer": {"max_steps": 160, "devices": 2}}
+    same = CONFIG | {
+        "data": {"num_workers": 3, "unpair": False},
+        "name": "volatile",
+        "trainer": {"max_steps": 160, "devices": 2},
+    }
     with hold(tmp_path, same | {"logger": {"csv": {}}, "callbacks": {"checkpoint": {"every_n_steps": 1}}}) as run:
         assert run is None
     assert (tmp_path / "run.json").read_bytes() == before

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dpo_lab.core.losses import PairLogps
 from dpo_lab.data.collate import collate
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.training.step_level_module import StepLevelModule
@@ -108,7 +108,7 @@ def test_a_pair_that_is_not_finite_is_named(tmp_path):
     def broken(batch):
         logps = reference(batch)
         bad = torch.tensor([key == "pair-3" for key in batch.keys])
-        return PairLogps(logps.chosen.masked_fill(bad, torch.nan), *list(vars(logps).values())[1:])
+        return replace(logps, chosen=logps.chosen.masked_fill(bad, torch.nan))
 
     module.reference = broken
     with pytest.raises(Exception, match="pair-3"):

@@ -34,7 +34,7 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
     labels = {
         "true_accuracy": "accuracy, truth (held-out)",
         "accuracy": "accuracy, labels (held-out)",
-        "auc": "AUC, desirable over undesirable (held-out)",
+        "auc": "AUC, unpaired (held-out)",
         "margin": "log-ratio margin (nats)",
         "gold_correlation": "rank correlation with gold",
         "train/clean/accuracy": "accuracy, clean (train)",
