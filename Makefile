@@ -1,18 +1,21 @@
-# make train [ARGS="+ablation=uniform_ref"]   make test   make quick   make test-gpu   make check   (all in one venv)
+# make train [ARGS="+ablation=uniform_ref"]   make test   make test-all   make quick   make test-gpu   make check   (all in one venv)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test quick test-gpu check clean
+.PHONY: train test test-all quick test-gpu check clean
 train: $(STAMP)
 	$(BIN)/python -m dpo_lab.train $(ARGS)
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not extended" $(ARGS)
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not (slow or ranks or browser or imdb or gpu)" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not (slow or ranks or browser or imdb or gpu or extended)" $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

@@ -54,6 +54,7 @@ def test_out_of_memory_in_a_variant_is_a_row(monkeypatch):
     assert {row["ms"] for row in rows} == {"out of memory"}
 
 
+@pytest.mark.extended
 def test_runs_repeat_and_resume(monkeypatch):
     """As on a GPU, with commands in warm processes; the one that SIGTERM stops is a fresh one."""
 
@@ -68,6 +69,7 @@ def test_runs_repeat_and_resume(monkeypatch):
     assert [row["new caches"] for row in rows[3:]] == [0, 0, 1, 0]
 
 
+@pytest.mark.extended
 def test_a_failed_phase_stops_no_other_and_each_is_a_row(tmp_path):
     output = tmp_path / "found.jsonl"
     output.write_text("")

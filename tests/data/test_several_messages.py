@@ -256,6 +256,7 @@ def test_the_view_of_tokens_shows_what_is_scored():
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_run_on_the_file_goes_on_bit_identically(tmp_path):
     """6 steps in one go, and 3, then 6: the same weights, and the same log of the steps that both made."""
     from safetensors.torch import load_file

@@ -223,6 +223,7 @@ def test_what_shapes_do_not_tell_is_said_in_one_line(monkeypatch):
         plan_of(settled("policy.layers=1"))
 
 
+@pytest.mark.extended
 def test_a_model_of_8_billion_is_planned_from_its_config_alone(tmp_path):
     """Trained whole it fits no card; what to type is named, and does fit."""
     pytest.importorskip("peft")

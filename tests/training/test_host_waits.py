@@ -15,7 +15,7 @@ from dpo_lab.training.sft_module import SFTModule
 from tests.support import small_fit
 from tests.support.pretend_cuda import DEVICE, WAITS, pretend_cuda
 
-pytestmark = [pytest.mark.filterwarnings(rule) for rule in small_fit.IGNORED]
+pytestmark = [pytest.mark.extended, *(pytest.mark.filterwarnings(rule) for rule in small_fit.IGNORED)]
 
 
 class Waits(Callback):

@@ -61,6 +61,7 @@ def test_right_after_an_update_the_loss_is_ln_2(tmp_path):
         assert module.part_loss(batch).item() / len(batch) == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("adapters", [None, torch.float32])
 @pytest.mark.parametrize("step", [1, 3, 4, 6])
 def test_a_crash_at_any_step_changes_nothing(step, adapters, tmp_path):
