@@ -32,7 +32,7 @@ from tests.support.sweeping import (
     until,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 CONF = Path(schema.conf_dir())
 
