@@ -31,9 +31,9 @@ class Pair:
 
     All three are plain text, or all three are lists of chat messages: any number for the prompt; a response begins and
     ends with one of the assistant, and what others say between is not scored. tools: tool descriptions that the chat
-    template renders. A response that was labelled on its own is `chosen` if it is desirable and `rejected` if not; the
-    other side is empty. A text without a prompt, for supervised fine-tuning only, is `chosen` with an empty prompt and an
-    empty `rejected`.
+    template renders. is_single: whether it is one response, and the other side, which is empty, does not exist: one that
+    was labelled on its own is `chosen` if it is desirable and `rejected` if not; a text without a prompt, for supervised
+    fine-tuning only, is `chosen` with an empty prompt. A sampled response may be empty and exist.
 
     gold_margin is the true reward of chosen minus that of rejected (NaN if unknown). Its sign is the true preference;
     it is used in evaluation only and never enters a loss. score_margin is the same difference in the scores that came
@@ -47,6 +47,7 @@ class Pair:
     gold_margin: float = math.nan
     score_margin: float = math.nan
     tools: list[dict[str, Any]] | None = None
+    is_single: bool = False
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +61,8 @@ class Pair:
     @property
     def responses(self) -> dict[str, Text]:
         """The responses that the pair has, `chosen` and `rejected` or one of them."""
-        return {name: side for name, side in (("chosen", self.chosen), ("rejected", self.rejected)) if side}
+        sides = {"chosen": self.chosen, "rejected": self.rejected}
+        return {name: side for name, side in sides.items() if side or not self.is_single}
 
     @property
     def decides_split(self) -> Text:

@@ -158,7 +158,7 @@ class Shape:
         completion = self._text(row, "chosen")
         is_dialogue = not (isinstance(completion, str) or self._has(row, "prompt"))  # its last message is the response
         pair = self._pair(row, [] if is_dialogue else self._text(row, "prompt"), completion, completion)
-        return replace(pair, **{"rejected" if label else "chosen": [] if pair.is_chat else ""})
+        return replace(pair, is_single=True, **{"rejected" if label else "chosen": [] if pair.is_chat else ""})
 
     def _transcript(self, row: Row) -> Pair:
         texts = {self._column(name): self._text(row, name) for name in SIDES}
@@ -180,7 +180,7 @@ class Shape:
             raise field_error(where, f"is {type(text).__name__}, not a string")
         if not text.strip():
             raise field_error(where, "is empty")
-        return Pair("", readable(text, where), "")
+        return Pair("", readable(text, where), "", is_single=True)
 
     def _responses(self, row: Row) -> list[tuple[str, float]]:
         """Return the responses that have a rating, with their rating."""

@@ -41,6 +41,17 @@ def test_ids_are_begin_prompt_and_response_end(tokenizer):
     assert not any(counts.values())
 
 
+def test_an_empty_response_of_a_pair_is_its_end_and_a_side_that_does_not_exist_is_nothing(tokenizer):
+    """A policy may end at once: a sampled response of a task."""
+    eos = tokenizer.eos_token_id
+    ((both, single), _) = encoded(
+        tokenizer, Pair("The plot", "", " felt dull."), Pair("The plot", "", " felt dull.", is_single=True)
+    )
+    assert both.chosen == [eos]
+    assert single.chosen == []
+    assert both.rejected == single.rejected == [*ids_of(tokenizer, " felt dull."), eos]
+
+
 def test_prompt_and_response_are_joined_as_tokens(tokenizer):
     """A prompt that ends in a space tokenises differently once joined as text: the parts decide."""
     ((pair,), _) = encoded(tokenizer, Pair("The plot ", "was good.", "x"))
