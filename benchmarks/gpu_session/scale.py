@@ -8,6 +8,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from benchmarks.workload import SHAPES, llama
 
+TINY = llama(32, 2, heads=4, key_value_heads=2, inner=64, vocabulary=256)
 COMMON = dict(max_position_embeddings=32768, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
@@ -63,17 +64,8 @@ SCALES = {
         max_steps=40,
     ),
     "tiny": Scale(
-        whole=Qwen2Config(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=64,
-            vocab_size=256,
-            tie_word_embeddings=True,
-            **COMMON,
-        ),
-        adapted=llama(32, 2, heads=4, key_value_heads=2, inner=64, vocabulary=256),
+        whole=TINY,
+        adapted=TINY,
         mix="short",
         pairs=(4,),
         tokens=(512,),
@@ -81,7 +73,7 @@ SCALES = {
         rows=64,
         pieces=(16, 64),
         sampled=(4, 4),
-        small=llama(32, 2, heads=4, key_value_heads=2, inner=64, vocabulary=256),
+        small=TINY,
         max_steps=6,
     ),
 }

@@ -244,8 +244,15 @@ class PairLogps:
         """Concatenate the pairs of several batches."""
         import torch
 
-        names = ("chosen", "rejected", "chosen_length", "rejected_length")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return cls(*(torch.cat(column) for column in zip(*(part._columns for part in parts), strict=True)))
+
+    def to(self, device: device | str) -> PairLogps:
+        """Copy to a device, without weights of pairs."""
+        return PairLogps(*(column.to(device) for column in self._columns))
+
+    @property
+    def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.chosen, self.rejected, self.chosen_length, self.rejected_length
 
     @property
     def margin(self) -> Float[Tensor, " pairs"]:
@@ -260,10 +267,8 @@ class PairLogps:
         return replace(self, chosen=self.chosen / self.chosen_length, rejected=self.rejected / self.rejected_length)
 
     def __getitem__(self, pairs: slice | Tensor) -> PairLogps:
-        columns = (self.chosen, self.rejected, self.chosen_length, self.rejected_length)
-        return PairLogps(
-            *(column[pairs] for column in columns), weight=None if self.weight is None else self.weight[pairs]
-        )
+        weight = None if self.weight is None else self.weight[pairs]
+        return PairLogps(*(column[pairs] for column in self._columns), weight=weight)
 
     def detach(self) -> PairLogps:
         return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())

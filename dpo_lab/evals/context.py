@@ -240,18 +240,14 @@ class EvalContext:
         def compute(part: slice) -> PairLogps:
             with self.context():
                 logps = logps_of(collate(pairs[part]).to(device))
-            return PairLogps(*(column.cpu() for column in _columns(logps)))
+            return logps.to("cpu")
 
         logps = map_passes("Log-probs of pairs", model, parts, [sum(sizes[part]) for part in parts], compute, least=1.0)
-        return PairLogps(*(torch.cat(column) for column in zip(*map(_columns, logps), strict=True)))
+        return PairLogps.concat(logps)
 
 
 def _hash(*parts: Tokens) -> str:
     return content_hash([[int(token) for token in part] for part in parts])
-
-
-def _columns(logps: PairLogps) -> tuple[torch.Tensor, ...]:
-    return logps.chosen, logps.rejected, logps.chosen_length, logps.rejected_length
 
 
 @torch.no_grad()

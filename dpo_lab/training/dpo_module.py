@@ -40,7 +40,8 @@ class DPOModule(BaseModule):
     """Trains `model` with `loss` against `reference`, averaged over the `batch_size` pairs that a step has on all
     ranks.
 
-    The reference is not a submodule, so it is not in checkpoints, not synchronised and never in train mode.
+    The reference is not a submodule, so it is not synchronised and never in train mode. Its weights are in checkpoints if
+    they move.
     """
 
     title, charts = "DPO", CHARTS

@@ -79,8 +79,8 @@ class StepLevelModule(DPOModule):
         """Return the loss of the pairs of all ranks made linear in those of this rank; update the running mean."""
         nothing = PairLogps(*[torch.zeros(0, device=self.device)] * 4)  # of a rank without held-out pairs
         mine = tuple(PairLogps.concat(each) for each in zip(*scored, strict=True)) or (nothing, nothing)
-        ranks: list[Scored] = all_gather_object(tuple(_to(each, "cpu") for each in mine))
-        policy, reference = (_to(PairLogps.concat(each), self.device) for each in zip(*ranks, strict=True))
+        ranks: list[Scored] = all_gather_object(tuple(each.to("cpu") for each in mine))
+        policy, reference = (PairLogps.concat(each).to(self.device) for each in zip(*ranks, strict=True))
         loss: StepLevel = self.loss  # type: ignore[assignment]
         running = loss.statistic(policy, reference)
         if running is not None and self.running is not None:
@@ -93,11 +93,6 @@ class StepLevelModule(DPOModule):
         linear.losses = linear.losses.masked_fill(~is_finite, torch.nan)  # sorted, it would be another pair's
         start = sum(len(each.chosen) for each, _ in ranks[: rank_and_world_size()[0]])
         return linear[start : start + len(mine[0].chosen)]
-
-
-def _to(logps: PairLogps, device: Any) -> PairLogps:
-    tensors = (logps.chosen, logps.rejected, logps.chosen_length, logps.rejected_length)
-    return PairLogps(*(tensor.to(device) for tensor in tensors))
 
 
 def module_for(loss: Loss) -> Callable[..., DPOModule]:

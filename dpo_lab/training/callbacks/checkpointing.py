@@ -31,8 +31,8 @@ class Checkpointing(Checkpoint):
 
     The last `save_total_limit` checkpoints are kept, and that of the best policy if early stopping keeps it; then every
     validation has a checkpoint. A checkpoint is saved after the metrics of its step are logged and before validation.
-    It records whether that validation is pending; a resumed run starts with it. Checkpoints contain neither the
-    reference nor frozen weights.
+    It records whether that validation is pending; a resumed run starts with it. Checkpoints contain neither
+    frozen weights nor a reference that does not move.
     """
 
     def __init__(self, every_n_steps: int = 80, save_total_limit: int = 2) -> None:
