@@ -69,7 +69,7 @@ def _run_stages(session: Session) -> None:
     if throughput(trainer) or "memory" not in run.record:
         run.update(memory=measured)
     run.update(steps=trainer.global_step, seconds=session.timer.stop("dpo"), **throughput(trainer))
-    trained = session.save_trained_policy(module, inputs)
+    trained = session.save_trained(module, inputs)
     context = build_eval_context(config, inputs, trained, forward, judge)
     metrics = evaluate(context, config.evals.selected())
     if run.writes:
