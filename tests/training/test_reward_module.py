@@ -36,6 +36,9 @@ from tests.conftest import make_pairs
 from tests.support.fits import BATCH, Seen, flat, initial_policy, make_data, make_trainer
 from tests.support.ranks import become_rank, run_in_ranks
 
+# of Lightning (which also warns of few workers) and of peft
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*does not have many workers")
+
 MODULE = "tests.training.test_reward_module"
 
 
@@ -91,14 +94,14 @@ def test_rewards_and_gradient_are_those_of_transformers_class(kind):
     ours = response_rewards(rewarder, batch.tokens, batch.lengths)
     assert ours.dtype == torch.float64
     theirs_model, theirs = brute_force(rewarder, pairs, rewarder.config.vocab_size - 1)
-    assert torch.allclose(ours, theirs, atol=1e-10)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
     reward_losses(ours, 0.1).sum().backward()
     reward_losses(theirs, 0.1).sum().backward()
     gradients = dict(theirs_model.named_parameters())
     assert any("score" in name for name in gradients)
     for name, parameter in rewarder.named_parameters():
         assert parameter.grad is not None, name
-        assert torch.allclose(parameter.grad, gradients[name].grad, atol=1e-9), name
+        assert torch.allclose(parameter.grad, gradients[name].grad, atol=1e-6), name
 
 
 def test_the_head_depends_on_the_seed_alone():
