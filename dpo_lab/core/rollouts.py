@@ -27,9 +27,9 @@ class Rollouts:
     tokens; rewards: of each response; gold: the reward that the task defines, NaN where there is none; stopped: whether the
     response ended by itself.
 
-    Of the response tokens, in the order of the stream, in nats: behaviour, reference: log-probabilities under the policy
-    that sampled them and under the reference; values: the critic's; advantages, returns: see Method; weights: what the loss
-    of a token is multiplied with. All but behaviour and reference may be None.
+    Of the response tokens, in the order of the stream, None where a method does not need them: behaviour, reference: log-
+    probabilities in nats under the policy that sampled them and under the reference; values: the critic's; advantages,
+    returns: see PolicyGradient; weights: what the loss of a token is multiplied with. beta: the price of a nat then.
     """
 
     keys: list[str]
@@ -38,8 +38,9 @@ class Rollouts:
     rewards: Float[Tensor, "prompts responses"]
     gold: Float[Tensor, "prompts responses"]
     stopped: Bool[Tensor, "prompts responses"]
-    behaviour: Float[Tensor, " response_tokens"]
-    reference: Float[Tensor, " response_tokens"]
+    beta: float = 0.0
+    behaviour: Float[Tensor, " response_tokens"] | None = None
+    reference: Float[Tensor, " response_tokens"] | None = None
     values: Float[Tensor, " response_tokens"] | None = None
     advantages: Float[Tensor, " response_tokens"] | None = None
     returns: Float[Tensor, " response_tokens"] | None = None
@@ -51,6 +52,12 @@ class Rollouts:
     @property
     def response_lengths(self) -> Int[np.ndarray, "prompts responses"]:
         return self.lengths[:, 1:]
+
+    @property
+    def log_ratios(self) -> Float[Tensor, " response_tokens"]:
+        """log(pi / ref) of each token under the policy that sampled it."""
+        assert self.behaviour is not None and self.reference is not None
+        return self.behaviour - self.reference
 
     @property
     def sizes(self) -> list[int]:

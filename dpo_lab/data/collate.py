@@ -35,7 +35,11 @@ def collate(pairs: Sequence[EncodedPair]) -> PairBatch:
 
 
 def collate_responses(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> tuple[Tensor, np.ndarray]:
-    """Collate prompts with one response each to a packed stream: (tokens [N], lengths [S, 2])."""
-    items = list(zip(prompts, responses, strict=True))
+    """Collate prompts with K responses each, as many for all, to a packed stream: (tokens [N], lengths [S, 1 + K]).
+
+    responses: the K responses to prompt 0, then those to prompt 1, ...
+    """
+    each = len(responses) // len(prompts)
+    items = [(prompt, *responses[each * i : each * (i + 1)]) for i, prompt in enumerate(prompts)]
     tokens = torch.from_numpy(flat([part for item in items for part in item])).long()
-    return tokens, np.array([[len(prompt), len(response)] for prompt, response in items])
+    return tokens, np.array([[len(part) for part in item] for item in items])

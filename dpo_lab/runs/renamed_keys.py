@@ -37,6 +37,7 @@ RENAMED_VALUES = {
 }
 # Config keys that were added, with the value for what was done before; those of policies are not the embedded one's.
 ADDED_KEYS = {
+    "method.kind": "dpo",
     "optim.kind": "adamw",
     "sft.optim.kind": "adamw",
     "policy.quantize": None,

@@ -227,9 +227,10 @@ def test_gradient_on_responses_of_two_tokens(kind):
     rollouts = bandit.rollouts(torch.zeros(1, 9).double(), torch.zeros(81, dtype=torch.long), 3 * firsts + seconds, beta)
     lengths = np.tile([1, 2, 2], (81, 1))
     rollouts = replace(rollouts, lengths=lengths, behaviour=rows[0].detach(), reference=rows[1].detach(), values=values)
-    advantages, _ = method.advantages(rollouts, beta)
-    rollouts = replace(rollouts, advantages=advantages, weights=torch.ones(324).double())
-    losses = method.loss(rows[0], rollouts, beta).reshape(81, -1).sum(1) / samples
+    advantages, _ = method.advantages(rollouts)
+    weights = torch.full((324,), 0.5 if kind == "rloo" else 1.0).double()  # RLOO: the mean of a response's tokens
+    rollouts = replace(rollouts, advantages=advantages, weights=weights)
+    losses = method.loss(rows[0], rollouts).reshape(81, -1).sum(1) / samples
     found = torch.autograd.grad((losses * joint.detach()[firsts, seconds].prod(1)).sum(), policy)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

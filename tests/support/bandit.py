@@ -59,6 +59,7 @@ class Bandit:
             rewards,
             rewards,
             torch.ones_like(responses, dtype=torch.bool),
+            beta,
             behaviour.flatten(),
             reference.flatten(),
             values=spread(values[:, None].expand(responses.shape), lengths[:, 1:]),
@@ -67,12 +68,12 @@ class Bandit:
     def loss(self, method: PolicyGradient, logits: Tensor, prompts: Tensor, responses: Tensor) -> Tensor:
         """The losses of a method on given responses, one for each [P, K]."""
         rollouts = self.rollouts(logits, prompts, responses, method.beta)
-        advantages, returns = method.advantages(rollouts, method.beta)
+        advantages, returns = method.advantages(rollouts)
         weights = torch.from_numpy(method.token_weights(rollouts.response_lengths, 1))
         weights = spread(weights, rollouts.response_lengths)
         rollouts = replace(rollouts, advantages=advantages, returns=returns, weights=weights)
         logps = logits.log_softmax(1)[prompts[:, None], responses].flatten()
-        return method.loss(logps, rollouts, method.beta).view(responses.shape)
+        return method.loss(logps, rollouts).view(responses.shape)
 
     def expected_gradient(self, method: PolicyGradient, logits: Tensor, samples: int) -> Tensor:
         """The mean of the gradient of a method's loss over all groups of `samples` responses, by enumeration [Q, N]."""

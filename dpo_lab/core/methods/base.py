@@ -96,12 +96,9 @@ class PolicyGradient(Online):
             raise ValueError(f"method.clip={self.clip}: must be above 0; type e.g. method.clip=0.2")
 
     def advantages(
-        self, rollouts: Rollouts, beta: float
+        self, rollouts: Rollouts
     ) -> tuple[Float[Tensor, " response_tokens"], Float[Tensor, " response_tokens"] | None]:
-        """Return the advantage of each response token, and what the critic should have said before it, if there is one.
-
-        beta: of now, see `next_beta`.
-        """
+        """Return the advantage of each response token, and what the critic should have said before it, if there is one."""
         raise NotImplementedError
 
     def token_weights(
@@ -112,7 +109,13 @@ class PolicyGradient(Online):
         """
         raise NotImplementedError
 
-    def loss(self, logps: Float[Tensor, " response_tokens"], rollouts: Rollouts, beta: float) -> Tensor:
+    def log_ratios(
+        self, logps: Float[Tensor, " response_tokens"], rollouts: Rollouts
+    ) -> Float[Tensor, " response_tokens"]:
+        """Return the logarithm of the ratio that is clipped, of each response token."""
+        return logps - rollouts.behaviour
+
+    def loss(self, logps: Float[Tensor, " response_tokens"], rollouts: Rollouts) -> Tensor:
         """Return losses whose sum over an optimizer step, divided by its number of responses, is minimised.
 
         logps: log-probabilities under the policy of now, in nats, differentiable; rollouts: with advantages and weights.

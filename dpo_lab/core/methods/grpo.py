@@ -38,23 +38,23 @@ class GRPO(PolicyGradient, name="grpo"):
     """Group relative policy optimization. Shao et al. 2024 (arXiv:2402.03300), equation 3 with the advantages of section
     4.1.2; scale=none with normalise=constant is Dr. GRPO (Liu et al. 2025, arXiv:2503.20783).
 
-    Its optimum is reference x exp(reward / beta') / Z only with scale=none and kl=reward, or kl=k2 for single tokens, where
-    beta' = beta, or beta K / (K - 1) with kl=k2. With kl=k3 it is beta' reference / (lambda - reward), with lambda such that
-    it sums to 1. scale=group divides the reward of each prompt by its own spread, so that beta weighs each prompt differently.
+    With K responses a prompt and scale=none the optimum is reference x exp(reward / beta) / Z with kl=reward, the same for
+    beta K / (K - 1) with kl=k2 (exact for single tokens), and beta K / (K - 1) reference / (lambda - reward) with kl=k3, where
+    lambda makes it sum to 1. scale=group divides the rewards of each prompt by their own spread, which changes all three.
     """
 
     scale: Scale = Scale.group
     normalise: Normalise = Normalise.sequence
     kl: KLPrice = KLPrice.k3
 
-    def advantages(self, rollouts, beta):
+    def advantages(self, rollouts):
         from dpo_lab.core.advantages import group_centred
         from dpo_lab.core.logps import sum_responses
         from dpo_lab.core.rollouts import spread
 
         rewards = rollouts.rewards
         if self.kl is KLPrice.reward:
-            rewards = rewards - beta * sum_responses(rollouts.behaviour - rollouts.reference, rollouts.lengths)
+            rewards = rewards - rollouts.beta * sum_responses(rollouts.log_ratios, rollouts.lengths)
         centred = group_centred(rewards, divides=self.scale is Scale.group)
         return spread(centred, rollouts.response_lengths), None
 
@@ -63,11 +63,11 @@ class GRPO(PolicyGradient, name="grpo"):
             return 1 / lengths
         return np.full(lengths.shape, 1 / (lengths.mean() if self.normalise is Normalise.token else longest))
 
-    def loss(self, logps, rollouts, beta):
+    def loss(self, logps, rollouts):
         from dpo_lab.core.advantages import k2, k3
 
-        losses = -clipped(logps - rollouts.behaviour, rollouts.advantages, self.clip)
+        losses = -clipped(self.log_ratios(logps, rollouts), rollouts.advantages, self.clip)
         if self.kl is not KLPrice.reward:
             estimate = k3 if self.kl is KLPrice.k3 else k2
-            losses = losses + beta * estimate((logps - rollouts.reference).clamp(-40, 40))
+            losses = losses + rollouts.beta * estimate((logps - rollouts.reference).clamp(-40, 40))
         return losses * rollouts.weights

@@ -24,8 +24,8 @@ class PPO(PolicyGradient, name="ppo"):
     A token's reward is -beta log(pi / ref), and the response's reward is received with its last token. gamma, lam: of
     generalised_advantages; whiten: whether advantages get mean 0 and standard deviation 1 over a rollout;
     critic_lr_factor: the critic's learning rate over the policy's; value_clip: how far, in units of the reward, the critic's
-    values may move from those at sampling for gain. kl_target: the KL divergence, in nats a response, that beta is adapted to (Ziegler et al. 2019,
-    arXiv:1909.08593, section 2.2), None for a fixed beta; kl_gain: how fast.
+    values may move from those at sampling for gain. kl_target: the KL divergence, in nats a response, that beta is adapted
+    to (Ziegler et al. 2019, arXiv:1909.08593, section 2.2), None for a fixed beta; kl_gain: how fast.
     """
 
     epochs: int = 2
@@ -52,13 +52,13 @@ class PPO(PolicyGradient, name="ppo"):
     def has_critic(self) -> bool:
         return True
 
-    def advantages(self, rollouts, beta):
+    def advantages(self, rollouts):
         import torch
 
         from dpo_lab.core.advantages import generalised_advantages
 
         lengths = rollouts.response_lengths.ravel()
-        rewards = -beta * (rollouts.behaviour - rollouts.reference)
+        rewards = -rollouts.beta * rollouts.log_ratios
         rewards[torch.from_numpy(lengths.cumsum() - 1)] += rollouts.rewards.flatten()
         advantages, returns = generalised_advantages(rewards, rollouts.values, lengths, self.gamma, self.lam)
         if self.whiten:
@@ -68,8 +68,8 @@ class PPO(PolicyGradient, name="ppo"):
     def token_weights(self, lengths, longest):
         return np.full(lengths.shape, 1 / lengths.mean())
 
-    def loss(self, logps, rollouts, beta):
-        return -clipped(logps - rollouts.behaviour, rollouts.advantages, self.clip) * rollouts.weights
+    def loss(self, logps, rollouts):
+        return -clipped(self.log_ratios(logps, rollouts), rollouts.advantages, self.clip) * rollouts.weights
 
     def value_loss(
         self, values: Float[Tensor, " response_tokens"], rollouts: Rollouts

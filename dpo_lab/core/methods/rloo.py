@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from dpo_lab.core.methods.base import PolicyGradient, clipped
 
 
@@ -16,22 +14,22 @@ class RLOO(PolicyGradient, name="rloo"):
     Ahmadian et al. 2024 (arXiv:2402.14740), equations 4 and 8. The ratio that is clipped is that of whole responses.
     """
 
-    def advantages(self, rollouts, beta):
+    def advantages(self, rollouts):
         from dpo_lab.core.advantages import leave_one_out
         from dpo_lab.core.logps import sum_responses
         from dpo_lab.core.rollouts import spread
 
-        log_ratios = sum_responses(rollouts.behaviour - rollouts.reference, rollouts.lengths)
-        return spread(leave_one_out(rollouts.rewards - beta * log_ratios), rollouts.response_lengths), None
+        log_ratios = sum_responses(rollouts.log_ratios, rollouts.lengths)
+        return spread(leave_one_out(rollouts.rewards - rollouts.beta * log_ratios), rollouts.response_lengths), None
+
+    def log_ratios(self, logps, rollouts):
+        from dpo_lab.core.logps import sum_responses
+        from dpo_lab.core.rollouts import spread
+
+        return spread(sum_responses(logps - rollouts.behaviour, rollouts.lengths), rollouts.response_lengths)
 
     def token_weights(self, lengths, longest):
-        return np.ones(lengths.shape)  # a response's loss is one number
+        return 1 / lengths  # a response's tokens all have its ratio and its advantage: their mean is its loss
 
-    def loss(self, logps, rollouts, beta):
-        from dpo_lab.core.logps import sum_responses
-
-        log_ratios = sum_responses(logps - rollouts.behaviour, rollouts.lengths)
-        advantages = sum_responses(rollouts.advantages, rollouts.lengths) / log_ratios.new_tensor(
-            rollouts.response_lengths
-        )
-        return -clipped(log_ratios, advantages, self.clip)
+    def loss(self, logps, rollouts):
+        return -clipped(self.log_ratios(logps, rollouts), rollouts.advantages, self.clip) * rollouts.weights
