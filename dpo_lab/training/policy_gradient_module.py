@@ -94,7 +94,7 @@ class PolicyGradientMetrics(FixedDtypeMetric):
 
     def compute(self) -> dict[str, float]:
         loss, responses, clipped, moved, tokens = self.sums.tolist()
-        found = {"loss": loss / responses, "ratio/clipped": clipped / tokens, "ratio/kl": moved / tokens}
+        found = {"policy_loss": loss / responses, "ratio/clipped": clipped / tokens, "ratio/kl": moved / tokens}
         error, total, squares = self.squares.tolist()
         variance = squares / tokens - (total / tokens) ** 2
         if squares:
