@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from dpo_lab.core.methods.base import Online, PolicyGradient
 from dpo_lab.core.methods.online_dpo import OnlineDPO
@@ -21,8 +20,6 @@ from dpo_lab.data.datamodule import PreferenceDataModule, StepSampler
 from dpo_lab.training.actor import Actor
 
 STEPS = 2**31 - 1  # the length of an endless loader; Lightning fetches ahead from one without a length
-
-B = TypeVar("B", Rollouts, PairBatch)
 
 
 class OnlineDataModule(PreferenceDataModule):
@@ -46,8 +43,8 @@ class OnlineDataModule(PreferenceDataModule):
         self.sums: dict[str, float] = {}  # of what is logged, since it was logged last
         self.samples = 0
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(_Batches(self), batch_size=None, sampler=range(STEPS))
+    def train_dataloader(self) -> _Batches:  # type: ignore[override]
+        return _Batches(self)
 
     def batch(self, step: int) -> Rollouts | PairBatch:
         """Return this rank's part of the minibatch of a step; sample the next rollout if the last one is used up."""
@@ -160,8 +157,8 @@ class FreshPairs(OnlineDataModule):
         return collate(PairTable.of(pairs))
 
 
-class _Batches(Dataset):
-    """The batch of the next step, whatever is asked for."""
+class _Batches:
+    """An endless loader whose next batch is that of the trainer's next step, so that it has no state of its own."""
 
     def __init__(self, data: OnlineDataModule) -> None:
         self.data = data
@@ -169,6 +166,13 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return STEPS
 
-    def __getitem__(self, index: int) -> Rollouts | PairBatch:
+    def __iter__(self) -> Iterator[Rollouts | PairBatch]:
         assert self.data.trainer is not None
-        return self.data.batch(self.data.trainer.global_step)
+        while True:
+            yield self.data.batch(self.data.trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
