@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from dpo_lab.config.allowed_targets import target_of
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.models.policy import Pretrained
+from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.fingerprint import override_key
 from dpo_lab.runs.run_record import OUTPUTS
 
@@ -84,6 +85,21 @@ def after_sft(config: RunConfig, overrides: Sequence[str], folder: Path) -> list
     typed = [f"{key}={_quoted(str(value))}" for key, value in settings.items()]
     machine = [o for o in overrides if _key(o).partition(".")[0] in OF_MACHINE and _key(o) not in OF_LENGTH]
     return [command("train", *typed, *data, *machine)]
+
+
+def after_reward(config: RunConfig, overrides: Sequence[str], folder: Path) -> list[str]:
+    """Return the commands to type after a run of dpo_lab.reward: training on its rewards, and DPO judged by it.
+
+    None for a reward model that another run made for itself.
+    """
+    if folder.parent == CACHE:
+        return []
+    model, kept = _quoted(str(folder / "reward_model")), _without(overrides, "name", "if_exists", "reward", "optim")
+    kept = [override for override in kept if _key(override) not in OF_LENGTH]
+    return [
+        command("train", "method=rloo", "reward=learned", f"reward.path={model}", *kept),
+        command("train", *kept, f"evals.judge.path={model}"),
+    ]
 
 
 def command(module: str, *arguments: str) -> str:

@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lab.config.reward_model import REWARD_MODEL
 from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, explain, input_files, validate
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import changed_files, override_key
@@ -22,6 +23,7 @@ from dpo_lab.training.optim import OptimKind
 
 OVERRIDABLE_KEYS = ("evals", "trainer", "threads", "data.tokens_per_microbatch")
 COMMAND_KEYS = ("run", "trained", "name")
+ABSENT = {"reward": "learned"}  # the option of a group that a record lacks, since the run did not use it
 
 
 @dataclass
@@ -57,10 +59,15 @@ def load_finished_run(folder: Path) -> dict[str, Any]:
             f"run={folder}: holds no {run_record.RECORD}; type the folder that a run printed, run=outputs/..."
         )
     if record["status"] != "done":
-        module = "train" if "loss" in record["config"] else "sft"
+        module = "reward" if REWARD_MODEL in record["config"] else "train" if "loss" in record["config"] else "sft"
         raise run_record.RunRefused(
             f"run={folder}: its status is {record['status']}; finish it first: type"
             f" {shlex.join(['python', '-m', f'dpo_lab.{module}', *record['overrides']])}"
+        )
+    if REWARD_MODEL in record["config"]:
+        raise run_record.RunRefused(
+            f"run={folder}: this run trained a reward model; type evals.judge.path={folder}/reward_model with run= of a"
+            " policy"
         )
     if "loss" not in record["config"]:
         raise run_record.RunRefused(
@@ -107,7 +114,7 @@ def from_record(config_dict: Mapping[str, Any]) -> DictConfig:
     cfg = OmegaConf.structured(RunConfig)
     for group, table in KINDS.items():
         *parents, leaf = group.split(".")
-        node = reduce(getitem, parents, config_dict)[leaf]
+        node = reduce(getitem, parents, config_dict).setdefault(leaf, {"kind": ABSENT.get(group)})
         OmegaConf.update(cfg, group, OmegaConf.structured(table[node.pop("kind")]))
     try:
         merged = OmegaConf.merge(cfg, config_dict)

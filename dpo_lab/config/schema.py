@@ -39,6 +39,7 @@ from dpo_lab.evals.evaluate import Evals, SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
 from dpo_lab.models.policy import POLICIES, Dtype, PolicyConfig, Pretrained, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, Reference
+from dpo_lab.rewards import REWARDS, Reward
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import NOT_IN_FOLDER_NAMES
 from dpo_lab.runs.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, is_renamed, present_key
@@ -76,6 +77,7 @@ class RunConfig:
     loss: Loss = MISSING
     reference: Reference = MISSING
     noise: LabelNoise = MISSING
+    reward: Reward = MISSING  # used, and recorded, by methods that sample
     policy: PolicyConfig = MISSING
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=lambda: Data(task=MISSING))
@@ -153,6 +155,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "loss": LOSSES,
     "reference": REFERENCES,
     "noise": NOISES,
+    "reward": REWARDS,
     "policy": POLICIES,
     "data.task": TASKS,
 }
@@ -202,6 +205,8 @@ def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
         *parents, leaf = group.split(".")
         node = reduce(getitem, parents, config_dict)
         node[leaf] = {"kind": kind, **node[leaf]}
+    if not config.method.is_online:
+        del config_dict["reward"]
     return config_dict
 
 

@@ -257,9 +257,11 @@ def score_pairs(
     responses: Sequence[Tokens],
     tokens: int,
     context: Callable[[], AbstractContextManager],
+    score: Callable[[PreTrainedModel, torch.Tensor, np.ndarray], torch.Tensor] = response_logps,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed log-probability (nats) of each response given its prompt, and its number of tokens.
 
+    score: another function of model, packed stream and lengths than response_logps, whose values are returned instead.
     For `tokens` and `context` see EvalContext. All ranks have to call it; each computes its share, all get all results.
     """
     device = device_of(model)
@@ -269,7 +271,7 @@ def score_pairs(
     def compute(indices: list[int]) -> torch.Tensor:
         stream, lengths = collate_responses([prompts[i] for i in indices], [responses[i] for i in indices])
         with context():
-            return response_logps(model, stream.to(device), lengths)[:, 0].float().cpu()
+            return score(model, stream.to(device), lengths)[:, 0].float().cpu()
 
     parts = [order[part] for part in chunk_by_size([sizes[i] for i in order], tokens)]
     sums = torch.empty(len(sizes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -101,16 +102,9 @@ def response_rows(
     path = path or path_of(model)
     stream = stream_rows(tokens, lengths)
     if path.longest is not None and (lengths[:, :1] + lengths[:, 1:]).max() > path.longest:
-        rows = _alone(model, tokens, lengths, path)
+        rows = _alone(model, tokens, lengths, path, lambda ids: _rows(model, ids, path), predicts_next=True)
     elif path.shares_prompts:
-        output = _body(model)(
-            input_ids=tokens[None],
-            position_ids=stream.positions[None],
-            attention_mask=tokens.new_ones(1, 1, 1, 1),  # transformers builds none, and passes this on to the attention
-            use_cache=False,
-            segments=Segments(lengths.tolist()),
-        )
-        rows = output.last_hidden_state[0].index_select(0, stream.rows)
+        rows = _packed(model, tokens, lengths, stream.positions).index_select(0, stream.rows)
     else:
         input_ids, _ = pad_rows(tokens, lengths, pad_id=pad_id_of(model))
         places = to_device(torch.from_numpy(predicting_rows(lengths)), tokens.device)
@@ -123,10 +117,48 @@ def response_rows(
     return rows, LMHead(head, path.vocabulary, path.scale, path.softcap), stream.targets
 
 
+def last_rows(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+    """Return the hidden states [B, K, H] of the last token of each response; for `tokens` and `lengths` see pad_rows.
+
+    Every response has to have a token.
+    """
+    path, items, responses = path_of(model), len(lengths), lengths.shape[1] - 1
+    if path.longest is not None and (lengths[:, :1] + lengths[:, 1:]).max() > path.longest:
+        rows = _alone(model, tokens, lengths, path, lambda ids: _hidden(model, ids), predicts_next=False)
+        return rows.view(items, responses, -1)
+    if path.shares_prompts:
+        places = lengths.ravel().cumsum().reshape(lengths.shape)[:, 1:] - 1
+        rows = _packed(model, tokens, lengths, stream_rows(tokens, lengths).positions)
+    else:
+        input_ids, _ = pad_rows(tokens, lengths, pad_id=pad_id_of(model))
+        first = np.arange(items * responses).reshape(responses, items).T * input_ids.shape[1]  # of each row, flattened
+        places = first + lengths[:, :1] + lengths[:, 1:] - 1
+        rows = _hidden(model, input_ids).flatten(0, 1)
+    wanted = to_device(torch.from_numpy(places.ravel()), tokens.device)
+    return rows.index_select(0, wanted).view(items, responses, -1)
+
+
+def _packed(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray, positions: Tensor) -> Tensor:
+    """Return the hidden states [N, H] of a packed stream."""
+    output = _body(model)(
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        attention_mask=tokens.new_ones(1, 1, 1, 1),  # transformers builds none, and passes this on to the attention
+        use_cache=False,
+        segments=Segments(lengths.tolist()),
+    )
+    return output.last_hidden_state[0]
+
+
 def _rows(model: PreTrainedModel, input_ids: Tensor, path: ForwardPath) -> Tensor:
     """Return the hidden states [B, T, H] of rows of tokens, or their logits if the model has to compute these itself."""
     if path.vocabulary is None:
         return model(input_ids=input_ids, use_cache=False).logits
+    return _hidden(model, input_ids)
+
+
+def _hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Return the hidden states [B, T, H] of rows of tokens."""
     return _body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
@@ -136,8 +168,15 @@ def _body(model: PreTrainedModel) -> nn.Module:
     return bare.base_model if bare.base_model is not bare else bare.model  # where base_model_prefix names no module
 
 
-def _alone(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray, path: ForwardPath) -> Tensor:
-    """Return the rows that predict response tokens, by one forward pass per response."""
+def _alone(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    lengths: np.ndarray,
+    path: ForwardPath,
+    rows_of: Callable[[Tensor], Tensor],
+    predicts_next: bool,
+) -> Tensor:
+    """Return rows_of(tokens [1, T]) by one forward pass per response: those that predict its tokens, or its last one."""
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise RuntimeError(
             f"rows of more than {path.longest} tokens need a forward pass each, since the model's position embedding"
@@ -148,8 +187,8 @@ def _alone(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray, path: Fo
         prompt = next(parts)
         for response in item[1:]:
             _reset_rope(model)
-            rows = _rows(model, torch.cat((prompt, next(parts)))[None], path)[0]
-            found.append(rows[len(prompt) - 1 : len(prompt) + response - 1])
+            rows = rows_of(torch.cat((prompt, next(parts)))[None])[0]
+            found.append(rows[len(prompt) - 1 : len(prompt) + response - 1] if predicts_next else rows[-1:])
     return torch.cat(found)
 
 

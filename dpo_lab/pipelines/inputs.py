@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import init_hf_modules
 
 from dpo_lab.config.schema import ConfigError, RunConfig
-from dpo_lab.core.losses import LOSSES
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.quality import Quality, quality_of
@@ -82,18 +81,17 @@ class TrainingInputs:
         return quality_of(self.train, self.held_out, self.counts, self.encoder)
 
 
-def prepare_pairs(config: RunConfig, cache: Path, forward: Forward) -> TrainingInputs:
-    """Return the inputs of a DPO run. Raise ConfigError if the pairs don't fit the model or don't fill a batch."""
+def prepare_pairs(config: RunConfig, cache: Path, forward: Forward, refusal: str | None = None) -> TrainingInputs:
+    """Return the inputs of a run on pairs. Raise ConfigError if the pairs don't fit the model or don't fill a batch.
+
+    refusal: of responses labelled on their own, if not that of the loss, see Loss.refusal.
+    """
     policy, response_policy = policies(config, cache, forward.sharding)
     select_on_device(policy, cache, forward)
     encoder = encoder_of(config, policy.tokenizer)
     splits = load_pairs(config, encoder, response_policy, cache)
-    if splits.unpaired and not config.loss.takes_unpaired:
-        names = {kind: name for name, kind in LOSSES.items()}
-        others = " or ".join(f"loss={name}" for name, kind in sorted(LOSSES.items()) if kind.takes_unpaired)
-        raise ConfigError(
-            f"loss={names[type(config.loss)]}: it compares two responses, and {splits.unpaired}; type {others}"
-        )
+    if splits.unpaired and (refusal := refusal or config.loss.refusal):
+        raise ConfigError(refusal.format(splits.unpaired))
     splits = with_noise(config, policy, splits, cache, forward)
     inputs = TrainingInputs(policy, encoder, splits.train, splits.held_out, splits.counts)
     return _check_inputs(inputs, "pairs", config)

@@ -17,6 +17,7 @@ from dpo_lab.models.reference import reference_model
 from dpo_lab.models.sharding import on_device
 from dpo_lab.pipelines.inputs import TrainingInputs, distinct_prompts, policy_errors
 from dpo_lab.pipelines.offline import Training
+from dpo_lab.pipelines.reward_inputs import prepare_reward
 from dpo_lab.pipelines.session import Session
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.training.actor import Actor, Reward
@@ -50,13 +51,12 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     memory.count_weights(model, reference_model(reference), critic)
     run.update(step_zero_loss=None, seconds=session.timer.stop("reference"))
     prompts = prompts_of(inputs, method, longest := longest_response(session))
-    gold = gold_reward(session, inputs)
-    assert gold is not None
+    reward = prepare_reward(config, inputs, forward)
     actor = Actor(
         model,
         method,
-        lambda prompts, responses: gold(prompts, responses) / config.data.task.temperature,
-        gold,
+        reward,
+        gold_reward(session, inputs),
         inputs.encoder,
         forward.context,
         longest,
@@ -77,7 +77,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         data.tail_weight = config.loss.ld_alpha
         batch = method.prompts // method.minibatches
         module = module_for(config.loss)(model, config.loss, reference, config.optim, batch_size=batch, **sizes)
-    return Training(module, data, memory, lambda: {"samples": data.samples})
+    return Training(module, data, memory, lambda: {"samples": data.samples, "reward_queries": reward.queries})
 
 
 def gold_reward(session: Session, inputs: TrainingInputs) -> Reward | None:

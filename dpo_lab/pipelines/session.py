@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from dpo_lab.reporting.run_summary import cost_rows, print_summary
 from dpo_lab.runs import run_record
 from dpo_lab.runs.atomic_write import atomic_path
 from dpo_lab.runs.fingerprint import config_digest
-from dpo_lab.runs.run_record import Run, RunFailed
+from dpo_lab.runs.run_record import Run, RunBusy, RunFailed
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.terminal.progress import plain_console
 from dpo_lab.training.activation_offload import offload_activations
@@ -60,6 +61,7 @@ from dpo_lab.training.microbatch import find_tokens
 log = logging.getLogger("dpo_lab")
 
 T = TypeVar("T")
+POLICY = "policy"  # in a run folder
 
 
 class Session:
@@ -73,6 +75,7 @@ class Session:
         self.config, self.config_dict, self.run, self.trainer = config, config_dict, run, trainer
         self.forward = forward_settings(trainer)
         self.timer = StageTimer(run.record.get("seconds"))
+        self.saved = run.folder / POLICY  # where the trained model is
 
     def record_inputs(self, inputs: TrainingInputs) -> None:
         """Record hashes of the run's inputs. Raise RunRefused if it resumes a run that had other inputs."""
@@ -131,8 +134,16 @@ class Session:
             module.tokens_per_microbatch = found
             run.update(tokens_per_microbatch=found)
 
-    def save_trained_policy(self, module: BaseModule, inputs: TrainingInputs) -> Policy:
-        """Return the trained policy, in evaluation mode, on the device that it trained on, and save it.
+    def save_trained(
+        self,
+        module: BaseModule,
+        inputs: TrainingInputs,
+        name: str = POLICY,
+        export: Callable[[Policy], Policy] | None = None,
+    ) -> Policy:
+        """Return the trained model, in evaluation mode, on the device that it trained on, and save it in the folder `name`.
+
+        export: returns what is saved, by default what the policy's config says.
 
         A sharded policy stays so; to be saved it is gathered in the memory of rank 0's host. Early stopping may keep an
         earlier policy; which one, and how many 16-bit weights moved, is recorded. Moves the initial policy to that
@@ -149,8 +160,9 @@ class Session:
             set_digest(model, broadcast_object(None if whole is None else weights_digest(whole)))
         if self.run.writes:
             assert whole is not None
-            with atomic_path(self.run.folder / "policy") as folder:
-                self.config.policy.export(Policy(whole, trained.tokenizer)).save(folder)
+            with atomic_path(self.run.folder / name) as folder:
+                (export or self.config.policy.export)(Policy(whole, trained.tokenizer)).save(folder)
+        self.saved = self.run.folder / name
         return trained
 
     def finish(
@@ -182,7 +194,7 @@ class Session:
         remove_figures(run.folder)  # those of an earlier attempt
         figures = draw_run(run.folder) if self.config.figures else []
         log_final_metrics(self.trainer, metrics, samples, [path for path in figures if path.suffix == ".png"])
-        (run.folder / "policy" / "README.md").write_text(model_card(run.record))
+        (self.saved / "README.md").write_text(model_card(run.record))
         log.info("CPU seconds: %s", ", ".join(f"{k} {v['cpu']:.0f}" for k, v in run.record["seconds"].items()))
         console, commands = plain_console(), next_steps(self.config, run.record["overrides"], run.folder)
         print_health(console, findings)
@@ -190,10 +202,17 @@ class Session:
 
 
 @contextmanager
-def open_session(config: RunConfig, config_dict: dict[str, Any], folder: Path) -> Iterator[Session | None]:
+def open_session(
+    config: RunConfig,
+    config_dict: dict[str, Any],
+    folder: Path,
+    overrides: Sequence[str] | None = None,
+    waits: bool = False,
+) -> Iterator[Session | None]:
     """Set up the process and the Trainer, lock the run folder, and yield the session on every rank.
 
-    Only rank 0 locks and writes the folder. config_dict: the config as it is recorded. Yields None if the run is done
+    Only rank 0 locks and writes the folder. config_dict: the config as it is recorded; overrides: as recorded, None:
+    those typed; waits: while another process holds the lock, instead of raising RunBusy. Yields None if the run is done
     already. If the body raises, the record says how the run ended.
     """
     setup_process(config)
@@ -202,16 +221,16 @@ def open_session(config: RunConfig, config_dict: dict[str, Any], folder: Path) -
         acquired: list[Run] = []  # on rank 0 the run, unless it is done already
 
         def acquire() -> bool:
-            overrides = list(HydraConfig.get().overrides.task)
-            run = stack.enter_context(run_record.acquire_run(folder, config_dict, overrides, input_files(config)))
+            typed = list(HydraConfig.get().overrides.task) if overrides is None else overrides
+            run = stack.enter_context(run_record.acquire_run(folder, config_dict, typed, input_files(config)))
             if run is not None:
                 acquired.append(run)
                 stack.enter_context(track_run_status(trainer, config_dict, folder))
                 stack.enter_context(logging_to(folder))
             return bool(acquired)
 
-        if not broadcast_from_rank_zero(trainer, acquire):
-            if trainer.is_global_zero:
+        if not _acquired(trainer, acquire, waits):
+            if trainer.is_global_zero and not waits:
                 print(f"{folder}: this run is done already", flush=True)
             yield None
             return
@@ -221,6 +240,17 @@ def open_session(config: RunConfig, config_dict: dict[str, Any], folder: Path) -
             warn_of_slow_bf16(trainer, config.policy)
         with reraise_stop(), memory_explained(config, "a pass before or after training"):
             yield Session(config, config_dict, run, trainer)
+
+
+def _acquired(trainer: Trainer, acquire: Callable[[], bool], waits: bool) -> bool:
+    """Return acquire() of rank 0 on every rank; while it raises RunBusy, call it again every second if `waits`."""
+    while True:  # in collectives of a second each, which no group's time limit ends
+        try:
+            return broadcast_from_rank_zero(trainer, acquire)
+        except RunBusy:
+            if not waits:
+                raise
+            time.sleep(1)
 
 
 def broadcast_from_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:

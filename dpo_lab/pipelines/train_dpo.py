@@ -17,6 +17,7 @@ from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
 from dpo_lab.pipelines.inputs import prepare_pairs
 from dpo_lab.pipelines.offline import prepare_offline
 from dpo_lab.pipelines.online import prepare_online
+from dpo_lab.pipelines.reward_inputs import ensure_reward_model
 from dpo_lab.pipelines.session import Session, open_session
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.examples import EXAMPLES
@@ -34,6 +35,8 @@ def train_dpo(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
         raise ConfigError(
             "sft.text_column, data.format=text: plain texts hold no preference; type python -m dpo_lab.sft to use them"
         )
+    if config.method.is_online:
+        config = ensure_reward_model(cfg, config)
     with open_session(config, as_record(cfg, config), folder) as session:
         if session is not None:
             _run_stages(session)
@@ -63,7 +66,7 @@ def _run_stages(session: Session) -> None:
     if throughput(trainer) or "memory" not in run.record:
         run.update(memory=measured)
     run.update(steps=trainer.global_step, seconds=session.timer.stop("dpo"), **throughput(trainer), **training.costs())
-    trained = session.save_trained_policy(module, inputs)
+    trained = session.save_trained(module, inputs)
     context = build_eval_context(config, inputs, trained, forward, judge)
     metrics = evaluate(context, config.evals.selected())
     if run.writes:

@@ -68,6 +68,6 @@ def _run_stages(session: Session) -> None:
     session.train(module, inputs, session.preference_data(inputs))
     seconds = session.timer.stop("sft")
     run.update(steps=trainer.global_step, tokens=module.tokens, seconds=seconds, **throughput(trainer))
-    trained = session.save_trained_policy(module, inputs)
+    trained = session.save_trained(module, inputs)
     metrics = heldout_loss(trained.model, inputs.initial.model, inputs.held_out, tokens, forward.context)
     session.finish(metrics, LABELS, trained, after_sft)

@@ -24,17 +24,22 @@ class Work:
     method: str
     source: str
     unit: str
+    task: str = "text-generation"  # as the hub names it
 
 
 BY_PAIRS = Work("train", "dpo", "preference optimization", "preference pairs", "pairs")
 BY_RESPONSES = Work("sft", "sft", "supervised fine-tuning", "the chosen responses of preference pairs", "responses")
+BY_REWARDS = replace(
+    BY_PAIRS, command="reward", tag="reward-model", method="reward modelling", task="text-classification"
+)
 BY_TEXTS = replace(BY_RESPONSES, source="plain texts", unit="texts")
 
 
 def model_card(record: Mapping[str, Any]) -> str:
     """Return the card as Markdown, with the front matter that the Hugging Face hub reads.
 
-    record: of a run with metrics; one without a `loss` in its config was supervised fine-tuning.
+    record: of a run with metrics; one without a `loss` in its config trained a reward model, or was supervised
+    fine-tuning.
     """
     from markupsafe import Markup
 
@@ -42,11 +47,11 @@ def model_card(record: Mapping[str, Any]) -> str:
     policy, data = config["policy"], config["data"]
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
     rank = policy.get("rank")
-    with_adapters = rank is not None and not policy["merge"]
-    matter = {"library_name": "peft" if with_adapters else "transformers", "pipeline_tag": "text-generation"}
+    work = _work(config)
+    with_adapters = rank is not None and not policy["merge"] and work is not BY_REWARDS
+    matter = {"library_name": "peft" if with_adapters else "transformers", "pipeline_tag": work.task}
     if with_adapters:
         matter["base_model"] = policy["path"]
-    work = _work(config)
     paths = [str(each["path"]) for each in data.get("sources", {}).values()]
     facts = {
         "data": data["path"] or ", ".join(paths) or f"task {data['task']['kind']}",
@@ -98,6 +103,8 @@ def markdown_table(
 def _work(config: Mapping[str, Any]) -> Work:
     if "loss" in config:
         return BY_PAIRS
+    if "reward_model" in config:
+        return BY_REWARDS
     of_texts = config["sft"]["text_column"] is not None or config["data"]["format"] == "text"
     return BY_TEXTS if of_texts else BY_RESPONSES
 

@@ -36,6 +36,10 @@ class RunRefused(Exception):
     """The folder can't be used for this run; the message says why and what to type."""
 
 
+class RunBusy(RunRefused):
+    """Another process holds the lock on the folder."""
+
+
 class RunFailed(Exception):
     """The run can't continue; the message is one line with the file or the pair and what to type."""
 
@@ -191,12 +195,12 @@ def mark_ended(folder: Path, status: str, error: str) -> None:
 
 @contextmanager
 def locked(path: Path, refusal: str) -> Iterator[None]:
-    """Hold a file lock. Raise RunRefused with the message `refusal` if another process holds it."""
+    """Hold a file lock. Raise RunBusy with the message `refusal` if another process holds it."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunRefused(refusal) from None
+        raise RunBusy(refusal) from None
     try:
         yield
     finally:

@@ -93,11 +93,12 @@ def moved_weights(trained: nn.Module, initial: nn.Module) -> dict[str, Any] | No
     """Return how many trained weights differ from the initial ones, for a model that trains weights of 16 bits, else
     None.
 
-    In float32 no update is lost. Both models have to have the same names of parameters; if one is sharded, both are,
-    and it is a collective.
+    In float32 no update is lost. Weights that only the trained model has, such as a new head, are not counted. If one
+    model is sharded, both are, and it is a collective.
     """
     before = dict(initial.named_parameters())
-    weights = [(weight, before[name]) for name, weight in trained.named_parameters() if weight.requires_grad]
+    trainable = [(name, weight) for name, weight in trained.named_parameters() if weight.requires_grad]
+    weights = [(weight, before[name]) for name, weight in trainable if name in before]
     short = [(weight, start) for weight, start in weights if is_short(weight)]
     if not short:
         return None

@@ -107,6 +107,17 @@ class Loss:
         return self.weighting is Weighting.wpo
 
     @property
+    def refusal(self) -> str | None:
+        """Return the refusal of responses labelled on their own, which are named in place of `{}`; None if it takes
+        them.
+        """
+        if self.takes_unpaired:
+            return None
+        name = next(name for name, kind in LOSSES.items() if kind is type(self))
+        others = " or ".join(f"loss={name}" for name, kind in sorted(LOSSES.items()) if kind.takes_unpaired)
+        return f"loss={name}: it compares two responses, and {{}}; type {others}"
+
+    @property
     def is_step_level(self) -> bool:
         """Whether the loss is a function of all pairs of an optimizer step together, see StepLevel."""
         return isinstance(self, StepLevel)

@@ -1,0 +1,28 @@
+"""The judge's score as a reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_lab.evals.judge import JudgeError
+from dpo_lab.rewards.base import Reward, RewardError, RewardInputs, ScoreTokens
+
+
+@dataclass
+class OfJudge(Reward, name="judge"):
+    """The score of the judge that `evals.judge` sets, of prompt and response as one text: a reward model's output or the
+    log-odds of a class.
+    """
+
+    def check(self, has_gold, judge) -> None:
+        if judge.path is None:
+            raise ValueError("reward=judge: no judge is set; type evals.judge.path=FOLDER of a classifier with it")
+
+    def load(self, inputs: RewardInputs) -> ScoreTokens:
+        self.check(inputs.task is not None, inputs.judge)
+        try:
+            score = inputs.judge.load(inputs.device)
+        except JudgeError as error:
+            raise RewardError(str(error)) from None
+        assert score is not None
+        return lambda *tokens: score(inputs.texts(*tokens))
