@@ -120,6 +120,13 @@ class RunConfig:
         method = next(name for name, kind in METHODS.items() if kind is type(self.method))
         if not self.method.uses_loss and self.loss != LOSSES["dpo"](beta=self.loss.beta):
             raise ValueError(f"loss: method={method} trains without a loss of pairs; leave loss= out, or type method=dpo")
+        self.reward.check(has_gold=self.data.uses_task, judge=self.evals.judge)
+        if type(self.reward) is not REWARDS["learned"] and self.noise != NOISES["symmetric"](seed=self.noise.seed):
+            reward = next(name for name, kind in REWARDS.items() if kind is type(self.reward))
+            raise ValueError(
+                f"noise: reward={reward} reads no label of the pairs, so that label noise would change nothing; type"
+                " noise=none, or reward=learned"
+            )
         if is_sharded and self.method.has_critic:
             raise ValueError(f"method={method}: its critic is not sharded over ranks; type trainer=ddp, or method=rloo")
         if self.data.tokens_per_microbatch == AUTO:
