@@ -14,10 +14,10 @@ from omegaconf import DictConfig
 
 from dpo_lab.cli import entry_point
 from dpo_lab.cli.next_steps import after_reward, print_finished_run
-from dpo_lab.config import schema
-from dpo_lab.config.reward_model import reward_record
+from dpo_lab.config import reward_model, schema
 
 schema.register()
+reward_model.register()
 
 
 @hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="reward_model")
@@ -35,11 +35,13 @@ def _reward(cfg: DictConfig, settings: schema.RunConfig) -> None:
     def if_done(record: Mapping[str, Any], folder: Path) -> None:
         print_finished_run(record, folder, after_reward(settings, record["overrides"], folder))
 
-    entry_point.run_or_spawn_ranks("dpo_lab.reward", settings, reward_record(cfg, settings), run=run, if_done=if_done)
+    entry_point.run_or_spawn_ranks(
+        "dpo_lab.reward", settings, reward_model.reward_record(cfg, settings), run=run, if_done=if_done
+    )
 
 
 def main() -> int:
-    return entry_point.run_command(reward, reward_record)
+    return entry_point.run_command(reward, reward_model.reward_record)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ LAYERS = (
     ("dpo_lab.data",),
     ("dpo_lab.models",),
     ("dpo_lab.evals",),
+    ("dpo_lab.rewards",),
     ("dpo_lab.training",),
     ("dpo_lab.config",),
     ("dpo_lab.sweeps",),
     ("dpo_lab.cli",),
     ("dpo_lab.pipelines",),
     ("dpo_lab.inspection", "dpo_lab.planning"),
-    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.inspect", "dpo_lab.evaluate", "dpo_lab.report"),
+    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.reward", "dpo_lab.inspect", "dpo_lab.evaluate", "dpo_lab.report"),
     ("dpo_lab.study",),
 )
 
@@ -80,7 +81,10 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_config_and_doors_load_nothing_heavy():
     heavy = {"torch", "lightning", "transformers", "tensorboard", "matplotlib", "scipy"}
-    assert loaded_by("import dpo_lab.train, dpo_lab.sft, dpo_lab.inspect, dpo_lab.evaluate") & heavy == set()
+    assert (
+        loaded_by("import dpo_lab.train, dpo_lab.sft, dpo_lab.reward, dpo_lab.inspect, dpo_lab.evaluate") & heavy
+        == set()
+    )
 
 
 def test_the_door_of_reports_loads_neither_hydra_nor_what_trains():

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dpo_lab.config.schema import ConfigError, RunConfig, as_record, input_files, validate
 from dpo_lab.core.methods.dpo import DPO
+from dpo_lab.models.policy import PolicyConfig
 from dpo_lab.rewards.learned import Learned
 from dpo_lab.runs.fingerprint import config_digest, fingerprint
 from dpo_lab.training.optim import Optim
@@ -70,6 +71,18 @@ def reward_model_run(cfg: DictConfig, config: RunConfig) -> tuple[DictConfig, Ru
     files = {name: each["blake2b"] for name, each in fingerprint(input_files(settings)).items()}
     text = json.dumps([config_digest(record), reward.steps, files])
     return made, settings, hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def learning_rate(*, _root_: DictConfig) -> float:
+    """Return the default learning rate of dpo_lab.reward, a resolver of its config: that of reward=learned."""
+    reward, policy = (OmegaConf.to_object(_root_[name]) for name in ("reward", "policy"))
+    assert isinstance(policy, PolicyConfig)
+    return reward.learning_rate(policy) if isinstance(reward, Learned) else 0.0
+
+
+def register() -> None:
+    """Register the resolver with OmegaConf."""
+    OmegaConf.register_new_resolver("reward_learning_rate", learning_rate, replace=True)
 
 
 def with_reward_model(config: RunConfig, folder: Path) -> RunConfig:

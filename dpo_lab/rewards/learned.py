@@ -25,29 +25,29 @@ class Learned(Reward, name="learned"):
 
     path: the folder of one that `python -m dpo_lab.reward` trained; None: it is trained first, on the run's own pairs with
     their label noise, from its initial policy, once for all runs that share these. The other settings are those of that
-    training: optimizer steps, pairs a step, learning rate (None: 3e-4 for the embedded policy, 2e-4 for adapters, 1e-5
+    training: optimizer steps, pairs a step, learning rate (None: 1e-3 for the embedded policy, 2e-4 for adapters, 1e-5
     for all weights of a pretrained one), and the coefficient of the centring term, see core/bradley_terry.py.
     """
 
     path: str | None = None
     steps: int = 250
-    batch_size: int = 32
+    batch_size: int = 16
     lr: float | None = None
     centring: float = 0.0
 
     def __post_init__(self) -> None:
         check_at_least("reward.steps", self.steps, 1, 250)
-        check_at_least("reward.batch_size", self.batch_size, 1, 32)
+        check_at_least("reward.batch_size", self.batch_size, 1, 16)
         check_at_least("reward.centring", self.centring, 0, 0.01)
         if self.lr is not None:
-            check_at_least("reward.lr", self.lr, 0, "3e-4")
+            check_at_least("reward.lr", self.lr, 0, "1e-3")
 
     def learning_rate(self, policy: PolicyConfig) -> float:
         """Return the learning rate of the training from a policy."""
         if self.lr is not None:
             return self.lr
         if isinstance(policy, TinyPolicy):
-            return 3e-4
+            return 1e-3
         return 2e-4 if policy.has_adapters else 1e-5
 
     def files(self) -> list[Path]:

@@ -20,7 +20,7 @@ KEPT = 4  # files: the most recent states of the sources
 
 # Resolvers that depend on the config and this package only; a config with any other may change and is not cached.
 DETERMINISTIC = frozenset(
-    "hydra run_name run_slug not_in_folder_names default_evaluators describe_choices gpus_per_node"
+    "hydra run_name run_slug not_in_folder_names default_evaluators describe_choices gpus_per_node reward_learning_rate"
     " oc.select oc.decode oc.dict.keys oc.dict.values".split()
 )
 

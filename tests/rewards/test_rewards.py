@@ -97,13 +97,13 @@ def test_the_judge_gives_the_same_scores_of_texts(inputs, tokens, model_folder):
 
 
 def test_unit_scale_is_that_of_the_initial_policys_samples(inputs):
-    reward = Gold(scale=Scale.unit).prepare(inputs)
+    with pytest.raises(RewardError, match=r"reward\.scale=unit: all responses .* type reward\.scale=preference"):
+        Gold(scale=Scale.unit).prepare(inputs)  # random weights write no review
+    by_length = replace(inputs, task=SyntheticReviews())
+    by_length.task.gold = lambda text: float(len(text))  # type: ignore[method-assign,union-attr]
+    reward = Gold(scale=Scale.unit).prepare(by_length)
     rewards = reward(inputs.prompts, inputs.samples())
     assert (rewards.mean(), rewards.std()) == pytest.approx((0, 1), abs=1e-9)
-    constant = replace(inputs, task=SyntheticReviews())
-    constant.task.gold = lambda text: 1.0  # type: ignore[method-assign]
-    with pytest.raises(RewardError, match=r"reward\.scale=unit: all responses .* type reward\.scale=preference"):
-        Gold(scale=Scale.unit).prepare(constant)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,11 @@ def test_unit_scale_is_that_of_the_initial_policys_samples(inputs):
         (Gold(), {"task": None}, "reward=gold: these data have no gold reward; type reward=learned"),
         (OfJudge(), {}, r"reward=judge: no judge is set; type evals\.judge\.path="),
         (OfJudge(), {"judge": Judge("nowhere")}, r"evals\.judge\.path=nowhere: no such folder"),
-        (Learned(path="nowhere"), {}, r"reward\.path=nowhere: not made by python -m dpo_lab\.reward .*type reward=judge"),
+        (
+            Learned(path="nowhere"),
+            {},
+            r"reward\.path=nowhere: not made by python -m dpo_lab\.reward .*type reward=judge",
+        ),
     ],
 )
 def test_what_is_missing_is_named(inputs, reward: Reward, changes, message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hydra import compose, initialize_config_dir
 
-from dpo_lab.config import from_run, schema
+from dpo_lab.config import from_run, reward_model, schema
 from tests.conftest import REPOSITORY
 
 CONF = REPOSITORY / "conf"
@@ -13,6 +13,7 @@ CONF = REPOSITORY / "conf"
 def composed(*overrides: str, name: str = "train"):
     schema.register()
     from_run.register()
+    reward_model.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, list(overrides))
 

@@ -10,4 +10,5 @@ with fast_imports():
     import dpo_lab.inspection.terminal
     import dpo_lab.pipelines.evaluate_run
     import dpo_lab.pipelines.train_dpo
+    import dpo_lab.pipelines.train_reward
     import dpo_lab.pipelines.train_sft  # noqa: F401

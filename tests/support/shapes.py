@@ -26,8 +26,10 @@ MODULES = (
     "core.linear_loss",
     *(f"core.losses.{module.name}" for module in iter_modules(losses.__path__)),  # its base is the first by name
     "core.metrics",
+    "core.bradley_terry",
     "core.functional",
     "models.forward",
+    "models.reward_head",
     "models.sampling",
 )
 SHAPE = re.compile(r"\b(Float|Float64|Int|Bool|Num)\[(Tensor|np\.ndarray), ")

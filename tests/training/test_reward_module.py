@@ -27,7 +27,7 @@ from dpo_lab.evals.context import score_pairs
 from dpo_lab.evals.judge import Judge
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.paths import ForwardPath, apply_path
-from dpo_lab.models.policy import Policy, PolicyError, trainable_copy
+from dpo_lab.models.policy import PolicyError, trainable_copy
 from dpo_lab.models.reward_export import PAD, end_of, exported, share_of_equal_tokens
 from dpo_lab.models.reward_head import response_rewards, with_reward_head
 from dpo_lab.training.optim import Optim
@@ -89,7 +89,7 @@ def test_rewards_and_gradient_are_those_of_transformers_class(kind):
             apply_path(model, ForwardPath(vocabulary=300, longest=1 if kind == "alone" else None))
             model.set_attn_implementation("eager")
     rewarder = with_reward_head(model).double()
-    pairs = [p for p in make_pairs(9, vocabulary=250)]
+    pairs = list(make_pairs(9, vocabulary=250))
     batch = collate(pairs)
     ours = response_rewards(rewarder, batch.tokens, batch.lengths)
     assert ours.dtype == torch.float64
@@ -143,7 +143,9 @@ def test_the_folder_is_what_transformers_and_the_judge_load(tmp_path, pad):
     texts, pairs = texts_and_pairs(encoder)
     rewarder = with_reward_head(policy.model)
     with torch.no_grad():
-        ours = response_rewards(rewarder, *collate_responses([p.prompt for p in pairs], [p.chosen for p in pairs]))[:, 0]
+        ours = response_rewards(rewarder, *collate_responses([p.prompt for p in pairs], [p.chosen for p in pairs]))[
+            :, 0
+        ]
     end = end_of([p.chosen for p in pairs], encoder.end_ids)
     assert end == encoder.eos_id
     exported(rewarder, tokenizer, end).save(tmp_path)
@@ -187,7 +189,9 @@ def test_adapters_and_head_are_trained_and_saved_merged(tmp_path):
     assert [name for name in trained if "lora" not in name] == ["base_model.model.score.weight"]
     texts, pairs = texts_and_pairs(PairTokenizer(policy.tokenizer, 64, 32))
     with torch.no_grad():
-        ours = response_rewards(rewarder, *collate_responses([p.prompt for p in pairs], [p.chosen for p in pairs]))[:, 0]
+        ours = response_rewards(rewarder, *collate_responses([p.prompt for p in pairs], [p.chosen for p in pairs]))[
+            :, 0
+        ]
     exported(rewarder, policy.tokenizer, policy.tokenizer.eos_token_id).save(tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     assert Judge(str(tmp_path)).load()(texts) == pytest.approx(ours.tolist(), abs=1e-5)
