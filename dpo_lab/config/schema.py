@@ -119,7 +119,9 @@ class RunConfig:
         """Raise ValueError if a setting does not fit a method that samples."""
         method = next(name for name, kind in METHODS.items() if kind is type(self.method))
         if not self.method.uses_loss and self.loss != LOSSES["dpo"](beta=self.loss.beta):
-            raise ValueError(f"loss: method={method} trains without a loss of pairs; leave loss= out, or type method=dpo")
+            raise ValueError(
+                f"loss: method={method} trains without a loss of pairs; leave loss= out, or type method=dpo"
+            )
         self.reward.check(has_gold=self.data.uses_task, judge=self.evals.judge)
         if type(self.reward) is not REWARDS["learned"] and self.noise != NOISES["symmetric"](seed=self.noise.seed):
             reward = next(name for name, kind in REWARDS.items() if kind is type(self.reward))

@@ -56,7 +56,8 @@ class Rollouts:
     @property
     def log_ratios(self) -> Float[Tensor, " response_tokens"]:
         """log(pi / ref) of each token under the policy that sampled it."""
-        assert self.behaviour is not None and self.reference is not None
+        assert self.behaviour is not None
+        assert self.reference is not None
         return self.behaviour - self.reference
 
     @property
@@ -80,9 +81,7 @@ class Rollouts:
 
     def take(self, prompts: Sequence[int]) -> Rollouts:
         """Return the rollouts of some prompts, in the given order."""
-        stream, rows = (
-            _places(counts, prompts) for counts in (self.lengths.sum(1), self.response_lengths.sum(1))
-        )
+        stream, rows = (_places(counts, prompts) for counts in (self.lengths.sum(1), self.response_lengths.sum(1)))
         own: dict[str, Any] = {name: getattr(self, name)[list(prompts)] for name in ("lengths", *OF_PROMPTS)}
         of_tokens = {name: None if (x := getattr(self, name)) is None else x[rows] for name in OF_TOKENS}
         keys = [self.keys[prompt] for prompt in prompts]

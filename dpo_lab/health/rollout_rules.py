@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from dpo_lab.health.evidence import Evidence, Row
@@ -31,7 +32,7 @@ class OverOptimised(Rule):
         # the mean of two successive rows, so that one lucky row is no maximum
         pairs = [
             {name: (a[name] + b[name]) / 2 for name in ("rollout/reward", "rollout/gold")} | {"step": b.step}
-            for a, b in zip(rows, rows[1:], strict=False)
+            for a, b in itertools.pairwise(rows)
         ]
         best, last = max(pairs, key=lambda pair: pair["rollout/gold"]), pairs[-1]
         gained = best["rollout/gold"] - rows[0]["rollout/gold"]
@@ -60,11 +61,15 @@ class RunawayKL(Rule):
         if len(rows) < 2 or not rows[-1]["rollout/kl"] > max(self.nats, rows[-2]["rollout/kl"]):
             return None
         message = (
-            f"a response is {rows[-1]['rollout/kl']:.1f} nats from the reference at step {rows[-1].step}, {rows[0]['rollout/kl']:.1f}"
-            f" at step {rows[0].step}: rewards and judges say little about such text"
+            f"a response is {rows[-1]['rollout/kl']:.1f} nats from the reference at step {rows[-1].step},"
+            f" {rows[0]['rollout/kl']:.1f} at step {rows[0].step}: rewards and judges say little about such text"
         )
         return Finding(
-            self.name, Severity.warning, message, f"over {self.nats:g} nats and rising", "a higher beta, or a lower optim.lr"
+            self.name,
+            Severity.warning,
+            message,
+            f"over {self.nats:g} nats and rising",
+            "a higher beta, or a lower optim.lr",
         )
 
 
@@ -84,7 +89,11 @@ class EntropyCollapse(Rule):
             f" {rows[0]['rollout/entropy']:.2f} at step {rows[0].step}: samples hardly differ, so rewards teach nothing more"
         )
         return Finding(
-            self.name, Severity.warning, message, f"under {percent(self.left)} of the first", "a higher beta, or a lower optim.lr"
+            self.name,
+            Severity.warning,
+            message,
+            f"under {percent(self.left)} of the first",
+            "a higher beta, or a lower optim.lr",
         )
 
 
@@ -97,7 +106,7 @@ class ClippedRatios(Rule):
 
     def __call__(self, run: Evidence) -> Finding | None:
         rows = rollout_rows(run, "ratio/clipped")
-        shares = [min(a["ratio/clipped"], b["ratio/clipped"]) for a, b in zip(rows, rows[1:], strict=False)]
+        shares = [min(a["ratio/clipped"], b["ratio/clipped"]) for a, b in itertools.pairwise(rows)]
         if not shares or not max(shares) > self.most:
             return None
         message = f"up to {percent(max(shares))} of the token ratios were clipped, so that much of each rollout taught nothing"
@@ -121,8 +130,8 @@ class IdleCritic(Rule):
         if len(late) < 2 or not max(late) < self.least:
             return None
         message = (
-            f"after {run.step} of {run.steps} steps the critic explains {percent(max(0.0, late[-1]))} of the variance of returns:"
-            " advantages are those of REINFORCE without a baseline"
+            f"after {run.step} of {run.steps} steps the critic explains {percent(max(0.0, late[-1]))} of the variance of"
+            " returns: advantages are those of REINFORCE without a baseline"
         )
         suggestion = "a higher method.critic_lr_factor, more method.epochs, or method=rloo, which needs no critic"
         return Finding(self.name, Severity.warning, message, f"under {percent(self.least)}", suggestion)

@@ -15,7 +15,7 @@ from dpo_lab.models.limits import Limits
 from dpo_lab.models.policy import trainable_copy
 from dpo_lab.models.reference import reference_model
 from dpo_lab.models.sharding import on_device
-from dpo_lab.pipelines.inputs import TrainingInputs, distinct_prompts, policy_errors
+from dpo_lab.pipelines.inputs import TrainingInputs, policy_errors
 from dpo_lab.pipelines.offline import Training
 from dpo_lab.pipelines.reward_inputs import prepare_reward
 from dpo_lab.pipelines.session import Session
@@ -32,7 +32,7 @@ log = logging.getLogger("dpo_lab")
 def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     """Prepare reward, reference and critic, and return the module to train and the data module that samples for it.
 
-    The prompts are those of the training pairs, each once.
+    The prompts are those of the training pairs.
     """
     config, run, forward, method = session.config, session.run, session.forward, session.config.method
     assert isinstance(method, Online)
@@ -103,14 +103,16 @@ def longest_response(session: Session) -> int:
 
 
 def prompts_of(inputs: TrainingInputs, method: Online, longest: int) -> list[list[int]]:
-    """Return the prompts to sample from. Raise ConfigError if they are too few, or too long for the model."""
-    prompts = distinct_prompts(inputs.train)
+    """Return the prompts to sample from, those of the training pairs, as often as these have them.
+
+    Raises ConfigError if they are too few, or too long for the model.
+    """
+    prompts = [list(pair.prompt) for pair in inputs.train]
     if len(prompts) < method.prompts:
         raise ConfigError(
-            f"method.prompts={method.prompts}: the training pairs have only {len(prompts)} different prompts; type"
-            f" method.prompts={len(prompts)}"
+            f"method.prompts={method.prompts}: there are only {len(prompts)} training pairs, whose prompts are sampled from;"
+            f" type method.prompts={len(prompts)}"
         )
     with policy_errors():
         Limits.of(inputs.initial.model).check_samples(prompts, longest, "method.max_new_tokens")
-    log.info("prompts: %s different ones of the training pairs", f"{len(prompts):,}")
     return prompts

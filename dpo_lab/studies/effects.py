@@ -92,7 +92,11 @@ def _slope_of(prediction: Prediction, group: str, collection: RunSet, seed: int)
     for place, arms in by_place.items():
         if prediction.matched_on:
             ((name, value),) = prediction.matched_on.items()
-            values.append(_interpolate(collection, f"{group}, {prediction.axis} {place:g}", arms, prediction.metric, name, value, seed))
+            values.append(
+                _interpolate(
+                    collection, f"{group}, {prediction.axis} {place:g}", arms, prediction.metric, name, value, seed
+                )
+            )
         else:
             own = [_run(collection, arm, seed).value(prediction.metric) for arm in arms]
             values.append(math.fsum(own) / len(own))

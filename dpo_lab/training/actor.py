@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dpo_lab.core.methods import Online
 from dpo_lab.core.methods.base import PolicyGradient
-from dpo_lab.core.pairs import Tokens, chunk_by_size
+from dpo_lab.core.pairs import Tokens
 from dpo_lab.core.rollouts import Rollouts
 from dpo_lab.data.collate import collate_responses
 from dpo_lab.data.tokenize import PairTokenizer

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.methods.base import Online, PolicyGradient
 from dpo_lab.core.methods.online_dpo import OnlineDPO
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair, PairBatch, Tokens, content_hash
-from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.rollouts import Rollouts, spread
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.collate import collate

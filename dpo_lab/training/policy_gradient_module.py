@@ -80,13 +80,17 @@ class PolicyGradientMetrics(FixedDtypeMetric):
         self.add_state("squares", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(
-        self, loss: Tensor, log_ratios: Tensor, errors: Tensor | None, part: Rollouts, clip: float
-    ) -> None:
+    def update(self, loss: Tensor, log_ratios: Tensor, errors: Tensor | None, part: Rollouts, clip: float) -> None:
         """Add a micro-batch. loss: the sum of its losses; log_ratios: see PolicyGradient; errors: squared, of the critic."""
         is_clipped = clipped_share(log_ratios, part.advantages, clip)
         moved = log_ratios.square() / 2  # k2 of the policy of now and the one that sampled
-        sums = [loss, loss.new_tensor(part.rewards.numel()), is_clipped.sum(), moved.sum(), loss.new_tensor(len(log_ratios))]
+        sums = [
+            loss,
+            loss.new_tensor(part.rewards.numel()),
+            is_clipped.sum(),
+            moved.sum(),
+            loss.new_tensor(len(log_ratios)),
+        ]
         self.sums += torch.stack([each.double() for each in sums])
         if errors is not None:
             returns = part.returns.double()

@@ -26,7 +26,10 @@ UNBIASED = {
     "ppo": lambda beta: PPO(beta=beta, whiten=False),
     "grpo, the price in the reward": lambda beta: GRPO(beta=beta, scale=Scale.none, kl=KLPrice.reward),
 }
-STARTS = [torch.zeros(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))]
+STARTS = [
+    torch.zeros(3, 4, dtype=torch.float64),
+    torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+]
 
 
 @pytest.mark.parametrize("start", STARTS, ids=["uniform", "random"])
@@ -168,7 +171,9 @@ def test_generalised_advantages_at_their_limits():
     later = torch.cat([each.flip(0).cumsum(0).flip(0) for each in rewards.split(lengths.tolist())])
     following = torch.cat([torch.cat((each[1:], each.new_zeros(1))) for each in values.split(lengths.tolist())])
     torch.testing.assert_close(generalised_advantages(rewards, values, lengths, 1.0, 1.0)[0], later - values)
-    torch.testing.assert_close(generalised_advantages(rewards, values, lengths, 1.0, 0.0)[0], rewards + following - values)
+    torch.testing.assert_close(
+        generalised_advantages(rewards, values, lengths, 1.0, 0.0)[0], rewards + following - values
+    )
 
 
 def test_kl_estimators():
@@ -224,7 +229,9 @@ def test_gradient_on_responses_of_two_tokens(kind):
     values = torch.stack((before.expand(firsts.shape), after[firsts]), -1).flatten()
     method = RLOO(beta=beta) if kind == "rloo" else PPO(beta=beta, lam=0.9, whiten=False)
     bandit = Bandit(rewards.view(1, 9), torch.zeros(1, 9).double())
-    rollouts = bandit.rollouts(torch.zeros(1, 9).double(), torch.zeros(81, dtype=torch.long), 3 * firsts + seconds, beta)
+    rollouts = bandit.rollouts(
+        torch.zeros(1, 9).double(), torch.zeros(81, dtype=torch.long), 3 * firsts + seconds, beta
+    )
     lengths = np.tile([1, 2, 2], (81, 1))
     rollouts = replace(rollouts, lengths=lengths, behaviour=rows[0].detach(), reference=rows[1].detach(), values=values)
     advantages, _ = method.advantages(rollouts)
@@ -257,7 +264,10 @@ def test_beta_follows_its_target():
     ("settings", "message"),
     [
         ({"samples": 1}, "method.samples=1: must be 2 or more"),
-        ({"prompts": 9, "minibatches": 2}, "method.minibatches=2: must divide method.prompts=9; type method.prompts=10"),
+        (
+            {"prompts": 9, "minibatches": 2},
+            "method.minibatches=2: must divide method.prompts=9; type method.prompts=10",
+        ),
         ({"beta": 0.0}, "beta=0.0: must be a positive number"),
         ({"clip": 0.0}, "method.clip=0.0: must be above 0"),
         ({"max_new_tokens": 0}, "method.max_new_tokens=0: must be 1 or more"),

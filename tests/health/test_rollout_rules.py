@@ -32,7 +32,9 @@ HEALTHY = {
 def found(**changed) -> dict[str, str]:
     """The findings on a log of ten rows, by name."""
     columns = HEALTHY | {name.replace("_", "/", 1): values for name, values in changed.items()}
-    rows = [{"step": 10 * (i + 1), **{f"train/{name}": values[i] for name, values in columns.items()}} for i in range(10)]
+    rows = [
+        {"step": 10 * (i + 1), **{f"train/{name}": values[i] for name, values in columns.items()}} for i in range(10)
+    ]
     return {finding.name: str(finding) for finding in findings(RECORD, rows)}
 
 
@@ -43,7 +45,11 @@ def test_a_healthy_run_has_no_findings():
 @pytest.mark.parametrize(
     ("name", "changed", "part"),
     [
-        ("reward over-optimised", {"rollout_gold": [0, 1, 2, 3, 4, 4, 3, 2, 1, 1]}, "was 4.00 around step 60 and is 1.00 now"),
+        (
+            "reward over-optimised",
+            {"rollout_gold": [0, 1, 2, 3, 4, 4, 3, 2, 1, 1]},
+            "was 4.00 around step 60 and is 1.00 now",
+        ),
         ("KL running away", {"rollout_kl": [4 * i for i in range(10)]}, "36.0 nats from the reference at step 100"),
         ("entropy collapsed", {"rollout_entropy": [1.6 / (i + 1) for i in range(10)]}, "0.16 nats at step 100"),
         ("ratios clipped", {"ratio_clipped": [0.1] * 5 + [0.4, 0.5] + [0.1] * 3}, "up to 40 %"),
@@ -59,7 +65,10 @@ def test_what_goes_wrong_is_found(name, changed, part):
     ("changed", "why"),
     [
         ({"rollout_gold": [0, 1, 2, 3, 4, 4, 4, 4, 3.9, 3.8]}, "a fall within what one sees without one"),
-        ({"rollout_gold": [0, 1, 2, 3, 4, 4, 3, 2, 1, 1], "rollout_reward": [0, 1, 2, 3, 4, 4, 3, 2, 1, 1]}, "both fell"),
+        (
+            {"rollout_gold": [0, 1, 2, 3, 4, 4, 3, 2, 1, 1], "rollout_reward": [0, 1, 2, 3, 4, 4, 3, 2, 1, 1]},
+            "both fell",
+        ),
         ({"rollout_kl": [40] * 10}, "far away, but no further"),
         ({"ratio_clipped": [0.1] * 5 + [0.9] + [0.1] * 4}, "one row"),
         ({"critic_explained": [0.01] * 8 + [0.3, 0.3]}, "it explains something in the end"),

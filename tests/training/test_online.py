@@ -111,7 +111,8 @@ def test_each_step_has_the_same_prompts_and_samples_whatever_ran_before(tmp_path
     _, data = prepare(METHODS["ppo"])(make_model(), make_optim(), total_steps=4, tokens_per_microbatch=40)
     parts = [data.batch(step) for step in range(5)]
     first_epoch, second_epoch = ({*parts[i].keys, *parts[i + 1].keys} for i in (0, 2))
-    assert first_epoch == second_epoch and len(first_epoch) == 4
+    assert first_epoch == second_epoch
+    assert len(first_epoch) == 4
     assert {*parts[4].keys} != {*parts[0].keys}
     again = prepare(METHODS["ppo"])(make_model(), make_optim(), total_steps=4, tokens_per_microbatch=40)[1]
     assert torch.equal(again.batch(0).tokens, parts[0].tokens)
