@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -168,6 +168,11 @@ class UniformLogps:
         if batch.weights is not None:
             weighted = sum_responses(batch.weights, batch.lengths)
         return PairLogps.of(-self.nats_per_token * weighted, batch.response_lengths)
+
+
+def score_reference(reference: ReferenceLogps, batch: PairBatch) -> PairLogps:
+    """Return the reference's log-probabilities of a batch, with the difference in scores of its pairs if it has it."""
+    return replace(reference(batch), score_gap=batch.score_gap)
 
 
 class FrozenModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import seed_everything
@@ -57,10 +58,11 @@ def _run_stages(session: Session) -> None:
     session.record_inputs(inputs)
     traits = config.loss.traits()
     run.update(data_quality=quality.as_record(), loss_traits=traits, seconds=session.timer.stop("prepare"))
-    weighted = inputs.with_tail_weight(config.loss.ld_alpha)
-    module, memory = _prepare_training(session, weighted)
+    train, held_out = config.loss.prepare(inputs.train), config.loss.prepare(inputs.held_out)
+    of_loss = replace(inputs, train=train, held_out=held_out)
+    module, memory = _prepare_training(session, of_loss)
     try:
-        session.train(module, weighted)
+        session.train(module, of_loss)
     except BaseException:
         run.update(health=[finding.as_record() for finding in of_folder(run.folder, run.record)])
         raise
@@ -88,8 +90,10 @@ def _prepare_training(session: Session, inputs: TrainingInputs) -> tuple[DPOModu
     if config.policy.has_adapters:  # the base is held once on the device
         on_device(inputs.initial.model, forward.device)
     model = on_device(trainable_copy(inputs.initial.model), forward.device)
-    pairs, tokens = inputs.train.concat(inputs.held_out), config.data.forward_tokens
-    reference = config.reference.prepare(model, pairs, CACHE, forward.context, tokens)
+    tokens = config.data.forward_tokens
+    pairs = inputs.train.concat(inputs.held_out)
+    scored = pairs if pairs.unrelated is None else pairs.concat(pairs.unrelated)
+    reference = config.reference.prepare(model, scored, CACHE, forward.context, tokens)
     memory.count_weights(model, reference_model(reference))
     step_zero_loss = None
     batch = collate(inputs.train[: config.data.batch_size]).to(forward.device)

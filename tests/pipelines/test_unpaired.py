@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on(trained):
     [
         (
             ["loss=dpo"],
-            "loss=dpo: it compares two responses, and unpaired.jsonl:1 is one response with a label; type loss=bco",
+            "loss=dpo: it compares two responses, and unpaired.jsonl:1 is one response with a label; type loss=bco or loss=kto",
         ),
         (
             ["loss=ipo", "data.path=pairs.jsonl", "data.unpair=true"],
