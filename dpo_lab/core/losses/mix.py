@@ -56,10 +56,10 @@ class Mix(
         kind, settings = LOSSES[name], dict(self.settings.get(name) or {})
         if unknown := settings.keys() - {each.name for each in fields(kind)}:
             raise ValueError(f"loss.settings.{name}: has no setting {', '.join(sorted(unknown))}")
-        if shared := sorted(settings.keys() & {"ld_alpha", "weighting"}):
+        if of_data := sorted(settings.keys() & {"ld_alpha", "weighting"}):
             raise ValueError(
-                f"loss.settings.{name}: {shared[0]} is of the data that all terms share; type loss.{shared[0]}="
-                f"{settings[shared[0]]} for all of them"
+                f"loss.settings.{name}: {of_data[0]} is of the data that all terms share; type loss.{of_data[0]}="
+                f"{settings[of_data[0]]} for all of them"
             )
         shared: dict[str, Any] = {"beta": self.beta}
         if kind.requires_reference is not False:
