@@ -89,7 +89,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if (required := self.loss.requires_reference) not in (None, self.reference.starts_at_policy):
-            loss = next(f"loss={name}" for name, kind in LOSSES.items() if kind is type(self.loss))
+            loss = f"loss={self.loss.name}"
             why = "measures drift from the initial policy" if required else "has no reference"
             raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
         is_sharded = target_of(self.trainer.get("strategy")) == FSDP2

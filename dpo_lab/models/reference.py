@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -185,6 +185,11 @@ class UniformLogps:
         import torch
 
         return torch.full((int(lengths[:, 1:].sum()),), -self.nats_per_token, device=tokens.device)
+
+
+def score_reference(reference: ReferenceLogps, batch: PairBatch) -> PairLogps:
+    """Return the reference's log-probabilities of a batch, with the difference in scores of its pairs if it has it."""
+    return replace(reference(batch), score_gap=batch.score_gap)
 
 
 class FrozenModel:

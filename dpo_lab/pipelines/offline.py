@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import seed_everything
@@ -41,14 +41,17 @@ def prepare_offline(session: Session, inputs: TrainingInputs) -> Training:
     Records the loss at step 0, None if the reference is not the initial policy.
     """
     config, run, forward = session.config, session.run, session.forward
-    inputs = inputs.with_tail_weight(config.loss.ld_alpha)
+    train, held_out = config.loss.prepare(inputs.train), config.loss.prepare(inputs.held_out)
+    inputs = replace(inputs, train=train, held_out=held_out)
     seed_everything(config.seed, workers=True, verbose=False)
     memory = MemoryTracker(forward.device)
     if config.policy.has_adapters:  # the base is held once on the device
         on_device(inputs.initial.model, forward.device)
     model = on_device(trainable_copy(inputs.initial.model), forward.device)
-    pairs, tokens = inputs.train.concat(inputs.held_out), config.data.forward_tokens
-    reference = config.reference.prepare(model, pairs, CACHE, forward.context, tokens)
+    tokens = config.data.forward_tokens
+    pairs = inputs.train.concat(inputs.held_out)
+    scored = pairs if pairs.unrelated is None else pairs.concat(pairs.unrelated)
+    reference = config.reference.prepare(model, scored, CACHE, forward.context, tokens)
     memory.count_weights(model, reference_model(reference))
     step_zero_loss = None
     batch = collate(inputs.train[: config.data.batch_size]).to(forward.device)

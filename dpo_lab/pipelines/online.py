@@ -74,7 +74,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         )
     else:
         data = FreshPairs(method, actor, prompts, inputs.held_out, seed=config.seed)
-        data.tail_weight = config.loss.ld_alpha
+        data.prepare = config.loss.prepare
         batch = method.prompts // method.minibatches
         module = module_for(config.loss)(model, config.loss, reference, config.optim, batch_size=batch, **sizes)
     return Training(module, data, memory, lambda: {"samples": data.samples, "reward_queries": reward.queries})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -132,29 +132,26 @@ class RolloutData(OnlineDataModule):
 
 
 class FreshPairs(OnlineDataModule):
-    """Pairs of fresh responses, for losses of pairs. tail_weight: see EncodedPair."""
+    """Pairs of fresh responses, for losses of pairs. prepare: gives pairs what the loss takes of them, see Loss.prepare."""
 
     method: OnlineDPO
-    tail_weight: float = 1.0
+    prepare: Callable[[PairTable], PairTable] = staticmethod(lambda pairs: pairs)
 
     def minibatch(self, rollouts, number, prompts, mine):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, f"annotator/{number}"))
         sides = torch.stack(self.method.choose(rollouts.rewards, generator), 1).tolist()
         streams = rollouts.tokens.split(rollouts.sizes)
-        pairs = []
-        for at in mine:
-            prompt, *responses = streams[at].split(rollouts.lengths[at].tolist())
+        pairs, gaps = [], []
+        for at in prompts:
+            prompt, *responses = (part.numpy() for part in streams[at].split(rollouts.lengths[at].tolist()))
             chosen, rejected = sides[at]
-            pair = EncodedPair(
-                f"{rollouts.keys[at]}/{number}",
-                prompt.numpy(),
-                responses[chosen].numpy(),
-                responses[rejected].numpy(),
-                (rollouts.gold[at, chosen] - rollouts.gold[at, rejected]).item(),
-                tail_weight=self.tail_weight,
-            )
-            pairs.append(pair)
-        return collate(PairTable.of(pairs))
+            gold, reward = (float(x[at, chosen] - x[at, rejected]) for x in (rollouts.gold, rollouts.rewards))
+            key = content_hash([rollouts.keys[at], number, at])
+            pairs.append(EncodedPair(key, prompt, responses[chosen], responses[rejected], gold))
+            gaps.append(reward)
+        table = self.prepare(PairTable.of(pairs, gaps))
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        return collate([table[place[prompt]] for prompt in mine])
 
 
 class _Batches:

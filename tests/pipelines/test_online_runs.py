@@ -48,7 +48,13 @@ def test_a_learned_reward_is_made_once_and_trained_on(workshop):
 @pytest.mark.parametrize("method", ["ppo", "online_dpo"])
 def test_killed_it_goes_on_as_if_it_had_not_been(method, workshop):
     """kill -9 once a checkpoint is there; PPO's lies within a rollout."""
-    settings = [f"method={method}", *ONLINE, "reward=gold", "callbacks.checkpoint.every_n_steps=3", "trainer.max_steps=9"]
+    settings = [
+        f"method={method}",
+        *ONLINE,
+        "reward=gold",
+        "callbacks.checkpoint.every_n_steps=3",
+        "trainer.max_steps=9",
+    ]
     settings += ["method.minibatches=2"] if method == "ppo" else []
     whole, cut = (f"{method}-{name}" for name in ("whole", "cut"))
     told = warm.door("dpo_lab.train", f"name={whole}", *settings, cwd=workshop)
@@ -71,7 +77,14 @@ def test_killed_it_goes_on_as_if_it_had_not_been(method, workshop):
 def test_ppo_with_adapters_on_files_holds_one_body(policy, tmp_path):
     """Policy, reference and critic share the base model; the reward model is another."""
     shop = make_shop(tmp_path, policy)
-    settings = [*QUIET, "policy.lora.r=2", "optim=lora", "reference=adapter_off", "reward.steps=3", "reward.batch_size=8"]
+    settings = [
+        *QUIET,
+        "policy.lora.r=2",
+        "optim=lora",
+        "reference=adapter_off",
+        "reward.steps=3",
+        "reward.batch_size=8",
+    ]
     settings += ["method=ppo", "method.prompts=4", "method.samples=2", "method.max_new_tokens=6"]
     told = warm.door("dpo_lab.train", "name=ppo", *settings, cwd=shop)
     assert told.returncode == 0, told.stdout + told.stderr
