@@ -27,8 +27,8 @@ def test_a_learned_reward_is_made_once_and_trained_on(workshop):
     assert told.returncode == 0, told.stdout + told.stderr
     record = record_of(workshop, "rl")
     assert record["status"] == "done"
-    assert record["samples"] == 6 * 8
-    assert record["reward_queries"] >= 6 * 8
+    assert record["rollouts"]["samples"] == 6 * 8
+    assert record["rollouts"]["reward_queries"] >= 6 * 8
     assert record["memory"]["weights"] == pytest.approx(2, abs=0.01)  # policy and reference
     assert {"gold_gain", "kl", "accuracy"} <= record["metrics"].keys()
     rows = [json.loads(line) for line in (folder_of(workshop, "rl") / "metrics.jsonl").read_text().splitlines()]
@@ -90,7 +90,7 @@ def test_ppo_with_adapters_on_files_holds_one_body(policy, tmp_path):
     assert told.returncode == 0, told.stdout + told.stderr
     record = record_of(shop, "ppo")
     assert record["memory"]["weights"] < 1.2
-    assert record["samples"] == 8  # three steps of one rollout
+    assert record["rollouts"]["samples"] == 8  # three steps of one rollout
     told = warm.door("dpo_lab.train", "name=no", *settings, "reward=gold", cwd=shop)
     assert told.returncode == 2
     assert "reward=gold: these data have no gold reward; type reward=learned" in told.stderr
