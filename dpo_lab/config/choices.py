@@ -9,7 +9,7 @@ from pathlib import Path
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.losses.base import StepLevel
 
-DESCRIBED = ("loss", "reference", "noise", "reward")  # groups whose choices get a line each
+DESCRIBED = ("method", "loss", "reference", "noise", "reward")  # groups whose choices get a line each
 HEADINGS = {None: "any reference", True: "reference=cached, frozen, moving or adapter_off", False: "reference=uniform"}
 TOGETHER = "all pairs of a step together"
 

@@ -12,12 +12,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dpo_lab.config.schema import ConfigError, RunConfig, as_record, input_files, validate
+from dpo_lab.core.methods.dpo import DPO
 from dpo_lab.models.policy import PolicyConfig
 from dpo_lab.rewards.learned import Learned
 from dpo_lab.runs.fingerprint import config_digest, fingerprint
 from dpo_lab.training.optim import Optim
 
-UNUSED = ("beta", "loss", "reference")  # in the training of a reward model
+UNUSED = ("beta", "method", "loss", "reference")  # in the training of a reward model
 # Settings of evals that its evaluation uses.
 EVALS = ("num_prompts", "max_new_tokens", "num_train_pairs", "batch_size", "calibration")
 REWARD_MODEL = "reward_model"  # the key of its own settings in its record
@@ -60,6 +61,7 @@ def reward_model_run(cfg: DictConfig, config: RunConfig) -> tuple[DictConfig, Ru
             None,
             {},
         )
+        made.method = OmegaConf.structured(DPO)  # which determines nothing of it
         made.optim = OmegaConf.structured(optim)
         made.data.batch_size = reward.batch_size
         made.trainer.update(trainer)

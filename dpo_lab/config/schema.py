@@ -31,6 +31,7 @@ from dpo_lab.config.logger_packages import check_packages
 from dpo_lab.config.precision import check_precision
 from dpo_lab.config.trainer_arguments import advice, check_trainer
 from dpo_lab.core.losses import LOSSES, Loss
+from dpo_lab.core.methods import METHODS, Method
 from dpo_lab.core.noise import NOISES, LabelNoise
 from dpo_lab.data.sources import AUTO, Data
 from dpo_lab.data.tasks.base import TASKS
@@ -45,7 +46,7 @@ from dpo_lab.runs.renamed_keys import RENAMED_KEYS, RENAMED_VALUES, is_renamed, 
 from dpo_lab.training.initial_policy import SFT
 from dpo_lab.training.optim import Optim
 
-PREFERENCE_KEYS = ("beta", "loss", "reference", "noise", "evals")  # not used in supervised fine-tuning
+PREFERENCE_KEYS = ("beta", "method", "loss", "reference", "noise", "evals")  # not used in supervised fine-tuning
 # Errors that Hydra raises before it calls the command.
 ConfigErrors = (HydraException, OmegaConfBaseException, YAMLError)
 
@@ -72,10 +73,11 @@ class RunConfig:
     if_exists: IfExists = IfExists.error
     figures: bool = True
     optimized_metric: str | None = None  # the metric that a sweeper such as Optuna optimizes
+    method: Method = MISSING
     loss: Loss = MISSING
     reference: Reference = MISSING
     noise: LabelNoise = MISSING
-    reward: Reward = MISSING  # not used, nor recorded, by runs of dpo_lab.train
+    reward: Reward = MISSING  # used, and recorded, by methods that sample
     policy: PolicyConfig = MISSING
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=lambda: Data(task=MISSING))
@@ -87,10 +89,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if (required := self.loss.requires_reference) not in (None, self.reference.starts_at_policy):
-            loss = next(f"loss={name}" for name, kind in LOSSES.items() if kind is type(self.loss))
+            loss = f"loss={self.loss.name}"
             why = "measures drift from the initial policy" if required else "has no reference"
             raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
         is_sharded = target_of(self.trainer.get("strategy")) == FSDP2
+        if self.method.is_online:
+            self._check_online(is_sharded)
         self.reference.check(self.policy, is_sharded=is_sharded)
         self.policy.check(is_sharded=is_sharded, on_cpu=self.trainer.get("accelerator") == "cpu")
         if is_sharded and self.data.tokens_per_microbatch == AUTO:
@@ -110,6 +114,28 @@ class RunConfig:
             check_targets(node)
         check_packages(self.logger)
         check_trainer(self.trainer)
+
+    def _check_online(self, is_sharded: bool) -> None:
+        """Raise ValueError if a setting does not fit a method that samples."""
+        method = next(name for name, kind in METHODS.items() if kind is type(self.method))
+        if not self.method.uses_loss and self.loss != LOSSES["dpo"](beta=self.loss.beta):
+            raise ValueError(
+                f"loss: method={method} trains without a loss of pairs; leave loss= out, or type method=dpo"
+            )
+        self.reward.check(has_gold=self.data.uses_task, judge=self.evals.judge)
+        if type(self.reward) is not REWARDS["learned"] and self.noise != NOISES["symmetric"](seed=self.noise.seed):
+            reward = next(name for name, kind in REWARDS.items() if kind is type(self.reward))
+            raise ValueError(
+                f"noise: reward={reward} reads no label of the pairs, so that label noise would change nothing; type"
+                " noise=none, or reward=learned"
+            )
+        if is_sharded and self.method.has_critic:
+            raise ValueError(f"method={method}: its critic is not sharded over ranks; type trainer=ddp, or method=rloo")
+        if self.data.tokens_per_microbatch == AUTO:
+            raise ValueError(
+                f"data.tokens_per_microbatch={AUTO}: its trials are of given pairs, and method={method} samples; type a"
+                " number, e.g. data.tokens_per_microbatch=4096"
+            )
 
     @property
     def is_embedded(self) -> bool:
@@ -134,6 +160,7 @@ class InspectConfig(RunConfig):
 
 # Config groups whose options are different dataclasses, each with its own settings.
 KINDS: dict[str, dict[str, Any]] = {
+    "method": METHODS,
     "loss": LOSSES,
     "reference": REFERENCES,
     "noise": NOISES,
@@ -187,7 +214,8 @@ def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
         *parents, leaf = group.split(".")
         node = reduce(getitem, parents, config_dict)
         node[leaf] = {"kind": kind, **node[leaf]}
-    del config_dict["reward"]
+    if not config.method.is_online:
+        del config_dict["reward"]
     return config_dict
 
 

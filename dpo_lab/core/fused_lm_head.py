@@ -23,6 +23,8 @@ ROWS, LOGITS = 512, 2**25  # the largest number of rows and of logits in a chunk
 GPU_ROWS, GPU_SHARE = 2048, 1 / 32  # on a GPU: of rows, and of its memory for a chunk's logits in both dtypes
 
 LossOf = Callable[[Tensor, slice], Tensor]  # (log-probs [b, K] of the items' responses, the items) -> one loss per item
+# (log-probs [r] of the items' response tokens, log_squares [r] or None, these rows, the items) -> losses, what is returned
+LossOfTokens = Callable[[Tensor, Tensor | None, slice, slice], tuple[Tensor, Tensor]]
 
 
 def rows_per_chunk(vocabulary: int, device: torch.device) -> int:
@@ -86,33 +88,56 @@ def fused_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "items sums"]]:
     """Return the sum of a batch's losses, differentiable, and the log-probabilities of responses, detached.
 
-    hidden, targets: response rows in the order of the stream; lengths, weights: see core/logps.py. The forward pass already
-    computes the gradient: an item's loss depends only on the log-probabilities of its K responses, so its derivative,
-    one number per response, turns the item's logits into their gradient while they are in memory. This takes 6 H V R
-    FLOPs and holds one chunk of logits; logits are computed twice only for an item of more rows than a chunk. Logits
-    are computed in the dtype of autocast if it is enabled, their softmax in float32 or higher. A head that is not linear
-    is differentiated by autograd, which computes logits twice.
+    hidden, targets: response rows in the order of the stream; lengths, weights: see core/logps.py. For what it costs see
+    fused_token_loss.
 
     is_relative: whether loss_of is given, beside the K sums of an item, those of log p(token) - log sum_v p(v)^2, which have
     no gradient; they are returned too.
     """
+
+    def of_tokens(logps: Tensor, log_squares: Tensor | None, rows: slice, items: slice) -> tuple[Tensor, Tensor]:
+        group = relative_sums(logps, log_squares, lengths[items], None if weights is None else weights[rows])
+        return loss_of(group, items), group
+
+    return fused_token_loss(hidden, head, targets, lengths, of_tokens, is_relative)
+
+
+def fused_token_loss(
+    hidden: Float[Tensor, "rows width"],
+    head: LMHead,
+    targets: Int[Tensor, " rows"],
+    lengths: Int[np.ndarray, "items parts"],
+    loss_of: LossOfTokens,
+    is_relative: bool = False,
+) -> tuple[Float[Tensor, ""], Tensor]:
+    """Return the sum of a batch's losses of token log-probabilities, differentiable, and what loss_of returns beside them,
+    detached and concatenated over items.
+
+    The forward pass already computes the gradient: an item's loss depends only on the log-probabilities of its K responses,
+    so its derivative, one number per token, turns the item's logits into their gradient while they are in memory. This
+    takes 6 H V R FLOPs and holds one chunk of logits; logits are computed twice only for an item of more rows than a
+    chunk. Logits are computed in the dtype of autocast if it is enabled, their softmax in float32 or higher. A head that is
+    not linear is differentiated by autograd, which computes logits twice.
+
+    is_relative: whether loss_of is given log sum_v p(v)^2 of each row too, see token_log_squares.
+    """
     if head.linear is None:
         log_squares = token_log_squares(hidden, head) if is_relative else None
-        group = relative_sums(token_logps(hidden, head, targets), log_squares, lengths, weights)
-        return loss_of(group, slice(None)).sum(), group.detach()
+        losses, found = loss_of(token_logps(hidden, head, targets), log_squares, slice(None), slice(None))
+        return losses.sum(), found.detach()
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         matrix, bias = head.linear.weight, head.linear.bias
-        return _FusedLoss.apply(hidden, matrix, bias, targets, lengths, loss_of, weights, is_relative, head, dtype)  # type: ignore[return-value]
+        return _FusedLoss.apply(hidden, matrix, bias, targets, lengths, loss_of, is_relative, head, dtype)  # type: ignore[return-value]
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, lengths, loss_of, weights, is_relative, lm_head, dtype):
+    def forward(ctx, hidden, weight, bias, targets, lengths, loss_of, is_relative, lm_head, dtype):
         head = _Head(hidden, weight, bias, targets, lm_head, dtype, ctx.needs_input_grad)
         size, rows_of = rows_per_chunk(len(weight), hidden.device), lengths[:, 1:].sum(1).tolist()
-        total, sums, stop = 0, [], 0
+        total, returned, stop = 0, [], 0
         for items in chunk_by_size(rows_of, size):
             start, stop = stop, stop + sum(rows_of[items])
             chunks = [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
@@ -121,25 +146,24 @@ class _FusedLoss(torch.autograd.Function):
             log_squares = torch.cat([found for _, found in scored]) if is_relative else None  # type: ignore[misc]
             with torch.enable_grad():
                 logps.requires_grad_()
-                weights_of_items = None if weights is None else weights[start:stop]
-                group = relative_sums(logps, log_squares, lengths[items], weights_of_items)
-                loss = loss_of(group, items).sum()
+                losses, found = loss_of(logps, log_squares, slice(start, stop), items)
+                loss = losses.sum()
                 (derivative,) = torch.autograd.grad(loss, logps)
             for chunk in reversed(chunks):  # the buffer still holds the softmax of the last chunk
                 if chunk != chunks[-1]:
                     head.score(chunk)
                 head.add_gradient(chunk, derivative[chunk.start - start : chunk.stop - start])
             total = total + loss.detach()
-            sums.append(group.detach())
+            returned.append(found.detach())
         grads = zip((hidden, weight, bias), (head.hidden_grad, head.weight_grad, head.bias_grad), strict=True)
         ctx.save_for_backward(*(grad if grad is None else grad.to(of.dtype) for of, grad in grads))
-        sums = torch.cat(sums)
-        ctx.mark_non_differentiable(sums)
-        return total, sums
+        returned = torch.cat(returned)
+        ctx.mark_non_differentiable(returned)
+        return total, returned
 
     @staticmethod
     def backward(ctx, grad, _):
-        return *(saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), *[None] * 7
+        return *(saved if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors), *[None] * 6
 
 
 class _Head:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +32,7 @@ class LinearLoss:
         """Differentiate the sum of `loss`, a function of all log-probabilities of a step."""
         with torch.enable_grad():
             chosen, rejected = at.chosen.detach().requires_grad_(), at.rejected.detach().requires_grad_()
-            losses = loss(PairLogps(chosen, rejected, at.chosen_length, at.rejected_length))
+            losses = loss(replace(at, chosen=chosen, rejected=rejected))
             by_chosen, by_rejected = torch.autograd.grad(losses.sum(), (chosen, rejected), materialize_grads=True)
         return cls(losses.detach(), at, by_chosen, by_rejected)
 

@@ -107,9 +107,7 @@ class Uncertainty(LabelNoise, name="uncertainty", compares=True):
             assert reference_margins is not None
             gaps = np.abs(reference_margins)
         else:
-            gaps = np.abs(
-                np.where(np.isnan(pairs.gold_margin), pairs.score_margin, pairs.gold_margin).astype(np.float64)
-            )
+            gaps = np.abs(pairs.score_gap.astype(np.float64))
         if missing := int(np.isnan(gaps).sum()):
             raise ValueError(
                 f"noise=uncertainty: {missing:,} of {len(gaps):,} pairs came without scores, so their gaps are unknown;"

@@ -15,6 +15,7 @@ import numpy as np
 
 from dpo_lab.core.pairs import EncodedPair
 
+COLUMNS = ("keys", "starts", "lengths", "gold_margin", "score_margin", "flipped")  # a row of each for each pair
 MAPPED = {"tokens": np.int32, "scored": np.bool_}  # columns that may be memory-mapped files
 
 
@@ -26,7 +27,8 @@ class PairTable(Sequence[EncodedPair]):
     pair in `tokens`; lengths [N, 3]: number of tokens of prompt, chosen and rejected as annotated, stored in that
     order; gold_margin, score_margin [N]: see Pair, as annotated; flipped [N]: whether label noise swapped chosen and
     rejected. scored [T] bool: which of `tokens` are scored if they belong to a response, None for all; tail_weight: of
-    every pair, see EncodedPair.
+    every pair, see EncodedPair; with_scores: whether pairs have their score_gap; unrelated: a row for each pair, see
+    with_unrelated.
     """
 
     keys: np.ndarray
@@ -38,6 +40,8 @@ class PairTable(Sequence[EncodedPair]):
     flipped: np.ndarray
     scored: np.ndarray | None = None
     tail_weight: float = 1.0
+    with_scores: bool = False
+    unrelated: PairTable | None = None
 
     @classmethod
     def of(cls, pairs: Iterable[EncodedPair], score_margins: Iterable[float] = ()) -> PairTable:
@@ -80,6 +84,8 @@ class PairTable(Sequence[EncodedPair]):
             if self.scored is None
             else (self.scored[first:second], self.scored[second : second + rejected]),
             tail_weight=self.tail_weight,
+            score_gap=float(self.score_gap[at]) if self.with_scores else None,
+            unrelated=None if self.unrelated is None else self.unrelated[at],
         )
         return pair.flip() if self.flipped[at] else pair
 
@@ -102,14 +108,32 @@ class PairTable(Sequence[EncodedPair]):
         """Which pairs have one response only, chosen if it is desirable, else rejected, [N]."""
         return (self.lengths[:, 1:] == 0).any(1)
 
+    @property
+    def score_gap(self) -> np.ndarray:
+        """Difference of chosen and rejected, as annotated, in gold reward, else in the scores that came with them, [N]; NaN if
+        neither is known.
+        """
+        return np.where(np.isnan(self.gold_margin), self.score_margin, self.gold_margin)
+
     def select(self, rows: slice | np.ndarray) -> PairTable:
         """Return some of the pairs, by index or mask, without copying tokens."""
-        columns = (column[rows] for column in self._columns)
-        return PairTable(self.keys[rows], self.tokens, *columns, scored=self.scored, tail_weight=self.tail_weight)
+        unrelated = None if self.unrelated is None else self.unrelated.select(rows)
+        columns = {name: getattr(self, name)[rows] for name in COLUMNS}
+        return replace(self, **columns, unrelated=unrelated)
 
-    def with_tail_weight(self, weight: float) -> PairTable:
-        """Return the same pairs with another weight of the tokens beyond the shorter response of a pair."""
-        return replace(self, tail_weight=weight)
+    def with_unrelated(self) -> PairTable:
+        """Return the same pairs, each with a row of its prompt and a response of another pair, the next one by key: of its two
+        responses every other pair gives the chosen one, as annotated. A row has at most as many tokens as the longest pair.
+        """
+        order = np.argsort(self.keys, kind="stable")
+        of, side = np.empty_like(order), np.empty_like(order)
+        of[order], side[order] = np.roll(order, -1), np.arange(len(order)) % 2
+        side = np.where(self.lengths[of, side + 1] > 0, side, 1 - side)
+        longest = (self.lengths[:, 0] + self.lengths[:, 1:].max(1)).max(initial=0)
+        keys = [b"%s to %s" % pair for pair in zip(self.keys[of].tolist(), self.keys.tolist(), strict=True)]
+        return replace(
+            self, unrelated=self._single(np.arange(len(self)), of, side, [_key(key) for key in keys], longest)
+        )
 
     def flip(self, mask: np.ndarray) -> PairTable:
         """Return the same pairs with chosen and rejected swapped where the mask is True."""
@@ -125,11 +149,11 @@ class PairTable(Sequence[EncodedPair]):
                 [each._all_scored if each.scored is None else each.scored for each in (self, other)]
             )
         shifted = other if shared else replace(other, starts=other.starts + len(self.tokens))
-        columns = zip(self._columns, shifted._columns, strict=True)
-        joined = (np.concatenate(pair) for pair in columns)
-        return PairTable(
-            np.concatenate([self.keys, other.keys]), tokens, *joined, scored=scored, tail_weight=self.tail_weight
-        )
+        joined = {name: np.concatenate([getattr(self, name), getattr(shifted, name)]) for name in COLUMNS}
+        unrelated = None
+        if self.unrelated is not None and other.unrelated is not None:
+            unrelated = self.unrelated.concat(other.unrelated)
+        return replace(self, **joined, tokens=tokens, scored=scored, unrelated=unrelated)
 
     def unpair(self) -> PairTable:
         """Return both responses of each pair as rows of one response, the chosen one first; their tokens are copied.
@@ -137,25 +161,39 @@ class PairTable(Sequence[EncodedPair]):
         The key of a row depends on that of the pair and on the side alone.
         """
         at, side = np.nonzero(self.lengths[:, 1:])  # of each response
-        lengths = np.zeros((len(at), 3), np.int32)
-        lengths[:, 0], lengths[np.arange(len(at)), side + 1] = self.lengths[at, 0], self.lengths[at, side + 1]
-        prompts = self.starts[at]
-        responses = prompts + self.lengths[at, 0] + side * self.lengths[at, 1]
-        spans = np.stack((prompts, lengths[:, 0], responses, lengths[:, 1:].sum(1)), 1).tolist()
-        tokens = np.asarray(self.tokens)  # not a memmap, whose slices are slow to create
         own = self.is_one_sided[at].tolist()
         keys = [
-            key if is_own else hashlib.blake2b(b"%s/%d" % (key, of), digest_size=16).hexdigest().encode()
+            key if is_own else _key(b"%s/%d" % (key, of))
             for key, of, is_own in zip(self.keys[at].tolist(), side.tolist(), own, strict=True)
         ]
+        return replace(self._single(at, at, side, keys), flipped=self.flipped[at])
+
+    def _single(
+        self, at: np.ndarray, of: np.ndarray, side: np.ndarray, keys: Sequence[bytes], most: int | None = None
+    ) -> PairTable:
+        """Return rows of one response, of at most `most` tokens: the prompt of pair at[i], response side[i] of pair of[i]."""
+        sizes = self.lengths[of, side + 1]
+        if most is not None:
+            sizes = np.minimum(sizes, most - self.lengths[at, 0])
+        lengths = np.zeros((len(at), 3), np.int32)
+        lengths[:, 0], lengths[np.arange(len(at)), side + 1] = self.lengths[at, 0], sizes
+        responses = self.starts[of] + self.lengths[of, 0] + side * self.lengths[of, 1]
+        spans = np.stack((self.starts[at], lengths[:, 0], responses, sizes), 1).tolist()
+
+        def copied(column: np.ndarray) -> np.ndarray:
+            column = np.asarray(column)  # not a memmap, whose slices are slow to create
+            parts = (column[begin : begin + size] for p, n, r, m in spans for begin, size in ((p, n), (r, m)))
+            return np.concatenate([column[:0], *parts])
+
         return PairTable(
             keys=np.array(keys, "S32"),
-            tokens=flat([tokens[begin : begin + size] for p, n, r, m in spans for begin, size in ((p, n), (r, m))]),
+            tokens=copied(self.tokens),
             starts=starts_of(lengths),
             lengths=lengths,
             gold_margin=np.full(len(at), math.nan, np.float32),
             score_margin=np.full(len(at), math.nan, np.float32),
-            flipped=self.flipped[at],
+            flipped=np.zeros(len(at), bool),
+            scored=None if self.scored is None else copied(self.scored),
         )
 
     def chosen_only(self) -> PairTable:
@@ -185,10 +223,6 @@ class PairTable(Sequence[EncodedPair]):
     @property
     def _all_scored(self) -> np.ndarray:
         return np.ones(len(self.tokens), bool)
-
-    @property
-    def _columns(self) -> tuple[np.ndarray, ...]:
-        return self.starts, self.lengths, self.gold_margin, self.score_margin, self.flipped
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling, in which a memory-mapped file is replaced by its path."""
@@ -222,3 +256,8 @@ def starts_of(lengths: np.ndarray) -> np.ndarray:
     """Return the offset of each pair when pairs of these lengths [N, 3] are concatenated, [N] int64."""
     sizes = lengths.sum(1, dtype=np.int64)
     return np.cumsum(sizes) - sizes
+
+
+def _key(content: bytes) -> bytes:
+    """Return the key of a row that was made from pairs."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest().encode()

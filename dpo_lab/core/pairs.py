@@ -7,8 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,9 +36,9 @@ class Pair:
     fine-tuning only, is `chosen` with an empty prompt. A sampled response may be empty and exist.
 
     gold_margin is the true reward of chosen minus that of rejected (NaN if unknown). Its sign is the true preference;
-    it is used in evaluation only and never enters a loss. score_margin is the same difference in the scores that came
-    with the pair, such as an annotator's ratings (NaN if there are none). key is a hash of the pair's content without
-    scores.
+    it is used in evaluation only, and in losses that ask for scores (ODPO). score_margin is the same difference in the
+    scores that came with the pair, such as an annotator's ratings (NaN if there are none). key is a hash of the pair's
+    content without scores.
     """
 
     prompt: Text
@@ -80,7 +80,9 @@ class EncodedPair:
     """A pair as token ids, special tokens included; one side is empty where a response was labelled on its own.
 
     flipped: whether label noise swapped chosen and rejected. scored: which tokens of chosen and of rejected are scored,
-    None for all; tail_weight: see `token_weights`.
+    None for all; tail_weight: see `token_weights`. score_gap: difference of scores, see PairTable.score_gap; unrelated:
+    the prompt with a response of another pair, see PairTable.with_unrelated. Both are None where the loss does not ask
+    for them.
     """
 
     key: str
@@ -91,6 +93,8 @@ class EncodedPair:
     flipped: bool = False
     scored: tuple[np.ndarray, np.ndarray] | None = None
     tail_weight: float = 1.0
+    score_gap: float | None = None
+    unrelated: EncodedPair | None = None
 
     @property
     def size(self) -> int:
@@ -124,6 +128,7 @@ class EncodedPair:
             gold_margin=-self.gold_margin,
             flipped=not self.flipped,
             scored=self.scored and self.scored[::-1],
+            score_gap=None if self.score_gap is None else -self.score_gap,
         )
 
 
@@ -135,7 +140,7 @@ class PairBatch:
     since shapes depend on it and a GPU's tensor would have to be waited for; scored_lengths: number of scored tokens of
     chosen and rejected; response_lengths: the same on the device of the batch; weights: of the response tokens, in the
     order of the stream, None where all are 1; flipped: whether label noise swapped chosen and rejected; gold_margin: see
-    Pair; keys: one a pair.
+    Pair; keys: one a pair; score_gap, unrelated: those of EncodedPair, of all pairs or None.
     """
 
     keys: list[str]
@@ -146,17 +151,22 @@ class PairBatch:
     flipped: Bool[Tensor, " pairs"]
     gold_margin: Float[Tensor, " pairs"]
     weights: Float[Tensor, " response_tokens"] | None = None
+    score_gap: Float[Tensor, " pairs"] | None = None
+    unrelated: PairBatch | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def split(self, tokens: int) -> list[PairBatch]:
         """Split into micro-batches of consecutive pairs, see `chunk_by_size`."""
+        return self._parts(chunk_by_size(self.lengths.sum(1).tolist(), tokens))
+
+    def _parts(self, parts: Sequence[slice]) -> list[PairBatch]:
         sizes: list[int] = self.lengths.sum(1).tolist()
-        parts = chunk_by_size(sizes, tokens)
         streams = self.tokens.split([sum(sizes[part]) for part in parts])
         counts = [int(self.lengths[part, 1:].sum()) for part in parts]
         weights = [None] * len(parts) if self.weights is None else self.weights.split(counts)
+        unrelated = [None] * len(parts) if self.unrelated is None else self.unrelated._parts(parts)
         return [
             PairBatch(
                 self.keys[part],
@@ -167,20 +177,18 @@ class PairBatch:
                 self.flipped[part],
                 self.gold_margin[part],
                 weights_of_part,
+                None if self.score_gap is None else self.score_gap[part],
+                unrelated_of_part,
             )
-            for part, stream, weights_of_part in zip(parts, streams, weights, strict=True)
+            for part, stream, weights_of_part, unrelated_of_part in zip(parts, streams, weights, unrelated, strict=True)
         ]
 
     def to(self, device: device | str) -> PairBatch:
         """Copy the tensors of the batch to a device, see `to_device`."""
-        names = [
-            "tokens",
-            "response_lengths",
-            "flipped",
-            "gold_margin",
-            *(["weights"] if self.weights is not None else []),
-        ]
-        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
+        names = ("tokens", "response_lengths", "flipped", "gold_margin", "weights", "score_gap")
+        there = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        unrelated = None if self.unrelated is None else self.unrelated.to(device)
+        return replace(self, **{name: to_device(each, device) for name, each in there.items()}, unrelated=unrelated)
 
 
 def to_device(tensor: Tensor, device: device | str) -> Tensor:
@@ -214,7 +222,8 @@ class PairLogps:
 
     chosen, rejected: in nats, summed over the scored tokens of the response, end-of-sequence token included, each times
     its weight if it has one; chosen_length, rejected_length: the number of these tokens, 0 of a response that a pair does
-    not have, whose sum is 0. weight: of the pair's loss, None for 1.
+    not have, whose sum is 0. weight: of the pair's loss, None for 1. unrelated: of a response of another pair to the prompt,
+    and score_gap, which comes with the reference: see EncodedPair; None where they were not asked for.
     """
 
     chosen: Float[Tensor, " pairs"]
@@ -222,6 +231,8 @@ class PairLogps:
     chosen_length: Num[Tensor, " pairs"]
     rejected_length: Num[Tensor, " pairs"]
     weight: Float[Tensor, " pairs"] | None = None
+    unrelated: Float[Tensor, " pairs"] | None = None
+    score_gap: Float[Tensor, " pairs"] | None = None
 
     @classmethod
     def of(cls, sums: Float[Tensor, "pairs sums"], response_lengths: Int[Tensor, "pairs 2"]) -> PairLogps:
@@ -244,15 +255,18 @@ class PairLogps:
         """Concatenate the pairs of several batches."""
         import torch
 
-        return cls(*(torch.cat(column) for column in zip(*(part._columns for part in parts), strict=True)))
+        columns = [[getattr(part, each.name) for part in parts] for each in fields(cls)]
+        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+        return cls(*joined)
 
     def to(self, device: device | str) -> PairLogps:
-        """Copy to a device, without weights of pairs."""
-        return PairLogps(*(column.to(device) for column in self._columns))
+        """Copy to a device."""
+        return self._map(lambda column: column.to(device))
 
-    @property
-    def _columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.chosen, self.rejected, self.chosen_length, self.rejected_length
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PairLogps:
+        columns = [getattr(self, each.name) for each in fields(self)]
+        changed: list[Any] = [None if column is None else change(column) for column in columns]
+        return PairLogps(*changed)
 
     @property
     def margin(self) -> Float[Tensor, " pairs"]:
@@ -267,8 +281,7 @@ class PairLogps:
         return replace(self, chosen=self.chosen / self.chosen_length, rejected=self.rejected / self.rejected_length)
 
     def __getitem__(self, pairs: slice | Tensor) -> PairLogps:
-        weight = None if self.weight is None else self.weight[pairs]
-        return PairLogps(*(column[pairs] for column in self._columns), weight=weight)
+        return self._map(lambda column: column[pairs])
 
     def detach(self) -> PairLogps:
-        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
+        return self._map(lambda column: column.detach())

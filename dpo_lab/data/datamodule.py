@@ -95,6 +95,10 @@ class PreferenceDataModule(LightningDataModule):
         batches = [own[start : start + 64] for start in range(0, most, 64)]
         return self._loader(self.held_out, batches, 0)
 
+    def counters(self) -> dict[str, float]:
+        """Return values to log that were counted since the last call."""
+        return {}
+
     def on_exception(self, exception: BaseException) -> None:
         """End the workers: a trainer that fails during validation does not, and would wait for them at exit."""
         if self.trainer:

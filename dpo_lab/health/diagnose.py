@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_lab.health.evidence import Evidence
 from dpo_lab.health.finding import Finding, Rule
 from dpo_lab.health.outcome_rules import Degenerated, Displacement, LengthHacking, NothingHeldOut, RoundedAway
+from dpo_lab.health.rollout_rules import ClippedRatios, EntropyCollapse, IdleCritic, OverOptimised, RunawayKL
 from dpo_lab.health.training_rules import Diverging, Memorised, NotLearning, OverFitting, StepZero, TooEasy
 from dpo_lab.runs import metrics_log, run_record
 
@@ -29,6 +30,11 @@ RULES: tuple[Rule, ...] = (
     Diverging(rise=0.5),
     OverFitting(rise=0.05, gap=0.15),
     Memorised(right=0.6),
+    OverOptimised(fall=0.2),
+    RunawayKL(nats=30.0),
+    EntropyCollapse(left=0.2),
+    ClippedRatios(most=0.3),
+    IdleCritic(least=0.05),
     Displacement(share=0.1, nats=2.0),
     LengthHacking(longer=1.2, shorter=0.8),
     Degenerated(perplexity=1.5, well_formed=0.2, stopped=0.1, distinct=0.5),

@@ -40,13 +40,16 @@ class Evidence:
     """The record and the metrics log of one run, which may still be training.
 
     record: as in run.json, with `metrics` once the run was evaluated; rows: of its metrics log, in order. train, val:
-    the rows of each split, their names without `train/` or `val/`.
+    the rows of each split, their names without `train/` or `val/`. batch: pairs of a step; of a method that samples, prompts.
     """
 
     def __init__(self, record: Mapping[str, Any], rows: Iterable[Mapping[str, float]]) -> None:
         self.record, self.config = record, record["config"]
         counts = record.get("data", {})
-        self.batch: int = self.config["data"]["batch_size"]
+        method = self.config.get("method", {})
+        self.is_online = "samples" in method
+        online_batch = method["prompts"] // method["minibatches"] if self.is_online else 0
+        self.batch: int = online_batch or self.config["data"]["batch_size"]
         self.steps: int = self.config["trainer"]["max_steps"]
         self.train_pairs: int = counts.get("train pairs", 0)
         self.held_out_pairs: int | None = counts.get("held-out pairs")
@@ -80,12 +83,12 @@ class Evidence:
         """Return the loss at step 0; if policy and reference do not agree there, the loss of the first row."""
         if self.step_zero_loss is not None:
             return self.step_zero_loss
-        return self.train[0]["loss"] if self.train else None
+        return self.train[0].figures.get("loss") if self.train else None
 
     @property
     def epochs(self) -> float:
-        """Return how often each training pair was seen."""
-        return self.step * self.batch / self.train_pairs if self.train_pairs else 0.0
+        """Return how often each training pair was seen; 0 if the policy samples what it trains on."""
+        return 0.0 if self.is_online else self.step * self.batch / max(1, self.train_pairs)
 
     def recent_mean(self, pairs: int, until: int | None = None) -> Row | None:
         """Return the mean of the last training rows, up to step `until`, that together cover `pairs` pairs; None if

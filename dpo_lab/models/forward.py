@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.core.fused_lm_head import fused_loss, relative_sums, token_log_squares, token_logps
+from dpo_lab.core.fused_lm_head import (
+    fused_loss,
+    fused_token_loss,
+    relative_sums,
+    token_log_squares,
+    token_logps,
+)
 from dpo_lab.core.logps import sum_responses
 from dpo_lab.core.pairs import PairBatch, PairLogps
+from dpo_lab.core.rollouts import Rollouts
 from dpo_lab.models.paths import apply_path, response_rows, shares_prompts
 from dpo_lab.models.sharding import device_of, one_pass
 from dpo_lab.models.trial import path_for
@@ -121,6 +128,30 @@ def response_nll(
     """
     hidden, head, targets = response_rows(model, tokens, lengths)
     return fused_loss(hidden, head, targets, lengths, lambda logps, _: -logps.sum(1), weights)[0]
+
+
+@one_pass
+def token_logps_of(
+    model: PreTrainedModel, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]
+) -> Float[Tensor, " response_tokens"]:
+    """Return the log-probability, in nats, of each response token of a stream; see response_logps."""
+    return token_logps(*response_rows(model, tokens, lengths))
+
+
+@one_pass
+def rollout_loss(
+    model: PreTrainedModel, rollouts: Rollouts, loss: Callable[[Tensor, Rollouts], Tensor]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " response_tokens"]]:
+    """Return the sum of the losses of rollouts, differentiable, and the policy's log-probabilities of tokens, detached.
+
+    loss: a function of the log-probabilities of the response tokens of some prompts, and of the rollouts of these prompts.
+    """
+    hidden, head, targets = response_rows(model, rollouts.tokens, rollouts.lengths)
+
+    def loss_of(logps: Tensor, _: Any, rows: slice, prompts: slice) -> tuple[Tensor, Tensor]:
+        return loss(logps, rollouts.part(prompts, rows)), logps
+
+    return fused_token_loss(hidden, head, targets, rollouts.lengths, loss_of)
 
 
 def dummy_nll(model: PreTrainedModel) -> Float[Tensor, ""]:

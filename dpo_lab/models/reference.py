@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -20,6 +20,7 @@ from dpo_lab.errors import check_at_least
 from dpo_lab.models.policy import PolicyConfig, Pretrained, trainable_copy
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -42,6 +43,10 @@ class Reference:
 
     def check(self, policy: PolicyConfig, is_sharded: bool) -> None:
         """Raise ValueError if a policy, or one that is sharded over ranks, can't be trained with this reference."""
+
+    def of_fresh_responses(self) -> Reference:
+        """Return the same reference for responses that are sampled while the policy trains."""
+        return self
 
     def prepare(
         self,
@@ -103,7 +108,13 @@ class Moving(Reference, name="moving", starts_at_policy=True):
 
 @dataclass
 class Cached(Reference, name="cached", starts_at_policy=True):
-    """The initial policy's log-probabilities, computed once, stored on disk and looked up by pair; no second model."""
+    """The initial policy's log-probabilities, computed once, stored on disk and looked up by pair; no second model.
+
+    Responses that are sampled while the policy trains are in no cache: there it is `frozen`.
+    """
+
+    def of_fresh_responses(self) -> Reference:
+        return Frozen()
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         from dpo_lab.models.reference_cache import cached_logps
@@ -169,6 +180,17 @@ class UniformLogps:
             weighted = sum_responses(batch.weights, batch.lengths)
         return PairLogps.of(-self.nats_per_token * weighted, batch.response_lengths)
 
+    def of_tokens(self, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+        """Return the log-probability of each response token of a stream."""
+        import torch
+
+        return torch.full((int(lengths[:, 1:].sum()),), -self.nats_per_token, device=tokens.device)
+
+
+def score_reference(reference: ReferenceLogps, batch: PairBatch) -> PairLogps:
+    """Return the reference's log-probabilities of a batch, with the difference in scores of its pairs if it has it."""
+    return replace(reference(batch), score_gap=batch.score_gap)
+
 
 class FrozenModel:
     """Log-probabilities under a frozen model, which is moved to the device of its batches and is in no checkpoint."""
@@ -185,6 +207,17 @@ class FrozenModel:
         on_device(self.model, batch.tokens.device)
         with torch.no_grad():
             return pair_logps(self.model, batch)
+
+    def of_tokens(self, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+        """Return the log-probability of each response token of a stream."""
+        import torch
+
+        from dpo_lab.models.forward import token_logps_of
+        from dpo_lab.models.sharding import on_device
+
+        on_device(self.model, tokens.device)
+        with torch.no_grad():
+            return token_logps_of(self.model, tokens, lengths)
 
 
 class MovingModel(FrozenModel):
@@ -231,6 +264,15 @@ class WithoutAdapters:
 
         with torch.no_grad(), self.model.disable_adapter():
             return pair_logps(self.model, batch)
+
+    def of_tokens(self, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+        """Return the log-probability of each response token of a stream."""
+        import torch
+
+        from dpo_lab.models.forward import token_logps_of
+
+        with torch.no_grad(), self.model.disable_adapter():
+            return token_logps_of(self.model, tokens, lengths)
 
 
 def reference_model(reference: ReferenceLogps) -> PreTrainedModel | None:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import init_hf_modules
@@ -71,11 +72,6 @@ class TrainingInputs:
             "initial_policy": weights_digest(self.initial.model),
         }
 
-    def with_tail_weight(self, weight: float) -> TrainingInputs:
-        """Return the same inputs with another weight of tokens beyond the shorter response, see EncodedPair."""
-        train, held_out = (pairs.with_tail_weight(weight) for pairs in (self.train, self.held_out))
-        return replace(self, train=train, held_out=held_out)
-
     def quality(self) -> Quality:
         """Return the data quality of the pairs in numbers."""
         return quality_of(self.train, self.held_out, self.counts, self.encoder)
@@ -92,6 +88,12 @@ def prepare_pairs(config: RunConfig, cache: Path, forward: Forward, refusal: str
     splits = load_pairs(config, encoder, response_policy, cache)
     if splits.unpaired and (refusal := refusal or config.loss.refusal):
         raise ConfigError(refusal.format(splits.unpaired))
+    gaps = np.concatenate([splits.train.score_gap, splits.held_out.score_gap])
+    if config.loss.needs_scores and (missing := int(np.isnan(gaps).sum())):
+        raise ConfigError(
+            f"loss={config.loss.name}: {missing:,} of {len(gaps):,} pairs came without the scores that it takes; type loss=dpo,"
+            " or name their columns, e.g. '+data.columns={score_chosen: a, score_rejected: b}'"
+        )
     splits = with_noise(config, policy, splits, cache, forward)
     inputs = TrainingInputs(policy, encoder, splits.train, splits.held_out, splits.counts)
     return _check_inputs(inputs, "pairs", config)

@@ -86,8 +86,19 @@ class Session:
 
         broadcast_from_rank_zero(self.trainer, record)
 
-    def train(self, module: BaseModule, inputs: TrainingInputs) -> None:
-        """Train the module's model, from the first step or from the last checkpoint of an earlier attempt."""
+    def preference_data(self, inputs: TrainingInputs) -> PreferenceDataModule:
+        """Return the loaders of the pairs of `inputs`."""
+        data = self.config.data
+        return PreferenceDataModule(
+            inputs.train,
+            inputs.held_out,
+            batch_size=data.batch_size,
+            num_workers=data.num_workers,
+            seed=self.config.seed,
+        )
+
+    def train(self, module: BaseModule, inputs: TrainingInputs, data: PreferenceDataModule) -> None:
+        """Train the module's model on data, from the first step or from the last checkpoint of an earlier attempt."""
         run, trainer = self.run, self.trainer
         self._choose_memory(module, inputs)
         resume = broadcast_from_rank_zero(trainer, lambda: _find_checkpoint(run))
@@ -99,7 +110,7 @@ class Session:
         add_loggers(trainer, self.config_dict, run.folder, step, started=started, charts=module.charts)
         explained = memory_explained(self.config, "training", trains=True, tokens=module.tokens_per_microbatch)
         with explained, kept_on_disk(inputs.initial.model):
-            fit(self.config, trainer, module, inputs, resume.checkpoint)
+            fit(trainer, module, data, resume.checkpoint)
 
     def _choose_memory(self, module: BaseModule, inputs: TrainingInputs) -> None:
         """Set how the module saves memory, and the tokens of its micro-batches if a trial is to find them.
@@ -265,21 +276,12 @@ def _find_checkpoint(run: Run) -> Resume:
     return Resume(newest(folder), run.record.get("steps")) if run.resumes else Resume()
 
 
-def fit(
-    config: RunConfig, trainer: Trainer, module: BaseModule, inputs: TrainingInputs, checkpoint: Path | None = None
-) -> None:
+def fit(trainer: Trainer, module: BaseModule, data: PreferenceDataModule, checkpoint: Path | None = None) -> None:
     """Train the module's model up to max_steps, from the first step or from a checkpoint.
 
     A checkpoint of the last step exists when it returns. Raises StopSignal, after saving a checkpoint, when the run is
     asked to stop. The process group stays open.
     """
-    data = PreferenceDataModule(
-        inputs.train,
-        inputs.held_out,
-        batch_size=config.data.batch_size,
-        num_workers=config.data.num_workers,
-        seed=config.seed,
-    )
     module.model.train()
     with StopRequest() as module.request:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -92,7 +92,7 @@ def _run_stages(session: Session) -> None:
         batch_size=config.data.batch_size,
         tokens_per_microbatch=config.data.forward_tokens,
     )
-    session.train(module, inputs)
+    session.train(module, inputs, session.preference_data(inputs))
     measured = memory.as_record()
     # A resumed run with no step left to train has measured nothing: it keeps the values recorded earlier.
     if throughput(trainer) or "memory" not in run.record:

@@ -65,7 +65,7 @@ def _run_stages(session: Session) -> None:
     tokens = config.data.forward_tokens
     model = on_device(trainable_copy(inputs.initial.model), forward.device)
     module = SFTModule(model, config.optim, total_steps=trainer.max_steps, tokens_per_microbatch=tokens)
-    session.train(module, inputs)
+    session.train(module, inputs, session.preference_data(inputs))
     seconds = session.timer.stop("sft")
     run.update(steps=trainer.global_step, tokens=module.tokens, seconds=seconds, **throughput(trainer))
     trained = session.save_trained(module, inputs)

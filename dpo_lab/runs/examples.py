@@ -9,6 +9,8 @@ line.
                       log-probabilities in nats; gold_margin: the true reward of chosen minus that of rejected; flipped:
                       whether label noise swapped the sides; probability: of the label under the loss (held-out pairs,
                       see evals/evaluators/calibration.py)
+    response          a held-out response that was labelled on its own; key: the row's. desirable: its label; trained,
+                      initial: log-probabilities in nats; tokens
     prompt            a prompt and its samples; key: a hash of its token ids, with `#2` appended if it occurs again.
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
                       tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win,

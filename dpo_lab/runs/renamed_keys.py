@@ -46,6 +46,8 @@ ADDED_KEYS = {
     "loss.weighting": "none",
     "data.unpair": False,
 }
+# Groups that were added to the configs of runs that have a loss, likewise.
+ADDED_GROUPS = {"method": {"kind": "dpo"}}
 # Keys of run.json, and of each finding in its `health`.
 RENAMED_RECORD_KEYS = {"starts": "attempts"}
 RENAMED_FINDING_KEYS = {"says": "message", "tries": "suggestion"}
@@ -92,7 +94,7 @@ def present_config(config: Mapping[str, Any]) -> dict[str, Any]:
         node = reduce(lambda node, parent: node.get(parent, {}), parents, config_dict)
         if node and node.get("kind") != "tiny":
             node.setdefault(leaf, value)
-    return config_dict
+    return {**ADDED_GROUPS, **config_dict} if "loss" in config_dict else config_dict
 
 
 def _leaves(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

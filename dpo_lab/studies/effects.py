@@ -16,15 +16,19 @@ def check(study: Study) -> None:
     """
     for number, prediction in enumerate(study.predictions):
         key = f"predictions[{number}]"
-        if prediction.axis:
-            places = [
-                arm.axes[prediction.axis] for arm in study.members(prediction.treatment) if prediction.axis in arm.axes
-            ]
-            if len(places) < len(study.members(prediction.treatment)) or len(set(places)) < 2:
+        named_groups = [named for named in (prediction.treatment, prediction.control) if named]
+        for named in named_groups if prediction.axis else ():
+            places = [arm.axes[prediction.axis] for arm in study.members(named) if prediction.axis in arm.axes]
+            if len(places) < len(study.members(named)) or len(set(places)) < 2:
                 raise StudyError(
-                    f"{key}.axis={prediction.axis}: needs two arms or more in {prediction.treatment}, all with a value of it"
+                    f"{key}.axis={prediction.axis}: needs two arms or more in {named}, all with a value of it"
                 )
-        for named in (prediction.treatment, prediction.control) if prediction.matched_on else ():
+            if prediction.matched_on and min(map(places.count, places)) < 2:
+                raise StudyError(
+                    f"{key}.matched_on: needs two arms or more of {named} at each value of {prediction.axis}, to"
+                    " interpolate between them"
+                )
+        for named in named_groups if prediction.matched_on else ():
             if len(study.members(named)) < 2:
                 raise StudyError(
                     f"{key}.matched_on: {named} is one arm; type a group of arms, to interpolate between them"
@@ -34,7 +38,9 @@ def check(study: Study) -> None:
 def describe(prediction: Prediction) -> str:
     """Return what a prediction measures, `well_formed: uniform - frozen, at gold_gain 0.9`."""
     if prediction.measure is Measure.slope:
-        return f"{prediction.metric}: slope over {prediction.axis} of {prediction.treatment}"
+        control = f" - {prediction.control}" if prediction.control else ""
+        equal = "".join(f", at {name} {value:g}" for name, value in prediction.matched_on.items())
+        return f"{prediction.metric}: slope over {prediction.axis} of {prediction.treatment}{control}{equal}"
     what = "area under the frontier" if prediction.measure is Measure.area else prediction.metric
     other = prediction.control or (f"{prediction.value:g}" if prediction.value else "")
     equal = "".join(f", at {name} {value:g}" for name, value in prediction.matched_on.items())
@@ -71,11 +77,31 @@ def _difference(prediction: Prediction, collection: RunSet, seed: int) -> float:
 
 
 def _slope(prediction: Prediction, collection: RunSet, seed: int) -> float:
-    arms = collection.members(prediction.treatment)
-    places = [arm.axes[prediction.axis] for arm in arms]
-    if min(places) > 0:
-        places = [math.log10(place) for place in places]
-    return slope(places, [_run(collection, arm, seed).value(prediction.metric) for arm in arms])
+    found = _slope_of(prediction, prediction.treatment, collection, seed)
+    return found - _slope_of(prediction, prediction.control, collection, seed) if prediction.control else found
+
+
+def _slope_of(prediction: Prediction, group: str, collection: RunSet, seed: int) -> float:
+    """Return the slope of a group's metric; where arms share a value on the axis, of their mean, or of the metric at the
+    value of another one that is interpolated between them.
+    """
+    by_place: dict[float, list[Arm]] = {}
+    for arm in collection.members(group):
+        by_place.setdefault(arm.axes[prediction.axis], []).append(arm)
+    values = []
+    for place, arms in by_place.items():
+        if prediction.matched_on:
+            ((name, value),) = prediction.matched_on.items()
+            values.append(
+                _interpolate(
+                    collection, f"{group}, {prediction.axis} {place:g}", arms, prediction.metric, name, value, seed
+                )
+            )
+        else:
+            own = [_run(collection, arm, seed).value(prediction.metric) for arm in arms]
+            values.append(math.fsum(own) / len(own))
+    is_log = min(by_place) > 0
+    return slope([math.log10(place) if is_log else place for place in by_place], values)
 
 
 def _area(prediction: Prediction, collection: RunSet, seed: int) -> float:
@@ -109,7 +135,13 @@ def interpolate_at(collection: RunSet, group: str, metric: str, name: str, value
     If the lines cross the value more than once, as when a policy over-optimises and loses its gain again, the crossing
     with the lowest KL counts. Raises NotMeasured if they never cross it; nothing is extrapolated.
     """
-    arms = _ordered(collection.members(group))
+    return _interpolate(collection, group, collection.members(group), metric, name, value, seed)
+
+
+def _interpolate(
+    collection: RunSet, named: str, members: Sequence[Arm], metric: str, name: str, value: float, seed: int
+) -> float:
+    arms = _ordered(members)
     runs = [_run(collection, arm, seed) for arm in arms]
     x, y = ([run.value(which) for run in runs] for which in (name, metric))
     kl = [run.value(frontier.KL) if frontier.KL in run.metrics else 0.0 for run in runs]
@@ -119,7 +151,7 @@ def interpolate_at(collection: RunSet, group: str, metric: str, name: str, value
             part = (value - x[n]) / (x[n + 1] - x[n]) if x[n + 1] != x[n] else 0.5
             crossings.append(tuple(a[n] + part * (a[n + 1] - a[n]) for a in (kl, y)))
     if not crossings:
-        raise NotMeasured(f"{group}, seed {seed}: {name} {value:g} lies outside of its {min(x):.3g} .. {max(x):.3g}")
+        raise NotMeasured(f"{named}, seed {seed}: {name} {value:g} lies outside of its {min(x):.3g} .. {max(x):.3g}")
     return min(crossings, key=lambda crossing: crossing[0])[1]
 
 

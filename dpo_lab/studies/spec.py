@@ -41,7 +41,7 @@ class Measure(str, Enum):
 
     level = "level"  # treatment - value
     difference = "difference"  # treatment - control
-    slope = "slope"  # change along the axis, of the arms of the group `treatment`
+    slope = "slope"  # change along the axis, of the arms of the group `treatment`; minus that of `control`, if given
     area = "area"  # under the reward-KL frontier, as a share of the optimum's area: treatment - control, or - value
 
 
@@ -95,8 +95,8 @@ class Prediction:
                 yield "metric: an area is always of gold_gain against kl; leave it out"
         elif EXPRESSION.fullmatch(self.metric) is None:
             yield f"metric={self.metric}: type one name of run.json, or two: a - b, or a / b"
-        if self.matched_on and self.measure is not Measure.difference:
-            yield "matched_on: only for measure=difference"
+        if self.matched_on and self.measure not in (Measure.difference, Measure.slope):
+            yield "matched_on: only for measure=difference and measure=slope"
         if len(self.matched_on) > 1:
             yield "matched_on: takes one metric"
 

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from dpo_lab.core.pairs import PairBatch
+from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.distributed.collectives import all_gather_object, all_reduce_max
 from dpo_lab.distributed.signals import StopRequest
 from dpo_lab.models.autocast_linear import LinearCasts
@@ -82,13 +83,22 @@ class BaseModule(LightningModule):
         """Return the models that a step runs: the one in training, and a reference if there is one."""
         return [self.model]
 
+    def clip_gradients_to_norm(self) -> Tensor:
+        """Clip the gradients and return their norm before, which is not finite if a gradient is not."""
+        return full_tensor(self.optim.clip(self.model.parameters()))
+
     def counters(self) -> dict[str, float]:
-        """Return values to log besides the means."""
-        return {}
+        """Return values to log besides the means, those that the data module has counted since the last call."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data.counters() if isinstance(data, PreferenceDataModule) else {}
 
     def dummy_loss(self) -> Tensor:
         """Return a differentiable loss of 0, from a response of one token."""
         return 0 * dummy_nll(self.model)
+
+    def dummy_score(self) -> None:
+        """Run the passes of validate_part without a part."""
+        self.dummy_loss()
 
     def dummy_passes(self, parts: int) -> range:
         """Return the dummy passes that a rank with `parts` micro-batches has to run, so that all ranks run equally
@@ -120,7 +130,7 @@ class BaseModule(LightningModule):
             losses.append(loss.detach())
         if self._scaler is not None:
             self._scaler.unscale_(optimizer.optimizer)  # before gradients are clipped and checked
-        total, norm = torch.stack(losses).sum(), full_tensor(self.optim.clip(self.model.parameters()))
+        total, norm = torch.stack(losses).sum(), self.clip_gradients_to_norm()
         if self._scaler is None:
             total = total + norm
         if self._any_rank(~torch.isfinite(total)):
@@ -137,7 +147,7 @@ class BaseModule(LightningModule):
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         parts = batch.split(self.tokens_per_microbatch)
         for _ in self.dummy_passes(len(parts)):
-            self.dummy_loss()
+            self.dummy_score()
         for part in parts:
             self.validate_part(part)
         self._agree_to_stop()

@@ -12,7 +12,7 @@ from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import GROUPS, PreferenceMetrics, Values, reward_margins
 from dpo_lab.core.pairs import PairBatch
 from dpo_lab.models.forward import dummy_nll, pair_logps, pair_loss
-from dpo_lab.models.reference import MovingModel, ReferenceLogps, reference_model
+from dpo_lab.models.reference import MovingModel, ReferenceLogps, reference_model, score_reference
 from dpo_lab.models.sharding import is_sharded
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.loggers.tensorboard import show_histogram
@@ -92,14 +92,15 @@ class DPOModule(BaseModule):
         return super().dummy_loss()
 
     def part_loss(self, part: PairBatch) -> Tensor:
-        reference = self.reference(part)
+        reference = score_reference(self.reference, part)
         loss, policy = pair_loss(self.model, part, self.loss, reference, self.loss.weighs_pairs)
         losses = policy.weigh(self.loss(policy, reference))
         self.train_metrics.update(self.loss, losses, policy, reference, part)
         return loss
 
     def validate_part(self, part: PairBatch) -> None:
-        reference, policy = self.reference(part), pair_logps(self.model, part, self.loss.weighs_pairs)
+        reference = score_reference(self.reference, part)
+        policy = pair_logps(self.model, part, self.loss.weighs_pairs)
         losses = policy.weigh(self.loss(policy, reference))
         self.val_metrics.update(self.loss, losses, policy, reference, part)
         self.val_margins.update(reward_margins(self.loss, policy, reference))

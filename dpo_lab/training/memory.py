@@ -33,15 +33,15 @@ class MemoryTracker:
         self.device, self.before = device, restart_peak(device)
         self.policy_bytes = self.weight_bytes = 0
 
-    def count_weights(self, policy: nn.Module, reference: nn.Module | None) -> None:
-        """Count the weights of the policy and of the model of its reference, before they are sharded over ranks."""
+    def count_weights(self, policy: nn.Module, *others: nn.Module | None) -> None:
+        """Count the weights of the policy and of the other models that training holds, before they are sharded."""
         self.policy_bytes = bytes_of_weights([policy])
-        self.weight_bytes = bytes_of_weights([policy] if reference is None else [policy, reference])
+        self.weight_bytes = bytes_of_weights([policy, *(other for other in others if other is not None)])
 
     def as_record(self) -> dict[str, Any]:
         """Return the entry of the run record, in units of the size of the policy's weights, `policy_bytes`.
 
-        `weights`: size of the weights of policy and reference; `peak_growth`: peak memory minus memory before, of the
+        `weights`: size of the weights of all models that training holds; `peak_growth`: peak memory minus memory before, of the
         rank where it is largest. It includes gradients, optimizer state and activations, and is None if the system
         can't reset the peak.
         """

@@ -84,23 +84,31 @@ class Optim:
             )
 
     def build(
-        self, parameters: Iterable[nn.Parameter], total_steps: int, fused: bool = True
+        self,
+        parameters: Iterable[nn.Parameter],
+        total_steps: int,
+        fused: bool = True,
+        critic: Iterable[nn.Parameter] = (),
+        critic_factor: float = 1.0,
     ) -> tuple[Optimizer, LRScheduler]:
         """Return the optimizer of the trainable parameters, and its schedule over `total_steps` optimizer steps.
 
         Weights of 16 bits are trained with float32 master copies. fused: one pass over memory instead of ten, with
-        different rounding.
+        different rounding. critic: parameters whose learning rate is lr x critic_factor.
         """
         from torch.optim import AdamW
         from torch.optim.lr_scheduler import LambdaLR
 
         from dpo_lab.training.master_weights import MasterAdamW, is_short
 
-        training = [p for p in parameters if p.requires_grad]
-        groups = [
-            {"params": [p for p in training if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in training if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        groups, training = [], []
+        for members, lr in ((parameters, self.lr), (critic, self.lr * critic_factor)):
+            trained = [p for p in members if p.requires_grad]
+            training += trained
+            groups += [
+                {"params": [p for p in trained if p.ndim >= 2], "lr": lr, "weight_decay": self.weight_decay},
+                {"params": [p for p in trained if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+            ]
         groups, is_any_short = [g for g in groups if g["params"]], any(map(is_short, training))
         settings: dict[str, Any] = {"lr": self.lr, "betas": (self.beta1, self.beta2)}
         if self.kind is OptimKind.adamw:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dpo_lab.core.metrics import reward_margins
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.distributed.collectives import all_gather_object, rank_and_world_size
 from dpo_lab.models.forward import pair_logps, pair_loss
+from dpo_lab.models.reference import score_reference
 from dpo_lab.training.dpo_module import DPOModule
 
 Scored = tuple[PairLogps, PairLogps]  # by policy and reference
@@ -36,7 +38,7 @@ class StepLevelModule(DPOModule):
     def prepare_step(self, parts: Sequence[PairBatch]) -> None:
         with torch.no_grad():
             for _ in self.dummy_passes(len(parts)):
-                self.dummy_loss()
+                self.dummy_score()
             scored = [self._score(part) for part in parts]
         linear = self._linearize(scored, is_training=True)
         starts = [sum(len(part) for part in parts[:i]) for i in range(len(parts))]
@@ -52,6 +54,10 @@ class StepLevelModule(DPOModule):
 
     def validate_part(self, part: PairBatch) -> None:
         self.held_out.append((part, self._score(part)))
+
+    def dummy_score(self) -> None:
+        for _ in range(1 + self.loss.needs_unrelated):
+            self.dummy_loss()
 
     def on_validation_epoch_end(self) -> None:
         scored, self.held_out = self.held_out, []
@@ -72,12 +78,20 @@ class StepLevelModule(DPOModule):
         self.running = checkpoint["running"]
 
     def _score(self, part: PairBatch) -> Scored:
-        reference = self.reference(part)  # first, as in a dummy pass
-        return pair_logps(self.model, part), reference
+        reference = score_reference(self.reference, part)  # first, as in a dummy pass
+        policy = pair_logps(self.model, part)
+        if part.unrelated is None:
+            return policy, reference
+        by_reference, by_policy = self.reference(part.unrelated), pair_logps(self.model, part.unrelated)
+        reference, policy = (
+            replace(of, unrelated=row.chosen + row.rejected)  # of which a row has one
+            for of, row in ((reference, by_reference), (policy, by_policy))
+        )
+        return policy, reference
 
     def _linearize(self, scored: Sequence[Scored], is_training: bool) -> LinearLoss:
         """Return the loss of the pairs of all ranks made linear in those of this rank; update the running mean."""
-        nothing = PairLogps(*[torch.zeros(0, device=self.device)] * 4)  # of a rank without held-out pairs
+        nothing = PairLogps(*[torch.zeros(0, device=self.device)] * len(fields(PairLogps)))  # without held-out pairs
         mine = tuple(PairLogps.concat(each) for each in zip(*scored, strict=True)) or (nothing, nothing)
         ranks: list[Scored] = all_gather_object(tuple(each.to("cpu") for each in mine))
         policy, reference = (PairLogps.concat(each).to(self.device) for each in zip(*ranks, strict=True))

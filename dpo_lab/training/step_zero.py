@@ -13,7 +13,7 @@ from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import half_ties
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from dpo_lab.models.forward import pair_logps
-from dpo_lab.models.reference import TOKENS, ReferenceLogps
+from dpo_lab.models.reference import TOKENS, ReferenceLogps, score_reference
 from dpo_lab.models.sharding import device_of, is_sharded
 from dpo_lab.runs.run_record import RunFailed
 
@@ -67,7 +67,10 @@ def first_batch(
 
 def _logps(model, reference: ReferenceLogps, parts: Sequence[PairBatch]) -> tuple[PairLogps, PairLogps]:
     """Return the log-probabilities of all parts under policy and reference, by one forward pass per part."""
-    policy, reference_logps = [pair_logps(model, part) for part in parts], [reference(part) for part in parts]
+    policy, reference_logps = (
+        [pair_logps(model, part) for part in parts],
+        [score_reference(reference, part) for part in parts],
+    )
     return PairLogps.concat(policy), PairLogps.concat(reference_logps)
 
 

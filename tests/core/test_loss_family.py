@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from dpo_lab.core.losses import (
     CPO,
     DPO,
     EXO,
+    KTO,
     LOSSES,
     NCA,
+    ODPO,
     ORPO,
     SPPO,
     APODown,
@@ -146,6 +149,27 @@ def test_the_running_means_of_a_mixture_are_its_terms_own():
     assert mix(POLICY, REFERENCE, running).item() == pytest.approx(sum(part.item() for part in parts))
 
 
+def test_odpo_offsets_the_margin_by_the_difference_in_scores():
+    """beta h is 1.5; where label noise swapped the pair the offset is negative, and without scores there is none to take."""
+    for gap, expected in ((2.0, 0.974077), (-2.0, 0.029750), (0.0, 0.201413)):  # log(1 + e^-.5), of -3.5 and of -1.5
+        reference = replace(REFERENCE, score_gap=torch.tensor([gap]))
+        assert ODPO(0.5)(POLICY, reference).item() == pytest.approx(expected, abs=2e-6)
+        assert ODPO(0.5, alpha=0)(POLICY, reference).item() == pytest.approx(DPO(0.5)(POLICY, REFERENCE).item())
+    with pytest.raises(ValueError, match="has no score_gap"):
+        ODPO(0.5)(POLICY, REFERENCE)
+
+
+def test_a_mixture_asks_for_what_its_terms_ask_for():
+    mix = Mix(0.5, terms={"kto": 0.5, "odpo": 2})
+    assert (mix.needs_unrelated, mix.needs_scores) == (True, True)
+    plain = Mix(terms={"dpo": 1, "bco": 1})
+    assert (plain.needs_unrelated, plain.needs_scores) == (False, False)
+    one = torch.ones(1, dtype=torch.float64)
+    policy, reference = replace(POLICY, unrelated=3 * one), replace(REFERENCE, unrelated=one, score_gap=one)
+    expected = 0.5 * KTO(0.5)(policy, reference) + 2 * ODPO(0.5)(policy, reference)
+    assert mix(policy, reference).item() == pytest.approx(expected.item())
+
+
 def test_slic_is_hinge_times_its_margin():
     assert (SLiC(0.25, 0)(POLICY, UNIFORM) * 0.25).item() == Hinge(0.25)(POLICY, UNIFORM).item()
 
@@ -197,7 +221,7 @@ def test_alpha_lies_between_the_two_kl_divergences():
 def test_divergences_stay_finite(name, divergence, margin):
     chosen, zero, one = torch.tensor([margin], requires_grad=True), torch.zeros(1), torch.ones(1)
     loss = make_loss(name, divergence=divergence)
-    value = loss(PairLogps(chosen, zero, one, one), PairLogps(zero, zero, one, one))
+    value = loss(PairLogps(chosen, zero, one, one), PairLogps(zero, zero, one, one, score_gap=zero))
     (gradient,) = torch.autograd.grad(value.sum(), chosen)
     assert value.isfinite().all()
     assert gradient.isfinite().all()
@@ -224,6 +248,17 @@ def test_another_divergence_does_not_determine_the_loss_by_the_margin():
         (lambda: DPOLength(alpha=-1), "loss.alpha"),
         (lambda: CPO(alpha=math.nan), "loss.alpha"),
         (lambda: SLiC(alpha=-0.1), "loss.alpha"),
+        (lambda: ODPO(alpha=-0.1), "loss.alpha"),
+        (lambda: KTO(desirable_weight=-1), "loss.desirable_weight"),
+        (lambda: KTO(undesirable_weight=math.inf), "loss.undesirable_weight"),
+        (
+            lambda: Mix(terms={"dpo": 1}, settings={"dpo": {"ld_alpha": 0.5}}),
+            "loss.settings.dpo: ld_alpha .*type loss.ld_alpha=0.5",
+        ),
+        (
+            lambda: Mix(terms={"dpo": 1}, settings={"dpo": {"weighting": "wpo"}}),
+            "loss.settings.dpo: weighting .*type loss.weighting=wpo",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(make, key):

@@ -166,7 +166,8 @@ def test_rdpo_is_unbiased_under_flips():
 def test_extreme_margins_stay_finite(name, margin):
     chosen = torch.tensor([margin], requires_grad=True)
     zero, one = torch.zeros(1), torch.ones(1)
-    value = make_loss(name)(PairLogps(chosen, zero, one, one), PairLogps(zero, zero, one, one))
+    policy = PairLogps(chosen, zero, one, one, unrelated=chosen.detach())
+    value = make_loss(name)(policy, PairLogps(zero, zero, one, one, unrelated=zero, score_gap=zero - 1e4))
     value.sum().backward()
     assert value.isfinite().all()
     assert chosen.grad is not None
@@ -178,7 +179,7 @@ def test_gradient_against_finite_differences(name):
     loss = make_loss(name, beta=0.2)
     sides = [side.clone().requires_grad_() for side in (POLICY_B.chosen, POLICY_B.rejected)]
     lengths = torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
-    reference = PairLogps(REFERENCE_B.chosen, REFERENCE_B.rejected, lengths, lengths)
+    reference = PairLogps(REFERENCE_B.chosen, REFERENCE_B.rejected, lengths, lengths, score_gap=lengths - 4)
     assert torch.autograd.gradcheck(
         lambda *both: loss(PairLogps(*both, lengths, lengths), reference) + 0 * sum(both), sides
     )
@@ -258,10 +259,11 @@ def test_a_loss_of_the_margin_alone_ignores_the_rest(name):
     lengths = dict(chosen_length=[3] * 4, rejected_length=[3] * 4)
     others = lengths if loss.is_per_token else lengths | {"chosen_length": [5] * 4}
     reference = logps([-2.8, -2.3, -3.8, -1.4], [-3.2, -2.7, -4.2, -1.8], **lengths)
+    reference.score_gap = torch.tensor([1.0, 0.5, 2.0, 1.0])
     policy = logps([-3, -2.5, -4, -1.5], [-5, -3.5, -6, -2.5], **lengths)
     shifted = logps([-4, -3.5, -5, -2.5], [-6, -4.5, -7, -3.5], **others)
     is_equal = loss(policy, reference).tolist() == pytest.approx(loss(shifted, reference).tolist())
-    assert is_equal == loss.is_margin_only
+    assert is_equal == (loss.is_margin_only or loss.needs_scores)  # a fixed offset of the margin is no function of it
 
 
 def test_a_loss_that_does_not_state_its_traits_is_refused_where_it_is_defined():

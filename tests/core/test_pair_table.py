@@ -95,6 +95,69 @@ def test_no_pairs():
     assert empty.response_lengths.shape == (0, 2)
 
 
+def rows_of(pair: EncodedPair) -> tuple[list[int], list[int]]:
+    """Prompt and response of a row of one response."""
+    row = pair.unrelated
+    assert row is not None
+    assert len(row.chosen) * len(row.rejected) == 0
+    return [int(t) for t in row.prompt], [int(t) for t in (*row.chosen, *row.rejected)]
+
+
+def test_unrelated_rows_are_each_prompt_with_a_response_of_the_next_pair(table):
+    """As annotated, of either side in turn; whatever the order of pairs, and whichever of them noise flips."""
+    with_rows = table.with_unrelated()
+    annotated = [pair.flip() if pair.flipped else pair for pair in PAIRS]
+    order = sorted(range(10), key=lambda i: PAIRS[i].key)
+    longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in PAIRS)
+    for rank, at in enumerate(order):
+        other = annotated[order[(rank + 1) % 10]]
+        response = (other.chosen, other.rejected)[rank % 2]
+        prompt = list(PAIRS[at].prompt)
+        assert rows_of(with_rows[at]) == (prompt, list(response)[: longest - len(prompt)])
+    expected = {pair.key: rows_of(pair) for pair in with_rows}
+    for other in (table.select(np.arange(9, -1, -1)), table.flip(np.arange(10) < 5)):
+        assert {pair.key: rows_of(pair) for pair in other.with_unrelated()} == expected
+    part = with_rows[2:7:2].concat(with_rows[:1]).concat(PairTable.of(make_pairs(3, seed=5)).with_unrelated())
+    assert [rows_of(pair) for pair in part[:4]] == [expected[PAIRS[i].key] for i in (2, 4, 6, 0)]
+    assert len(set(with_rows.unrelated.keys.tolist()) | set(table.keys.tolist())) == 20
+    assert table[0].unrelated is None
+    assert table.concat(with_rows).unrelated is None
+    assert pickle.loads(pickle.dumps(with_rows))[3].unrelated.key == with_rows[3].unrelated.key
+    assert len(PairTable.of([]).with_unrelated().unrelated) == 0
+
+
+def test_unrelated_rows_of_single_responses_hold_the_one_that_there_is():
+    rows = PairTable.of(make_pairs(6)).unpair()
+    found = rows.with_unrelated()
+    order = np.argsort(rows.keys)
+    for at, of in zip(order, np.roll(order, -1), strict=True):
+        other = rows[int(of)]
+        response = [int(t) for t in (*other.chosen, *other.rejected)]
+        prompt, mismatched = rows_of(found[int(at)])
+        assert mismatched == response[: len(mismatched)]
+        assert mismatched
+        assert prompt == list(rows[int(at)].prompt)
+
+
+def test_scored_tokens_stay_scored_in_rows_of_one_response():
+    scored = np.array([True, False, True]), np.array([False, True])
+    table = PairTable.of([EncodedPair("a", [1], [2, 3, 4], [5, 6], scored=scored), *make_pairs(2)])
+    first, second = table.unpair()[:2]
+    assert first.token_weights.tolist() == [1, 0, 1]
+    assert second.token_weights.tolist() == [0, 1]
+
+
+def test_the_gap_of_scores_is_of_gold_rewards_where_they_are_known():
+    pairs = [EncodedPair("a", [1], [2], [3], 0.5), EncodedPair("b", [1], [2], [4]), EncodedPair("c", [1], [2], [5])]
+    table = PairTable.of(pairs, [9.0, -2.0, float("nan")])
+    assert table.score_gap.tolist() == pytest.approx([0.5, -2, float("nan")], nan_ok=True)
+    assert table[0].score_gap is None
+    flipped = replace(table, with_scores=True).flip(np.array([True, False, False]))
+    assert [pair.score_gap for pair in flipped[:2]] == [-0.5, -2]
+    assert collate(flipped[:2]).score_gap.tolist() == [-0.5, -2]
+    assert collate(table[:2]).score_gap is None
+
+
 def test_a_digest_is_of_the_token_ids_of_these_pairs(table):
     """Other tokens under the same keys and lengths are other pairs; where they lie does not matter."""
     token = table.tokens.copy()

@@ -71,7 +71,7 @@ def test_weights_of_1_are_not_stored():
 def test_a_table_keeps_what_is_scored():
     pairs = [pair.flip() if i % 3 == 0 else pair for i, pair in enumerate(with_gaps(make_pairs(10), 0.5))]
     table = PairTable.of(pairs)
-    plain = PairTable.of(make_pairs(3, seed=5)).with_tail_weight(0.5)
+    plain = replace(PairTable.of(make_pairs(3, seed=5)), tail_weight=0.5)
     cases = [
         (table, pairs),
         (table[2:9:2], pairs[2:9:2]),

@@ -21,6 +21,7 @@ from dpo_lab.core.losses import (
     BCO,
     DPO,
     EXO,
+    KTO,
     NCA,
     RDPO,
     RPO,
@@ -351,6 +352,76 @@ def test_a_batch_costs_the_same_with_pairs_weighed_by_the_policy(name, without_c
         ours = policy.weigh(loss(policy, our_logps(by_reference, mask))).mean().item()
         theirs = trl_loss(*batch, types, weights, beta=0.3, label_smoothing=0.0, log_squares=log_squares)
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+class Rows(Says):
+    """A model that gives the tokens of a batch of completions, or of its mismatched ones, these log-probabilities."""
+
+    def __init__(self, logps: torch.Tensor, unrelated: torch.Tensor) -> None:
+        super().__init__(logps)
+        self.unrelated = unrelated
+
+    def forward(self, **inputs) -> SimpleNamespace:
+        is_own = inputs["input_ids"][0, 0] == 0
+        return SimpleNamespace(**vars(super().forward()) | {"log_probs": self.logps if is_own else self.unrelated})
+
+
+def trl_kto(batch, unrelated, labels: torch.Tensor, **weights: float) -> float:
+    """What TRL's KTO trainer makes of the tokens' log-probabilities of rows, and of their mismatched completions."""
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    (by_policy, by_reference, mask), (other_policy, other_reference, other_mask) = batch, unrelated
+    trainer = SimpleNamespace(
+        model=Rows(by_policy, other_policy),
+        ref_model=Rows(by_reference, other_reference),
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        calculate_KL=True,
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        loss_type="kto",
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **weights,
+    )
+    trainer._compute_kl_logps = lambda model, inputs: KTOTrainer._compute_kl_logps(trainer, model, inputs)
+    inputs = {
+        "input_ids": torch.zeros_like(mask),
+        "completion_mask": mask,
+        "attention_mask": torch.ones_like(mask),
+        "KL_input_ids": torch.ones_like(other_mask),  # tells the models which of the two they score
+        "KL_completion_mask": other_mask,
+        "KL_attention_mask": torch.ones_like(other_mask),
+        "label": labels,
+    }
+    return KTOTrainer._compute_loss(trainer, trainer.model, inputs, return_outputs=False).item()
+
+
+def test_a_batch_of_rows_costs_the_same_by_kto():
+    """Of rows of one response each; in some batches their mismatched responses say that the policy has not moved, z = 0."""
+    module = pytest.importorskip("trl.trainer.kto_trainer", reason="needs pip install -c constraints.txt -e '.[bench]'")
+    rng, baselines = random.Random(3), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "disable_gradient_checkpointing", lambda *_: nullcontext())
+        for seed in range(BATCHES):
+            batch, unrelated = (scored_batch(1000 * i + seed, [rng.randint(1, 12) for _ in range(8)]) for i in range(2))
+            labels = torch.tensor([seed % 50 != 0, *(rng.random() < 0.6 for _ in range(7))])
+            weights = dict(desirable_weight=rng.uniform(0.5, 2), undesirable_weight=rng.uniform(0.5, 2))
+            lengths = batch[2][:, 1:].sum(1)
+            policy, reference = (
+                PairLogps(
+                    *(rows.sum(1) * label for label in (labels, ~labels)),
+                    *(lengths * label for label in (labels, ~labels)),
+                    unrelated=others.sum(1),
+                )
+                for rows, others in zip(batch[:2], unrelated[:2], strict=True)
+            )
+            loss = KTO(0.3, **weights)
+            baselines.append(loss.baseline(policy, reference).item())
+            theirs = trl_kto(batch, unrelated, labels, beta=0.3, **weights)
+            assert loss(policy, reference).mean().item() == pytest.approx(theirs, rel=1e-6)
+    assert 50 < sum(z > 0 for z in baselines) < 150
 
 
 def test_fine_tuning_beside_dpo_costs_the_same_in_a_batch_of_one(scored, without_checkpointing):

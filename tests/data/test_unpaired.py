@@ -220,7 +220,8 @@ def test_the_examples_of_the_documentation():
         Shape().read(tie)
     assert said_by(good) == [("The sky is", " blue.", "")]
     assert said_by(bad) == [([user("Hi")], [], [bot("What?")])]
-    commands = [line.rsplit("  ", 1)[0] if "  " in line else line for line in text.splitlines() if "loss=bco" in line]
+    lines = [line for line in text.splitlines() if "loss=bco" in line or "loss=kto" in line]
+    commands = [line.rsplit("  ", 1)[0] if "  " in line else line for line in lines]
     commands = [line for line in commands if line.startswith("data.path=")]
     assert len(commands) == 3
     for command in commands:

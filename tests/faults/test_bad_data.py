@@ -206,7 +206,8 @@ def test_27_a_beta_that_is_none_is_refused(beta):
 def test_27_loss_and_gradient_stay_finite_at_great_margins(name, margin):
     chosen = torch.tensor([margin], requires_grad=True)
     zero, length = torch.zeros(1), torch.ones(1)
-    loss = make_loss(name, beta=1.0)(PairLogps(chosen, zero, length, length), PairLogps(zero, zero, length, length))
+    reference = PairLogps(zero, zero, length, length, score_gap=zero)
+    loss = make_loss(name, beta=1.0)(PairLogps(chosen, zero, length, length), reference)
     loss.sum().backward()
     assert loss.isfinite().all()
     assert chosen.grad.isfinite().all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def both_paths(model, batch, loss: Loss | None = None, path: str = "shared promp
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(1 + 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-        reference = pair_logps(other, batch)
+        reference = replace(pair_logps(other, batch), score_gap=torch.ones(len(batch)))
     assert forward_name(model) == "padded"
     twin = run(model, batch, reference, loss)
     select_forward(model)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo_lab.core.noise import Symmetric
+from dpo_lab.runs.examples import read
 from tests.pipelines.test_cuda_runs import QUIET, make_shop, record_of
 from tests.support import warm
 
@@ -52,6 +53,12 @@ def test_a_run_measures_what_single_responses_have(trained):
     assert {"auc", "chosen_fell", "chosen_change", "rejected_change", "kl", "perplexity"} <= metrics.keys()
     assert 0 <= metrics["auc"]["value"] <= 1
     assert not {name for name in metrics if "accuracy" in name or "margin" in name or "calibration" in name}
+    rows = read(next((trained / "outputs/rows").glob("*/*/examples.jsonl")))["response"].values()
+    assert len(rows) == record["data"]["held-out pairs"]
+    assert 0 < sum(row["desirable"] for row in rows) < len(rows)
+    ratios = [[row["trained"] - row["initial"] for row in rows if row["desirable"] is label] for label in (True, False)]
+    ranked = [(good > bad) + (good == bad) / 2 for good in ratios[0] for bad in ratios[1]]
+    assert sum(ranked) / len(ranked) == pytest.approx(metrics["auc"]["value"])
     desirable, undesirable = record["data_quality"]["train"]["unpaired"]
     assert desirable + undesirable == record["data"]["train pairs"] > 40
     assert record["data_quality"]["train"]["chosen_longer"] is None
@@ -111,11 +118,15 @@ def test_a_killed_run_goes_on(trained):
     [
         (
             ["loss=dpo"],
-            "loss=dpo: it compares two responses, and unpaired.jsonl:1 is one response with a label; type loss=bco",
+            "loss=dpo: it compares two responses, and unpaired.jsonl:1 is one response with a label; type loss=bco or loss=kto",
         ),
         (
             ["loss=ipo", "data.path=pairs.jsonl", "data.unpair=true"],
             "loss=ipo: it compares two responses, and data.unpair=true",
+        ),
+        (
+            ["loss=odpo", "data.path=pairs.jsonl"],
+            " pairs came without the scores that it takes; type loss=dpo, or name their columns, e.g. '+data.columns=",
         ),
         (["noise=one_sided"], "noise: this kind compares the two responses of a pair, and "),
     ],

@@ -213,6 +213,29 @@ def test_a_slope_over_an_axis_with_a_zero_is_per_unit_and_needs_every_arm():
     assert left_out == {1: "noise 0.4, seed 1: status failed, gold_gain was not measured"}
 
 
+def test_slopes_of_two_groups_are_compared_at_an_equal_value():
+    """Each rate of each group has two arms; the metric is read off between them where KL is 2."""
+
+    def numbers(arm: Arm, seed: int) -> dict[str, float]:
+        rate, kl = arm.axes["rate"], 3 / arm.axes["beta"]
+        return {"kl": kl, "gold_gain": kl - (5 if arm.group == "dpo" else 2) * rate}
+
+    arms = [
+        Arm(f"{group} {rate} {beta}", [], group, {"rate": rate, "beta": beta})
+        for group in ("dpo", "rl")
+        for rate in (0.0, 0.4)
+        for beta in (1.0, 3.0)
+    ]
+    prediction = a_study.predicts("rl", measure=Measure.slope, axis="rate", control="dpo", matched_on={"kl": 2})
+    study = a_study.study([*arms], [prediction], seeds=1)
+    verdicts.check(study)
+    found, left_out = verdicts.effect_per_seed(prediction, a_study.measured(study, numbers))
+    assert (found, left_out) == ({0: pytest.approx(3.0)}, {})  # -2 - -5
+    assert verdicts.describe(prediction) == "gold_gain: slope over rate of rl - dpo, at kl 2"
+    with pytest.raises(StudyError, match="needs two arms or more of rl at each value of rate"):
+        verdicts.check(a_study.study([*arms[:5], *arms[6:]], [prediction]))
+
+
 def line(gains: tuple[float, ...], kls: tuple[float, ...], forms: tuple[float, ...], value: float) -> float:
     """well_formed of a group at an equal gain, arms listed from the mildest on."""
     arms = ["base", *(Arm(f"arm {number}", [], "dpo") for number in range(len(gains)))]

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_lab.core.losses import DPO, Loss
+from dpo_lab.core.pair_table import PairTable
 from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.policy import Policy, TinyPolicy, trainable_copy
@@ -37,17 +38,25 @@ def make_module(
     model: PreTrainedModel, folder: Path, steps: int, tokens: int = 2048, loss: Loss | None = None
 ) -> DPOModule:
     """DPO, or another loss, of a copy of `model`; tokens: of a micro-batch."""
-    pairs, held_out = make_pairs(PAIRS, vocabulary=250), make_pairs(HELD_OUT, seed=9, vocabulary=250)
-    reference = Cached().prepare(model, [*pairs, *held_out], folder)
+    loss = loss or DPO(0.5)
+    train, held_out = tables(loss)
+    pairs = train.concat(held_out)
+    reference = Cached().prepare(model, pairs if pairs.unrelated is None else pairs.concat(pairs.unrelated), folder)
     step = dict(total_steps=steps, batch_size=BATCH, tokens_per_microbatch=tokens)
     # at such a rate Adam's first steps would blow a rounding difference up; the rate of a real run does not
-    loss = loss or DPO(0.5)
     return module_for(loss)(trainable_copy(model), loss, reference, Optim(lr=1e-3, warmup_steps=0), **step)
 
 
-def make_data(num_workers: int = 0, seed: int = 0) -> PreferenceDataModule:
+def tables(loss: Loss) -> tuple[PairTable, PairTable]:
+    """Training and held-out pairs."""
     pairs, held_out = make_pairs(PAIRS, vocabulary=250), make_pairs(HELD_OUT, seed=9, vocabulary=250)
-    return PreferenceDataModule(pairs, held_out, batch_size=BATCH, num_workers=num_workers, seed=seed)
+    scores = [1 + i % 3 / 4 for i in range(PAIRS)]
+    return loss.prepare(PairTable.of(pairs, scores)), loss.prepare(PairTable.of(held_out, scores[:HELD_OUT]))
+
+
+def make_data(num_workers: int = 0, seed: int = 0, loss: Loss | None = None) -> PreferenceDataModule:
+    train, held_out = tables(loss or DPO(0.5))
+    return PreferenceDataModule(train, held_out, batch_size=BATCH, num_workers=num_workers, seed=seed)
 
 
 def make_trainer(steps: int, devices: int = 1, **settings: Any) -> Trainer:

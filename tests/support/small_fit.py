@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.pair_table import PairTable
+from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.policy import TinyPolicy
 from dpo_lab.models.reference import Reference, Uniform
@@ -105,11 +105,13 @@ def run(
     loggers: Callable[[int], list[Logger]] | None = None,
     adapters: torch.dtype | None = None,
     reference: Reference | None = None,
+    prepare: Callable[..., tuple[BaseModule, PreferenceDataModule]] | None = None,
     **settings,
 ) -> Trainer:
     """Start a fit in `folder`, or go on with the one there, as every start of a run does.
 
-    adapters: train low-rank adapters alone, and keep all weights in this dtype.
+    adapters: train low-rank adapters alone, and keep all weights in this dtype. prepare: makes another module and its data
+    from model, optim and the settings of a step.
     loggers: those beside the journal, of a run that goes on from a step (0: from none).
     """
     remove_leftovers(folder / CHECKPOINTS)
@@ -127,20 +129,18 @@ def run(
     optim = optim or Optim(lr=1e-2, warmup_steps=2)
     step = dict(total_steps=trainer.max_steps, tokens_per_microbatch=40)
     train, held_out = PAIRS, HELD_OUT
-    if issubclass(kind, SFTModule):
+    data = None
+    if prepare is not None:
+        module, data = prepare(model, optim, **step)
+    elif issubclass(kind, SFTModule):
         module, train, held_out = kind(model, optim, **step), train.chosen_only(), held_out.chosen_only()
     elif issubclass(kind, RewardModule):
         module = kind(with_reward_head(model), optim, 0.1, batch_size=4, **step)
     else:
         logps = (reference or Uniform()).prepare(model, [*PAIRS, *HELD_OUT], folder)
         module = kind(model, DPO(0.5), logps, optim, batch_size=4, **step)
-    config: Any = SimpleNamespace(
-        data=SimpleNamespace(batch_size=4, num_workers=workers),
-        seed=5,
-        policy=SimpleNamespace(gradient_checkpointing=False),
-    )
-    material: Any = SimpleNamespace(train=train, held_out=held_out)
-    fit(config, trainer, module, material, checkpoint)
+    data = data or PreferenceDataModule(train, held_out, batch_size=4, num_workers=workers, seed=5)
+    fit(trainer, module, data, checkpoint)
     return trainer
 
 

@@ -25,10 +25,11 @@ STEPS, STOP = 5, 3
 def train(folder: Path, name: str, tokens: int, devices: int = 1, steps: int = STEPS, resume: Path | None = None):
     """(module, what was logged and the first gradient, the trainer)."""
     seen = Seen()
-    module = make_module(initial_policy().model, folder, STEPS, tokens, make_loss(name, beta=0.5))
+    loss = make_loss(name, beta=0.5)
+    module = make_module(initial_policy().model, folder, STEPS, tokens, loss)
     strategy = "ddp" if devices > 1 else "auto"
     trainer = make_trainer(steps, devices, callbacks=[seen], strategy=strategy)
-    trainer.fit(module, datamodule=make_data(), ckpt_path=resume)
+    trainer.fit(module, datamodule=make_data(loss=loss), ckpt_path=resume)
     return module, seen, trainer
 
 
@@ -81,8 +82,13 @@ def test_the_gradient_is_that_of_the_loss_of_the_whole_step(name, tmp_path):
     """Against autograd through one forward pass of all pairs."""
     module, seen, _ = train(tmp_path, name, 60, steps=1)
     model, loss = initial_policy().model, make_loss(name, beta=0.5)
-    batch = next(iter(make_data().train_dataloader()))
+    batch = next(iter(make_data(loss=loss).train_dataloader()))
     policy, reference = pair_logps(model, batch), module.reference(batch)
+    if batch.unrelated is not None:
+        rows = pair_logps(model, batch.unrelated), module.reference(batch.unrelated)
+        policy, reference = (
+            replace(of, unrelated=row.chosen + row.rejected) for of, row in zip((policy, reference), rows, strict=True)
+        )
     assert len(batch) == BATCH
     loss(policy, reference).mean().backward()
     exact = flat([p.grad for p in model.parameters() if p.grad is not None])

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from dpo_lab.core.pair_table import PairTable
+
 EXPONENT = 40.0  # the largest exponent of a score: its square fits into float32
 LOSSES: dict[str, type[Loss]] = {}  # by name in configs
 
@@ -46,15 +48,20 @@ class Loss:
     the loss requires a reference that equals the initial policy, False if it requires reference=uniform, None if it
     takes any. is_bradley_terry: whether sigma(beta h) is the loss's probability of a label, as under the model of
     Bradley and Terry. is_per_token: whether the log-ratios that it compares are means over tokens instead of sums.
-    is_margin_only: whether the loss of a pair is a function of its margin h alone. takes_unpaired, the one trait with a
-    default: whether its terms are those of single responses, so that it takes responses that were labelled on their own.
+    is_margin_only: whether the loss of a pair is a function of its margin h alone. Three are False unless stated.
+    takes_unpaired: whether its terms are those of single responses, so that it takes responses that were labelled on their
+    own. needs_scores: whether it takes PairLogps.score_gap from the reference's. needs_unrelated: whether it takes
+    PairLogps.unrelated of policy and reference, for which its training scores a third response to each prompt.
     """
 
+    name: ClassVar[str]
     requires_reference: ClassVar[bool | None]
     is_bradley_terry: ClassVar[bool]
     is_per_token: ClassVar[bool]
     is_margin_only: ClassVar[bool]
     takes_unpaired: ClassVar[bool]
+    needs_scores: ClassVar[bool]
+    needs_unrelated: ClassVar[bool]
     beta: float = 0.1
     divergence: Divergence = field(default=Divergence.reverse_kl, kw_only=True)
     divergence_alpha: float = field(default=0.5, kw_only=True)
@@ -70,9 +77,13 @@ class Loss:
         is_per_token: bool,
         is_margin_only: bool,
         takes_unpaired: bool = False,
+        needs_scores: bool = False,
+        needs_unrelated: bool = False,
     ) -> None:
+        cls.name = name
         cls.requires_reference, cls.is_bradley_terry = requires_reference, is_bradley_terry
         cls.is_per_token, cls.is_margin_only, cls.takes_unpaired = is_per_token, is_margin_only, takes_unpaired
+        cls.needs_scores, cls.needs_unrelated = needs_scores, needs_unrelated
         add_to_table(LOSSES, name, cls)
 
     def __post_init__(self) -> None:
@@ -100,6 +111,11 @@ class Loss:
                 f"loss.weighting={self.weighting.value}: weighs single pairs whose tokens weigh alike, and {why}; type"
                 " loss.weighting=none"
             )
+
+    def prepare(self, pairs: PairTable) -> PairTable:
+        """Return the pairs with what the loss takes of them."""
+        pairs = replace(pairs, tail_weight=self.ld_alpha, with_scores=self.needs_scores)
+        return pairs.with_unrelated() if self.needs_unrelated else pairs
 
     @property
     def weighs_pairs(self) -> bool:
@@ -162,7 +178,7 @@ class Loss:
         zero = torch.zeros(1, dtype=torch.float64)
         is_determined = self.is_margin_only and self.divergence is Divergence.reverse_kl
         is_determined = is_determined and self.requires_reference is not False
-        at_zero = self(*[PairLogps(zero, zero, zero + 1, zero + 1)] * 2).item()
+        at_zero = self(*[PairLogps(zero, zero, zero + 1, zero + 1, score_gap=zero)] * 2).item()
         return {
             "requires_reference": self.requires_reference,
             "is_bradley_terry": self.is_bradley_terry,

@@ -49,11 +49,18 @@ class Mix(
         self.losses = {name: self._term(name) for name in self.terms}
         required = {loss.requires_reference for loss in self.losses.values()}
         self.requires_reference = True if True in required else None if None in required else False  # type: ignore[misc]
+        self.needs_scores = any(loss.needs_scores for loss in self.losses.values())  # type: ignore[misc]
+        self.needs_unrelated = any(loss.needs_unrelated for loss in self.losses.values())  # type: ignore[misc]
 
     def _term(self, name: str) -> Loss:
         kind, settings = LOSSES[name], dict(self.settings.get(name) or {})
         if unknown := settings.keys() - {each.name for each in fields(kind)}:
             raise ValueError(f"loss.settings.{name}: has no setting {', '.join(sorted(unknown))}")
+        if of_data := sorted(settings.keys() & {"ld_alpha", "weighting"}):
+            raise ValueError(
+                f"loss.settings.{name}: {of_data[0]} is of the data that all terms share; type loss.{of_data[0]}="
+                f"{settings[of_data[0]]} for all of them"
+            )
         shared: dict[str, Any] = {"beta": self.beta}
         if kind.requires_reference is not False:
             shared |= {"divergence": self.divergence, "divergence_alpha": self.divergence_alpha}

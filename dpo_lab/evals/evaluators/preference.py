@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,7 +46,7 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
         if len(held_out := context.held_out):
             yield from self._held_out(context, held_out)
         if len(held_out) < len(rows := context.held_out_rows):
-            yield from _of_single_responses(rows)
+            yield from _of_single_responses(context, rows)
         if not len(context.train_pairs) or not len(train := context.train):
             return
         context.examples.add("train", train.keys, **train.columns())
@@ -66,12 +67,18 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
             yield "gold_correlation", correlation
 
 
-def _of_single_responses(rows: ScoredPairs) -> Iterator[tuple[str, Estimate]]:
+def _of_single_responses(context: EvalContext, rows: ScoredPairs) -> Iterator[tuple[str, Estimate]]:
     from scipy.stats import mannwhitneyu
 
-    ratios = rows.trained - rows.initial
-    desirable = ratios.chosen[ratios.rejected_length == 0].double().numpy()
-    undesirable = ratios.rejected[ratios.chosen_length == 0].double().numpy()
+    trained, initial = (logps.chosen.double() + logps.rejected for logps in (rows.trained, rows.initial))
+    is_desirable, is_undesirable = rows.trained.rejected_length == 0, rows.trained.chosen_length == 0
+    tokens = rows.trained.chosen_length + rows.trained.rejected_length
+    columns = {"desirable": is_desirable, "trained": trained, "initial": initial, "tokens": tokens}
+    single = (is_desirable | is_undesirable).tolist()
+    keys = list(compress(rows.keys, single))
+    context.examples.add("response", keys, **{name: column[single] for name, column in columns.items()})
+    ratios = (trained - initial).numpy()
+    desirable, undesirable = ratios[is_desirable], ratios[is_undesirable]
     if count := len(desirable) * len(undesirable):
         auc = float(mannwhitneyu(desirable, undesirable).statistic) / count
         yield "auc", Estimate(auc, n=len(desirable) + len(undesirable))

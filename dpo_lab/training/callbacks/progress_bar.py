@@ -61,7 +61,13 @@ class TimeLimit(Callback):
 class ProgressBar(Callback):
     """A progress bar of optimizer steps with the latest training metrics and tokens per second, on rank 0."""
 
-    METRICS = {"train/loss": "loss", "train/rewards/accuracies": "acc", "train/rewards/margins": "margin"}
+    METRICS = {
+        "train/loss": "loss",
+        "train/rollout/reward": "reward",
+        "train/rollout/kl": "kl",
+        "train/rewards/accuracies": "acc",
+        "train/rewards/margins": "margin",
+    }
     advance: Advance | None = None
 
     def __init__(self) -> None:

@@ -1,0 +1,48 @@
+"""The critic of PPO: the value of the state before each response token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpo_lab.models.paths import causal_lm, path_of, response_rows
+from dpo_lab.models.policy import PolicyError, trainable_copy
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from transformers import PreTrainedModel
+
+
+class Critic(nn.Module):
+    """A copy of the initial policy, of which only the body is used, and a linear head of its hidden states.
+
+    Of a policy with adapters only the adapters are copied; the base model is shared. The head starts at 0.
+    """
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        if path_of(policy).vocabulary is None:
+            raise PolicyError(
+                "method=ppo: this policy returns no hidden states of single tokens, from which a critic is trained; type"
+                " method=rloo"
+            )
+        self.model = trainable_copy(policy)
+        head = causal_lm(self.model).get_output_embeddings()
+        body = causal_lm(self.model).get_input_embeddings()
+        if head.weight is not body.weight:
+            head.requires_grad_(False)  # unused: a tied one is the embedding
+        self.head = nn.Linear(head.weight.shape[1], 1, device=body.weight.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]
+    ) -> Float[Tensor, " response_tokens"]:
+        """Return the value of the state before each response token of a packed stream, in units of the reward."""
+        hidden, _, _ = response_rows(self.model, tokens, lengths)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.head.weight, self.head.bias)[:, 0]

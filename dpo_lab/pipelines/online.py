@@ -1,0 +1,118 @@
+"""Prepare training on responses that the policy samples meanwhile: reward, reference, critic, and the module."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import seed_everything
+
+from dpo_lab.config.schema import ConfigError
+from dpo_lab.core.methods import METHODS, Online, PolicyGradient
+from dpo_lab.models.critic import Critic
+from dpo_lab.models.limits import Limits
+from dpo_lab.models.policy import trainable_copy
+from dpo_lab.models.reference import reference_model
+from dpo_lab.models.sharding import on_device
+from dpo_lab.pipelines.inputs import TrainingInputs, policy_errors
+from dpo_lab.pipelines.offline import Training
+from dpo_lab.pipelines.reward_inputs import prepare_reward
+from dpo_lab.pipelines.session import Session
+from dpo_lab.runs.cache import CACHE
+from dpo_lab.training.actor import Actor, Reward
+from dpo_lab.training.memory import MemoryTracker
+from dpo_lab.training.online_data import FreshPairs, OnlineDataModule, RolloutData
+from dpo_lab.training.policy_gradient_module import PolicyGradientModule
+from dpo_lab.training.step_level_module import module_for
+
+log = logging.getLogger("dpo_lab")
+
+
+def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
+    """Prepare reward, reference and critic, and return the module to train and the data module that samples for it.
+
+    The prompts are those of the training pairs.
+    """
+    config, run, forward, method = session.config, session.run, session.forward, session.config.method
+    assert isinstance(method, Online)
+    seed_everything(config.seed, workers=True, verbose=False)
+    memory = MemoryTracker(forward.device)
+    if config.policy.has_adapters:  # the base is held once on the device
+        on_device(inputs.initial.model, forward.device)
+    model = on_device(trainable_copy(inputs.initial.model), forward.device)
+    pairs, tokens = inputs.train.concat(inputs.held_out), config.data.forward_tokens
+    kind = config.reference.of_fresh_responses()
+    if kind is not config.reference:
+        log.info("reference: %s, since fresh responses are in no cache", type(kind).__name__.lower())
+    reference = kind.prepare(model, pairs, CACHE, forward.context, tokens)
+    with policy_errors():
+        critic = Critic(model) if method.has_critic else None
+    memory.count_weights(model, reference_model(reference), critic)
+    run.update(step_zero_loss=None, seconds=session.timer.stop("reference"))
+    prompts = prompts_of(inputs, method, longest := longest_response(session))
+    reward = prepare_reward(config, inputs, forward)
+    actor = Actor(
+        model,
+        method,
+        reward,
+        gold_reward(session, inputs),
+        inputs.encoder,
+        forward.context,
+        longest,
+        tokens,
+        reference=reference.of_tokens,  # type: ignore[attr-defined]
+        critic=critic,
+    )
+    sizes: dict[str, Any] = dict(total_steps=session.trainer.max_steps, tokens_per_microbatch=tokens)
+    data: OnlineDataModule
+    if isinstance(method, PolicyGradient):
+        title = next(name for name, kind in METHODS.items() if type(method) is kind).upper()
+        data = RolloutData(method, actor, prompts, inputs.held_out, seed=config.seed)
+        module: Any = PolicyGradientModule(
+            model, config.loss, reference, config.optim, method=method, critic=critic, title=title, **sizes
+        )
+    else:
+        data = FreshPairs(method, actor, prompts, inputs.held_out, seed=config.seed)
+        data.prepare = config.loss.prepare
+        batch = method.prompts // method.minibatches
+        module = module_for(config.loss)(model, config.loss, reference, config.optim, batch_size=batch, **sizes)
+    return Training(module, data, memory, lambda: {"rollouts": {"samples": data.samples, "reward_queries": reward.queries}})
+
+
+def gold_reward(session: Session, inputs: TrainingInputs) -> Reward | None:
+    """Return the task's reward of encoded prompts and responses, None for data that have none."""
+    data, encoder = session.config.data, inputs.encoder
+    if not data.uses_task:
+        return None
+    return lambda prompts, responses: np.array(
+        [
+            data.task.gold(encoder.prompt_text(prompt) + encoder.text(response))
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+    )
+
+
+def longest_response(session: Session) -> int:
+    """Return the length limit of sampled responses in tokens: the method's, else the task's or that of the evaluation."""
+    config, method = session.config, session.config.method
+    assert isinstance(method, Online)
+    if method.max_new_tokens is not None:
+        return method.max_new_tokens
+    return config.data.task.max_new_tokens if config.data.uses_task else config.evals.max_new_tokens
+
+
+def prompts_of(inputs: TrainingInputs, method: Online, longest: int) -> list[list[int]]:
+    """Return the prompts to sample from, those of the training pairs, as often as these have them.
+
+    Raises ConfigError if they are too few, or too long for the model.
+    """
+    prompts = [list(pair.prompt) for pair in inputs.train]
+    if len(prompts) < method.prompts:
+        raise ConfigError(
+            f"method.prompts={method.prompts}: there are only {len(prompts)} training pairs, whose prompts are sampled from;"
+            f" type method.prompts={len(prompts)}"
+        )
+    with policy_errors():
+        Limits.of(inputs.initial.model).check_samples(prompts, longest, "method.max_new_tokens")
+    return prompts

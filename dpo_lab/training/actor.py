@@ -1,0 +1,98 @@
+"""The actor: samples responses from the policy in training, and measures them when they are sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_lab.core.methods import Online
+from dpo_lab.core.methods.base import PolicyGradient
+from dpo_lab.core.pairs import Tokens
+from dpo_lab.core.rollouts import Rollouts
+from dpo_lab.data.collate import collate_responses
+from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.distributed.collectives import map_across_ranks
+from dpo_lab.models.critic import Critic
+from dpo_lab.models.forward import token_logps_of
+from dpo_lab.models.sampling import sample
+from dpo_lab.models.sharding import device_of, own_passes
+
+Reward = Callable[[Sequence[Tokens], Sequence[Tokens]], np.ndarray]  # prompts and responses -> rewards [N]
+
+
+@dataclass
+class Actor:
+    """Samples from `model` and measures samples; all ranks have to call it, and get the same rollouts.
+
+    reference: the model that the KL divergence is measured from; gold: the task's reward, None if there is none; context:
+    the autocast context of forward passes; longest: the length limit of responses, in tokens; tokens: of a forward pass.
+    """
+
+    model: PreTrainedModel
+    method: Online
+    reward: Reward
+    gold: Reward | None
+    encoder: PairTokenizer
+    context: Callable[[], AbstractContextManager]
+    longest: int
+    tokens: int
+    reference: Callable[[Tensor, np.ndarray], Tensor] | None = None
+    critic: Critic | None = None
+
+    def roll_out(self, keys: Sequence[str], prompts: Sequence[Tokens], seed: int) -> Rollouts:
+        """Sample `method.samples` responses to each prompt, with random numbers from the seed, and measure them."""
+        each = self.method.samples
+        repeated = [prompt for prompt in prompts for _ in range(each)]
+        with self.context():
+            samples = sample(
+                self.model,
+                repeated,
+                max_new_tokens=self.longest,
+                end_ids=self.encoder.end_ids,
+                pad_id=self.encoder.pad_id,
+                seed=seed,
+            )
+        responses = [found.tokens for found in samples]
+        rewards = torch.from_numpy(np.asarray(self.reward(repeated, responses), np.float32))
+        gold = torch.full_like(rewards, torch.nan)
+        if self.gold is not None:
+            gold = torch.from_numpy(np.asarray(self.gold(repeated, responses), np.float32))
+        tokens, lengths = collate_responses(prompts, responses)
+        rollouts = Rollouts(
+            list(keys),
+            tokens,
+            lengths,
+            rewards.view(-1, each),
+            gold.view(-1, each),
+            torch.tensor([found.stopped for found in samples]).view(-1, each),
+        )
+        return self._measure(rollouts) if isinstance(self.method, PolicyGradient) else rollouts
+
+    @torch.no_grad()
+    def _measure(self, rollouts: Rollouts) -> Rollouts:
+        """Add the log-probabilities under policy and reference, and the critic's values."""
+        device = device_of(self.model)
+
+        def measure(part: Rollouts) -> Tensor:
+            tokens, lengths = part.tokens.to(device), part.lengths
+            columns = [token_logps_of(self.model, tokens, lengths)]
+            columns.append(self.reference(tokens, lengths) if self.reference else torch.zeros_like(columns[0]))
+            if self.critic is not None:
+                columns.append(self.critic(tokens, lengths))
+            return torch.stack([column.float() for column in columns]).cpu()
+
+        parts = rollouts.split(self.tokens)
+        with self.context():
+            measured = map_across_ranks(
+                parts, [float(sum(part.sizes)) for part in parts], measure, own_passes(self.model)
+            )
+        columns = torch.cat(list(measured), 1)
+        rollouts.behaviour, rollouts.reference = columns[0], columns[1]
+        rollouts.values = columns[2] if self.critic is not None else None
+        return rollouts

@@ -1,0 +1,175 @@
+"""The data modules of online methods: the batch of each step is made of responses that the policy samples meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dpo_lab.core.logps import sum_responses
+from dpo_lab.core.methods.base import Online, PolicyGradient
+from dpo_lab.core.methods.online_dpo import OnlineDPO
+from dpo_lab.core.pair_table import PairTable
+from dpo_lab.core.pairs import EncodedPair, PairBatch, Tokens, content_hash
+from dpo_lab.core.rollouts import Rollouts, spread
+from dpo_lab.core.seeds import derive_seed
+from dpo_lab.data.collate import collate
+from dpo_lab.data.datamodule import PreferenceDataModule, StepSampler
+from dpo_lab.training.actor import Actor
+
+STEPS = 2**31 - 1  # the length of an endless loader; Lightning fetches ahead from one without a length
+
+
+class OnlineDataModule(PreferenceDataModule):
+    """Makes each step's batch from rollouts of the policy, and the held-out pairs as PreferenceDataModule.
+
+    Rollout n is made at step n x method.updates from the prompts and the random numbers of (seed, n); its steps train on
+    minibatches of it, divided over ranks. A subclass makes these from a rollout. What is counted of rollouts is logged with
+    the metrics; it is in checkpoints, as is a rollout that later steps train on.
+    """
+
+    method: Online
+
+    def __init__(
+        self, method: Online, actor: Actor, prompts: Sequence[Tokens], held_out: Sequence[EncodedPair], *, seed: int
+    ) -> None:
+        super().__init__([], held_out, batch_size=method.prompts, num_workers=0, seed=seed)
+        self.method, self.actor, self.prompts = method, actor, prompts
+        self.rounds = StepSampler([len(prompt) for prompt in prompts], method.prompts, seed)
+        self.rollouts: Rollouts | None = None  # those of now
+        self.beta = method.beta if isinstance(method, PolicyGradient) else 0.0
+        self.sums: dict[str, float] = {}  # of what is logged, since it was logged last
+        self.samples = 0
+
+    def train_dataloader(self) -> _Batches:  # type: ignore[override]
+        return _Batches(self)
+
+    def batch(self, step: int) -> Rollouts | PairBatch:
+        """Return this rank's part of the minibatch of a step; sample the next rollout if the last one is used up."""
+        number, update = divmod(step, self.method.updates)
+        if update == 0:
+            self.rollouts = self._roll_out(number)
+        assert self.rollouts is not None
+        rank, world_size = self._rank_and_world_size()
+        size, seed = self.method.prompts // self.method.minibatches, derive_seed(self.seed, f"minibatches/{number}")
+        mine, all_ranks = (
+            StepSampler(self.rollouts.sizes, size, seed, *place).step(update) for place in ((rank, world_size), (0, 1))
+        )
+        return self.minibatch(self.rollouts, number, all_ranks, mine)
+
+    def minibatch(
+        self, rollouts: Rollouts, number: int, prompts: Sequence[int], mine: Sequence[int]
+    ) -> Rollouts | PairBatch:
+        """Return the batch of an optimizer step that trains on some prompts of rollout `number`: this rank's part, `mine`."""
+        raise NotImplementedError
+
+    def counters(self) -> dict[str, float]:
+        """Return the means of what was counted of rollouts since the last call, and the number of samples so far."""
+        sums, self.sums = self.sums, {}
+        count = sums.pop("count", 0.0)
+        means = {f"rollout/{name}": total / count for name, total in sums.items()} if count else {}
+        return means | {"rollout/samples": float(self.samples)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs of the rollouts so far, as plain values and tensors."""
+        step = self.trainer.global_step if self.trainer else 0
+        is_used_up = self.rollouts is None or step % self.method.updates == 0
+        rollouts = None if is_used_up else self.rollouts.state_dict()  # type: ignore[union-attr]
+        return {"rollouts": rollouts, "beta": self.beta, "sums": dict(self.sums), "samples": self.samples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.beta, self.sums, self.samples = state_dict["beta"], dict(state_dict["sums"]), state_dict["samples"]
+        if state_dict["rollouts"] is not None:
+            self.rollouts = Rollouts.from_state_dict(state_dict["rollouts"])
+
+    def _roll_out(self, number: int) -> Rollouts:
+        prompts = [self.prompts[i] for i in self.rounds.step(number)]
+        keys = [content_hash([int(token) for token in prompt]) for prompt in prompts]
+        rollouts = self.actor.roll_out(keys, prompts, derive_seed(self.seed, f"rollout/{number}"))
+        rollouts.beta = self.beta
+        self.samples += rollouts.rewards.numel()
+        self._count(rollouts)
+        return rollouts
+
+    def _count(self, rollouts: Rollouts) -> None:
+        lengths = torch.from_numpy(rollouts.response_lengths.copy()).double()
+        found = {
+            "reward": rollouts.rewards,
+            "length": lengths,
+            "stopped": rollouts.stopped,
+        }
+        if not rollouts.gold.isnan().any():
+            found["gold"] = rollouts.gold
+        if rollouts.behaviour is not None:
+            found["kl"] = sum_responses(rollouts.log_ratios, rollouts.lengths)
+            found["entropy"] = -sum_responses(rollouts.behaviour, rollouts.lengths) / lengths  # per token
+            self.beta = self.method.next_beta(self.beta, found["kl"].mean().item())  # type: ignore[attr-defined]
+            found["beta"] = torch.full_like(lengths, rollouts.beta)
+        for name, values in found.items():
+            self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
+        self.sums["count"] = self.sums.get("count", 0.0) + lengths.numel()
+
+
+class RolloutData(OnlineDataModule):
+    """Rollouts with advantages, for methods of policy gradients."""
+
+    method: PolicyGradient
+
+    def minibatch(self, rollouts, number, prompts, mine):
+        lengths = rollouts.response_lengths[list(prompts)]
+        weights = self.method.token_weights(lengths, self.actor.longest)
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        part = rollouts.take(mine)
+        own = torch.from_numpy(weights[[place[prompt] for prompt in mine]]).float()
+        return replace(part, weights=spread(own, part.response_lengths))
+
+    def _roll_out(self, number: int) -> Rollouts:
+        rollouts = super()._roll_out(number)
+        rollouts.advantages, rollouts.returns = self.method.advantages(rollouts)
+        return rollouts
+
+
+class FreshPairs(OnlineDataModule):
+    """Pairs of fresh responses, for losses of pairs. prepare: gives pairs what the loss takes of them, see Loss.prepare."""
+
+    method: OnlineDPO
+    prepare: Callable[[PairTable], PairTable] = staticmethod(lambda pairs: pairs)
+
+    def minibatch(self, rollouts, number, prompts, mine):
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, f"annotator/{number}"))
+        sides = torch.stack(self.method.choose(rollouts.rewards, generator), 1).tolist()
+        streams = rollouts.tokens.split(rollouts.sizes)
+        pairs, gaps = [], []
+        for at in prompts:
+            prompt, *responses = (part.numpy() for part in streams[at].split(rollouts.lengths[at].tolist()))
+            chosen, rejected = sides[at]
+            gold, reward = (float(x[at, chosen] - x[at, rejected]) for x in (rollouts.gold, rollouts.rewards))
+            key = content_hash([rollouts.keys[at], number, at])
+            pairs.append(EncodedPair(key, prompt, responses[chosen], responses[rejected], gold))
+            gaps.append(reward)
+        table = self.prepare(PairTable.of(pairs, gaps))
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        return collate([table[place[prompt]] for prompt in mine])
+
+
+class _Batches:
+    """An endless loader whose next batch is that of the trainer's next step, so that it has no state of its own."""
+
+    def __init__(self, data: OnlineDataModule) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Iterator[Rollouts | PairBatch]:
+        assert self.data.trainer is not None
+        while True:
+            yield self.data.batch(self.data.trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass

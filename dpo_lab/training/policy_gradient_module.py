@@ -1,0 +1,106 @@
+"""The LightningModule of policy gradients: the loss of rollouts, and the critic's, if the method has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_lab.core.methods.base import PolicyGradient, clipped_share
+from dpo_lab.core.methods.ppo import PPO
+from dpo_lab.core.metrics import FixedDtypeMetric
+from dpo_lab.core.rollouts import Rollouts
+from dpo_lab.models.critic import Critic
+from dpo_lab.models.forward import rollout_loss
+from dpo_lab.models.sharded_weights import full_tensor
+from dpo_lab.training.dpo_module import CHARTS, DPOModule
+
+ROLLOUT_CHARTS = {
+    "rollout/reward and gold": ("train/rollout/reward", "train/rollout/gold"),
+}
+
+
+class PolicyGradientModule(DPOModule):
+    """Trains `model` on rollouts by `method`, averaged over the responses that a step has on all ranks.
+
+    critic: a Critic, if the method has one. Held-out pairs are measured as in DPO, with the reward beta log(pi / ref).
+    """
+
+    charts = {**CHARTS, **ROLLOUT_CHARTS}
+
+    def __init__(self, *args: Any, method: PolicyGradient, critic: Critic | None, title: str, **settings: Any) -> None:
+        responses = method.prompts // method.minibatches * method.samples
+        super().__init__(*args, batch_size=responses, **settings)
+        self.method, self.critic, self.title = method, critic, title  # type: ignore[misc]
+        self.train_metrics = PolicyGradientMetrics()  # type: ignore[assignment]
+
+    def models(self):
+        return super().models() + ([] if self.critic is None else [self.critic.model])
+
+    def part_loss(self, part: Rollouts) -> Tensor:  # type: ignore[override]
+        loss, logps = rollout_loss(self.model, part, self.method.loss)
+        errors = None
+        if self.critic is not None:
+            assert isinstance(self.method, PPO)
+            values = self.critic(part.tokens, part.lengths)
+            loss = loss + self.method.value_loss(values, part).sum()
+            errors = (values.detach() - part.returns).square()
+        self.train_metrics.update(loss.detach(), self.method.log_ratios(logps, part), errors, part, self.method.clip)
+        return loss
+
+    def clip_gradients_to_norm(self) -> Tensor:
+        norm = super().clip_gradients_to_norm()
+        return norm if self.critic is None else norm + full_tensor(self.optim.clip(self.critic.parameters()))
+
+    def configure_optimizers(self):
+        if self.critic is None:
+            return super().configure_optimizers()
+        assert isinstance(self.method, PPO)
+        optimizer, schedule = self.optim.build(
+            self.model.parameters(),
+            self.total_steps,
+            critic=self.critic.parameters(),
+            critic_factor=self.method.critic_lr_factor,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class PolicyGradientMetrics(FixedDtypeMetric):
+    """Means over response tokens: how far the policy has moved since sampling, the share of ratios that are clipped, the
+    critic's error; and the mean loss of a response. Sums are summed over batches and ranks.
+    """
+
+    sums: Tensor
+    squares: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("squares", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, log_ratios: Tensor, errors: Tensor | None, part: Rollouts, clip: float) -> None:
+        """Add a micro-batch. loss: the sum of its losses; log_ratios: see PolicyGradient; errors: squared, of the critic."""
+        is_clipped = clipped_share(log_ratios, part.advantages, clip)
+        moved = log_ratios.square() / 2  # k2 of the policy of now and the one that sampled
+        sums = [
+            loss,
+            loss.new_tensor(part.rewards.numel()),
+            is_clipped.sum(),
+            moved.sum(),
+            loss.new_tensor(len(log_ratios)),
+        ]
+        self.sums += torch.stack([each.double() for each in sums])
+        if errors is not None:
+            returns = part.returns.double()
+            self.squares += torch.stack((errors.double().sum(), returns.sum(), returns.square().sum()))
+
+    def compute(self) -> dict[str, float]:
+        loss, responses, clipped, moved, tokens = self.sums.tolist()
+        found = {"policy_loss": loss / responses, "ratio/clipped": clipped / tokens, "ratio/kl": moved / tokens}
+        error, total, squares = self.squares.tolist()
+        variance = squares / tokens - (total / tokens) ** 2
+        if squares:
+            found |= {"critic/error": error / tokens, "critic/explained": 1 - error / tokens / max(variance, 1e-12)}
+        return found

@@ -1,0 +1,99 @@
+"""Runs of online methods as a user types them: on the task, on files with adapters, killed and gone on with, refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL
+from tests.pipelines.test_cuda_runs import QUIET, make_shop, record_of
+from tests.support import warm
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("online")]
+
+ONLINE = [*SMALL, "method.prompts=4", "method.samples=2", "evals.num_train_pairs=8", "logger={}"]
+
+
+def folder_of(workshop: Path, name: str) -> Path:
+    return next((workshop / "outputs" / name).glob("*/seed=0"))
+
+
+def test_a_learned_reward_is_made_once_and_trained_on(workshop):
+    settings = [*ONLINE, "reward.steps=6", "reward.batch_size=8", "noise=symmetric", "noise.rate=0.2"]
+    told = warm.door("dpo_lab.train", "method=rloo", "name=rl", *settings, cwd=workshop)
+    assert told.returncode == 0, told.stdout + told.stderr
+    record = record_of(workshop, "rl")
+    assert record["status"] == "done"
+    assert record["rollouts"]["samples"] == 6 * 8
+    assert record["rollouts"]["reward_queries"] >= 6 * 8
+    assert record["memory"]["weights"] == pytest.approx(2, abs=0.01)  # policy and reference
+    assert {"gold_gain", "kl", "accuracy"} <= record["metrics"].keys()
+    rows = [json.loads(line) for line in (folder_of(workshop, "rl") / "metrics.jsonl").read_text().splitlines()]
+    names = {name for row in rows for name in row}
+    assert {"train/rollout/reward", "train/rollout/gold", "train/rollout/kl", "train/policy_loss", "val/loss"} <= names
+    assert "train/loss" not in names
+    made = [path for path in (workshop / "outputs/cache").glob("reward-*") if path.is_dir()]
+    assert len(made) == 1
+    before = (made[0] / "run.json").read_bytes()
+    told = warm.door("dpo_lab.train", "method=grpo", "name=rl2", *settings, cwd=workshop)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert (made[0] / "run.json").read_bytes() == before
+    told = warm.door("dpo_lab.evaluate", f"run={folder_of(workshop, 'rl')}", "evals.num_prompts=4", cwd=workshop)
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
+@pytest.mark.parametrize("method", ["ppo", "online_dpo"])
+def test_killed_it_goes_on_as_if_it_had_not_been(method, workshop):
+    """kill -9 once a checkpoint is there; PPO's lies within a rollout."""
+    settings = [
+        f"method={method}",
+        *ONLINE,
+        "reward=gold",
+        "callbacks.checkpoint.every_n_steps=3",
+        "trainer.max_steps=9",
+    ]
+    settings += ["method.minibatches=2"] if method == "ppo" else []
+    whole, cut = (f"{method}-{name}" for name in ("whole", "cut"))
+    told = warm.door("dpo_lab.train", f"name={whole}", *settings, cwd=workshop)
+    assert told.returncode == 0, told.stdout + told.stderr
+    with warm.Warm(warm.main, "dpo_lab.train", f"name={cut}", *settings, cwd=workshop) as started:
+        until = time.monotonic() + 120
+        while not list((workshop / "outputs" / cut).glob("*/*/checkpoints/step=3.ckpt")):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        started.process.kill()
+    told = warm.door("dpo_lab.train", f"name={cut}", *settings, cwd=workshop)
+    assert told.returncode == 0, told.stdout + told.stderr
+    one, other = (record_of(workshop, name) for name in (whole, cut))
+    assert one["trained_policy"] == other["trained_policy"]
+    assert one["metrics"] == other["metrics"]
+    logs = [(folder_of(workshop, name) / "metrics.jsonl").read_bytes() for name in (whole, cut)]
+    assert logs[0] == logs[1]
+
+
+def test_ppo_with_adapters_on_files_holds_one_body(policy, tmp_path):
+    """Policy, reference and critic share the base model; the reward model is another."""
+    shop = make_shop(tmp_path, policy)
+    settings = [
+        *QUIET,
+        "policy.lora.r=2",
+        "optim=lora",
+        "reference=adapter_off",
+        "reward.steps=3",
+        "reward.batch_size=8",
+    ]
+    settings += ["method=ppo", "method.prompts=4", "method.samples=2", "method.max_new_tokens=6"]
+    told = warm.door("dpo_lab.train", "name=ppo", *settings, cwd=shop)
+    assert told.returncode == 0, told.stdout + told.stderr
+    record = record_of(shop, "ppo")
+    assert record["memory"]["weights"] < 1.2
+    assert record["rollouts"]["samples"] == 8  # three steps of one rollout
+    told = warm.door("dpo_lab.train", "name=no", *settings, "reward=gold", cwd=shop)
+    assert told.returncode == 2
+    assert "reward=gold: these data have no gold reward; type reward=learned" in told.stderr
+    told = warm.door("dpo_lab.train", "name=no", *settings, "method.prompts=1000", cwd=shop)
+    assert told.returncode == 2
+    assert "method.prompts=1000: there are only" in told.stderr
