@@ -71,7 +71,12 @@ class Learned(Reward, name="learned"):
         return score
 
     def moments(self, score, inputs) -> tuple[float, float]:
-        return 0.0, float(self._facts(inputs)["sd"])
+        if (sd := self._facts(inputs)["sd"]) is None:
+            raise RewardError(
+                f"reward.scale=unit: {self.path} was trained without held-out prompts, on which its standard deviation is"
+                " measured; type reward.scale=preference"
+            )
+        return 0.0, float(sd)
 
     def _facts(self, inputs: RewardInputs) -> Mapping[str, Any]:
         """Return what the reward model's folder says of it. Raise RewardError if it is not one, or of another tokenizer."""
