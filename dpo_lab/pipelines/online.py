@@ -77,7 +77,9 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         data.prepare = config.loss.prepare
         batch = method.prompts // method.minibatches
         module = module_for(config.loss)(model, config.loss, reference, config.optim, batch_size=batch, **sizes)
-    return Training(module, data, memory, lambda: {"rollouts": {"samples": data.samples, "reward_queries": reward.queries}})
+    return Training(
+        module, data, memory, lambda: {"rollouts": {"samples": data.samples, "reward_queries": reward.queries}}
+    )
 
 
 def gold_reward(session: Session, inputs: TrainingInputs) -> Reward | None:
