@@ -47,7 +47,7 @@ for command in sys.argv[1:]:
             raise
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contributing")]
+pytestmark = pytest.mark.slow
 
 
 @dataclass

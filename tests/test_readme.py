@@ -32,7 +32,7 @@ PYTHON_COMMANDS = [c for c in COMMANDS if c.startswith("python -m ")]
 MAKE_COMMANDS = [c for c in COMMANDS if c.startswith("make ")]
 OTHERS = [c for c in COMMANDS if c not in PYTHON_COMMANDS + MAKE_COMMANDS]
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("readme")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

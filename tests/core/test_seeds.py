@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from dpo_lab.config import schema
 from dpo_lab.core.seeds import derive_seed
@@ -16,6 +15,7 @@ from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, prepare_pairs
 from tests.conftest import SMALL
+from tests.support.configs import settled
 
 pytestmark = pytest.mark.slow
 
@@ -24,9 +24,7 @@ ARMS |= {"beta": ["beta=0.5"], "rate": ["optim.lr=1e-5"], "ranks": ["trainer=ddp
 
 
 def settings(*overrides: str) -> schema.RunConfig:
-    schema.register()
-    with initialize_config_dir(schema.conf_dir(), version_base="1.3"):
-        return schema.validate(compose("train", [*SMALL, *overrides]))
+    return settled(*SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY, SMALL, python_m
 from tests.support.browser import MISSING, asked, page, tensorboard
 from tests.support.sweeping import until
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("desk")]
+pytestmark = pytest.mark.browser
 
 SCREENSHOTS = REPOSITORY / "outputs" / "screenshots"  # to be looked at; none of it is committed
 JOBS = {"uniform": "reference: uniform", "noisy": "noise: symmetric", "crash": "loss: dpo"}
