@@ -27,7 +27,16 @@ OF_ALL_FILES = [
     "tests/test_architecture.py::test_config_and_doors_load_nothing_heavy",
     "tests/test_architecture.py::test_files_open_with_what_they_are_for_and_are_short",
     "tests/test_readme.py::test_the_file_map_is_true",
-    "tests/config/test_config.py::test_every_choice_composes",
+    *(
+        f"tests/config/test_config.py::test_every_choice_composes[{choice}]"
+        for choice in (
+            "loss-squared_hinge",
+            "reference-tempered",
+            "noise-long_prompts",
+            "evals-openings",
+            "data-colours",
+        )
+    ),
     "tests/config/test_config.py::test_every_kind_has_a_choice",
     "tests/core/test_losses.py",
     "tests/evals/test_evals.py",

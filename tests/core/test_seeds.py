@@ -21,6 +21,8 @@ pytestmark = pytest.mark.slow
 
 ARMS = {path.stem: [f"+ablation={path.stem}"] for path in sorted((Path(schema.conf_dir()) / "ablation").glob("*.yaml"))}
 ARMS |= {"beta": ["beta=0.5"], "rate": ["optim.lr=1e-5"], "ranks": ["trainer=ddp_cpu"]}
+# One for each axis that an ablation changes; the others, most of them losses, run in `make test-all`.
+QUICK = {"none", "ipo", "simpo", "uniform_ref", "label_noise", "no_sft", "beta", "rate", "ranks"}
 
 
 def settings(*overrides: str) -> schema.RunConfig:
@@ -54,7 +56,7 @@ def baseline(cache) -> dict[str, list]:
     return story(material(cache))
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [a if a in QUICK else pytest.param(a, marks=pytest.mark.extended) for a in ARMS])
 def test_arms_are_paired(arm, cache, baseline):
     made = material(cache, *ARMS[arm])
     assert story(made, *ARMS[arm]) == baseline

@@ -346,6 +346,7 @@ def test_dpo_starts_where_it_ended(whole, shop):
     assert dpo["step_zero_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.extended  # in make test: two ranks of SFT below, and two by the command in tests/cli
 def test_two_ranks_by_the_door_give_the_run_of_one(whole, shop):
     record, _ = run_of(whole, shop)
     of_two, _ = run_of(sft(shop, *OWN, "name=two", "trainer=ddp_cpu"), shop)
@@ -415,6 +416,7 @@ def test_the_next_command_says_what_loading_needs(overrides, says, shop):
     assert command == f"python -m dpo_lab.train {says.format(model=shop / 'model')} 'data.path=my pairs.jsonl'"
 
 
+@pytest.mark.extended  # in make test: sweeps of stand-ins and of DPO runs
 def test_a_sweep(shop):
     arguments = ["--multirun", *SHORT, *OWN, "name=sweep", "seed=0,1", "trainer.max_steps=1"]
     swept = python_m("dpo_lab.sft", *arguments, cwd=shop)
