@@ -20,7 +20,7 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
     return deepcopy(_composed(name, overrides))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(name, list(overrides))
