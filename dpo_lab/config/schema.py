@@ -231,7 +231,7 @@ def sft_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
 
 def input_files(config: RunConfig) -> list[Path]:
     """Return the user's files that the run reads and that exist on this machine."""
-    return [*config.data.files(), *config.policy.files()]
+    return [*config.data.files(), *config.policy.files(), *config.reward.files()]
 
 
 def explain(error: Exception) -> str:

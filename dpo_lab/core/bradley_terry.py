@@ -22,7 +22,7 @@ def reward_losses(rewards: Float[Tensor, "pairs 2"], centring: float = 0.0) -> F
     """Return -log sigma(r_w - r_l) + centring (r_w + r_l)^2 of each pair. rewards: of chosen and of rejected.
 
     Ouyang et al. 2022 (arXiv:2203.02155), equation 1; the second term, which pulls rewards towards mean 0, is that of
-    Eisenstein et al. 2023 (arXiv:2312.09244), section 2.
+    Eisenstein et al. 2023 (arXiv:2312.09244).
     """
     chosen, rejected = rewards.unbind(1)
     losses = -log_sigmoid(chosen - rejected)

@@ -24,8 +24,8 @@ def with_reward_head(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Return a reward model of one label, of transformers' class for sequence classification: the causal language
     model's body, which is not copied, and a head from `seed`, normal with standard deviation 1 / sqrt(width + 1).
 
-    That is the head of Stiennon et al. 2020, see Huang et al. 2024 (arXiv:2403.17031), section 3. From one of zeros, or of
-    transformers' .02, the body of the embedded policy gets too little gradient to learn in a hundred steps.
+    That is the head of Stiennon et al. 2020, as Huang et al. 2024 (arXiv:2403.17031) report. From one of zeros the body of
+    the embedded policy gets too little gradient at first, and may learn nothing in a hundred steps.
 
     Adapters stay around the body; their model is changed in place. The reward model takes the forward path of the causal
     model. Raises PolicyError if transformers has no such class for the architecture.

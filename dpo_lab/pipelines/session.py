@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Trainer
@@ -30,7 +30,7 @@ from dpo_lab.models.sharding import is_sharded, on_device
 from dpo_lab.pipelines.inputs import TrainingInputs
 from dpo_lab.pipelines.loggers import add_loggers, log_final_metrics, track_run_status
 from dpo_lab.pipelines.setup import (
-    REFUSALS,
+    broadcast_from_rank_zero,
     forward_settings,
     logging_to,
     make_trainer,
@@ -45,7 +45,7 @@ from dpo_lab.reporting.run_summary import cost_rows, print_summary
 from dpo_lab.runs import run_record
 from dpo_lab.runs.atomic_write import atomic_path
 from dpo_lab.runs.fingerprint import config_digest
-from dpo_lab.runs.run_record import Run, RunBusy, RunFailed
+from dpo_lab.runs.run_record import Run, RunBusy
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.terminal.progress import plain_console
 from dpo_lab.training.activation_offload import offload_activations
@@ -60,7 +60,6 @@ from dpo_lab.training.microbatch import find_tokens
 
 log = logging.getLogger("dpo_lab")
 
-T = TypeVar("T")
 POLICY = "policy"  # in a run folder
 
 
@@ -251,21 +250,6 @@ def _acquired(trainer: Trainer, acquire: Callable[[], bool], waits: bool) -> boo
             if not waits:
                 raise
             time.sleep(1)
-
-
-def broadcast_from_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
-    """Call decide() on rank 0 and return its result on every rank; raise its refusal on every rank."""
-    decision: Any = None
-    refusal: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            decision = decide()
-        except (*REFUSALS, RunFailed) as error:
-            refusal = error
-    decision, refusal = trainer.strategy.broadcast((decision, refusal))
-    if refusal is not None:
-        raise refusal
-    return decision
 
 
 def _same_on_all_ranks(trainer: Trainer, config_dict: Mapping[str, Any]) -> list[dict[str, Any]]:

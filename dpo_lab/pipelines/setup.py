@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.errors import HydraException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -35,6 +35,7 @@ from dpo_lab.training.torch_setup import set_up_device, setup_torch
 
 log = logging.getLogger("dpo_lab")
 
+T = TypeVar("T")
 REFUSALS = (ConfigError, RunRefused, BadData, NoTemplate)  # what the user can fix: the command prints it in one line
 
 
@@ -126,6 +127,21 @@ def memory_explained(
     if trains and isinstance(config.policy, Pretrained) and not config.policy.has_adapters:
         settings.append("policy.lora.r=16 optim=lora")
     return explain_out_of_memory(where, *settings)
+
+
+def broadcast_from_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
+    """Call decide() on rank 0 and return its result on every rank; raise its refusal on every rank."""
+    decision: Any = None
+    refusal: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            decision = decide()
+        except (*REFUSALS, RunFailed) as error:
+            refusal = error
+    decision, refusal = trainer.strategy.broadcast((decision, refusal))
+    if refusal is not None:
+        raise refusal
+    return decision
 
 
 @contextmanager

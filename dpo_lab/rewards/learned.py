@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_lab.errors import check_at_least, first_line
 from dpo_lab.models.policy import PolicyConfig, TinyPolicy
 from dpo_lab.rewards.base import Reward, RewardError, RewardInputs, ScoreTokens
+from dpo_lab.runs.cache import CACHE
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +52,10 @@ class Learned(Reward, name="learned"):
         return 2e-4 if policy.has_adapters else 1e-5
 
     def files(self) -> list[Path]:
-        folder = Path(self.path) if self.path is not None else None
-        return [] if folder is None or not folder.is_dir() else sorted(f for f in folder.iterdir() if f.is_file())
+        folder = Path(self.path or CACHE)  # one in the cache is the run's own, named after what it was made from
+        if folder.is_relative_to(CACHE) or not folder.is_dir():
+            return []
+        return sorted(file for file in folder.iterdir() if file.is_file())
 
     def load(self, inputs: RewardInputs) -> ScoreTokens:
         from dpo_lab.evals.context import score_pairs

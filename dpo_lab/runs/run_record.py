@@ -145,11 +145,8 @@ def acquire_run(
             earlier = None
         record = _new_record(config, overrides, files)
         if earlier is not None:
-            record |= (
-                _resumed_entries(earlier, record)
-                if resumes
-                else {"attempts": [*earlier.get("attempts", ()), _attempt(earlier)]}
-            )
+            record |= _resumed_entries(earlier, record) if resumes else {}
+            record["attempts"] = [*earlier.get("attempts", ()), _attempt(earlier)]
         run = Run(folder, record, resumes)
         run.update(status="running")
         try:
@@ -229,7 +226,7 @@ def _resumed_entries(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> d
     old_steps, new_steps = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
     if "steps" in earlier and old_steps == new_steps:
         entries["steps"] = earlier["steps"]  # training had finished
-    return entries | {"attempts": [*earlier.get("attempts", ()), _attempt(earlier)]}
+    return entries
 
 
 def _attempt(earlier: Mapping[str, Any]) -> dict[str, Any]:

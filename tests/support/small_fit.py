@@ -20,6 +20,7 @@ from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.policy import TinyPolicy
 from dpo_lab.models.reference import Reference, Uniform
+from dpo_lab.models.reward_head import with_reward_head
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.pipelines.session import fit
 from dpo_lab.runs.run_record import CHECKPOINTS
@@ -29,6 +30,7 @@ from dpo_lab.training.checkpoint_io import VerifiedCheckpointIO, by_step, newest
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.loggers.jsonl import JSONLLogger
 from dpo_lab.training.optim import Optim
+from dpo_lab.training.reward_module import RewardModule
 from dpo_lab.training.sft_module import SFTModule
 from tests.conftest import make_pairs
 
@@ -137,6 +139,8 @@ def run(
         module, data = prepare(model, optim, **step)
     elif issubclass(kind, SFTModule):
         module, train, held_out = kind(model, optim, **step), train.chosen_only(), held_out.chosen_only()
+    elif issubclass(kind, RewardModule):
+        module = kind(with_reward_head(model), optim, 0.1, batch_size=4, **step)
     else:
         logps = (reference or Uniform()).prepare(model, [*PAIRS, *HELD_OUT], folder)
         module = kind(model, DPO(0.5), logps, optim, batch_size=4, **step)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +35,13 @@ from dpo_lab.models.reward_head import response_rewards, with_reward_head
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.reward_module import RewardModule
 from tests.conftest import make_pairs
+from tests.support import small_fit
 from tests.support.fits import BATCH, Seen, flat, initial_policy, make_data, make_trainer
+from tests.support.kill_points import fork, told
 from tests.support.ranks import become_rank, run_in_ranks
 
-# of Lightning (which also warns of few workers) and of peft
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*does not have many workers")
+# of Lightning and of peft
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", *small_fit.IGNORED)
 
 MODULE = "tests.training.test_reward_module"
 
@@ -233,3 +237,24 @@ def test_micro_batches_and_ranks_do_not_change_a_step(tmp_path):
             assert list(mine.values()) == pytest.approx(list(theirs.values()), abs=1e-5)
     assert whole["val"]["val/loss"].item() == pytest.approx(ranks["val"]["val/loss"].item(), abs=1e-5)
     assert np.isfinite(whole["weights"].numpy()).all()
+
+
+@pytest.mark.parametrize("kind", ["write", "replace step=4.ckpt", "step", "append"])
+def test_killed_it_goes_on_bit_identically(tmp_path, kind):
+    """At the third write, replacement, optimizer step or row of the journal of its kind."""
+    small_fit.run(tmp_path / "whole", kind=RewardModule)
+    passed = []
+
+    def tick(what: str) -> None:
+        passed.append(what)
+        if what == kind and passed.count(kind) == (1 if kind.startswith("replace") else 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed() -> None:
+        with told(tick):
+            small_fit.run(tmp_path / "cut", kind=RewardModule)
+
+    (tmp_path / "cut").mkdir()
+    assert fork(killed) == -signal.SIGKILL
+    small_fit.run(tmp_path / "cut", kind=RewardModule)
+    assert small_fit.difference(small_fit.left(tmp_path / "cut"), small_fit.left(tmp_path / "whole")) is None
