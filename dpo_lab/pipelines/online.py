@@ -48,10 +48,10 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     reference = kind.prepare(model, pairs, CACHE, forward.context, tokens)
     with policy_errors():
         critic = Critic(model) if method.has_critic else None
-    memory.count_weights(model, reference_model(reference), critic)
+    reward = prepare_reward(config, inputs, forward)
+    memory.count_weights(model, reference_model(reference), reward.model, critic)
     run.update(step_zero_loss=None, seconds=session.timer.stop("reference"))
     prompts = prompts_of(inputs, method, longest := longest_response(session))
-    reward = prepare_reward(config, inputs, forward)
     actor = Actor(
         model,
         method,

@@ -95,6 +95,11 @@ class RewardFunction:
     sd: float = 1.0
     queries: int = 0
 
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The model that gives the scores, if it is kept in memory for them alone."""
+        return getattr(self.score, "model", None)
+
     def __call__(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> np.ndarray:
         self.queries += len(responses)
         if not len(responses):
