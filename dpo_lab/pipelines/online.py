@@ -89,7 +89,7 @@ def gold_reward(session: Session, inputs: TrainingInputs) -> Reward | None:
         return None
     return lambda prompts, responses: np.array(
         [
-            data.task.gold(encoder.prompt_text(prompt) + encoder.text(response))
+            data.task.gold(encoder.prompt_text(list(prompt)) + encoder.text(list(response)))
             for prompt, response in zip(prompts, responses, strict=True)
         ]
     )

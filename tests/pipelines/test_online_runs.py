@@ -86,7 +86,7 @@ def test_ppo_with_adapters_on_files_holds_one_body(policy, tmp_path):
         "reward.batch_size=8",
     ]
     settings += ["method=ppo", "method.prompts=4", "method.samples=2", "method.max_new_tokens=6"]
-    told = warm.door("dpo_lab.train", "name=ppo", *settings, cwd=shop)
+    told = warm.door("dpo_lab.train", "name=ppo", *settings, "reward.steps=3", "reward.batch_size=8", cwd=shop)
     assert told.returncode == 0, told.stdout + told.stderr
     record = record_of(shop, "ppo")
     assert record["memory"]["weights"] < 2.2
