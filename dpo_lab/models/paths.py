@@ -99,16 +99,16 @@ def response_rows(
     path: the one to take, else that of the model.
     """
     path = path or path_of(model)
-    stream = stream_rows(tokens, lengths)
+    stream = stream_rows(tokens, lengths, keeps_last=False)
     if path.longest is not None and (lengths[:, :1] + lengths[:, 1:]).max() > path.longest:
         rows = _alone(model, tokens, lengths, path)
     elif path.shares_prompts:
         output = _body(model)(
-            input_ids=tokens[None],
+            input_ids=stream.tokens[None],
             position_ids=stream.positions[None],
             attention_mask=tokens.new_ones(1, 1, 1, 1),  # transformers builds none, and passes this on to the attention
             use_cache=False,
-            segments=Segments(lengths.tolist()),
+            segments=Segments(stream.lengths.tolist()),
         )
         rows = output.last_hidden_state[0].index_select(0, stream.rows)
     else:
