@@ -121,7 +121,7 @@ def stream_rows(
     found = (taken, positions, predictor, responses)
     together = to_device(torch.from_numpy(np.concatenate(found)), tokens.device)
     places, positions, rows, responses = together.split([len(each) for each in found])
-    return StreamRows(tokens[places] if len(places) < len(tokens) else tokens, lengths, positions, rows, tokens[responses])
+    return StreamRows(tokens[places], lengths, positions, rows, tokens[responses])
 
 
 def sum_responses(

@@ -208,11 +208,11 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values from that of the output [N, heads, d]."""
     of_queries, of_keys = padding.by_head(heads), padding.by_head(kv_heads)
-    padded = of_queries.pad(grad, only_queries=True)
     size, rows = grad.shape[-1], len(padding.rows)
     buffers = [grad.new_empty(rows * count, size) for count in (heads, kv_heads, kv_heads)]
-    outs = zip(of_queries.split(buffers[0]), *map(of_keys.split, buffers[1:]), strict=True)
-    for number, (grad_output, of_query, of_key, of_value) in enumerate(zip(padded, *zip(*outs, strict=True), strict=True)):
+    outs = of_queries.split(buffers[0]), of_keys.split(buffers[1]), of_keys.split(buffers[2])
+    groups = zip(of_queries.pad(grad, only_queries=True), *outs, strict=True)
+    for number, (grad_output, of_query, of_key, of_value) in enumerate(groups):
         query, key, value, probs = saved[4 * number : 4 * number + 4]
         grad_output = grad_output.view_as(query)
         grad_probs = torch.bmm(grad_output, value.mT)
