@@ -220,7 +220,5 @@ def _gradients(
         torch.bmm(grad_scores, key, out=of_query.view_as(query))
         torch.bmm(grad_scores.mT, query, out=of_key)
         torch.bmm(probs.mT, grad_output, out=of_value)
-    return (
-        buffers[0].index_select(0, of_queries.back).view_as(grad),
-        *(of_keys.sum_copies(each).view(-1, kv_heads, size) for each in buffers[1:]),
-    )
+    of_k, of_v = (of_keys.sum_copies(each).view(-1, kv_heads, size) for each in buffers[1:])
+    return buffers[0].index_select(0, of_queries.back).view_as(grad), of_k, of_v
