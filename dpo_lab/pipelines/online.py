@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch import seed_everything
 
 from dpo_lab.config.schema import ConfigError
-from dpo_lab.core.methods import METHODS, Online, PolicyGradient
+from dpo_lab.core.methods import Online, PolicyGradient
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.limits import Limits
 from dpo_lab.models.policy import trainable_copy
@@ -67,10 +67,16 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     sizes: dict[str, Any] = dict(total_steps=session.trainer.max_steps, tokens_per_microbatch=tokens)
     data: OnlineDataModule
     if isinstance(method, PolicyGradient):
-        title = next(name for name, kind in METHODS.items() if type(method) is kind).upper()
         data = RolloutData(method, actor, prompts, inputs.held_out, seed=config.seed)
         module: Any = PolicyGradientModule(
-            model, config.loss, reference, config.optim, method=method, critic=critic, title=title, **sizes
+            model,
+            config.loss,
+            reference,
+            config.optim,
+            method=method,
+            critic=critic,
+            title=method.name.upper(),
+            **sizes,
         )
     else:
         data = FreshPairs(method, actor, prompts, inputs.held_out, seed=config.seed)

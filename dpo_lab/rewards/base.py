@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -111,9 +111,11 @@ class RewardFunction:
 class Reward:
     """The base class of sources of rewards. A subclass defines `load` and states its name in configs."""
 
+    name: ClassVar[str]
     scale: Scale = Scale.preference
 
     def __init_subclass__(cls, *, name: str) -> None:
+        cls.name = name
         add_to_table(REWARDS, name, cls)
 
     def check(self, has_gold: bool, judge: Judge) -> None:
