@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_lab.health.evidence import Evidence
 from dpo_lab.health.finding import Finding, Rule
-from dpo_lab.health.outcome_rules import Degenerated, Displacement, LengthHacking, NothingHeldOut, RoundedAway
+from dpo_lab.health.outcome_rules import (
+    Degenerated,
+    Displacement,
+    LengthHacking,
+    NothingHeldOut,
+    RewardAtChance,
+    RoundedAway,
+)
 from dpo_lab.health.rollout_rules import ClippedRatios, EntropyCollapse, IdleCritic, OverOptimised, RunawayKL
 from dpo_lab.health.training_rules import Diverging, Memorised, NotLearning, OverFitting, StepZero, TooEasy
 from dpo_lab.runs import metrics_log, run_record
@@ -39,6 +46,7 @@ RULES: tuple[Rule, ...] = (
     LengthHacking(longer=1.2, shorter=0.8),
     Degenerated(perplexity=1.5, well_formed=0.2, stopped=0.1, distinct=0.5),
     RoundedAway(moved=0.5),
+    RewardAtChance(chance=0.5),
 )
 
 

@@ -171,3 +171,30 @@ class RoundedAway(Rule):
         return Finding(
             self.name, Severity.warning, message, f"under {percent(self.moved)} of weights changed", suggestion
         )
+
+
+@dataclass(frozen=True)
+class RewardAtChance(Rule):
+    """Report that a reward model may rank held-out pairs no better than chance: its interval of accuracy, against the
+    truth where it is known, else against the labels, holds `chance`.
+    """
+
+    chance: float = 0.5
+    name = "reward model at chance"
+
+    def __call__(self, run: Evidence) -> Finding | None:
+        if "reward_model" not in run.config:
+            return None
+        right = run.metric("true_accuracy") or run.metric("accuracy")
+        if right is None or right.low > self.chance:
+            return None
+        message = (
+            f"the reward model ranks {percent(right.value)} of the held-out pairs right ({percent(right.low)} to"
+            f" {percent(right.high)}): training on its rewards would follow noise"
+        )
+        suggestion = (
+            "more trainer.max_steps, another optim.lr, or more pairs; python -m dpo_lab.inspect looks at the pairs"
+        )
+        return Finding(
+            self.name, Severity.warning, message, f"an interval that holds {percent(self.chance)}", suggestion
+        )

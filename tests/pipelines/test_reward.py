@@ -60,6 +60,7 @@ def test_a_run_leaves_what_others_take(told, shop):
     assert measured | {"reward_mean", "reward_sd"} <= metrics.keys()
     assert metrics["accuracy"]["interval"] is not None
     assert "sample_correlation" not in metrics  # no gold reward here
+    assert [found["name"] for found in record["health"] if "chance" in found["name"]] == ["reward model at chance"]
     facts = json.loads((folder / "reward_model" / FACTS).read_text())
     assert facts["mean"] == metrics["reward_mean"]["value"]
     assert facts["judged_alike"] == 1
