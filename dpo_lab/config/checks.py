@@ -53,8 +53,10 @@ def _check_online(config: RunConfig, is_sharded: bool) -> None:
             f"noise: reward={config.reward.name} reads no label of the pairs, so that label noise would change nothing; type"
             " noise=none, or reward=learned"
         )
-    if is_sharded and config.method.has_critic:
-        raise ValueError(f"method={method}: its critic is not sharded over ranks; type trainer=ddp, or method=rloo")
+    if is_sharded:
+        raise ValueError(
+            f"method={method}: does not sample from a policy that is sharded over ranks while it trains; type trainer=ddp"
+        )
     if config.data.tokens_per_microbatch == AUTO:
         raise ValueError(
             f"data.tokens_per_microbatch={AUTO}: its trials are of given pairs, and method={method} samples; type a"
