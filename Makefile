@@ -3,19 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# one more than two cores: many tests wait for processes that they started
+WORKERS ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-all quick test-gpu check clean
 train: $(STAMP)
 	$(BIN)/python -m dpo_lab.train $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not extended" $(ARGS)
+	$(PYTEST) -m "not extended" $(ARGS)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PYTEST) $(ARGS)
 
 quick: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not (slow or ranks or browser or imdb or gpu or extended)" $(ARGS)
+	$(PYTEST) -m "not (slow or ranks or browser or imdb or gpu or extended)" $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

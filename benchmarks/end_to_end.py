@@ -61,7 +61,8 @@ def make_material(shape: str, mix: str, pairs: int) -> int:
 def cpu_seconds(command: Sequence[str], folder: Path) -> float:
     """CPU seconds of a command with all that it starts, in a folder, one thread a process. Raises where it fails."""
     root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))  # of peers that lie elsewhere
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with (folder / "log.txt").open("a") as log:
         subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)

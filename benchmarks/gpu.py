@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo_lab.core.fused_lm_head import GPU_ROWS, GPU_SHARE
+from dpo_lab.planning import shapes
+from dpo_lab.planning.shapes import Work
 
 PAGE = Path(__file__).with_name("GPU.md")
 
@@ -30,10 +32,13 @@ class Shape:
     tied: bool
 
     @property
+    def costs(self) -> shapes.Shape:
+        return shapes.Shape.llama(self.hidden, self.layers, self.key_value, self.inner, self.vocabulary)
+
+    @property
     def body(self) -> int:
         """Parameters of all layers' matrices, embeddings left out."""
-        hidden = self.hidden
-        return self.layers * (2 * hidden * hidden + 2 * hidden * self.key_value + 3 * hidden * self.inner)
+        return self.costs.body
 
     @property
     def parameters(self) -> int:
@@ -63,19 +68,8 @@ class Pair:
     prompt: int
     response: int
 
-    @property
-    def once(self) -> int:
-        return self.prompt + 2 * self.response
-
-    @property
-    def twice(self) -> int:
-        return 2 * self.prompt + 2 * self.response
-
-    def seen(self, shared: bool) -> float:
-        """Pairs of tokens of which one attends to the other."""
-        prompt, response = self.prompt, self.response
-        own = prompt * (prompt + 1) / 2
-        return (1 if shared else 2) * own + 2 * (response * prompt + response * (response + 1) / 2)
+    def work(self, shared_prompt: bool) -> Work:
+        return Work.of_pair(self.prompt, self.response, shared_prompt=shared_prompt)
 
 
 @dataclass(frozen=True)
@@ -95,20 +89,21 @@ class Trainer:
 
     def flops(self, shape: Shape, pair: Pair) -> float:
         """Of one pair in one step: forward, backward (twice a forward), and the forwards that are made again."""
-        tokens = self.padding * (pair.once if self.shared_prompt else pair.twice)
-        rows = tokens if self.head_products is None else 2 * pair.response
-        forward = 2 * shape.body * tokens + 4 * shape.hidden * shape.layers * pair.seen(self.shared_prompt)
-        head = 2 * shape.hidden * shape.vocabulary * rows
+        work = pair.work(self.shared_prompt)
+        tokens = self.padding * work.tokens
+        work = replace(work, tokens=tokens, rows=tokens if self.head_products is None else work.rows)
+        forward, head = shape.costs.body_flops(work), shape.costs.head_flops(work)
         products = self.head_products or 3
         return (3 + self.checkpointing) * forward + products * head + self.reference_each_step * (forward + head)
 
     def activation_bytes(self, shape: Shape, pair: Pair) -> float:
         """What grows with the tokens of a micro-batch, and the logits."""
-        tokens = self.pairs * self.padding * (pair.once if self.shared_prompt else pair.twice)
+        work = pair.work(self.shared_prompt)
+        tokens = self.pairs * self.padding * work.tokens
         body = shape.checkpoints(tokens) if self.checkpointing else shape.activations(tokens)
         if self.head_products is None:  # bf16 logits, their fp32 copy and its gradient
             return body + tokens * shape.vocabulary * (2 + 4 + 4)
-        rows = self.pairs * 2 * pair.response
+        rows = self.pairs * work.rows
         ours, trl = (min(most, rows) * columns for most, columns in ((GPU_ROWS, shape.vocabulary), TRL_TILE))
         return body + (ours * (4 + 2) if self.head_products == 3 else trl * 2)
 

@@ -51,6 +51,10 @@ def write_results() -> None:
         found |= _section(_ranks(ranks))
     if saving := _measured("saving"):
         found |= _section(_saving(saving))
+    if (online := MEASURED / "online.json").exists():
+        from benchmarks.online import table as online_table
+
+        found |= _section(online_table(json.loads(online.read_text())))
     for table in _measured("step"):
         found |= _section(_step(table))
     print("\n".join(line for lines in found.values() for line in lines))

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dpo_lab.core.pairs import EncodedPair
+from dpo_lab.planning.shapes import Shape, Work
 
 
 def llama(hidden: int, layers: int, heads: int, key_value_heads: int, inner: int, vocabulary: int) -> LlamaConfig:
@@ -103,14 +104,12 @@ def useful_flops(pairs: Sequence[EncodedPair], config: LlamaConfig) -> float:
 
     6 Nb (P + C + R) + 6 H V (C + R) + 12 H L (causal pairs of tokens); Nb: body parameters without embeddings.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    key_value = hidden // config.num_attention_heads * config.num_key_value_heads
-    body = layers * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * config.intermediate_size)
-    total = 0.0
-    for pair in pairs:
-        prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        seen = prompt * (prompt + 1) / 2 + sum(r * prompt + r * (r + 1) / 2 for r in (chosen, rejected))
-        total += (
-            6 * body * pair.size + 6 * hidden * config.vocab_size * (chosen + rejected) + 12 * hidden * layers * seen
-        )
-    return total
+    shape = Shape.llama(
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.hidden_size // config.num_attention_heads * config.num_key_value_heads,
+        config.intermediate_size,
+        config.vocab_size,
+    )
+    lengths = [(len(pair.prompt), [len(pair.chosen), len(pair.rejected)]) for pair in pairs]
+    return sum(shape.step_flops(Work.of_responses(prompt, responses)) for prompt, responses in lengths)

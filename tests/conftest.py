@@ -34,6 +34,7 @@ SMALL = (
     " figures=false"
 ).split()
 OWN_MODEL = [s for s in SMALL if not s.startswith(("policy.", "sft."))]  # what of it goes with policy=pretrained
+LONGEST = {"test_cli", "test_contributing", "test_readme"}  # files of more than a minute
 
 
 @pytest.hookimpl(wrapper=True)
@@ -41,6 +42,13 @@ def pytest_collection():
     """Every module of tests is imported here."""
     with entry_point.fast_imports():
         return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Files are what xdist hands out: the longest first, those without slow tests last, which even the workers out."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, item.path not in slow))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -110,8 +118,11 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory) -> Path:
-    """A folder that CLI runs share, so that the initial policy and the pairs are made once (per test process)."""
-    return tmp_path_factory.mktemp("workshop")
+    """A folder that CLI runs of all xdist workers share, so that the initial policy and the pairs are made once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workshop"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def python_m(

@@ -29,7 +29,7 @@ def test_the_paper_estimate_counts_what_the_benchmark_counts():
     pair = gpu.Pair("chat", 200, 150)
     encoded = EncodedPair("key", range(200), range(150), range(150))
     assert gpu.OURS.flops(SMALL, pair) == pytest.approx(useful_flops([encoded], SHAPES["small"]))
-    assert tokens_of([encoded]) == pair.twice == 700
+    assert tokens_of([encoded]) == pair.work(shared_prompt=False).tokens == 700
 
 
 def test_worked_flops():
@@ -37,8 +37,8 @@ def test_worked_flops():
     shape, pair = gpu.Shape("hand", 4, 1, 4, 8, 10, tied=True), gpu.Pair("hand", 1, 1)
     assert shape.body == 2 * 16 + 2 * 16 + 3 * 32 == 160
     assert shape.parameters == 160 + 40
-    assert pair.seen(shared=True) == 1 + 2 * (1 + 1)
-    assert pair.seen(shared=False) == 2 + 2 * (1 + 1)
+    assert pair.work(shared_prompt=True).attended == 1 + 2 * (1 + 1)
+    assert pair.work(shared_prompt=False).attended == 2 + 2 * (1 + 1)
     assert gpu.OURS.flops(shape, pair) == 3 * (2 * 160 * 3 + 4 * 4 * 5) + 3 * 2 * 4 * 10 * 2
     assert gpu.TUNED.flops(shape, pair) == 3 * (2 * 160 * 4 + 4 * 4 * 6) + 4 * 2 * 4 * 10 * 2
     assert gpu.ORIGINAL.flops(shape, pair) == 1.3 * 4 * (2 * 160 * 4 + 2 * 4 * 10 * 4) + 4 * 4 * 4 * 6

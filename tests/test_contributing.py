@@ -27,8 +27,20 @@ OF_ALL_FILES = [
     "tests/test_architecture.py::test_config_and_doors_load_nothing_heavy",
     "tests/test_architecture.py::test_files_open_with_what_they_are_for_and_are_short",
     "tests/test_readme.py::test_the_file_map_is_true",
-    "tests/config/test_config.py::test_every_choice_composes",
-    "tests/config/test_config.py::test_every_kind_has_a_choice",
+    *(
+        f"tests/config/test_config.py::test_every_choice_composes[{choice}]"
+        for choice in (
+            "loss-squared_hinge",
+            "reference-tempered",
+            "noise-long_prompts",
+            "evals-openings",
+            "data-colours",
+        )
+    ),
+    *(
+        f"tests/config/test_config.py::test_every_kind_has_a_choice[{kind}]"
+        for kind in ("loss", "reference", "noise", "data.task")
+    ),
     "tests/core/test_losses.py",
     "tests/evals/test_evals.py",
 ]
@@ -47,7 +59,7 @@ for command in sys.argv[1:]:
             raise
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contributing")]
+pytestmark = pytest.mark.slow
 
 
 @dataclass

@@ -32,7 +32,7 @@ PYTHON_COMMANDS = [c for c in COMMANDS if c.startswith("python -m ")]
 MAKE_COMMANDS = [c for c in COMMANDS if c.startswith("make ")]
 OTHERS = [c for c in COMMANDS if c not in PYTHON_COMMANDS + MAKE_COMMANDS]
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("readme")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,8 @@ def test_python_commands_run(command, folder):
     _, _, module, *arguments = shlex.split(command)
     if "seed=0,1,2" in arguments:  # 18 and 30 jobs: one of each
         arguments = [re.sub(r"^(seed|beta|\+ablation)=([^,]+),.*", r"\1=\2", argument) for argument in arguments]
+    elif "--multirun" in arguments:  # two jobs
+        arguments = [re.sub(r"^(beta=[^,]+,[^,]+),.*", r"\1", argument) for argument in arguments]
     if module == "dpo_lab.study":  # many jobs: what they would be; tests/studies/test_studies.py runs them
         arguments = [argument for argument in arguments if not argument.startswith(("launcher", "hydra"))] + ["--plan"]
         if not any(argument.startswith("budget=") for argument in arguments):

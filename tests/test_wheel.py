@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import REPOSITORY, SMALL
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]
+pytestmark = pytest.mark.slow
 
 
 def test_wheel_runs_from_an_empty_folder(tmp_path):

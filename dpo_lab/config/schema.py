@@ -25,19 +25,19 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dpo_lab.config.allowed_targets import FSDP2, check_targets, target_of
+from dpo_lab.config.allowed_targets import check_targets
+from dpo_lab.config.checks import check_run
 from dpo_lab.config.choices import describe_choices
 from dpo_lab.config.logger_packages import check_packages
-from dpo_lab.config.precision import check_precision
 from dpo_lab.config.trainer_arguments import advice, check_trainer
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.methods import METHODS, Method
 from dpo_lab.core.noise import NOISES, LabelNoise
-from dpo_lab.data.sources import AUTO, Data
+from dpo_lab.data.sources import Data
 from dpo_lab.data.tasks.base import TASKS
 from dpo_lab.evals.evaluate import Evals, SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
-from dpo_lab.models.policy import POLICIES, Dtype, PolicyConfig, Pretrained, TinyPolicy
+from dpo_lab.models.policy import POLICIES, PolicyConfig, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, Reference
 from dpo_lab.rewards import REWARDS, Reward
 from dpo_lab.runs import run_record
@@ -88,54 +88,11 @@ class RunConfig:
     callbacks: dict[str, Any] = MISSING
 
     def __post_init__(self) -> None:
-        if (required := self.loss.requires_reference) not in (None, self.reference.starts_at_policy):
-            loss = f"loss={self.loss.name}"
-            why = "measures drift from the initial policy" if required else "has no reference"
-            raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
-        is_sharded = target_of(self.trainer.get("strategy")) == FSDP2
-        if self.method.is_online:
-            self._check_online(is_sharded)
-        self.reference.check(self.policy, is_sharded=is_sharded)
-        self.policy.check(is_sharded=is_sharded, on_cpu=self.trainer.get("accelerator") == "cpu")
-        if is_sharded and self.data.tokens_per_microbatch == AUTO:
-            raise ValueError(
-                f"data.tokens_per_microbatch={AUTO}: its trials run before the model is sharded; type a number, e.g."
-                " data.tokens_per_microbatch=4096"
-            )
-        is_short = isinstance(self.policy, Pretrained) and self.policy.dtype is not Dtype.float32
-        self.optim.check(trains_16_bits=is_short and not self.policy.has_adapters, is_sharded=is_sharded)
-        check_precision(self.trainer)
-        for key, seed in (("seed", self.seed), ("noise.seed", self.noise.seed)):
-            if not 0 <= seed < 2**32:
-                raise ValueError(f"{key}={seed}: must lie in 0 to {2**32 - 1}; type e.g. {key}=0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: must be 1 or more; type e.g. threads=1")
+        check_run(self)
         for node in (self.trainer, self.logger, self.callbacks):
             check_targets(node)
         check_packages(self.logger)
         check_trainer(self.trainer)
-
-    def _check_online(self, is_sharded: bool) -> None:
-        """Raise ValueError if a setting does not fit a method that samples."""
-        method = next(name for name, kind in METHODS.items() if kind is type(self.method))
-        if not self.method.uses_loss and self.loss != LOSSES["dpo"](beta=self.loss.beta):
-            raise ValueError(
-                f"loss: method={method} trains without a loss of pairs; leave loss= out, or type method=dpo"
-            )
-        self.reward.check(has_gold=self.data.uses_task, judge=self.evals.judge)
-        if type(self.reward) is not REWARDS["learned"] and self.noise != NOISES["symmetric"](seed=self.noise.seed):
-            reward = next(name for name, kind in REWARDS.items() if kind is type(self.reward))
-            raise ValueError(
-                f"noise: reward={reward} reads no label of the pairs, so that label noise would change nothing; type"
-                " noise=none, or reward=learned"
-            )
-        if is_sharded and self.method.has_critic:
-            raise ValueError(f"method={method}: its critic is not sharded over ranks; type trainer=ddp, or method=rloo")
-        if self.data.tokens_per_microbatch == AUTO:
-            raise ValueError(
-                f"data.tokens_per_microbatch={AUTO}: its trials are of given pairs, and method={method} samples; type a"
-                " number, e.g. data.tokens_per_microbatch=4096"
-            )
 
     @property
     def is_embedded(self) -> bool:

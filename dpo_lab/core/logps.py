@@ -75,37 +75,53 @@ def sequence_logps(
 
 @dataclass(frozen=True)
 class StreamRows:
-    """Position ids of a packed stream, and which of its rows predict which response tokens.
+    """What a packed stream takes through a model, and which of its rows predict which response tokens.
 
-    positions: position of each token in its prompt + response; rows: index of the row of the stream that predicts each
-    response token (the last row of a prompt predicts the first token of all its responses); targets: that token.
-    Response tokens are in the order of the stream.
+    tokens, lengths: the stream that is taken, with or without the last token of each response; positions: position of
+    each of its tokens in prompt + response; rows: index of its row that predicts each response token (the last row of a
+    prompt predicts the first token of all its responses); targets: that token. Response tokens are in the order of the
+    stream.
     """
 
-    positions: Int[Tensor, " tokens"]
+    tokens: Int[Tensor, " taken"]
+    lengths: Int[np.ndarray, "items parts"]
+    positions: Int[Tensor, " taken"]
     rows: Int[Tensor, " response_tokens"]
     targets: Int[Tensor, " response_tokens"]
 
 
-def stream_rows(tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]) -> StreamRows:
+def stream_rows(
+    tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"], keeps_last: bool = True
+) -> StreamRows:
     """Return positions, rows and targets of a packed stream; for `tokens` and `lengths` see pad_rows.
+
+    keeps_last: whether the last token of each response, from which nothing is predicted, is taken too.
 
     >>> stream_rows(torch.tensor([1, 2, 7, 8, 9]), np.array([[2, 1, 2]]))
     positions [0, 1, 2, 2, 3], rows [1, 1, 3], targets [7, 8, 9]
+    >>> stream_rows(torch.tensor([1, 2, 7, 8, 9]), np.array([[2, 1, 2]]), keeps_last=False)
+    tokens [1, 2, 8], lengths [[2, 0, 1]], positions [0, 1, 2], rows [1, 1, 2], targets [7, 8, 9]
     """
     flat = lengths.ravel()
     ends = flat.cumsum()
     place = np.arange(len(tokens))
     offset = place - np.repeat(ends - flat, flat)  # of each token in its part
-    is_response = np.repeat(np.arange(len(flat)) % lengths.shape[1] != 0, flat)
+    of_response = np.arange(len(flat)) % lengths.shape[1] != 0
+    is_response = np.repeat(of_response, flat)
     prompts, ends_of_prompts = (
         np.repeat(each[:, 0], lengths.sum(1)) for each in (lengths, ends.reshape(lengths.shape))
     )
-    predictor = np.where(offset == 0, ends_of_prompts - 1, place - 1)
-    found = np.concatenate((offset + prompts * is_response, predictor[is_response], place[is_response]))
-    counts = [len(tokens), *[int(is_response.sum())] * 2]
-    positions, rows, responses = to_device(torch.from_numpy(found), tokens.device).split(counts)
-    return StreamRows(positions, rows, tokens[responses])
+    predictor = np.where(offset == 0, ends_of_prompts - 1, place - 1)[is_response]
+    positions, responses, taken = offset + prompts * is_response, place[is_response], place
+    if not keeps_last:
+        dropped = of_response & (flat > 0)
+        taken = np.delete(place, ends[dropped] - 1)
+        lengths, positions = lengths - dropped.reshape(lengths.shape), positions[taken]
+        predictor = taken.searchsorted(predictor)
+    found = (taken, positions, predictor, responses)
+    together = to_device(torch.from_numpy(np.concatenate(found)), tokens.device)
+    places, positions, rows, responses = together.split([len(each) for each in found])
+    return StreamRows(tokens[places], lengths, positions, rows, tokens[responses])
 
 
 def sum_responses(

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -108,7 +109,7 @@ class PairTable(Sequence[EncodedPair]):
         """Which pairs have one response only, chosen if it is desirable, else rejected, [N]."""
         return (self.lengths[:, 1:] == 0).any(1)
 
-    @property
+    @cached_property
     def score_gap(self) -> np.ndarray:
         """Difference of chosen and rejected, as annotated, in gold reward, else in the scores that came with them, [N]; NaN if
         neither is known.

@@ -39,12 +39,12 @@ class Rollouts:
     gold: Float[Tensor, "prompts responses"]
     stopped: Bool[Tensor, "prompts responses"]
     beta: float = 0.0
-    behaviour: Float[Tensor, " response_tokens"] | None = None
-    reference: Float[Tensor, " response_tokens"] | None = None
-    values: Float[Tensor, " response_tokens"] | None = None
-    advantages: Float[Tensor, " response_tokens"] | None = None
-    returns: Float[Tensor, " response_tokens"] | None = None
-    weights: Float[Tensor, " response_tokens"] | None = None
+    behaviour: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]  # where a method does not need it
+    reference: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
+    values: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
+    advantages: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
+    returns: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
+    weights: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,8 +31,8 @@ class Critic(nn.Module):
                 " method=rloo"
             )
         self.model = trainable_copy(policy)
-        head = causal_lm(self.model).get_output_embeddings()
-        body = causal_lm(self.model).get_input_embeddings()
+        bare: Any = causal_lm(self.model)
+        head, body = bare.get_output_embeddings(), bare.get_input_embeddings()
         if head.weight is not body.weight:
             head.requires_grad_(False)  # unused: a tied one is the embedding
         self.head = nn.Linear(head.weight.shape[1], 1, device=body.weight.device)

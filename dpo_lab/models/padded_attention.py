@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,6 +33,7 @@ class Padding:
     places: Tensor
     starts: Tensor
     masks: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    heads: dict[int, Heads] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lengths: Sequence[Sequence[int]]) -> Padding:
@@ -66,6 +67,12 @@ class Padding:
         rows_of_all, back, unused, places, starts = (torch.from_numpy(each) for each in found)
         return cls(shapes, rows_of_all, back, unused, places, starts)
 
+    def by_head(self, heads: int) -> Heads:
+        """Return the padding with a row for each of `heads` heads."""
+        if heads not in self.heads:
+            self.heads[heads] = Heads.of(self, heads)
+        return self.heads[heads]
+
     def mask(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Return an additive causal mask [length, length]. window: the tokens up to its own that a token attends to."""
         key = (length, window, dtype)
@@ -74,6 +81,63 @@ class Padding:
             hidden = ones.triu(1) if window is None else ones.triu(1) | ones.tril(-window)
             self.masks[key] = torch.zeros(length, length, dtype=dtype).masked_fill_(hidden, float("-inf"))
         return self.masks[key]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A padding with a row for each head, in order of sequence, head and position: what batched products take.
+
+    Rows are numbered as those of a tensor [., heads, d] flattened to [. * heads, d]. shapes: [sequences * heads, length]
+    of each group; rows, back, unused, places, starts: see Padding.
+    """
+
+    shapes: list[tuple[int, int]]
+    rows: Tensor
+    back: Tensor
+    unused: Tensor
+    places: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, padding: Padding, heads: int) -> Heads:
+        head, at, rows, numbers = np.arange(heads), 0, [], []
+        for count, length in padding.shapes:
+            of_group = padding.rows[at : at + count * length].numpy().reshape(count, 1, length)
+            rows.append((of_group * heads + head[:, None]).ravel())
+            number = at * heads + np.arange(count * heads * length).reshape(count, heads, length)
+            numbers.append(number.transpose(0, 2, 1).reshape(-1, heads))  # of each padded row and head
+            at += count * length
+        number, places, starts = np.concatenate(numbers), padding.places.numpy(), padding.starts.numpy()
+        counts = np.diff(starts, append=len(places))
+        first, count = (np.repeat(each, counts)[:, None] for each in (starts, counts))
+        order = first * (heads - 1) + np.arange(len(places))[:, None] + count * head  # by row of the stream, then head
+        bags = np.empty(order.size, np.int64)
+        bags[order] = number[places]
+        found = (
+            np.concatenate(rows),
+            number[padding.back.numpy()].ravel(),
+            number[padding.unused.numpy()].ravel(),
+            bags,
+            (starts[:, None] * heads + counts[:, None] * head).ravel(),
+        )
+        return cls([(count * heads, length) for count, length in padding.shapes], *map(torch.from_numpy, found))
+
+    def pad(self, stream: Tensor, only_queries: bool = False) -> list[Tensor]:
+        """Return the rows [sequences * heads, length, d] of each group, from a stream [N, heads, d].
+
+        only_queries: with zeros where a row is no query.
+        """
+        rows = stream.reshape(-1, stream.shape[-1]).index_select(0, self.rows)
+        return self.split(rows.index_fill_(0, self.unused, 0) if only_queries else rows)
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Return views [sequences * heads, length, d] of each group's part of all rows."""
+        parts = rows.split([count * length for count, length in self.shapes])
+        return [part.view(*shape, -1) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def sum_copies(self, rows: Tensor) -> Tensor:
+        """Return a row for each row of the stream and head: the sum of those that are copies of it as a key."""
+        return embedding_bag(self.places, rows, self.starts, mode="sum")
 
 
 def are_short(lengths: Sequence[Sequence[int]], query: Tensor) -> bool:
@@ -116,66 +180,45 @@ class _Padded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, padding: Padding, masks: list[Tensor], scale: float) -> Tensor:
-        padded = (_pad(each.flatten(1).index_select(0, padding.rows), padding, each.shape[1]) for each in (q, k, v))
-        saved, outputs = [], []
-        for (count, length), mask, query, key, value in zip(padding.shapes, masks, *padded, strict=True):
-            query = query.view(len(key), -1, query.shape[-1])  # heads that share keys take one product
+        of_queries, of_keys = padding.by_head(q.shape[1]), padding.by_head(k.shape[1])
+        padded = (of_queries.pad(q), of_keys.pad(k), of_keys.pad(v))
+        saved, output = [], torch.empty(q.shape[1] * len(padding.rows), q.shape[2], dtype=q.dtype)
+        parts = zip(masks, *padded, of_queries.split(output), strict=True)
+        for mask, query, key, value, part in parts:
+            query, part = (each.view(len(key), -1, q.shape[2]) for each in (query, part))  # heads that share keys
             scores = torch.bmm(query, key.mT)
-            by_head = scores.view(count * q.shape[1], length, length)
+            by_head = scores.view(-1, *mask.shape)
             torch.add(mask, by_head, alpha=scale, out=by_head)
             probs = torch.softmax(scores, -1)
-            outputs.append(torch.bmm(probs, value))
+            torch.bmm(probs, value, out=part)
             saved += [query, key, value, probs]
         ctx.save_for_backward(*saved)
         ctx.padding, ctx.scale, ctx.heads, ctx.kv_heads = padding, scale, q.shape[1], k.shape[1]
-        return _unpad(outputs, padding, q.shape[1]).index_select(0, padding.back).unflatten(1, (q.shape[1], -1))
+        return output.index_select(0, of_queries.back).view_as(q)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         with torch.autocast("cpu", enabled=False):
-            return (
-                *_gradients(grad, ctx.saved_tensors, ctx.padding, ctx.heads, ctx.kv_heads, ctx.scale),
-                None,
-                None,
-                None,
-            )
+            return *_gradients(grad, ctx.saved_tensors, ctx.padding, ctx.heads, ctx.kv_heads, ctx.scale), *[None] * 3
 
 
 def _gradients(
     grad: Tensor, saved: Sequence[Tensor], padding: Padding, heads: int, kv_heads: int, scale: float
-) -> Iterator[Tensor]:
-    """Yield the gradients of queries, keys and values from that of the output [N, heads, d]."""
-    rows = grad.flatten(1).index_select(0, padding.rows).index_fill_(0, padding.unused, 0)
-    grads = []
-    for number, grad_output in enumerate(_pad(rows, padding, heads)):
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and values from that of the output [N, heads, d]."""
+    of_queries, of_keys = padding.by_head(heads), padding.by_head(kv_heads)
+    size, rows = grad.shape[-1], len(padding.rows)
+    buffers = [grad.new_empty(rows * count, size) for count in (heads, kv_heads, kv_heads)]
+    outs = of_queries.split(buffers[0]), of_keys.split(buffers[1]), of_keys.split(buffers[2])
+    groups = zip(of_queries.pad(grad, only_queries=True), *outs, strict=True)
+    for number, (grad_output, of_query, of_key, of_value) in enumerate(groups):
         query, key, value, probs = saved[4 * number : 4 * number + 4]
-        grad_output = grad_output.view(len(key), -1, grad_output.shape[-1])
+        grad_output = grad_output.view_as(query)
         grad_probs = torch.bmm(grad_output, value.mT)
         grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(scale)
-        products = (grad_scores, key), (grad_scores.mT, query), (probs.mT, grad_output)
-        grads.append([torch.bmm(*product) for product in products])
-    of_queries, *others = zip(*grads, strict=True)
-    yield _unpad(of_queries, padding, heads).index_select(0, padding.back).unflatten(1, (heads, -1))
-    for each in others:
-        sums = embedding_bag(padding.places, _unpad(each, padding, kv_heads), padding.starts, mode="sum")
-        yield sums.unflatten(1, (kv_heads, -1))
-
-
-def _pad(rows: Tensor, padding: Padding, heads: int) -> list[Tensor]:
-    """Return each group's part of the padded rows [rows, heads * d] as [sequences * heads, length, d]."""
-    groups = rows.unflatten(1, (heads, -1)).split([count * length for count, length in padding.shapes])
-    return [
-        group.unflatten(0, shape).transpose(1, 2).contiguous().flatten(0, 1)
-        for group, shape in zip(groups, padding.shapes, strict=True)
-    ]
-
-
-def _unpad(groups: Sequence[Tensor], padding: Padding, heads: int) -> Tensor:
-    """Return padded rows [rows, heads * d] from the groups; the inverse of `_pad`."""
-    return torch.cat(
-        [
-            group.view(count, heads, length, -1).transpose(1, 2).reshape(count * length, -1)
-            for group, (count, length) in zip(groups, padding.shapes, strict=True)
-        ]
-    )
+        torch.bmm(grad_scores, key, out=of_query.view_as(query))
+        torch.bmm(grad_scores.mT, query, out=of_key)
+        torch.bmm(probs.mT, grad_output, out=of_value)
+    of_k, of_v = (of_keys.sum_copies(each).view(-1, kv_heads, size) for each in buffers[1:])
+    return buffers[0].index_select(0, of_queries.back).view_as(grad), of_k, of_v

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dpo_lab.core.lm_head import LMHead
-from dpo_lab.core.logps import pad_rows, predicting_rows, stream_rows
+from dpo_lab.core.logps import StreamRows, pad_rows, predicting_rows, stream_rows
 from dpo_lab.core.pairs import to_device
 from dpo_lab.models.attention import SHARED_PROMPT, Segments
 
@@ -100,11 +100,11 @@ def response_rows(
     path: the one to take, else that of the model.
     """
     path = path or path_of(model)
-    stream = stream_rows(tokens, lengths)
+    stream = stream_rows(tokens, lengths, keeps_last=False)
     if path.longest is not None and (lengths[:, :1] + lengths[:, 1:]).max() > path.longest:
         rows = _alone(model, tokens, lengths, path, lambda ids: _rows(model, ids, path), predicts_next=True)
     elif path.shares_prompts:
-        rows = _packed(model, tokens, lengths, stream.positions).index_select(0, stream.rows)
+        rows = _packed(model, stream).index_select(0, stream.rows)
     else:
         input_ids, _ = pad_rows(tokens, lengths, pad_id=pad_id_of(model))
         places = to_device(torch.from_numpy(predicting_rows(lengths)), tokens.device)
@@ -128,7 +128,7 @@ def last_rows(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray) -> Te
         return rows.view(items, responses, -1)
     if path.shares_prompts:
         places = lengths.ravel().cumsum().reshape(lengths.shape)[:, 1:] - 1
-        rows = _packed(model, tokens, lengths, stream_rows(tokens, lengths).positions)
+        rows = _packed(model, stream_rows(tokens, lengths))
     else:
         input_ids, _ = pad_rows(tokens, lengths, pad_id=pad_id_of(model))
         first = np.arange(items * responses).reshape(responses, items).T * input_ids.shape[1]  # of each row, flattened
@@ -138,14 +138,14 @@ def last_rows(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray) -> Te
     return rows.index_select(0, wanted).view(items, responses, -1)
 
 
-def _packed(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray, positions: Tensor) -> Tensor:
+def _packed(model: PreTrainedModel, stream: StreamRows) -> Tensor:
     """Return the hidden states [N, H] of a packed stream."""
     output = _body(model)(
-        input_ids=tokens[None],
-        position_ids=positions[None],
-        attention_mask=tokens.new_ones(1, 1, 1, 1),  # transformers builds none, and passes this on to the attention
+        input_ids=stream.tokens[None],
+        position_ids=stream.positions[None],
+        attention_mask=stream.tokens.new_ones(1, 1, 1, 1),  # transformers builds none, and passes this to the attention
         use_cache=False,
-        segments=Segments(lengths.tolist()),
+        segments=Segments(stream.lengths.tolist()),
     )
     return output.last_hidden_state[0]
 

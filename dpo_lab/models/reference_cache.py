@@ -28,7 +28,7 @@ from dpo_lab.models.sharding import device_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT = "4"  # increase it when a change of the code changes the cached numbers
+FORMAT = "5"  # increase it when a change of the code changes the cached numbers
 
 
 @dataclass

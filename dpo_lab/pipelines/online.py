@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch import seed_everything
 
 from dpo_lab.config.schema import ConfigError
-from dpo_lab.core.methods import METHODS, Online, PolicyGradient
+from dpo_lab.core.methods import Online, PolicyGradient
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.limits import Limits
 from dpo_lab.models.policy import trainable_copy
@@ -48,10 +48,10 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     reference = kind.prepare(model, pairs, CACHE, forward.context, tokens)
     with policy_errors():
         critic = Critic(model) if method.has_critic else None
-    memory.count_weights(model, reference_model(reference), critic)
+    reward = prepare_reward(config, inputs, forward)
+    memory.count_weights(model, reference_model(reference), reward.model, critic)
     run.update(step_zero_loss=None, seconds=session.timer.stop("reference"))
     prompts = prompts_of(inputs, method, longest := longest_response(session))
-    reward = prepare_reward(config, inputs, forward)
     actor = Actor(
         model,
         method,
@@ -67,10 +67,16 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     sizes: dict[str, Any] = dict(total_steps=session.trainer.max_steps, tokens_per_microbatch=tokens)
     data: OnlineDataModule
     if isinstance(method, PolicyGradient):
-        title = next(name for name, kind in METHODS.items() if type(method) is kind).upper()
         data = RolloutData(method, actor, prompts, inputs.held_out, seed=config.seed)
         module: Any = PolicyGradientModule(
-            model, config.loss, reference, config.optim, method=method, critic=critic, title=title, **sizes
+            model,
+            config.loss,
+            reference,
+            config.optim,
+            method=method,
+            critic=critic,
+            title=method.name.upper(),
+            **sizes,
         )
     else:
         data = FreshPairs(method, actor, prompts, inputs.held_out, seed=config.seed)
@@ -89,7 +95,7 @@ def gold_reward(session: Session, inputs: TrainingInputs) -> Reward | None:
         return None
     return lambda prompts, responses: np.array(
         [
-            data.task.gold(encoder.prompt_text(prompt) + encoder.text(response))
+            data.task.gold(encoder.prompt_text(list(prompt)) + encoder.text(list(response)))
             for prompt, response in zip(prompts, responses, strict=True)
         ]
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,12 +40,17 @@ class Work:
     @classmethod
     def of_pair(cls, prompt: float, response: float, responses: int = 2, shared_prompt: bool = True) -> Work:
         """Return the work of a prompt with responses of one length. shared_prompt: the prompt is computed once."""
-        prompts = 1 if shared_prompt else responses
+        return cls.of_responses(prompt, [response] * responses, shared_prompt)
+
+    @classmethod
+    def of_responses(cls, prompt: float, lengths: Sequence[float], shared_prompt: bool = True) -> Work:
+        """Return the work of a prompt with responses of these lengths. shared_prompt: the prompt is computed once."""
+        prompts = 1 if shared_prompt else len(lengths)
         own = prompts * prompt * (prompt + 1) / 2
         return cls(
-            tokens=prompts * prompt + responses * response,
-            rows=responses * response,
-            attended=own + responses * (response * prompt + response * (response + 1) / 2),
+            tokens=prompts * prompt + sum(lengths),
+            rows=sum(lengths),
+            attended=own + sum(length * prompt + length * (length + 1) / 2 for length in lengths),
         )
 
     def times(self, count: float) -> Work:
@@ -83,6 +88,12 @@ class Shape:
             layers=config.num_hidden_layers,
             vocabulary=config.vocab_size,
         )
+
+    @classmethod
+    def llama(cls, hidden: int, layers: int, key_value: int, inner: int, vocabulary: int) -> Shape:
+        """Return the shape of a Llama-like model. key_value: width of all keys of a layer; inner: width of its MLP."""
+        layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner
+        return cls(layers * layer, hidden, attention=hidden, layers=layers, vocabulary=vocabulary)
 
     def body_flops(self, work: Work) -> float:
         """Return the FLOPs of a forward pass of the body: 2 for a parameter and token, 4 a layer, channel and pair of

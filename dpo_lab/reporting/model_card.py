@@ -32,6 +32,7 @@ BY_RESPONSES = Work("sft", "sft", "supervised fine-tuning", "the chosen response
 BY_REWARDS = replace(
     BY_PAIRS, command="reward", tag="reward-model", method="reward modelling", task="text-classification"
 )
+BY_ROLLOUTS = replace(BY_PAIRS, source="responses of the policy itself to the prompts of preference pairs")
 BY_TEXTS = replace(BY_RESPONSES, source="plain texts", unit="texts")
 
 
@@ -46,8 +47,11 @@ def model_card(record: Mapping[str, Any]) -> str:
     config, versions = record["config"], record["versions"]
     policy, data = config["policy"], config["data"]
     metrics = {name: Estimate.from_record(m) for name, m in record["metrics"].items()}
-    rank = policy.get("rank")
-    work = _work(config)
+    lora = policy.get("lora") or {}
+    rank = lora.get("r")
+    work, method = _work(config), config.get("method", {})
+    is_online = "samples" in method
+    batch = f"{method['prompts'] // method['minibatches']} prompts," if is_online else data["batch_size"]
     with_adapters = rank is not None and not policy["merge"] and work is not BY_REWARDS
     matter = {"library_name": "peft" if with_adapters else "transformers", "pipeline_tag": work.task}
     if with_adapters:
@@ -56,13 +60,15 @@ def model_card(record: Mapping[str, Any]) -> str:
     facts = {
         "data": data["path"] or ", ".join(paths) or f"task {data['task']['kind']}",
         "pairs": ", ".join(f"{what} {count:,}" for what, count in record["data"].items() if count),
-        "loss": _settings(config.get("loss"), "loss"),
+        "method": _settings(config["method"], "method") if is_online else None,
+        "reward": _settings(config.get("reward"), "reward"),
+        "loss": _settings(config.get("loss"), "loss") if work.method == BY_PAIRS.method else None,
         "reference": _settings(config.get("reference"), "reference"),
         "label noise": _settings(config.get("noise"), "noise"),
         "seed": config["seed"],
         "initial policy": f"{policy.get('path') or policy['kind']}, weights {record['initial_policy']}",
-        "adapters": f"rank {rank}, alpha {policy['alpha']}" if rank is not None else None,
-        "steps": f"{record['steps']} of {data['batch_size']} {work.unit}, learning rate {config['optim']['lr']}",
+        "adapters": f"rank {rank}, alpha {lora['lora_alpha']}" if rank is not None else None,
+        "steps": f"{record['steps']} of {batch} {work.unit}, learning rate {config['optim']['lr']}",
         "commit": (record["git"] or {}).get("commit"),
     }
     command = f"python -m dpo_lab.{work.command} {shlex.join(record['overrides'])}"
@@ -101,6 +107,12 @@ def markdown_table(
 
 
 def _work(config: Mapping[str, Any]) -> Work:
+    method = config.get("method", {})
+    if "samples" in method:
+        by_loss = method["kind"] == "online_dpo"
+        how = BY_PAIRS.method if by_loss else "reinforcement learning"
+        unit = f"{method['samples']} responses each"
+        return replace(BY_ROLLOUTS, tag=method["kind"].replace("_", "-"), method=how, unit=unit)
     if "loss" in config:
         return BY_PAIRS
     if "reward_model" in config:

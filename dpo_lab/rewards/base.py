@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -95,6 +95,11 @@ class RewardFunction:
     sd: float = 1.0
     queries: int = 0
 
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The model that gives the scores, if it is kept in memory for them alone."""
+        return getattr(self.score, "model", None)
+
     def __call__(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> np.ndarray:
         self.queries += len(responses)
         if not len(responses):
@@ -106,9 +111,11 @@ class RewardFunction:
 class Reward:
     """The base class of sources of rewards. A subclass defines `load` and states its name in configs."""
 
+    name: ClassVar[str]
     scale: Scale = Scale.preference
 
     def __init_subclass__(cls, *, name: str) -> None:
+        cls.name = name
         add_to_table(REWARDS, name, cls)
 
     def check(self, has_gold: bool, judge: Judge) -> None:

@@ -68,6 +68,7 @@ class Learned(Reward, name="learned"):
             scores, _ = score_pairs(model, prompts, responses, inputs.tokens, inputs.context, response_rewards)
             return scores.double().numpy() - facts["mean"]
 
+        score.model = model  # type: ignore[attr-defined]  # see RewardFunction.model
         return score
 
     def moments(self, score, inputs) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -93,6 +93,5 @@ class Actor:
                 parts, [float(sum(part.sizes)) for part in parts], measure, own_passes(self.model)
             )
         columns = torch.cat(list(measured), 1)
-        rollouts.behaviour, rollouts.reference = columns[0], columns[1]
-        rollouts.values = columns[2] if self.critic is not None else None
-        return rollouts
+        values = {"values": columns[2]} if self.critic is not None else {}
+        return replace(rollouts, behaviour=columns[0], reference=columns[1], **values)

@@ -127,8 +127,8 @@ class RolloutData(OnlineDataModule):
 
     def _roll_out(self, number: int) -> Rollouts:
         rollouts = super()._roll_out(number)
-        rollouts.advantages, rollouts.returns = self.method.advantages(rollouts)
-        return rollouts
+        advantages, returns = self.method.advantages(rollouts)
+        return replace(rollouts, advantages=advantages, returns=returns)  # type: ignore[arg-type]  # of critics alone
 
 
 class FreshPairs(OnlineDataModule):

@@ -33,7 +33,7 @@ class PolicyGradientModule(DPOModule):
         responses = method.prompts // method.minibatches * method.samples
         super().__init__(*args, batch_size=responses, **settings)
         self.method, self.critic, self.title = method, critic, title  # type: ignore[misc]
-        self.train_metrics = PolicyGradientMetrics()  # type: ignore[assignment]
+        self.train_metrics: Any = PolicyGradientMetrics()
 
     def models(self):
         return super().models() + ([] if self.critic is None else [self.critic.model])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 
@@ -13,7 +14,8 @@ from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]
 from dpo_lab.distributed.supervisor import STORE
 
 _opened: list[TCPStore] = []  # keeps the stores open until the process ends
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14  # from <malloc.h> and <sys/mman.h>
+_HEAP = 2**30  # bytes that malloc gets in huge pages; it must be below what it keeps, 2**31
 
 
 def setup_torch(threads: int | None, on_cpu: bool) -> None:
@@ -44,8 +46,8 @@ def open_store(port: int, listener: int) -> None:
 
 
 def keep_memory() -> bool:
-    """Let malloc keep freed memory, as torch does on a GPU; return False if the C library does not support it (not
-    glibc).
+    """Let malloc keep freed memory, as torch does on a GPU, and take it in huge pages; return False if the C library does
+    not support it (not glibc).
 
     By default every large tensor is mapped from the kernel, zeroed page by page, and unmapped again, in every
     micro-batch. Do not use it in a process that loads a model and moves it to a GPU: it would keep the memory of the
@@ -53,8 +55,18 @@ def keep_memory() -> bool:
     """
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None)
+    if not (mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
+        return False
+    libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
+    start = libc.sbrk(ctypes.c_ssize_t(0))
+    if block := libc.malloc(ctypes.c_size_t(_HEAP)):  # extends the heap; nothing is resident before it is written to
+        libc.free(ctypes.c_void_p(block))
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = libc.sbrk(ctypes.c_ssize_t(0)) - first
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+    return True
 
 
 def release_free_memory() -> None:

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,10 +21,10 @@ from dpo_lab.reporting.figures import draw_run
 from dpo_lab.runs.examples import pair_examples, read
 from tests.conftest import SMALL, python_m
 from tests.support import warm
-from tests.support.processes import contained, patience
+from tests.support.sweeping import until
 from tests.support.warm import door
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cli")]  # one process makes the initial policy, once
+pytestmark = pytest.mark.slow
 
 
 def train(workshop: Path, *overrides: str, code: int = 0, start=door) -> subprocess.CompletedProcess:
@@ -44,7 +43,7 @@ def record_of(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def baseline(workshop) -> Path:
-    return folder_of(train(workshop, "name=base", "figures=true", start=python_m), workshop)
+    return folder_of(train(workshop, "name=base", "figures=true"), workshop)
 
 
 def test_a_run_leaves_its_record(baseline):
@@ -246,16 +245,11 @@ def test_an_interrupted_run_goes_on_where_it_was(workshop, baseline):
     """SIGTERM while it trains: saved, not done, exit code 143; the same command goes on, and ends as if nothing had been."""
     longer = ["trainer.max_steps=20", "trainer.val_check_interval=10", "callbacks.checkpoint.every_n_steps=1000"]
     whole = folder_of(train(workshop, *longer, "name=whole"), workshop)
-    command = [sys.executable, "-u", "-m", "dpo_lab.train", *SMALL, *longer, "name=cut"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with contained(environment) as marked:
-        process = subprocess.Popen(command, cwd=workshop, env=marked, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert any("step 0" in line for line in process.stdout)  # then it trains
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=patience(60))
-    assert process.returncode == 143
-    (folder,) = (p.parent for p in (workshop / "outputs" / "cut").rglob("run.json"))
+    with warm.Warm(warm.main, "dpo_lab.train", *SMALL, *longer, "name=cut", cwd=workshop) as process:
+        (journal,) = until(lambda: list(workshop.glob("outputs/cut/*/*/metrics.jsonl")))  # then it trains
+        os.kill(process.process.pid, signal.SIGTERM)
+        assert process.wait(60)[0] == 143
+    folder = journal.parent
     record = record_of(folder)
     assert (record["status"], record["error"]) == ("preempted", "stopped by SIGTERM")
     train(workshop, *longer, "name=cut")

@@ -90,6 +90,17 @@ def test_stream_rows_as_documented():
     assert stream.targets.tolist() == [7, 8, 9, 4, 5, 6]
 
 
+def test_a_stream_without_the_last_token_of_each_response():
+    """One response has a token, one none: of a pair with one side."""
+    batch = collate([EncodedPair("a", [1, 2], [7], [8, 9]), EncodedPair("b", [3], [4, 5, 6], [])])
+    stream = stream_rows(batch.tokens, batch.lengths, keeps_last=False)
+    assert stream.tokens.tolist() == [1, 2, 8, 3, 4, 5]
+    assert stream.lengths.tolist() == [[2, 0, 1], [1, 2, 0]]
+    assert stream.positions.tolist() == [0, 1, 2, 0, 1, 2]
+    assert stream.rows.tolist() == [1, 1, 2, 3, 4, 5]
+    assert stream.targets.tolist() == [7, 8, 9, 4, 5, 6]
+
+
 def test_cut():
     assert chunk_by_size([3, 4, 2, 9, 1], 7) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
     assert chunk_by_size([], 7) == []

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from dpo_lab.config import schema
 from dpo_lab.core.seeds import derive_seed
@@ -16,17 +15,18 @@ from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, prepare_pairs
 from tests.conftest import SMALL
+from tests.support.configs import settled
 
 pytestmark = pytest.mark.slow
 
 ARMS = {path.stem: [f"+ablation={path.stem}"] for path in sorted((Path(schema.conf_dir()) / "ablation").glob("*.yaml"))}
 ARMS |= {"beta": ["beta=0.5"], "rate": ["optim.lr=1e-5"], "ranks": ["trainer=ddp_cpu"]}
+# One for each axis that an ablation changes; the others, most of them losses, run in `make test-all`.
+QUICK = {"none", "ipo", "simpo", "uniform_ref", "label_noise", "no_sft", "beta", "rate", "ranks"}
 
 
 def settings(*overrides: str) -> schema.RunConfig:
-    schema.register()
-    with initialize_config_dir(schema.conf_dir(), version_base="1.3"):
-        return schema.validate(compose("train", [*SMALL, *overrides]))
+    return settled(*SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def baseline(cache) -> dict[str, list]:
     return story(material(cache))
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [a if a in QUICK else pytest.param(a, marks=pytest.mark.extended) for a in ARMS])
 def test_arms_are_paired(arm, cache, baseline):
     made = material(cache, *ARMS[arm])
     assert story(made, *ARMS[arm]) == baseline

@@ -31,7 +31,6 @@ COMMAND += ["trainer=ddp_cpu", "name=eighteen"]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("eighteen"),
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
     pytest.mark.skipif(not WHOLE, reason="takes six minutes; type WHOLE_SWEEP=1 before the command"),
 ]

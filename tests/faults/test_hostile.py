@@ -149,11 +149,17 @@ def test_39_what_hydra_itself_would_make_is_refused_before_it_does(overrides, tm
 
 
 MODES = ("--multirun", "--help", "--hydra-help", "--cfg=all")
-LOGGED = [*((name, "--run") for name in LOGGING), *(("a formatter", mode) for mode in MODES)]
+LOGGED = [
+    *((name, "--run", "job_logging") for name in LOGGING),
+    *(("a formatter", mode, "job_logging") for mode in MODES),
+]
+LOGGED += [
+    pytest.param(name, mode, "hydra_logging", marks=[pytest.mark.extended] if name != "a handler" else [])
+    for name, mode, _ in LOGGED
+]
 
 
-@pytest.mark.parametrize("log", ["job_logging", "hydra_logging"])
-@pytest.mark.parametrize(("name", "mode"), LOGGED)
+@pytest.mark.parametrize(("name", "mode", "log"), LOGGED)
 def test_39_what_hydra_s_logging_would_make_is_refused(name, mode, log, tmp_path):
     write_ablation(tmp_path / "theirs", "evil", {log: LOGGING[name]})
     told = door("tests.support.standin", mode, "--config-dir", "theirs", "+ablation=evil", cwd=tmp_path)

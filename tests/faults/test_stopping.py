@@ -104,9 +104,14 @@ def as_a_run_hears_signals() -> Iterator[None]:
 
 @pytest.mark.usefixtures("as_a_run_hears_signals")
 @pytest.mark.parametrize(
-    ("signum", "status", "code"), [(signal.SIGTERM, "preempted", 143), (signal.SIGINT, "interrupted", 130)]
+    ("at", "signum", "status", "code"),
+    [
+        *((at, signal.SIGTERM, "preempted", 143) for at in range(STEPS)),
+        (0, signal.SIGINT, "interrupted", 130),
+        (3, signal.SIGINT, "interrupted", 130),
+        *(pytest.param(at, signal.SIGINT, "interrupted", 130, marks=pytest.mark.extended) for at in (1, 2, 4, 5, 6)),
+    ],
 )
-@pytest.mark.parametrize("at", range(STEPS))
 def test_06_asked_to_stop_it_finishes_the_step_saves_and_goes_on_bit_identically(
     at, signum, status, code, whole, tmp_path
 ):

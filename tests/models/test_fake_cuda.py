@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = [pytest.mark.slow, pytest.mark.extended, pytest.mark.xdist_group("fake_cuda")]
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 TORCH = Path(torch.__file__).parent
 SUPPORT = Path(__file__).parents[1] / "support"
 

@@ -19,7 +19,7 @@ from tests.conftest import SMALL, python_m
 from tests.support.configs import composed, recorded, settled
 from tests.support.warm import door
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cli")]  # one process makes the initial policy, once
+pytestmark = pytest.mark.slow
 
 
 def evaluate(workshop: Path, *overrides: str, code: int = 0, start=door) -> subprocess.CompletedProcess:

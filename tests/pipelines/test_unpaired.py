@@ -15,7 +15,7 @@ from dpo_lab.runs.examples import read
 from tests.pipelines.test_cuda_runs import QUIET, make_shop, record_of
 from tests.support import warm
 
-pytestmark = [pytest.mark.slow, pytest.mark.extended, pytest.mark.xdist_group("unpaired")]
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 WORDS = "the plot was good bad dull great acting story".split()
 SMALL = [*(each for each in QUIET if not each.startswith("data.path=")), "loss=bco", "data.path=unpaired.jsonl"]

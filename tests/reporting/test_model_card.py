@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import yaml
 
+from dpo_lab.models.weight_settings import Lora
 from dpo_lab.reporting.model_card import cell, markdown_table, model_card
 from dpo_lab.stats.estimates import share
 
@@ -68,12 +70,30 @@ def test_it_states_what_the_run_was():
 
 def test_adapters_name_their_base_and_a_merged_model_none():
     record = copy.deepcopy(RECORD)
-    record["config"]["policy"] = {"kind": "pretrained", "path": 'org/"x"\n- y', "merge": False, "rank": 8, "alpha": 16}
+    lora = {"r": 8, "lora_alpha": 16}
+    assert {*lora} <= {field.name for field in dataclasses.fields(Lora)}  # as a run records them
+    record["config"]["policy"] = {"kind": "pretrained", "path": 'org/"x"\n- y', "merge": False, "lora": lora}
     assert front_matter(model_card(record))["base_model"] == 'org/"x"\n- y'
     assert "| adapters | rank 8, alpha 16 |" in model_card(record)
     record["config"]["policy"]["merge"] = True
     assert front_matter(model_card(record))["library_name"] == "transformers"
     assert "base_model" not in front_matter(model_card(record))
+
+
+def test_a_policy_of_its_own_samples_is_called_that():
+    record = copy.deepcopy(RECORD)
+    record["config"]["method"] = {"kind": "rloo", "prompts": 16, "minibatches": 2, "samples": 4, "beta": 0.1}
+    record["config"]["reward"] = {"kind": "learned", "path": None}
+    card = model_card(record)
+    assert front_matter(card)["tags"] == ["rloo", "dpo-lab"]
+    assert "Trained by reinforcement learning" in card
+    assert "on responses of the policy itself to the prompts of preference pairs. The numbers are" in card
+    assert "| steps | 40 of 8 prompts, 4 responses each, learning rate 1e-05 |" in card
+    assert "| loss |" not in card
+    assert "| reward | learned" in card
+    record["config"]["method"]["kind"] = "online_dpo"
+    assert "Trained by preference optimization" in model_card(record)
+    assert "| loss |" in model_card(record)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,23 @@ from dpo_lab.reporting.comparison_page import page as drawn
 from dpo_lab.reporting.figures.charts import Panel, Point, Series, plain
 from dpo_lab.studies.load import gather
 from tests.conftest import REPOSITORY
-from tests.support.browser import MISSING, page
+from tests.support.browser import MISSING, chromium, page
 from tests.support.study_runs import write_study
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+    pytest.mark.usefixtures("browser"),
+]
 
 CHARTS = "figure:not(.effect) svg.chart"  # those with titles
 SCREENSHOTS = REPOSITORY / "outputs" / "screenshots"  # to be looked at; none of it is committed
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium():
+        yield
 
 
 @pytest.fixture(scope="module")

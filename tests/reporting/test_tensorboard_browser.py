@@ -14,10 +14,13 @@ from matplotlib import image
 from omegaconf import OmegaConf
 
 from tests.conftest import REPOSITORY, SMALL, python_m
-from tests.support.browser import MISSING, asked, page, tensorboard
+from tests.support.browser import MISSING, asked, chromium, page, tensorboard
 from tests.support.sweeping import until
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("desk")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.extended,  # in make test: what a run writes for TensorBoard, in tests/cli and tests/training
+]
 
 SCREENSHOTS = REPOSITORY / "outputs" / "screenshots"  # to be looked at; none of it is committed
 JOBS = {"uniform": "reference: uniform", "noisy": "noise: symmetric", "crash": "loss: dpo"}
@@ -25,6 +28,12 @@ SETTINGS = {"uniform": "beta=0.2", "noisy": "noise.rate=0.25", "crash": "optim.l
 SHOWN = ["trainer.log_every_n_steps=1", "figures=true"]
 RUNS = {f"desk/ablation={job}/seed=0" for job in JOBS}
 ANY = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +144,7 @@ def test_charts_histograms_and_samples_are_there(desk):
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.usefixtures("browser")
 def test_a_browser_shows_the_table_and_one_failure_in_it(desk):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with page() as shown:
@@ -160,6 +170,7 @@ def coloured(png: bytes) -> int:
 
 
 @pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.usefixtures("browser")
 def test_a_browser_overlays_the_runs_by_name(desk):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with page() as shown:

@@ -285,7 +285,6 @@ def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path):
     assert record(tmp_path)["status"] == "done"
 
 
-@pytest.mark.xdist_group("readme")
 def test_a_study_of_real_runs_ends_in_verdict_and_page(tmp_path):
     arms = [{"sweep": {"beta": [0.1, 1]}}]
     less = {"description": "KL falls with beta", "measure": "difference", "metric": "kl"}

@@ -60,14 +60,29 @@ def asked(address: str, body: Any = None) -> Any:
         return json.load(answer)
 
 
+_open: list[Any] = []
+
+
 @contextmanager
-def page(width: int = 1600, height: int = 1000, **context: Any) -> Iterator[Any]:
-    """A page of a headless Chromium. context: what else Playwright's new_page takes, color_scheme="dark" say."""
+def chromium() -> Iterator[None]:
+    """A headless Chromium for the pages of a module's tests: to start one takes seconds."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        _open.append(browser)
         try:
-            yield browser.new_page(viewport={"width": width, "height": height}, **context)
+            yield
         finally:
+            _open.remove(browser)
             browser.close()
+
+
+@contextmanager
+def page(width: int = 1600, height: int = 1000, **context: Any) -> Iterator[Any]:
+    """A page, with a profile of its own, of the Chromium that runs; context: what else Playwright's new_page takes."""
+    shown = _open[-1].new_page(viewport={"width": width, "height": height}, **context)
+    try:
+        yield shown
+    finally:
+        shown.close()

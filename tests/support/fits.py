@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -82,6 +83,26 @@ class Seen(Callback):
         self.figures.append(
             {name: value.item() for name, value in trainer.callback_metrics.items() if "val" not in name}
         )
+
+
+def fit(
+    module: DPOModule, data: PreferenceDataModule, steps: int, devices: int = 1, resume: Path | None = None
+) -> tuple[DPOModule, dict[str, Any], Trainer]:
+    """Fit a module; gives it, what is to be the same however its steps are split (see assert_same_fit), and the trainer."""
+    seen = Seen()
+    trainer = make_trainer(steps, devices, callbacks=[seen], strategy="ddp" if devices > 1 else "auto")
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    found = {"gradient": seen.gradient, "weights": flat(module.model.parameters()), "figures": seen.figures}
+    return module, found | {"val/loss": trainer.callback_metrics["val/loss"].item()}, trainer
+
+
+def assert_same_fit(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Of two fits of the same pairs: the first gradient, the weights, every step's figures and the held-out loss."""
+    torch.testing.assert_close(found["gradient"], expected["gradient"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["weights"], expected["weights"], rtol=0, atol=2e-5)
+    for one, other in zip(found["figures"], expected["figures"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    assert found["val/loss"] == pytest.approx(expected["val/loss"], rel=1e-5)
 
 
 def flat(tensors: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ from dpo_lab.training.sft_module import SFTModule
 from tests.conftest import make_pairs
 
 TOKENIZER = train_tokenizer(["the plot was good and its music too"], 300)
-PAIRS, HELD_OUT = PairTable.of(make_pairs(14, vocabulary=250)), PairTable.of(make_pairs(70, seed=9, vocabulary=250))
+PAIRS = PairTable.of(make_pairs(14, vocabulary=250))
+HELD_OUT = PairTable.of(  # two batches; in few micro-batches, since they are short
+    replace(p, prompt=p.prompt[:1], chosen=p.chosen[:2], rejected=p.rejected[:1])
+    for p in make_pairs(70, seed=9, vocabulary=250)
+)
 STEPS = 7  # of 4 pairs, 3 of them an epoch; validated every 3, logged every 2, saved every 2
 IGNORED = (
     "ignore:.*does not have many workers",

@@ -201,7 +201,6 @@ def test_a_requeued_training_ends_as_if_it_had_not_been_interrupted(tmp_path):
     assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.xdist_group("ray")
 def test_ray_runs_jobs_names_those_that_fail_and_stops_them(tmp_path):
     behaves(tmp_path, **{"beta_0.1/": "fails", "beta_0.2/": "waits"})
     with started(tmp_path, "beta=0.1,0.2", "launcher=ray", "hydra.launcher.init.num_cpus=2") as parent:

@@ -42,6 +42,7 @@ from tests.support.sweeping import (
     told,
     until,
 )
+from tests.support.warm import door
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +142,7 @@ def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process
     ],
 )
 def test_a_sweep_with_one_job_that_cannot_be_is_refused_whole(arguments, message, tmp_path):
-    result = sweep(tmp_path, *arguments)
+    result = door("tests.support.standin", "--multirun", *arguments, cwd=tmp_path, **ENVIRONMENT)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(f"error: {message}")

@@ -217,7 +217,6 @@ def test_nothing_measured_no_cost_rows():
     assert cost_rows({}) == []
 
 
-@pytest.mark.xdist_group("cli")
 def test_a_run_on_a_terminal_of_80_columns(workshop):
     said = on_terminal("-m", "dpo_lab.train", *SMALL, "figures=true", "name=terminal", columns=80, cwd=workshop)
     assert said.code == 0, said.raw

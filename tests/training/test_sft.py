@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from hydra import compose, initialize_config_dir
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -36,8 +35,9 @@ from dpo_lab.pipelines.train_sft import train_sft
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.sft_module import SFTModule
 from dpo_lab.training.step_zero import check_step_zero
-from tests.conftest import REPOSITORY, make_pairs, python_m
+from tests.conftest import make_pairs, python_m
 from tests.support import warm
+from tests.support.configs import composed
 from tests.support.ranks import become_rank, run_in_ranks
 
 STEPS = 5
@@ -49,7 +49,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # peft asks by the old name
-    pytest.mark.xdist_group("sft"),
 ]
 
 
@@ -231,11 +230,9 @@ def shop(policy, tmp_path_factory) -> Path:
 
 
 def settled(shop: Path, file: str, *overrides: str) -> tuple[DictConfig, schema.RunConfig]:
-    schema.register()
     own = ["policy=pretrained", f"policy.path={shop / 'model'}"]
     path = [] if "data=mix" in overrides else [f"data.path={shop / file}"]
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        cfg = compose("sft", [*own, *path, *SHORT, *overrides])
+    cfg = composed(*own, *path, *SHORT, *overrides, name="sft")
     return cfg, schema.validate(cfg)
 
 
@@ -349,6 +346,7 @@ def test_dpo_starts_where_it_ended(whole, shop):
     assert dpo["step_zero_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.extended  # in make test: two ranks of SFT below, and two by the command in tests/cli
 def test_two_ranks_by_the_door_give_the_run_of_one(whole, shop):
     record, _ = run_of(whole, shop)
     of_two, _ = run_of(sft(shop, *OWN, "name=two", "trainer=ddp_cpu"), shop)
@@ -418,6 +416,7 @@ def test_the_next_command_says_what_loading_needs(overrides, says, shop):
     assert command == f"python -m dpo_lab.train {says.format(model=shop / 'model')} 'data.path=my pairs.jsonl'"
 
 
+@pytest.mark.extended  # in make test: sweeps of stand-ins and of DPO runs
 def test_a_sweep(shop):
     arguments = ["--multirun", *SHORT, *OWN, "name=sweep", "seed=0,1", "trainer.max_steps=1"]
     swept = python_m("dpo_lab.sft", *arguments, cwd=shop)

@@ -32,7 +32,6 @@ from tests.support.ranks import become_rank, run_in_ranks
 pytestmark = [
     pytest.mark.ranks,
     pytest.mark.extended,
-    pytest.mark.xdist_group("sharding"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore::FutureWarning:lightning"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),  # peft asks by the old name
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from dpo_lab.data.collate import collate
 from dpo_lab.models.forward import pair_logps
 from dpo_lab.training.step_level_module import StepLevelModule
-from tests.support.fits import BATCH, Seen, flat, initial_policy, make_data, make_module, make_trainer
+from tests.support.fits import BATCH, assert_same_fit, fit, flat, initial_policy, make_data, make_module, make_trainer
 from tests.support.losses import STEP_LEVEL, make_loss
 from tests.support.ranks import become_rank, run_in_ranks
 
@@ -23,64 +22,48 @@ STEPS, STOP = 5, 3
 
 
 def train(folder: Path, name: str, tokens: int, devices: int = 1, steps: int = STEPS, resume: Path | None = None):
-    """(module, what was logged and the first gradient, the trainer)."""
-    seen = Seen()
+    """See tests.support.fits.fit. tokens: of a micro-batch."""
     loss = make_loss(name, beta=0.5)
     module = make_module(initial_policy().model, folder, STEPS, tokens, loss)
-    strategy = "ddp" if devices > 1 else "auto"
-    trainer = make_trainer(steps, devices, callbacks=[seen], strategy=strategy)
-    trainer.fit(module, datamodule=make_data(loss=loss), ckpt_path=resume)
-    return module, seen, trainer
+    return fit(module, make_data(loss=loss), steps, devices, resume)
 
 
 def rank(number: int, world_size: int, folder: str) -> None:
     become_rank(number, world_size)
     for name in STEP_LEVEL:
-        module, seen, trainer = train(Path(folder), name, 60, world_size)
+        _, found, _ = train(Path(folder), name, 60, world_size)
         if number == 0:
-            held_out = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-            torch.save((seen.gradient, flat(module.model.parameters())), Path(folder) / f"{name}.pt")
-            print("RESULT", json.dumps({"name": name, "figures": seen.figures, "held out": held_out}))
+            torch.save(found, Path(folder) / f"{name}.pt")
 
 
 @pytest.fixture(scope="module")
-def by_ranks(tmp_path_factory):
+def by_ranks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    output, _ = run_in_ranks("tests.training.test_step_level", "rank", 2, str(folder))
-    rows = [json.loads(line.split("RESULT", 1)[1]) for line in output.splitlines() if "RESULT" in line]
-    return folder, {row["name"]: row for row in rows}
+    run_in_ranks("tests.training.test_step_level", "rank", 2, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Each loss's steps in one micro-batch each."""
+    return {name: train(tmp_path_factory.mktemp(name), name, 100_000)[1] for name in STEP_LEVEL}
 
 
 @pytest.mark.parametrize("name", STEP_LEVEL)
-def test_micro_batches_change_nothing(name, tmp_path):
-    whole, seen, trainer = train(tmp_path, name, 100_000)
-    split, seen_split, trainer_split = train(tmp_path, name, 60)
-    torch.testing.assert_close(seen_split.gradient, seen.gradient, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(flat(split.parameters()), flat(whole.parameters()), rtol=0, atol=2e-5)
-    for one, other in zip(seen_split.figures, seen.figures, strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
-    assert trainer_split.callback_metrics["val/loss"].item() == pytest.approx(
-        trainer.callback_metrics["val/loss"].item(), rel=1e-5
-    )
+def test_micro_batches_change_nothing(name, whole, tmp_path):
+    assert_same_fit(train(tmp_path, name, 60)[1], whole[name])
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("name", STEP_LEVEL)
-def test_ranks_change_nothing(name, by_ranks, tmp_path):
-    folder, rows = by_ranks
-    module, seen, trainer = train(tmp_path, name, 100_000)
-    gradient, weights = torch.load(folder / f"{name}.pt", weights_only=True)
-    torch.testing.assert_close(gradient, seen.gradient, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(weights, flat(module.model.parameters()), rtol=0, atol=2e-5)
-    for one, other in zip(rows[name]["figures"], seen.figures, strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
-    assert rows[name]["held out"]["val/loss"] == pytest.approx(trainer.callback_metrics["val/loss"].item(), rel=1e-5)
+def test_ranks_change_nothing(name, by_ranks, whole):
+    assert_same_fit(torch.load(by_ranks / f"{name}.pt", weights_only=True), whole[name])
 
 
 @pytest.mark.parametrize("name", STEP_LEVEL)
 def test_the_gradient_is_that_of_the_loss_of_the_whole_step(name, tmp_path):
     """Against autograd through one forward pass of all pairs."""
-    module, seen, _ = train(tmp_path, name, 60, steps=1)
+    module, found, _ = train(tmp_path, name, 60, steps=1)
     model, loss = initial_policy().model, make_loss(name, beta=0.5)
     batch = next(iter(make_data(loss=loss).train_dataloader()))
     policy, reference = pair_logps(model, batch), module.reference(batch)
@@ -93,7 +76,7 @@ def test_the_gradient_is_that_of_the_loss_of_the_whole_step(name, tmp_path):
     loss(policy, reference).mean().backward()
     exact = flat([p.grad for p in model.parameters() if p.grad is not None])
     limited = exact * min(1.0, 1.0 / exact.norm().item())  # clipped, as the step's
-    torch.testing.assert_close(seen.gradient, limited, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found["gradient"], limited, rtol=1e-4, atol=1e-6)
 
 
 def test_the_running_mean_goes_on_from_a_checkpoint(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +38,14 @@ def test_a_cpu_run_keeps_its_memory_and_others_give_it_back():
     kept, given_back = measure("cpu"), measure("gpu")
     assert kept[0] < 100 < given_back[0]
     assert kept[1:] == given_back[1:] == (1, 0.0)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap is glibc's")
+def test_the_heap_of_a_cpu_run_is_in_huge_pages():
+    script = (
+        "from dpo_lab.training.torch_setup import keep_memory; keep_memory(); print(open('/proc/self/smaps').read())"
+    )
+    maps = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    heaps = re.findall(r"\[heap\]\nSize: +(\d+) kB.*?VmFlags: ([a-z0-9 ]+)", maps, re.DOTALL)
+    assert any(int(kilobytes) > 10**6 and "hg" in flags.split() for kilobytes, flags in heaps)

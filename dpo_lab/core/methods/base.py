@@ -25,11 +25,13 @@ class Method:
     A subclass that a config may name states its name there; uses_loss: whether it trains with `loss=`, a loss of pairs.
     """
 
+    name: ClassVar[str]
     uses_loss: ClassVar[bool]
 
     def __init_subclass__(cls, *, name: str | None = None, uses_loss: bool = False) -> None:
         cls.uses_loss = uses_loss
         if name is not None:
+            cls.name = name
             add_to_table(METHODS, name, cls)
 
     @property

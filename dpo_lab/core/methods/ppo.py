@@ -75,9 +75,6 @@ class PPO(PolicyGradient, name="ppo"):
         self, values: Float[Tensor, " response_tokens"], rollouts: Rollouts
     ) -> Float[Tensor, " response_tokens"]:
         """Return half the squared error of the critic's values, clipped as the ratios are, in units as those of `loss`."""
-        assert rollouts.values is not None
-        assert rollouts.returns is not None
-        assert rollouts.weights is not None
         near = rollouts.values + (values - rollouts.values).clamp(-self.value_clip, self.value_clip)
         errors = [(each - rollouts.returns).square() for each in (values, near)]
         return errors[0].maximum(errors[1]) / 2 * rollouts.weights

@@ -1,0 +1,64 @@
+"""Checks of a run's config that concern several of its settings at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dpo_lab.config.allowed_targets import FSDP2, target_of
+from dpo_lab.config.precision import check_precision
+from dpo_lab.core.losses import LOSSES
+from dpo_lab.core.noise import NOISES
+from dpo_lab.data.sources import AUTO
+from dpo_lab.models.policy import Dtype, Pretrained
+from dpo_lab.rewards import REWARDS
+
+if TYPE_CHECKING:
+    from dpo_lab.config.schema import RunConfig
+
+
+def check_run(config: RunConfig) -> None:
+    """Raise ValueError, with what to type, if settings of a run do not fit each other."""
+    if (required := config.loss.requires_reference) not in (None, config.reference.starts_at_policy):
+        loss = f"loss={config.loss.name}"
+        why = "measures drift from the initial policy" if required else "has no reference"
+        raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
+    is_sharded = target_of(config.trainer.get("strategy")) == FSDP2
+    config.reference.check(config.policy, is_sharded=is_sharded)
+    config.policy.check(is_sharded=is_sharded, on_cpu=config.trainer.get("accelerator") == "cpu")
+    if is_sharded and config.data.tokens_per_microbatch == AUTO:
+        raise ValueError(
+            f"data.tokens_per_microbatch={AUTO}: its trials run before the model is sharded; type a number, e.g."
+            " data.tokens_per_microbatch=4096"
+        )
+    is_short = isinstance(config.policy, Pretrained) and config.policy.dtype is not Dtype.float32
+    config.optim.check(trains_16_bits=is_short and not config.policy.has_adapters, is_sharded=is_sharded)
+    check_precision(config.trainer)
+    for key, seed in (("seed", config.seed), ("noise.seed", config.noise.seed)):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{key}={seed}: must lie in 0 to {2**32 - 1}; type e.g. {key}=0")
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(f"threads={config.threads}: must be 1 or more; type e.g. threads=1")
+    if config.method.is_online:
+        _check_online(config, is_sharded)
+
+
+def _check_online(config: RunConfig, is_sharded: bool) -> None:
+    """Raise ValueError if a setting does not fit a method that samples."""
+    method = config.method.name
+    if not config.method.uses_loss and config.loss != LOSSES["dpo"](beta=config.loss.beta):
+        raise ValueError(f"loss: method={method} trains without a loss of pairs; leave loss= out, or type method=dpo")
+    config.reward.check(has_gold=config.data.uses_task, judge=config.evals.judge)
+    if type(config.reward) is not REWARDS["learned"] and config.noise != NOISES["symmetric"](seed=config.noise.seed):
+        raise ValueError(
+            f"noise: reward={config.reward.name} reads no label of the pairs, so that label noise would change nothing; type"
+            " noise=none, or reward=learned"
+        )
+    if is_sharded:
+        raise ValueError(
+            f"method={method}: does not sample from a policy that is sharded over ranks while it trains; type trainer=ddp"
+        )
+    if config.data.tokens_per_microbatch == AUTO:
+        raise ValueError(
+            f"data.tokens_per_microbatch={AUTO}: its trials are of given pairs, and method={method} samples; type a"
+            " number, e.g. data.tokens_per_microbatch=4096"
+        )
