@@ -23,7 +23,7 @@ from dpo_lab.errors import first_line
 from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
 from dpo_lab.runs.fingerprint import changed_files, config_digest, difference, fingerprint
 from dpo_lab.runs.redact import redact, redact_override, redact_text
-from dpo_lab.runs.renamed_keys import present_record
+from dpo_lab.runs.renamed_keys import present_config, present_record
 
 OUTPUTS = Path("outputs")
 RECORD = "run.json"
@@ -168,9 +168,8 @@ def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = 
     record = read_record(folder)
     if record is None or not _is_worth_keeping(folder, record):
         return RunStatus.new
-    changed = [
-        f"{key}: was {was!r}, now {now!r}" for key, (was, now) in difference(record["config"], redact(config)).items()
-    ]
+    changes = difference(record["config"], present_config(redact(config)))
+    changed = [f"{key}: was {was!r}, now {now!r}" for key, (was, now) in changes.items()]
     changed += changed_files(record.get("files", {}), files)
     old_steps, new_steps = (int(each["trainer"]["max_steps"]) for each in (record["config"], config))
     if new_steps < old_steps:
