@@ -39,7 +39,9 @@ def fitted(folder: Path, name: str, **settings):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize(
+    "step", [pytest.param(1, marks=pytest.mark.extended), 3, pytest.param(4, marks=pytest.mark.extended)]
+)
 def test_a_crash_changes_nothing(name, step, tmp_path):
     """A checkpoint is written every 2 steps: GRPO's and PPO's rollouts, of 3 and 4 steps, are in it."""
     fitted(tmp_path / "whole", name)

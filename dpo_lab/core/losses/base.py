@@ -129,9 +129,8 @@ class Loss:
         """
         if self.takes_unpaired:
             return None
-        name = next(name for name, kind in LOSSES.items() if kind is type(self))
         others = " or ".join(f"loss={name}" for name, kind in sorted(LOSSES.items()) if kind.takes_unpaired)
-        return f"loss={name}: it compares two responses, and {{}}; type {others}"
+        return f"loss={self.name}: it compares two responses, and {{}}; type {others}"
 
     @property
     def is_step_level(self) -> bool:
