@@ -284,7 +284,7 @@ def page() -> str:
             "**The kernel has never run here.** Its layout, its gradients and whole runs that use it were tested on a CPU,",
             "with the kernel emulated by its documented contract. `make test-gpu` compares it with the emulation and the",
             "loop. A step of 16 chat pairs in one micro-batch, with Qwen2.5-0.5B's 24 layers and heads, narrower, under",
-            "autocast, is 3,180 operators, of which 299 are casts; 3,851 with autocast's own casts. Counted by",
+            "autocast, is 3,181 operators, of which 299 are casts; 3,851 with autocast's own casts. Counted by",
             "`python -m benchmarks.launches` on a CPU; some operators launch several kernels.",
         ),
         "## On a real GPU",

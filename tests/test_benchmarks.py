@@ -185,6 +185,6 @@ def test_what_durability_costs_is_counted_in_a_real_fit(tmp_path):
 def test_a_step_of_16_chat_pairs_launches_under_4000_operators():
     """Of 24 layers, of which one more adds as many as the one before: counted for one and two."""
     one, two = (launches.step(16, layers=layers) for layers in (1, 2))
-    assert launches.total(one) + (launches.LAYERS - 1) * (launches.total(two) - launches.total(one)) <= 3180
+    assert launches.total(one) + (launches.LAYERS - 1) * (launches.total(two) - launches.total(one)) <= 3181
     casts = two["forward"][launches.CAST] - one["forward"][launches.CAST]
     assert casts == 4  # the inputs of q, k and v, and of gate and up; rotated queries and keys, for the kernel

@@ -27,7 +27,7 @@ class Rollouts:
     tokens; rewards: of each response; gold: the reward that the task defines, NaN where there is none; stopped: whether the
     response ended by itself.
 
-    Of the response tokens, in the order of the stream, None where a method does not need them: behaviour, reference: log-
+    Of the response tokens [R], in the order of the stream, None where a method does not need them: behaviour, reference: log-
     probabilities in nats under the policy that sampled them and under the reference; values: the critic's; advantages,
     returns: see PolicyGradient; weights: what the loss of a token is multiplied with. beta: the price of a nat then.
     """
@@ -39,12 +39,12 @@ class Rollouts:
     gold: Float[Tensor, "prompts responses"]
     stopped: Bool[Tensor, "prompts responses"]
     beta: float = 0.0
-    behaviour: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]  # where a method does not need it
-    reference: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
-    values: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
-    advantages: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
-    returns: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
-    weights: Float[Tensor, " response_tokens"] = None  # type: ignore[assignment]
+    behaviour: Tensor = None  # type: ignore[assignment]  # where a method does not need it
+    reference: Tensor = None  # type: ignore[assignment]
+    values: Tensor = None  # type: ignore[assignment]
+    advantages: Tensor = None  # type: ignore[assignment]
+    returns: Tensor = None  # type: ignore[assignment]
+    weights: Tensor = None  # type: ignore[assignment]
 
     def __len__(self) -> int:
         return len(self.keys)

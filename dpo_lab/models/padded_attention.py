@@ -176,16 +176,16 @@ def padded_attention(
 
 
 class _Padded(torch.autograd.Function):
-    """Attention [N, heads, d] of queries, keys and values [N, heads, d]."""
+    """Attention [N, heads, dv] of queries and keys [N, heads, d] and values [N, heads, dv]."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, padding: Padding, masks: list[Tensor], scale: float) -> Tensor:
         of_queries, of_keys = padding.by_head(q.shape[1]), padding.by_head(k.shape[1])
         padded = (of_queries.pad(q), of_keys.pad(k), of_keys.pad(v))
-        saved, output = [], torch.empty(q.shape[1] * len(padding.rows), q.shape[2], dtype=q.dtype)
+        saved, output = [], torch.empty(q.shape[1] * len(padding.rows), v.shape[2], dtype=q.dtype)
         parts = zip(masks, *padded, of_queries.split(output), strict=True)
         for mask, query, key, value, part in parts:
-            query, part = (each.view(len(key), -1, q.shape[2]) for each in (query, part))  # heads that share keys
+            query, part = (each.view(len(key), -1, each.shape[-1]) for each in (query, part))  # heads that share keys
             scores = torch.bmm(query, key.mT)
             by_head = scores.view(-1, *mask.shape)
             torch.add(mask, by_head, alpha=scale, out=by_head)
@@ -194,7 +194,7 @@ class _Padded(torch.autograd.Function):
             saved += [query, key, value, probs]
         ctx.save_for_backward(*saved)
         ctx.padding, ctx.scale, ctx.heads, ctx.kv_heads = padding, scale, q.shape[1], k.shape[1]
-        return output.index_select(0, of_queries.back).view_as(q)
+        return output.index_select(0, of_queries.back).view(*q.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
@@ -206,19 +206,20 @@ class _Padded(torch.autograd.Function):
 def _gradients(
     grad: Tensor, saved: Sequence[Tensor], padding: Padding, heads: int, kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values from that of the output [N, heads, d]."""
+    """Return the gradients of queries, keys and values from that of the output [N, heads, dv]."""
     of_queries, of_keys = padding.by_head(heads), padding.by_head(kv_heads)
-    size, rows = grad.shape[-1], len(padding.rows)
-    buffers = [grad.new_empty(rows * count, size) for count in (heads, kv_heads, kv_heads)]
+    rows, size, size_v = len(padding.rows), saved[0].shape[-1], grad.shape[-1]
+    sizes = ((heads, size), (kv_heads, size), (kv_heads, size_v))
+    buffers = [grad.new_empty(rows * count, each) for count, each in sizes]
     outs = of_queries.split(buffers[0]), of_keys.split(buffers[1]), of_keys.split(buffers[2])
     groups = zip(of_queries.pad(grad, only_queries=True), *outs, strict=True)
     for number, (grad_output, of_query, of_key, of_value) in enumerate(groups):
         query, key, value, probs = saved[4 * number : 4 * number + 4]
-        grad_output = grad_output.view_as(query)
+        grad_output = grad_output.view(*query.shape[:2], size_v)
         grad_probs = torch.bmm(grad_output, value.mT)
         grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(scale)
         torch.bmm(grad_scores, key, out=of_query.view_as(query))
         torch.bmm(grad_scores.mT, query, out=of_key)
         torch.bmm(probs.mT, grad_output, out=of_value)
-    of_k, of_v = (of_keys.sum_copies(each).view(-1, kv_heads, size) for each in buffers[1:])
-    return buffers[0].index_select(0, of_queries.back).view_as(grad), of_k, of_v
+    of_k, of_v = (of_keys.sum_copies(each).view(-1, kv_heads, each.shape[-1]) for each in buffers[1:])
+    return buffers[0].index_select(0, of_queries.back).view(-1, heads, size), of_k, of_v

@@ -79,7 +79,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
             **sizes,
         )
     else:
-        data = FreshPairs(method, actor, prompts, inputs.held_out, seed=config.seed)
+        data = FreshPairs(method, actor, prompts, config.loss.prepare(inputs.held_out), seed=config.seed)
         data.prepare = config.loss.prepare
         batch = method.prompts // method.minibatches
         module = module_for(config.loss)(model, config.loss, reference, config.optim, batch_size=batch, **sizes)

@@ -251,7 +251,7 @@ def test_weights_of_tokens():
     assert of[Normalise.sequence].tolist() == [[1 / 2, 1 / 4], [1 / 3, 1 / 3]]
     assert of[Normalise.token].tolist() == [[1 / 3] * 2] * 2
     assert of[Normalise.constant].tolist() == [[1 / 6] * 2] * 2
-    assert spread(torch.from_numpy(lengths), lengths).tolist() == [2, 2, 4, 4, 4, 4, 3, 3, 3, 3, 3, 3]
+    assert spread(torch.from_numpy(lengths).float(), lengths).tolist() == [2, 2, 4, 4, 4, 4, 3, 3, 3, 3, 3, 3]
 
 
 def test_beta_follows_its_target():

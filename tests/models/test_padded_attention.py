@@ -55,6 +55,17 @@ def test_it_gives_the_numbers_of_a_call_per_response(responses, heads):
         assert_equal(ours, loop, inputs)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+def test_values_may_be_of_another_size(heads):
+    """As those of multi-head latent attention are."""
+    draw = random.Random(0)
+    for responses in (1, 2, 4):
+        lengths = draw_lengths(draw, responses)
+        query, key, value = draw_inputs(lengths, HEADS[heads])
+        inputs = query, key, value[..., : value.shape[-1] // 2].detach().clone().requires_grad_()
+        assert_equal(by_padding(inputs, lengths), attention_by_response(*inputs, Segments(lengths), None), inputs)
+
+
 @pytest.mark.parametrize("window", [1, 2, 6, 13, 100])
 @pytest.mark.parametrize("responses", [1, 2, 4])
 def test_a_sliding_window_reaches_back_into_the_prompt(responses, window):

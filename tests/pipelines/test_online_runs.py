@@ -82,8 +82,6 @@ def test_ppo_with_adapters_on_files_holds_one_body(policy, tmp_path):
         "policy.lora.r=2",
         "optim=lora",
         "reference=adapter_off",
-        "reward.steps=3",
-        "reward.batch_size=8",
     ]
     settings += ["method=ppo", "method.prompts=4", "method.samples=2", "method.max_new_tokens=6"]
     told = warm.door("dpo_lab.train", "name=ppo", *settings, "reward.steps=3", "reward.batch_size=8", cwd=shop)

@@ -44,7 +44,7 @@ def prepare(method: Online, loss=None, reference=None):
             return PolicyGradientModule(
                 model, own, logps, optim, method=method, critic=critic, title="RL", **step
             ), data
-        data = FreshPairs(method, actor, prompts, HELD_OUT, seed=5)
+        data = FreshPairs(method, actor, prompts, own.prepare(HELD_OUT), seed=5)
         data.prepare = own.prepare
         batch = method.prompts // method.minibatches
         return module_for(own)(model, own, logps, optim, batch_size=batch, **step), data

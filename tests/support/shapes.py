@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import torch
 from beartype import beartype
 
@@ -20,6 +21,11 @@ from dpo_lab.core import losses
 MODULES = (
     "core.pairs",
     "core.logps",
+    "core.rollouts",
+    "core.advantages",
+    "core.methods.base",
+    "core.methods.online_dpo",
+    "core.methods.ppo",
     "core.products",
     "core.lm_head",
     "core.fused_lm_head",
@@ -29,6 +35,7 @@ MODULES = (
     "core.bradley_terry",
     "core.functional",
     "models.forward",
+    "models.critic",
     "models.reward_head",
     "models.sampling",
 )
@@ -72,7 +79,7 @@ def _checked(member: Any, module: ModuleType) -> Any:
 
 
 def _resolve(hint: str, module: ModuleType) -> Any:
-    return eval(hint, vars(jaxtyping) | vars(module) | {"Tensor": torch.Tensor})
+    return eval(hint, vars(jaxtyping) | vars(module) | {"Tensor": torch.Tensor, "np": np})
 
 
 def _with_checks(function: Callable, hints: dict[str, Any]) -> Callable:

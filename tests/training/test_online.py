@@ -55,10 +55,10 @@ def test_a_crash_changes_nothing(name, step, tmp_path):
     [
         (RLOO(**SIZES), {"reference": Moving(every=2)}),
         (OnlineDPO(**SIZES), {"loss": LOSSES["aot"](0.5)}),
-        (OnlineDPO(**SIZES), {"loss": LOSSES["odpo"](0.5)}),
+        (OnlineDPO(**SIZES), {"loss": LOSSES["kto"](0.5)}),
         (PPO(**SIZES), {}),
     ],
-    ids=["moving reference", "loss of a whole step", "loss of scores", "adapters"],
+    ids=["moving reference", "loss of a whole step", "loss of mismatched responses", "adapters"],
 )
 def test_a_crash_changes_nothing_with(method, parts, tmp_path):
     settings = dict(prepare=prepare(method, **parts), adapters=None if parts else torch.float32)
