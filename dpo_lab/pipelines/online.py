@@ -83,8 +83,9 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         data.prepare = config.loss.prepare
         batch = method.prompts // method.minibatches
         module = module_for(config.loss)(model, config.loss, reference, config.optim, batch_size=batch, **sizes)
+    asked = reward.queries  # so far, for its scale; each sample is one more, also in earlier attempts of this run
     return Training(
-        module, data, memory, lambda: {"rollouts": {"samples": data.samples, "reward_queries": reward.queries}}
+        module, data, memory, lambda: {"rollouts": {"samples": data.samples, "reward_queries": asked + data.samples}}
     )
 
 
