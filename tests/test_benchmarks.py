@@ -170,6 +170,7 @@ def test_a_table_that_was_measured_takes_its_place_and_the_others_stay(tmp_path,
     assert [s.strip() for s in sections[0] if not of_saving(s)] == [s.strip() for s in sections[1] if not of_saving(s)]
 
 
+@pytest.mark.extended
 @pytest.mark.filterwarnings("ignore")
 def test_what_durability_costs_is_counted_in_a_real_fit(tmp_path):
     """One save and the journal of a run of the real door, in a fresh process."""

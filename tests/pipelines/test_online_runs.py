@@ -45,7 +45,7 @@ def test_a_learned_reward_is_made_once_and_trained_on(workshop):
     assert told.returncode == 0, told.stdout + told.stderr
 
 
-@pytest.mark.parametrize("method", ["ppo", "online_dpo"])
+@pytest.mark.parametrize("method", ["ppo", pytest.param("online_dpo", marks=pytest.mark.extended)])
 def test_killed_it_goes_on_as_if_it_had_not_been(method, workshop):
     """kill -9 once a checkpoint is there; PPO's lies within a rollout."""
     settings = [

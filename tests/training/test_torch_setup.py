@@ -33,6 +33,7 @@ def measure(device: str) -> tuple[int, int, float]:
     return int(faults), int(threads), float(denormal)
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeping memory is a setting of glibc's malloc")
 def test_a_cpu_run_keeps_its_memory_and_others_give_it_back():
     kept, given_back = measure("cpu"), measure("gpu")
