@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 from dpo_lab.config.allowed_targets import FSDP2, target_of
 from dpo_lab.config.precision import check_precision
 from dpo_lab.core.losses import LOSSES
-from dpo_lab.core.noise import NOISES
 from dpo_lab.data.sources import AUTO
 from dpo_lab.models.policy import Dtype, Pretrained
-from dpo_lab.rewards import REWARDS
 
 if TYPE_CHECKING:
     from dpo_lab.config.schema import RunConfig
@@ -48,7 +46,7 @@ def _check_online(config: RunConfig, is_sharded: bool) -> None:
     if not config.method.uses_loss and config.loss != LOSSES["dpo"](beta=config.loss.beta):
         raise ValueError(f"loss: method={method} trains without a loss of pairs; leave loss= out, or type method=dpo")
     config.reward.check(has_gold=config.data.uses_task, judge=config.evals.judge)
-    if type(config.reward) is not REWARDS["learned"] and config.noise != NOISES["symmetric"](seed=config.noise.seed):
+    if not config.reward.reads_labels and not config.noise.is_none:
         raise ValueError(
             f"noise: reward={config.reward.name} reads no label of the pairs, so that label noise would change nothing; type"
             " noise=none, or reward=learned"

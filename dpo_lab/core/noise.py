@@ -32,6 +32,11 @@ class LabelNoise:
         add_to_table(NOISES, name, cls)
 
     @property
+    def is_none(self) -> bool:
+        """Whether this is noise=none."""
+        return self == Symmetric(seed=self.seed)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether `rates` needs `reference_margins`."""
         return False
@@ -97,6 +102,11 @@ class Uncertainty(LabelNoise, name="uncertainty", compares=True):
                 f"noise.temperature={self.temperature}: must be above 0, on the scale of the gaps;"
                 " type e.g. noise.temperature=0.25"
             )
+
+    @property
+    def is_none(self) -> bool:
+        """Whether this is noise=none."""
+        return self == Symmetric(seed=self.seed)
 
     @property
     def needs_reference(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import seed_everything
+from transformers import PreTrainedModel
 
 from dpo_lab.data.collate import collate
 from dpo_lab.data.datamodule import PreferenceDataModule
@@ -35,6 +36,16 @@ class Training:
     costs: Callable[[], dict[str, Any]] = dict
 
 
+def start_training(session: Session, inputs: TrainingInputs) -> tuple[PreTrainedModel, MemoryTracker]:
+    """Seed the run, and return a copy of the initial policy to train, on its device, and the measure of its memory."""
+    config, device = session.config, session.forward.device
+    seed_everything(config.seed, workers=True, verbose=False)
+    memory = MemoryTracker(device)
+    if config.policy.has_adapters:  # the base is held once on the device
+        on_device(inputs.initial.model, device)
+    return on_device(trainable_copy(inputs.initial.model), device), memory
+
+
 def prepare_offline(session: Session, inputs: TrainingInputs) -> Training:
     """Prepare the reference, check the loss at step 0, and return the module to train on the pairs of `inputs`.
 
@@ -43,11 +54,7 @@ def prepare_offline(session: Session, inputs: TrainingInputs) -> Training:
     config, run, forward = session.config, session.run, session.forward
     train, held_out = config.loss.prepare(inputs.train), config.loss.prepare(inputs.held_out)
     inputs = replace(inputs, train=train, held_out=held_out)
-    seed_everything(config.seed, workers=True, verbose=False)
-    memory = MemoryTracker(forward.device)
-    if config.policy.has_adapters:  # the base is held once on the device
-        on_device(inputs.initial.model, forward.device)
-    model = on_device(trainable_copy(inputs.initial.model), forward.device)
+    model, memory = start_training(session, inputs)
     tokens = config.data.forward_tokens
     pairs = inputs.train.concat(inputs.held_out)
     scored = pairs if pairs.unrelated is None else pairs.concat(pairs.unrelated)

@@ -5,23 +5,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import numpy as np
-from lightning.pytorch import seed_everything
-
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.core.methods import Online, PolicyGradient
+from dpo_lab.core.methods.online_dpo import OnlineDPO
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.limits import Limits
-from dpo_lab.models.policy import trainable_copy
 from dpo_lab.models.reference import reference_model
-from dpo_lab.models.sharding import on_device
 from dpo_lab.pipelines.inputs import TrainingInputs, policy_errors
-from dpo_lab.pipelines.offline import Training
+from dpo_lab.pipelines.offline import Training, start_training
 from dpo_lab.pipelines.reward_inputs import prepare_reward
 from dpo_lab.pipelines.session import Session
+from dpo_lab.rewards.gold import gold_of
 from dpo_lab.runs.cache import CACHE
-from dpo_lab.training.actor import Actor, Reward
-from dpo_lab.training.memory import MemoryTracker
+from dpo_lab.training.actor import Actor
 from dpo_lab.training.online_data import FreshPairs, OnlineDataModule, RolloutData
 from dpo_lab.training.policy_gradient_module import PolicyGradientModule
 from dpo_lab.training.step_level_module import module_for
@@ -36,11 +32,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     """
     config, run, forward, method = session.config, session.run, session.forward, session.config.method
     assert isinstance(method, Online)
-    seed_everything(config.seed, workers=True, verbose=False)
-    memory = MemoryTracker(forward.device)
-    if config.policy.has_adapters:  # the base is held once on the device
-        on_device(inputs.initial.model, forward.device)
-    model = on_device(trainable_copy(inputs.initial.model), forward.device)
+    model, memory = start_training(session, inputs)
     pairs, tokens = inputs.train.concat(inputs.held_out), config.data.forward_tokens
     kind = config.reference.of_fresh_responses()
     if kind is not config.reference:
@@ -56,7 +48,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         model,
         method,
         reward,
-        gold_reward(session, inputs),
+        gold_of(config.data.task, inputs.encoder) if config.data.uses_task else None,
         inputs.encoder,
         forward.context,
         longest,
@@ -75,30 +67,16 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
             config.optim,
             method=method,
             critic=critic,
-            title=method.name.upper(),
             **sizes,
         )
     else:
-        data = FreshPairs(method, actor, prompts, config.loss.prepare(inputs.held_out), seed=config.seed)
-        data.prepare = config.loss.prepare
-        batch = method.prompts // method.minibatches
-        module = module_for(config.loss)(model, config.loss, reference, config.optim, batch_size=batch, **sizes)
+        assert isinstance(method, OnlineDPO)
+        data = FreshPairs(method, actor, prompts, inputs.held_out, seed=config.seed, loss=config.loss)
+        sizes["batch_size"] = method.prompts_per_step
+        module = module_for(config.loss)(model, config.loss, reference, config.optim, **sizes)
     asked = reward.queries  # so far, for its scale; each sample is one more, also in earlier attempts of this run
     return Training(
         module, data, memory, lambda: {"rollouts": {"samples": data.samples, "reward_queries": asked + data.samples}}
-    )
-
-
-def gold_reward(session: Session, inputs: TrainingInputs) -> Reward | None:
-    """Return the task's reward of encoded prompts and responses, None for data that have none."""
-    data, encoder = session.config.data, inputs.encoder
-    if not data.uses_task:
-        return None
-    return lambda prompts, responses: np.array(
-        [
-            data.task.gold(encoder.prompt_text(list(prompt)) + encoder.text(list(response)))
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
     )
 
 

@@ -53,9 +53,10 @@ from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.callbacks.checkpointing import Checkpointing
 from dpo_lab.training.callbacks.early_stopping import keep_policy
 from dpo_lab.training.callbacks.health import final_findings
+from dpo_lab.training.callbacks.throughput import throughput
 from dpo_lab.training.checkpoint_io import newest, remove_leftovers, step_of
 from dpo_lab.training.master_weights import moved_weights
-from dpo_lab.training.memory import peak_memory
+from dpo_lab.training.memory import MemoryTracker, peak_memory
 from dpo_lab.training.microbatch import find_tokens
 
 log = logging.getLogger("dpo_lab")
@@ -111,6 +112,13 @@ class Session:
         explained = memory_explained(self.config, "training", trains=True, tokens=module.tokens_per_microbatch)
         with explained, kept_on_disk(inputs.initial.model):
             fit(trainer, module, data, resume.checkpoint)
+
+    def record_training(self, stage: str, memory: MemoryTracker, **costs: Any) -> None:
+        """Record the training's steps, throughput, memory and costs, and the seconds of its stage; a collective."""
+        measured, found = memory.as_record(), throughput(self.trainer)
+        if found or "memory" not in self.run.record:  # a resumed run with no step left to train has measured nothing
+            self.run.update(memory=measured)
+        self.run.update(steps=self.trainer.global_step, seconds=self.timer.stop(stage), **found, **costs)
 
     def _choose_memory(self, module: BaseModule, inputs: TrainingInputs) -> None:
         """Set how the module saves memory, and the tokens of its micro-batches if a trial is to find them.

@@ -21,7 +21,6 @@ from dpo_lab.pipelines.reward_inputs import ensure_reward_model
 from dpo_lab.pipelines.session import Session, open_session
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.examples import EXAMPLES
-from dpo_lab.training.callbacks.throughput import throughput
 
 log = logging.getLogger("dpo_lab")
 
@@ -44,7 +43,7 @@ def train_dpo(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
 
 def _run_stages(session: Session) -> None:
     """Prepare the inputs, train, gather the policy, evaluate, and write the run's record."""
-    config, run, trainer, forward = session.config, session.run, session.trainer, session.forward
+    config, run, forward = session.config, session.run, session.forward
     judge = load_judge(config, forward.device)  # before training, so that a judge that can't be loaded is an error now
     inputs = prepare_pairs(config, CACHE, forward)
     quality = inputs.quality()
@@ -61,11 +60,7 @@ def _run_stages(session: Session) -> None:
     except BaseException:
         run.update(health=[finding.as_record() for finding in of_folder(run.folder, run.record)])
         raise
-    measured = training.memory.as_record()
-    # A resumed run with no step left to train has measured nothing: it keeps the values recorded earlier.
-    if throughput(trainer) or "memory" not in run.record:
-        run.update(memory=measured)
-    run.update(steps=trainer.global_step, seconds=session.timer.stop("dpo"), **throughput(trainer), **training.costs())
+    session.record_training("dpo", training.memory, **training.costs())
     trained = session.save_trained(module, inputs)
     context = build_eval_context(config, inputs, trained, forward, judge)
     metrics = evaluate(context, config.evals.selected())

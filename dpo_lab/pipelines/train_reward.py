@@ -29,12 +29,12 @@ from dpo_lab.models.sharding import Facts, on_device
 from dpo_lab.pipelines.eval_inputs import build_eval_context
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, prepare_pairs
 from dpo_lab.pipelines.session import Session, open_session
+from dpo_lab.rewards.base import texts_of
 from dpo_lab.rewards.learned import FACTS, Learned
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.examples import EXAMPLES
 from dpo_lab.stats.text import percent
-from dpo_lab.training.callbacks.throughput import throughput
 from dpo_lab.training.memory import MemoryTracker
 from dpo_lab.training.reward_module import RewardModule
 
@@ -93,11 +93,7 @@ def _run_stages(session: Session) -> None:
         tokens_per_microbatch=config.data.forward_tokens,
     )
     session.train(module, inputs, session.preference_data(inputs))
-    measured = memory.as_record()
-    # A resumed run with no step left to train has measured nothing: it keeps the values recorded earlier.
-    if throughput(trainer) or "memory" not in run.record:
-        run.update(memory=measured)
-    run.update(steps=trainer.global_step, seconds=session.timer.stop("reward"), **throughput(trainer))
+    session.record_training("reward", memory)
     responses = (side for pair in inputs.train for side in (pair.chosen, pair.rejected))
     end = end_of(islice(responses, 2 * TEXTS), inputs.encoder.end_ids)
     trained = session.save_trained(module, inputs, FOLDER, lambda policy: exported(policy.model, policy.tokenizer, end))
@@ -146,7 +142,7 @@ def _judged_alike(folder: Path, inputs: TrainingInputs) -> float | None:
     encoder, pairs = inputs.encoder, list(islice(inputs.held_out, TEXTS))
     if not pairs:
         return None
-    texts = [encoder.prompt_text(list(pair.prompt)) + encoder.text(list(pair.chosen)) for pair in pairs]
+    texts = texts_of(encoder, [pair.prompt for pair in pairs], [pair.chosen for pair in pairs])
     share = share_of_equal_tokens(AutoTokenizer.from_pretrained(folder, local_files_only=True), pairs, texts)
     if share < 1:
         log.warning(

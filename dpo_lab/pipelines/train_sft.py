@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 
 from dpo_lab.cli.next_steps import after_sft
 from dpo_lab.config.schema import ConfigError, RunConfig, sft_record
-from dpo_lab.core.noise import Symmetric
 from dpo_lab.evals.held_out import LABELS, heldout_loss
 from dpo_lab.models.policy import TinyPolicy, trainable_copy
 from dpo_lab.models.sharding import on_device
@@ -38,7 +37,7 @@ def train_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
             os.removedirs(folder)  # Hydra created it, and it stays empty
         _make_initial_policy(config)
         return
-    if config.noise != Symmetric(seed=config.noise.seed):
+    if not config.noise.is_none:
         raise ConfigError(
             "noise: supervised fine-tuning learns chosen responses as labelled, without label noise; type noise=none"
         )

@@ -26,6 +26,11 @@ REWARDS: dict[str, type[Reward]] = {}  # by name in configs
 ScoreTokens = Callable[[Sequence[Tokens], Sequence[Tokens]], np.ndarray]  # prompts, responses -> scores [N]
 
 
+def texts_of(encoder: PairTokenizer, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[str]:
+    """Return prompt and response as one text, without begin and end tokens."""
+    return [encoder.prompt_text(list(p)) + encoder.text(list(r)) for p, r in zip(prompts, responses, strict=True)]
+
+
 class RewardError(ValueError):
     """Raised where a reward can't be prepared; the message is one line that says what to type."""
 
@@ -60,11 +65,6 @@ class RewardInputs:
     device: torch.device
     context: Callable[[], AbstractContextManager]
     tokens: int
-
-    def texts(self, prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> list[str]:
-        """Return prompt and response as one text, without begin and end tokens."""
-        encoder = self.encoder
-        return [encoder.prompt_text(list(p)) + encoder.text(list(r)) for p, r in zip(prompts, responses, strict=True)]
 
     def samples(self) -> list[Tokens]:
         """Sample a response of the initial policy to each prompt."""
@@ -109,13 +109,16 @@ class RewardFunction:
 
 @dataclass
 class Reward:
-    """The base class of sources of rewards. A subclass defines `load` and states its name in configs."""
+    """The base class of sources of rewards. A subclass defines `load` and states its name in configs; reads_labels: whether
+    it depends on the labels of the run's pairs, and so on their noise.
+    """
 
     name: ClassVar[str]
+    reads_labels: ClassVar[bool]
     scale: Scale = Scale.preference
 
-    def __init_subclass__(cls, *, name: str) -> None:
-        cls.name = name
+    def __init_subclass__(cls, *, name: str, reads_labels: bool = False) -> None:
+        cls.name, cls.reads_labels = name, reads_labels
         add_to_table(REWARDS, name, cls)
 
     def check(self, has_gold: bool, judge: Judge) -> None:

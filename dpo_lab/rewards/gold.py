@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_lab.rewards.base import Reward, RewardInputs, ScoreTokens
+from dpo_lab.rewards.base import Reward, RewardInputs, ScoreTokens, texts_of
+
+if TYPE_CHECKING:
+    from dpo_lab.data.tasks.base import Task
+    from dpo_lab.data.tokenize import PairTokenizer
 
 
 @dataclass
@@ -23,4 +28,10 @@ class Gold(Reward, name="gold"):
         self.check(inputs.task is not None, inputs.judge)
         task = inputs.task
         assert task is not None
-        return lambda *tokens: np.array([task.gold(text) for text in inputs.texts(*tokens)]) / task.temperature
+        gold = gold_of(task, inputs.encoder)
+        return lambda *tokens: gold(*tokens) / task.temperature
+
+
+def gold_of(task: Task, encoder: PairTokenizer) -> ScoreTokens:
+    """Return the task's reward of encoded prompts and responses, in its own unit."""
+    return lambda *tokens: np.array([task.gold(text) for text in texts_of(encoder, *tokens)])

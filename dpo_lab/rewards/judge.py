@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpo_lab.evals.judge import JudgeError
-from dpo_lab.rewards.base import Reward, RewardError, RewardInputs, ScoreTokens
+from dpo_lab.rewards.base import Reward, RewardError, RewardInputs, ScoreTokens, texts_of
 
 
 @dataclass
@@ -25,4 +25,4 @@ class OfJudge(Reward, name="judge"):
         except JudgeError as error:
             raise RewardError(str(error)) from None
         assert score is not None
-        return lambda *tokens: score(inputs.texts(*tokens))
+        return lambda *tokens: score(texts_of(inputs.encoder, *tokens))

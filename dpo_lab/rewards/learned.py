@@ -21,7 +21,7 @@ FACTS = "reward.json"  # in the folder of a reward model: mean and sd of its sco
 
 
 @dataclass
-class Learned(Reward, name="learned"):
+class Learned(Reward, name="learned", reads_labels=True):
     """The score of a reward model, in log-odds, less its mean on the initial policy's samples.
 
     path: the folder of one that `python -m dpo_lab.reward` trained; None: it is trained first, on the run's own pairs with

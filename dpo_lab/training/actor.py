@@ -22,8 +22,7 @@ from dpo_lab.models.critic import Critic
 from dpo_lab.models.forward import token_logps_of
 from dpo_lab.models.sampling import sample
 from dpo_lab.models.sharding import device_of, own_passes
-
-Reward = Callable[[Sequence[Tokens], Sequence[Tokens]], np.ndarray]  # prompts and responses -> rewards [N]
+from dpo_lab.rewards.base import ScoreTokens
 
 
 @dataclass
@@ -36,8 +35,8 @@ class Actor:
 
     model: PreTrainedModel
     method: Online
-    reward: Reward
-    gold: Reward | None
+    reward: ScoreTokens
+    gold: ScoreTokens | None
     encoder: PairTokenizer
     context: Callable[[], AbstractContextManager]
     longest: int

@@ -12,6 +12,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, distributed
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
@@ -179,8 +181,12 @@ class BaseModule(LightningModule):
         self._agree_to_stop()
         self._stop_if_asked()
 
+    def build_optimizer(self) -> tuple[Optimizer, LRScheduler]:
+        """Return the optimizer of what is trained, and its schedule."""
+        return self.optim.build(self.model.parameters(), self.total_steps)
+
     def configure_optimizers(self):
-        optimizer, schedule = self.optim.build(self.model.parameters(), self.total_steps)
+        optimizer, schedule = self.build_optimizer()
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dpo_lab.core.logps import sum_responses
+from dpo_lab.core.losses import Loss
 from dpo_lab.core.methods.base import Online, PolicyGradient
 from dpo_lab.core.methods.online_dpo import OnlineDPO
 from dpo_lab.core.pair_table import PairTable
@@ -53,16 +54,20 @@ class OnlineDataModule(PreferenceDataModule):
             self.rollouts = self._roll_out(number)
         assert self.rollouts is not None
         rank, world_size = self._rank_and_world_size()
-        size, seed = self.method.prompts // self.method.minibatches, derive_seed(self.seed, f"minibatches/{number}")
+        size, seed = self.method.prompts_per_step, derive_seed(self.seed, f"minibatches/{number}")
         mine, all_ranks = (
             StepSampler(self.rollouts.sizes, size, seed, *place).step(update) for place in ((rank, world_size), (0, 1))
         )
-        return self.minibatch(self.rollouts, number, all_ranks, mine)
+        places = {prompt: place for place, prompt in enumerate(all_ranks)}
+        return self.minibatch(self.rollouts, number, all_ranks, [places[prompt] for prompt in mine])
 
     def minibatch(
         self, rollouts: Rollouts, number: int, prompts: Sequence[int], mine: Sequence[int]
     ) -> Rollouts | PairBatch:
-        """Return the batch of an optimizer step that trains on some prompts of rollout `number`: this rank's part, `mine`."""
+        """Return this rank's part of the batch of an optimizer step that trains on some prompts of rollout `number`.
+
+        mine: the places of its part in `prompts`.
+        """
         raise NotImplementedError
 
     def counters(self) -> dict[str, float]:
@@ -105,7 +110,6 @@ class OnlineDataModule(PreferenceDataModule):
         if rollouts.behaviour is not None:
             found["kl"] = sum_responses(rollouts.log_ratios, rollouts.lengths)
             found["entropy"] = -sum_responses(rollouts.behaviour, rollouts.lengths) / lengths  # per token
-            self.beta = self.method.next_beta(self.beta, found["kl"].mean().item())  # type: ignore[attr-defined]
             found["beta"] = torch.full_like(lengths, rollouts.beta)
         for name, values in found.items():
             self.sums[name] = self.sums.get(name, 0.0) + values.double().sum().item()
@@ -119,23 +123,35 @@ class RolloutData(OnlineDataModule):
 
     def minibatch(self, rollouts, number, prompts, mine):
         lengths = rollouts.response_lengths[list(prompts)]
-        weights = self.method.token_weights(lengths, self.actor.longest)
-        place = {prompt: i for i, prompt in enumerate(prompts)}
-        part = rollouts.take(mine)
-        own = torch.from_numpy(weights[[place[prompt] for prompt in mine]]).float()
-        return replace(part, weights=spread(own, part.response_lengths))
+        weights = torch.from_numpy(self.method.token_weights(lengths, self.actor.longest)[list(mine)]).float()
+        part = rollouts.take([prompts[place] for place in mine])
+        return replace(part, weights=spread(weights, part.response_lengths))
 
     def _roll_out(self, number: int) -> Rollouts:
         rollouts = super()._roll_out(number)
+        kl = sum_responses(rollouts.log_ratios, rollouts.lengths).mean().item()
+        self.beta = self.method.next_beta(self.beta, kl)
         advantages, returns = self.method.advantages(rollouts)
         return replace(rollouts, advantages=advantages, returns=returns)  # type: ignore[arg-type]  # of critics alone
 
 
 class FreshPairs(OnlineDataModule):
-    """Pairs of fresh responses, for losses of pairs. prepare: gives pairs what the loss takes of them, see Loss.prepare."""
+    """Pairs of fresh responses, and held-out pairs, with what `loss` takes of them, see Loss.prepare."""
 
     method: OnlineDPO
-    prepare: Callable[[PairTable], PairTable] = staticmethod(lambda pairs: pairs)
+
+    def __init__(
+        self,
+        method: OnlineDPO,
+        actor: Actor,
+        prompts: Sequence[Tokens],
+        held_out: PairTable,
+        *,
+        seed: int,
+        loss: Loss,
+    ) -> None:
+        super().__init__(method, actor, prompts, loss.prepare(held_out), seed=seed)
+        self.loss = loss
 
     def minibatch(self, rollouts, number, prompts, mine):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, f"annotator/{number}"))
@@ -149,9 +165,8 @@ class FreshPairs(OnlineDataModule):
             key = content_hash([rollouts.keys[at], number, at])
             pairs.append(EncodedPair(key, prompt, responses[chosen], responses[rejected], gold))
             gaps.append(reward)
-        table = self.prepare(PairTable.of(pairs, gaps))
-        place = {prompt: i for i, prompt in enumerate(prompts)}
-        return collate([table[place[prompt]] for prompt in mine])
+        table = self.loss.prepare(PairTable.of(pairs, gaps))
+        return collate([table[place] for place in mine])
 
 
 class _Batches:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_lab.core.advantages import k2
 from dpo_lab.core.methods.base import PolicyGradient, clipped_share
 from dpo_lab.core.methods.ppo import PPO
 from dpo_lab.core.metrics import FixedDtypeMetric
@@ -29,10 +30,9 @@ class PolicyGradientModule(DPOModule):
 
     charts = {**CHARTS, **ROLLOUT_CHARTS}
 
-    def __init__(self, *args: Any, method: PolicyGradient, critic: Critic | None, title: str, **settings: Any) -> None:
-        responses = method.prompts // method.minibatches * method.samples
-        super().__init__(*args, batch_size=responses, **settings)
-        self.method, self.critic, self.title = method, critic, title  # type: ignore[misc]
+    def __init__(self, *args: Any, method: PolicyGradient, critic: Critic | None, **settings: Any) -> None:
+        super().__init__(*args, batch_size=method.prompts_per_step * method.samples, **settings)
+        self.method, self.critic, self.title = method, critic, method.name.upper()  # type: ignore[misc]
         self.train_metrics: Any = PolicyGradientMetrics()
 
     def models(self):
@@ -53,17 +53,12 @@ class PolicyGradientModule(DPOModule):
         norm = super().clip_gradients_to_norm()
         return norm if self.critic is None else norm + full_tensor(self.optim.clip(self.critic.parameters()))
 
-    def configure_optimizers(self):
+    def build_optimizer(self):
         if self.critic is None:
-            return super().configure_optimizers()
+            return super().build_optimizer()
         assert isinstance(self.method, PPO)
-        optimizer, schedule = self.optim.build(
-            self.model.parameters(),
-            self.total_steps,
-            critic=self.critic.parameters(),
-            critic_factor=self.method.critic_lr_factor,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        parameters, factor = self.critic.parameters(), self.method.critic_lr_factor
+        return self.optim.build(self.model.parameters(), self.total_steps, critic=parameters, critic_factor=factor)
 
 
 class PolicyGradientMetrics(FixedDtypeMetric):
@@ -83,7 +78,7 @@ class PolicyGradientMetrics(FixedDtypeMetric):
     def update(self, loss: Tensor, log_ratios: Tensor, errors: Tensor | None, part: Rollouts, clip: float) -> None:
         """Add a micro-batch. loss: the sum of its losses; log_ratios: see PolicyGradient; errors: squared, of the critic."""
         is_clipped = clipped_share(log_ratios, part.advantages, clip)
-        moved = log_ratios.square() / 2  # k2 of the policy of now and the one that sampled
+        moved = k2(log_ratios)  # of the policy of now and the one that sampled
         sums = [
             loss,
             loss.new_tensor(part.rewards.numel()),

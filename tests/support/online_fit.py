@@ -41,12 +41,8 @@ def prepare(method: Online, loss=None, reference=None):
         )
         if isinstance(method, PolicyGradient):
             data: OnlineDataModule = RolloutData(method, actor, prompts, HELD_OUT, seed=5)
-            return PolicyGradientModule(
-                model, own, logps, optim, method=method, critic=critic, title="RL", **step
-            ), data
-        data = FreshPairs(method, actor, prompts, own.prepare(HELD_OUT), seed=5)
-        data.prepare = own.prepare
-        batch = method.prompts // method.minibatches
-        return module_for(own)(model, own, logps, optim, batch_size=batch, **step), data
+            return PolicyGradientModule(model, own, logps, optim, method=method, critic=critic, **step), data
+        data = FreshPairs(method, actor, prompts, HELD_OUT, seed=5, loss=own)
+        return module_for(own)(model, own, logps, optim, batch_size=method.prompts_per_step, **step), data
 
     return make

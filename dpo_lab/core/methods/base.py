@@ -76,6 +76,11 @@ class Online(Method):
         """Number of optimizer steps between two rollouts."""
         return self.epochs * self.minibatches
 
+    @property
+    def prompts_per_step(self) -> int:
+        """Number of prompts that an optimizer step trains on."""
+        return self.prompts // self.minibatches
+
 
 @dataclass
 class PolicyGradient(Online):
