@@ -1,13 +1,13 @@
-"""The command `python -m dpo_lab.evaluate run=FOLDER [evals.key=value ...]`: measure a policy that is already trained."""
+"""The command `python -m dpo_lab.evaluate run=FOLDER [evals.key=value ...]`, or trained=FOLDER of any policy: measure a policy
+that is already trained.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_lab.cli import entry_point
@@ -24,19 +24,11 @@ def evaluate(cfg: DictConfig) -> None:
 
 def _evaluate(cfg: DictConfig, settings: schema.RunConfig) -> None:
     assert isinstance(settings, from_run.EvaluateConfig)
-    overrides = list(HydraConfig.get().overrides.task)
-    record = None
-    if settings.run is not None:
-        folder = Path(settings.run)
-        record = from_run.load_finished_run(folder)
-        chosen, trained = from_run.config_from_run(record, cfg, overrides), folder / "policy"
-    else:
-        folder, chosen, trained = Path("outputs"), settings, Path(str(settings.trained))
-    print(f"dpo_lab: {trained}", flush=True)  # before torch is imported, which takes seconds
+    print(f"dpo_lab: {settings.folder}", flush=True)  # before torch is imported, which takes seconds
     with entry_point.fast_imports():
-        from dpo_lab.pipelines.evaluate_run import evaluate_run
+        from dpo_lab.pipelines.evaluate_run import run_evaluation
 
-    evaluate_run(chosen, trained, folder / "evaluations", settings.name, overrides, record)
+    run_evaluation(cfg, settings)
 
 
 def as_path(argument: str) -> str:

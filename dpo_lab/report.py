@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.run_data import RunSet, check_metrics
 from dpo_lab.studies.spec import StudyError
 
 DESCRIPTION = """\
@@ -97,9 +97,11 @@ def _report(options: argparse.Namespace) -> int:
 
     collections = gather(options.paths)
     if options.baseline:
-        collections = [_with_baseline(collection, options.baseline) for collection in collections]
+        with _typed("--baseline"):
+            collections = [collection.compared_with(options.baseline) for collection in collections]
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
-    _check_metrics(collections, metrics)
+    with _typed("--metrics"):
+        check_metrics(collections, metrics)
     page = None
     if options.page or not (options.markdown or options.csv or options.archive):
         page = _page_path(options.page, collections)
@@ -116,21 +118,13 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _with_baseline(collection: RunSet, baseline: str) -> RunSet:
-    names = [arm.name for arm in collection.arms]
-    if baseline not in names:
-        raise StudyError(f"--baseline {baseline}: no such arm in {collection.title}; type one of: {'; '.join(names)}")
-    return replace(collection, baseline=baseline)
-
-
-def _check_metrics(collections: Sequence[RunSet], metrics: Sequence[str]) -> None:
-    """Raise StudyError for a metric that no run has."""
-    for metric in metrics:
-        if not any(collection.values(arm.name, metric) for collection in collections for arm in collection.arms):
-            known = sorted({name for collection in collections for run in collection.runs for name in run.metrics})
-            raise StudyError(
-                f"--metrics {metric}: no run has it; type some of: {', '.join(known) or 'none, no run is done'}"
-            )
+@contextmanager
+def _typed(option: str) -> Iterator[None]:
+    """Name an option of the command in the errors of its value."""
+    try:
+        yield
+    except StudyError as error:
+        raise StudyError(f"{option} {error}") from None
 
 
 def _page_path(path: Path | None, collections: Sequence[RunSet]) -> Path:

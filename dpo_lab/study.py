@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
     given = parser.parse_intermixed_args(arguments)
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        runs, beside, arguments = _studies(given.words, typed)
+        runs, beside, arguments = planned_studies(given.words, typed)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
     return code
 
 
-def _studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun], list[StudyRun], list[str]]:
+def planned_studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun], list[StudyRun], list[str]]:
     """Return the studies, the other studies in their folders, and the overrides of all runs."""
     options = {"study": "", "budget": "full", "seeds": "", "name": "studies"}
     files, more = [], []

@@ -27,6 +27,7 @@ LAYERS = (
     ("dpo_lab.inspection", "dpo_lab.planning"),
     ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.reward", "dpo_lab.inspect", "dpo_lab.evaluate", "dpo_lab.report"),
     ("dpo_lab.study",),
+    ("dpo_lab.api",),
 )
 
 

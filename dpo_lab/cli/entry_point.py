@@ -167,13 +167,14 @@ def run_or_spawn_ranks(
             finished = run_record.read_record(folder)
             assert finished is not None
             if_done(finished, folder)
-        elif single_process or (ranks := _num_local_ranks(settings.trainer)) == 1:
+        elif single_process or (ranks := num_local_ranks(settings.trainer)) == 1:
             run(folder)
         else:
             _run_ranks(module, folder, ranks, int(settings.trainer["num_nodes"]))
 
 
-def _num_local_ranks(trainer: Mapping[str, Any]) -> int:
+def num_local_ranks(trainer: Mapping[str, Any]) -> int:
+    """Return the number of ranks on this machine for the settings of the trainer. Raise ConfigError if they are invalid."""
     try:
         return launcher.num_local_ranks(str(trainer["accelerator"]), trainer["devices"], int(trainer["num_nodes"]))
     except ValueError as error:

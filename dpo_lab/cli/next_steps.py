@@ -82,7 +82,7 @@ def after_sft(config: RunConfig, overrides: Sequence[str], folder: Path) -> list
     data = [override for override in overrides if _key(override).partition(".")[0] == "data"]
     if config.sft.text_column is not None or config.data.has_texts:
         data = ["data.path=PAIRS.jsonl"]
-    typed = [f"{key}={_quoted(str(value))}" for key, value in settings.items()]
+    typed = [f"{key}={quoted(str(value))}" for key, value in settings.items()]
     machine = [o for o in overrides if _key(o).partition(".")[0] in OF_MACHINE and _key(o) not in OF_LENGTH]
     return [command("train", *typed, *data, *machine)]
 
@@ -94,7 +94,7 @@ def after_reward(config: RunConfig, overrides: Sequence[str], folder: Path) -> l
     """
     if folder.parent == CACHE:
         return []
-    model, kept = _quoted(str(folder / "reward_model")), _without(overrides, "name", "if_exists", "reward", "optim")
+    model, kept = quoted(str(folder / "reward_model")), _without(overrides, "name", "if_exists", "reward", "optim")
     kept = [override for override in kept if _key(override) not in OF_LENGTH]
     return [
         command("train", "method=rloo", "reward=learned", f"reward.path={model}", *kept),
@@ -128,6 +128,6 @@ def _changed(policy: Pretrained, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """Quote a value where Hydra would not read it as one: run folders contain commas."""
     return value if re.fullmatch(r"[\w./-]+", value) else json.dumps(value, ensure_ascii=False)

@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab.config.reward_model import REWARD_MODEL
-from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, explain, input_files, validate
+from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, as_record, explain, input_files, validate
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import changed_files, override_key
 from dpo_lab.training.optim import OptimKind
 
 OVERRIDABLE_KEYS = ("evals", "trainer", "threads", "data.tokens_per_microbatch")
 COMMAND_KEYS = ("run", "trained", "name")
-ABSENT = {"reward": "learned"}  # the option of a group that a record lacks, since the run did not use it
+EVALUATIONS = "evaluations"  # the name of evaluations that are given none
+# The option of a group that a record lacks, since the run did not use it.
+ABSENT = {"method": "dpo", "loss": "dpo", "reference": "frozen", "noise": "symmetric", "reward": "learned"}
 
 
 @dataclass
@@ -31,7 +34,8 @@ class EvaluateConfig(RunConfig):
     """The settings of a later evaluation.
 
     run: the folder of a finished run; or trained: the folder of a policy, where the other settings name the initial
-    policy and the data. name: the name of the result; empty: the next number.
+    policy and the data. name: the name of the result, by default the next number; of a policy that of the folder in
+    outputs/, by default `evaluations`.
     """
 
     run: str | None = None
@@ -45,10 +49,26 @@ class EvaluateConfig(RunConfig):
                 " policy.path=INITIAL data.path=PAIRS.jsonl"
             )
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run that is evaluated, or that an evaluation of a policy is recorded in."""
+        if self.run is not None:
+            return Path(self.run)
+        settings = run_record.slug(HydraConfig.get().job.override_dirname)
+        return run_record.OUTPUTS / run_record.name_of_folder(self.name or EVALUATIONS) / settings / f"seed={self.seed}"
+
 
 def register() -> None:
     """Register the schema with Hydra."""
     ConfigStore.instance().store(name="evaluate", group="schema", node=EvaluateConfig)
+
+
+def evaluation_record(cfg: DictConfig, config: EvaluateConfig) -> dict[str, Any]:
+    """Return the config of an evaluation of a policy as nested dicts: that of a run with its settings, and `trained`."""
+    config_dict = {
+        key: value for key, value in as_record(cfg, config).items() if key not in ("run", "logger", "callbacks")
+    }
+    return config_dict | {"logger": {}, "callbacks": {}, "name": config.name or EVALUATIONS}
 
 
 def load_finished_run(folder: Path) -> dict[str, Any]:
@@ -68,6 +88,11 @@ def load_finished_run(folder: Path) -> dict[str, Any]:
         raise run_record.RunRefused(
             f"run={folder}: this run trained a reward model; type evals.judge.path={folder}/reward_model with run= of a"
             " policy"
+        )
+    if "trained" in record["config"]:
+        raise run_record.RunRefused(
+            f"run={folder}: this is an evaluation of {record['config']['trained']}; type trained= of that folder, and another"
+            " name="
         )
     if "loss" not in record["config"]:
         raise run_record.RunRefused(
@@ -111,6 +136,8 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
 def from_record(config_dict: Mapping[str, Any]) -> DictConfig:
     """Return a recorded config as a typed config; settings that it does not have get their defaults."""
     config_dict = copy.deepcopy(dict(config_dict)) | {"logger": {}, "callbacks": {}}
+    for key in ("trained", REWARD_MODEL):  # beside the settings of a run
+        config_dict.pop(key, None)
     cfg = OmegaConf.structured(RunConfig)
     for group, table in KINDS.items():
         *parents, leaf = group.split(".")

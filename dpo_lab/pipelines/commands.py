@@ -26,14 +26,14 @@ NextSteps = Callable[[schema.RunConfig, Sequence[str], Path], list[str]]
 
 @dataclass(frozen=True)
 class Command:
-    """A command that trains a model, `python -m dpo_lab.NAME`.
+    """A command that trains a model.
 
-    config_name: of its file in conf/; as_record: returns the config as a run records it; next_steps: the commands to
-    suggest after a run; pipeline: the name of the function that runs it and of its module in dpo_lab.pipelines, which is
-    imported when it is needed, since it loads torch.
+    module: that `python -m` runs; config_name: of its file in conf/; as_record: returns the config as a run records it;
+    next_steps: returns the commands to suggest after a run; pipeline: the name of the function that runs it and of its
+    module in dpo_lab.pipelines, which is imported when it is needed, since it loads torch.
     """
 
-    name: str
+    module: str
     config_name: str
     as_record: AsRecord
     next_steps: NextSteps
@@ -60,7 +60,7 @@ class Command:
             next_steps.print_finished_run(record, folder, self.next_steps(settings, record["overrides"], folder))
 
         entry_point.run_or_spawn_ranks(
-            f"dpo_lab.{self.name}",
+            self.module,
             settings,
             self.as_record(cfg, settings),
             run=run,
@@ -82,6 +82,6 @@ class Command:
         return status is run_record.RunStatus.done
 
 
-TRAIN = Command("train", "train", schema.as_record, next_steps.after_training, "train_dpo")
-SFT = Command("sft", "sft", schema.sft_record, next_steps.after_sft, "train_sft")
-REWARD = Command("reward", "reward_model", reward_model.reward_record, next_steps.after_reward, "train_reward")
+TRAIN = Command("dpo_lab.train", "train", schema.as_record, next_steps.after_training, "train_dpo")
+SFT = Command("dpo_lab.sft", "sft", schema.sft_record, next_steps.after_sft, "train_sft")
+REWARD = Command("dpo_lab.reward", "reward_model", reward_model.reward_record, next_steps.after_reward, "train_reward")

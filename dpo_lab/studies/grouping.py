@@ -54,16 +54,27 @@ def axes(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]
     """Return the numeric settings that vary: arm -> setting -> value. Of two settings with equal values the shorter is
     kept.
     """
-    columns: dict[str, tuple[Any, ...]] = {}
-    for key in sorted(_varying(list(configs.values())), key=lambda key: (key.count("."), key)):
-        column = tuple(config.get(key) for config in configs.values())
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in column if v is not None)
-        if numbers and column not in columns.values():
-            columns[key] = column
+    columns = {
+        key: column
+        for key, column in varying_columns(list(configs.values())).items()
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in column if v is not None)
+    }
     return {
         arm: {key: float(column[number]) for key, column in columns.items() if column[number] is not None}
         for number, arm in enumerate(configs)
     }
+
+
+def varying_columns(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the settings that vary: setting -> its value in each config, None where it has none. Of two settings with
+    equal values the shorter is kept.
+    """
+    columns: dict[str, list[Any]] = {}
+    for key in sorted(_varying(configs), key=lambda key: (key.count("."), key)):
+        column = [config.get(key) for config in configs]
+        if column not in columns.values():
+            columns[key] = column
+    return columns
 
 
 def in_order(name: str) -> tuple[Any, ...]:

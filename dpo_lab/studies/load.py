@@ -76,13 +76,14 @@ def _of_study(folder: Path) -> RunSet:
 
 def _of_job(folder: Path, arm: str, seed: int, job: Mapping[str, Any]) -> RunData:
     """Return a job's run from its record or, if it has none or was killed, with the status that the study recorded."""
-    run = _of_folder(Path(os.path.normpath(folder / job["folder"])), arm, seed)
+    run = load_run_data(Path(os.path.normpath(folder / job["folder"])), arm, seed)
     if run.status in ("missing", "running") and job["status"] != "done":
         run = replace(run, status=job["status"], error=job.get("error"))
     return replace(run, log=job.get("log"))
 
 
-def _of_folder(folder: Path, arm: str, seed: int) -> RunData:
+def load_run_data(folder: Path, arm: str = "", seed: int = 0) -> RunData:
+    """Return the run in a folder; its status is `missing` if there is none, `unreadable` if its record can't be read."""
     try:
         record = read_record(folder)
         if record is None:
@@ -95,8 +96,27 @@ def _of_folder(folder: Path, arm: str, seed: int) -> RunData:
     return RunData(folder, arm, seed, status, record.get("error"), record, estimates)
 
 
+def sweep(folder: Path) -> RunSet:
+    """Return the jobs of the last sweep in a folder. Raise StudyError if it holds none."""
+    try:
+        jobs = recorded_jobs(json.loads((folder / SWEEP).read_text()))
+    except (OSError, ValueError, KeyError) as error:
+        raise StudyError(
+            f"{folder / SWEEP}: not the record of a sweep ({error}); type the sweep's command again"
+        ) from None
+    places = [_place(folder, job) for job in jobs]
+    return _of_runs([folder], [place for place in places if (place / RECORD).exists()])
+
+
+def _place(folder: Path, job: Mapping[str, Any]) -> Path:
+    """Return the folder of a job of the sweep in a folder: <overrides>/seed=N."""
+    return folder.joinpath(*Path(job["folder"]).parts[-2:])
+
+
 def _of_runs(trees: Sequence[Path], folders: Sequence[Path]) -> RunSet:
-    runs = [_of_folder(folder, "", 0) for folder in folders] + [run for tree in trees for run in _without_record(tree)]
+    runs = [load_run_data(folder, "", 0) for folder in folders] + [
+        run for tree in trees for run in _without_record(tree)
+    ]
     typed = [run.record.get("overrides", ()) for run in runs]
     configs = [grouping.settings(run.record["config"]) if "config" in run.record else None for run in runs]
     settings: dict[str, Mapping[str, Any]] = {}
@@ -126,7 +146,7 @@ def _without_record(tree: Path) -> Iterator[RunData]:
         except (ValueError, KeyError):
             continue  # jobs that ran have records of their own
         for job in jobs:
-            place = folder.joinpath(*Path(job["folder"]).parts[-2:])  # <overrides>/seed=N
+            place = _place(folder, job)
             if not (place / RECORD).exists():
                 typed = {"overrides": job["overrides"]}
                 yield RunData(place, "", 0, job["status"], job.get("error"), typed, log=job.get("log"))

@@ -14,7 +14,7 @@ from dpo_lab.health.diagnose import RULES
 from dpo_lab.runs import metrics_log
 from dpo_lab.runs.examples import EXAMPLES, read
 from dpo_lab.stats.estimates import Estimate
-from dpo_lab.studies.spec import EXPRESSION, Arm, Study
+from dpo_lab.studies.spec import EXPRESSION, Arm, Study, StudyError
 
 # keys of `evals` that must agree between runs whose metrics are compared
 EVAL_SETTINGS_THAT_MUST_MATCH = ("num_prompts", "max_new_tokens", "num_texts", "judge")
@@ -155,6 +155,13 @@ class RunSet:
                 sentences.append(f"evals.{name} is {' and '.join(parts)}")
         return sentences
 
+    def compared_with(self, baseline: str) -> RunSet:
+        """Return the runs with another baseline. Raise StudyError if it is no arm."""
+        names = [arm.name for arm in self.arms]
+        if baseline not in names:
+            raise StudyError(f"{baseline}: no such arm in {self.title}; type one of: {'; '.join(names)}")
+        return replace(self, baseline=baseline)
+
     def run(self, arm: str, seed: int) -> RunData | None:
         """Return the run of an arm and seed, or None."""
         return next((run for run in self.runs if run.arm == arm and run.seed == seed), None)
@@ -185,6 +192,14 @@ class RunSet:
 
     def _costs(self) -> dict[Path, float]:
         return {run.folder: run.value("seconds") for run in self.runs if run.is_done and run.record.get("seconds")}
+
+
+def check_metrics(collections: Sequence[RunSet], metrics: Sequence[str]) -> None:
+    """Raise StudyError for a metric that no run has."""
+    for metric in metrics:
+        if not any(collection.values(arm.name, metric) for collection in collections for arm in collection.arms):
+            known = sorted({name for collection in collections for run in collection.runs for name in run.metrics})
+            raise StudyError(f"{metric}: no run has it; type some of: {', '.join(known) or 'none, no run is done'}")
 
 
 def _shorten(names: Iterable[str], at_most: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Progress of long stages: a bar on a terminal, one line per finished stage elsewhere."""
+"""Progress of long stages: a bar on a terminal and in a notebook, one line per finished stage elsewhere."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ Advance = Callable[..., None]
 
 NARROW = 100  # columns: a terminal with fewer gets a shorter bar
 TIME = 8  # columns of the time left
+WIDTH = 20  # columns of the bar
+REDRAWN = 0.2  # seconds between two drawings of a bar in a notebook
 
 
 @contextmanager
@@ -34,6 +36,9 @@ def track(what: str, total: int, shown: bool = True, done: int = 0, least: float
     """
     if not shown:
         yield lambda parts, figures=None: None
+    elif get_console().is_jupyter:
+        with _cell(what, total, done, least) as advance:
+            yield advance
     elif is_watched():
         with _bar(what, total, done, least) as advance:
             yield advance
@@ -70,7 +75,7 @@ def log_handler() -> logging.Handler:
 def _bar(what: str, total: int, done: int, least: float) -> Iterator[Advance]:
     console, started = get_console(), time.monotonic()
     is_narrow = console.width < NARROW
-    title, width = (what, 8) if is_narrow else (f"{what:<20}", 20)
+    title, width = (what, 8) if is_narrow else (f"{what:<20}", WIDTH)
     taken = len(title) + width + len(f"{total}/{total}") + TIME + 4  # plus a space between columns
     with Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
@@ -89,6 +94,40 @@ def _bar(what: str, total: int, done: int, least: float) -> Iterator[Advance]:
 
         yield advance
         bar.live.transient = time.monotonic() - started < least
+
+
+@contextmanager
+def _cell(what: str, total: int, done: int, least: float) -> Iterator[Advance]:
+    """Draw a bar in the output of a notebook's cell, and redraw it in place."""
+    from IPython.display import display  # type: ignore[import-not-found]
+
+    started, drawn, newest, handle = time.monotonic(), 0.0, "", None
+
+    def draw() -> None:
+        nonlocal drawn, handle
+        drawn = time.monotonic()
+        if (seconds := drawn - started) < least:
+            return
+        bar = "\u2501" * round(WIDTH * done / max(1, total))
+        text = f"{what:<20} {bar:<{WIDTH}} {done}/{total} {timedelta(seconds=round(seconds))} {newest}".rstrip()
+        if handle is None:
+            handle = display({"text/plain": text}, raw=True, display_id=True)
+        else:
+            handle.update({"text/plain": text}, raw=True)
+
+    def advance(parts: int, figures: Sequence[str] | None = None) -> None:
+        nonlocal done, newest
+        done += parts
+        if figures is not None:
+            newest = "  ".join(figures)
+        if time.monotonic() - drawn >= REDRAWN:
+            draw()
+
+    try:
+        draw()
+        yield advance
+    finally:
+        draw()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dpo_lab.models import policy as policy_module
 from dpo_lab.models.forward import disable_dropout, pair_logps
 from dpo_lab.models.policy import Dtype, Lora, Policy, Pretrained, Quantization, trainable_copy, weights_digest
 from dpo_lab.models.reference import AdapterOff, Cached, Frozen
-from dpo_lab.pipelines.evaluate_run import _load_trained
+from dpo_lab.pipelines.evaluate_run import load_trained
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.memory import bytes_of_weights
 from dpo_lab.training.optim import Optim
@@ -152,7 +152,7 @@ def test_adapters_are_saved_alone_and_evaluated_on_the_quantized_base(settings, 
     names = {path.name for path in (tmp_path / "policy").iterdir()}
     assert "adapter_model.safetensors" in names
     assert "model.safetensors" not in names
-    trained = _load_trained(settings, tmp_path / "policy")
+    trained = load_trained(settings, tmp_path / "policy")
     assert weights_digest(trained.model) == weights_digest(model)
     assert torch.equal(logps(trained.model), logps(model))
     merged = Pretrained(path=str(tmp_path / "policy")).load(known=True)  # into the base that is not quantized

@@ -82,10 +82,12 @@ def test_any_policy_against_any_other_on_given_data(run, workshop):
         "evals.max_new_tokens=8",
         "name=itself",
     )
-    result = json.loads((workshop / "outputs" / "evaluations" / "itself.json").read_text())
+    (found,) = (workshop / "outputs" / "itself").glob("*/seed=0/run.json")
+    result = json.loads(found.read_text())
     assert result["metrics"]["kl"]["value"] == 0
     assert result["metrics"]["ties"]["value"] == 1
-    assert result["run"] is None
+    assert result["status"] == "done"
+    assert result["config"]["trained"] == policy
     assert result["identity"]["trained_policy"] == result["identity"]["initial_policy"]
 
 
