@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from dpo_lab import plugins
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.evals.evaluators.base import labels_of
@@ -55,7 +56,8 @@ def evaluate_run(
     result = {
         "run": str(into.parent) if record is not None else None,
         "trained": str(folder),
-        "overrides": [redact_override(override) for override in overrides],
+        "overrides": [redact_override(override) for override in (*plugins.words(), *overrides)],
+        **plugins.as_record(),
         "evals": asdict(config.evals),
         "identity": identity,
         "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
