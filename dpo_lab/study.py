@@ -22,7 +22,7 @@ from dpo_lab.sweeps.study_run import StudyRun
 from dpo_lab.train import train
 
 COLLECTION = Path("ablations")
-NOT_OF_ARMS = (*RECORD_KEYS, *EXECUTION_KEYS)  # overrides of how a study is run, not of what its arms are
+NOT_OF_ARMS = (*RECORD_KEYS, *EXECUTION_KEYS, "plugins")  # overrides of how a study is run, not of what its arms are
 
 HELP = """Test a claim: run every arm under every seed, then report the verdicts with intervals.
 

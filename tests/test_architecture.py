@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY
 
 # Lowest first: a module may import from its own layer and from those before it.
 LAYERS = (
-    ("dpo_lab.core", "dpo_lab.distributed", "dpo_lab.errors", "dpo_lab.stats"),
+    ("dpo_lab.core", "dpo_lab.distributed", "dpo_lab.errors", "dpo_lab.plugins", "dpo_lab.stats"),
     ("dpo_lab.runs",),
     ("dpo_lab.terminal", "dpo_lab.health"),
     ("dpo_lab.studies",),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from dpo_lab.api.overrides import Overrides, as_typed, composed
+from dpo_lab.api.overrides import Overrides, composed, without_plugins
 from dpo_lab.api.run import Run, load_run
 from dpo_lab.api.runs import Runs, load_runs, runs_of_sweep
 from dpo_lab.cli.entry_point import num_local_ranks
@@ -54,7 +54,7 @@ def evaluate(overrides: Overrides) -> Run:
     """
     from dpo_lab.pipelines.evaluate_run import run_evaluation
 
-    words = as_typed(overrides)
+    words = without_plugins(overrides)
     with _as_a_call(), composed("evaluate", words) as (cfg, _):
         settings = schema.validate(cfg)
         assert isinstance(settings, EvaluateConfig)
@@ -72,7 +72,7 @@ def sweep(overrides: Overrides) -> Runs:
     Raises LabError if a combination is invalid, before any of them runs, or if one is not done at the end; `load_runs`
     returns the others then.
     """
-    words = as_typed(overrides, swept=True)
+    words = without_plugins(overrides, swept=True)
     parsed = OverridesParser.create().parse_overrides(words)
     shared = [str(each.input_line) for each in parsed if not each.is_sweep_override()]
     with composed(TRAIN.config_name, shared) as (_, folder):
@@ -85,7 +85,7 @@ def study(file: str | Path, budget: str = "full", overrides: Overrides = ()) -> 
     """Run a study, every arm under every seed of a budget, as `python -m dpo_lab.study FILE budget=...` does, and return
     its runs, whose `verdicts()` say what became of its predictions; see `sweep`.
     """
-    words = [str(file), f"budget={budget}", *as_typed(overrides)]
+    words = [str(file), f"budget={budget}", *without_plugins(overrides)]
     (planned,), _, _ = planned_studies(words, words)
     _run_command("dpo_lab.study", *words)
     return load_runs(planned.folder)
@@ -93,7 +93,7 @@ def study(file: str | Path, budget: str = "full", overrides: Overrides = ()) -> 
 
 def _run(command: Command, overrides: Overrides) -> Run:
     """Run a command that trains in this process, or over several devices as a process of its own."""
-    words = as_typed(overrides)
+    words = without_plugins(overrides)
     with _as_a_call(), composed(command.config_name, words) as (cfg, folder):
         settings = schema.validate(cfg)
         if command.makes_no_record(settings):

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict, read_write
 
+from dpo_lab.cli.entry_point import load_plugins
 from dpo_lab.cli.next_steps import quoted
 from dpo_lab.config import from_run, reward_model, schema
 from dpo_lab.config.allowed_targets import check_hydra
@@ -25,6 +26,14 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 for register in (schema.register, from_run.register, reward_model.register):
     register()
+
+
+def without_plugins(overrides: Overrides, *, swept: bool = False) -> list[str]:
+    """Load the plugins that overrides name, `plugins=[my_lab,./my_losses.py]`, and return the others as they are typed.
+
+    Plugins stay loaded for as long as the process lives, and are part of its further runs.
+    """
+    return load_plugins(as_typed(overrides, swept=swept))
 
 
 def as_typed(overrides: Overrides, *, swept: bool = False) -> list[str]:

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import TracebackType
@@ -21,13 +21,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from dpo_lab.config import schema
+from dpo_lab import plugins
+from dpo_lab.config import from_run, schema
 from dpo_lab.config.allowed_targets import OURS, TargetRefused, check_hydra, target_of
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
 from dpo_lab.distributed import launcher
 from dpo_lab.distributed.signals import StopSignal, end_on_signals, raise_on_signals, reraise_stop, stopped_by
 from dpo_lab.distributed.supervisor import report_error, report_stop
+from dpo_lab.evals import evaluate
+from dpo_lab.plugins import PluginError
 from dpo_lab.runs import run_record
 from dpo_lab.runs.atomic_write import explain_disk_error
 from dpo_lab.runs.redact import redact_text, redact_yaml
@@ -47,6 +50,9 @@ def run_command(hydra_main: Callable[[], None], as_record: AsRecord = schema.as_
     try:
         raise_on_signals(report_stop)
         with reraise_stop():
+            # A process that a run or a sweep started has them from its parent and imports no others, since overrides in
+            # its command line may come from a config.
+            sys.argv[1:] = load_plugins(sys.argv[1:], may_import=launcher.PARENT not in os.environ)
             sweeper.register(as_record)
             options, _ = get_args_parser().parse_known_args()
             _check_hydra_settings(hydra_main, options)
@@ -54,7 +60,7 @@ def run_command(hydra_main: Callable[[], None], as_record: AsRecord = schema.as_
                 hydra_main()
     except schema.ConfigErrors as error:
         return print_error(schema.explain(error), 2)
-    except (schema.ConfigError, run_record.RunRefused, TargetRefused) as error:
+    except (schema.ConfigError, run_record.RunRefused, TargetRefused, PluginError) as error:
         return print_error(str(error), 2)
     except job.JobFailed as error:
         return print_error(str(error), 1)
@@ -83,7 +89,7 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
             settings = schema.validate(cfg)
             body(settings)
         return job.optimized_value(settings.optimized_metric) if is_sweep_job else None
-    except (schema.ConfigError, TargetRefused, run_record.RunRefused, BadData, NoTemplate) as error:
+    except (schema.ConfigError, TargetRefused, run_record.RunRefused, BadData, NoTemplate, PluginError) as error:
         if is_sweep_job:
             raise job.JobFailed(str(error)) from None
         report_error(redact_text(str(error)), 2)
@@ -107,6 +113,19 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
             _print_traceback(type(error), error, error.__traceback__)
             sys.exit(1)
         sys.exit(print_error(line, 1))
+
+
+def load_plugins(arguments: Sequence[str], may_import: bool = True) -> list[str]:
+    """Import the plugins that a command line names, add their choices, and return its other words.
+
+    may_import: see plugins.load_typed. Raises PluginError.
+    """
+    is_new, others = plugins.load_typed(arguments, may_import)
+    if is_new:
+        evaluate.define_settings()
+        schema.register()
+        from_run.register()
+    return others
 
 
 def _is_sweep_job() -> bool:

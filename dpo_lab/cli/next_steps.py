@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from dpo_lab import plugins
 from dpo_lab.config.allowed_targets import target_of
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.models.policy import Pretrained
@@ -103,10 +104,11 @@ def after_reward(config: RunConfig, overrides: Sequence[str], folder: Path) -> l
 
 
 def command(module: str, *arguments: str) -> str:
-    """Return the shell command that runs dpo_lab.`module`, with the `--config-dir` folders of this command."""
+    """Return the shell command that runs dpo_lab.`module`, with the plugins and `--config-dir` folders of this command."""
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else ()
     searched = [part for s in sources if s.provider == "command-line" for part in ("--config-dir", s.path)]
-    return shlex.join(["python", "-m", f"dpo_lab.{module}", *searched, *arguments])
+    typed = [word for word in plugins.words() if word not in arguments]
+    return shlex.join(["python", "-m", f"dpo_lab.{module}", *searched, *typed, *arguments])
 
 
 def _key(override: str) -> str:

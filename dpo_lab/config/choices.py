@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_lab import plugins
+from dpo_lab.config.plugin_choices import Choice
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.losses.base import StepLevel
 
@@ -14,27 +16,50 @@ HEADINGS = {None: "any reference", True: "reference=cached, frozen, moving or ad
 TOGETHER = "all pairs of a step together"
 
 
-def describe_choices(folder: Path) -> str:
-    """Return the choices of every group of a config folder; a line of a YAML file's first comment describes it."""
+def describe_choices(folder: Path, added: Sequence[Choice] = ()) -> str:
+    """Return the choices of every group of a config folder; a line of a YAML file's first comment describes it.
+
+    added: those of plugins, each of which says where it is from.
+    """
+    about = {
+        group.name: {path.stem: _comment(path) for path in sorted(group.glob("*.yaml"))}
+        for group in folder.iterdir()
+        if group.is_dir() and group.name != "hydra"
+    }
+    for choice in added:
+        about.setdefault(choice.group, {})[choice.name] = f"{choice.about} [{choice.source}]"
     lines = []
-    for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra"):
-        names = sorted(path.stem for path in group.glob("*.yaml"))
-        if group.name not in DESCRIBED:
-            indent = "  "
-            lines += textwrap.wrap(f"{group.name}: {', '.join(names)}", 110, subsequent_indent=indent)
-        elif group.name == "loss":
+    for group, texts in sorted(about.items()):
+        own = {choice.name for choice in added if choice.group == group}
+        if group == "loss":
             for heading in (*HEADINGS.values(), TOGETHER):
                 lines.append(f"loss, {heading}:")
-                lines += _described(group, [name for name in names if _heading(LOSSES.get(name)) == heading])
+                lines += [_line(name, text) for name, text in texts.items() if _heading(LOSSES.get(name)) == heading]
+        elif group in DESCRIBED:
+            lines += [f"{group}:", *(_line(name, text) for name, text in texts.items())]
         else:
-            lines += [f"{group.name}:", *_described(group, names)]
+            names = ", ".join(sorted(texts.keys() - own))
+            lines += textwrap.wrap(f"{group}: {names}", 110, subsequent_indent="  ")
+            lines += [_line(name, texts[name]) for name in sorted(own)]
+    lines += _not_loaded()
     return "\n".join(lines).replace("$", "$$")  # Hydra substitutes names after a dollar sign
 
 
-def _described(group: Path, names: Iterable[str]) -> list[str]:
-    """Return a line for each choice, with the first comment of its file."""
-    comments = {name: (group / f"{name}.yaml").read_text().splitlines()[0] for name in names}
-    return [f"  {name:<14} {comment.lstrip('# ')}" for name, comment in comments.items()]
+def _not_loaded() -> list[str]:
+    """Return a line that names the installed plugins which are not loaded, if there are some."""
+    loaded = {plugin.typed for plugin in plugins.loaded()}
+    names = sorted(plugins.installed().keys() - loaded)
+    return (
+        [f"plugins that are installed: {', '.join(names)}; type plugins=[{names[0]}] for its choices"] if names else []
+    )
+
+
+def _comment(path: Path) -> str:
+    return path.read_text().splitlines()[0].lstrip("# ")
+
+
+def _line(name: str, text: str) -> str:
+    return f"  {name:<14} {text}"
 
 
 def _heading(loss: type[Loss] | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -16,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lab import plugins
 from dpo_lab.config.reward_model import REWARD_MODEL
 from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, as_record, explain, input_files, validate
 from dpo_lab.runs import run_record
@@ -108,6 +110,7 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
     Raises ConfigError if other keys are overridden, if another version of this package wrote the record, or if an input
     file has changed.
     """
+    _check_plugins(record)
     recorded = from_record(record["config"])
     # nothing is trained here, so neither a package nor a GPU is needed for it
     recorded.optim.kind, recorded.policy.activation_offload = OptimKind.adamw, False
@@ -133,10 +136,23 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
     return config
 
 
+def _check_plugins(record: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a plugin that made a run is not loaded; warn if it has changed since.
+
+    What a changed plugin makes of the data is checked later, by the hashes of the run's inputs.
+    """
+    now = {plugin.name: plugin.digest for plugin in plugins.loaded()}
+    for name, digest in record["config"].get("plugins", {}).items():
+        if name not in now:
+            raise ConfigError(f"run: made with {plugins.word_of(record)}; type it too, after run=")
+        if now[name] != digest:
+            print(f"warning: plugin {name} has changed since this run was made", file=sys.stderr)
+
+
 def from_record(config_dict: Mapping[str, Any]) -> DictConfig:
     """Return a recorded config as a typed config; settings that it does not have get their defaults."""
     config_dict = copy.deepcopy(dict(config_dict)) | {"logger": {}, "callbacks": {}}
-    for key in ("trained", REWARD_MODEL):  # beside the settings of a run
+    for key in ("trained", "plugins", REWARD_MODEL):  # beside the settings of a run
         config_dict.pop(key, None)
     cfg = OmegaConf.structured(RunConfig)
     for group, table in KINDS.items():

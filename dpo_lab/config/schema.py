@@ -25,6 +25,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dpo_lab import plugins
+from dpo_lab.config import plugin_choices
 from dpo_lab.config.allowed_targets import check_targets
 from dpo_lab.config.checks import check_run
 from dpo_lab.config.choices import describe_choices
@@ -36,7 +38,8 @@ from dpo_lab.core.noise import NOISES, LabelNoise
 from dpo_lab.data.sources import Data
 from dpo_lab.data.tasks.base import TASKS
 from dpo_lab.errors import LabError
-from dpo_lab.evals.evaluate import Evals, SharedSettings
+from dpo_lab.evals import evaluate
+from dpo_lab.evals.evaluate import SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
 from dpo_lab.models.policy import POLICIES, PolicyConfig, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, Reference
@@ -83,7 +86,7 @@ class RunConfig:
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=lambda: Data(task=MISSING))
     optim: Optim = field(default_factory=Optim)
-    evals: SharedSettings = field(default_factory=Evals)
+    evals: SharedSettings = field(default_factory=lambda: evaluate.Evals())
     trainer: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
     callbacks: dict[str, Any] = MISSING
@@ -140,7 +143,9 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_slug", run_record.slug, replace=True)
     OmegaConf.register_new_resolver("run_name", run_record.name_of_folder, replace=True)
     OmegaConf.register_new_resolver("not_in_folder_names", lambda: list(NOT_IN_FOLDER_NAMES), replace=True)
-    OmegaConf.register_new_resolver("describe_choices", lambda: describe_choices(Path(conf_dir())), replace=True)
+    plugin_choices.register(KINDS, Path(conf_dir()))
+    added = plugin_choices.choices(KINDS)
+    OmegaConf.register_new_resolver("describe_choices", lambda: describe_choices(Path(conf_dir()), added), replace=True)
 
 
 def conf_dir() -> str:
@@ -174,6 +179,8 @@ def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
         node[leaf] = {"kind": kind, **node[leaf]}
     if not config.method.is_online:
         del config_dict["reward"]
+    if plugins.loaded():
+        config_dict["plugins"] = {plugin.name: plugin.digest for plugin in plugins.loaded()}
     return config_dict
 
 
@@ -208,7 +215,8 @@ def explain(error: Exception) -> str:
         options = re.findall(r"^\t(\w+)$", text, re.M)
         if present := RENAMED_VALUES.get((found[1], found[2])):
             return f"{found[1]}={found[2]}: renamed; type {found[1]}={present}"
-        return f"{found[1]}={found[2]}: no such choice; type {found[1]}= one of {', '.join(options)}"
+        hint = plugin_choices.hint(found[1], found[2])
+        return f"{found[1]}={found[2]}: no such choice; type {found[1]}= one of {', '.join(options)}{hint}"
     if found := re.search(r"Value '(.*?)' .*?could not be converted to (\w+)", text, re.S):
         kind = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}.get(found[2], found[2])
         return f"{_full_key(text)}={found[1]}: must be {kind}; type {_full_key(text)}=..."

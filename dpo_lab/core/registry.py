@@ -10,8 +10,12 @@ T = TypeVar("T")
 
 
 def add_to_table(table: dict[str, type[T]], name: str, cls: type[T]) -> None:
-    """Add a class under its name; raise TypeError if another class has that name."""
-    if name in table:
+    """Add a class under its name; raise TypeError if another class has that name.
+
+    A class that is defined again, as where a notebook's cell runs twice, replaces the one before.
+    """
+    path = (cls.__module__, cls.__qualname__)
+    if name in table and path != (table[name].__module__, table[name].__qualname__):
         raise TypeError(f"{cls.__qualname__}: the name '{name}' is taken by {table[name].__qualname__}; choose another")
     table[name] = cls
 

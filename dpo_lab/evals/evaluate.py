@@ -48,13 +48,19 @@ class SharedSettings:
         return [getattr(self, name, None) or EVALUATORS[name]() for name in self.evaluators]
 
 
-# The settings of an evaluation, `evals.key=`: the shared ones and, under their names, those of evaluators with fields.
-Evals = make_dataclass(
-    "Evals",
-    [(name, kind, field(default_factory=kind)) for name, kind in EVALUATORS.items() if fields(kind)],
-    bases=(SharedSettings,),
-    namespace={"__module__": __name__},
-)
+def define_settings() -> None:
+    """Define `Evals`, the settings `evals.key=`: the shared ones and, under their names, those of evaluators with fields.
+
+    Called again when plugins have added evaluators.
+    """
+    with_fields = [(name, kind, field(default_factory=kind)) for name, kind in EVALUATORS.items() if fields(kind)]
+    globals()["Evals"] = make_dataclass(
+        "Evals", with_fields, bases=(SharedSettings,), namespace={"__module__": __name__}
+    )
+
+
+Evals: type[SharedSettings]
+define_settings()
 
 
 def evaluate(context: EvalContext, evaluators: Iterable[Evaluator] | None = None) -> dict[str, Estimate]:

@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dpo_lab import plugins
 from dpo_lab.cli.next_steps import print_finished_run
 from dpo_lab.config.from_run import EvaluateConfig, config_from_run, evaluation_record, load_finished_run
 from dpo_lab.config.schema import ConfigError, RunConfig, input_files
@@ -55,7 +56,8 @@ def _evaluate_run(cfg: DictConfig, config: EvaluateConfig, folder: Path) -> None
     result = {
         "run": str(folder),
         "trained": str(trained),
-        "overrides": [redact_override(override) for override in overrides],
+        "overrides": [redact_override(override) for override in (*plugins.words(), *overrides)],
+        **plugins.as_record(),
         "evals": asdict(of_run.evals),
         **found.results(metrics),
         **run_record.provenance(),

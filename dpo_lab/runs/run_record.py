@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dpo_lab import plugins
 from dpo_lab.distributed.signals import StopSignal
 from dpo_lab.errors import LabError, first_line
 from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
@@ -169,7 +170,7 @@ def run_status(folder: Path, config: Mapping[str, Any], files: Sequence[Path] = 
     if record is None or not _is_worth_keeping(folder, record):
         return RunStatus.new
     changes = difference(record["config"], present_config(redact(config)))
-    changed = [f"{key}: was {was!r}, now {now!r}" for key, (was, now) in changes.items()]
+    changed = [plugins.change(key, was, now, record) for key, (was, now) in changes.items()]
     changed += changed_files(record.get("files", {}), files)
     old_steps, new_steps = (int(each["trainer"]["max_steps"]) for each in (record["config"], config))
     if new_steps < old_steps:
@@ -251,8 +252,9 @@ def _new_record(config: Mapping[str, Any], overrides: Sequence[str], files: Sequ
         "started": now(),
         "config": redact(config),
         "config_digest": config_digest(config),
-        "overrides": [redact_override(override) for override in overrides],
+        "overrides": [redact_override(override) for override in (*plugins.words(), *overrides)],
         "files": fingerprint(files),
+        **plugins.as_record(),
         **provenance(),
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 from dpo_lab.runs.fingerprint import EXECUTION_KEYS, LOGGING_KEYS, RECORD_KEYS, effective_config, is_under, override_key
 
 SEEDS = ("seed", "noise.seed")  # settings that differ between the runs of one arm
-IGNORED_OVERRIDES = (*SEEDS, *RECORD_KEYS, *LOGGING_KEYS, *EXECUTION_KEYS)  # overrides that do not define an arm
+IGNORED_OVERRIDES = (*SEEDS, *RECORD_KEYS, *LOGGING_KEYS, *EXECUTION_KEYS, "plugins")  # overrides that define no arm
 DEFAULT_ARM = "default"  # the arm without an override of its own
 
 

@@ -24,6 +24,7 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dpo_lab import plugins
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.distributed.launcher import DDP_VARIABLES, PARENT, set_parent_death_signal, stop
 from dpo_lab.distributed.resource_locks import acquire_gpus, threads_per_job
@@ -135,7 +136,7 @@ def command(module: str, hydra: HydraConf | DictConfig) -> list[str]:
         arg for s in hydra.runtime.config_sources if s.provider == "command-line" for arg in ("--config-dir", s.path)
     ]
     return [
-        *(sys.executable, "-m", module, *searched, "--config-name", str(hydra.job.config_name)),
+        *(sys.executable, "-m", module, *searched, "--config-name", str(hydra.job.config_name), *plugins.words()),
         *raw_overrides(hydra.overrides.task),
         *raw_overrides(hydra.overrides.hydra),
         "hydra.mode=RUN",

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from dpo_lab import plugins
 from dpo_lab.config import schema
 from dpo_lab.config.allowed_targets import check_hydra
 from dpo_lab.runs import run_record
@@ -61,6 +62,7 @@ def plan(
     titles = [title for title, _ in wanted]
     every = _named_by_what_varies([list(overrides) for _, overrides in wanted], master)
     known = [as_record.__name__, str(master.hydra.job.config_name), *raw_overrides(master.hydra.overrides.hydra), "--"]
+    known += [plugin.sha256 for plugin in plugins.loaded()]
     cache = PlanCache(
         CACHE / "plans", digest_of_sources(master.hydra.runtime.config_sources, Path(schema.__file__).parent.parent)
     )
