@@ -104,21 +104,6 @@ class RunConfig:
         return isinstance(self.policy, TinyPolicy) and self.data.uses_task
 
 
-@dataclass
-class InspectConfig(RunConfig):
-    """The settings of an inspection. show: pairs to print token by token; page: an .html or .png file to write."""
-
-    show: int = 3
-    page: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.show < 0:
-            raise ValueError(f"show={self.show}: must be 0 or more; type e.g. show=3")
-        if self.page is not None and Path(self.page).suffix not in (".html", ".png"):
-            raise ValueError(f"page={self.page}: must end in .html or .png; type e.g. page=report.html")
-
-
 # Config groups whose options are different dataclasses, each with its own settings.
 KINDS: dict[str, dict[str, Any]] = {
     "method": METHODS,
@@ -135,7 +120,6 @@ def register() -> None:
     """Register the schemas that conf/*.yaml refers to, and the resolvers that name run folders."""
     store = ConfigStore.instance()
     store.store(name="run", group="schema", node=RunConfig)
-    store.store(name="inspect", group="schema", node=InspectConfig)
     for group, schemas in KINDS.items():
         for name, schema in schemas.items():
             store.store(name=name, group=f"schema/{group.replace('.', '/')}", node=schema)

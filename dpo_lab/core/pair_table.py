@@ -164,7 +164,7 @@ class PairTable(Sequence[EncodedPair]):
         at, side = np.nonzero(self.lengths[:, 1:])  # of each response
         own = self.is_one_sided[at].tolist()
         keys = [
-            key if is_own else _key(b"%s/%d" % (key, of))
+            key if is_own else side_key(key, of)
             for key, of, is_own in zip(self.keys[at].tolist(), side.tolist(), own, strict=True)
         ]
         return replace(self._single(at, at, side, keys), flipped=self.flipped[at])
@@ -257,6 +257,11 @@ def starts_of(lengths: np.ndarray) -> np.ndarray:
     """Return the offset of each pair when pairs of these lengths [N, 3] are concatenated, [N] int64."""
     sizes = lengths.sum(1, dtype=np.int64)
     return np.cumsum(sizes) - sizes
+
+
+def side_key(key: bytes, side: int) -> bytes:
+    """Return the key of the row that `unpair` makes of a pair's response: 0 chosen, 1 rejected."""
+    return _key(b"%s/%d" % (key, side))
 
 
 def _key(content: bytes) -> bytes:

@@ -51,6 +51,16 @@ class Encoded:
     bad: list[tuple[int, str, str]] = field(default_factory=list)
 
 
+def text_pairs(sources: Iterable[Source]) -> Iterator[Pair]:
+    """Yield the pairs of all rows of the sources as text, in order, without rows that hold none."""
+    for rows, shape in sources:
+        for row in (row for chunk in rows.chunks() for row in chunk.rows):
+            try:
+                yield from shape.read(parse(row))
+            except (NoPair, ValueError, RecursionError):
+                continue
+
+
 def encode_chunk(chunk: Chunk, shape: Shape, encoder: PairTokenizer) -> Encoded:
     """Read the rows of a chunk as pairs and encode these to token ids."""
     encoded = Encoded()

@@ -190,9 +190,13 @@ class Data(Source):
             train = train.select(self._fraction(train, counts))
         return self._checked(self._unpaired(Splits(train, tables[HELD_OUT], counts)), "the task")
 
+    def opened(self) -> list[tuple[Rows, Source]]:
+        """Open the sources of the user's rows, those of held-out pairs first."""
+        return [(source.rows(), source) for source in [*self._held_out_sources(), *self._sources()]]
+
     def store(self, encoder: PairTokenizer, cache: Path) -> TokenizedPairs:
         """Return all pairs of the user's rows, before any are selected; raise BadData for bad rows."""
-        sources = [(source.rows(), source) for source in [*self._held_out_sources(), *self._sources()]]
+        sources = self.opened()
         workers = self.tokenize_workers or len(os.sched_getaffinity(0))
         return load_or_build(
             sources, encoder, BadRows(self.on_bad_row is OnBadRow.skip, self.max_bad_share), workers, cache

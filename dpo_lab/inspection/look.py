@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from dpo_lab.config.schema import InspectConfig
+from dpo_lab.config.inspection import InspectConfig
+from dpo_lab.config.schema import RunConfig
 from dpo_lab.data.quality import Quality, quality_of
 from dpo_lab.data.sources import Contradictions, Splits
 from dpo_lab.data.tokenize import PairTokenizer
@@ -38,16 +39,23 @@ class Inspection:
     pairs: list[PairView]
 
 
-def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
-    """Read, split and tokenize the pairs as training would, but keep pairs that contradict each other.
+@dataclass(frozen=True)
+class LoadedPairs:
+    """The pairs of a config as training has them, and the store of the user's rows; None for pairs of a task."""
+
+    splits: Splits
+    encoder: PairTokenizer
+    store: TokenizedPairs | None
+
+
+def load_pairs_of(config: RunConfig, cache: Path) -> LoadedPairs:
+    """Read, split and tokenize the pairs as training would, with label noise.
 
     Weights are loaded only if the pairs are samples of the policy or the noise depends on its log-probabilities, which
     are computed on the CPU here. Raises ConfigError, BadData and NoTemplate as training would.
     """
     disable_progress_bar()
     setup_torch(config.threads, on_cpu=True)
-    if config.data.contradictions is Contradictions.error:
-        config = replace(config, data=replace(config.data, contradictions=Contradictions.keep))
     if config.data.uses_task:
         config.data.task.check()
     policy = response_policy = store = None
@@ -56,11 +64,21 @@ def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
     encoder = encoder_of(config, policy.tokenizer if policy else tokenizer_of(config, cache))
     if config.data.uses_task:
         splits = load_pairs(config, encoder, response_policy, cache)
-        source = f"task {type(config.data.task).__name__.lower()}"
     else:
         store = config.data.store(encoder, cache)
-        splits, source = config.data.choose(store), ", ".join(store.names)
-    splits = with_noise(config, policy, splits, cache, Forward(torch.device("cpu"), nullcontext))
+        splits = config.data.choose(store)
+    return LoadedPairs(
+        with_noise(config, policy, splits, cache, Forward(torch.device("cpu"), nullcontext)), encoder, store
+    )
+
+
+def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
+    """Load the pairs as training would, but keep pairs that contradict each other, and describe them."""
+    if config.data.contradictions is Contradictions.error:
+        config = replace(config, data=replace(config.data, contradictions=Contradictions.keep))
+    loaded = load_pairs_of(config, cache)
+    splits, encoder, store = loaded.splits, loaded.encoder, loaded.store
+    source = ", ".join(store.names) if store else f"task {type(config.data.task).__name__.lower()}"
     quality = quality_of(splits.train, splits.held_out, splits.counts, encoder)
     return Inspection(
         source=visible(source, blanks=False),

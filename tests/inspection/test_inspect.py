@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dpo_lab.config.inspection import InspectConfig
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.inspection import report, terminal
 from dpo_lab.inspection.look import Inspection, inspect_pairs
@@ -51,7 +52,7 @@ def looked(*overrides: str) -> Inspection:
     from dpo_lab.config import schema
 
     settings = schema.validate(composed(*OWN, *overrides, name="inspect"))
-    assert isinstance(settings, schema.InspectConfig)
+    assert isinstance(settings, InspectConfig)
     return inspect_pairs(settings, Path("outputs/cache"))
 
 

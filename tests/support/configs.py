@@ -8,13 +8,14 @@ from functools import lru_cache
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from dpo_lab.config import from_run, reward_model, schema
+from dpo_lab.config import from_run, inspection, reward_model, schema
 from tests.conftest import REPOSITORY
 
 CONF = REPOSITORY / "conf"
 schema.register()
 from_run.register()
 reward_model.register()
+inspection.register()
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
