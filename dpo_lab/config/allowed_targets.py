@@ -14,6 +14,9 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lab import plugins
+from dpo_lab.config import lightning_targets
+
 T = TypeVar("T")
 
 
@@ -23,7 +26,8 @@ class TargetRefused(ValueError):
 
 FSDP2 = "dpo_lab.training.strategies.fsdp.FSDP2Strategy"  # shards the policy over ranks
 
-# The classes that a run's config may instantiate, by full name. Other objects are built from dataclasses.
+# The classes that a run's config may instantiate, by full name, besides the callbacks that plugins register. Other
+# objects are built from dataclasses.
 ALLOWED = frozenset(
     {
         "dpo_lab.training.callbacks.progress_bar.ProgressBar",
@@ -32,13 +36,7 @@ ALLOWED = frozenset(
         "dpo_lab.training.callbacks.checkpointing.Checkpointing",
         FSDP2,
         "lightning.pytorch.Trainer",
-        "lightning.pytorch.callbacks.LearningRateMonitor",
-        "lightning.pytorch.callbacks.ModelCheckpoint",
-        "lightning.pytorch.loggers.CSVLogger",
-        "lightning.pytorch.loggers.MLFlowLogger",
-        "lightning.pytorch.loggers.TensorBoardLogger",
-        "lightning.pytorch.loggers.WandbLogger",
-        "lightning.pytorch.strategies.DDPStrategy",
+        *lightning_targets.names(),
     }
 )
 OWNERS = ("dpo_lab.", "lightning.")  # packages in which those classes are defined
@@ -62,10 +60,15 @@ def target_of(node: Any) -> Any:
 
 
 def check_targets(node: Any) -> None:
-    """Raise TargetRefused if a `_target_` at any depth of the resolved config is not in ALLOWED."""
+    """Raise TargetRefused if a `_target_` at any depth of the resolved config is neither in ALLOWED nor a plugin's
+    callback.
+    """
+    of_plugins = _of_plugins()
     for _, inner in _nodes(node):
         target = inner.get("_target_")
-        if target is not None and target not in ALLOWED:
+        if target is not None and target not in ALLOWED and target not in of_plugins:
+            if reason := lightning_targets.reason(str(target)):
+                raise TargetRefused(f"_target_={target}: {reason}")
             near = difflib.get_close_matches(str(target), ALLOWED, n=1, cutoff=0)
             raise TargetRefused(
                 f"_target_={target}: not among the classes that a config may name; the nearest is {near[0]}"
@@ -87,12 +90,18 @@ def instantiate_checked(node: Mapping[str, Any], kind: type[T], **settings: Any)
     for path, inner in _nodes(node):
         if target := inner.get("_target_"):
             found: Any = get_class(target)
-            if not f"{found.__module__}.".startswith(OWNERS) or not (path or issubclass(found, kind)):
+            is_known = target in _of_plugins() or f"{found.__module__}.".startswith(OWNERS)
+            if not is_known or not (path or issubclass(found, kind)):
                 what = f"{found.__module__}.{found.__qualname__}"
                 raise TargetRefused(
                     f"_target_={target}: resolves to {what}, which is no {kind.__name__} of dpo_lab or Lightning"
                 )
     return instantiate(node, **settings)
+
+
+def _of_plugins() -> set[str]:
+    """Return the full names of the classes that plugins registered as callbacks."""
+    return {node["_target_"] for node in plugins.callbacks().values()}
 
 
 def check_hydra(hydra: Any) -> None:
