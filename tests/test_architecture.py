@@ -25,7 +25,15 @@ LAYERS = (
     ("dpo_lab.cli",),
     ("dpo_lab.pipelines",),
     ("dpo_lab.inspection", "dpo_lab.planning"),
-    ("dpo_lab.train", "dpo_lab.sft", "dpo_lab.reward", "dpo_lab.inspect", "dpo_lab.evaluate", "dpo_lab.report"),
+    (
+        "dpo_lab.train",
+        "dpo_lab.sft",
+        "dpo_lab.reward",
+        "dpo_lab.inspect",
+        "dpo_lab.evaluate",
+        "dpo_lab.report",
+        "dpo_lab.new",
+    ),
     ("dpo_lab.study",),
 )
 
