@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,10 @@ def hint(group: str, name: str) -> str:
 
     They are that of an earlier run with this choice, or those that are installed and not loaded.
     """
+    typed = re.compile(rf'"\+*{re.escape(group)}=[^"]*\b{re.escape(name)}\b')
     for path in OUTPUTS.rglob(RECORD):
         text = path.read_text(errors="replace")
-        if f'"{group}={name}"' in text and '"plugins": {' in text:
+        if '"plugins": {' in text and typed.search(text):
             return f"; {path.parent} was made with {plugins.word_of(json.loads(text))}: type it too"
     names = plugins.installed().keys() - {plugin.typed for plugin in plugins.loaded()}
     return f"; or with a plugin that has it, of those installed: plugins=[{','.join(sorted(names))}]" if names else ""

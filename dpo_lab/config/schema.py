@@ -221,6 +221,8 @@ def explain(error: Exception) -> str:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     """Return the message about a key that the schema lacks: its present name, or the nearest of the known keys."""
+    if key == "plugins":
+        return "plugins: typed on the command line alone, as plugins=[NAME_OR_PATH,...]; leave it out of the config"
     return (
         f"{key}: renamed; type {present_key(key)}=..."
         if is_renamed(key)
