@@ -9,7 +9,7 @@ from pathlib import Path
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.losses.base import StepLevel
 
-DESCRIBED = ("method", "loss", "reference", "noise", "reward")  # groups whose choices get a line each
+DESCRIBED = ("method", "loss", "reference", "noise", "reward", "evals/judge")  # groups whose choices get a line each
 HEADINGS = {None: "any reference", True: "reference=cached, frozen, moving or adapter_off", False: "reference=uniform"}
 TOGETHER = "all pairs of a step together"
 
@@ -17,17 +17,20 @@ TOGETHER = "all pairs of a step together"
 def describe_choices(folder: Path) -> str:
     """Return the choices of every group of a config folder; a line of a YAML file's first comment describes it."""
     lines = []
-    for group in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra"):
+    groups = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_dir()}
+    for name_of_group, group in sorted(groups.items()):
         names = sorted(path.stem for path in group.glob("*.yaml"))
-        if group.name not in DESCRIBED:
+        if name_of_group.startswith("hydra"):
+            continue
+        if name_of_group not in DESCRIBED:
             indent = "  "
-            lines += textwrap.wrap(f"{group.name}: {', '.join(names)}", 110, subsequent_indent=indent)
-        elif group.name == "loss":
+            lines += textwrap.wrap(f"{name_of_group}: {', '.join(names)}", 110, subsequent_indent=indent)
+        elif name_of_group == "loss":
             for heading in (*HEADINGS.values(), TOGETHER):
                 lines.append(f"loss, {heading}:")
                 lines += _described(group, [name for name in names if _heading(LOSSES.get(name)) == heading])
         else:
-            lines += [f"{group.name}:", *_described(group, names)]
+            lines += [f"{name_of_group}:", *_described(group, names)]
     return "\n".join(lines).replace("$", "$$")  # Hydra substitutes names after a dollar sign
 
 

@@ -87,10 +87,13 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
     # nothing is trained here, so neither a package nor a GPU is needed for it
     recorded.optim.kind, recorded.policy.activation_offload = OptimKind.adamw, False
     for override in overrides:
-        key = override_key(override)
+        key = override_key(override).replace("/", ".")
         group = key.partition(".")[0]
         if {group, key} & {*OVERRIDABLE_KEYS}:
             value = OmegaConf.select(cfg, key)
+            if key in KINDS:  # another option, with settings of its own
+                OmegaConf.update(recorded, key, value, merge=False)
+                continue
             value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value  # interpolations unresolved
             if key == "trainer":
                 recorded.trainer = {}  # replaced, not merged

@@ -37,6 +37,7 @@ from dpo_lab.data.sources import Data
 from dpo_lab.data.tasks.base import TASKS
 from dpo_lab.evals.evaluate import Evals, SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
+from dpo_lab.evals.judges import JUDGES
 from dpo_lab.models.policy import POLICIES, PolicyConfig, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, Reference
 from dpo_lab.rewards import REWARDS, Reward
@@ -82,7 +83,7 @@ class RunConfig:
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=lambda: Data(task=MISSING))
     optim: Optim = field(default_factory=Optim)
-    evals: SharedSettings = field(default_factory=Evals)
+    evals: SharedSettings = field(default_factory=lambda: Evals(judge=MISSING))
     trainer: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
     callbacks: dict[str, Any] = MISSING
@@ -124,6 +125,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "reward": REWARDS,
     "policy": POLICIES,
     "data.task": TASKS,
+    "evals.judge": JUDGES,
 }
 
 
@@ -188,7 +190,7 @@ def sft_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
 
 def input_files(config: RunConfig) -> list[Path]:
     """Return the user's files that the run reads and that exist on this machine."""
-    return [*config.data.files(), *config.policy.files(), *config.reward.files()]
+    return [*config.data.files(), *config.policy.files(), *config.reward.files(), *config.evals.files()]
 
 
 def explain(error: Exception) -> str:
@@ -245,7 +247,8 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     """Return the end of the message about an unknown key: what to type instead."""
     group, _, leaf = key.rpartition(".")
     schemas = KINDS.get(group, {}).items()
-    owners = [f"{group}={name}" for name, schema in schemas if leaf in {f.name for f in dataclasses.fields(schema)}]
+    typed = group.replace(".", "/")  # a choice within a group
+    owners = [f"{typed}={name}" for name, schema in schemas if leaf in {f.name for f in dataclasses.fields(schema)}]
     if owners:
         return f" under this {group}; type {' or '.join(owners)} with it"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

@@ -11,7 +11,7 @@ from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.models.policy import Lora, Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
-from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
+from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, read_pair_sets
 from dpo_lab.pipelines.inputs import prepare_pairs, select_on_device
 from dpo_lab.pipelines.setup import forward_settings, logging_to, make_trainer, memory_explained, setup_process
 from dpo_lab.pipelines.stage_timer import StageTimer
@@ -50,7 +50,7 @@ def evaluate_run(
         if record is not None:
             _check_identity(record, identity, config.policy)
         timer.stop("prepare")
-        context = build_eval_context(config, inputs, trained, forward, judge)
+        context = build_eval_context(config, inputs, trained, forward, judge, read_pair_sets(config, inputs.encoder))
         metrics = evaluate(context, config.evals.selected())
     result = {
         "run": str(into.parent) if record is not None else None,
@@ -59,6 +59,7 @@ def evaluate_run(
         "evals": asdict(config.evals),
         "identity": identity,
         "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
+        **({"judge": costs} if judge is not None and (costs := judge.costs()) else {}),
         "samples": context.side_by_side[:16],
         "seconds": timer.stop("evaluate"),
         **run_record.provenance(),

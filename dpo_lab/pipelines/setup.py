@@ -19,6 +19,7 @@ from dpo_lab.config.precision import check_device_precision
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.data.chat import NoTemplate
 from dpo_lab.data.rows import BadData
+from dpo_lab.evals.judges import JudgeError
 from dpo_lab.models.policy import Pretrained
 from dpo_lab.pipelines.inputs import Forward
 from dpo_lab.pipelines.loggers import last_line
@@ -36,7 +37,13 @@ from dpo_lab.training.torch_setup import set_up_device, setup_torch
 log = logging.getLogger("dpo_lab")
 
 T = TypeVar("T")
-REFUSALS = (ConfigError, RunRefused, BadData, NoTemplate)  # what the user can fix: the command prints it in one line
+REFUSALS = (
+    ConfigError,
+    RunRefused,
+    BadData,
+    NoTemplate,
+    JudgeError,
+)  # what the user can fix: the command prints it in one line
 
 
 def setup_process(config: RunConfig) -> None:

@@ -45,6 +45,8 @@ ADDED_KEYS = {
     "loss.ld_alpha": 1.0,
     "loss.weighting": "none",
     "data.unpair": False,
+    "evals.pairs": {},
+    "evals.judge.kind": "classifier",
 }
 # Groups that were added to the configs of runs that have a loss, likewise.
 ADDED_GROUPS = {"method": {"kind": "dpo"}}

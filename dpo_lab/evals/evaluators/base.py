@@ -10,6 +10,7 @@ from dpo_lab.core.registry import add_to_table
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
+    from dpo_lab.evals.evaluate import SharedSettings
     from dpo_lab.stats.estimates import Estimate
 
 EVALUATORS: dict[str, type[Evaluator]] = {}  # by name in configs
@@ -41,6 +42,17 @@ class Evaluator:
         cls.needs_samples, cls.needs_reward = needs_samples, needs_reward
         add_to_table(EVALUATORS, name, cls)
 
+    @classmethod
+    def labels_for(cls, metrics: Iterable[str]) -> dict[str, str]:
+        """Return the labels of those metrics that it has measured and labels, in their order."""
+        measured = set(metrics)
+        return {metric: label for metric, label in cls.labels.items() if metric in measured}
+
+    @classmethod
+    def is_implied(cls, settings: SharedSettings) -> bool:
+        """Whether settings of the evaluation name what it alone measures, so that it runs without being listed."""
+        return False
+
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         """Yield (metric, estimate) and add the values per example to context.examples.
 
@@ -61,6 +73,5 @@ def default_evaluators(*more: str) -> list[str]:
 
 def labels_of(metrics: Iterable[str]) -> dict[str, str]:
     """Return the labels of those metrics that have one, in the order of the table of results."""
-    labels = {metric: label for name in in_order() for metric, label in EVALUATORS[name].labels.items()}
-    measured = set(metrics)
-    return {metric: label for metric, label in labels.items() if metric in measured}
+    metrics = list(metrics)
+    return {metric: label for name in in_order() for metric, label in EVALUATORS[name].labels_for(metrics).items()}
