@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab.config.reward_model import REWARD_MODEL
-from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, explain, input_files, validate
+from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, explain, training_files, validate
+from dpo_lab.data.rows import local_files
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import changed_files, override_key
 from dpo_lab.training.optim import OptimKind
@@ -104,7 +105,10 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
                 " data.tokens_per_microbatch= alone, or trained=FOLDER in place of run="
             )
     config = validate(recorded)
-    if changed := changed_files(record.get("files", {}), input_files(config)):
+    measured = record["config"]["evals"].get("pairs", {}).values()  # files that were only measured on
+    ignored = {str(file) for path in measured for file in local_files(path)}
+    files = {name: each for name, each in record.get("files", {}).items() if name not in ignored}
+    if changed := changed_files(files, training_files(config)):
         raise ConfigError(
             f"run: {'; '.join(changed)}; restore the files that it was trained on, or type trained= in place of run="
         )

@@ -188,9 +188,14 @@ def sft_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
     return config_dict
 
 
+def training_files(config: RunConfig) -> list[Path]:
+    """Return the user's files that the run is trained from and that exist on this machine."""
+    return [*config.data.files(), *config.policy.files(), *config.reward.files()]
+
+
 def input_files(config: RunConfig) -> list[Path]:
-    """Return the user's files that the run reads and that exist on this machine."""
-    return [*config.data.files(), *config.policy.files(), *config.reward.files(), *config.evals.files()]
+    """Return the user's files that the run reads, for training or evaluation, and that exist on this machine."""
+    return [*training_files(config), *config.evals.files()]
 
 
 def explain(error: Exception) -> str:
