@@ -1,8 +1,12 @@
-"""Errors in one line: the first line of a library's error, and that of a number that is too small for its setting."""
+"""Errors in one line: their base class, the first line of a library's error, and that of a number that is too small."""
 
 from __future__ import annotations
 
 import math
+
+
+class LabError(Exception):
+    """The base class of errors that name what is wrong and what to do, in one line: that which the commands print."""
 
 
 def first_line(error: BaseException | str | None) -> str:

@@ -5,43 +5,21 @@ it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
-from dpo_lab.cli import entry_point
-from dpo_lab.cli.next_steps import after_reward, print_finished_run
-from dpo_lab.config import reward_model, schema
-
-schema.register()
-reward_model.register()
+from dpo_lab.config import schema
+from dpo_lab.pipelines.commands import REWARD
 
 
-@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="reward_model")
+@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name=REWARD.config_name)
 def reward(cfg: DictConfig) -> float | None:
-    return entry_point.validate_and_run(cfg, lambda settings: _reward(cfg, settings))
-
-
-def _reward(cfg: DictConfig, settings: schema.RunConfig) -> None:
-    def run(folder: Path) -> None:
-        with entry_point.fast_imports():
-            from dpo_lab.pipelines.train_reward import train_reward
-
-        train_reward(cfg, settings, folder)
-
-    def if_done(record: Mapping[str, Any], folder: Path) -> None:
-        print_finished_run(record, folder, after_reward(settings, record["overrides"], folder))
-
-    entry_point.run_or_spawn_ranks(
-        "dpo_lab.reward", settings, reward_model.reward_record(cfg, settings), run=run, if_done=if_done
-    )
+    return REWARD.start(cfg)
 
 
 def main() -> int:
-    return entry_point.run_command(reward, reward_model.reward_record)
+    return REWARD.main(reward)
 
 
 if __name__ == "__main__":

@@ -6,41 +6,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from dpo_lab.cli import entry_point
-from dpo_lab.cli.next_steps import after_training, print_finished_run
 from dpo_lab.config import schema
-
-schema.register()
+from dpo_lab.pipelines.commands import TRAIN
 
 PLAN = "--plan"
 
 
-@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="train")
+@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name=TRAIN.config_name)
 def train(cfg: DictConfig) -> float | None:
-    return entry_point.validate_and_run(cfg, lambda settings: _train(cfg, settings))
+    return TRAIN.start(cfg)
 
 
-def _train(cfg: DictConfig, settings: schema.RunConfig) -> None:
-    def run(folder: Path) -> None:
-        with entry_point.fast_imports():
-            from dpo_lab.pipelines.train_dpo import train_dpo
-
-        train_dpo(cfg, settings, folder)
-
-    def if_done(record: Mapping[str, Any], folder: Path) -> None:
-        print_finished_run(record, folder, after_training(settings, record["overrides"], folder))
-
-    entry_point.run_or_spawn_ranks("dpo_lab.train", settings, schema.as_record(cfg, settings), run=run, if_done=if_done)
-
-
-@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name="train")
+@hydra.main(version_base="1.3", config_path=schema.conf_dir(), config_name=TRAIN.config_name)
 def plan(cfg: DictConfig) -> None:
     entry_point.validate_and_run(cfg, _plan)
 
@@ -64,7 +46,7 @@ def _plan(settings: schema.RunConfig) -> None:
 
 def main() -> int:
     if PLAN not in sys.argv:
-        return entry_point.run_command(train)
+        return TRAIN.main(train)
     if {"--multirun", "-m"} & {*sys.argv}:
         return entry_point.print_error(f"{PLAN}: plans one run; type it without --multirun", 2)
     sys.argv = [*(each for each in sys.argv if each != PLAN), "hydra.run.dir=."]  # no folder is made

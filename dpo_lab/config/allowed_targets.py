@@ -14,10 +14,12 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lab.errors import LabError
+
 T = TypeVar("T")
 
 
-class TargetRefused(ValueError):
+class TargetRefused(LabError, ValueError):
     """A config names a class that it may not instantiate; the message names key and value and says what to type."""
 
 

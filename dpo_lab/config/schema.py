@@ -35,6 +35,7 @@ from dpo_lab.core.methods import METHODS, Method
 from dpo_lab.core.noise import NOISES, LabelNoise
 from dpo_lab.data.sources import Data
 from dpo_lab.data.tasks.base import TASKS
+from dpo_lab.errors import LabError
 from dpo_lab.evals.evaluate import Evals, SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
 from dpo_lab.evals.judges import JUDGES
@@ -59,7 +60,7 @@ class IfExists(str, Enum):
     restart = "restart"  # the other run is moved to `earlier-N` inside the folder
 
 
-class ConfigError(Exception):
+class ConfigError(LabError):
     """A setting is invalid; the message is one line that names the key and says what to type."""
 
 

@@ -15,6 +15,7 @@ from dpo_lab.core.pairs import Message
 from dpo_lab.data.content_checks import TAGS, BadChat
 from dpo_lab.data.row_faults import DATE
 from dpo_lab.data.time_limit import TimeLimitExceeded, time_limit
+from dpo_lab.errors import LabError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ LONGEST = 10_000_000  # the most characters of a rendered chat
 TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError, ValueError, ZeroDivisionError, RecursionError)
 
 
-class NoTemplate(Exception):
+class NoTemplate(LabError):
     """Raised for chats if the tokenizer has no chat template that can be used; the message says what to type."""
 
 

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 from dpo_lab.data.readers import CHUNK, READERS, read, rows_of, suffix
 from dpo_lab.data.text import COMPRESSED, TooLarge, from_json
-from dpo_lab.errors import first_line
+from dpo_lab.errors import LabError, first_line
 
 SAVED = ("dataset_dict.json", "state.json", "dataset_info.json")  # files that save_to_disk writes besides the rows
 SHOWN = 300  # characters of a library's error to show
 
 
-class BadData(ValueError):
+class BadData(LabError, ValueError):
     """Raised for data that can't be read or are not pairs; the message is one line with location and what to type."""
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dpo_lab.distributed.signals import StopSignal
-from dpo_lab.errors import first_line
+from dpo_lab.errors import LabError, first_line
 from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
 from dpo_lab.runs.fingerprint import changed_files, config_digest, difference, fingerprint
 from dpo_lab.runs.redact import redact, redact_override, redact_text
@@ -32,7 +32,7 @@ _BUSY = "{} is being written by another process; wait for it, or type name=anoth
 LOGS = re.compile(r"\.lock|run\.log|output\.log|\.?rank-\d+\.\w+")  # files in use while a previous run is archived
 
 
-class RunRefused(Exception):
+class RunRefused(LabError):
     """The folder can't be used for this run; the message says why and what to type."""
 
 
@@ -40,7 +40,7 @@ class RunBusy(RunRefused):
     """Another process holds the lock on the folder."""
 
 
-class RunFailed(Exception):
+class RunFailed(LabError):
     """The run can't continue; the message is one line with the file or the pair and what to type."""
 
 
