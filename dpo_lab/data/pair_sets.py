@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from typing import Any
 
 from dpo_lab.core.pairs import EncodedPair, Pair, Text
 from dpo_lab.data.formats import Shape
-from dpo_lab.data.labels import NoPair
+from dpo_lab.data.labels import EmptyResponse, NoPair
 from dpo_lab.data.messages import content_of
 from dpo_lab.data.rows import BadData, open_rows, parse
 from dpo_lab.data.tokenize import PairTokenizer
+
+log = logging.getLogger(__name__)
 
 SUBSET = "subset"  # the column of a row's subset, as in RewardBench
 
@@ -48,6 +51,8 @@ def read_pair_set(name: str, path: str, shape: Shape, encoder: PairTokenizer) ->
             kept.append(SetPair(encoded, (as_text(pair.prompt), as_text(pair.chosen), as_text(pair.rejected)), subset))
     if not kept:
         raise BadData(f"{key}: holds no pair; type the path of a file of rows with prompt, chosen and rejected")
+    if dropped := {reason: count for reason, count in counts.items() if reason.startswith("dropped") and count}:
+        log.warning("%s: %s", key, ", ".join(f"{reason} {count:,}" for reason, count in dropped.items()))
     return kept
 
 
@@ -57,8 +62,8 @@ def _pairs(path: str, shape: Shape, counts: Counter[str]) -> Iterator[tuple[Pair
             try:
                 row: Mapping[str, Any] = parse(raw)
                 pairs = shape.read(row, counts)
-            except NoPair as reason:
-                counts[f"dropped: {reason}"] += 1
+            except (NoPair, EmptyResponse) as reason:
+                counts["dropped: empty response" if isinstance(reason, EmptyResponse) else f"dropped: {reason}"] += 1
                 continue
             except (ValueError, RecursionError) as error:
                 raise BadData(

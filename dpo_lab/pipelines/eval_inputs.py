@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ def build_eval_context(
     trained: Policy,
     forward: Forward,
     judge: LoadedJudge | None,
-    pair_sets: Mapping[str, Sequence[SetPair]],
+    pair_sets: Mapping[str, Sequence[SetPair]] = MappingProxyType({}),
 ) -> EvalContext:
     """Return what the evaluators need; prompts and texts come from the task, or from the user's held-out rows.
 

@@ -48,7 +48,9 @@ from tests.support.configs import recorded, settled
 def set_of(pairs) -> list[SetPair]:
     """Pairs as those of a further file, of two subsets, whose texts are their token ids."""
     texts = [("", " ".join(map(str, pair.chosen)), " ".join(map(str, pair.rejected))) for pair in pairs]
-    return [SetPair(pair, text, "odd" if i % 2 else "even") for i, (pair, text) in enumerate(zip(pairs, texts, strict=True))]
+    return [
+        SetPair(pair, text, "odd" if i % 2 else "even") for i, (pair, text) in enumerate(zip(pairs, texts, strict=True))
+    ]
 
 
 def perturbed(policy: Policy, scale: float) -> Policy:

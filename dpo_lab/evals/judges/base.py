@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from dpo_lab.core.registry import add_to_table
+from dpo_lab.errors import LabError
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,7 @@ Which response is better? Answer with {first_label} or {second_label} alone."""
 PLACEHOLDERS = ("prompt", "first", "second", "first_label", "second_label")
 
 
-class JudgeError(ValueError):
+class JudgeError(LabError, ValueError):
     """Raised where a judge can't be loaded or does not answer; the message is one line that says what to type."""
 
 
@@ -146,5 +147,7 @@ class ComparingJudge(Judge):
 
     def write(self, prompt: str, first: str, second: str) -> str:
         """Return the question about two responses to a prompt, in the order in which they are shown."""
-        values = dict(zip(PLACEHOLDERS, (prompt.strip(), first.strip(), second.strip(), *self.labels), strict=True))
+        values: dict[str, str] = dict(
+            zip(PLACEHOLDERS, (prompt.strip(), first.strip(), second.strip(), *self.labels), strict=True)
+        )
         return re.sub(rf"{{({'|'.join(PLACEHOLDERS)})}}", lambda place: values[place[1]], self.question)
