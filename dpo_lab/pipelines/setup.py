@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked
 from dpo_lab.config.precision import check_device_precision
 from dpo_lab.config.schema import ConfigError, RunConfig
+from dpo_lab.errors import LabError
 from dpo_lab.models.policy import Pretrained
 from dpo_lab.pipelines.inputs import Forward
 from dpo_lab.pipelines.loggers import last_line
