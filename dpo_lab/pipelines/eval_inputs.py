@@ -24,7 +24,11 @@ from dpo_lab.runs.cache import CACHE
 
 
 def load_judge(config: RunConfig, device: torch.device) -> LoadedJudge | None:
-    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise JudgeError if that fails."""
+    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise LabError if that fails, or if
+    an evaluator can't run.
+    """
+    for evaluator in config.evals.selected():
+        evaluator.check()
     if not config.evals.uses_judge:
         return None
     return config.evals.judge.load(device, CACHE)

@@ -21,6 +21,7 @@ line.
                       evals/evaluators/pair_sets.py
     candidates        a prompt and many responses of the initial policy; key: the prompt's. gold, judge: a list of their
                       rewards, rounded to four decimals
+    harness           an item of a benchmark; key: its task and number. A column for each metric, and initial_METRIC
     text              a held-out text; key: a hash of its token ids. trained, initial: log-probabilities in nats; tokens
     bin               a bin of the reliability curve; key: its lower edge. probability: the mean predicted one;
                       frequency: the share of labels that are right; share: of all pairs, counted from both sides

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpo_lab.core.registry import add_to_table
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
-    from dpo_lab.evals.evaluate import SharedSettings
     from dpo_lab.stats.estimates import Estimate
 
 EVALUATORS: dict[str, type[Evaluator]] = {}  # by name in configs
@@ -49,9 +48,12 @@ class Evaluator:
         return {metric: label for metric, label in cls.labels.items() if metric in measured}
 
     @classmethod
-    def is_implied(cls, settings: SharedSettings) -> bool:
-        """Whether settings of the evaluation name what it alone measures, so that it runs without being listed."""
+    def is_implied(cls, settings: Any) -> bool:
+        """Whether the settings of the evaluation, `Evals`, name what it alone measures, so that it runs unlisted."""
         return False
+
+    def check(self) -> None:
+        """Raise LabError if it can't run; called before training."""
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         """Yield (metric, estimate) and add the values per example to context.examples.
