@@ -24,11 +24,10 @@ from omegaconf import DictConfig
 from dpo_lab import plugins
 from dpo_lab.config import from_run, schema
 from dpo_lab.config.allowed_targets import OURS, TargetRefused, check_hydra, target_of
-from dpo_lab.data.chat import NoTemplate
-from dpo_lab.data.rows import BadData
 from dpo_lab.distributed import launcher
 from dpo_lab.distributed.signals import StopSignal, end_on_signals, raise_on_signals, reraise_stop, stopped_by
 from dpo_lab.distributed.supervisor import report_error, report_stop
+from dpo_lab.errors import LabError
 from dpo_lab.evals import evaluate
 from dpo_lab.plugins import PluginError
 from dpo_lab.runs import run_record
@@ -89,16 +88,16 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
             settings = schema.validate(cfg)
             body(settings)
         return job.optimized_value(settings.optimized_metric) if is_sweep_job else None
-    except (schema.ConfigError, TargetRefused, run_record.RunRefused, BadData, NoTemplate, PluginError) as error:
-        if is_sweep_job:
-            raise job.JobFailed(str(error)) from None
-        report_error(redact_text(str(error)), 2)
-        sys.exit(print_error(str(error), 2))
     except run_record.RunFailed as error:
         if is_sweep_job:
             raise job.JobFailed(str(error)) from None
         report_error(redact_text(f"{type(error).__name__}: {error}"), 1)
         sys.exit(print_error(str(error), 1))
+    except LabError as error:
+        if is_sweep_job:
+            raise job.JobFailed(str(error)) from None
+        report_error(redact_text(str(error)), 2)
+        sys.exit(print_error(str(error), 2))
     except StopSignal as stopped:
         report_stop(stopped)  # a signal that is handled between two steps has not been reported yet
         raise

@@ -11,7 +11,7 @@ from dpo_lab.config.plugin_choices import Choice
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.losses.base import StepLevel
 
-DESCRIBED = ("method", "loss", "reference", "noise", "reward")  # groups whose choices get a line each
+DESCRIBED = ("method", "loss", "reference", "noise", "reward", "evals/judge")  # groups whose choices get a line each
 HEADINGS = {None: "any reference", True: "reference=cached, frozen, moving or adapter_off", False: "reference=uniform"}
 TOGETHER = "all pairs of a step together"
 
@@ -22,9 +22,9 @@ def describe_choices(folder: Path, added: Sequence[Choice] = ()) -> str:
     added: those of plugins, each of which says where it is from.
     """
     about = {
-        group.name: {path.stem: _comment(path) for path in sorted(group.glob("*.yaml"))}
-        for group in folder.iterdir()
-        if group.is_dir() and group.name != "hydra"
+        name: {path.stem: _comment(path) for path in sorted(group.glob("*.yaml"))}
+        for group in folder.rglob("*")
+        if group.is_dir() and not (name := group.relative_to(folder).as_posix()).startswith("hydra")
     }
     for choice in added:
         about.setdefault(choice.group, {})[choice.name] = f"{choice.about} [{choice.source}]"

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab import plugins
 from dpo_lab.config.reward_model import REWARD_MODEL
-from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, as_record, explain, input_files, validate
+from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, as_record, explain, training_files, validate
+from dpo_lab.data.rows import local_files
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import changed_files, override_key
 from dpo_lab.training.optim import OptimKind
@@ -115,10 +116,13 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
     # nothing is trained here, so neither a package nor a GPU is needed for it
     recorded.optim.kind, recorded.policy.activation_offload = OptimKind.adamw, False
     for override in overrides:
-        key = override_key(override)
+        key = override_key(override).replace("/", ".")
         group = key.partition(".")[0]
         if {group, key} & {*OVERRIDABLE_KEYS}:
             value = OmegaConf.select(cfg, key)
+            if key in KINDS:  # another option, with settings of its own
+                OmegaConf.update(recorded, key, value, merge=False)
+                continue
             value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value  # interpolations unresolved
             if key == "trainer":
                 recorded.trainer = {}  # replaced, not merged
@@ -129,7 +133,10 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
                 " data.tokens_per_microbatch= alone, or trained=FOLDER in place of run="
             )
     config = validate(recorded)
-    if changed := changed_files(record.get("files", {}), input_files(config)):
+    measured = record["config"]["evals"].get("pairs", {}).values()  # files that were only measured on
+    ignored = {str(file) for path in measured for file in local_files(path)}
+    files = {name: each for name, each in record.get("files", {}).items() if name not in ignored}
+    if changed := changed_files(files, training_files(config)):
         raise ConfigError(
             f"run: {'; '.join(changed)}; restore the files that it was trained on, or type trained= in place of run="
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dpo_lab.config.schema import ConfigError, RunConfig, as_record, input_files, validate
+from dpo_lab.config.schema import ConfigError, RunConfig, as_record, training_files, validate
 from dpo_lab.core.methods.dpo import DPO
 from dpo_lab.models.policy import PolicyConfig
 from dpo_lab.rewards.learned import Learned
@@ -68,7 +68,7 @@ def reward_model_run(cfg: DictConfig, config: RunConfig) -> tuple[DictConfig, Ru
         made.callbacks = {name: node for name, node in made.callbacks.items() if name in CALLBACKS}
     settings = validate(made)
     record = reward_record(made, settings)
-    files = {name: each["blake2b"] for name, each in fingerprint(input_files(settings)).items()}
+    files = {name: each["blake2b"] for name, each in fingerprint(training_files(settings)).items()}
     text = json.dumps([config_digest(record), reward.steps, files])
     return made, settings, hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

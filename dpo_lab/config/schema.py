@@ -41,6 +41,7 @@ from dpo_lab.errors import LabError
 from dpo_lab.evals import evaluate
 from dpo_lab.evals.evaluate import SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
+from dpo_lab.evals.judges import JUDGES
 from dpo_lab.models.policy import POLICIES, PolicyConfig, TinyPolicy
 from dpo_lab.models.reference import REFERENCES, Reference
 from dpo_lab.rewards import REWARDS, Reward
@@ -86,7 +87,7 @@ class RunConfig:
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=lambda: Data(task=MISSING))
     optim: Optim = field(default_factory=Optim)
-    evals: SharedSettings = field(default_factory=lambda: evaluate.Evals())
+    evals: SharedSettings = field(default_factory=lambda: evaluate.Evals(judge=MISSING))
     trainer: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
     callbacks: dict[str, Any] = MISSING
@@ -113,6 +114,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "reward": REWARDS,
     "policy": POLICIES,
     "data.task": TASKS,
+    "evals.judge": JUDGES,
 }
 
 
@@ -178,9 +180,14 @@ def sft_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
     return config_dict
 
 
-def input_files(config: RunConfig) -> list[Path]:
-    """Return the user's files that the run reads and that exist on this machine."""
+def training_files(config: RunConfig) -> list[Path]:
+    """Return the user's files that the run is trained from and that exist on this machine."""
     return [*config.data.files(), *config.policy.files(), *config.reward.files()]
+
+
+def input_files(config: RunConfig) -> list[Path]:
+    """Return the user's files that the run reads, for training or evaluation, and that exist on this machine."""
+    return [*training_files(config), *config.evals.files()]
 
 
 def explain(error: Exception) -> str:
@@ -240,7 +247,8 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     """Return the end of the message about an unknown key: what to type instead."""
     group, _, leaf = key.rpartition(".")
     schemas = KINDS.get(group, {}).items()
-    owners = [f"{group}={name}" for name, schema in schemas if leaf in {f.name for f in dataclasses.fields(schema)}]
+    typed = group.replace(".", "/")  # a choice within a group
+    owners = [f"{typed}={name}" for name, schema in schemas if leaf in {f.name for f in dataclasses.fields(schema)}]
     if owners:
         return f" under this {group}; type {' or '.join(owners)} with it"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -16,12 +16,13 @@ from dpo_lab.core.losses.base import Loss
 from dpo_lab.core.losses.dpo import DPO
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, Tokens, chunk_by_size, content_hash
 from dpo_lab.core.seeds import derive_seed
-from dpo_lab.data.collate import collate, collate_responses
+from dpo_lab.data.collate import collate_responses
+from dpo_lab.data.pair_sets import SetPair
 from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.candidates import candidates, sampling_explained
-from dpo_lab.evals.judge import Score
-from dpo_lab.evals.scored_pairs import ScoredPairs
+from dpo_lab.evals.judges import LoadedJudge, Scorer, Verdicts
+from dpo_lab.evals.scored_pairs import ScoredPairs, logps_of_pairs
 from dpo_lab.models.forward import pair_logps, response_logps
 from dpo_lab.models.passes import map_passes
 from dpo_lab.models.policy import Policy
@@ -35,12 +36,13 @@ from dpo_lab.runs.examples import Examples, numbered
 class EvalContext:
     """A trained policy under evaluation, with the data, the settings and the cached results that evaluators share.
 
-    pairs: held-out pairs, never flipped; train_pairs: some of the training pairs, as trained on; prompts, prompt_ids:
+    pairs: held-out pairs, never flipped; train_pairs: some of the training pairs, as trained on; pair_sets: further
+    pairs, by the names of evals.pairs; prompts, prompt_ids:
     prompts of the samples, as text and as token ids; texts: held-out (prompt, response) of the real distribution, as
     token ids; task: the task if there is one, which knows the gold reward, else None; tokens: approximate number of
     tokens per forward pass; batch_size: samples generated per batch; context: context manager of forward passes
     (autocast), so that a policy is sampled and scored in the same precision; loss: defines the implicit reward;
-    reference: its reference, None for the initial policy; judge: scores texts of prompt and response; cache: folder for
+    reference: its reference, None for the initial policy; judge: scores or compares responses; cache: folder for
     the candidates of the initial policy, shared by many runs.
 
     With several ranks, all ranks have to evaluate equal contexts: each computes its share of the samples and forward
@@ -61,9 +63,10 @@ class EvalContext:
     seed: int
     context: Callable[[], AbstractContextManager] = nullcontext
     train_pairs: Sequence[EncodedPair] = ()
+    pair_sets: Mapping[str, Sequence[SetPair]] = field(default_factory=dict)
     loss: Loss = field(default_factory=DPO)
     reference: ReferenceLogps | None = None
-    judge: Score | None = None
+    judge: LoadedJudge | None = None
     cache: Path | None = None
     examples: Examples = field(default_factory=Examples)
 
@@ -112,18 +115,27 @@ class EvalContext:
     @cached_property
     def rewards(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Rewards of the trained and the initial policy's samples, [N] each, by source: `gold`, `judge`."""
-        if self.task is None and self.judge is None:
+        if self.task is None and not isinstance(self.judge, Scorer):
             return {}
         trained, initial = (
             self._score_texts(self.complete_texts(samples)) for samples in (self.samples, self.initial_samples)
         )
         return {name: (trained[name], initial[name]) for name in trained}
 
+    @cached_property
+    def verdicts(self) -> Verdicts:
+        """The judge's verdicts on the trained against the initial policy's samples; there has to be a judge."""
+        assert self.judge is not None
+        if isinstance(self.judge, Scorer):  # scored once, for all evaluators
+            trained, initial = self.rewards["judge"]
+            return Verdicts(np.heaviside(trained - initial, 0.5))
+        return self.judge.compare(self.prompts, self.responses(self.samples), self.responses(self.initial_samples))
+
     def candidate_rewards(self, prompts: int, count: int) -> tuple[list[str], dict[str, np.ndarray]]:
         """Return the keys of the first `prompts` distinct prompts, and the rewards of `count` responses of the initial
         policy to each, [P, count], by source; both are empty without a task and a judge.
         """
-        if self.task is None and self.judge is None:
+        if self.task is None and not isinstance(self.judge, Scorer):
             return [], {}
         first: dict[tuple[int, ...], int] = {}
         for i, prompt in enumerate(self.prompt_ids):
@@ -149,8 +161,8 @@ class EvalContext:
         rewards: dict[str, np.ndarray] = {}
         if self.task is not None:
             rewards["gold"] = np.array([self.task.gold(text) for text in texts])
-        if self.judge is not None:
-            rewards["judge"] = np.asarray(self.judge(texts), np.float64)
+        if isinstance(self.judge, Scorer):
+            rewards["judge"] = np.asarray(self.judge.score(texts), np.float64)
         return rewards
 
     @cached_property
@@ -179,7 +191,7 @@ class EvalContext:
         """All held-out pairs, responses labelled on their own included."""
         reference = None
         if self.reference is not None:
-            reference = self._pair_logps(reference_model(self.reference), self.reference, self.pairs)
+            reference = self.logps_of(reference_model(self.reference), self.reference, self.pairs)
         return ScoredPairs(self.pairs, *self.pair_logps, reference)
 
     @cached_property
@@ -194,7 +206,7 @@ class EvalContext:
 
     def _logps_of_pairs(self, pairs: Sequence[EncodedPair]) -> tuple[PairLogps, PairLogps]:
         trained, initial = (
-            self._pair_logps(policy.model, partial(pair_logps, policy.model), pairs)
+            self.logps_of(policy.model, partial(pair_logps, policy.model), pairs)
             for policy in (self.trained, self.initial)
         )
         return trained, initial
@@ -226,24 +238,15 @@ class EvalContext:
                 what=f"Samples ({name})",
             )
 
-    @torch.no_grad()
-    def _pair_logps(
+    def logps_of(
         self,
         model: PreTrainedModel | None,
         logps_of: Callable[[PairBatch], PairLogps],
         pairs: Sequence[EncodedPair],
     ) -> PairLogps:
+        """Return the log-probabilities of pairs by `logps_of`, which runs `model`, in the evaluation's precision."""
         device = device_of(self.trained.model)
-        sizes = [pair.size for pair in pairs]
-        parts = chunk_by_size(sizes, self.tokens)
-
-        def compute(part: slice) -> PairLogps:
-            with self.context():
-                logps = logps_of(collate(pairs[part]).to(device))
-            return logps.to("cpu")
-
-        logps = map_passes("Log-probs of pairs", model, parts, [sum(sizes[part]) for part in parts], compute, least=1.0)
-        return PairLogps.concat(logps)
+        return logps_of_pairs(model, logps_of, pairs, self.tokens, self.context, device)
 
 
 def _hash(*parts: Tokens) -> str:

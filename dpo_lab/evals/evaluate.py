@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_lab.data.rows import local_files
 from dpo_lab.errors import check_at_least
-from dpo_lab.evals.evaluators.base import EVALUATORS, Evaluator, default_evaluators
-from dpo_lab.evals.judge import Judge
+from dpo_lab.evals.evaluators.base import EVALUATORS, Evaluator, default_evaluators, in_order
+from dpo_lab.evals.judges import Judge
+from dpo_lab.evals.judges.classifier import Classifier
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
@@ -22,8 +25,8 @@ class SharedSettings:
 
     num_prompts: number of prompts, with one sampled response each; num_texts: number of held-out texts;
     num_train_pairs: number of training pairs, chosen by their keys, so that runs on the same pairs measure the same
-    ones. batch_size: samples generated per batch; with several ranks there should be a batch for each. judge: the judge
-    of all evaluators that use one.
+    ones. batch_size: samples generated per batch; with several ranks there should be a batch for each. pairs: further
+    files of preference pairs to measure accuracy on, by name. judge: the judge of all evaluators that use one.
     """
 
     evaluators: list[str] = field(default_factory=default_evaluators)
@@ -32,7 +35,8 @@ class SharedSettings:
     num_texts: int = 256
     num_train_pairs: int = 512
     batch_size: int = 128
-    judge: Judge = field(default_factory=Judge)
+    pairs: dict[str, str] = field(default_factory=dict)
+    judge: Judge = field(default_factory=Classifier)
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens", "num_texts", "batch_size"):
@@ -44,8 +48,18 @@ class SharedSettings:
                 raise ValueError(f"evals.evaluators: no evaluator is called '{name}'; type evals.evaluators=[{near}]")
 
     def selected(self) -> list[Evaluator]:
-        """Return the evaluators to run, with their settings."""
-        return [getattr(self, name, None) or EVALUATORS[name]() for name in self.evaluators]
+        """Return the evaluators to run, with their settings: those listed, and those that other settings imply."""
+        names = [*self.evaluators, *(name for name in in_order() if EVALUATORS[name].is_implied(self))]
+        return [getattr(self, name, None) or EVALUATORS[name]() for name in dict.fromkeys(names)]
+
+    def files(self) -> list[Path]:
+        """Return the local files that evals.pairs names."""
+        return [file for path in self.pairs.values() for file in local_files(path)]
+
+    @property
+    def uses_judge(self) -> bool:
+        """Whether an evaluator asks the judge, if there is one."""
+        return bool(self.pairs) or any(evaluator.needs_reward for evaluator in self.selected())
 
 
 def define_settings() -> None:
@@ -71,7 +85,7 @@ def evaluate(context: EvalContext, evaluators: Iterable[Evaluator] | None = None
     """
     if not len(context.pairs):
         return {}
-    evaluators = SharedSettings().selected() if evaluators is None else evaluators
+    evaluators = Evals().selected() if evaluators is None else evaluators
     estimates = {name: estimate for evaluator in evaluators for name, estimate in evaluator.run(context)}
     context.add_texts()
     return estimates

@@ -61,7 +61,7 @@ class RewardContext(EvalContext):
             rewards = response_rewards(self.trained.model, batch.tokens, batch.lengths)
             return as_logps(rewards, batch.response_lengths)[0]
 
-        rewards = self._pair_logps(self.trained.model, rewards_of, pairs)
+        rewards = self.logps_of(self.trained.model, rewards_of, pairs)
         return rewards, rewards - rewards
 
 

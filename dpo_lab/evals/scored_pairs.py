@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
+from transformers import PreTrainedModel
 
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import zero_out_rounding
-from dpo_lab.core.pairs import EncodedPair, PairLogps
+from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, chunk_by_size
+from dpo_lab.data.collate import collate
+from dpo_lab.models.passes import map_passes
+from dpo_lab.models.sharding import device_of
 
 
 @dataclass(frozen=True)
@@ -83,3 +89,31 @@ class ScoredPairs:
             "chosen_length": self.trained.chosen_length.numpy(),
             "rejected_length": self.trained.rejected_length.numpy(),
         }
+
+
+@torch.no_grad()
+def logps_of_pairs(
+    model: PreTrainedModel | None,
+    logps_of: Callable[[PairBatch], PairLogps],
+    pairs: Sequence[EncodedPair],
+    tokens: int,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+    device: torch.device | None = None,
+    title: str = "Log-probs of pairs",
+) -> PairLogps:
+    """Return the log-probabilities of pairs by `logps_of`, on the CPU, in parts of about `tokens` tokens.
+
+    model: the one that `logps_of` runs, None for none; device: None for that of the model; context: of forward passes.
+    All ranks have to call it; each computes its share, all get all results.
+    """
+    there = device_of(model) if device is None and model is not None else device
+    sizes = [pair.size for pair in pairs]
+    parts = chunk_by_size(sizes, tokens)
+
+    def compute(part: slice) -> PairLogps:
+        with context():
+            logps = logps_of(collate(pairs[part]).to(there or "cpu"))
+        return logps.to("cpu")
+
+    logps = map_passes(title, model, parts, [sum(sizes[part]) for part in parts], compute, least=1.0)
+    return PairLogps.concat(logps)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_lab.health.evidence import Evidence
 from dpo_lab.health.finding import Finding, Rule
+from dpo_lab.health.judge_rules import LengthBias, PositionBias, Unanswered
 from dpo_lab.health.outcome_rules import (
     Degenerated,
     Displacement,
@@ -47,6 +48,9 @@ RULES: tuple[Rule, ...] = (
     Degenerated(perplexity=1.5, well_formed=0.2, stopped=0.1, distinct=0.5),
     RoundedAway(moved=0.5),
     RewardAtChance(chance=0.5),
+    PositionBias(most=0.15),
+    LengthBias(apart=0.05),
+    Unanswered(most=0.05),
 )
 
 

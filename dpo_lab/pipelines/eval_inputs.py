@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
-from dpo_lab.config.schema import ConfigError, RunConfig
+from dpo_lab.config.schema import RunConfig
 from dpo_lab.core.pair_table import PairTable
+from dpo_lab.data.formats import Shape
+from dpo_lab.data.pair_sets import SetPair, read_pair_set
 from dpo_lab.data.splits import HELD_OUT, hash_draws
+from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
-from dpo_lab.evals.judge import JudgeError, Score
+from dpo_lab.evals.judges import LoadedJudge
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.sharding import on_device
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts
 from dpo_lab.runs.cache import CACHE
 
 
-def load_judge(config: RunConfig, device: torch.device) -> Score | None:
-    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise ConfigError if it can't be
-    loaded.
+def load_judge(config: RunConfig, device: torch.device) -> LoadedJudge | None:
+    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise LabError if that fails, or if
+    an evaluator can't run.
     """
-    if not any(evaluator.needs_reward for evaluator in config.evals.selected()):
+    for evaluator in config.evals.selected():
+        evaluator.check()
+    if not config.evals.uses_judge:
         return None
-    try:
-        return config.evals.judge.load(device)
-    except JudgeError as error:
-        raise ConfigError(str(error)) from None
+    return config.evals.judge.load(device, CACHE)
 
 
 def build_eval_context(
@@ -35,7 +39,8 @@ def build_eval_context(
     inputs: TrainingInputs,
     trained: Policy,
     forward: Forward,
-    judge: Score | None,
+    judge: LoadedJudge | None,
+    pair_sets: Mapping[str, Sequence[SetPair]] = MappingProxyType({}),
 ) -> EvalContext:
     """Return what the evaluators need; prompts and texts come from the task, or from the user's held-out rows.
 
@@ -65,6 +70,7 @@ def build_eval_context(
         initial=inputs.initial,
         encoder=encoder,
         pairs=inputs.held_out,
+        pair_sets=pair_sets,
         train_pairs=sample_pairs(inputs.train, evals.num_train_pairs),
         prompts=prompts,
         prompt_ids=prompt_ids,
@@ -80,6 +86,14 @@ def build_eval_context(
         cache=CACHE,
         seed=config.seed,
     )
+
+
+def read_pair_sets(config: RunConfig, encoder: PairTokenizer) -> dict[str, list[SetPair]]:
+    """Return the pairs of the files that evals.pairs names, read as chat if those of the run are. Raise BadData for a bad
+    file.
+    """
+    shape = Shape(as_chat=config.data.as_chat)
+    return {name: read_pair_set(name, path, shape, encoder) for name, path in config.evals.pairs.items()}
 
 
 def sample_pairs(pairs: PairTable, count: int) -> PairTable:

@@ -19,7 +19,7 @@ from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.models.policy import Lora, Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
-from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge
+from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, read_pair_sets
 from dpo_lab.pipelines.inputs import TrainingInputs, prepare_pairs, select_on_device
 from dpo_lab.pipelines.setup import forward_settings, logging_to, make_trainer, memory_explained, setup_process
 from dpo_lab.pipelines.stage_timer import StageTimer
@@ -111,6 +111,7 @@ class _Prepared:
         return {
             "identity": self.identity,
             "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
+            **({"judge": costs} if (judge := self.context.judge) is not None and (costs := judge.costs()) else {}),
             "samples": self.context.side_by_side[:16],
             "seconds": self.timer.stop("evaluate"),
         }
@@ -131,7 +132,7 @@ def _prepared(config: RunConfig, trained: Path, folder: Path) -> Iterator[_Prepa
         inputs = prepare_pairs(config, CACHE, forward)
         identity = inputs.identity() | {"trained_policy": weights_digest(policy.model)}
         timer.stop("prepare")
-        context = build_eval_context(config, inputs, policy, forward, judge)
+        context = build_eval_context(config, inputs, policy, forward, judge, read_pair_sets(config, inputs.encoder))
         yield _Prepared(config, inputs, identity, context, timer)
 
 

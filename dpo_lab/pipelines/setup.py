@@ -17,15 +17,14 @@ from transformers.utils.logging import disable_progress_bar
 from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked
 from dpo_lab.config.precision import check_device_precision
 from dpo_lab.config.schema import ConfigError, RunConfig
-from dpo_lab.data.chat import NoTemplate
-from dpo_lab.data.rows import BadData
+from dpo_lab.errors import LabError
 from dpo_lab.models.policy import Pretrained
 from dpo_lab.pipelines.inputs import Forward
 from dpo_lab.pipelines.loggers import last_line
 from dpo_lab.runs.atomic_write import explain_disk_error
 from dpo_lab.runs.out_of_memory import OutOfMemory, explain_out_of_memory, halved
 from dpo_lab.runs.redact import Redacting
-from dpo_lab.runs.run_record import RunFailed, RunRefused
+from dpo_lab.runs.run_record import RunFailed
 from dpo_lab.terminal.progress import log_handler
 from dpo_lab.training.callbacks.progress_bar import TimeLimit
 from dpo_lab.training.callbacks.throughput import Throughput
@@ -36,7 +35,6 @@ from dpo_lab.training.torch_setup import set_up_device, setup_torch
 log = logging.getLogger("dpo_lab")
 
 T = TypeVar("T")
-REFUSALS = (ConfigError, RunRefused, BadData, NoTemplate)  # what the user can fix: the command prints it in one line
 
 
 def setup_process(config: RunConfig) -> None:
@@ -96,9 +94,9 @@ def logging_to(folder: Path) -> Iterator[None]:
     logging.getLogger("py.warnings").propagate = False
     try:
         yield
-    except REFUSALS:
-        raise  # the command prints it in one line
     except Exception as error:
+        if isinstance(error, LabError) and not isinstance(error, RunFailed):
+            raise  # what the user can fix: the command prints it in one line
         if line := str(error) if isinstance(error, RunFailed) else explain_disk_error(error):
             where = (type(error), error, error.__traceback__) if isinstance(error, OutOfMemory) else None
             entry = {"levelname": "ERROR", "msg": f"the run failed: {line}", "exc_info": where}
@@ -136,7 +134,7 @@ def broadcast_from_rank_zero(trainer: Trainer, decide: Callable[[], T]) -> T:
     if trainer.is_global_zero:
         try:
             decision = decide()
-        except (*REFUSALS, RunFailed) as error:
+        except LabError as error:
             refusal = error
     decision, refusal = trainer.strategy.broadcast((decision, refusal))
     if refusal is not None:

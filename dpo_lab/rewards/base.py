@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_lab.core.pairs import Tokens
 from dpo_lab.core.registry import add_to_table
-from dpo_lab.evals.judge import Judge
+from dpo_lab.evals.judges import Judge
 
 if TYPE_CHECKING:
     import torch

@@ -45,6 +45,16 @@ ADDED_KEYS = {
     "loss.ld_alpha": 1.0,
     "loss.weighting": "none",
     "data.unpair": False,
+    "evals.pairs": {},
+    "evals.harness": {
+        "tasks": [],
+        "include_path": None,
+        "num_fewshot": None,
+        "limit": None,
+        "batch_size": 16,
+        "chat_template": False,
+    },
+    "evals.judge.kind": "classifier",
 }
 # Groups that were added to the configs of runs that have a loss, likewise.
 ADDED_GROUPS = {"method": {"kind": "dpo"}}

@@ -15,6 +15,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from dpo_lab.core.losses import DPO, LOSSES, SFTChosen
+from dpo_lab.data.pair_sets import SetPair
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.data.tokenize import PairTokenizer
@@ -24,13 +25,15 @@ from dpo_lab.evals.evaluate import Evals, evaluate
 from dpo_lab.evals.evaluators.base import EVALUATORS, Evaluator, in_order, labels_of
 from dpo_lab.evals.evaluators.calibration import Calibration
 from dpo_lab.evals.evaluators.displacement import Displacement
+from dpo_lab.evals.evaluators.harness import Harness
 from dpo_lab.evals.evaluators.kl import KL
 from dpo_lab.evals.evaluators.language import Language, distinct, repeated
 from dpo_lab.evals.evaluators.optimum import Optimum
 from dpo_lab.evals.evaluators.preference import Preference
 from dpo_lab.evals.evaluators.reward import Reward
 from dpo_lab.evals.evaluators.win_rate import WinRate
-from dpo_lab.evals.judge import Judge, JudgeError
+from dpo_lab.evals.judges import Comparer, JudgeError, Scorer
+from dpo_lab.evals.judges.classifier import Classifier
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference import Uniform
 from dpo_lab.models.sampling import Sample
@@ -41,6 +44,14 @@ from dpo_lab.stats.calibration import reliability
 from dpo_lab.stats.estimates import Estimate
 from tests.conftest import make_pairs
 from tests.support.configs import recorded, settled
+
+
+def set_of(pairs) -> list[SetPair]:
+    """Pairs as those of a further file, of two subsets, whose texts are their token ids."""
+    texts = [("", " ".join(map(str, pair.chosen)), " ".join(map(str, pair.rejected))) for pair in pairs]
+    return [
+        SetPair(pair, text, "odd" if i % 2 else "even") for i, (pair, text) in enumerate(zip(pairs, texts, strict=True))
+    ]
 
 
 def perturbed(policy: Policy, scale: float) -> Policy:
@@ -90,7 +101,7 @@ def test_samples_are_made_once(subject, monkeypatch):
             return forward(*args, **how)
 
         monkeypatch.setattr(policy.model, "forward", counted)
-    subject.judge = lambda texts: np.array([float(len(text)) for text in texts])
+    subject.judge = Scorer(lambda texts: np.array([float(len(text)) for text in texts]))
     metrics = evaluate(subject)
     assert sorted(calls) == ["Samples (initial)", "Samples (trained)"]  # by all evaluators together
     assert 0 < len(generated) <= 2 * 2 * 8  # two policies, two batches, 8 tokens at most
@@ -364,9 +375,9 @@ TEXTS = ["The plot was superb.", "The plot was awful and the music too.", "Fair.
 @pytest.mark.parametrize(("labels", "label", "column"), [(1, None, 0), (3, None, 2), (3, "BAD", 0), (3, "1", 1)])
 def test_a_classifier_as_judge(policy, tmp_path, labels, label, column):
     model = save_classifier(policy, tmp_path, labels)
-    score = Judge(path=str(tmp_path), label=label, batch_size=2).load()
-    assert score is not None
-    for text, found in zip(TEXTS, score(TEXTS), strict=True):
+    judge = Classifier(path=str(tmp_path), label=label, batch_size=2).load()
+    assert judge is not None
+    for text, found in zip(TEXTS, judge.score(TEXTS), strict=True):
         with torch.no_grad():
             logits = model(**policy.tokenizer(text, return_tensors="pt")).logits[0].double()
         expected = logits[0] if labels == 1 else logits.softmax(0)[column].logit()
@@ -375,16 +386,16 @@ def test_a_classifier_as_judge(policy, tmp_path, labels, label, column):
 
 def test_a_judge_that_cannot_be_had_is_refused_in_one_line(policy, tmp_path):
     with pytest.raises(JudgeError, match="no such folder"):
-        Judge(path=str(tmp_path / "none")).load()
+        Classifier(path=str(tmp_path / "none")).load()
     with pytest.raises(JudgeError, match=r"evals\.judge\.path=.*type the folder of a classifier"):
-        Judge(path=str(tmp_path)).load()
+        Classifier(path=str(tmp_path)).load()
     save_classifier(policy, tmp_path, 3)
     with pytest.raises(JudgeError, match="no such class; type evals.judge.label= one of BAD, FAIR, GOOD"):
-        Judge(path=str(tmp_path), label="BEST").load()
+        Classifier(path=str(tmp_path), label="BEST").load()
 
 
 def test_judges_scores_have_names_of_their_own(subject):
-    subject.judge = lambda texts: np.array([-float(len(text)) for text in texts])
+    subject.judge = Scorer(lambda texts: np.array([-float(len(text)) for text in texts]))
     subject = with_samples(subject, ["The plot was superb.", "a"], ["The plot was awful, awful.", "bb"])
     metrics = evaluate(subject, [Reward(), WinRate()])
     assert metrics["judge"].value == -10.5
@@ -412,7 +423,7 @@ def test_every_choice_runs_the_default_evaluators_in_their_order(choice, expecte
 
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_settings_of_an_evaluator_are_settings_of_a_run(name):
-    own = {spec.name: spec.default for spec in dataclasses.fields(EVALUATORS[name])}
+    own = dataclasses.asdict(EVALUATORS[name]())
     assert recorded()["evals"].get(name, {}) == own
 
 
@@ -434,27 +445,31 @@ def test_an_evaluator_that_does_not_state_its_traits_is_refused_where_it_is_defi
 def test_what_an_evaluator_does_not_need_is_not_made(subject, monkeypatch):
     """Evaluators that state that they need no samples, or no reward, run where none can be had."""
     monkeypatch.setattr(subject_module, "generate_responses", lambda *a, **k: pytest.fail("samples"))
-    subject.train_pairs = subject.pairs[:3]
+    subject.train_pairs, subject.pair_sets = subject.pairs[:3], {"own": set_of(subject.pairs)}
     for kind in EVALUATORS.values():
-        if not kind.needs_samples:
+        if not kind.needs_samples and kind is not Harness:  # which measures what it is told
             assert dict(kind().run(subject))
     monkeypatch.undo()
     subject.task = None
     assert {name for name, kind in EVALUATORS.items() if not dict(kind().run(subject))} == {
-        name for name, kind in EVALUATORS.items() if kind.needs_reward
+        name for name, kind in EVALUATORS.items() if kind.needs_reward or kind is Harness
     }
 
 
 def test_labels_are_of_metrics_that_are_measured(subject, monkeypatch):
     monkeypatch.setattr(SyntheticReviews, "gold", lambda self, text: sum(map(ord, text)) % 7)
-    subject.judge = lambda texts: np.array([sum(map(ord, text)) % 11 for text in texts], float)
+    subject.judge = Scorer(lambda texts: np.array([sum(map(ord, text)) % 11 for text in texts], float))
     subject.train_pairs = [*subject.pairs[:3], *(pair.flip() for pair in subject.pairs[3:])]
     first, second = subject.pairs[:2]
     subject.pairs = [*subject.pairs, replace(first, rejected=[]), replace(second, chosen=[])]  # labelled on their own
     words = SyntheticReviews().texts(HELD_OUT, 1, seed=0)[0].split() * 2
     with_samples(subject, *([" ".join(words[: i % n + 1]) for i in range(40)] for n in (7, 5)))
     optimum = Optimum(num_candidates=16, num_prompts=2)
-    metrics = evaluate(subject, Evals(evaluators=in_order(), optimum=optimum).selected())
+    settings = Evals(evaluators=in_order(), optimum=optimum)
+    metrics = evaluate(subject, settings.selected())
+    del subject.verdicts
+    subject.judge = Comparer(lambda questions: np.linspace(0, 1, len(questions)), lambda *texts: " ".join(texts))
+    metrics |= evaluate(subject, settings.selected())
     labels = [label for kind in EVALUATORS.values() for label in kind.labels]
     assert sorted(labels_of(metrics)) == sorted(labels)
     assert [row[0] for row in metric_rows(metrics, labels_of(metrics))] == list(labels_of(metrics).values())
@@ -466,7 +481,7 @@ def test_metrics_of_a_record_without_labels_are_shown_by_name():
 
 
 def test_nan_raises(subject):
-    subject.judge = lambda texts: np.full(len(texts), math.nan)
+    subject.judge = Scorer(lambda texts: np.full(len(texts), math.nan))
     with pytest.raises(ValueError, match="is nan, not a finite number"):
         evaluate(subject, [Reward()])
 

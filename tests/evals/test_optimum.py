@@ -17,6 +17,7 @@ from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.evals import candidates as candidates_module
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.evaluators.optimum import Optimum
+from dpo_lab.evals.judges import Scorer
 from dpo_lab.runs.examples import EXAMPLES, read
 from dpo_lab.stats.estimates import best_of
 from tests.evals.test_evals import perturbed, subject_of
@@ -93,7 +94,7 @@ def test_what_is_kept_of_candidates(subject, sampled, tmp_path):
 
 
 def test_a_judge_scores_them_where_no_truth_is_known(subject):
-    subject.task, subject.judge = None, lambda texts: np.array([float(len(text)) for text in texts])
+    subject.task, subject.judge = None, Scorer(lambda texts: np.array([float(len(text)) for text in texts]))
     assert set(dict(Optimum(4, 2).run(subject))) == {"best_of_4/judge", "best_of_4/judge_gain"}
     assert [list(row) for row in subject.examples.rows()] == [["kind", "key", "judge"]] * 2
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals import candidates
-from dpo_lab.evals.judge import Judge
+from dpo_lab.evals.judges.classifier import Classifier
 from dpo_lab.models import reference_cache
 from dpo_lab.models.policy import Dtype, Pretrained
 from dpo_lab.pipelines.setup import memory_explained
@@ -86,7 +86,7 @@ def test_46_it_names_what_the_config_has_not_done_yet(settings, advice):
 
 def test_46_the_judge_names_its_own_setting():
     with pytest.raises(OutOfMemory, match="in the judge .*; type evals.judge.batch_size=4$"):
-        Judge(batch_size=8)._scores(None, on_a_gpu, 0, ["a text"])
+        Classifier(batch_size=8)._scores(None, on_a_gpu, 0, ["a text"])
 
 
 def test_46_candidates_name_the_batches_that_they_are_sampled_in(policy):

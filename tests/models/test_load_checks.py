@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair
-from dpo_lab.evals.judge import Judge, JudgeError
+from dpo_lab.evals.judges import JudgeError
+from dpo_lab.evals.judges.classifier import Classifier
 from dpo_lab.models import probes
 from dpo_lab.models.decoding import uses_cache
 from dpo_lab.models.limits import Limits
@@ -240,14 +241,14 @@ def judge(folder: Path, policy: Policy, kind: str, **settings) -> Path:
 
 def test_a_judge_without_its_head_is_refused(policy, tmp_path):
     folder = judge(tmp_path, policy, "Llama")
-    assert Judge(path=str(folder)).load() is not None
+    assert Classifier(path=str(folder)).load() is not None
     rename(folder, lambda name: None if name == "score.weight" else name)
     with pytest.raises(JudgeError, match=r"evals.judge.path=.*1 weight is missing from the files \(score.weight\)"):
-        Judge(path=str(folder)).load()
+        Classifier(path=str(folder)).load()
 
 
 def test_a_judge_of_fewer_positions_than_asked_is_refused(policy, tmp_path):
     folder = judge(tmp_path, policy, "Bert")
-    assert Judge(path=str(folder), max_length=64).load() is not None
+    assert Classifier(path=str(folder), max_length=64).load() is not None
     with pytest.raises(JudgeError, match=r"max_length=65: the judge has 64 positions; type evals.judge.max_length=64$"):
-        Judge(path=str(folder), max_length=65).load()
+        Classifier(path=str(folder), max_length=65).load()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_lab.config import from_run
-from dpo_lab.evals.judge import Judge
+from dpo_lab.evals.judges.classifier import Classifier
 from dpo_lab.rewards.learned import FACTS
 from dpo_lab.runs.run_record import RunRefused
 from tests.pipelines.test_cuda_runs import QUIET, make_shop, record_of
@@ -67,7 +67,7 @@ def test_a_run_leaves_what_others_take(told, shop):
     card = (folder / "reward_model/README.md").read_text()
     assert "text-classification" in card
     assert "python -m dpo_lab.reward" in card
-    scores = Judge(str(folder / "reward_model")).load()(["the plot was good", "the music was odd"])  # type: ignore[misc]
+    scores = Classifier(str(folder / "reward_model")).load().score(["the plot was good", "the music was odd"])  # type: ignore[misc]
     assert scores.shape == (2,)
     assert scores[0] != scores[1]
     assert "reward=learned" in told

@@ -15,7 +15,7 @@ from dpo_lab.data.collate import collate_responses
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.data.tokenize import PairTokenizer
-from dpo_lab.evals.judge import Judge
+from dpo_lab.evals.judges.classifier import Classifier
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reward_export import exported
 from dpo_lab.models.reward_head import response_rewards, with_reward_head
@@ -35,7 +35,7 @@ def inputs(policy: Policy) -> RewardInputs:
     return RewardInputs(
         encoder=encoder,
         task=TASK,
-        judge=Judge(),
+        judge=Classifier(),
         initial=policy,
         prompts=[encoder.prompt(text) for text in TASK.prompts(HELD_OUT, 12, seed=0)],
         max_new_tokens=24,
@@ -91,7 +91,7 @@ def test_a_learned_reward_is_the_models_score_less_its_mean(inputs, tokens, mode
 
 
 def test_the_judge_gives_the_same_scores_of_texts(inputs, tokens, model_folder):
-    reward = OfJudge().prepare(replace(inputs, judge=Judge(str(model_folder))))
+    reward = OfJudge().prepare(replace(inputs, judge=Classifier(str(model_folder))))
     whole = [*tokens[1][:-1], [*tokens[1][-1], inputs.encoder.eos_id]]  # the judge's texts always end
     assert reward(*tokens) == pytest.approx(raw(inputs, tokens[0], whole), abs=1e-5)
 
@@ -111,7 +111,7 @@ def test_unit_scale_is_that_of_the_initial_policys_samples(inputs):
     [
         (Gold(), {"task": None}, "reward=gold: these data have no gold reward; type reward=learned"),
         (OfJudge(), {}, r"reward=judge: no judge is set; type evals\.judge\.path="),
-        (OfJudge(), {"judge": Judge("nowhere")}, r"evals\.judge\.path=nowhere: no such folder"),
+        (OfJudge(), {"judge": Classifier("nowhere")}, r"evals\.judge\.path=nowhere: no such folder"),
         (
             Learned(path="nowhere"),
             {},

@@ -26,7 +26,7 @@ from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import score_pairs
-from dpo_lab.evals.judge import Judge
+from dpo_lab.evals.judges.classifier import Classifier
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.paths import ForwardPath, apply_path
 from dpo_lab.models.policy import PolicyError, trainable_copy
@@ -162,7 +162,7 @@ def test_the_folder_is_what_transformers_and_the_judge_load(tmp_path, pad):
     with torch.no_grad():
         for text, reward in zip(texts, ours.tolist(), strict=True):
             assert loaded(**saved(text, return_tensors="pt")).logits.item() == pytest.approx(reward, abs=1e-5)
-    judged = Judge(str(tmp_path)).load()(texts)  # in one padded batch
+    judged = Classifier(str(tmp_path)).load().score(texts)  # in one padded batch
     assert judged == pytest.approx(ours.tolist(), abs=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_without_end_tokens_none_is_appended(tmp_path):
     ours, _ = score_pairs(
         rewarder, [p.prompt for p in pairs], [p.chosen for p in pairs], 2048, torch.no_grad, response_rewards
     )
-    assert Judge(str(tmp_path)).load()(texts) == pytest.approx(ours.tolist(), abs=1e-5)
+    assert Classifier(str(tmp_path)).load().score(texts) == pytest.approx(ours.tolist(), abs=1e-5)
 
 
 def test_adapters_and_head_are_trained_and_saved_merged(tmp_path):
@@ -198,7 +198,7 @@ def test_adapters_and_head_are_trained_and_saved_merged(tmp_path):
         ]
     exported(rewarder, policy.tokenizer, policy.tokenizer.eos_token_id).save(tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
-    assert Judge(str(tmp_path)).load()(texts) == pytest.approx(ours.tolist(), abs=1e-5)
+    assert Classifier(str(tmp_path)).load().score(texts) == pytest.approx(ours.tolist(), abs=1e-5)
     still = [name for name, weight in rewarder.named_parameters() if "lora" in name]
     assert still  # the export has merged a copy
 

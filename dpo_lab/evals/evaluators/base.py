@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpo_lab.core.registry import add_to_table
 
@@ -41,6 +41,20 @@ class Evaluator:
         cls.needs_samples, cls.needs_reward = needs_samples, needs_reward
         add_to_table(EVALUATORS, name, cls)
 
+    @classmethod
+    def labels_for(cls, metrics: Iterable[str]) -> dict[str, str]:
+        """Return the labels of those metrics that it has measured and labels, in their order."""
+        measured = set(metrics)
+        return {metric: label for metric, label in cls.labels.items() if metric in measured}
+
+    @classmethod
+    def is_implied(cls, settings: Any) -> bool:
+        """Whether the settings of the evaluation, `Evals`, name what it alone measures, so that it runs unlisted."""
+        return False
+
+    def check(self) -> None:
+        """Raise LabError if it can't run; called before training."""
+
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         """Yield (metric, estimate) and add the values per example to context.examples.
 
@@ -61,6 +75,5 @@ def default_evaluators(*more: str) -> list[str]:
 
 def labels_of(metrics: Iterable[str]) -> dict[str, str]:
     """Return the labels of those metrics that have one, in the order of the table of results."""
-    labels = {metric: label for name in in_order() for metric, label in EVALUATORS[name].labels.items()}
-    measured = set(metrics)
-    return {metric: label for metric, label in labels.items() if metric in measured}
+    metrics = list(metrics)
+    return {metric: label for name in in_order() for metric, label in EVALUATORS[name].labels_for(metrics).items()}

@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 @dataclass
 class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_samples=True, needs_reward=True):
     """Share of prompts for which the trained policy's response is better, where a tie counts half: `win_rate` by gold
-    reward, `judge_win_rate` by the judge's score.
+    reward, `judge_win_rate` by the judge's scores or verdicts.
 
     `..._equal_length`: the length-controlled win rate, predicted at a length difference of 0 by a logistic regression
     of wins on the difference in tokens (after Dubois et al. 2024, arXiv:2404.04475, with one term); left out if the
     samples do not determine it.
+
+    Of a judge that compares two responses, in both orders: `judge_first`, how often it prefers the one shown first,
+    one half if the order does not matter to it; `judge_undecided`, the share of pairs of different responses on which
+    its answers in the two orders contradict each other, which are ties; `judge_unanswered`, the share of questions
+    without an answer, if there are any.
     """
 
     labels = {
@@ -30,13 +35,17 @@ class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_sampl
         "win_rate_equal_length": "  at equal length",
         "judge_win_rate": "win rate, judge",
         "judge_win_rate_equal_length": "  at equal length",
+        "judge_first": "  judge prefers the first shown",
+        "judge_undecided": "  undecided between orders",
     }
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        wins = {
-            "win" if name == "gold" else f"{name}_win": np.heaviside(trained - initial, 0.5)
-            for name, (trained, initial) in context.rewards.items()
-        }
+        wins = {}
+        if context.task is not None:
+            trained, initial = context.rewards["gold"]
+            wins["win"] = np.heaviside(trained - initial, 0.5)
+        if context.judge is not None:
+            wins["judge_win"] = context.verdicts.wins
         if not wins:
             return
         length_difference = np.array([len(s.tokens) for s in context.samples], np.float64)
@@ -46,3 +55,21 @@ class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_sampl
             yield f"{name}_rate", share(won)
             if (at_equal_length := share_at_zero(won, length_difference)) is not None:
                 yield f"{name}_rate_equal_length", at_equal_length
+        if context.judge is not None and (chose_first := context.verdicts.chose_first) is not None:
+            context.examples.add("prompt", context.prompt_keys, judge_chose_first=chose_first.tolist())
+            yield from _of_orders(
+                chose_first, context.responses(context.samples), context.responses(context.initial_samples)
+            )
+
+
+def _of_orders(chose_first: np.ndarray, trained: list[str], initial: list[str]) -> Iterator[tuple[str, Estimate]]:
+    """Yield what the answers in both orders, [N, 2], say about the judge."""
+    asked = chose_first[[a != b for a, b in zip(trained, initial, strict=True)]]
+    is_answered = ~np.isnan(asked)
+    if is_answered.any():
+        yield "judge_first", share(np.heaviside(asked[is_answered] - 0.5, 0.5))
+    if (both := is_answered.all(1)).any():
+        signs = np.sign(asked[both] - 0.5)
+        yield "judge_undecided", share((signs[:, 0] == signs[:, 1]).astype(float))
+    if not is_answered.all():
+        yield "judge_unanswered", share((~is_answered).ravel().astype(float))

@@ -1,8 +1,8 @@
-"""The judge: a local sequence-classification model that scores responses."""
+"""The classifier as judge: a local sequence-classification model that scores responses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,23 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_lab.errors import check_at_least, first_line
+from dpo_lab.evals.judges.base import Judge, JudgeError, Scorer
 from dpo_lab.runs.out_of_memory import explain_out_of_memory, halved
 
 if TYPE_CHECKING:
     import torch
 
-Score = Callable[[Sequence[str]], np.ndarray]  # texts of prompt and response -> their scores
-
-
-class JudgeError(ValueError):
-    """Raised where a judge can't be loaded; the message is one line that says what to type."""
-
 
 @dataclass
-class Judge:
-    """Settings of the judge. path: its Hugging Face folder; None for no judge. label: the class whose log-odds are the
-    score, by name or number, by default the last one; the score of a model with one output is that output. max_length:
-    prompt and response are truncated on the right to so many tokens. batch_size: texts per forward pass.
+class Classifier(Judge, name="classifier", gives_scores=True):
+    """A sequence-classification model, a reward model for one. path: its Hugging Face folder; None for no judge. label:
+    the class whose log-odds are the score, by name or number, by default the last one; the score of a model with one
+    output is that output. max_length: prompt and response are truncated on the right to so many tokens. batch_size:
+    texts per forward pass.
     """
 
     path: str | None = None
@@ -38,11 +34,11 @@ class Judge:
         for name in ("max_length", "batch_size"):
             check_at_least(f"evals.judge.{name}", getattr(self, name), 1, 32)
 
-    def load(self, device: torch.device | str = "cpu") -> Score | None:
-        """Load the judge and return its score function, which all ranks have to call; return None without a judge.
+    @property
+    def is_set(self) -> bool:
+        return self.path is not None
 
-        Each rank scores its share of the texts. Raises JudgeError where the judge can't be loaded.
-        """
+    def load(self, device: torch.device | str = "cpu", cache: Path | None = None) -> Scorer | None:
         if self.path is None:
             return None
         if not Path(self.path).is_dir():
@@ -80,7 +76,7 @@ class Judge:
                 f" type evals.judge.max_length={positions}"
             )
         model.to(device)
-        return lambda texts: self._scores(model, tokenizer, label, texts)
+        return Scorer(lambda texts: self._scores(model, tokenizer, label, texts))
 
     def _label(self, config: Any) -> int:
         names = [str(config.id2label[i]) for i in range(config.num_labels)]

@@ -1,0 +1,101 @@
+"""Accuracy on further preference files, by subset, beside scores that need no reference and the length of responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dpo_lab.evals.evaluators.base import Evaluator
+from dpo_lab.stats.estimates import Estimate, share
+
+if TYPE_CHECKING:
+    from dpo_lab.core.pairs import PairLogps
+    from dpo_lab.evals.context import EvalContext
+
+PREFIX = "pairs/"
+PARTS = {  # of a set's metrics
+    "accuracy": "accuracy",
+    "policy_accuracy": "  by likelihood per token",
+    "longer": "  chosen is longer",
+    "judge_accuracy": "  of the judge",
+    "judge_first": "  judge prefers the first shown",
+    "judge_undecided": "  undecided between orders",
+}
+
+
+@dataclass
+class PairSets(Evaluator, name="pair_sets", order=15, is_default=False, needs_samples=False, needs_reward=False):
+    """Of each file of evals.pairs, as `pairs/NAME/METRIC`, and of each of its subsets, as `pairs/NAME/SUBSET/METRIC`: the
+    share of pairs whose chosen response is preferred, a tie counts half.
+
+    accuracy: by the log-ratio of trained to initial policy, the implicit reward; policy_accuracy: by the log-probability
+    per token of the trained policy alone, under `initial/` of the initial one; longer: by the number of tokens, the
+    accuracy of preferring length; judge_accuracy: by the judge, if one is set, with judge_first and judge_undecided as
+    in win_rate. Runs whenever evals.pairs names a file.
+    """
+
+    labels = {}
+
+    @classmethod
+    def labels_for(cls, metrics: Iterable[str]) -> dict[str, str]:
+        found = {}
+        for metric in metrics:
+            name, _, part = metric.removeprefix(PREFIX).rpartition("/")
+            if metric.startswith(PREFIX) and part in PARTS:
+                found[metric] = f"{name}: accuracy" if part == "accuracy" else PARTS[part]
+        return found
+
+    @classmethod
+    def is_implied(cls, settings) -> bool:
+        return bool(settings.pairs)
+
+    def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
+        from dpo_lab.models.forward import pair_logps  # imported here, so that checking a config does not load torch
+
+        for name, pairs in context.pair_sets.items():
+            encoded = [pair.encoded for pair in pairs]
+            trained, initial = (
+                context.logps_of(policy.model, partial(pair_logps, policy.model), encoded)
+                for policy in (context.trained, context.initial)
+            )
+            columns = {
+                "accuracy": _preferred((trained - initial).margin.double().numpy()),
+                "policy_accuracy": _preferred(_per_token(trained)),
+                "initial/policy_accuracy": _preferred(_per_token(initial)),
+                "longer": _preferred((trained.chosen_length - trained.rejected_length).double().numpy()),
+            }
+            if context.judge is not None:
+                verdicts = context.judge.compare(*zip(*(pair.texts for pair in pairs), strict=True))
+                columns["judge_accuracy"] = verdicts.wins
+                if (chose_first := verdicts.chose_first) is not None:
+                    signs = np.sign(chose_first - 0.5)
+                    columns["judge_first"] = np.nanmean(np.where(np.isnan(signs), np.nan, (1 + signs) / 2), axis=1)
+                    columns["judge_undecided"] = (signs[:, 0] == signs[:, 1]).astype(float)
+            subsets = np.array([pair.subset for pair in pairs])
+            keys = [f"{name}/{pair.encoded.key}" for pair in pairs]
+            context.examples.add("pair_set", keys, subset=subsets.tolist(), **columns)
+            yield from _shares(f"{PREFIX}{name}", columns)
+            names = dict.fromkeys(subsets.tolist())
+            for subset in names if len(names) > 1 else ():
+                rows = subsets == subset
+                part = {metric: values[rows] for metric, values in columns.items()}
+                yield from _shares(f"{PREFIX}{name}/{subset or 'others'}", part)
+
+
+def _shares(name: str, columns: dict[str, np.ndarray]) -> Iterator[tuple[str, Estimate]]:
+    for metric, values in columns.items():
+        initial, part = ("initial/", metric.removeprefix("initial/")) if metric.startswith("initial/") else ("", metric)
+        if len(known := values[~np.isnan(values)]):
+            yield f"{initial}{name}/{part}", share(known)
+
+
+def _preferred(margins: np.ndarray) -> np.ndarray:
+    return np.heaviside(margins, 0.5)
+
+
+def _per_token(logps: PairLogps) -> np.ndarray:
+    return logps.per_token().margin.double().numpy()
