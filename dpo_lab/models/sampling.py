@@ -90,14 +90,15 @@ def sample(
         finish(ranks * len(indices))
         return samples
 
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # checkpointed layers have one of their own
     model.eval()
     try:
         # FSDP would gather weights into inference tensors, which training can't use
         with torch.inference_mode(not is_sharded(model)), torch.no_grad():
             sampled = map_across_ranks(batches, work, sample_batch, own_passes(model))
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if left:
         finish(left)
     by_index = {

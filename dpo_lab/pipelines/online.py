@@ -53,7 +53,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         forward.context,
         longest,
         tokens,
-        reference=reference.of_tokens,  # type: ignore[attr-defined]
+        reference=reference,
         critic=critic,
     )
     sizes: dict[str, Any] = dict(total_steps=session.trainer.max_steps, tokens_per_microbatch=tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,16 +22,20 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.distributed.collectives import map_across_ranks
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.forward import token_logps_of
+from dpo_lab.models.reference import reference_model
 from dpo_lab.models.sampling import sample
 from dpo_lab.models.sharding import device_of, own_passes
 from dpo_lab.rewards.base import ScoreTokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass
 class Actor:
     """Samples from `model` and measures samples; all ranks have to call it, and get the same rollouts.
 
-    reference: the model that the KL divergence is measured from; gold: the task's reward, None if there is none; context:
+    reference: a ReferenceLogps with `of_tokens`, which the KL divergence is measured from; gold: the task's reward, None if there is none; context:
     the autocast context of forward passes; longest: the length limit of responses, in tokens; tokens: of a forward pass.
     """
 
@@ -41,7 +47,7 @@ class Actor:
     context: Callable[[], AbstractContextManager]
     longest: int
     tokens: int
-    reference: Callable[[Tensor, np.ndarray], Tensor] | None = None
+    reference: Any = None
     critic: Critic | None = None
 
     def roll_out(self, keys: Sequence[str], prompts: Sequence[Tokens], seed: int) -> Rollouts:
@@ -75,22 +81,26 @@ class Actor:
 
     @torch.no_grad()
     def _measure(self, rollouts: Rollouts) -> Rollouts:
-        """Add the log-probabilities under policy and reference, and the critic's values."""
-        device = device_of(self.model)
+        """Add the log-probabilities under policy and reference, and the critic's values.
 
-        def measure(part: Rollouts) -> Tensor:
-            tokens, lengths = part.tokens.to(device), part.lengths
-            columns = [token_logps_of(self.model, tokens, lengths)]
-            columns.append(self.reference(tokens, lengths) if self.reference else torch.zeros_like(columns[0]))
-            if self.critic is not None:
-                columns.append(self.critic(tokens, lengths))
-            return torch.stack([column.float() for column in columns]).cpu()
+        One model after the other runs its passes, since ranks that share its weights take part in each other's passes.
+        """
+        device, parts = device_of(self.model), rollouts.split(self.tokens)
+        work = [float(sum(part.sizes)) for part in parts]
 
-        parts = rollouts.split(self.tokens)
-        with self.context():
-            measured = map_across_ranks(
-                parts, [float(sum(part.sizes)) for part in parts], measure, own_passes(self.model)
-            )
-        columns = torch.cat(list(measured), 1)
-        values = {"values": columns[2]} if self.critic is not None else {}
-        return replace(rollouts, behaviour=columns[0], reference=columns[1], **values)
+        def over_tokens(
+            model: PreTrainedModel | None, compute: Callable[[Tensor, np.ndarray], Tensor]
+        ) -> Float[Tensor, " response_tokens"]:
+            def of_part(part: Rollouts) -> Tensor:
+                return compute(part.tokens.to(device), part.lengths).float().cpu()
+
+            with self.context():
+                return torch.cat(map_across_ranks(parts, work, of_part, own_passes(model)))
+
+        found = {
+            "behaviour": over_tokens(self.model, partial(token_logps_of, self.model)),
+            "reference": over_tokens(reference_model(self.reference), self.reference.of_tokens),
+        }
+        if self.critic is not None:
+            found["values"] = over_tokens(self.critic.model, self.critic)
+        return replace(rollouts, **found)
