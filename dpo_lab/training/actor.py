@@ -22,9 +22,11 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.distributed.collectives import map_across_ranks
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.forward import token_logps_of
+from dpo_lab.models.paths import path_of
 from dpo_lab.models.reference import reference_model
 from dpo_lab.models.sampling import sample
 from dpo_lab.models.sharding import device_of, own_passes
+from dpo_lab.models.trial import compute_dtype
 from dpo_lab.rewards.base import ScoreTokens
 
 if TYPE_CHECKING:
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
 class Actor:
     """Samples from `model` and measures samples; all ranks have to call it, and get the same rollouts.
 
-    reference: a ReferenceLogps with `of_tokens`, which the KL divergence is measured from; gold: the task's reward, None if there is none; context:
-    the autocast context of forward passes; longest: the length limit of responses, in tokens; tokens: of a forward pass.
+    reference: a ReferenceLogps with `of_tokens`, which the KL divergence is measured from; gold: the task's reward, None if
+    there is none; context: the autocast context of forward passes; longest: the length limit of responses, in tokens;
+    tokens: of a forward pass.
     """
 
     model: PreTrainedModel
@@ -77,13 +80,17 @@ class Actor:
             gold.view(-1, each),
             torch.tensor([found.stopped for found in samples]).view(-1, each),
         )
-        return self._measure(rollouts) if isinstance(self.method, PolicyGradient) else rollouts
+        if not isinstance(self.method, PolicyGradient):
+            return rollouts
+        return self._measure(rollouts, torch.tensor([logp for found in samples for logp in found.logps]))
 
     @torch.no_grad()
-    def _measure(self, rollouts: Rollouts) -> Rollouts:
+    def _measure(self, rollouts: Rollouts, drawn_with: Float[Tensor, " response_tokens"]) -> Rollouts:
         """Add the log-probabilities under policy and reference, and the critic's values.
 
-        One model after the other runs its passes, since ranks that share its weights take part in each other's passes.
+        The policy's are those that tokens were drawn with, unless a pass of training could find others: in 16 bits it
+        rounds otherwise, and the angles of some position embeddings depend on the longest row of a batch. One model after
+        the other runs its passes, since ranks that share its weights take part in each other's passes.
         """
         device, parts = device_of(self.model), rollouts.split(self.tokens)
         work = [float(sum(part.sizes)) for part in parts]
@@ -97,10 +104,12 @@ class Actor:
             with self.context():
                 return torch.cat(map_across_ranks(parts, work, of_part, own_passes(model)))
 
-        found = {
-            "behaviour": over_tokens(self.model, partial(token_logps_of, self.model)),
-            "reference": over_tokens(reference_model(self.reference), self.reference.of_tokens),
-        }
+        with self.context():
+            is_exact = compute_dtype(device) is torch.float32 and self.model.dtype is torch.float32
+        found = {"behaviour": drawn_with}
+        if not is_exact or path_of(self.model).longest is not None:
+            found["behaviour"] = over_tokens(self.model, partial(token_logps_of, self.model))
+        found["reference"] = over_tokens(reference_model(self.reference), self.reference.of_tokens)
         if self.critic is not None:
             found["values"] = over_tokens(self.critic.model, self.critic)
         return replace(rollouts, **found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dpo_lab.core.methods.ppo import PPO
 from dpo_lab.core.methods.rloo import RLOO
 from dpo_lab.data.datamodule import StepSampler
 from dpo_lab.models.forward import disable_dropout
+from dpo_lab.models.paths import apply_path, path_of
 from dpo_lab.models.reference import Moving
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.strategies.fsdp import FSDP2Strategy
@@ -239,9 +241,14 @@ def test_training_raises_the_reward(tmp_path):
     assert reward([[1]], [[2, 4, 5, 6]]) == [0.75]
 
 
-def test_actor_measures_what_models_say():
-    """Behaviour and reference are the log-probabilities of single rows; rewards are those of the responses."""
+@pytest.mark.parametrize("longest", [None, 1000], ids=["as sampled", "by a pass"])
+def test_actor_measures_what_models_say(longest):
+    """Behaviour and reference are the log-probabilities of single rows; rewards are those of the responses.
+
+    longest: a row of so many tokens would have other angles than those of its batch, see ForwardPath.
+    """
     model = make_model()
+    apply_path(model, replace(path_of(model), longest=longest))
     _, data = prepare(RLOO(**SIZES))(model, make_optim(), total_steps=4, tokens_per_microbatch=40)
     rollouts = data.batch(0)
     with torch.no_grad(), nullcontext():
@@ -256,6 +263,8 @@ def test_actor_measures_what_models_say():
                 torch.testing.assert_close(rollouts.behaviour[row : row + len(response)], alone, atol=1e-5, rtol=0)
                 row += len(response)
                 assert rollouts.rewards[prompt, k].item() == pytest.approx(reward([0], [response.tolist()])[0])
-    assert torch.equal(rollouts.behaviour, rollouts.reference)
+    if longest:
+        assert torch.equal(rollouts.behaviour, rollouts.reference)
+    torch.testing.assert_close(rollouts.behaviour, rollouts.reference, atol=1e-5, rtol=0)
     everyone = StepSampler(data.rollouts.sizes, 4, 0).step(0)
     assert sorted(everyone) == [0, 1, 2, 3]
