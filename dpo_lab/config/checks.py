@@ -37,10 +37,10 @@ def check_run(config: RunConfig) -> None:
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"threads={config.threads}: must be 1 or more; type e.g. threads=1")
     if config.method.is_online:
-        _check_online(config, is_sharded)
+        _check_online(config)
 
 
-def _check_online(config: RunConfig, is_sharded: bool) -> None:
+def _check_online(config: RunConfig) -> None:
     """Raise ValueError if a setting does not fit a method that samples."""
     method = config.method.name
     if not config.method.uses_loss and config.loss != LOSSES["dpo"](beta=config.loss.beta):
@@ -50,10 +50,6 @@ def _check_online(config: RunConfig, is_sharded: bool) -> None:
         raise ValueError(
             f"noise: reward={config.reward.name} reads no label of the pairs, so that label noise would change nothing; type"
             " noise=none, or reward=learned"
-        )
-    if is_sharded:
-        raise ValueError(
-            f"method={method}: does not sample from a policy that is sharded over ranks while it trains; type trainer=ddp"
         )
     if config.data.tokens_per_microbatch == AUTO:
         raise ValueError(

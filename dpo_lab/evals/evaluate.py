@@ -85,7 +85,7 @@ def evaluate(context: EvalContext, evaluators: Iterable[Evaluator] | None = None
     """
     if not len(context.pairs):
         return {}
-    evaluators = Evals().selected() if evaluators is None else evaluators
+    evaluators = SharedSettings().selected() if evaluators is None else evaluators
     estimates = {name: estimate for evaluator in evaluators for name, estimate in evaluator.run(context)}
     context.add_texts()
     return estimates

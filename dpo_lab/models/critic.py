@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dpo_lab.models.paths import causal_lm, path_of, response_rows
 from dpo_lab.models.policy import PolicyError, trainable_copy
+from dpo_lab.models.sharding import one_pass
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 
 class Critic(nn.Module):
-    """A copy of the initial policy, of which only the body is used, and a linear head of its hidden states.
+    """A copy of the initial policy, of which only the body is used, with a linear head of its hidden states, `value_head`.
 
-    Of a policy with adapters only the adapters are copied; the base model is shared. The head starts at 0.
+    Of a policy with adapters only the adapters are copied; the base model is shared. The head starts at 0. It is part of the
+    model, so that it is sharded with it.
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
@@ -30,19 +32,23 @@ class Critic(nn.Module):
                 "method=ppo: this policy returns no hidden states of single tokens, from which a critic is trained; type"
                 " method=rloo"
             )
-        self.model = trainable_copy(policy)
+        width = policy.get_output_embeddings().weight.shape[1]  # type: ignore[union-attr,index,misc]
+        self.model = trainable_copy(policy, {"value_head": nn.Linear(int(width), 1)})
         bare: Any = causal_lm(self.model)
         head, body = bare.get_output_embeddings(), bare.get_input_embeddings()
         if head.weight is not body.weight:
             head.requires_grad_(False)  # unused: a tied one is the embedding
-        self.head = nn.Linear(head.weight.shape[1], 1, device=body.weight.device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def forward(
         self, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]
     ) -> Float[Tensor, " response_tokens"]:
         """Return the value of the state before each response token of a packed stream, in units of the reward."""
-        hidden, _, _ = response_rows(self.model, tokens, lengths)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.head.weight, self.head.bias)[:, 0]
+        return _values(self.model, tokens, lengths)
+
+
+@one_pass
+def _values(model: PreTrainedModel, tokens: Tensor, lengths: np.ndarray) -> Tensor:
+    head: Any = model.value_head
+    hidden, _, _ = response_rows(model, tokens, lengths)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), head.weight.float(), head.bias.float())[:, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,10 +47,13 @@ def generate_responses(
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled response. tokens: its token ids, with the end token if it was sampled; stopped: whether it was."""
+    """A sampled response. tokens: its token ids, with the end token if it was sampled; stopped: whether it was; logps: the
+    log-probability, in nats, that each token was drawn with.
+    """
 
     tokens: tuple[int, ...]
     stopped: bool
+    logps: tuple[float, ...] = field(default=(), compare=False)
 
 
 def sample(
@@ -90,14 +93,15 @@ def sample(
         finish(ranks * len(indices))
         return samples
 
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # checkpointed layers have one of their own
     model.eval()
     try:
         # FSDP would gather weights into inference tensors, which training can't use
         with torch.inference_mode(not is_sharded(model)), torch.no_grad():
             sampled = map_across_ranks(batches, work, sample_batch, own_passes(model))
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if left:
         finish(left)
     by_index = {
@@ -113,11 +117,12 @@ def _sample_batch(
     rows = rows_of(model, prompts, pad_id, uniforms.shape[1])
     uniforms, ends = uniforms.to(device), torch.tensor(end_ids, device=device)
     tokens = torch.full(uniforms.shape, pad_id, device=device)
+    logps = torch.zeros(uniforms.shape, device=device)
     active = torch.arange(len(prompts), device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for step in range(uniforms.shape[1]):
-        next_tokens = draw(rows.logits(), uniforms[active, step])
-        tokens[active, step] = next_tokens
+        next_tokens, drawn_with = draw(rows.logits(), uniforms[active, step])
+        tokens[active, step], logps[active, step] = next_tokens, drawn_with
         finished = finished | torch.isin(next_tokens, ends)
         if bool(finished.all()):
             break
@@ -126,16 +131,24 @@ def _sample_batch(
             rows.keep(unfinished)
             active, next_tokens, finished = active[unfinished], next_tokens[unfinished], finished[unfinished]
         rows.append(next_tokens)
-    return [_until_end(row, end_ids) for row in tokens.tolist()]
+    return [_until_end(*row, end_ids) for row in zip(tokens.tolist(), logps.tolist(), strict=True)]
 
 
-def draw(logits: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """Sample a token from each row of logits by inverting its cumulative distribution at `uniforms`."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+def draw(
+    logits: Float[Tensor, "rows vocabulary"], uniforms: Float[Tensor, " rows"]
+) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Sample a token from each row of logits by inverting its cumulative distribution at `uniforms`.
+
+    Returns the tokens and their log-probabilities in nats.
+    """
+    probabilities = logits.double().softmax(-1)
+    cumulative = probabilities.cumsum(-1)
     point = uniforms.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, point, right=True).clamp(max=logits.shape[-1] - 1)
+    return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log().float()
 
 
-def _until_end(row: list[int], end_ids: Sequence[int]) -> Sample:
+def _until_end(row: list[int], logps: list[float], end_ids: Sequence[int]) -> Sample:
     end = next((i for i, token in enumerate(row) if token in end_ids), None)
-    return Sample(tuple(row), stopped=False) if end is None else Sample(tuple(row[: end + 1]), stopped=True)
+    length = len(row) if end is None else end + 1
+    return Sample(tuple(row[:length]), end is not None, tuple(logps[:length]))

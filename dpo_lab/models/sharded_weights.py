@@ -37,9 +37,9 @@ def from_rank_zero(sharding: Sharding, whole: PreTrainedModel | None, facts: Fac
 
 
 @torch.no_grad()
-def sharded_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy the trainable weights of a sharded model; frozen ones are shared."""
-    return _copy(model, _state(model).sharding, lambda weight: weight.requires_grad)
+def sharded_copy(model: PreTrainedModel, added: Mapping[str, nn.Module] | None = None) -> PreTrainedModel:
+    """Copy the trainable weights of a sharded model; frozen ones are shared. added: see trainable_copy."""
+    return _copy(model, _state(model).sharding, lambda weight: weight.requires_grad, added or {})
 
 
 def gathered_as_stored(model: PreTrainedModel) -> PreTrainedModel:
@@ -159,14 +159,25 @@ def _scattered_from(sharding: Sharding, whole: PreTrainedModel | None) -> Callab
     return scattered
 
 
-def _copy(model: PreTrainedModel, sharding: Sharding, is_copied: Callable[[nn.Parameter], bool]) -> PreTrainedModel:
+def _copy(
+    model: PreTrainedModel,
+    sharding: Sharding,
+    is_copied: Callable[[nn.Parameter], bool],
+    added: Mapping[str, nn.Module] | None = None,
+) -> PreTrainedModel:
     weights, original = dict(model.named_parameters(remove_duplicate=False)), _state(model)
+    skeleton = copy.deepcopy(original.skeleton)
+    for name, module in (added or {}).items():
+        setattr(skeleton, name, module.to("meta"))
+    device = _local(next(iter(weights.values()))).device
 
     def weight_of(name: str, meta: DTensor) -> Any:
+        if name not in weights:
+            return _parameter(torch.zeros_like(meta.to_local(), device=device), meta)
         weight: Any = weights[name]
         return _parameter(_local(weight).clone(), meta) if is_copied(weight) else weight
 
-    copied = _with_weights(sharding, original.skeleton, weight_of)
+    copied = _with_weights(sharding, skeleton, weight_of)
     _state(copied).facts, _state(copied).origin = original.facts, model
     return copied
 

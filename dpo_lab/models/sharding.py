@@ -107,7 +107,7 @@ class Sharded:
             result = model.run_as_forward(compute, *args)
         finally:
             self.is_running = False
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not self.joins:
             model.reshard()  # FSDP would do so in a backward pass
         return result
 
@@ -154,7 +154,8 @@ def own_passes(model: PreTrainedModel | None) -> Iterator[None]:
     """Let this rank run another number of forward passes than others; at the end it takes part in those left to them.
 
     All ranks have to enter it. It matters only for a sharded model, without gradients. Before each pass the ranks
-    exchange one number.
+    exchange one number. Weights outside of layers stay gathered until its end, on all ranks alike. Inside it no other
+    sharded model may run, since other ranks would not take part.
     """
     sharded = sharded_of(model)
     if sharded is None or rank_and_world_size()[1] == 1:

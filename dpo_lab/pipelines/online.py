@@ -15,7 +15,6 @@ from dpo_lab.pipelines.inputs import TrainingInputs, policy_errors
 from dpo_lab.pipelines.offline import Training, start_training
 from dpo_lab.pipelines.reward_inputs import prepare_reward
 from dpo_lab.pipelines.session import Session
-from dpo_lab.rewards.gold import gold_of
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.training.actor import Actor
 from dpo_lab.training.online_data import FreshPairs, OnlineDataModule, RolloutData
@@ -40,7 +39,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     reference = kind.prepare(model, pairs, CACHE, forward.context, tokens)
     with policy_errors():
         critic = Critic(model) if method.has_critic else None
-    reward = prepare_reward(config, inputs, forward)
+    reward, gold = prepare_reward(config, inputs, forward)
     memory.count_weights(model, reference_model(reference), reward.model, critic)
     run.update(step_zero_loss=None, seconds=session.timer.stop("reference"))
     prompts = prompts_of(inputs, method, longest := longest_response(session))
@@ -48,12 +47,12 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         model,
         method,
         reward,
-        gold_of(config.data.task, inputs.encoder) if config.data.uses_task else None,
+        gold,
         inputs.encoder,
         forward.context,
         longest,
         tokens,
-        reference=reference.of_tokens,  # type: ignore[attr-defined]
+        reference=reference,
         critic=critic,
     )
     sizes: dict[str, Any] = dict(total_steps=session.trainer.max_steps, tokens_per_microbatch=tokens)

@@ -12,6 +12,7 @@ from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts
 from dpo_lab.pipelines.train_reward import FOLDER, train_reward
 from dpo_lab.rewards import RewardError, RewardFunction, RewardInputs
+from dpo_lab.rewards.base import ScoreTokens
 from dpo_lab.rewards.learned import Learned
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.fingerprint import override_key
@@ -35,8 +36,13 @@ def ensure_reward_model(cfg: DictConfig, config: RunConfig) -> RunConfig:
     return with_reward_model(config, folder / FOLDER)
 
 
-def prepare_reward(config: RunConfig, inputs: TrainingInputs, forward: Forward) -> RewardFunction:
-    """Return the function that gives the rewards of responses; a collective. Raise ConfigError if it can't be loaded."""
+def prepare_reward(
+    config: RunConfig, inputs: TrainingInputs, forward: Forward
+) -> tuple[RewardFunction, ScoreTokens | None]:
+    """Return the function that gives the rewards of responses, and the task's gold reward, None without a task.
+
+    A collective. Raises ConfigError if the reward can't be loaded.
+    """
     encoder, evals = inputs.encoder, config.evals
     task = config.data.task if config.data.uses_task else None
     if task is not None:
@@ -56,7 +62,7 @@ def prepare_reward(config: RunConfig, inputs: TrainingInputs, forward: Forward) 
         tokens=config.data.forward_tokens,
     )
     try:
-        return config.reward.prepare(needs)
+        return config.reward.prepare(needs), needs.gold
     except (RewardError, ValueError) as error:
         raise ConfigError(str(error)) from None
 

@@ -127,9 +127,11 @@ class Session:
         """
         policy, run, device = self.config.policy, self.run, self.forward.device
         if policy.gradient_checkpointing:
-            module.model.activation_checkpointing_enable({"use_reentrant": False})
+            for model in module.trained_models():
+                model.activation_checkpointing_enable({"use_reentrant": False})
         if policy.activation_offload and device.type == "cuda":
-            offload_activations(causal_lm(module.model).base_model)
+            for model in module.trained_models():
+                offload_activations(causal_lm(model).base_model)
         elif policy.activation_offload:
             log.info("policy.activation_offload: without effect on %s, which has no memory of its own", device.type)
         if self.config.data.tokens_per_microbatch == AUTO:

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from dpo_lab.config.allowed_targets import TargetRefused, instantiate_checked
 from dpo_lab.config.precision import check_device_precision
 from dpo_lab.config.schema import ConfigError, RunConfig
+from dpo_lab.core.methods import Online
 from dpo_lab.errors import LabError
 from dpo_lab.models.policy import Pretrained
 from dpo_lab.pipelines.inputs import Forward
@@ -61,10 +62,16 @@ def make_trainer(config: RunConfig, config_dict: dict[str, Any], folder: Path) -
         raise ConfigError(f"the trainer or a callback can't be created: {last_line(error)}") from error
     except MisconfigurationException as error:
         raise ConfigError(f"the trainer can't be created: {last_line(error)}") from error
-    if config.data.batch_size < trainer.world_size:
+    ranks, method = trainer.world_size, config.method
+    if config.data.batch_size < ranks:
         raise ConfigError(
-            f"data.batch_size={config.data.batch_size}: {trainer.world_size} devices need a pair each in every step;"
-            f" type data.batch_size={trainer.world_size} or more"
+            f"data.batch_size={config.data.batch_size}: {ranks} devices need a pair each in every step; type"
+            f" data.batch_size={ranks} or more"
+        )
+    if isinstance(method, Online) and method.prompts_per_step < ranks:
+        raise ConfigError(
+            f"method.prompts={method.prompts}: {ranks} devices need a prompt each in every step; type"
+            f" method.prompts={ranks * method.minibatches} or more"
         )
     set_up_device(trainer.strategy)
     return trainer

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -65,6 +66,24 @@ class RewardInputs:
     device: torch.device
     context: Callable[[], AbstractContextManager]
     tokens: int
+
+    @cached_property
+    def gold(self) -> ScoreTokens | None:
+        """The task's reward of encoded prompts and responses, in its own unit; None without a task.
+
+        It is computed once if it is asked for again for the same lists.
+        """
+        if self.task is None:
+            return None
+        of_text, last = self.task.gold, list[tuple[Sequence[Tokens], Sequence[Tokens], np.ndarray]]()
+
+        def gold(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> np.ndarray:
+            if not (last and last[0][0] is prompts and last[0][1] is responses):
+                texts = texts_of(self.encoder, prompts, responses)
+                last[:] = [(prompts, responses, np.array([of_text(text) for text in texts]))]
+            return last[0][2]
+
+        return gold
 
     def samples(self) -> list[Tokens]:
         """Sample a response of the initial policy to each prompt."""

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dpo_lab.rewards.base import Reward, RewardInputs, ScoreTokens, texts_of
-
-if TYPE_CHECKING:
-    from dpo_lab.data.tasks.base import Task
-    from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.rewards.base import Reward, RewardInputs, ScoreTokens
 
 
 @dataclass
@@ -26,12 +19,7 @@ class Gold(Reward, name="gold"):
 
     def load(self, inputs: RewardInputs) -> ScoreTokens:
         self.check(inputs.task is not None, inputs.judge)
-        task = inputs.task
+        task, gold = inputs.task, inputs.gold
         assert task is not None
-        gold = gold_of(task, inputs.encoder)
+        assert gold is not None
         return lambda *tokens: gold(*tokens) / task.temperature
-
-
-def gold_of(task: Task, encoder: PairTokenizer) -> ScoreTokens:
-    """Return the task's reward of encoded prompts and responses, in its own unit."""
-    return lambda *tokens: np.array([task.gold(text) for text in texts_of(encoder, *tokens)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,17 +22,24 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.distributed.collectives import map_across_ranks
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.forward import token_logps_of
+from dpo_lab.models.paths import path_of
+from dpo_lab.models.reference import reference_model
 from dpo_lab.models.sampling import sample
 from dpo_lab.models.sharding import device_of, own_passes
+from dpo_lab.models.trial import compute_dtype
 from dpo_lab.rewards.base import ScoreTokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass
 class Actor:
     """Samples from `model` and measures samples; all ranks have to call it, and get the same rollouts.
 
-    reference: the model that the KL divergence is measured from; gold: the task's reward, None if there is none; context:
-    the autocast context of forward passes; longest: the length limit of responses, in tokens; tokens: of a forward pass.
+    reference: a ReferenceLogps with `of_tokens`, which the KL divergence is measured from; gold: the task's reward, None if
+    there is none; context: the autocast context of forward passes; longest: the length limit of responses, in tokens;
+    tokens: of a forward pass.
     """
 
     model: PreTrainedModel
@@ -41,7 +50,7 @@ class Actor:
     context: Callable[[], AbstractContextManager]
     longest: int
     tokens: int
-    reference: Callable[[Tensor, np.ndarray], Tensor] | None = None
+    reference: Any = None
     critic: Critic | None = None
 
     def roll_out(self, keys: Sequence[str], prompts: Sequence[Tokens], seed: int) -> Rollouts:
@@ -71,26 +80,36 @@ class Actor:
             gold.view(-1, each),
             torch.tensor([found.stopped for found in samples]).view(-1, each),
         )
-        return self._measure(rollouts) if isinstance(self.method, PolicyGradient) else rollouts
+        if not isinstance(self.method, PolicyGradient):
+            return rollouts
+        return self._measure(rollouts, torch.tensor([logp for found in samples for logp in found.logps]))
 
     @torch.no_grad()
-    def _measure(self, rollouts: Rollouts) -> Rollouts:
-        """Add the log-probabilities under policy and reference, and the critic's values."""
-        device = device_of(self.model)
+    def _measure(self, rollouts: Rollouts, drawn_with: Float[Tensor, " response_tokens"]) -> Rollouts:
+        """Add the log-probabilities under policy and reference, and the critic's values.
 
-        def measure(part: Rollouts) -> Tensor:
-            tokens, lengths = part.tokens.to(device), part.lengths
-            columns = [token_logps_of(self.model, tokens, lengths)]
-            columns.append(self.reference(tokens, lengths) if self.reference else torch.zeros_like(columns[0]))
-            if self.critic is not None:
-                columns.append(self.critic(tokens, lengths))
-            return torch.stack([column.float() for column in columns]).cpu()
+        The policy's are those that tokens were drawn with, unless a pass of training could find others: in 16 bits it
+        rounds otherwise, and the angles of some position embeddings depend on the longest row of a batch. One model after
+        the other runs its passes, since ranks that share its weights take part in each other's passes.
+        """
+        device, parts = device_of(self.model), rollouts.split(self.tokens)
+        work = [float(sum(part.sizes)) for part in parts]
 
-        parts = rollouts.split(self.tokens)
+        def over_tokens(
+            model: PreTrainedModel | None, compute: Callable[[Tensor, np.ndarray], Tensor]
+        ) -> Float[Tensor, " response_tokens"]:
+            def of_part(part: Rollouts) -> Tensor:
+                return compute(part.tokens.to(device), part.lengths).float().cpu()
+
+            with self.context():
+                return torch.cat(map_across_ranks(parts, work, of_part, own_passes(model)))
+
         with self.context():
-            measured = map_across_ranks(
-                parts, [float(sum(part.sizes)) for part in parts], measure, own_passes(self.model)
-            )
-        columns = torch.cat(list(measured), 1)
-        values = {"values": columns[2]} if self.critic is not None else {}
-        return replace(rollouts, behaviour=columns[0], reference=columns[1], **values)
+            is_exact = compute_dtype(device) is torch.float32 and self.model.dtype is torch.float32
+        found = {"behaviour": drawn_with}
+        if not is_exact or path_of(self.model).longest is not None:
+            found["behaviour"] = over_tokens(self.model, partial(token_logps_of, self.model))
+        found["reference"] = over_tokens(reference_model(self.reference), self.reference.of_tokens)
+        if self.critic is not None:
+            found["values"] = over_tokens(self.critic.model, self.critic)
+        return replace(rollouts, **found)

@@ -81,6 +81,10 @@ class BaseModule(LightningModule):
         """Update val_metrics with a micro-batch."""
         raise NotImplementedError
 
+    def trained_models(self) -> list[PreTrainedModel]:
+        """Return the models that are trained."""
+        return [self.model]
+
     def models(self) -> list[PreTrainedModel]:
         """Return the models that a step runs: the one in training, and a reference if there is one."""
         return [self.model]
@@ -158,7 +162,8 @@ class BaseModule(LightningModule):
         self.log_means(self.val_metrics, "val/", {})
 
     def on_train_start(self) -> None:
-        disable_dropout(self.model)  # else DPO's loss at step 0 is not ln 2, and a loss depends on the micro-batches
+        for model in self.trained_models():  # else DPO's loss at step 0 is not ln 2, and losses depend on micro-batches
+            disable_dropout(model)
         self._install_signal_handlers()
         if isinstance(self.trainer.precision_plugin, MixedPrecision) and not self._is_sharded:
             saves_memory = any(getattr(each, "gradient_checkpointing", False) for each in self.model.modules())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from dpo_lab.core.rollouts import Rollouts
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.forward import rollout_loss
 from dpo_lab.models.sharded_weights import full_tensor
+from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.dpo_module import CHARTS, DPOModule
 
 ROLLOUT_CHARTS = {
@@ -35,8 +37,22 @@ class PolicyGradientModule(DPOModule):
         self.method, self.critic, self.title = method, critic, method.name.upper()  # type: ignore[misc]
         self.train_metrics: Any = PolicyGradientMetrics()
 
+    def trained_models(self):
+        return super().trained_models() + ([] if self.critic is None else [self.critic.model])
+
     def models(self):
         return super().models() + ([] if self.critic is None else [self.critic.model])
+
+    def dummy_loss(self) -> Tensor:
+        """Run the passes of part_loss; those of the reference were run when the rollouts were measured."""
+        loss = BaseModule.dummy_loss(self)
+        if self.critic is None:
+            return loss
+        tokens = torch.zeros(2, dtype=torch.long, device=self.device)
+        return loss + 0 * self.critic(tokens, np.ones((1, 2), int)).sum()
+
+    def dummy_score(self) -> None:
+        super().dummy_loss()
 
     def part_loss(self, part: Rollouts) -> Tensor:  # type: ignore[override]
         loss, logps = rollout_loss(self.model, part, self.method.loss)

@@ -16,10 +16,6 @@ from tests.support.configs import settled
         ("method=grpo reward=judge", r"reward=judge: no judge is set; type evals.judge.path=FOLDER"),
         ("method=rloo reward=gold data=jsonl data.path=x.jsonl", r"reward=gold: these data have no gold reward"),
         (
-            "method=ppo trainer=fsdp_cpu",
-            r"method=ppo: does not sample from a policy that is sharded .* type trainer=ddp",
-        ),
-        (
             "method=rloo data.tokens_per_microbatch=auto",
             r"tokens_per_microbatch=auto: .* method=rloo samples; type a number",
         ),

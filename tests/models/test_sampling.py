@@ -24,7 +24,7 @@ def without_cache(model, prompts, max_new_tokens, end_ids, pad_id, seed) -> list
         for u in row:
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[:, -1]
-            tokens.append(int(draw(logits, u[None])))
+            tokens.append(int(draw(logits, u[None])[0]))
             if tokens[-1] in end_ids:
                 break
         samples.append(Sample(tuple(tokens), tokens[-1] in end_ids))
@@ -48,6 +48,17 @@ def test_same_as_without_cache_and_batches(name, batch_size, policy):
     assert sample(model, PROMPTS, **SETTINGS, batch_size=batch_size) == expected
 
 
+@pytest.mark.parametrize("name", ["policy", "gpt2", "sliding"])
+def test_each_token_comes_with_its_log_probability(name, policy):
+    model = policy.model if name == "policy" else models()[name]
+    for prompt, found in zip(PROMPTS, sample(model, PROMPTS, **SETTINGS), strict=True):
+        row = torch.tensor([[*prompt, *found.tokens]])
+        with torch.no_grad():
+            logps = model(input_ids=row).logits[0].log_softmax(-1)
+        expected = logps[len(prompt) - 1 : -1].gather(1, row[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found.logps), expected, atol=1e-5, rtol=0)
+
+
 def test_rows_that_stop_early_leave_the_others_alone(policy):
     """An end token made likely: rows end at different steps and are taken out of the batch."""
     model = models()["gpt2"]
@@ -64,7 +75,7 @@ def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, -30.0]])
     count = 40_000
     drawn = Counter(
-        draw(logits.expand(count, -1), torch.rand(count, generator=torch.Generator().manual_seed(0))).tolist()
+        draw(logits.expand(count, -1), torch.rand(count, generator=torch.Generator().manual_seed(0)))[0].tolist()
     )
     for token, p in enumerate(logits[0].softmax(0).tolist()):
         assert drawn[token] / count == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / count) + 1e-9)
@@ -72,8 +83,8 @@ def test_draws_follow_the_distribution():
 
 def test_draws_at_the_edges():
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
-    assert draw(logits, torch.tensor([0.0])).item() == 1
-    assert draw(logits, torch.tensor([1 - 2**-24])).item() == 2
+    assert draw(logits, torch.tensor([0.0]))[0].item() == 1
+    assert draw(logits, torch.tensor([1 - 2**-24]))[0].item() == 2
 
 
 def test_train_mode_is_left_as_it_was(policy):

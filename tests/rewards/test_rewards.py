@@ -77,6 +77,7 @@ def test_gold_is_in_units_of_the_annotators_log_odds(inputs, tokens):
     reward = Gold().prepare(inputs)
     assert reward(*tokens) == pytest.approx([TASK.gold(text) / 0.5 for text in REVIEWS])
     assert reward.queries == 6
+    assert inputs.gold(*tokens) is inputs.gold(*tokens)
     reward(*(part[:2] for part in tokens))
     assert reward.queries == 8
     assert reward([], []).shape == (0,)

@@ -11,7 +11,6 @@ from dpo_lab.core.losses import DPO
 from dpo_lab.core.methods import Online, PolicyGradient
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.models.critic import Critic
-from dpo_lab.models.policy import trainable_copy
 from dpo_lab.models.reference import Frozen
 from dpo_lab.training.actor import Actor
 from dpo_lab.training.online_data import FreshPairs, OnlineDataModule, RolloutData
@@ -33,12 +32,10 @@ def prepare(method: Online, loss=None, reference=None):
     def make(model, optim, **step: Any) -> tuple[Any, OnlineDataModule]:
         encoder = PairTokenizer(TOKENIZER, 64, 32, True)
         prompts = [list(tokens) for tokens in {tuple(pair.prompt): 0 for pair in PAIRS}]
-        initial, own = trainable_copy(model), loss or DPO(0.5)
-        logps: Any = (reference or Frozen()).prepare(initial, (), None)  # type: ignore[arg-type]
+        own = loss or DPO(0.5)
+        logps: Any = (reference or Frozen()).prepare(model, (), None)  # type: ignore[arg-type]
         critic = Critic(model) if method.has_critic else None
-        actor = Actor(
-            model, method, reward, reward, encoder, nullcontext, LONGEST, 40, reference=logps.of_tokens, critic=critic
-        )
+        actor = Actor(model, method, reward, reward, encoder, nullcontext, LONGEST, 40, reference=logps, critic=critic)
         if isinstance(method, PolicyGradient):
             data: OnlineDataModule = RolloutData(method, actor, prompts, HELD_OUT, seed=5)
             return PolicyGradientModule(model, own, logps, optim, method=method, critic=critic, **step), data

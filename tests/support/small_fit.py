@@ -18,9 +18,11 @@ from dpo_lab.core.losses import DPO
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.models.forward import select_forward
-from dpo_lab.models.policy import TinyPolicy
+from dpo_lab.models.policy import TinyPolicy, trainable_copy, weights_digest
 from dpo_lab.models.reference import Reference, Uniform
 from dpo_lab.models.reward_head import with_reward_head
+from dpo_lab.models.sharded_weights import from_rank_zero
+from dpo_lab.models.sharding import Facts
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.pipelines.session import fit
 from dpo_lab.runs.run_record import CHECKPOINTS
@@ -32,6 +34,7 @@ from dpo_lab.training.loggers.jsonl import JSONLLogger
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.reward_module import RewardModule
 from dpo_lab.training.sft_module import SFTModule
+from dpo_lab.training.strategies.fsdp import FSDP2Strategy
 from tests.conftest import make_pairs
 
 TOKENIZER = train_tokenizer(["the plot was good and its music too"], 300)
@@ -131,6 +134,11 @@ def run(
         lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, lora).to(adapters)
     select_forward(model)
+    if isinstance(trainer.strategy, FSDP2Strategy):
+        trainer.strategy.setup_environment()
+        whole = model if trainer.is_global_zero else None
+        facts = whole and Facts(weights_digest(whole), False)
+        model = trainable_copy(from_rank_zero(trainer.strategy.sharding, whole, facts))
     optim = optim or Optim(lr=1e-2, warmup_steps=2)
     step = dict(total_steps=trainer.max_steps, tokens_per_microbatch=40)
     train, held_out = PAIRS, HELD_OUT

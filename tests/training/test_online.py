@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from dpo_lab.core.logps import pad_rows
 from dpo_lab.core.losses import LOSSES
@@ -16,8 +19,11 @@ from dpo_lab.core.methods.online_dpo import OnlineDPO
 from dpo_lab.core.methods.ppo import PPO
 from dpo_lab.core.methods.rloo import RLOO
 from dpo_lab.data.datamodule import StepSampler
+from dpo_lab.models.forward import disable_dropout
+from dpo_lab.models.paths import apply_path, path_of
 from dpo_lab.models.reference import Moving
 from dpo_lab.training.optim import Optim
+from dpo_lab.training.strategies.fsdp import FSDP2Strategy
 from tests.support.fits import flat
 from tests.support.online_fit import prepare, reward
 from tests.support.ranks import become_rank, run_in_ranks
@@ -109,6 +115,54 @@ def test_two_ranks_are_one(tmp_path):
             assert json.loads(output.split("RESULT", 1)[1])[name] == pytest.approx(figures, abs=1e-4)
 
 
+def sharded_rank(number: int, world_size: int, folder: str, *names: str) -> None:
+    become_rank(number, world_size)
+    found, place = {}, Path(folder)
+    for name in names:
+        method, sharded = name.partition(" ")[0], {"strategy": FSDP2Strategy(), "devices": world_size}
+        trainer = fitted(place / f"sharded-{name}", method, steps=4, **sharded, **SETTINGS.get(name, {}))
+        weights, figures = outcome(trainer)
+        assert all(isinstance(weight, DTensor) for weight in trainer.lightning_module.parameters())
+        torch.save(weights, place / f"{name}-{number}.pt")
+        found[name] = figures
+    print("RESULT", json.dumps(found), flush=True)
+
+
+SETTINGS: dict[str, Any] = {"ppo adapters": {"adapters": torch.float32}}
+REST = ["online_dpo", "grpo", "ppo adapters", "ppo resumed"]
+
+
+@pytest.mark.parametrize("names", [["rloo", "ppo"], pytest.param(REST, marks=pytest.mark.extended)], ids=str)
+def test_sharded_over_two_ranks_is_one_process(names, tmp_path):
+    """Ranks have different numbers of micro-batches, and one of them samples no response, so that it takes part idly.
+
+    Resumed: from a checkpoint of one process, within a rollout.
+    """
+    if "ppo resumed" in names:
+        cut(tmp_path / "sharded-ppo resumed", 3, steps=4, prepare=prepare(METHODS["ppo"]))
+    outputs = run_in_ranks("tests.training.test_online", "sharded_rank", 2, str(tmp_path), *names)
+    for name in names:
+        one = fitted(tmp_path / name, name.partition(" ")[0], steps=4, **SETTINGS.get(name, {}))
+        weights, figures = outcome(one)
+        for number, output in enumerate(outputs):
+            of_rank = torch.load(tmp_path / f"{name}-{number}.pt", weights_only=True)
+            assert (of_rank - weights).abs().max().item() < 1e-5, name
+            found = json.loads(output.split("RESULT", 1)[1])[name]
+            assert {"train/policy_loss", "train/loss"} & found.keys()
+            assert found == pytest.approx({key: figures.get(key, found[key]) for key in found}, abs=1e-4), name
+
+
+def test_checkpointed_layers_stay_so_when_the_policy_has_sampled():
+    """transformers checkpoints layers in train mode alone, and samples with a cache in evaluation mode alone."""
+    model = make_model()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    disable_dropout(model)
+    _, data = prepare(RLOO(**SIZES))(model, make_optim(), total_steps=4, tokens_per_microbatch=40)
+    data.batch(0)
+    assert model.model.layers[0].training
+    assert not model.training
+
+
 def test_each_step_has_the_same_prompts_and_samples_whatever_ran_before(tmp_path):
     """Rollout n is a function of (seed, n) and the policy: steps of one rollout share it, each trains on its own part."""
     _, data = prepare(METHODS["ppo"])(make_model(), make_optim(), total_steps=4, tokens_per_microbatch=40)
@@ -166,7 +220,7 @@ def test_gradient_is_that_of_padded_rows(method):
     loss = method.loss(torch.cat(by_response), batch).sum()
     if module.critic is not None:
         states = module.critic.model.model(rows).last_hidden_state[:, :-1]
-        values = [module.critic.head(states[row][picked[row]])[:, 0] for row in order]
+        values = [module.critic.model.value_head(states[row][picked[row]])[:, 0] for row in order]
         loss = loss + method.value_loss(torch.cat(values), batch).sum()
     loss.backward()
     expected = flat(weight.grad for weight in module.parameters() if weight.grad is not None)
@@ -187,9 +241,14 @@ def test_training_raises_the_reward(tmp_path):
     assert reward([[1]], [[2, 4, 5, 6]]) == [0.75]
 
 
-def test_actor_measures_what_models_say():
-    """Behaviour and reference are the log-probabilities of single rows; rewards are those of the responses."""
+@pytest.mark.parametrize("longest", [None, 1000], ids=["as sampled", "by a pass"])
+def test_actor_measures_what_models_say(longest):
+    """Behaviour and reference are the log-probabilities of single rows; rewards are those of the responses.
+
+    longest: a row of so many tokens would have other angles than those of its batch, see ForwardPath.
+    """
     model = make_model()
+    apply_path(model, replace(path_of(model), longest=longest))
     _, data = prepare(RLOO(**SIZES))(model, make_optim(), total_steps=4, tokens_per_microbatch=40)
     rollouts = data.batch(0)
     with torch.no_grad(), nullcontext():
@@ -204,6 +263,8 @@ def test_actor_measures_what_models_say():
                 torch.testing.assert_close(rollouts.behaviour[row : row + len(response)], alone, atol=1e-5, rtol=0)
                 row += len(response)
                 assert rollouts.rewards[prompt, k].item() == pytest.approx(reward([0], [response.tolist()])[0])
-    assert torch.equal(rollouts.behaviour, rollouts.reference)
+    if longest:
+        assert torch.equal(rollouts.behaviour, rollouts.reference)
+    torch.testing.assert_close(rollouts.behaviour, rollouts.reference, atol=1e-5, rtol=0)
     everyone = StepSampler(data.rollouts.sizes, 4, 0).step(0)
     assert sorted(everyone) == [0, 1, 2, 3]

@@ -59,7 +59,7 @@ class Harness(Evaluator, name="harness", order=95, is_default=False, needs_sampl
 
     @classmethod
     def is_implied(cls, settings) -> bool:
-        return bool(settings.harness.tasks)
+        return bool(getattr(settings, "harness", cls()).tasks)
 
     def check(self) -> None:
         if self.tasks:

@@ -13,6 +13,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -69,13 +70,17 @@ class FSDP2Strategy(ModelParallelStrategy):
             self._device_mesh = self.lightning_module._device_mesh = self.sharding.mesh
 
     def model_to_device(self) -> None:
-        """Move what is not sharded, such as metrics; the sharded model is where it has to be."""
+        """Move what is not sharded, such as metrics; sharded models are where they have to be."""
         assert self.lightning_module is not None
         modules = self.lightning_module._modules
-        model = modules["model"]
-        modules["model"] = None
+        sharded = {
+            name: child
+            for name, child in modules.items()
+            if child is not None and any(isinstance(module, FSDPModule) for module in child.modules())
+        }
+        modules.update(dict.fromkeys(sharded))
         self.lightning_module.to(self.root_device)
-        modules["model"] = model
+        modules.update(sharded)
 
     def _get_process_group_backend(self) -> str:
         if self.offload and self.root_device.type == "cuda":  # norms of gradients on the host are reduced there
