@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import TracebackType
@@ -50,7 +50,7 @@ def run_command(hydra_main: Callable[[], None], as_record: AsRecord = schema.as_
     try:
         raise_on_signals(report_stop)
         with reraise_stop():
-            _load_plugins()
+            sys.argv[1:] = load_plugins(sys.argv[1:])
             sweeper.register(as_record)
             options, _ = get_args_parser().parse_known_args()
             _check_hydra_settings(hydra_main, options)
@@ -113,17 +113,18 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
         sys.exit(print_error(line, 1))
 
 
-def _load_plugins() -> None:
-    """Import the plugins that the command line names, take their words out of it, and add their choices.
+def load_plugins(arguments: Sequence[str]) -> list[str]:
+    """Import the plugins that a command line names, add their choices, and return the other words.
 
     A process that a run or a sweep started has them from its parent and imports no others, since overrides in its
-    command line may come from a config.
+    command line may come from a config. Raises PluginError.
     """
-    is_new, sys.argv[1:] = plugins.load_typed(sys.argv[1:], may_import=launcher.PARENT not in os.environ)
+    is_new, others = plugins.load_typed(arguments, may_import=launcher.PARENT not in os.environ)
     if is_new:
         evaluate.define_settings()
         schema.register()
         from_run.register()
+    return others
 
 
 def _is_sweep_job() -> bool:

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,10 @@ def hint(group: str, name: str) -> str:
     """
     typed = re.compile(rf'"\+*{re.escape(group)}=[^"]*\b{re.escape(name)}\b')
     for path in OUTPUTS.rglob(RECORD):
-        text = path.read_text(errors="replace")
-        if '"plugins": {' in text and typed.search(text):
-            return f"; {path.parent} was made with {plugins.word_of(json.loads(text))}: type it too"
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged record says nothing
+            text = path.read_text()
+            if typed.search(text) and (record := json.loads(text)).get("plugins"):
+                return f"; {path.parent} was made with {plugins.word_of(record)}: type it too"
     names = plugins.installed().keys() - {plugin.typed for plugin in plugins.loaded()}
     return f"; or with a plugin that has it, of those installed: plugins=[{','.join(sorted(names))}]" if names else ""
 
