@@ -130,11 +130,8 @@ def _classes(kinds: Mapping[str, Mapping[str, type]]) -> Iterator[Choice]:
             yield Choice("evals", name, plugins.plugin_of(cls), _about(cls), node)
     for name, node in plugins.callbacks().items():
         plugin = next((each for each in plugins.loaded() if each.name == node["_target_"].partition(".")[0]), None)
-        yield Choice("callbacks", name, plugin, f"the default ones and {node['_target_']}", _with_callback(name, node))
-
-
-def _with_callback(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    return {"defaults": ["default"], name: dict(node)}
+        with_it = {"defaults": ["default"], name: node}
+        yield Choice("callbacks", name, plugin, f"the default ones and {node['_target_']}", with_it)
 
 
 def _is_ours(cls: type) -> bool:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from dpo_lab import plugins
+from dpo_lab import new, plugins
 from dpo_lab.plugins import content_hash
 from tests.plugins.conftest import OWN
 from tests.plugins.project import EXAMPLE, PAGE, TINY, commands, make
@@ -20,6 +20,34 @@ def test_the_project_s_own_tests_pass(project):
     told = door("pytest", "-q", "-p", "no:cacheprovider", cwd=project)
     assert told.returncode == 0, told.stdout + told.stderr
     assert "2 passed" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("taken", "taken: exists already and is not overwritten; type another name"),
+        ("torch", "torch: Python finds another module of this name; type another name"),
+        ("My-Lab", "My-Lab: must be the name of a Python package, of small letters, digits and _; type e.g. my_lab"),
+        ("../up", "../up: must be the name of a Python package"),
+        ("class", "class: must be the name of a Python package"),
+    ],
+)
+def test_new_refuses_a_name_that_is_taken_or_none(name, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("mine")
+    assert new.main([name]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("taken", "mine")]
+
+
+def test_new_writes_a_project_of_the_name_that_is_typed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert new.main(["our_lab"]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Next: ")]
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert sorted(printed) == files
+    assert "our_lab/our_lab/losses.py" in files
+    assert not any("my_lab" in f"{name} {(tmp_path / name).read_text()}" for name in files)
 
 
 def test_help_lists_choices_with_where_they_are_from(project):
