@@ -165,6 +165,7 @@ def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
         node[leaf] = {"kind": kind, **node[leaf]}
     if not config.method.is_online:
         del config_dict["reward"]
+    plugins.check()
     if plugins.loaded():
         config_dict["plugins"] = {plugin.name: plugin.digest for plugin in plugins.loaded()}
     return config_dict

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from dpo_lab import plugins
+from dpo_lab import new, plugins
 from dpo_lab.plugins import content_hash
-from tests.conftest import REPOSITORY
 from tests.plugins.conftest import OWN
 from tests.plugins.project import EXAMPLE, PAGE, TINY, commands, make
 from tests.support.warm import door
@@ -23,6 +20,34 @@ def test_the_project_s_own_tests_pass(project):
     told = door("pytest", "-q", "-p", "no:cacheprovider", cwd=project)
     assert told.returncode == 0, told.stdout + told.stderr
     assert "2 passed" in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("taken", "taken: exists already and is not overwritten; type another name"),
+        ("torch", "torch: Python finds another module of this name; type another name"),
+        ("My-Lab", "My-Lab: must be the name of a Python package, of small letters, digits and _; type e.g. my_lab"),
+        ("../up", "../up: must be the name of a Python package"),
+        ("class", "class: must be the name of a Python package"),
+    ],
+)
+def test_new_refuses_a_name_that_is_taken_or_none(name, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("mine")
+    assert new.main([name]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("taken", "mine")]
+
+
+def test_new_writes_a_project_of_the_name_that_is_typed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert new.main(["our_lab"]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("Next: ")]
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert sorted(printed) == files
+    assert "our_lab/our_lab/losses.py" in files
+    assert not any("my_lab" in f"{name} {(tmp_path / name).read_text()}" for name in files)
 
 
 def test_help_lists_choices_with_where_they_are_from(project):
@@ -98,21 +123,19 @@ def test_a_finished_run_is_evaluated_again_with_it_and_reported_without(done, pr
 
 
 def test_what_is_not_typed_is_not_loaded_though_it_is_installed(tmp_path):
-    """An entry point is listed by its name; its module would leave a trace if it were imported."""
-    site = tmp_path / "site"
-    (site / "their_lab-1.0.dist-info").mkdir(parents=True)
-    (site / "their_lab-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: their-lab\nVersion: 1.0\n")
-    (site / "their_lab-1.0.dist-info" / "entry_points.txt").write_text("[dpo_lab.plugins]\ntheirs = their_lab\n")
-    (site / "their_lab.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
-    variables = {"PYTHONPATH": f"{REPOSITORY}:{site}"}
-    told = subprocess.run(
-        [sys.executable, "-m", "dpo_lab.train", "--help"], cwd=tmp_path, env=variables, capture_output=True, text=True
+    """An entry point is listed by its name; its module leaves a trace when it is imported."""
+    (tmp_path / "their_lab-1.0.dist-info").mkdir()
+    (tmp_path / "their_lab-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: their-lab\nVersion: 1.0\n"
     )
+    (tmp_path / "their_lab-1.0.dist-info" / "entry_points.txt").write_text("[dpo_lab.plugins]\ntheirs = their_lab\n")
+    (tmp_path / "their_lab.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
+    told = door("dpo_lab.train", "--help", cwd=tmp_path)
     assert "plugins that are installed: theirs; type plugins=[theirs] for its choices" in told.stdout.splitlines()
+    told = door("dpo_lab.train", "loss=theirs", "--cfg", "job", cwd=tmp_path)
+    assert told.stderr.endswith("; or with a plugin that has it, of those installed: plugins=[theirs]\n")
     assert not (tmp_path / "imported").exists()
-    listed = "from dpo_lab import plugins; plugins.load(['theirs']); print(plugins.words())"
-    told = subprocess.run([sys.executable, "-c", listed], cwd=tmp_path, env=variables, capture_output=True, text=True)
-    assert told.stdout == "['plugins=[theirs]']\n", told.stderr
+    assert door("dpo_lab.train", "plugins=theirs", "--cfg", "job", cwd=tmp_path).returncode == 0
     assert (tmp_path / "imported").exists()
 
 

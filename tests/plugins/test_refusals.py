@@ -142,8 +142,13 @@ HOSTILE = {
     ("hostile", "mode", "more"),
     [
         *((hostile, "--run", []) for hostile in HOSTILE if hostile != "a sweep"),
-        *((hostile, "--multirun", []) for hostile in HOSTILE),
-        ("a sweep", "--multirun", ["hydra/sweeper=basic"]),
+        ("a sweep", "--multirun", []),
+        *(
+            pytest.param(hostile, "--multirun", [], marks=pytest.mark.extended)
+            for hostile in HOSTILE
+            if hostile != "a sweep"
+        ),
+        pytest.param("a sweep", "--multirun", ["hydra/sweeper=basic"], marks=pytest.mark.extended),
     ],
 )
 def test_39_no_config_brings_a_plugin_in(hostile, mode, more, tmp_path):

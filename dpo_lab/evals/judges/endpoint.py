@@ -106,7 +106,7 @@ class _Client:
             backoff_factor=0.5,
             backoff_max=30,
             status_forcelist=BUSY,
-            allowed_methods=None,
+            allowed_methods={"POST"},  # a GET only asks whether a server answers, whatever it says
             raise_on_status=False,
         )
         for scheme in ("http://", "https://"):
