@@ -136,7 +136,9 @@ def test_the_model_is_pushed_and_nothing_of_the_data(local_hub, run):
     files = {line["value"]["path"] for line in local_hub.committed if line["key"] in ("file", "lfsFile")}
     assert files == {"README.md", "config.json", "tokenizer.json", "model.safetensors", "adapter_config.json"}
     assert list(local_hub.received.values()) == [b"model.safetensors of the policy"]
-    sent = [base64.b64decode(line["value"]["content"]).decode() for line in local_hub.committed if line["key"] == "file"]
+    sent = [
+        base64.b64decode(line["value"]["content"]).decode() for line in local_hub.committed if line["key"] == "file"
+    ]
     assert "README.md of the policy" in sent
     assert SECRET not in sent
     asked = {path: token for _, path, token in local_hub.calls if path.startswith("/api")}
