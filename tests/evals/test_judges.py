@@ -280,6 +280,22 @@ def test_a_server_that_dies_half_way_is_gone_on_with(server, tmp_path):
     assert server.asked == Counter(questions)  # each once
 
 
+def test_what_is_in_flight_when_the_command_is_stopped_is_kept_and_nothing_more_is_asked(server, tmp_path, monkeypatch):
+    questions = [f"q{i}" for i in range(16)]
+
+    def stopped(futures):
+        yield next(iter(futures))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("dpo_lab.evals.judges.endpoint.as_completed", stopped)
+        server.answer = lambda body: time.sleep(0.05) or reply("A")  # type: ignore[func-returns-value]
+        server.judge(cache=tmp_path, workers=2).ask(questions)
+    assert 0 < sum(server.asked.values()) < 16
+    server.judge(cache=tmp_path).ask(questions)
+    assert server.asked == Counter(questions)  # each once
+
+
 def test_a_busy_server_is_asked_again(server):
     server.answer = lambda body: (429, "slow down") if server.asked["q"] < 3 else reply("B")
     assert server.judge(attempts=3).ask(["q"]).tolist() == [0.0]

@@ -9,7 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,21 +134,24 @@ class _Client:
         found = self.store.find(requests)
         missing = {key: request for key, request in requests.items() if key not in found}
         error: JudgeError | None = None
-        with track("Judge", len(missing)) as advance, ThreadPoolExecutor(self.settings.workers) as pool:
-            futures: dict[Future, str] = {pool.submit(self._answer, each): key for key, each in missing.items()}
-            for future in as_completed(futures):
-                if future.cancelled():
-                    continue
-                try:
-                    found[futures[future]] = answer = future.result()
-                except JudgeError as raised:  # what the other requests in flight bring is kept
-                    error = error or raised
-                    for each in futures:
-                        each.cancel()
-                else:
-                    self.store.add(futures[future], answer)
-                    self.counts.update(asked=1, **answer["usage"])
-                    advance(1)
+        pool = ThreadPoolExecutor(self.settings.workers)
+        try:
+            with track("Judge", len(missing)) as advance:
+                futures = {pool.submit(self._answer_and_store, key, request): key for key, request in missing.items()}
+                for future in as_completed(futures):
+                    if future.cancelled():
+                        continue
+                    try:
+                        found[futures[future]] = answer = future.result()
+                    except JudgeError as raised:  # what the other requests in flight bring is kept
+                        error = error or raised
+                        for each in futures:
+                            each.cancel()
+                    else:
+                        self.counts.update(asked=1, **answer["usage"])
+                        advance(1)
+        finally:  # whatever ends it: what is in flight is waited for and stored, nothing more is asked
+            pool.shutdown(cancel_futures=True)
         self.counts["questions"] += len(questions)
         self.seconds += time.perf_counter() - start
         if error is not None:
@@ -163,6 +166,11 @@ class _Client:
                 " another evals.judge.model, or evals.judge.question"
             )
         return np.array([math.nan if answer["first"] is None else answer["first"] for answer in answers])
+
+    def _answer_and_store(self, key: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        answer = self._answer(request)
+        self.store.add(key, answer)
+        return answer
 
     def _request(self, question: str) -> dict[str, Any]:
         settings = self.settings
