@@ -115,7 +115,8 @@ def check_hydra(hydra: Any) -> None:
             "hydra.job.chdir=true: paths are relative to the folder where the command is typed, and a run's results go"
             " to its own folder anyway; type hydra.job.chdir=false, or leave it out"
         )
-    names, _ = plugins.take([*hydra.overrides.task, *hydra.overrides.hydra])
+    overrides: Any = OmegaConf.to_container(hydra.overrides, resolve=False)
+    names, _ = plugins.take([*overrides["task"], *overrides["hydra"]])
     if names:  # they were taken out of what was typed
         raise TargetRefused(
             f"hydra.overrides: a config names the plugin {names[0]}; plugins are typed, so leave it out"
