@@ -83,10 +83,14 @@ def callbacks() -> dict[str, dict[str, Any]]:
 
 
 def loaded() -> list[Plugin]:
-    """Return the plugins of this process. Raise PluginError if those that it inherited can't be used."""
+    """Return the plugins of this process."""
+    return list(_loaded.values())
+
+
+def check() -> None:
+    """Raise PluginError if the plugins that this process inherited can't be used."""
     for refusal in _refusal:
         raise refusal
-    return list(_loaded.values())
 
 
 def plugin_of(cls: type) -> Plugin | None:
@@ -123,7 +127,8 @@ def load(names: Iterable[str]) -> bool:
     A name is that of an entry point of an installed package, or of a module that Python can import from here; a path is
     that of a .py file or of a package's folder.
     """
-    before = len(loaded())
+    check()
+    before = len(_loaded)
     for typed in names:
         _load(typed, typed)
     if len(_loaded) > before:
@@ -168,6 +173,7 @@ def load_typed(arguments: Sequence[str], may_import: bool = True) -> tuple[bool,
     may_import: False in a process that a run or a sweep started, whose command line holds what configs say: there a
     plugin must be among those that it inherited. Raises PluginError.
     """
+    check()
     names, others = take(arguments)
     known = {plugin.typed for plugin in loaded()}
     if not may_import and (unknown := [name for name in names if name not in known]):

@@ -33,6 +33,7 @@ LAYERS = (
         "dpo_lab.evaluate",
         "dpo_lab.report",
         "dpo_lab.push",
+        "dpo_lab.new",
     ),
     ("dpo_lab.study",),
     ("dpo_lab.api",),

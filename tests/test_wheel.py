@@ -26,6 +26,11 @@ def test_wheel_runs_from_an_empty_folder(tmp_path):
     (wheel,) = tmp_path.glob("dpo_lab-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"dpo_lab/conf/train.yaml", "dpo_lab/conf/ablation/uniform_ref.yaml", "dpo_lab/train.py"} <= set(names)
+    templates = {
+        p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "dpo_lab" / "new_project").rglob("*.template")
+    }
+    assert templates
+    assert templates <= set(names)
     assert not [n for n in names if n.startswith(("tests/", "outputs/"))]
 
     environment = tmp_path / "environment"

@@ -50,9 +50,7 @@ def run_command(hydra_main: Callable[[], None], as_record: AsRecord = schema.as_
     try:
         raise_on_signals(report_stop)
         with reraise_stop():
-            # A process that a run or a sweep started has them from its parent and imports no others, since overrides in
-            # its command line may come from a config.
-            sys.argv[1:] = load_plugins(sys.argv[1:], may_import=launcher.PARENT not in os.environ)
+            sys.argv[1:] = load_plugins(sys.argv[1:])
             sweeper.register(as_record)
             options, _ = get_args_parser().parse_known_args()
             _check_hydra_settings(hydra_main, options)
@@ -115,12 +113,13 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
         sys.exit(print_error(line, 1))
 
 
-def load_plugins(arguments: Sequence[str], may_import: bool = True) -> list[str]:
-    """Import the plugins that a command line names, add their choices, and return its other words.
+def load_plugins(arguments: Sequence[str]) -> list[str]:
+    """Import the plugins that a command line names, add their choices, and return the other words.
 
-    may_import: see plugins.load_typed. Raises PluginError.
+    A process that a run or a sweep started has them from its parent and imports no others, since overrides in its
+    command line may come from a config. Raises PluginError.
     """
-    is_new, others = plugins.load_typed(arguments, may_import)
+    is_new, others = plugins.load_typed(arguments, may_import=launcher.PARENT not in os.environ)
     if is_new:
         evaluate.define_settings()
         schema.register()

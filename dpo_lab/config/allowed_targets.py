@@ -14,6 +14,8 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_lab import plugins
+from dpo_lab.config import lightning_targets
 from dpo_lab.errors import LabError
 
 T = TypeVar("T")
@@ -25,7 +27,8 @@ class TargetRefused(LabError, ValueError):
 
 FSDP2 = "dpo_lab.training.strategies.fsdp.FSDP2Strategy"  # shards the policy over ranks
 
-# The classes that a run's config may instantiate, by full name. Other objects are built from dataclasses.
+# The classes that a run's config may instantiate, by full name, besides the callbacks that plugins register. Other
+# objects are built from dataclasses.
 ALLOWED = frozenset(
     {
         "dpo_lab.training.callbacks.progress_bar.ProgressBar",
@@ -34,13 +37,7 @@ ALLOWED = frozenset(
         "dpo_lab.training.callbacks.checkpointing.Checkpointing",
         FSDP2,
         "lightning.pytorch.Trainer",
-        "lightning.pytorch.callbacks.LearningRateMonitor",
-        "lightning.pytorch.callbacks.ModelCheckpoint",
-        "lightning.pytorch.loggers.CSVLogger",
-        "lightning.pytorch.loggers.MLFlowLogger",
-        "lightning.pytorch.loggers.TensorBoardLogger",
-        "lightning.pytorch.loggers.WandbLogger",
-        "lightning.pytorch.strategies.DDPStrategy",
+        *lightning_targets.names(),
     }
 )
 OWNERS = ("dpo_lab.", "lightning.")  # packages in which those classes are defined
@@ -64,10 +61,15 @@ def target_of(node: Any) -> Any:
 
 
 def check_targets(node: Any) -> None:
-    """Raise TargetRefused if a `_target_` at any depth of the resolved config is not in ALLOWED."""
+    """Raise TargetRefused if a `_target_` at any depth of the resolved config is neither in ALLOWED nor a plugin's
+    callback.
+    """
+    of_plugins = _of_plugins()
     for _, inner in _nodes(node):
         target = inner.get("_target_")
-        if target is not None and target not in ALLOWED:
+        if target is not None and target not in ALLOWED and target not in of_plugins:
+            if reason := lightning_targets.reason(str(target)):
+                raise TargetRefused(f"_target_={target}: {reason}")
             near = difflib.get_close_matches(str(target), ALLOWED, n=1, cutoff=0)
             raise TargetRefused(
                 f"_target_={target}: not among the classes that a config may name; the nearest is {near[0]}"
@@ -89,12 +91,18 @@ def instantiate_checked(node: Mapping[str, Any], kind: type[T], **settings: Any)
     for path, inner in _nodes(node):
         if target := inner.get("_target_"):
             found: Any = get_class(target)
-            if not f"{found.__module__}.".startswith(OWNERS) or not (path or issubclass(found, kind)):
+            is_known = target in _of_plugins() or f"{found.__module__}.".startswith(OWNERS)
+            if not is_known or not (path or issubclass(found, kind)):
                 what = f"{found.__module__}.{found.__qualname__}"
                 raise TargetRefused(
                     f"_target_={target}: resolves to {what}, which is no {kind.__name__} of dpo_lab or Lightning"
                 )
     return instantiate(node, **settings)
+
+
+def _of_plugins() -> set[str]:
+    """Return the full names of the classes that plugins registered as callbacks."""
+    return {node["_target_"] for node in plugins.callbacks().values()}
 
 
 def check_hydra(hydra: Any) -> None:
@@ -106,6 +114,11 @@ def check_hydra(hydra: Any) -> None:
         raise TargetRefused(
             "hydra.job.chdir=true: paths are relative to the folder where the command is typed, and a run's results go"
             " to its own folder anyway; type hydra.job.chdir=false, or leave it out"
+        )
+    names, _ = plugins.take([*hydra.overrides.task, *hydra.overrides.hydra])
+    if names:  # they were taken out of what was typed
+        raise TargetRefused(
+            f"hydra.overrides: a config names the plugin {names[0]}; plugins are typed, so leave it out"
         )
     of_sweeps = ("sweep.dir", "sweep.subdir") if target_of(hydra.get("sweeper")) in OURS else ()
     for key in ("run.dir", *of_sweeps):

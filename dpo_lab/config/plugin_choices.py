@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +88,12 @@ def hint(group: str, name: str) -> str:
 
     They are that of an earlier run with this choice, or those that are installed and not loaded.
     """
+    typed = re.compile(rf'"\+*{re.escape(group)}=[^"]*\b{re.escape(name)}\b')
     for path in OUTPUTS.rglob(RECORD):
-        text = path.read_text(errors="replace")
-        if f'"{group}={name}"' in text and '"plugins": {' in text:
-            return f"; {path.parent} was made with {plugins.word_of(json.loads(text))}: type it too"
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged record says nothing
+            text = path.read_text()
+            if typed.search(text) and (record := json.loads(text)).get("plugins"):
+                return f"; {path.parent} was made with {plugins.word_of(record)}: type it too"
     names = plugins.installed().keys() - {plugin.typed for plugin in plugins.loaded()}
     return f"; or with a plugin that has it, of those installed: plugins=[{','.join(sorted(names))}]" if names else ""
 
@@ -126,11 +130,8 @@ def _classes(kinds: Mapping[str, Mapping[str, type]]) -> Iterator[Choice]:
             yield Choice("evals", name, plugins.plugin_of(cls), _about(cls), node)
     for name, node in plugins.callbacks().items():
         plugin = next((each for each in plugins.loaded() if each.name == node["_target_"].partition(".")[0]), None)
-        yield Choice("callbacks", name, plugin, f"the default ones and {node['_target_']}", _with_callback(name, node))
-
-
-def _with_callback(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    return {"defaults": ["default"], name: dict(node)}
+        with_it = {"defaults": ["default"], name: node}
+        yield Choice("callbacks", name, plugin, f"the default ones and {node['_target_']}", with_it)
 
 
 def _is_ours(cls: type) -> bool:

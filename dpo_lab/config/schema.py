@@ -163,6 +163,7 @@ def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
         node[leaf] = {"kind": kind, **node[leaf]}
     if not config.method.is_online:
         del config_dict["reward"]
+    plugins.check()
     if plugins.loaded():
         config_dict["plugins"] = {plugin.name: plugin.digest for plugin in plugins.loaded()}
     return config_dict
@@ -221,6 +222,8 @@ def explain(error: Exception) -> str:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     """Return the message about a key that the schema lacks: its present name, or the nearest of the known keys."""
+    if key == "plugins":
+        return "plugins: typed on the command line alone, as plugins=[NAME_OR_PATH,...]; leave it out of the config"
     return (
         f"{key}: renamed; type {present_key(key)}=..."
         if is_renamed(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dpo_lab import plugins
 from dpo_lab.config.schema import ConfigError
 
 
@@ -32,7 +34,7 @@ class RayLauncher(Launcher):
         check()
         ray: Any = import_module("ray")
         with _signals_kept():
-            ray.init(**self._init)
+            ray.init(**(_environment() | self._init))
         try:
             shared = ray.put((self._context, self._config, self._task, Singleton.get_state()))
             start = ray.remote(**self._remote, max_retries=0)(_run).remote
@@ -46,6 +48,13 @@ def check() -> None:
     """Raise ConfigError if Ray is not installed."""
     if find_spec("ray") is None:
         raise ConfigError("launcher=ray: its package is not installed; type pip install 'dpo_lab[ray]'")
+
+
+def _environment() -> dict[str, Any]:
+    """Return what workers need to import the plugins of this process, also on other machines of a cluster."""
+    names = (plugins.INHERITED, "PYTHONPATH") if plugins.loaded() else ()
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    return {"runtime_env": {"env_vars": variables}} if variables else {}
 
 
 def _run(shared: tuple[Any, ...], overrides: list[str], number: int) -> JobReturn:

@@ -90,7 +90,7 @@ def trainer_of(folder: Path, *, steps: int = STEPS, devices: int = 1, callbacks:
         max_epochs=-1,
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
-        enable_progress_bar=False,
+        enable_progress_bar=settings.pop("enable_progress_bar", False),
         enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=folder,
