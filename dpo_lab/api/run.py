@@ -110,9 +110,7 @@ class Run:
         policy.model.eval()
         was = self.record.get("initial_policy")
         if was not in (None, weights_digest(policy.model)):
-            raise LabError(
-                f"{self.folder}: the initial policy has changed since the run; restore {self.config['policy']}"
-            )
+            raise LabError(f"{self.folder}: the initial policy is not that of the run any more; restore its files")
         return policy
 
     @property
