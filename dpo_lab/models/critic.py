@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.paths import causal_lm, path_of, response_rows
-from dpo_lab.models.policy import PolicyError, trainable_copy
+from dpo_lab.models.policy import PolicyError
 from dpo_lab.models.sharding import one_pass
 
 if TYPE_CHECKING:

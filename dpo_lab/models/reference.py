@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
 from dpo_lab.core.registry import add_to_table
 from dpo_lab.errors import check_at_least
-from dpo_lab.models.policy import PolicyConfig, Pretrained, trainable_copy
+from dpo_lab.models.copies import trainable_copy
+from dpo_lab.models.policy import PolicyConfig, Pretrained
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dpo_lab.data.collate import collate
 from dpo_lab.data.datamodule import PreferenceDataModule
-from dpo_lab.models.policy import trainable_copy
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.reference import reference_model
 from dpo_lab.models.sharding import on_device
 from dpo_lab.pipelines.inputs import TrainingInputs

@@ -20,7 +20,8 @@ from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.warnings import data_warnings
 from dpo_lab.distributed.collectives import broadcast_object
 from dpo_lab.evals.reward_model import LABELS, RewardContext, evaluate_reward_model
-from dpo_lab.models.policy import Policy, PolicyError, trainable_copy
+from dpo_lab.models.copies import trainable_copy
+from dpo_lab.models.policy import Policy, PolicyError
 from dpo_lab.models.probes import hard_positions
 from dpo_lab.models.reward_export import end_of, exported, share_of_equal_tokens
 from dpo_lab.models.reward_head import with_reward_head

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 from dpo_lab.cli.next_steps import after_sft
 from dpo_lab.config.schema import ConfigError, RunConfig, sft_record
 from dpo_lab.evals.held_out import LABELS, heldout_loss
-from dpo_lab.models.policy import TinyPolicy, trainable_copy
+from dpo_lab.models.copies import trainable_copy
+from dpo_lab.models.policy import TinyPolicy
 from dpo_lab.models.sharding import on_device
 from dpo_lab.pipelines.inputs import prepare_responses
 from dpo_lab.pipelines.session import Session, open_session

@@ -14,11 +14,11 @@ line.
     prompt            a prompt and its samples; key: a hash of its token ids, with `#2` appended if it occurs again.
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
                       tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win,
-                      judge_win: 1, 0, or 1/2 for a tie; judge_chose_first: the probability with which the judge
-                      preferred the response shown first, where that was the trained policy's and where it was not
+                      judge_win: 1, 0, or 1/2 for a tie; judge_first, judge_undecided, judge_unanswered: see
+                      evals/judges/base.py
     pair_set          a pair of a further file, evals.pairs; key: the file's name and the pair's key. subset; accuracy,
-                      policy_accuracy, initial/policy_accuracy, longer, judge_accuracy: 1, 0, or 1/2 for a tie, see
-                      evals/evaluators/pair_sets.py
+                      policy_accuracy, initial/policy_accuracy, longer, judge_accuracy: 1, 0, or 1/2 for a tie;
+                      judge_first and the other columns of the judge as above
     candidates        a prompt and many responses of the initial policy; key: the prompt's. gold, judge: a list of their
                       rewards, rounded to four decimals
     harness           an item of a benchmark; key: its task and number. A column for each metric, and initial_METRIC

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -88,6 +88,13 @@ def share(values: Iterable[float]) -> Estimate:
     spread = math.fsum((v - p) ** 2 for v in values)
     effective = n * n * p * (1 - p) / spread if spread > 0 and any(0 < v < 1 for v in values) else n
     return replace(estimate, interval=wilson(p, effective))
+
+
+def shares_of_known(columns: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Estimate]]:
+    """Yield name and share of each column of examples in [0, 1], [N], without those that are NaN; none if all are."""
+    for name, values in columns.items():
+        if len(known := values[~np.isnan(values)]):
+            yield name, share(known)
 
 
 def share_at_zero(values: np.ndarray, at: np.ndarray) -> Estimate | None:

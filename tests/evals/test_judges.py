@@ -8,12 +8,19 @@ import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
 
+from dpo_lab.data.formats import Shape
+from dpo_lab.data.pair_sets import read_pair_set
+from dpo_lab.data.rows import BadData
+from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.evals.evaluate import Evals
+from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.evals.evaluators.win_rate import WinRate
 from dpo_lab.evals.judges import Comparer, JudgeError
 from dpo_lab.evals.judges.answers import AnswerStore
@@ -21,6 +28,7 @@ from dpo_lab.evals.judges.base import ComparingJudge
 from dpo_lab.evals.judges.endpoint import STORE, Endpoint
 from dpo_lab.evals.judges.generative import Generative
 from dpo_lab.health.diagnose import findings
+from dpo_lab.models.forward import pair_logps
 from tests.evals.test_evals import evaluate, perturbed, subject_of, with_samples
 from tests.health.test_rollout_rules import RECORD
 
@@ -101,7 +109,7 @@ def test_a_sound_judge_has_no_findings(subject):
     subject.judge = comparer(lambda _, a, b: 0.9 if a < b else 0.1)
     metrics = evaluate(subject, [WinRate()])
     assert metrics["judge_first"].value == 0.5
-    assert "judge_unanswered" not in metrics
+    assert metrics["judge_unanswered"].value == 0
     assert not {name for name in health(metrics) if name.startswith("judge")}
 
 
@@ -352,3 +360,63 @@ def test_answers_are_on_disk_when_stored(tmp_path):
     store.add("k", {"first": None})
     assert other.find(["k", "none"]) == {"k": {"first": None}}
     assert len(other.find(f"k{i}" for i in range(1200))) == 0
+
+
+def test_pairs_of_further_files_by_subset(policy, tmp_path):
+    """Accuracy by hand on rows of two subsets; a judge that always says "first" is undecided on all it answers."""
+    rows = [
+        {
+            "prompt": f"question {i}",
+            "chosen": "good " * (1 + i % 3),
+            "rejected": "bad",
+            "subset": "even" if i % 2 == 0 else "odd",
+        }
+        for i in range(6)
+    ]
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "rejected": ""}])
+    )
+    subject = subject_of(perturbed(policy, 0.2), policy, ["p"])
+    pairs = read_pair_set("own", str(tmp_path / "rows.jsonl"), Shape(), subject.encoder)
+    assert [pair.subset for pair in pairs] == ["even", "odd"] * 3  # without the row whose response is empty
+    assert pairs[1].texts == ("question 1", "good good ", "bad")
+    subject.pair_sets = {"own": pairs}
+    subject.judge = comparer(lambda prompt, a, b: math.nan if prompt == "question 0" else 0.9)
+    (evaluator,) = Evals(evaluators=[], pairs={"own": "rows.jsonl"}).selected()
+    metrics = evaluate(subject, [evaluator])
+    trained, initial = (
+        subject.logps_of(p.model, partial(pair_logps, p.model), [pair.encoded for pair in pairs])
+        for p in (subject.trained, subject.initial)
+    )
+    preferred = ((trained.margin - initial.margin) > 0).tolist()
+    assert metrics["pairs/own/accuracy"].value == pytest.approx(np.mean(preferred))
+    assert metrics["pairs/own/even/accuracy"].value == pytest.approx(np.mean(preferred[::2]))
+    assert metrics["pairs/own/odd/accuracy"].value == pytest.approx(np.mean(preferred[1::2]))
+    per_token = (trained.chosen / trained.chosen_length - trained.rejected / trained.rejected_length) > 0
+    assert metrics["pairs/own/policy_accuracy"].value == pytest.approx(per_token.double().mean().item())
+    longer = [len(p.encoded.chosen) > len(p.encoded.rejected) for p in pairs]
+    same = [len(p.encoded.chosen) == len(p.encoded.rejected) for p in pairs]
+    assert metrics["pairs/own/longer"].value == pytest.approx((sum(longer) + sum(same) / 2) / 6)
+    assert metrics["pairs/own/judge_accuracy"].value == 0.5
+    assert (metrics["pairs/own/judge_first"].value, metrics["pairs/own/judge_first"].n) == (1, 5)
+    assert (metrics["pairs/own/judge_undecided"].value, metrics["pairs/own/judge_undecided"].n) == (1, 5)
+    assert metrics["pairs/own/judge_unanswered"].value == pytest.approx(1 / 6)
+    assert labels_of(metrics)["pairs/own/even/accuracy"] == "own/even: accuracy"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "chosen": "a"}, r"rows\.jsonl:1: .*rejected.*; fix the row, which evals\.pairs reads"),
+        ({"prompt": "p", "completion": "a", "label": True}, r"rows\.jsonl:1: is one response with a label"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, r"evals\.pairs\.own=.*: holds no pair"),
+    ],
+)
+def test_files_of_another_shape_are_refused_in_one_line(policy, tmp_path, row, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    encoder = PairTokenizer(policy.tokenizer, 64, 32)
+    with pytest.raises(BadData, match=message) as error:
+        read_pair_set("own", str(tmp_path / "rows.jsonl"), Shape(), encoder)
+    assert "\n" not in str(error.value)
+    with pytest.raises(BadData, match=r"evals\.pairs\.own=.*no such file"):
+        read_pair_set("own", str(tmp_path / "none.jsonl"), Shape(), encoder)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from dpo_lab.core.losses import DPO
 from dpo_lab.data.collate import collate
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import pair_logps, pair_loss
-from dpo_lab.models.policy import Lora, Policy, PolicyError, Pretrained, trainable_copy, weights_digest
+from dpo_lab.models.policy import Lora, Policy, PolicyError, Pretrained, weights_digest
 from tests.conftest import make_pairs
 from tests.support.architectures import CACHED, made
 

@@ -15,8 +15,9 @@ from dpo_lab.config.schema import ConfigError, ConfigErrors, explain
 from dpo_lab.core.losses import DPO
 from dpo_lab.data.collate import collate
 from dpo_lab.models import policy as policy_module
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import disable_dropout, pair_logps
-from dpo_lab.models.policy import Dtype, Lora, Policy, Pretrained, Quantization, trainable_copy, weights_digest
+from dpo_lab.models.policy import Dtype, Lora, Policy, Pretrained, Quantization, weights_digest
 from dpo_lab.models.reference import AdapterOff, Cached, Frozen
 from dpo_lab.pipelines.evaluate_run import load_trained
 from dpo_lab.training.dpo_module import DPOModule

@@ -13,8 +13,9 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from dpo_lab.models import sharded_weights
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import response_logps, select_forward
-from dpo_lab.models.policy import Policy, trainable_copy, weights_digest
+from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.models.sharded_weights import from_rank_zero, gather_model, gathered_as_stored, kept_on_disk
 from dpo_lab.models.sharding import Facts, Sharding, is_sharded
 from tests.support.architectures import CACHED, UNCACHED, made

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from dpo_lab.core.losses import DPO, Loss
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.data.datamodule import PreferenceDataModule
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import select_forward
-from dpo_lab.models.policy import Policy, TinyPolicy, trainable_copy
+from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.models.reference import Cached
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.training.dpo_module import DPOModule

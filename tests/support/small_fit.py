@@ -17,8 +17,9 @@ from lightning.pytorch.loggers import Logger
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.data.datamodule import PreferenceDataModule
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import select_forward
-from dpo_lab.models.policy import TinyPolicy, trainable_copy, weights_digest
+from dpo_lab.models.policy import TinyPolicy, weights_digest
 from dpo_lab.models.reference import Reference, Uniform
 from dpo_lab.models.reward_head import with_reward_head
 from dpo_lab.models.sharded_weights import from_rank_zero

@@ -17,8 +17,9 @@ from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
 from dpo_lab.data.datamodule import PreferenceDataModule
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import select_forward
-from dpo_lab.models.policy import Policy, TinyPolicy, trainable_copy
+from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.models.reference import Cached, Uniform
 from dpo_lab.models.tokenizer import train_tokenizer
 from dpo_lab.runs import run_record

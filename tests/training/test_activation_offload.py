@@ -8,8 +8,9 @@ import torch
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.core.losses import DPO
 from dpo_lab.data.collate import collate
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import disable_dropout, pair_loss, select_forward
-from dpo_lab.models.policy import Policy, trainable_copy
+from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference import Uniform
 from dpo_lab.training import activation_offload
 from dpo_lab.training.activation_offload import offload_activations

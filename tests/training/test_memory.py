@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dpo_lab.data.collate import collate
-from dpo_lab.models.policy import Lora, Policy, Pretrained, trainable_copy
+from dpo_lab.models.copies import trainable_copy
+from dpo_lab.models.policy import Lora, Policy, Pretrained
 from dpo_lab.models.reference import AdapterOff, Cached, Frozen, Reference, Uniform, reference_model
 from dpo_lab.training import memory
 from dpo_lab.training.memory import STATUS, MemoryTracker, bytes_of_weights, peak_memory, resident_peak, restart_peak

@@ -11,7 +11,7 @@ import torch
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.core.losses import DPO
 from dpo_lab.data.sources import FORWARD_TOKENS
-from dpo_lab.models.policy import trainable_copy
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.reference import Uniform
 from dpo_lab.pipelines.session import Session
 from dpo_lab.runs.out_of_memory import OutOfMemory

@@ -27,9 +27,10 @@ from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import score_pairs
 from dpo_lab.evals.judges.classifier import Classifier
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.paths import ForwardPath, apply_path
-from dpo_lab.models.policy import PolicyError, trainable_copy
+from dpo_lab.models.policy import PolicyError
 from dpo_lab.models.reward_export import PAD, end_of, exported, share_of_equal_tokens
 from dpo_lab.models.reward_head import response_rewards, with_reward_head
 from dpo_lab.training.optim import Optim

@@ -14,8 +14,9 @@ from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.distributed.collectives import rank_and_world_size
 from dpo_lab.evals.evaluate import evaluate
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import select_forward
-from dpo_lab.models.policy import Policy, trainable_copy, weights_digest
+from dpo_lab.models.policy import Policy, weights_digest
 from dpo_lab.models.reference import Cached, Frozen
 from dpo_lab.models.sharded_weights import from_rank_zero, gather_model, kept_on_disk
 from dpo_lab.models.sharding import Facts

@@ -11,7 +11,7 @@ from dpo_lab.core.losses import DPO, RPO, Loss
 from dpo_lab.core.losses.base import Weighting
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.datamodule import PreferenceDataModule
-from dpo_lab.models.policy import trainable_copy
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.reference import Cached
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.optim import Optim

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpo_lab.evals.evaluators.base import Evaluator
-from dpo_lab.stats.estimates import Estimate, share
+from dpo_lab.stats.estimates import Estimate, shares_of_known
 
 if TYPE_CHECKING:
     from dpo_lab.core.pairs import PairLogps
@@ -24,6 +24,7 @@ PARTS = {  # of a set's metrics
     "judge_accuracy": "  of the judge",
     "judge_first": "  judge prefers the first shown",
     "judge_undecided": "  undecided between orders",
+    "judge_unanswered": "  questions without an answer",
 }
 
 
@@ -34,8 +35,8 @@ class PairSets(Evaluator, name="pair_sets", order=15, is_default=False, needs_sa
 
     accuracy: by the log-ratio of trained to initial policy, the implicit reward; policy_accuracy: by the log-probability
     per token of the trained policy alone, under `initial/` of the initial one; longer: by the number of tokens, the
-    accuracy of preferring length; judge_accuracy: by the judge, if one is set, with judge_first and judge_undecided as
-    in win_rate. Runs whenever evals.pairs names a file.
+    accuracy of preferring length; judge_accuracy: by the judge, if one is set, with judge_first, judge_undecided
+    and judge_unanswered as in win_rate. Runs whenever evals.pairs names a file.
     """
 
     labels = {}
@@ -70,11 +71,7 @@ class PairSets(Evaluator, name="pair_sets", order=15, is_default=False, needs_sa
             }
             if context.judge is not None:
                 verdicts = context.judge.compare(*zip(*(pair.texts for pair in pairs), strict=True))
-                columns["judge_accuracy"] = verdicts.wins
-                if (chose_first := verdicts.chose_first) is not None:
-                    signs = np.sign(chose_first - 0.5)
-                    columns["judge_first"] = np.nanmean(np.where(np.isnan(signs), np.nan, (1 + signs) / 2), axis=1)
-                    columns["judge_undecided"] = (signs[:, 0] == signs[:, 1]).astype(float)
+                columns |= {"judge_accuracy": verdicts.wins, **verdicts.by_order()}
             subsets = np.array([pair.subset for pair in pairs])
             keys = [f"{name}/{pair.encoded.key}" for pair in pairs]
             context.examples.add("pair_set", keys, subset=subsets.tolist(), **columns)
@@ -87,10 +84,9 @@ class PairSets(Evaluator, name="pair_sets", order=15, is_default=False, needs_sa
 
 
 def _shares(name: str, columns: dict[str, np.ndarray]) -> Iterator[tuple[str, Estimate]]:
-    for metric, values in columns.items():
-        initial, part = ("initial/", metric.removeprefix("initial/")) if metric.startswith("initial/") else ("", metric)
-        if len(known := values[~np.isnan(values)]):
-            yield f"{initial}{name}/{part}", share(known)
+    for metric, estimate in shares_of_known(columns):
+        initial = "initial/" if metric.startswith("initial/") else ""
+        yield f"{initial}{name}/{metric.removeprefix(initial)}", estimate
 
 
 def _preferred(margins: np.ndarray) -> np.ndarray:

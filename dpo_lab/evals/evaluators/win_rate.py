@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpo_lab.evals.evaluators.base import Evaluator
-from dpo_lab.stats.estimates import Estimate, share, share_at_zero
+from dpo_lab.stats.estimates import Estimate, share, share_at_zero, shares_of_known
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
@@ -27,7 +27,7 @@ class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_sampl
     Of a judge that compares two responses, in both orders: `judge_first`, how often it prefers the one shown first,
     one half if the order does not matter to it; `judge_undecided`, the share of pairs of different responses on which
     its answers in the two orders contradict each other, which are ties; `judge_unanswered`, the share of questions
-    without an answer, if there are any.
+    without an answer.
     """
 
     labels = {
@@ -37,6 +37,7 @@ class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_sampl
         "judge_win_rate_equal_length": "  at equal length",
         "judge_first": "  judge prefers the first shown",
         "judge_undecided": "  undecided between orders",
+        "judge_unanswered": "  questions without an answer",
     }
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
@@ -55,21 +56,6 @@ class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_sampl
             yield f"{name}_rate", share(won)
             if (at_equal_length := share_at_zero(won, length_difference)) is not None:
                 yield f"{name}_rate_equal_length", at_equal_length
-        if context.judge is not None and (chose_first := context.verdicts.chose_first) is not None:
-            context.examples.add("prompt", context.prompt_keys, judge_chose_first=chose_first.tolist())
-            yield from _of_orders(
-                chose_first, context.responses(context.samples), context.responses(context.initial_samples)
-            )
-
-
-def _of_orders(chose_first: np.ndarray, trained: list[str], initial: list[str]) -> Iterator[tuple[str, Estimate]]:
-    """Yield what the answers in both orders, [N, 2], say about the judge."""
-    asked = chose_first[[a != b for a, b in zip(trained, initial, strict=True)]]
-    is_answered = ~np.isnan(asked)
-    if is_answered.any():
-        yield "judge_first", share(np.heaviside(asked[is_answered] - 0.5, 0.5))
-    if (both := is_answered.all(1)).any():
-        signs = np.sign(asked[both] - 0.5)
-        yield "judge_undecided", share((signs[:, 0] == signs[:, 1]).astype(float))
-    if not is_answered.all():
-        yield "judge_unanswered", share((~is_answered).ravel().astype(float))
+        if context.judge is not None and (by_order := context.verdicts.by_order()):
+            context.examples.add("prompt", context.prompt_keys, **by_order)
+            yield from shares_of_known(by_order)

@@ -46,11 +46,28 @@ class Verdicts:
     wins [N]: 1 where a is better, 0 where b is, 1/2 for a tie: equal responses, or a judge who prefers the one shown
     first, or the one shown second, in both orders. chose_first [N, 2]: the probability with which the response shown
     first was preferred, where that was a and where it was b; NaN where the judge gave no answer or was not asked, since
-    the responses are equal. None if the judge scores each response on its own.
+    the responses are equal. None if the judge scores each response on its own. asked [N]: which pairs it was asked about.
     """
 
     wins: np.ndarray
     chose_first: np.ndarray | None = None
+    asked: np.ndarray | None = None
+
+    def by_order(self) -> dict[str, np.ndarray]:
+        """Return what the orders say of the judge, [N] each, NaN where it is unknown; {} without orders.
+
+        judge_first: the share of answers that prefer the response shown first; judge_undecided: 1 where the answers in
+        the two orders contradict each other; judge_unanswered: the share of questions without an answer.
+        """
+        if self.chose_first is None or self.asked is None:
+            return {}
+        answers = np.heaviside(self.chose_first - 0.5, 0.5)  # NaN stays
+        counts = (~np.isnan(answers)).sum(1)
+        with np.errstate(invalid="ignore"):
+            first = np.nansum(answers, 1) / np.where(counts, counts, np.nan)
+            undecided = np.where(counts == 2, answers[:, 0] == answers[:, 1], np.nan)
+        unanswered = np.where(self.asked, 1 - counts / 2, np.nan)
+        return {"judge_first": first, "judge_undecided": undecided, "judge_unanswered": unanswered}
 
 
 @dataclass
@@ -91,7 +108,8 @@ class Comparer:
         chose_first[different] = np.asarray(self.ask(questions), np.float64).reshape(2, len(different)).T
         prefers_a = np.stack((chose_first[:, 0] - 0.5, 0.5 - chose_first[:, 1]))
         signs = np.sign(np.nan_to_num(prefers_a))
-        return Verdicts(np.where(signs[0] == signs[1], (1 + signs[0]) / 2, 0.5), chose_first)
+        asked = np.isin(np.arange(len(prompts)), different)
+        return Verdicts(np.where(signs[0] == signs[1], (1 + signs[0]) / 2, 0.5), chose_first, asked)
 
 
 LoadedJudge = Scorer | Comparer
