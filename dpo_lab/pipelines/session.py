@@ -136,9 +136,9 @@ class Session:
         if self.config.data.tokens_per_microbatch == AUTO:
             found = broadcast_from_rank_zero(self.trainer, lambda: run.record.get("tokens_per_microbatch"))
             if found is None:
+                size = -(-self.config.data.batch_size // self.trainer.world_size)
                 with memory_explained(self.config, "a trial of micro-batches", trains=True):
-                    pairs, size = inputs.train, -(-self.config.data.batch_size // self.trainer.world_size)
-                    found = find_tokens(module, pairs, size, device, self.forward.context)
+                    found = find_tokens(module, inputs.train, size, device, self.forward.context)
             module.tokens_per_microbatch = found
             run.update(tokens_per_microbatch=found)
 
