@@ -126,13 +126,12 @@ class Session:
         A resumed run takes the number that was found first.
         """
         policy, run, device = self.config.policy, self.run, self.forward.device
-        if policy.gradient_checkpointing:
-            for model in module.trained_models():
+        for model in module.trained_models():
+            if policy.gradient_checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False})
-        if policy.activation_offload and device.type == "cuda":
-            for model in module.trained_models():
+            if policy.activation_offload and device.type == "cuda":
                 offload_activations(causal_lm(model).base_model)
-        elif policy.activation_offload:
+        if policy.activation_offload and device.type != "cuda":
             log.info("policy.activation_offload: without effect on %s, which has no memory of its own", device.type)
         if self.config.data.tokens_per_microbatch == AUTO:
             found = broadcast_from_rank_zero(self.trainer, lambda: run.record.get("tokens_per_microbatch"))
