@@ -33,10 +33,6 @@ def _plan(settings: schema.RunConfig) -> None:
         from dpo_lab.planning.report import print_plan
         from dpo_lab.terminal.progress import plain_console
 
-    if settings.method.is_online:
-        raise schema.ConfigError(
-            "--plan: counts the passes of given pairs alone, not those of samples; type method=dpo"
-        )
     logging.captureWarnings(True)  # libraries' warnings
     try:
         print_plan(settings, plain_console())

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.paths import causal_lm, path_of, response_rows
 from dpo_lab.models.policy import PolicyError
-from dpo_lab.models.sharding import one_pass
+from dpo_lab.models.sharded_weights import sharded_copy
+from dpo_lab.models.sharding import is_sharded, one_pass
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -33,12 +34,19 @@ class Critic(nn.Module):
                 "method=ppo: this policy returns no hidden states of single tokens, from which a critic is trained; type"
                 " method=rloo"
             )
-        width = policy.get_output_embeddings().weight.shape[1]  # type: ignore[union-attr,index,misc]
-        self.model = trainable_copy(policy, {"value_head": nn.Linear(int(width), 1)})
+        whole: Any = policy
+        head = nn.Linear(whole.get_output_embeddings().weight.shape[1], 1)
+        if is_sharded(policy):
+            self.model = sharded_copy(policy, {"value_head": head})
+        else:
+            self.model = trainable_copy(policy)
+            self.model.value_head = head.to(next(policy.parameters()).device)
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
         bare: Any = causal_lm(self.model)
-        head, body = bare.get_output_embeddings(), bare.get_input_embeddings()
-        if head.weight is not body.weight:
-            head.requires_grad_(False)  # unused: a tied one is the embedding
+        unused, body = bare.get_output_embeddings(), bare.get_input_embeddings()
+        if unused.weight is not body.weight:
+            unused.requires_grad_(False)  # a tied one is the embedding
 
     def forward(
         self, tokens: Int[Tensor, " tokens"], lengths: Int[np.ndarray, "items parts"]

@@ -38,7 +38,10 @@ def from_rank_zero(sharding: Sharding, whole: PreTrainedModel | None, facts: Fac
 
 @torch.no_grad()
 def sharded_copy(model: PreTrainedModel, added: Mapping[str, nn.Module] | None = None) -> PreTrainedModel:
-    """Copy the trainable weights of a sharded model; frozen ones are shared. added: see trainable_copy."""
+    """Copy the trainable weights of a sharded model; frozen ones are shared.
+
+    added: modules that become attributes of the copy by these names; their weights are 0.
+    """
     return _copy(model, _state(model).sharding, lambda weight: weight.requires_grad, added or {})
 
 

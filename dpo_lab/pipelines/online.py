@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from dpo_lab.config.schema import ConfigError
+from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.core.methods import Online, PolicyGradient
 from dpo_lab.core.methods.online_dpo import OnlineDPO
 from dpo_lab.models.critic import Critic
@@ -42,7 +42,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     reward, gold = prepare_reward(config, inputs, forward)
     memory.count_weights(model, reference_model(reference), reward.model, critic)
     run.update(step_zero_loss=None, seconds=session.timer.stop("reference"))
-    prompts = prompts_of(inputs, method, longest := longest_response(session))
+    prompts = prompts_of(inputs, method, longest := longest_response(config))
     actor = Actor(
         model,
         method,
@@ -54,6 +54,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         tokens,
         reference=reference,
         critic=critic,
+        batch_size=config.evals.batch_size,
     )
     sizes: dict[str, Any] = dict(total_steps=session.trainer.max_steps, tokens_per_microbatch=tokens)
     data: OnlineDataModule
@@ -79,9 +80,9 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     )
 
 
-def longest_response(session: Session) -> int:
+def longest_response(config: RunConfig) -> int:
     """Return the length limit of sampled responses in tokens: the method's, else the task's or that of the evaluation."""
-    config, method = session.config, session.config.method
+    method = config.method
     assert isinstance(method, Online)
     if method.max_new_tokens is not None:
         return method.max_new_tokens

@@ -151,11 +151,10 @@ class Session:
     ) -> Policy:
         """Return the trained model, in evaluation mode, on the device that it trained on, and save it in the folder `name`.
 
-        export: returns what is saved, by default what the policy's config says.
-
-        A sharded policy stays so; to be saved it is gathered in the memory of rank 0's host. Early stopping may keep an
-        earlier policy; which one, and how many 16-bit weights moved, is recorded. Moves the initial policy to that
-        device too. Lightning leaves a module on the CPU after a fit.
+        export: returns what is saved, by default what the policy's config says. A sharded policy stays so; to be saved it is
+        gathered in the memory of rank 0's host. Early stopping may keep an earlier policy; which one, and how many 16-bit
+        weights moved, is recorded. Moves the initial policy to that device too. Lightning leaves a module on the CPU after
+        a fit.
         """
         device = self.forward.device
         initial, model = on_device(inputs.initial.model, device), on_device(module.model, device)

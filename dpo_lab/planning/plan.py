@@ -20,13 +20,12 @@ from dpo_lab.errors import first_line
 from dpo_lab.models.load import untrained_model
 from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import PolicyConfig, PolicyError, Pretrained, TinyPolicy
-from dpo_lab.models.reference import AdapterOff, Frozen
+from dpo_lab.models.reference import AdapterOff, Frozen, Moving, Reference
 from dpo_lab.models.weight_settings import Dtype, Lora, Quantization
+from dpo_lab.planning.online import Scorer, Sizes, critic_bytes, rollout_bytes, rollout_flops, sampling_bytes
 from dpo_lab.planning.shapes import (
     Shape,
-    Work,
     activation_bytes,
-    cache_bytes,
     head_bytes,
     on_paper,
     quantized_matrices,
@@ -40,6 +39,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 class Memory:
     """Bytes that a run holds on one card while it trains, and `sampling`, the bytes that an evaluation holds.
 
+    critic, reward_model: their weights; rollouts: what sampling takes between optimizer steps, beside all models;
     gathered: weights, and gradients of trained ones, that FSDP has whole at one time, at most.
     """
 
@@ -51,67 +51,85 @@ class Memory:
     head: float
     sampling: float
     gathered: float
+    critic: float = 0.0
+    reward_model: float = 0.0
+    rollouts: float = 0.0
+
+    @property
+    def models(self) -> float:
+        """What is held at any time of training."""
+        return self.weights + self.optimizer + self.reference + self.critic + self.reward_model
 
     @property
     def training(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.reference + self.activations + self.head
+        return self.models + self.gradients + self.activations + self.head
 
     @property
     def needed(self) -> float:
         """Return the peak of the run."""
-        return max(self.training, self.sampling)
+        return max(self.training, self.models + self.rollouts, self.sampling)
 
     def sharded(self, ranks: int) -> Memory:
-        """Return what each of several cards holds under FSDP; weights are whole where they are used."""
-        shares = {name: getattr(self, name) / ranks for name in ("weights", "gradients", "optimizer", "reference")}
-        return replace(self, **shares, activations=self.activations + self.gathered, sampling=0.0)
+        """Return what each of several cards holds under FSDP; weights are whole where they are used.
+
+        The reward model is whole on each.
+        """
+        names = ("weights", "gradients", "optimizer", "reference", "critic")
+        shares = {name: getattr(self, name) / ranks for name in names}
+        rollouts = self.rollouts and self.rollouts + self.gathered
+        return replace(self, **shares, activations=self.activations + self.gathered, sampling=0.0, rollouts=rollouts)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run. parameters, trained: their numbers; tokens: of a micro-batch; prompt, response: tokens of the
-    longest pairs; flops: of a step.
+    """The plan of a run. parameters, trained: their numbers; tokens: of a micro-batch; sizes: of the longest prompts and
+    responses; flops_of: the FLOPs of an optimizer step by phase, with its share of rollouts.
     """
 
     memory: Memory
     parameters: int
     trained: int
     tokens: int
-    prompt: int
-    response: int
-    flops: float
+    sizes: Sizes
+    flops_of: dict[str, float]
     steps: int
     in_16_bits: bool
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of an optimizer step."""
+        return sum(self.flops_of.values())
 
 
 def plan_of(config: RunConfig, policy: PolicyConfig | None = None) -> Plan:
     """Return the plan of a config, or of the same with another policy. Raise PolicyError if its config can't be read.
 
-    Pairs are taken to be as long as data.max_prompt_length and data.max_length allow.
+    Pairs are taken to be as long as data.max_prompt_length and data.max_length allow, prompts that are sampled from too,
+    and samples as long as they may be.
     """
-    data, policy = config.data, policy or config.policy
+    policy, sizes = policy or config.policy, Sizes.of(config)
     precision = AUTOCAST.get(canonical(config.trainer.get("precision")))
-    prompt, response = data.max_prompt_length, data.max_length - data.max_prompt_length
-    longest = 2 * data.max_length - 1  # an empty prompt with two responses
-    tokens = min(max(data.forward_tokens, longest), data.batch_size * longest)
+    tokens = sizes.tokens(config)
     with _explained(policy), on_paper(lambda: _model_of(policy), precision) as model:
-        shape, memory = Shape.of(model), _memory_of(model, config, policy, tokens, precision)
-        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        shape, scorer = Shape.of(model), Scorer.of(config, model) if config.method.is_online else None
+        memory = _memory_of(model, config, policy, tokens, precision)
+        memory = replace(
+            memory, rollouts=rollout_bytes(model, config, sizes), reward_model=scorer.size if scorer else 0.0
+        )
+        counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
         in_16_bits = precision is not None or model.dtype.itemsize == 2
-    flops = shape.step_flops(
-        Work.of_pair(prompt, response).times(data.batch_size),
-        recomputes=policy.gradient_checkpointing,
-        reference=_runs_reference(config),
-        frozen=policy.has_adapters,
-    )
+    passes: dict[str, Any] = dict(recomputes=policy.gradient_checkpointing, frozen=policy.has_adapters)
+    reference = _runs_reference(config)
+    training = shape.step_flops(sizes.work, reference=reference and config.method.uses_loss, **passes)
+    if config.method.has_critic:
+        training += replace(shape, vocabulary=0).step_flops(sizes.work, **passes)
     return Plan(
         memory=memory,
-        parameters=sum(size for size, _ in sizes),
-        trained=sum(size for size, is_trained in sizes if is_trained),
+        parameters=sum(size for size, _ in counts),
+        trained=sum(size for size, is_trained in counts if is_trained),
         tokens=tokens,
-        prompt=prompt,
-        response=response,
-        flops=flops,
+        sizes=sizes,
+        flops_of={"training": training} | rollout_flops(config, sizes, shape, scorer, reference, in_16_bits),
         steps=int(config.trainer["max_steps"]),
         in_16_bits=in_16_bits,
     )
@@ -159,7 +177,12 @@ def _model_of(policy: PolicyConfig) -> PreTrainedModel:
 
 def _runs_reference(config: RunConfig) -> bool:
     """Return whether each step has a forward pass of the reference."""
-    return isinstance(config.reference, (Frozen, AdapterOff))
+    return isinstance(_reference(config), (Frozen, AdapterOff, Moving))
+
+
+def _reference(config: RunConfig) -> Reference:
+    """Return the reference of the run."""
+    return config.reference.of_fresh_responses() if config.method.is_online else config.reference
 
 
 def _memory_of(
@@ -169,25 +192,28 @@ def _memory_of(
     packed = quantized_matrices(model, head) if policy.is_quantized else []
     weights = _bytes_of(list(model.parameters()), packed)
     trained = [p for p in model.parameters() if p.requires_grad]
+    critic, of_critic = critic_bytes(model) if config.method.has_critic else (0.0, [])
     of_head: nn.Parameter = head.weight  # type: ignore[assignment]
     shape, evals = Shape.of(model), config.evals
     rows, length = min(evals.batch_size, evals.num_prompts), config.data.max_prompt_length + evals.max_new_tokens
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     kept = activation_bytes(model, tokens, policy.gradient_checkpointing)
+    if policy.activation_offload and layers:
+        kept /= len(layers)  # about one layer's
     largest = max((_bytes_of(list(layer.parameters()), packed) for layer in layers), default=0.0)
     gathered = largest + _bytes_of([p for p in model.parameters() if id(p) not in inside], packed)
     return Memory(
         weights=weights,
-        gradients=weight_bytes(trained),
-        optimizer=float(config.optim.state_bytes(trained)),
-        reference=weight_bytes(trained) if isinstance(config.reference, Frozen) else 0.0,
-        activations=kept / len(layers) if policy.activation_offload and layers else kept,  # about one layer's
+        gradients=weight_bytes(trained + of_critic),
+        optimizer=float(config.optim.state_bytes(trained + of_critic)),
+        reference=weight_bytes(trained) if isinstance(_reference(config), (Frozen, Moving)) else 0.0,
+        critic=critic,
+        activations=(2 if critic else 1) * kept,  # one backward pass is of policy and critic
         head=head_bytes(shape, tokens, of_head, of_head.requires_grad, precision or model.dtype),
         sampling=weights
         + weight_bytes(trained)  # of the initial policy
-        + cache_bytes(model, rows, length)
-        + rows * shape.vocabulary * (4 + 3 * 8),  # logits, and probabilities in float64 that are drawn from
+        + sampling_bytes(model, rows, length),
         gathered=gathered * (1 if policy.has_adapters else 2),
     )
 

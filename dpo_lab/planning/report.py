@@ -15,11 +15,15 @@ PARTS = {
     "gradients": "gradients",
     "optimizer": "optimizer state",
     "reference": "copy of the reference",
+    "critic": "critic",
+    "reward_model": "reward model",
     "activations": "activations of a micro-batch",
     "head": "LM head",
     "training": "training",
+    "rollouts": "samples between steps, beside the models",
     "sampling": "sampling, after training",
 }
+ONLINE = ("critic", "reward_model", "rollouts")  # parts that methods that sample have
 SHARDS = 8  # cards of the column for FSDP, where trainer.devices does not say how many
 
 
@@ -27,17 +31,26 @@ def print_plan(config: RunConfig, console: Console) -> None:
     """Print the plan of a config. Raise PolicyError if the policy's config can't be read."""
     plan, ranks = plan_of(config), _ranks(config)
     is_sharded = target_of(config.trainer.get("strategy")) == FSDP2
+    sizes, is_online = plan.sizes, config.method.is_online
+    limits = "the method's length limit" if is_online else "data.max_length"
     console.print(
-        f"{plan.parameters:,} parameters, {plan.trained:,} trained; micro-batches of {plan.tokens:,} tokens; pairs of"
-        f" {plan.prompt} + 2 x {plan.response} tokens, the longest that data.max_prompt_length and data.max_length allow"
+        f"{plan.parameters:,} parameters, {plan.trained:,} trained; micro-batches of {plan.tokens:,} tokens;"
+        f" {'prompts with samples' if is_online else 'pairs'} of {sizes.prompt} + {sizes.responses} x {sizes.response}"
+        f" tokens, the longest that data.max_prompt_length and {limits} allow"
     )
     console.print(_memory_table(plan, None if config.policy.is_quantized else ranks))
     console.print(_card_table(config, plan, ranks if is_sharded else 1))
     console.print(
         f"An estimate, nothing was run: memory from shapes, {RESERVED / 1e9:.0f} GB of a card kept free; a step is"
-        f" {plan.flops:.3g} FLOPs, the run's {plan.steps:,} steps {plan.steps * plan.flops:.3g}; seconds at"
+        f" {_flops_text(plan)}, the run's {plan.steps:,} steps {plan.steps * plan.flops:.3g}; seconds at"
         f" {REACHED:.0%} of the peak of the data sheet, an assumption"
     )
+
+
+def _flops_text(plan: Plan) -> str:
+    """Return the FLOPs of a step, with those of its phases if there are several."""
+    phases = [f"{name} {flops:.3g}" for name, flops in plan.flops_of.items()]
+    return f"{plan.flops:.3g} FLOPs" + (f" ({', '.join(phases)})" if phases[1:] else "")
 
 
 def _ranks(config: RunConfig) -> int:
@@ -52,6 +65,8 @@ def _memory_table(plan: Plan, ranks: int | None) -> Table:
         columns[f"FSDP over {ranks}, each"] = plan.memory.sharded(ranks)
     table = Table("GB", *columns, title="Memory", title_justify="left")
     for name, label in PARTS.items():
+        if name in ONLINE and not getattr(plan.memory, name):
+            continue
         values = [getattr(memory, name) / 1e9 for memory in columns.values()]
         shown = values[:1] if name == "sampling" else values
         table.add_row(label, *(f"{value:.2f}" for value in shown), end_section=name == "head")

@@ -20,6 +20,7 @@ from dpo_lab.core.rollouts import Rollouts
 from dpo_lab.data.collate import collate_responses
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.distributed.collectives import map_across_ranks
+from dpo_lab.evals.candidates import sampling_explained
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.forward import token_logps_of
 from dpo_lab.models.paths import path_of
@@ -39,7 +40,7 @@ class Actor:
 
     reference: a ReferenceLogps with `of_tokens`, which the KL divergence is measured from; gold: the task's reward, None if
     there is none; context: the autocast context of forward passes; longest: the length limit of responses, in tokens;
-    tokens: of a forward pass.
+    tokens: of a forward pass; batch_size: samples that are generated together.
     """
 
     model: PreTrainedModel
@@ -52,12 +53,13 @@ class Actor:
     tokens: int
     reference: Any = None
     critic: Critic | None = None
+    batch_size: int = 512
 
     def roll_out(self, keys: Sequence[str], prompts: Sequence[Tokens], seed: int) -> Rollouts:
         """Sample `method.samples` responses to each prompt, with random numbers from the seed, and measure them."""
         each = self.method.samples
         repeated = [prompt for prompt in prompts for _ in range(each)]
-        with self.context():
+        with self.context(), sampling_explained(self.batch_size, len(repeated)):
             samples = sample(
                 self.model,
                 repeated,
@@ -65,6 +67,7 @@ class Actor:
                 end_ids=self.encoder.end_ids,
                 pad_id=self.encoder.pad_id,
                 seed=seed,
+                batch_size=self.batch_size,
             )
         responses = [found.tokens for found in samples]
         rewards = torch.from_numpy(np.asarray(self.reward(repeated, responses), np.float32))

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dpo_lab.core.losses import DPO
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
+from dpo_lab.models.critic import Critic
 from dpo_lab.models.decoding import CachedRows
 from dpo_lab.models.forward import disable_dropout, pair_loss, select_forward
 from dpo_lab.models.load import untrained_model
@@ -127,6 +129,58 @@ def test_a_base_of_4_bits_takes_a_seventh_of_float32(folder):
     expected = 2 * (embedding + norms) + matrices * 4.127 / 8 + quantized.memory.gradients
     assert quantized.memory.weights == pytest.approx(expected, rel=1e-3)
     assert quantized.memory.weights < whole / 2
+
+
+def online(method: str, *overrides: str) -> Any:
+    """The plan of a method that samples: 4 prompts of 8 tokens, 3 samples of at most 6 each."""
+    sizes = ["method.prompts=4", "method.samples=3", "method.max_new_tokens=6", "method.minibatches=1"]
+    sizes += ["data.max_length=16", "data.max_prompt_length=8", "policy.layers=2", "method.epochs=1"]
+    return plan_of(settled(f"method={method}", *sizes, *overrides))
+
+
+def test_a_method_that_samples_holds_its_models_and_the_cache_of_its_samples():
+    """Of PPO: a critic that is trained too, and a reward model of the policy's size; the reference is a copy."""
+    ppo, gold = online("ppo"), online("ppo", "reward=gold")
+    weights = ppo.memory.weights
+    assert (ppo.memory.reference, ppo.memory.critic, ppo.memory.reward_model) == (weights,) * 3
+    model = TinyPolicy(layers=2).untrained(TinyPolicy().vocab_size)
+    select_forward(model)
+    critic = Critic(model)
+    head = sum(p.numel() for p in critic.model.value_head.parameters())  # type: ignore[union-attr,operator]
+    optimizer, _ = Optim().build(model.parameters(), 3, critic=critic.parameters())
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert ppo.memory.optimizer == 8 * (trained - head)
+    assert ppo.memory.gradients == 4 * (trained - head)
+    assert (gold.memory.reward_model, gold.memory.models) == (0, ppo.memory.models - weights)
+    rloo = online("rloo")
+    assert (rloo.memory.critic, rloo.memory.activations) == (0, ppo.memory.activations / 2)
+    assert rloo.tokens == 4 * (8 + 3 * 6)
+    rows = CachedRows(model, [[3] * 8] * 12, 0, 6)
+    with torch.no_grad():
+        rows.logits()
+    kept = sum(t.nbytes for layer in rows.cache.layers for t in (layer.key_buffer, layer.value_buffer))
+    assert rloo.memory.rollouts == kept + 12 * model.config.vocab_size * 28
+    fewer = online("rloo", "evals.batch_size=3").memory.rollouts
+    assert fewer == rloo.memory.rollouts / 4
+
+
+def test_flops_of_a_method_that_samples_are_those_of_its_passes():
+    """Of RLOO on a learned reward: sampling, reference and reward model, forward and backward pass; divided over epochs."""
+    found, shape = online("rloo").flops_of, Shape.of(TinyPolicy(layers=2).untrained(TinyPolicy().vocab_size))
+    alone = Work.of_pair(8, 6, 1).times(12)
+    packed = Work.of_pair(8, 6, 3).times(4)
+    assert found["sampling"] == shape.body_flops(alone) + shape.head_flops(alone)
+    assert found["scoring"] == shape.body_flops(alone) + shape.body_flops(packed) + shape.head_flops(packed)
+    assert found["training"] == shape.step_flops(packed)
+    assert online("rloo", "reward=gold").flops_of["scoring"] == shape.body_flops(packed) + shape.head_flops(packed)
+    twice = online("rloo", "method.epochs=2").flops_of
+    assert twice == {"training": found["training"]} | {name: found[name] / 2 for name in ("sampling", "scoring")}
+    ppo = online("ppo").flops_of
+    assert ppo["training"] == found["training"] + 3 * shape.body_flops(packed)
+    assert ppo["scoring"] == found["scoring"] + shape.body_flops(packed)
+    pairs = online("online_dpo").flops_of
+    assert pairs["training"] == shape.step_flops(Work.of_pair(8, 6, 2).times(4), reference=True)
+    assert pairs["scoring"] == shape.body_flops(alone)
 
 
 def test_the_cache_is_that_of_sampling(folder):
