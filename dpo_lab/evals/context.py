@@ -123,12 +123,10 @@ class EvalContext:
         return {name: (trained[name], initial[name]) for name in trained}
 
     @cached_property
-    def verdicts(self) -> Verdicts:
-        """The judge's verdicts on the trained against the initial policy's samples; there has to be a judge."""
-        assert self.judge is not None
-        if isinstance(self.judge, Scorer):  # scored once, for all evaluators
-            trained, initial = self.rewards["judge"]
-            return Verdicts(np.heaviside(trained - initial, 0.5))
+    def verdicts(self) -> Verdicts | None:
+        """The verdicts of a judge that compares on the trained against the initial policy's samples; None without one."""
+        if self.judge is None or isinstance(self.judge, Scorer):
+            return None
         return self.judge.compare(self.prompts, self.responses(self.samples), self.responses(self.initial_samples))
 
     def candidate_rewards(self, prompts: int, count: int) -> tuple[list[str], dict[str, np.ndarray]]:

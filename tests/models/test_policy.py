@@ -19,6 +19,7 @@ from dpo_lab.core.losses import DPO
 from dpo_lab.core.pairs import Pair
 from dpo_lab.data.collate import collate
 from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import forward_name, pair_logps, pair_loss, select_forward
 from dpo_lab.models.policy import (
     Dtype,
@@ -27,7 +28,6 @@ from dpo_lab.models.policy import (
     PolicyError,
     Pretrained,
     load_policy,
-    trainable_copy,
     weights_digest,
 )
 from dpo_lab.models.reference import REFERENCES

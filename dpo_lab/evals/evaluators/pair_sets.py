@@ -22,9 +22,9 @@ PARTS = {  # of a set's metrics
     "policy_accuracy": "  by likelihood per token",
     "longer": "  chosen is longer",
     "judge_accuracy": "  of the judge",
-    "judge_first": "  judge prefers the first shown",
-    "judge_undecided": "  undecided between orders",
-    "judge_unanswered": "  questions without an answer",
+    "judge_first": "  judge prefers first shown",
+    "judge_undecided": "  undecided by order",
+    "judge_unanswered": "  judge gave no answer",
 }
 
 

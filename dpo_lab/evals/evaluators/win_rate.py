@@ -35,18 +35,18 @@ class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_sampl
         "win_rate_equal_length": "  at equal length",
         "judge_win_rate": "win rate, judge",
         "judge_win_rate_equal_length": "  at equal length",
-        "judge_first": "  judge prefers the first shown",
-        "judge_undecided": "  undecided between orders",
-        "judge_unanswered": "  questions without an answer",
+        "judge_first": "  judge prefers first shown",
+        "judge_undecided": "  undecided by order",
+        "judge_unanswered": "  judge gave no answer",
     }
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        wins = {}
-        if context.task is not None:
-            trained, initial = context.rewards["gold"]
-            wins["win"] = np.heaviside(trained - initial, 0.5)
-        if context.judge is not None:
-            wins["judge_win"] = context.verdicts.wins
+        wins = {
+            "win" if name == "gold" else f"{name}_win": np.heaviside(trained - initial, 0.5)
+            for name, (trained, initial) in context.rewards.items()
+        }
+        if (verdicts := context.verdicts) is not None:
+            wins["judge_win"] = verdicts.wins
         if not wins:
             return
         length_difference = np.array([len(s.tokens) for s in context.samples], np.float64)
@@ -56,6 +56,7 @@ class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_sampl
             yield f"{name}_rate", share(won)
             if (at_equal_length := share_at_zero(won, length_difference)) is not None:
                 yield f"{name}_rate_equal_length", at_equal_length
-        if context.judge is not None and (by_order := context.verdicts.by_order()):
+        if verdicts is not None:
+            by_order = verdicts.by_order()
             context.examples.add("prompt", context.prompt_keys, **by_order)
             yield from shares_of_known(by_order)
