@@ -23,13 +23,12 @@ from omegaconf import DictConfig
 
 from dpo_lab import plugins
 from dpo_lab.config import from_run, schema
-from dpo_lab.config.allowed_targets import OURS, TargetRefused, check_hydra, target_of
+from dpo_lab.config.allowed_targets import OURS, check_hydra, target_of
 from dpo_lab.distributed import launcher
 from dpo_lab.distributed.signals import StopSignal, end_on_signals, raise_on_signals, reraise_stop, stopped_by
 from dpo_lab.distributed.supervisor import report_error, report_stop
 from dpo_lab.errors import LabError
 from dpo_lab.evals import evaluate
-from dpo_lab.plugins import PluginError
 from dpo_lab.runs import run_record
 from dpo_lab.runs.atomic_write import explain_disk_error
 from dpo_lab.runs.redact import redact_text, redact_yaml
@@ -57,10 +56,10 @@ def run_command(hydra_main: Callable[[], None], as_record: AsRecord = schema.as_
                 hydra_main()
     except schema.ConfigErrors as error:
         return print_error(schema.explain(error), 2)
-    except (schema.ConfigError, run_record.RunRefused, TargetRefused, PluginError) as error:
-        return print_error(str(error), 2)
     except job.JobFailed as error:
         return print_error(str(error), 1)
+    except LabError as error:
+        return print_error(str(error), 2)
     except StopSignal as stopped:
         return stopped.exit_code
     except OSError as error:

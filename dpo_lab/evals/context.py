@@ -195,12 +195,16 @@ class EvalContext:
     @cached_property
     def train(self) -> ScoredPairs:
         """The training pairs that have two responses, with their log-probabilities under both policies."""
-        return ScoredPairs(self.train_pairs, *self._logps_of_pairs(self.train_pairs)).paired
+        return self.score(self.train_pairs).paired
 
     @cached_property
     def pair_logps(self) -> tuple[PairLogps, PairLogps]:
         """Log-probabilities of the held-out pairs under the trained and the initial policy."""
         return self._logps_of_pairs(self.pairs)
+
+    def score(self, pairs: Sequence[EncodedPair]) -> ScoredPairs:
+        """Return pairs with their log-probabilities under both policies."""
+        return ScoredPairs(pairs, *self._logps_of_pairs(pairs))
 
     def _logps_of_pairs(self, pairs: Sequence[EncodedPair]) -> tuple[PairLogps, PairLogps]:
         trained, initial = (

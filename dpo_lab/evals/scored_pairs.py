@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +16,6 @@ from dpo_lab.core.metrics import zero_out_rounding
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, chunk_by_size
 from dpo_lab.data.collate import collate
 from dpo_lab.models.passes import map_passes
-from dpo_lab.models.sharding import device_of
 
 
 @dataclass(frozen=True)
@@ -97,22 +96,21 @@ def logps_of_pairs(
     logps_of: Callable[[PairBatch], PairLogps],
     pairs: Sequence[EncodedPair],
     tokens: int,
-    context: Callable[[], AbstractContextManager] = nullcontext,
-    device: torch.device | None = None,
+    context: Callable[[], AbstractContextManager],
+    device: torch.device,
     title: str = "Log-probs of pairs",
 ) -> PairLogps:
     """Return the log-probabilities of pairs by `logps_of`, on the CPU, in parts of about `tokens` tokens.
 
-    model: the one that `logps_of` runs, None for none; device: None for that of the model; context: of forward passes.
+    model: the one that `logps_of` runs, None for none; context, device: of forward passes.
     All ranks have to call it; each computes its share, all get all results.
     """
-    there = device_of(model) if device is None and model is not None else device
     sizes = [pair.size for pair in pairs]
     parts = chunk_by_size(sizes, tokens)
 
     def compute(part: slice) -> PairLogps:
         with context():
-            logps = logps_of(collate(pairs[part]).to(there or "cpu"))
+            logps = logps_of(collate(pairs[part]).to(device))
         return logps.to("cpu")
 
     logps = map_passes(title, model, parts, [sum(sizes[part]) for part in parts], compute, least=1.0)

@@ -54,7 +54,7 @@ def test_figures_are_the_harness_own_and_changes_are_paired(policy, tasks, monke
     harness.check()
     metrics = evaluate(subject, [harness])
     for policy_of, name in ((subject.trained, "harness/"), (subject.initial, "initial/harness/")):
-        _, figures = harness._results(policy_of)
+        _, figures = harness._results(policy_of, harness._manager())
         for metric in ("acc", "acc_norm"):
             assert metrics[f"{name}local_items/{metric}"].value == pytest.approx(figures["local_items", metric])
             assert metrics[f"{name}local_items/{metric}"].n == 50

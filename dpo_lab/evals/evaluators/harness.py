@@ -78,7 +78,8 @@ class Harness(Evaluator, name="harness", order=95, is_default=False, needs_sampl
             )
         results: Any = None
         if rank_and_world_size()[0] == 0:
-            results = self._results(context.trained), self._results(context.initial)
+            manager = self._manager()
+            results = self._results(context.trained, manager), self._results(context.initial, manager)
         (trained, of_trained), (initial, of_initial) = broadcast_object(results)
         for (task, metric), values in trained.items():
             name, before = f"{PREFIX}{task}/{metric}", initial[task, metric]
@@ -95,14 +96,13 @@ class Harness(Evaluator, name="harness", order=95, is_default=False, needs_sampl
                 yield f"{PREFIX}{task}/{metric}", Estimate(value)
                 yield f"initial/{PREFIX}{task}/{metric}", Estimate(of_initial[task, metric])
 
-    def _results(self, policy: Policy) -> tuple[Items, dict[tuple[str, str], float]]:
-        """Return the values of all items, and the harness's own figures of all tasks, of a policy."""
+    def _results(self, policy: Policy, manager: Any) -> tuple[Items, dict[tuple[str, str], float]]:
+        """Return the values of all items, and the harness's own figures of its tasks. manager: its index of tasks."""
         import lm_eval  # type: ignore
         from lm_eval.models.huggingface import HFLM  # type: ignore
 
         from dpo_lab.terminal.progress import track
 
-        manager = self._manager()
         try:
             with track(f"Harness ({', '.join(self.tasks)})", 1) as advance:
                 model = HFLM(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=self.batch_size)

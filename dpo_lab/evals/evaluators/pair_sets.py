@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,6 @@ from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.estimates import Estimate, shares_of_known
 
 if TYPE_CHECKING:
-    from dpo_lab.core.pairs import PairLogps
     from dpo_lab.evals.context import EvalContext
 
 PREFIX = "pairs/"
@@ -55,20 +53,16 @@ class PairSets(Evaluator, name="pair_sets", order=15, is_default=False, needs_sa
         return bool(settings.pairs)
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        from dpo_lab.models.forward import pair_logps  # imported here, so that checking a config does not load torch
-
         for name, pairs in context.pair_sets.items():
-            encoded = [pair.encoded for pair in pairs]
-            trained, initial = (
-                context.logps_of(policy.model, partial(pair_logps, policy.model), encoded)
-                for policy in (context.trained, context.initial)
-            )
-            columns = {
-                "accuracy": _preferred((trained - initial).margin.double().numpy()),
-                "policy_accuracy": _preferred(_per_token(trained)),
-                "initial/policy_accuracy": _preferred(_per_token(initial)),
-                "longer": _preferred((trained.chosen_length - trained.rejected_length).double().numpy()),
+            scored = context.score([pair.encoded for pair in pairs])
+            trained, initial = scored.trained, scored.initial
+            margins = {
+                "accuracy": scored.margins,
+                "policy_accuracy": trained.per_token().margin,
+                "initial/policy_accuracy": initial.per_token().margin,
+                "longer": trained.chosen_length - trained.rejected_length,
             }
+            columns = {metric: np.heaviside(np.asarray(each, np.float64), 0.5) for metric, each in margins.items()}
             if context.judge is not None:
                 verdicts = context.judge.compare(*zip(*(pair.texts for pair in pairs), strict=True))
                 columns |= {"judge_accuracy": verdicts.wins, **verdicts.by_order()}
@@ -87,11 +81,3 @@ def _shares(name: str, columns: dict[str, np.ndarray]) -> Iterator[tuple[str, Es
     for metric, estimate in shares_of_known(columns):
         initial = "initial/" if metric.startswith("initial/") else ""
         yield f"{initial}{name}/{metric.removeprefix(initial)}", estimate
-
-
-def _preferred(margins: np.ndarray) -> np.ndarray:
-    return np.heaviside(margins, 0.5)
-
-
-def _per_token(logps: PairLogps) -> np.ndarray:
-    return logps.per_token().margin.double().numpy()

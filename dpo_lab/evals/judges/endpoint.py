@@ -24,10 +24,7 @@ from dpo_lab.evals.judges.base import Comparer, ComparingJudge, JudgeError
 if TYPE_CHECKING:
     import torch
 
-KEYS = (
-    "DPO_LAB_JUDGE_KEY",
-    "OPENAI_API_KEY",
-)  # environment variables that hold the server's key, the first that is set
+KEYS = ("DPO_LAB_JUDGE_KEY", "OPENAI_API_KEY")  # environment variables of the server's key; the first that is set
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP codes after which a request is repeated
 STORE = "judge-answers.sqlite"
 SHOWN = 60  # characters of a reply to show in an error
@@ -130,7 +127,9 @@ class _Client:
         from dpo_lab.terminal.progress import track
 
         start = time.perf_counter()
-        requests = {self._key(request): request for request in map(self._request, questions)}
+        asked = [self._request(question) for question in questions]
+        keys = [self._key(request) for request in asked]
+        requests = dict(zip(keys, asked, strict=True))
         found = self.store.find(requests)
         missing = {key: request for key, request in requests.items() if key not in found}
         error: JudgeError | None = None
@@ -158,7 +157,7 @@ class _Client:
             raise JudgeError(
                 f"{error}; {len(found):,} of {len(requests):,} answers are kept: the same command goes on with the others"
             )
-        answers = [found[self._key(self._request(question))] for question in questions]
+        answers = [found[key] for key in keys]
         if answers and all(answer["first"] is None for answer in answers):
             labels, reply = " nor ".join(self.settings.labels), answers[0]["text"][:SHOWN]
             raise JudgeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,7 +106,13 @@ class Generative(ComparingJudge, name="generative"):
         order = sorted(fits, key=lambda i: encoded[i].size)
         with explain_out_of_memory("the judge", *halved("evals.judge.tokens", self.tokens)):
             logps = logps_of_pairs(
-                judge.model, partial(pair_logps, judge.model), [encoded[i] for i in order], self.tokens, title="Judge"
+                judge.model,
+                partial(pair_logps, judge.model),
+                [encoded[i] for i in order],
+                self.tokens,
+                nullcontext,
+                judge.model.device,  # type: ignore[arg-type]
+                title="Judge",
             )
         answers = np.full(len(questions), np.nan)
         answers[order] = logps.margin.double().sigmoid().numpy()
