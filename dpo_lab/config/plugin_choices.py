@@ -115,15 +115,15 @@ def _classes(kinds: Mapping[str, Mapping[str, type]]) -> Iterator[Choice]:
         for name, cls in table.items():
             if _is_ours(cls):
                 continue
-            parent = group.partition(".")[0]
-            if parent == group:
+            if group == "data.task":  # a part of the data, not a group that is typed
+                node = {"defaults": [{f"override /schema/data/task@_global_.{group}": name}], "path": None}
+                yield Choice("data", name, plugins.plugin_of(cls), _about(cls), node)
+            else:
+                path = group.replace(".", "/")
                 fields = {field.name for field in dataclasses.fields(cls)}
                 roots = {key: f"${{{key}}}" for key in FROM_ROOT if key in fields}
-                node = {"defaults": [f"/schema/{group}/{name}@_here_"], **roots}
-            else:  # a task: data of that task
-                schema = f"override /schema/{group.replace('.', '/')}@_global_.{group}"
-                node = {"defaults": [{schema: name}], "path": None}
-            yield Choice(parent, name, plugins.plugin_of(cls), _about(cls), node)
+                node = {"defaults": [f"/schema/{path}/{name}@_here_"], **roots}
+                yield Choice(path, name, plugins.plugin_of(cls), _about(cls), node)
     for name, cls in EVALUATORS.items():
         if not _is_ours(cls) and not cls.is_default:
             node = {"evaluators": f"${{default_evaluators:{name}}}"}

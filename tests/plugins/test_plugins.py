@@ -15,6 +15,19 @@ from tests.support.warm import door
 
 pytestmark = pytest.mark.slow
 
+JUDGE = '''
+from dataclasses import dataclass
+
+from dpo_lab.evals.judges import Judge
+
+
+@dataclass
+class Strict(Judge, name="strict"):
+    """Prefers the shorter response."""
+
+    strictness: int = 3
+'''
+
 
 def test_the_project_s_own_tests_pass(project):
     told = door("pytest", "-q", "-p", "no:cacheprovider", cwd=project)
@@ -61,6 +74,15 @@ def test_help_lists_choices_with_where_they_are_from(project):
         "  my_lab_wide    My hinge with twice the margin. [my_lab]",
     ):
         assert line in told.stdout.splitlines()
+
+
+def test_a_judge_of_a_file_is_a_choice_with_its_settings(tmp_path):
+    (tmp_path / "judges.py").write_text(JUDGE)
+    told = door("dpo_lab.train", "plugins=[./judges.py]", "evals/judge=strict", "--cfg", "job", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert "strictness: 3" in told.stdout
+    told = door("dpo_lab.train", "plugins=[./judges.py]", "--help", cwd=tmp_path)
+    assert "  strict         Prefers the shorter response [./judges.py]" in told.stdout.splitlines()
 
 
 def test_a_run_uses_the_parts_and_records_the_plugin(project, done):
