@@ -162,6 +162,11 @@ class Data(Source):
         sources = [] if self.uses_task else [*self._held_out_sources(), *self._sources()]
         return sorted({file for source in sources for file in local_files(source.path)})
 
+    def paths(self) -> dict[str, Any]:
+        """Return the paths that rows are read from, by the key of each; None where none was typed."""
+        named = {f"data.sources.{name}.path": source.path for name, source in self.sources.items()}
+        return named | {"data.path": self.path, "data.validation_path": self.validation_path}
+
     def as_texts(self, column: str) -> Data:
         """Return the same settings with rows read as texts without a prompt."""
         shape: dict[str, Any] = {"format": Format.text, "columns": {"text": column}}
