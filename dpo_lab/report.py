@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from dpo_lab.studies import grouping
 from dpo_lab.studies.run_data import RunSet, check_metrics
 from dpo_lab.studies.spec import StudyError
+from dpo_lab.terminal.pipes import quiet_if_closed
 
 DESCRIPTION = """\
 Compare runs, sweeps and studies from their folders alone: nothing is trained, no model is loaded.
@@ -29,6 +31,7 @@ examples:
 """
 
 
+@quiet_if_closed()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done; 1 `--check` found a difference; 2 error, see the message."""
     options = _parser().parse_args(arguments)
@@ -37,9 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of the pipe has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="the folder of a run, a sweep, a study, or several of them; or an archived record (.json)",
     )
-    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with")
+    parser.add_argument(
+        "--baseline",
+        metavar="ARM",
+        help="the arm that the others are compared with (default: that of default settings)",
+    )
     parser.add_argument(
         "--metrics", metavar="A,B", default="", help="metrics to compare: names in run.json, or `a - b`, `a / b` of two"
     )
@@ -99,6 +103,8 @@ def _report(options: argparse.Namespace) -> int:
     if options.baseline:
         with _typed("--baseline"):
             collections = [collection.compared_with(options.baseline) for collection in collections]
+    else:
+        collections = [_with_default_baseline(collection) for collection in collections]
     metrics = [name.strip() for name in options.metrics.split(",") if name.strip()]
     with _typed("--metrics"):
         check_metrics(collections, metrics)
@@ -125,6 +131,17 @@ def _typed(option: str) -> Iterator[None]:
         yield
     except StudyError as error:
         raise StudyError(f"{option} {error}") from None
+
+
+def _with_default_baseline(collection: RunSet) -> RunSet:
+    """Return the runs with the arm of default settings as their baseline, if they have no baseline and there is one."""
+    settings = {run.arm: grouping.settings(run.record["config"]) for run in collection.runs if "config" in run.record}
+    if collection.baseline or len(settings) < 2:
+        return collection
+    from dpo_lab.config.default_settings import default_settings
+
+    arm = grouping.default_arm(settings, default_settings(next(iter(settings.values()))))
+    return replace(collection, baseline=arm, baseline_reason="the arm of default settings") if arm else collection
 
 
 def _page_path(path: Path | None, collections: Sequence[RunSet]) -> Path:

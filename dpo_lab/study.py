@@ -17,11 +17,11 @@ from dpo_lab.runs.fingerprint import EXECUTION_KEYS, NOT_IN_FOLDER_NAMES, RECORD
 from dpo_lab.runs.redact import redact_command
 from dpo_lab.studies.spec import StudyError
 from dpo_lab.sweeps import study_sweeper
-from dpo_lab.sweeps.study_file import read
+from dpo_lab.sweeps.study_file import COLLECTION, read
 from dpo_lab.sweeps.study_run import StudyRun
+from dpo_lab.terminal.pipes import quiet_if_closed
 from dpo_lab.train import train
 
-COLLECTION = Path("ablations")
 NOT_OF_ARMS = (*RECORD_KEYS, *EXECUTION_KEYS, "plugins")  # overrides of how a study is run, not of what its arms are
 
 HELP = """Test a claim: run every arm under every seed, then report the verdicts with intervals.
@@ -38,6 +38,7 @@ folder in outputs/ (default: studies). Every other key=value applies to all runs
 """
 
 
+@quiet_if_closed()
 def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = train) -> int:
     """Run the command and return its exit code. task: the function decorated with `hydra.main` that runs one job."""
     parser = argparse.ArgumentParser("python -m dpo_lab.study", description=HELP, add_help=True)

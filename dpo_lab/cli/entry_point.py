@@ -34,9 +34,11 @@ from dpo_lab.runs.atomic_write import explain_disk_error
 from dpo_lab.runs.redact import redact_text, redact_yaml
 from dpo_lab.sweeps import job, sweeper
 from dpo_lab.sweeps.plan import AsRecord
+from dpo_lab.terminal.pipes import explain_closed, quiet_if_closed
 from dpo_lab.training.loggers import tensorboard_hparams
 
 
+@quiet_if_closed()
 def run_command(hydra_main: Callable[[], None], as_record: AsRecord = schema.as_record) -> int:
     """Call a function decorated with `hydra.main`, print its error in one line, and return the exit code.
 
@@ -83,6 +85,7 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
             if is_sweep_job:  # composed by a sweeper that may not be this package's
                 check_hydra(HydraConfig.get())
             settings = schema.validate(cfg)
+            schema.check_files(settings)
             body(settings)
         return job.optimized_value(settings.optimized_metric) if is_sweep_job else None
     except run_record.RunFailed as error:
@@ -99,7 +102,7 @@ def validate_and_run(cfg: DictConfig, body: Callable[[schema.RunConfig], None]) 
         report_stop(stopped)  # a signal that is handled between two steps has not been reported yet
         raise
     except Exception as error:
-        line = explain_disk_error(error)
+        line = explain_disk_error(error) or explain_closed(error)
         report_error(redact_text(line or f"{type(error).__name__}: {error}"), 1)
         if is_sweep_job and line:
             raise job.JobFailed(line) from None

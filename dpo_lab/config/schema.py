@@ -31,6 +31,7 @@ from dpo_lab.config.allowed_targets import check_targets
 from dpo_lab.config.checks import check_run
 from dpo_lab.config.choices import describe_choices
 from dpo_lab.config.logger_packages import check_packages
+from dpo_lab.config.paths import check_paths
 from dpo_lab.config.trainer_arguments import advice, check_trainer
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.methods import METHODS, Method
@@ -152,6 +153,14 @@ def validate(cfg: DictConfig) -> RunConfig:
         raise ConfigError(str(error)) from None
     assert isinstance(config, RunConfig)
     return config
+
+
+def check_files(config: RunConfig) -> None:
+    """Raise ConfigError if a path of the config does not exist."""
+    try:
+        check_paths(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def as_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:

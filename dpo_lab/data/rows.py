@@ -54,18 +54,31 @@ def open_rows(path: str | Sequence[str], name: str | None, split: str | None, re
 
     Raises BadData if there is none.
     """
+    files = check_exists(path)
+    return (
+        _data_set(path if isinstance(path, str) else path[0], name, split, revision)
+        if files is None
+        else FileRows(files)
+    )
+
+
+def check_exists(path: str | Sequence[str], key: str = "data.path") -> list[Path] | None:
+    """Return the files of a path, a pattern, or several; None for a data set, a folder or a name that the hub may have.
+
+    Raises BadData, which names `key`, if there is none.
+    """
     paths = [path] if isinstance(path, str) else list(path)
     files: list[Path] = []
     for each in paths:
         found = _matching(each)
         if any(p.is_dir() for p in found) or (not found[0].exists() if found else False):
             if len(paths) == 1 and len(found) == 1 and (found[0].is_dir() or _may_be_on_the_hub(each)):
-                return _data_set(each, name, split, revision)
-            raise BadData(f"data.path={each}: no such file; type the path of a file, or a data set's name on the hub")
+                return None
+            raise BadData(f"{key}={each}: no such file; type the path of a file, or a data set's name on the hub")
         if not found:
-            raise BadData(f"data.path={each}: no file matches; type a path or a pattern that does")
+            raise BadData(f"{key}={each}: no file matches; type a path or a pattern that does")
         files += found
-    return FileRows(files)
+    return files
 
 
 def local_files(path: str | Sequence[str]) -> list[Path]:

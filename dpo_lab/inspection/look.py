@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,10 +87,25 @@ def inspect_pairs(config: InspectConfig, cache: Path) -> Inspection:
             config.policy.path if isinstance(config.policy, Pretrained) else "the synthetic review task", blanks=False
         ),
         quality=quality,
-        advice=data_warnings(quality),
+        advice=[*data_warnings(quality), *_too_few(config, splits)],
         contrary=_contrary(store) if store else [],
         pairs=_pairs(config.show, splits, encoder, store),
     )
+
+
+def _too_few(config: InspectConfig, splits: Splits) -> Iterator[str]:
+    """Yield what a run on so few pairs can't do, with what to type."""
+    train, held_out, batch_size = len(splits.train), len(splits.held_out), config.data.batch_size
+    if train < batch_size:
+        yield (
+            f"data.batch_size={batch_size}: a run needs as many training pairs, and here are {train}; type"
+            f" data.batch_size={max(1, train)}"
+        )
+    if not held_out:
+        yield (
+            f"no pair is held out of {train}: a run has no validation split, so it measures nothing, neither accuracy nor"
+            " its interval; give rows of more prompts, or type data.validation_path=FILE.jsonl"
+        )
 
 
 def _contrary(store: TokenizedPairs) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from dpo_lab.config.schema import ConfigError
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.training.loggers import tensorboard_hparams
 from dpo_lab.training.loggers.jsonl import JSONLLogger
-from dpo_lab.training.loggers.tensorboard import show_charts, show_figures, show_samples
+from dpo_lab.training.loggers.tensorboard import FINAL_METRICS, show_charts, show_figures, show_samples
 
 log = logging.getLogger("dpo_lab")
 
@@ -101,10 +101,13 @@ def log_final_metrics(
     samples: Sequence[Mapping[str, str]] = (),
     figures: Sequence[Path] = (),
 ) -> None:
-    """Log the final metrics under eval/ to every logger, and to TensorBoard a table of samples and PNG figures."""
+    """Log the final metrics under eval/ to every logger, to TensorBoard under FINAL_METRICS, and to it also a table of
+    samples and PNG figures.
+    """
     step = trainer.global_step
     for logger in trainer.loggers:
-        logger.log_metrics({f"eval/{name}": e.value for name, e in metrics.items()}, step=step)
+        group = FINAL_METRICS if isinstance(logger, TensorBoardLogger) else "eval"
+        logger.log_metrics({f"{group}/{name}": e.value for name, e in metrics.items()}, step=step)
     show_samples(trainer.loggers, samples, step)
     show_figures(trainer.loggers, figures, step)
     for logger in trainer.loggers:

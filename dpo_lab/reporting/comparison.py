@@ -63,6 +63,14 @@ def figures(collection: RunSet, metrics: Sequence[str]) -> dict[str, list[Measur
     return found
 
 
+def baseline_text(collection: RunSet) -> str:
+    """Return which arm is the baseline and why, or what to type for one."""
+    if collection.baseline is None:
+        return "none; type --baseline ARM"
+    reason = collection.baseline_reason
+    return f"{collection.baseline} ({reason}; type --baseline ARM for another)" if reason else collection.baseline
+
+
 def interval_text(estimate: Estimate, spell=format_value) -> str:
     """Return a value with its interval, `0.52 (0.37 .. 0.67)`; the value alone if it has no interval."""
     return format_estimate(estimate, spell)

@@ -135,7 +135,8 @@ def _about(collection: RunSet) -> list[tuple[str, str]]:
     """Return question, claim and source, and when the predictions were registered."""
     study = collection.study
     if study is None:
-        return [("runs in", collection.title), ("baseline", collection.baseline or "none; type --baseline ARM")]
+        about = [("runs in", collection.title), ("all runs", " ".join(collection.shared))]
+        return [each for each in (*about, ("baseline", comparison.baseline_text(collection))) if each[1]]
     since, others = comparison.registered(collection.record, study.digest())
     when = since or "never: these predictions differ from the registered ones"
     if others:

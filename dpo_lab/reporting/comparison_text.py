@@ -29,6 +29,8 @@ VERDICTS = ("prediction", "verdict", "effect, 95 %", "n", "p", "detectable")
 def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
     """Print verdicts and arms to the terminal; markup in texts is not interpreted."""
     _print(console, collection.title, "bold")
+    if collection.shared:
+        _print(console, f"all runs: {' '.join(collection.shared)}")
     judged = verdicts.decide(collection) if collection.study else []
     if judged:
         word = verdicts.study_verdict(judged)
@@ -50,8 +52,9 @@ def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
         for of in measured:
             arms.add_row(*(Text(strip_control(cell)) for cell in _arm(of, collection.baseline)))
     console.print(arms)
-    if collection.baseline:
-        _print(console, f"baseline: {collection.baseline}; paired by seed, p values Holm-corrected over arms", "dim")
+    if collection.baseline or len(collection.arms) > 1:
+        paired = "; paired by seed, p values Holm-corrected over arms" if collection.baseline else ""
+        _print(console, f"baseline: {comparison.baseline_text(collection)}{paired}", "dim")
     for run in collection.runs:
         if not run.is_done:
             _print(console, f"{run.title}: {run.status}{f', {run.error}' if run.error else ''}", "red")
@@ -65,6 +68,9 @@ def markdown(collection: RunSet, metrics: Sequence[str]) -> str:
         label = ", *exploratory*" if collection.is_exploratory else ""
         lines += [f"**{verdicts.study_verdict(judged)}**{label}", ""]
         lines += [*markdown_table(VERDICTS, [_strip(_verdict(*each)) for each in judged]), ""]
+    elif len(collection.arms) > 1:
+        about = [("All runs", " ".join(collection.shared)), ("Baseline", comparison.baseline_text(collection))]
+        lines += [f"{name}: {_inline(text)}\n" for name, text in about if text]
     lines += [f"**Measured with different settings:** {_inline(text)}\n" for text in collection.incomparable_settings]
     for metric, measured in comparison.figures(collection, comparison.metrics_of(collection, metrics)).items():
         rows = [_strip(_arm(of, collection.baseline)) for of in measured]

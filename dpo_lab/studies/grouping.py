@@ -28,9 +28,7 @@ def names(typed: Sequence[Sequence[str]], configs: Sequence[Mapping[str, Any] | 
 
     typed: each run's overrides; configs: each run's settings, None if only its overrides are known.
     """
-    kept = [[each.lstrip("+") for each in own if not is_under(_key(each), IGNORED_OVERRIDES)] for own in typed]
-    is_varied = len({tuple(sorted(own)) for own in kept}) > 1
-    shared = set.intersection(*map(set, kept)) if is_varied else set()
+    kept, shared = _kept(typed), shared_overrides(typed)
     candidates = [", ".join(each for each in own if each not in shared) or DEFAULT_ARM for own in kept]
     texts = [None if config is None else json.dumps(config, sort_keys=True) for config in configs]
     shortest: dict[str, str] = {}  # settings -> shortest name among runs with them
@@ -48,6 +46,23 @@ def names(typed: Sequence[Sequence[str]], configs: Sequence[Mapping[str, Any] | 
             name += f" ({', '.join(f'{key}={own.get(key)}' for key in _varying(alike[name]))})"
         found.append(name)
     return found
+
+
+def shared_overrides(typed: Sequence[Sequence[str]]) -> list[str]:
+    """Return the overrides that all runs have, which name no arm; none where they all have the same."""
+    kept = _kept(typed)
+    is_varied = len({tuple(sorted(own)) for own in kept}) > 1
+    return [each for each in kept[0] if all(each in own for own in kept)] if is_varied else []
+
+
+def default_arm(arms: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> str | None:
+    """Return the arm that has the default of every setting by which the arms differ; None if none has.
+
+    arms: settings by arm; defaults: of all settings, by dotted key.
+    """
+    keys = _varying(list(arms.values()))
+    found = [arm for arm, own in arms.items() if all(own.get(key) == defaults.get(key) for key in keys)]
+    return found[0] if keys and found else None
 
 
 def axes(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -89,6 +104,11 @@ def in_order(name: str) -> tuple[Any, ...]:
 def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = {key for config in configs for key in config}
     return sorted(key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1)
+
+
+def _kept(typed: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return the overrides of each run that define its arm."""
+    return [[each.lstrip("+") for each in own if not is_under(_key(each), IGNORED_OVERRIDES)] for own in typed]
 
 
 def _key(override: str) -> str:

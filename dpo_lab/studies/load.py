@@ -135,7 +135,16 @@ def _of_runs(trees: Sequence[Path], folders: Sequence[Path]) -> RunSet:
     named.sort(key=lambda run: (place[run.arm], run.seed))
     baseline = next((name for name in BASELINES if name in settings and len(settings) > 1), None)
     title = ", ".join(tree.resolve().name for tree in trees)
-    return RunSet(title, trees[0], every, sorted({run.seed for run in named}), named, baseline)
+    return RunSet(
+        title,
+        trees[0],
+        every,
+        sorted({run.seed for run in named}),
+        named,
+        baseline,
+        baseline_reason="the arm without an intervention" if baseline else "",
+        shared=grouping.shared_overrides(typed),
+    )
 
 
 def _without_record(tree: Path) -> Iterator[RunData]:

@@ -123,7 +123,8 @@ class RunSet:
     """Runs that are compared: every arm x seed of a study, or all runs of a sweep or a folder.
 
     record: study.json, or the archived record of a study, otherwise empty; folder: its folder; baseline: the arm that
-    others are compared with, or None.
+    others are compared with, or None; baseline_reason: why it is that one, unless a study or the user named it; shared:
+    the overrides that all runs have.
     """
 
     title: str
@@ -134,6 +135,8 @@ class RunSet:
     baseline: str | None = None
     study: Study | None = None
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    baseline_reason: str = ""
+    shared: Sequence[str] = ()
 
     @property
     def is_exploratory(self) -> bool:
@@ -160,7 +163,7 @@ class RunSet:
         names = [arm.name for arm in self.arms]
         if baseline not in names:
             raise StudyError(f"{baseline}: no such arm in {self.title}; type one of: {'; '.join(names)}")
-        return replace(self, baseline=baseline)
+        return replace(self, baseline=baseline, baseline_reason="")
 
     def run(self, arm: str, seed: int) -> RunData | None:
         """Return the run of an arm and seed, or None."""

@@ -138,7 +138,7 @@ def command(module: str, hydra: HydraConf | DictConfig) -> list[str]:
     return [
         *(sys.executable, "-m", module, *searched, "--config-name", str(hydra.job.config_name), *plugins.words()),
         *raw_overrides(hydra.overrides.task),
-        *raw_overrides(hydra.overrides.hydra),
+        *(each for each in raw_overrides(hydra.overrides.hydra) if not each.startswith("hydra.sweep.")),
         "hydra.mode=RUN",
         f"hydra.run.dir='{os.path.relpath(hydra.runtime.output_dir, hydra.runtime.cwd)}'",
     ]

@@ -28,6 +28,7 @@ from dpo_lab.studies.spec import (
 )
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+COLLECTION = Path("ablations")
 
 
 @dataclass
@@ -85,7 +86,9 @@ def read(path: Path, budget: str = "full", seeds: Sequence[int] | None = None, m
     try:
         config_dict = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        near = sorted(str(other) for other in path.parent.glob("*.yaml"))
+        here = [*path.parent.glob("*.yaml"), *COLLECTION.glob("*.yaml")]
+        known = {other.stem: str(other) for other in here if NAME.fullmatch(other.stem)}
+        near = [known[name] for name in difflib.get_close_matches(path.stem, known) or sorted(known)]
         raise StudyError(f"{path}: no such file; type {' or '.join(near) or 'the path of a study file'}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise StudyError(f"{path}: can't be read as YAML: {' '.join(str(error).split())}") from None

@@ -15,13 +15,13 @@ from dpo_lab.studies.archive import FOLDER, path_of
 from dpo_lab.studies.load import RunSet, gather
 from dpo_lab.studies.spec import RECORD, Study, StudyError, present_study
 from dpo_lab.sweeps.job_status import Outcome
-from dpo_lab.sweeps.plan import Job
+from dpo_lab.sweeps.plan import Job, Wanted, not_shared
 
 
 class StudyRun:
     """A study under one budget: its record and its folder `root`/NAME/BUDGET, named also by the user's overrides.
 
-    Its runs are in `root`/runs/..., shared by all studies of that budget, so that equal arms run once.
+    Its runs are in `root`/runs/..., shared by all studies, so that equal arms run once.
     """
 
     def __init__(
@@ -42,12 +42,13 @@ class StudyRun:
         }
 
     @property
-    def wanted(self) -> list[tuple[str, list[str]]]:
-        """(title, overrides) of every arm, seed by seed, so that an interrupted study has runs of all arms."""
+    def wanted(self) -> list[Wanted]:
+        """Every arm, seed by seed, so that an interrupted study has runs of all arms."""
+        arms = list(zip(self.study.arms, not_shared([arm.overrides for arm in self.study.arms]), strict=True))
         return [
-            (f"{self.study.name}: {arm.name}, seed {seed}", [*arm.overrides, f"seed={seed}"])
+            Wanted(f"{self.study.name}: {arm.name}, seed {seed}", [*arm.overrides, f"seed={seed}"], swept)
             for seed in self.study.seeds
-            for arm in self.study.arms
+            for arm, swept in arms
         ]
 
     def earlier(self) -> RunSet | None:

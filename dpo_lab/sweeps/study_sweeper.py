@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, NoReturn
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,7 +23,7 @@ NAME = "StudySweeper"
 
 
 class StudySweeper(JobSweeper):
-    """A sweeper that runs the jobs of `studies`; jobs with equal overrides run once.
+    """A sweeper that runs the jobs of `studies`; jobs with equal settings run once, also those of other budgets.
 
     beside: studies that may share runs with them, whose predictions are registered too, before any run. only_plan:
     print the jobs, their cost and the effect that they could detect, and run nothing.
@@ -42,13 +44,13 @@ class StudySweeper(JobSweeper):
             )
         for study in self.studies:
             _check_arms(study, self._context.config_loader)
-        wanted = [(title, [*arguments, *own]) for study in self.studies for title, own in study.wanted]
-        unique: dict[tuple[str, ...], tuple[str, list[str]]] = {}
-        for title, overrides in wanted:
-            unique.setdefault(tuple(sorted(overrides)), (title, overrides))
-        jobs = self.plan(list(unique.values()), console)
-        by_overrides = dict(zip(unique, jobs, strict=True))
-        in_order = iter([by_overrides[tuple(sorted(overrides))] for _, overrides in wanted])
+        wanted = [
+            replace(own, overrides=[*arguments, *own.overrides]) for study in self.studies for own in study.wanted
+        ]
+        in_order = self.plan(wanted, console, sweeps_beside=_of_all_budgets)
+        unique: dict[Path, plan.Job] = {}
+        in_order = iter([unique.setdefault(job.folder, job) for job in in_order])
+        jobs = list(unique.values())
         parts = [(study, [next(in_order) for _ in study.wanted]) for study in self.studies]
         if self.only_plan:
             show_outlook(console, jobs, parts)
@@ -65,6 +67,11 @@ class StudySweeper(JobSweeper):
             is_done = all(outcome.status == "done" for _, outcome in results)
             study.write_status("done" if is_done else "failed" if code == 1 else "stopped", results)
         sys.exit(code)
+
+
+def _of_all_budgets(sweep: Path) -> list[Path]:
+    """Return the folders of the runs of other budgets, beside that of this one."""
+    return sorted(folder for folder in sweep.parent.glob("*/") if folder != sweep)
 
 
 def _check_arms(study: StudyRun, loader: plan.ConfigLoader) -> None:

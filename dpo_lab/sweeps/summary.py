@@ -18,6 +18,7 @@ from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.runs.redact import redact_command, redact_override
 from dpo_lab.runs.run_record import now
 from dpo_lab.sweeps.job_status import SWEEP, Outcome
+from dpo_lab.sweeps.plan import Job
 
 STYLES = {"done": "green", "resumed": "green", "skipped": "dim", "failed": "red", "not started": "yellow"}
 
@@ -39,6 +40,7 @@ def write(folder: Path, results: Sequence[Outcome], started: str, status: str, e
         "command": redact_command(["python", "-m", _module(), *sys.argv[1:]]),
         "started": started,
         "finished": None if status == "running" else now(),
+        "shared": shared_overrides([outcome.job for outcome in results]),
         "jobs": [
             {
                 "overrides": [redact_override(override) for override in outcome.job.overrides],
@@ -53,6 +55,12 @@ def write(folder: Path, results: Sequence[Outcome], started: str, status: str, e
         ],
     }
     write_atomic(folder / SWEEP, json.dumps(record, indent=1))
+
+
+def shared_overrides(jobs: Sequence[Job]) -> list[str]:
+    """Return the overrides that all jobs have, without secrets."""
+    own = [override for override in jobs[0].overrides if not override.startswith("hydra.")]
+    return [redact_override(override) for override in own if all(override in job.overrides for job in jobs)]
 
 
 def show(console: Console, folder: Path, results: Sequence[Outcome], error: str | None) -> None:

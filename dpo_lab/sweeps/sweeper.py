@@ -74,10 +74,10 @@ class JobSweeper(Sweeper):
         """Return the overrides in `params`, then those of the command line, which take precedence."""
         return [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
 
-    def plan(self, wanted: Sequence[tuple[str, Sequence[str]]], console: Console) -> list[plan.Job]:
-        """Return the jobs for `wanted`, (title, overrides) each."""
+    def plan(self, wanted: Sequence[plan.Wanted], console: Console, **options: Any) -> list[plan.Job]:
+        """Return the jobs for `wanted`. options: of plan.plan."""
         with console.status("planning the jobs"):
-            return plan.plan(wanted, self._config, self._context.config_loader, self.as_record)
+            return plan.plan(wanted, self._config, self._context.config_loader, self.as_record, **options)
 
     def run(self, jobs: list[plan.Job], console: Console) -> tuple[int, list[Outcome]]:
         """Run the jobs that are not done; return the exit code and the outcome of each job."""
@@ -88,6 +88,8 @@ class JobSweeper(Sweeper):
             todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
             launcher = self._launcher(len(todo)) if todo else None
             console.print(f"{sweep.path}: {_counts(statuses)}")
+            if len(jobs) > 1 and (shared := summary.shared_overrides(jobs)):
+                console.print(f"all: {' '.join(shared)}", markup=False, highlight=False)
             reader = StatusReader(jobs, statuses)
             with StopRequest() as request:
                 save(reader.outcomes())

@@ -202,6 +202,17 @@ def test_contradictions_are_told_with_their_places_and_stop_nothing(folder):
     assert not list((folder / "outputs").glob("dpo*"))  # it writes nothing but the cache
 
 
+def test_what_a_run_cannot_do_with_three_pairs_is_told(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    rows = [row | {"prompt": "the same, so that none can be held out"} for row in HOSTILE[:3]]
+    Path("three.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = looked("data.path=three.jsonl", "show=0")
+    assert {"only 3 training pairs (under 30)", "data.batch_size=32", "no pair is held out of 3"} <= {
+        line.partition(":")[0] for line in found.advice
+    }
+    assert "type data.batch_size=3" in printed(found)
+
+
 def test_cuts_and_flips_are_shown(folder, monkeypatch):
     monkeypatch.chdir(folder)
     small = ["data.max_length=24", "data.max_prompt_length=12", "noise.rate=1"]

@@ -89,7 +89,6 @@ def test_hparams_has_a_column_for_whatever_varies(columns):
     infos = {info["name"]: info for info in columns["hparamInfos"]}
     assert {name for name, info in infos.items() if info["differs"]} == {
         "beta",
-        "loss.beta",
         "reference.kind",
         "noise.rate",
         "optim.lr",
@@ -102,7 +101,7 @@ def test_hparams_has_a_column_for_whatever_varies(columns):
         "reference.over": "DATA_TYPE_STRING",  # of one run alone
     }
     names = {info["name"]["tag"] for info in columns["metricInfos"]}
-    assert {"eval/kl", "eval/accuracy", "val/rewards/margins", "train/loss"} <= names
+    assert {"z_final/kl", "z_final/accuracy", "val/rewards/margins", "train/loss"} <= names
 
 
 def test_hparams_has_a_row_for_each_run_and_one_of_them_failed(desk, columns):
@@ -116,7 +115,7 @@ def test_hparams_has_a_row_for_each_run_and_one_of_them_failed(desk, columns):
         "desk/ablation=crash/seed=0": ["STATUS_FAILURE"],
     }
     measured = {name: {m["name"]["tag"] for m in row["metricValues"]} for name, row in rows.items()}
-    assert {name for name, seen in measured.items() if "eval/kl" in seen} == {
+    assert {name for name, seen in measured.items() if "z_final/kl" in seen} == {
         "desk/ablation=uniform/seed=0",
         "desk/ablation=noisy/seed=0",
     }
@@ -154,7 +153,7 @@ def test_a_browser_shows_the_table_and_one_failure_in_it(desk):
         names.nth(2).wait_for()
         assert {name.strip() for name in names.all_inner_texts()} == RUNS
         texts = [text.strip() for text in cells.all_inner_texts()]
-        assert {"beta", "loss.beta", "noise.rate", "optim.lr", "reference.kind", "eval/accuracy"} <= set(texts)
+        assert {"beta", "noise.rate", "optim.lr", "reference.kind", "z_final/accuracy"} <= set(texts)
         assert {"0.20000", "0.25000", "1.0000e+30", "uniform"} <= set(texts)
         shown.screenshot(path=SCREENSHOTS / "hparams.png")
         shown.locator("tf-hparams-query-pane paper-checkbox").filter(has_text="Success").click()

@@ -258,6 +258,22 @@ def test_the_same_command_runs_what_is_missing_alone(studied, tmp_path):
     assert record(folder)["registrations"] == record(studied)["registrations"]
 
 
+def test_a_budget_whose_settings_come_to_those_of_another_runs_nothing_again(studied, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(studied, folder)
+    before = len(starts(folder))
+    quick = {"seeds": [0], "arms": ["beta=0.1", "beta=1"], "settings": ["optim.lr=3e-4"]}  # the default
+    written(folder, budgets={"full": {"seeds": [0, 1]}, "quick": quick})
+    result = study(folder, "ablations/small.yaml", "budget=quick")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "outputs/studies/runs/quick: 2 jobs: 2 done already" in result.stdout
+    assert "exploratory" in result.stdout  # they had been run before these predictions were registered
+    assert len(starts(folder)) == before
+    home = folder / "outputs/studies/small/quick"
+    found = [(home / job["folder"]).resolve() for job in record(folder, budget="quick")["jobs"]]
+    assert found == [(home.parent / "full" / job["folder"]).resolve() for job in record(folder)["jobs"][:2]]
+
+
 def test_a_plan_runs_nothing(studied, tmp_path):
     (tmp_path / "new").mkdir()
     written(tmp_path / "new")
@@ -308,6 +324,7 @@ def test_a_study_of_real_runs_ends_in_verdict_and_page(tmp_path):
     ("arguments", "message"),
     [
         (["ablations/none.yaml"], "ablations/none.yaml: no such file; type ablations/small.yaml"),
+        (["smal.yaml"], "smal.yaml: no such file; type ablations/small.yaml"),
         ([], "which study? type python -m dpo_lab.study ablations/small.yaml"),
         (["study=some"], "study=some: type study=all, or the path of a study file"),
         (["ablations/small.yaml", "seeds=a"], "seeds=a: must be whole numbers; type e.g. seeds=0,1,2"),
@@ -317,6 +334,7 @@ def test_a_study_of_real_runs_ends_in_verdict_and_page(tmp_path):
 )
 def test_refused_at_the_door(arguments, message, tmp_path):
     written(tmp_path)
+    (tmp_path / ".hooks.yaml").touch()  # no study
     result = study(tmp_path, *arguments)
     assert result.returncode == 2
     assert message in result.stderr

@@ -53,7 +53,7 @@ def swept(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("swept")
     result = sweep(folder, "beta=0.1,0.2", "+ablation=[uniform_ref,label_noise]")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "outputs/dpo: 2 jobs: 2 new" in result.stdout
+    assert "outputs/dpo: 2 jobs: 2 new\nall: +ablation=[uniform_ref,label_noise]\n" in result.stdout
     assert re.search(r"^\[2/2\] done  beta=0.2  \d+ s$", result.stdout, re.M)
     return folder
 
@@ -65,14 +65,11 @@ def test_each_job_is_a_process_of_its_own_with_exactly_its_overrides(swept):
         [
             *("--config-name", "train", f"beta={beta}", "+ablation=[uniform_ref,label_noise]"),
             *("hydra.mode=MULTIRUN", "hydra.mode=RUN"),
-            f"hydra.run.dir='outputs/dpo/ablation=_uniform_ref,label_noise_,beta={beta}-{suffix}/seed=0'",
+            f"hydra.run.dir='outputs/dpo/beta={beta}-{shared}/seed=0'",
         ]
-        for beta, suffix in ((0.1, suffix_of(swept, 0)), (0.2, suffix_of(swept, 1)))
+        for beta in (0.1, 0.2)
+        for shared in [Path(told(swept)["jobs"][0]["folder"]).parent.name[-8:]]
     ]
-
-
-def suffix_of(folder: Path, number: int) -> str:
-    return Path(told(folder)["jobs"][number]["folder"]).parent.name[-8:]
 
 
 def test_sweep_json_says_what_became_of_every_job(swept):
@@ -80,6 +77,7 @@ def test_sweep_json_says_what_became_of_every_job(swept):
     assert record["status"] == "done"
     assert record["command"].startswith("python -m tests.support.standin --multirun beta=0.1,0.2")
     assert record["started"] <= record["finished"]
+    assert record["shared"] == ["+ablation=[uniform_ref,label_noise]"]
     for job in record["jobs"]:
         assert (swept / job["folder"] / "run.json").exists()
         assert (swept / job["log"]).read_text().startswith("=== 20")
@@ -131,6 +129,10 @@ def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process
             "job beta=0.1: its folder outputs/dpo/beta=0.1/seed=0 is also that of job beta=0.1; leave one",
         ),
         (["seed=1,1"], "job seed=1: its folder outputs/dpo/default/seed=1 is also that of job seed=1; leave one"),
+        (
+            ["data.path=nope.jsonl", "beta=1,2"],
+            "job beta=1: data.path=nope.jsonl: no such file; type the path of a file",
+        ),
         (["name=a,b"], "name: a sweep has one name; run one sweep for each name"),
         (["reference=cached,nope"], "job reference=nope: reference=nope: no such choice; type reference= one of"),
         (["beta=1,2", "launcher=joblib", "trainer=ddp"], "job beta=1: trainer.devices=-1: with launcher=joblib each"),
@@ -172,6 +174,7 @@ def test_thirty_odd_overrides_reach_the_job_as_they_were_typed(tmp_path):
         "data.revision='it\\'s {odd}, [is it]?'",
         'data.split="<train>:$HOME"',
     ]
+    (tmp_path / "a b.jsonl").touch()
     many = [f"evals.num_prompts={n}" for n in range(1, 8)] + [f"optim.warmup_steps={n}" for n in range(1, 19)]
     result = sweep(
         tmp_path,

@@ -16,7 +16,8 @@ from tensorboard.summary.writer import event_file_writer
 
 from dpo_lab.core.metrics import Values
 from dpo_lab.distributed.signals import StopSignal
-from dpo_lab.pipelines.loggers import TENSORBOARD, track_run_status
+from dpo_lab.pipelines.loggers import TENSORBOARD, log_final_metrics, track_run_status
+from dpo_lab.stats.estimates import Estimate
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.loggers import tensorboard_hparams
 from dpo_lab.training.loggers.tensorboard import show_figures, show_histogram, show_samples
@@ -28,7 +29,8 @@ PLAIN = {
     "beta": 0.1,
     "seed": 3,
     "name": "sweep",
-    "loss": {"kind": "dpo"},
+    "loss": {"kind": "dpo", "beta": 0.1},  # repeats beta
+    "noise": {"seed": 4},  # is of its own
     "reference": {"kind": "lora", "merge": True},
     "optim": {"clip": None, "betas": [0.9, 0.99]},
     "data": {"path": "p.jsonl", "num_workers": 4, "hub_token": "hf_sesame"},
@@ -68,6 +70,7 @@ def test_a_row_holds_what_runs_are_compared_by_in_its_own_type(tmp_path):
         "beta": 0.1,
         "seed": 3.0,
         "loss.kind": "dpo",
+        "noise.seed": 4.0,
         "reference.kind": "lora",
         "reference.merge": True,
         "optim.betas": "[0.9, 0.99]",
@@ -129,6 +132,15 @@ def test_a_run_that_fails_while_it_is_prepared_is_a_failure(tmp_path):
     assert result.returncode == 2, result.stderr
     assert "bad.jsonl:1" in result.stderr
     assert status(tmp_path / "run") == "STATUS_FAILURE"
+
+
+def test_metrics_measured_once_stand_behind_the_curves(logger, tmp_path):
+    trainer: Any = SimpleNamespace(loggers=[logger], global_step=6)
+    logger.log_metrics({"train/loss": 0.7, "val/rewards/margins": 1.0}, step=6)
+    log_final_metrics(trainer, {"kl": Estimate(1.5), "accuracy": Estimate(0.5)})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["train/loss", "val/rewards/margins", "z_final/accuracy", "z_final/kl"]
+    assert [(event.step, event.value) for event in events.Scalars("z_final/kl")] == [(6, 1.5)]
 
 
 @pytest.fixture

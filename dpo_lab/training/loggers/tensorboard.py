@@ -18,6 +18,8 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from dpo_lab.reporting.model_card import markdown_table
 
+# The group of metrics that are measured once, after training: TensorBoard sorts groups by name, and curves come first.
+FINAL_METRICS = "z_final"
 BINS: Any = 30  # of a histogram: as many as TensorBoard draws
 
 

@@ -30,12 +30,17 @@ HIDDEN = (
     "data.num_workers",
     "data.tokenize_workers",
 )
+REPEATED = ("beta", "seed")  # at the root, and again in groups that take them over, as loss.beta
 START, END = "settings", "end"  # suffixes of the two files
 
 
 def columns(config: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """Return the settings to compare runs by, by dotted key, without secrets and None values; lists become strings."""
+    """Return the settings to compare runs by, by dotted key, without secrets, None values and those that only repeat
+    REPEATED; lists become strings.
+    """
     settings = {k: v for k, v in flatten(redact(config)).items() if v is not None and not _is_hidden(k)}
+    own = {key: config[key] for key in REPEATED if key in config}
+    settings = {k: v for k, v in settings.items() if k in own or own.get(k.rpartition(".")[2]) != v}
     return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
 
 
