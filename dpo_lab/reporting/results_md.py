@@ -8,14 +8,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dpo_lab.reporting.comparison import detectable_text
 from dpo_lab.reporting.model_card import markdown_table
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.stats import paired_tests
-from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.text import format_estimate, format_interval, format_p
 from dpo_lab.studies import archive, frontier, verdicts
 from dpo_lab.studies.run_data import NotMeasured, RunSet
+from dpo_lab.studies.scales import Scale, as_told, prefix
 from dpo_lab.studies.spec import Direction, Prediction, StudyError
+from dpo_lab.studies.verdicts import ANYTIME
 
 EXPLORATORY = "exploratory"
 HEAD = """# Results
@@ -25,15 +27,18 @@ dpo_lab.report --results ablations/RESULTS.md`; with `--check` the same command 
 records. Negative results are included.
 
 n is the number of seeds. An effect is computed for each seed, between runs that share data, order and prompts; its 95 %
-interval is Student's t over seeds (Clopper-Pearson for yes/no metrics). p is two-sided and Holm-corrected over the
+interval is Student's t over seeds (Clopper-Pearson for yes/no metrics), or anytime-valid where seeds were added until
+the study was decided. Effects on KL, perplexity and other ratio quantities are factors (x), unless they were registered
+as differences ([docs/statistics.md](../docs/statistics.md)). p is two-sided and Holm-corrected over the
 study's primary predictions (for a secondary prediction, over all). *Supported*: the effect has the predicted sign, p is
 below .05, and the effect is at least the smallest relevant one. *Not supported*: the interval excludes every relevant
 effect. *Inconclusive*: neither; `detectable` is the effect that this number of seeds detects at power 0.8.
 *Exploratory*: some runs started before the prediction was registered.
 """
 ARMS = (
-    "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, with `*` if its p,"
-    " Holm-corrected over arms, is below .05."
+    "Means over seeds with 95 % intervals, of KL, perplexity and other ratio quantities geometric means; below each the"
+    " difference to {baseline}, or the factor (x), paired by seed, with `*` if its p, Holm-corrected over arms, is below"
+    " .05."
 )
 AREA = (
     "Area under the frontier of gain against KL, from 0 to {kl_max:g} nats, as a share of the optimum's area. The optimum is"
@@ -70,12 +75,19 @@ def results(studies: Sequence[RunSet]) -> str:
         done = (run for run in study.runs if run.is_done and run.record.get("seconds"))
         seconds |= {run.folder: run.value("seconds") for run in done}
         rows.append(
-            (_title(study), _word(study, found), date(study), str(len(study.seeds)), _hours(study.cpu_seconds()))
+            (
+                _title(study),
+                _word(study, found),
+                date(study),
+                str(len(study.seeds)),
+                _hours(study.cpu_seconds()),
+                verdicts.claims_text(found),
+            )
         )
     total = (
         f"All studies took {_hours(math.fsum(seconds.values()))} of CPU time; a run shared by several is counted once."
     )
-    index = markdown_table(("study", "verdict", "date", "seeds", "CPU"), rows, _escape)
+    index = markdown_table(("study", "verdict", "date", "seeds", "CPU", "claims"), rows, _escape)
     sections = [line for study, found in judged for line in ["", *_section(study, found)]]
     return "\n".join([HEAD, *index, "", total, *sections]) + "\n"
 
@@ -126,7 +138,8 @@ def _section(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests
         "",
         f"*Claim:* {_escape(study.claim)} ({_escape(study.source)})",
         "",
-        f"**{_word(collection, judged)}**",
+        *([f"*Known before:* {_escape(study.known)}", ""] if study.known else []),
+        f"**{_word(collection, judged)}**: {verdicts.claims_text(judged)}",
         "",
         *_predictions(judged),
         "",
@@ -149,19 +162,23 @@ def _predictions(judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> l
     head = "prediction|measured|effect|95 % interval|n|predicted effect|p|detectable|verdict".split("|")
     rows = []
     for prediction, verdict in judged:
-        least = f", at least {format_number(prediction.min_effect)}" if prediction.min_effect else ""
-        if prediction.direction is Direction.same:
-            least = f", within {format_number(prediction.min_effect)}"
+        effect = as_told(prediction.scale, verdict.effect) if verdict.effect else None
+        kind = f" ({ANYTIME})" if verdict.interval_kind == ANYTIME else ""
+        least = format_number(prediction.min_effect) if prediction.min_effect else ""
+        if prediction.scale is not Scale.plain and least:
+            least = f"a factor {least}"
+        if least:
+            least = f", {'within' if prediction.direction is Direction.same else 'at least'} {least}"
         rows.append(
             (
                 prediction.description + ("" if prediction.primary else " (secondary)"),
                 verdicts.describe(prediction),
-                format_number(verdict.effect.value) if verdict.effect else "",
-                format_interval(verdict.effect.interval, format_number) if verdict.effect else "",
+                prefix(prediction.scale) + format_number(effect.value) if effect else "",
+                format_interval(effect.interval, format_number) + kind if effect else "",
                 str(len(verdict.seeds)),
                 prediction.direction.value + least,
                 format_p(verdict.p_holm),
-                format_number(verdict.detectable) if verdict.detectable is not None else "",
+                detectable_text(prediction, verdict, format_number),
                 verdict.word + (f" ({verdict.note})" if verdict.note else ""),
             )
         )
@@ -193,14 +210,15 @@ def _arms(collection: RunSet) -> list[str]:
     return [ARMS.format(baseline=collection.baseline), "", *markdown_table(("arm", "n", *metrics), rows, _escape)]
 
 
-def _cell(measured: tuple[Estimate, Estimate | None, float | None] | None) -> str:
+def _cell(measured: verdicts.Comparison | None) -> str:
     if measured is None:
         return ""
-    value, difference, p = measured
+    value, difference, p, scale = measured
     lines = [format_estimate(value, format_number)]
     if difference is not None:
         star = "*" if p is not None and p < paired_tests.ALPHA else ""
-        lines.append(("+" if difference.value > 0 else "") + format_estimate(difference, format_number) + star)
+        mark = prefix(scale) or ("+" if difference.value > 0 else "")
+        lines.append(mark + format_estimate(difference, format_number) + star)
     return "\n".join(lines)
 
 
