@@ -128,7 +128,7 @@ def test_figures_of_the_page_are_those_of_the_runs(folder):
     factors = [format_value(math.exp(log)) for log in (effect.value, *effect.interval)]
     assert "effectx {} ({} .. {})".format(*factors) in text
     assert first[1].detectable is not None
-    assert f"detectable{format_value(first[1].detectable)}" in text
+    assert f"detectablex {format_value(math.exp(first[1].detectable))}" in text
 
 
 def test_nothing_in_a_page_can_act(folder):
