@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from dpo_lab.models.policy import Policy
     from dpo_lab.rewards.base import ScoreTokens
 
-GROUP = "trajectory/"  # of its metrics in the metrics log and in TensorBoard
 EVALUATORS = (Reward(), KL(), Language())
 NO_TEXTS = np.empty(0)
 
@@ -122,23 +121,3 @@ class TrajectoryMeter:
         finally:
             if before != self.device:
                 on_device(initial, before)
-
-
-def points_of(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the points among the rows of a metrics log, by step: `step` and the metrics, without GROUP."""
-    points = [
-        {"step": row["step"]} | {name.removeprefix(GROUP): row[name] for name in row if name.startswith(GROUP)}
-        for row in rows
-    ]
-    return sorted((point for point in points if len(point) > 1), key=lambda point: point["step"])
-
-
-def text_of(point: Mapping[str, float], names: Sequence[str] = ("reward", "gold", "judge", "kl", "length")) -> str:
-    """Return a point's main metrics in one line."""
-    gains = {"gold": "gold_gain", "judge": "judge_gain", "reward": "reward_gain"}
-    parts = []
-    for name in names:
-        if name in point:
-            gain = f" ({point[gains[name]]:+.2f} sd)" if gains.get(name) in point else ""
-            parts.append(f"{name} {point[name]:.3g}{gain}")
-    return ", ".join(parts)

@@ -110,8 +110,7 @@ class Session:
         step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, run.record.get("started", "")
         add_loggers(trainer, self.config_dict, run.folder, step, started=started, charts=module.charts)
         explained = memory_explained(self.config, "training", trains=True, tokens=module.tokens_per_microbatch)
-        is_measured = bool(self.config.evals.every)  # in training, against the initial policy
-        with explained, nullcontext() if is_measured else kept_on_disk(inputs.initial.model):
+        with explained, nullcontext() if self.config.evals.every else kept_on_disk(inputs.initial.model):
             fit(trainer, module, data, resume.checkpoint)
 
     def record_training(self, stage: str, memory: MemoryTracker, **costs: Any) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.judges import LoadedJudge
-from dpo_lab.evals.trajectory import TrajectoryMeter, points_of
+from dpo_lab.evals.trajectory import TrajectoryMeter
 from dpo_lab.pipelines.eval_inputs import eval_prompts
 from dpo_lab.pipelines.inputs import TrainingInputs
 from dpo_lab.pipelines.session import Session
 from dpo_lab.pipelines.setup import broadcast_from_rank_zero
 from dpo_lab.rewards.base import ScoreTokens
 from dpo_lab.runs import metrics_log
+from dpo_lab.runs.trajectory import points_of
 from dpo_lab.training.callbacks.trajectory import Trajectory
 
 log = logging.getLogger("dpo_lab")

@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from dpo_lab.evals.trajectory import GROUP, TrajectoryMeter, text_of
+from dpo_lab.evals.trajectory import TrajectoryMeter
 from dpo_lab.models.policy import Policy
+from dpo_lab.runs.trajectory import GROUP, text_of
 from dpo_lab.training.base_module import BaseModule
 from dpo_lab.training.callbacks.throughput import throughput_callback
 
