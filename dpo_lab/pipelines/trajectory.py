@@ -67,6 +67,6 @@ def end_trajectory(session: Session, trajectory: Trajectory, final: EvalContext)
 
     step = run.record.get("early_stopping", {}).get("step", trainer.global_step)
     if step not in broadcast_from_rank_zero(trainer, lambda: [point["step"] for point in points()]):
-        trajectory.log(trainer, step, trajectory.meter.last(final))
+        trajectory.log_point(trainer, step, trajectory.meter.last(final))
     if run.writes:
         run.update(trajectory=points())

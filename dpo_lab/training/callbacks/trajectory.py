@@ -37,9 +37,9 @@ class Trajectory(Callback):
         assert throughput is not None
         with throughput.paused(), self.timed():
             policy = Policy(pl_module.model, self.meter.context.initial.tokenizer)
-            self.log(trainer, step, self.meter.measure(policy) if step else self.meter.first)
+            self.log_point(trainer, step, self.meter.measure(policy) if step else self.meter.first)
 
-    def log(self, trainer: Trainer, step: int, point: Mapping[str, float]) -> None:
+    def log_point(self, trainer: Trainer, step: int, point: Mapping[str, float]) -> None:
         """Log a point to all loggers and to the terminal."""
         log.info("step %d: %s", step, text_of(point))
         for logger in trainer.loggers:
