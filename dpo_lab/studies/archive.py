@@ -109,8 +109,8 @@ def _archived(run: RunData, names: Iterable[str], origins: list[Any]) -> dict[st
             {name: found[name] for name in ("name", "severity", "message")} for found in run.record["health"]
         ]
     if points := run.record.get("trajectory"):
-        names = [name for name in OF_POINT if name in points[0]]
-        kept["trajectory"] = {name: [_rounded(point.get(name)) for point in points] for name in names}
+        columns = [name for name in OF_POINT if name in points[0]]
+        kept["trajectory"] = {name: [_rounded(point.get(name)) for point in points] for name in columns}
     if run.metrics:
         kept["metrics"] = [_triple(run.metrics.get(name)) for name in names]
     return kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -34,8 +34,7 @@ class Trajectory(Callback):
         if step % self.every:
             return
         throughput = throughput_callback(trainer)
-        assert throughput is not None
-        with throughput.paused(), self.timed():
+        with throughput.paused() if throughput is not None else nullcontext(), self.timed():
             policy = Policy(pl_module.model, self.meter.context.initial.tokenizer)
             self.log_point(trainer, step, self.meter.measure(policy) if step else self.meter.first)
 
