@@ -33,7 +33,10 @@ def path(*points: tuple[float, float]) -> list[dict[str, float]]:
     ],
 )
 def test_worked_numbers(points, step, kl):
-    assert crossing(path(*points), "kl", "gold_gain", 0.9) == Crossing(pytest.approx(step), pytest.approx(kl))
+    found = crossing(path(*points), "kl", "gold_gain", 0.9)
+    assert found is not None
+    assert (found.step, found.metric) == pytest.approx((step, kl))
+    assert not found.is_censored
 
 
 def test_nothing_is_extrapolated():
