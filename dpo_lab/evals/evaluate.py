@@ -64,9 +64,14 @@ class SharedSettings:
         return [file for path in self.pairs.values() for file in local_files(path)]
 
     @property
+    def samples(self) -> bool:
+        """Whether responses are sampled, in training or when it is over."""
+        return self.every > 0 or any(evaluator.needs_samples for evaluator in self.selected())
+
+    @property
     def uses_judge(self) -> bool:
-        """Whether an evaluator asks the judge, if there is one."""
-        return bool(self.pairs) or any(evaluator.needs_reward for evaluator in self.selected())
+        """Whether the judge is asked, if there is one."""
+        return bool(self.pairs or self.every) or any(evaluator.needs_reward for evaluator in self.selected())
 
 
 def define_settings() -> None:
