@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,9 +22,9 @@ from dpo_lab.terminal.progress import without_bars
 if TYPE_CHECKING:
     import torch
 
+    from dpo_lab.core.pairs import Tokens
     from dpo_lab.evals.context import EvalContext
     from dpo_lab.models.policy import Policy
-    from dpo_lab.rewards.base import ScoreTokens
 
 EVALUATORS = (Reward(), KL(), Language())
 NO_TEXTS = np.empty(0)
@@ -44,7 +44,7 @@ class TrajectoryMeter:
     context: EvalContext
     count: int
     device: torch.device
-    reward: ScoreTokens | None = None
+    reward: Callable[[Sequence[Tokens], Sequence[Tokens]], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         context, count = self.context, min(self.count, len(self.context.prompts))
