@@ -133,11 +133,11 @@ def _chips(collection: RunSet) -> list[str]:
 
 def _about(collection: RunSet) -> list[tuple[str, str]]:
     """Return question, claim and source, and when the predictions were registered."""
-    study = collection.study
+    study, record = collection.study, collection.record
     if study is None:
         about = [("runs in", collection.title), ("all runs", " ".join(collection.shared))]
         return [each for each in (*about, ("baseline", comparison.baseline_text(collection))) if each[1]]
-    since, others = comparison.registered(collection.record, study.digest())
+    since, others = comparison.registered(record, study.digest(record.get("stopping")))
     when = since or "never: these predictions differ from the registered ones"
     if others:
         when += f"; {others} other version{'s' if others > 1 else ''} registered before"

@@ -216,7 +216,8 @@ def assemble(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequen
 
     record: holds the `registrations`; the last one of the study's current version counts.
     """
-    times = [entry["at"] for entry in record.get("registrations") or () if entry["digest"] == study.digest()]
+    digest = study.digest(record.get("stopping"))
+    times = [entry["at"] for entry in record.get("registrations") or () if entry["digest"] == digest]
     since = max(map(datetime.fromisoformat, times), default=None)
     found = {(run.arm, run.seed): run for run in runs}
     jobs = [found.get((arm.name, seed), RunData(folder, arm.name, seed)) for arm in study.arms for seed in study.seeds]
