@@ -96,11 +96,15 @@ class StudyRun:
         ]
 
     def earlier(self) -> RunSet | None:
-        """Return the runs in the study's folder, else those in the archived record beside its file, else None."""
+        """Return the finished runs of this study's arms in its folder, else those of its archived record; else None."""
         archived = path_of(self._file.parent / FOLDER, self.study.name, self._record["budget"])
         for path in (self.folder, archived):
             if (path / RECORD).exists() or path.is_file():
-                return gather([path])[0]
+                found = gather([path])[0]
+                typed = {arm.name: arm.overrides for arm in found.arms}
+                same = {arm.name for arm in self.study.arms if typed.get(arm.name) == arm.overrides}
+                if runs := [run for run in found.runs if run.is_done and run.arm in same]:
+                    return replace(found, arms=self.study.arms, runs=runs)
         return None
 
     def register(self) -> None:
