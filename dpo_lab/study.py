@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
     if not given.plan and code in (0, 1):
         for run in runs:
             report.main([str(run.folder)])
+        if len(runs) > 1:
+            folders = [str(run.folder) for run in runs]
+            report.main([*folders, "--front", str(runs[0].folder.parent.parent / "index.html")])
     return code
 
 

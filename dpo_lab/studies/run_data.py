@@ -186,14 +186,15 @@ class RunSet:
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of all stages of finished runs; a run shared by several arms counts once."""
-        return math.fsum(self._costs().values())
+        return math.fsum(self.costs().values())
 
     def cpu_seconds_a_run(self) -> float | None:
         """Return the mean CPU seconds of a finished run, to estimate further ones; None if none is finished."""
-        costs = self._costs()
+        costs = self.costs()
         return math.fsum(costs.values()) / len(costs) if costs else None
 
-    def _costs(self) -> dict[Path, float]:
+    def costs(self) -> dict[Path, float]:
+        """Return the CPU seconds of each finished run, by its folder."""
         return {run.folder: run.value("seconds") for run in self.runs if run.is_done and run.record.get("seconds")}
 
 
