@@ -91,9 +91,22 @@ def place(units: float) -> float:
     return round(WIDTH / 2 + share * (WIDTH / 2 - MARGIN), 1)
 
 
-def ticks() -> list[tuple[float, str]]:
-    """Return the ticks of the axis: their places and labels."""
-    return [(place(tick), str(tick).replace("-", "−")) for tick in TICKS]
+@dataclass(frozen=True)
+class Plot:
+    """What all lines share. ticks: their places and labels; says: how to read the plot."""
+
+    ticks: Sequence[tuple[float, str]]
+    width: int = WIDTH
+    height: int = HEIGHT
+    says: str = (
+        "Drawn is the effect with its 95 % interval over seeds, divided by the smallest effect that matters, so that claims"
+        " are comparable. To the right: as predicted. Solid line: no effect; dashed lines: the smallest effect that matters;"
+        " shaded: where an effect is as predicted and matters. The axis is linear around 0 and logarithmic further out; an"
+        " arrow goes on beyond it."
+    )
+
+
+PLOT = Plot([(place(tick), str(tick).replace("-", "−")) for tick in TICKS])
 
 
 def _drawing(prediction: Prediction, verdict: Verdict) -> Drawing | None:

@@ -44,9 +44,7 @@ def front_page(studies: Sequence[tuple[RunSet, str]]) -> str:
         title=f"Results of {len(entries)} studies",
         summary=f"{total} claims: {words}.{spent}",
         studies=entries,
-        ticks=forest.ticks(),
-        width=forest.WIDTH,
-        height=forest.HEIGHT,
+        plot=forest.PLOT,
     )
 
 

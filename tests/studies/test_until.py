@@ -1,4 +1,4 @@
-"""Studies that add seeds until they are decided: which seeds, when they end, what they record, and that nothing is run twice."""
+"""Studies that add seeds until they are decided: which seeds, when they end, what they record, and no run twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def claims(name: str = "one", **effects: Direction):
 
 def drawn(**means: float):
     """Gains around a mean of the arm, 0 if it has none, with an sd of .3 over seeds."""
-    return lambda arm, seed: {"gold_gain": means.get(arm, 0.0) + random.Random(f"{arm} {seed}").gauss(0, 0.3), "kl": 1.0}
+    return lambda arm, seed: {
+        "gold_gain": means.get(arm, 0.0) + random.Random(f"{arm} {seed}").gauss(0, 0.3),
+        "kl": 1.0,
+    }
 
 
 def told(record):

@@ -60,7 +60,9 @@ class FakeSweeper(StudySweeper):
                 with run_record.acquire_run(job.folder, job.record, []) as run:
                     assert run is not None
                     found = self.metrics(job.record["arm"].partition("=")[2], job.record["seed"])
-                    run.update(metrics={k: Estimate(v, 0.01, 9, (v - 0.02, v + 0.02)).as_record() for k, v in found.items()})
+                    run.update(
+                        metrics={k: Estimate(v, 0.01, 9, (v - 0.02, v + 0.02)).as_record() for k, v in found.items()}
+                    )
             except ValueError:
                 continue
 
