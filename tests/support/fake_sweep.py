@@ -72,7 +72,8 @@ def run_studies(
 ) -> tuple[int | None, list[dict[str, Any]], list[str]]:
     """Run studies; return the exit code (None if the process was killed), each study.json, and the runs that started."""
     made = [StudyRun(of, root / f"{of.name}.yaml", "full", [], root, "command", max_seeds) for of in studies]
-    sweeper, code = FakeSweeper(root, metrics, **options), None
+    sweeper = FakeSweeper(root, metrics, **options)
+    code: Any = None
     sweeper.studies = made  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with pytest.raises(SystemExit) as ended:
