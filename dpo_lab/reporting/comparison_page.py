@@ -20,6 +20,7 @@ from dpo_lab.stats.paired_tests import Verdict
 from dpo_lab.stats.text import format_p
 from dpo_lab.studies import verdicts
 from dpo_lab.studies.run_data import RunData, RunSet
+from dpo_lab.studies.scales import Scale, as_told, factor
 from dpo_lab.studies.spec import Direction, Prediction
 
 MADE_BY = "dpo_lab.report"
@@ -96,7 +97,7 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
     return Part(
         title=collection.title,
         word=verdicts.study_verdict(judged) if judged else "",
-        chips=_chips(collection),
+        chips=[*([verdicts.claims_text(judged)] if judged else []), *_chips(collection)],
         about=[
             *_about(collection),
             *(("measured with different settings", text) for text in collection.incomparable_settings),
@@ -144,7 +145,8 @@ def _about(collection: RunSet) -> list[tuple[str, str]]:
     when = since or "never: these predictions differ from the registered ones"
     if others:
         when += f"; {others} other version{'s' if others > 1 else ''} registered before"
-    about = [("question", study.question), ("claim", study.claim), ("source", study.source), ("registered", when)]
+    about = [("question", study.question), ("claim", study.claim), ("source", study.source)]
+    about += [("known before", study.known), ("registered", when)]
     if collection.is_exploratory:
         early = [run for run in collection.runs if run.is_done and not run.is_confirmatory]
         arms = dict.fromkeys(run.arm for run in early)
@@ -157,13 +159,14 @@ def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
     """Return a prediction with its verdict. Effects keep their sign: a supported `less` lies below 0."""
     measured = verdict.effect
     facts = [
-        ("effect", comparison.interval_text(measured, comparison.signed) if measured else "unknown"),
+        ("effect", comparison.effect_text(measured, prediction.scale) if measured else "unknown"),
         ("effect of", comparison.effect_name(prediction)),
         ("predicted", comparison.predicted(prediction)),
         ("n", f"{len(verdict.seeds)} seeds"),
         ("p", format_p(verdict.p)),
         ("p, Holm", format_p(verdict.p_holm)),
-        ("detectable", comparison.format_value(verdict.detectable) if verdict.detectable is not None else ""),
+        ("detectable", comparison.detectable_text(prediction, verdict)),
+        ("interval", verdict.interval_kind),
     ]
     notes = comparison.verdict_notes(verdict)
     return Answer(
@@ -177,16 +180,21 @@ def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
 
 
 def _effect(prediction: Prediction, measured: Estimate | None) -> Chart | None:
-    """Return the effect with its interval, 0, and the smallest relevant effect, on both sides if 0 was predicted."""
+    """Return the effect with its interval, no effect, and the smallest relevant one, on both sides if `same` was predicted;
+    factors on a log axis.
+    """
     if measured is None:
         return None
-    tip = (
-        f"effect {comparison.interval_text(measured, comparison.signed)}; predicted {comparison.predicted(prediction)}"
-    )
-    point = Point(measured.value, "", tip, x_interval=measured.interval)
+    scale = prediction.scale
+    tip = f"effect {comparison.effect_text(measured, scale)}; predicted {comparison.predicted(prediction)}"
+    told = as_told(scale, measured)
+    point = Point(told.value, "", tip, x_interval=told.interval)
     signs = {Direction.less: (-1,), Direction.more: (1,), Direction.same: (-1, 1)}[prediction.direction]
-    dashed = [sign * prediction.min_effect for sign in signs if prediction.min_effect]
-    return chart("", [Panel("", "", [Series("effect", [point], is_line=False)], lines=[0.0], dashed=dashed, rows=[""])])
+    dashed = [sign * prediction.least for sign in signs if prediction.least]
+    series, axis, none = [Series("effect", [point], is_line=False)], "linear", 0.0
+    if scale is not Scale.plain:
+        axis, none, dashed = "log", 1.0, [factor(value) for value in dashed]
+    return chart("", [Panel("", "", series, x=axis, lines=[none], dashed=dashed, rows=[""])])
 
 
 class _MetricsLogs:

@@ -61,7 +61,7 @@ def claims(judged: Sequence[tuple[Prediction, Verdict]], only_primary: bool = Fa
         Claim(
             prediction.description,
             verdict.word,
-            comparison.interval_text(verdict.effect, comparison.signed) if verdict.effect else "not measured",
+            comparison.effect_text(verdict.effect, prediction.scale) if verdict.effect else "not measured",
             comparison.predicted(prediction),
             len(verdict.seeds),
             prediction.primary,
@@ -73,12 +73,12 @@ def claims(judged: Sequence[tuple[Prediction, Verdict]], only_primary: bool = Fa
 
 
 def in_units(prediction: Prediction, verdict: Verdict) -> tuple[float, float, float] | None:
-    """Return effect, low and high end of its interval in units of the smallest effect that matters, above 0 if as
-    predicted (of `same`: with their own sign); None without an effect or such a unit.
+    """Return effect, low and high end of its interval in units of the smallest effect that matters, of factors by their
+    logarithms; above 0 if as predicted (of `same`: with their own sign). None without an effect or such a unit.
 
     The ends are infinite without an interval.
     """
-    if verdict.effect is None or not (unit := prediction.min_effect):
+    if verdict.effect is None or not (unit := prediction.least):
         return None
     sign = -1 if prediction.direction is Direction.less else 1
     low, high = sorted(sign * end / unit for end in verdict.effect.interval or (-math.inf, math.inf))

@@ -18,6 +18,7 @@ from dpo_lab.stats.paired_tests import Verdict
 from dpo_lab.stats.text import format_estimate
 from dpo_lab.studies import archive, verdicts
 from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import as_told, prefix
 from dpo_lab.studies.spec import Prediction, StudyError
 
 PAGES = "results"  # the folder of the studies' pages, beside the table
@@ -29,7 +30,9 @@ Every number here and on the studies' pages is computed from the archived record
 writes `ablations/pages/index.html`, the same table as a picture. Negative results are included.
 
 n is the number of seeds. An effect is computed for each seed, between runs that share data, order and prompts; its 95 %
-interval is Student's t over seeds (Clopper-Pearson for yes/no metrics). p is two-sided and Holm-corrected over the
+interval is Student's t over seeds (Clopper-Pearson for yes/no metrics), or anytime-valid where seeds were added until
+the study was decided. Effects on KL, perplexity and other ratio quantities are factors (x), unless they were registered
+as differences ([docs/statistics.md](../docs/statistics.md)). p is two-sided and Holm-corrected over the
 study's primary predictions (for a secondary prediction, over all). *Supported*: the effect has the predicted sign, p is
 below .05, and the effect is at least the smallest relevant one. *Not supported*: the interval excludes every relevant
 effect. *Inconclusive*: neither; `detectable` is the effect that this number of seeds detects at power 0.8.
@@ -94,11 +97,14 @@ def _rows(study: RunSet, judged: Judged, records: str) -> list[tuple[str, ...]]:
     name = name_of(study)
     facts = f"{date(study)}, {len(study.seeds)} seeds, {hours(study.cpu_seconds())}"
     title = f"**[{escape(title_of(study))}]({PAGES}/{name}.md)** ({facts}; [record]({records}/{name}.json))"
-    rows = [(title, "", "", "", f"**{word_of(study, judged)}**")]
+    rows = [(title, "", "", "", f"**{word_of(study, judged)}**<br>{verdicts.claims_text(judged)}")]
     for claim, (prediction, verdict) in zip(
         forest.claims(judged, only_primary=True), [each for each in judged if each[0].primary], strict=True
     ):
-        effect = format_estimate(verdict.effect, format_number) if verdict.effect else ""
+        effect = ""
+        if verdict.effect:
+            told = format_estimate(as_told(prediction.scale, verdict.effect), format_number)
+            effect = prefix(prediction.scale) + told
         word = f"{claim.mark} {claim.word}"
         rows.append((escape(claim.description), effect, predicted(prediction), str(claim.seeds), word))
     return rows

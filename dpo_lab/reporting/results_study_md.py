@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from dpo_lab.reporting.comparison import detectable_text
 from dpo_lab.reporting.front_page import title_of
 from dpo_lab.reporting.model_card import markdown_table
 from dpo_lab.stats import paired_tests
-from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.text import format_estimate, format_interval, format_p
 from dpo_lab.studies import frontier, verdicts
 from dpo_lab.studies.run_data import NotMeasured, RunSet
+from dpo_lab.studies.scales import Scale, as_told, prefix
 from dpo_lab.studies.spec import Direction, Prediction
+from dpo_lab.studies.verdicts import ANYTIME
 
 EXPLORATORY = "exploratory"
 ARMS = (
-    "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, with `*` if its p,"
-    " Holm-corrected over arms, is below .05."
+    "Means over seeds with 95 % intervals, of KL, perplexity and other ratio quantities geometric means; below each the"
+    " difference to {baseline}, or the factor (x), paired by seed, with `*` if its p, Holm-corrected over arms, is below"
+    " .05."
 )
 AREA = (
     "Area under the frontier of gain against KL, from 0 to {kl_max:g} nats, as a share of the optimum's area. The optimum is"
@@ -63,7 +66,8 @@ def _section(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests
         "",
         f"*Claim:* {escape(study.claim)} ({escape(study.source)})",
         "",
-        f"**{word_of(collection, judged)}**",
+        *([f"*Known before:* {escape(study.known)}", ""] if study.known else []),
+        f"**{word_of(collection, judged)}**: {verdicts.claims_text(judged)}",
         "",
         *_predictions(judged),
         "",
@@ -86,7 +90,8 @@ def word_of(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.
 def predicted(prediction: Prediction) -> str:
     """Return the predicted effect as text, `less, at least 0.2`."""
     how = "within" if prediction.direction is Direction.same else "at least"
-    least = f", {how} {format_number(prediction.min_effect)}" if prediction.min_effect else ""
+    of = "" if prediction.scale is Scale.plain else "a factor "
+    least = f", {how} {of}{format_number(prediction.min_effect)}" if prediction.min_effect else ""
     return prediction.direction.value + least
 
 
@@ -94,16 +99,18 @@ def _predictions(judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> l
     head = "prediction|measured|effect|95 % interval|n|predicted effect|p|detectable|verdict".split("|")
     rows = []
     for prediction, verdict in judged:
+        effect = as_told(prediction.scale, verdict.effect) if verdict.effect else None
+        kind = f" ({ANYTIME})" if verdict.interval_kind == ANYTIME else ""
         rows.append(
             (
                 prediction.description + ("" if prediction.primary else " (secondary)"),
                 verdicts.describe(prediction),
-                format_number(verdict.effect.value) if verdict.effect else "",
-                format_interval(verdict.effect.interval, format_number) if verdict.effect else "",
+                prefix(prediction.scale) + format_number(effect.value) if effect else "",
+                format_interval(effect.interval, format_number) + kind if effect else "",
                 str(len(verdict.seeds)),
                 predicted(prediction),
                 format_p(verdict.p_holm),
-                format_number(verdict.detectable) if verdict.detectable is not None else "",
+                detectable_text(prediction, verdict, format_number),
                 verdict.word + (f" ({verdict.note})" if verdict.note else ""),
             )
         )
@@ -135,14 +142,15 @@ def _arms(collection: RunSet) -> list[str]:
     return [ARMS.format(baseline=collection.baseline), "", *markdown_table(("arm", "n", *metrics), rows, escape)]
 
 
-def _cell(measured: tuple[Estimate, Estimate | None, float | None] | None) -> str:
+def _cell(measured: verdicts.Comparison | None) -> str:
     if measured is None:
         return ""
-    value, difference, p = measured
+    value, difference, p, scale = measured
     lines = [format_estimate(value, format_number)]
     if difference is not None:
         star = "*" if p is not None and p < paired_tests.ALPHA else ""
-        lines.append(("+" if difference.value > 0 else "") + format_estimate(difference, format_number) + star)
+        mark = prefix(scale) or ("+" if difference.value > 0 else "")
+        lines.append(mark + format_estimate(difference, format_number) + star)
     return "\n".join(lines)
 
 

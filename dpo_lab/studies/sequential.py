@@ -74,6 +74,34 @@ def confidence_sequences(
     return means - half, means + half
 
 
+def share_log_e_values(occurred: Sequence[float] | np.ndarray, null: float) -> np.ndarray:
+    """Return log e of the share `null` after each seed, [N]; occurred: [N], 1 where something occurred, otherwise 0.
+
+    The mixture of binomial likelihood ratios over a Beta(1/2, 1/2) prior on the share, an e-process for any `null`
+    (Robbins 1970, "Statistical methods related to the law of the iterated logarithm"). A share of 0 or 1 that was not
+    so in every seed has log e infinity.
+    """
+    from scipy import special
+
+    n = np.arange(1, len(occurred) + 1)
+    k = np.cumsum(occurred)
+    likelihood = special.xlogy(k, null) + special.xlogy(n - k, 1 - null)
+    return special.betaln(k + 0.5, n - k + 0.5) - special.betaln(0.5, 0.5) - likelihood
+
+
+def share_confidence_sequence(occurred: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Return the ends of the shares whose e-value after the last seed is below 1 / (1 - level)."""
+    from scipy import optimize
+
+    def excess(null: float) -> float:
+        return float(share_log_e_values(occurred, null)[-1]) + math.log(1 - level)
+
+    share = math.fsum(occurred) / len(occurred)
+    low = optimize.brentq(excess, 1e-12, share) if share > 0 else 0.0
+    high = optimize.brentq(excess, share, 1 - 1e-12) if share < 1 else 1.0
+    return float(low), float(high)  # pyright: ignore[reportArgumentType]
+
+
 def is_skewed(effects: Sequence[float]) -> bool:
     """Return whether the skewness of effects is over two of its standard errors under a normal distribution (Joanes and
     Gill 1998, "Comparing measures of sample skewness and kurtosis", G1); False for fewer than 3 effects.

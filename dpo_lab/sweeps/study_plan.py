@@ -10,12 +10,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dpo_lab.reporting.comparison import effect_text
 from dpo_lab.reporting.formatting import format_value
 from dpo_lab.runs.run_record import RunStatus, read_record
+from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import min_detectable_effect
 from dpo_lab.stats.text import percent
 from dpo_lab.studies.effects import effect_per_seed
-from dpo_lab.studies.spec import Direction
+from dpo_lab.studies.spec import Direction, Prediction
 from dpo_lab.sweeps import plan, study_power, study_rounds
 from dpo_lab.sweeps.study_power import MOST, Power, expected
 from dpo_lab.sweeps.study_run import StudyRun
@@ -80,6 +82,10 @@ def _show_power(console: Console, run: StudyRun) -> None:
     console.print(table)
     for line in _whole(run, [power for p, power in zip(run.study.predictions, powers, strict=True) if p.primary], most):
         _print(console, line)
+
+
+def _told(prediction: Prediction, power: Power) -> str:
+    return effect_text(Estimate(power.effect), prediction.scale)
 
 
 def _whole(run: StudyRun, powers: Sequence[Power | None], most: int) -> Iterator[str]:

@@ -66,7 +66,7 @@ def _is_decided(
     low, high: 95 % intervals; below, above: those at the level corrected for the number of tests (of Bonferroni, which
     Holm's correction is at its strictest).
     """
-    least = prediction.min_effect
+    least = prediction.least
     if prediction.direction is Direction.same:
         return ((low >= -least) & (high <= least)) | (low > least) | (high < -least)
     means = effects.cumsum(1) / np.arange(1, effects.shape[1] + 1)

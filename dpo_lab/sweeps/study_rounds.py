@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_lab.reporting.comparison import interval_text
-from dpo_lab.reporting.formatting import signed
+from dpo_lab.reporting.comparison import effect_text
 from dpo_lab.runs.run_record import now
 from dpo_lab.stats.paired_tests import INCONCLUSIVE, NOT_SUPPORTED, Verdict
 from dpo_lab.studies import sequential
@@ -53,7 +52,11 @@ def lines(judged: Sequence[tuple[Prediction, Verdict]]) -> list[str]:
     """Return a line for each prediction: its verdict, the effect with its interval, and how many seeds have it."""
     return [
         f"{verdict.word:{len(NOT_SUPPORTED)}}  {prediction.description}{'' if prediction.primary else ' (secondary)'}: "
-        + (f"{interval_text(verdict.effect, signed)}, {len(verdict.seeds)} seeds" if verdict.effect else "not measured")
+        + (
+            f"{effect_text(verdict.effect, prediction.scale)}, {len(verdict.seeds)} seeds"
+            if verdict.effect
+            else "not measured"
+        )
         for prediction, verdict in judged
     ]
 

@@ -10,8 +10,8 @@ from dpo_lab.reporting.figures.charts import GREY, STYLES, Point
 from dpo_lab.reporting.formatting import format_short
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import mean_over_seeds
 from dpo_lab.studies.spec import Arm
-from dpo_lab.studies.verdicts import mean_over_seeds
 
 
 def line_of(arm: Arm, axis: str) -> str:
@@ -59,7 +59,9 @@ def of_two(collection: RunSet, arm: Arm, x: str, y: str, axis: str) -> Point | N
     across, up = (collection.values(arm.name, metric) for metric in (x, y))
     if not (both := sorted(across.keys() & up.keys())):
         return None
-    right, high = (mean_over_seeds(name, [of[seed] for seed in both]) for name, of in ((x, across), (y, up)))
+    right, high = (
+        mean_over_seeds(metric, [values[seed] for seed in both]) for metric, values in ((x, across), (y, up))
+    )
     tip = f"{tooltip(arm.name, y, high)}; {x} {interval_text(right)}"
     name = format_short(arm.axes[axis]) if axis in arm.axes else arm.name
     return Point(right.value, high.value, tip, name, x_interval=right.interval, y_interval=high.interval)

@@ -11,11 +11,11 @@ from typing import Any
 from dpo_lab.reporting.figures.arm_lines import label_of, lines_of, style_of, tooltip
 from dpo_lab.reporting.figures.charts import GREY, STYLES, Chart, Panel, Point, Series, chart
 from dpo_lab.reporting.figures.learning_curves import POINTS, thinned
-from dpo_lab.reporting.figures.reward_kl import against, reward_against_kl, scale_of
+from dpo_lab.reporting.figures.reward_kl import against, reward_against_kl
 from dpo_lab.reporting.formatting import format_value
 from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import axis_of, mean_over_seeds
 from dpo_lab.studies.spec import Arm, Figure, Kind
-from dpo_lab.studies.verdicts import mean_over_seeds
 
 # Columns of the learning curves, a panel per row: the first column that was logged.
 COLUMNS = (
@@ -93,11 +93,15 @@ def _along(collection: RunSet, arms: Sequence[Arm], axis: str, metrics: Sequence
             label, is_line = label_of(number, list(lines)), len(points) > 1
             shift = _beside(number, len(lines))
             series.append(Series(label, points, style_of(number), is_line, cloud=cloud, shift=shift))
-        panels.append(Panel(metric, axis, series, "log" if is_log else "linear", scale_of(metric), ticks))
+        up = axis_of(metric, [value for s in series for _, value in s.cloud])
+        panels.append(Panel(metric, axis, series, "log" if is_log else "linear", up, ticks))
     return chart(f"{', '.join(metrics)} along {axis}", panels, _SEEDS)
 
 
-_SEEDS = "Large points: means over seeds with 95 % intervals (Student's t); small points: single seeds."
+_SEEDS = (
+    "Large points: means over seeds with 95 % intervals (Student's t; of ratio quantities such as KL geometric means);"
+    " small points: single seeds."
+)
 
 
 def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> Chart | None:
@@ -117,7 +121,8 @@ def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> 
                     cloud += [(value, arm.name) for value in values]
             series.append(Series(group, points, style_of(number), is_line=False, cloud=cloud))
         dashed = [mean_over_seeds(metric, base).value] if base else []
-        panels.append(Panel(metric, metric, series, dashed=dashed, rows=[arm.name for arm in arms]))
+        across = axis_of(metric, [value for s in series for value, _ in s.cloud])
+        panels.append(Panel(metric, metric, series, x=across, dashed=dashed, rows=[arm.name for arm in arms]))
     baseline = f" Dashed: {collection.baseline}." if collection.baseline else ""
     return chart(f"{', '.join(metrics)} by arm", panels, _SEEDS + baseline)
 

@@ -10,6 +10,7 @@ from dpo_lab.reporting.formatting import format_value
 from dpo_lab.stats.estimates import mean
 from dpo_lab.studies import frontier
 from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import axis_of
 from dpo_lab.studies.spec import Arm
 
 NS = (2, 4, 8, 16, 32, 64)  # of best-of-n
@@ -35,18 +36,18 @@ def reward_against_kl(collection: RunSet, arms: Sequence[Arm]) -> Chart | None:
     most = max(1.0, *(high for s in series for p in s.points for high in (p.x, *(p.x_interval or ()))))
     best = _optimum(collection, most)
     title, across = "gain in gold reward, sd of the initial policy", "KL to the initial policy, nats"
-    panel = Panel(title, across, [*best, *series], x=scale_of(frontier.KL))
+    panel = Panel(
+        title,
+        across,
+        [*best, *series],
+        x=axis_of(frontier.KL, [x for s in series for x, _ in s.cloud] or [p.x for s in series for p in s.points]),
+    )
     caption = (
         "Across: KL to the initial policy in nats; up: gain in gold reward, in sd of the initial policy. Large points: means"
         f" over seeds with 95 % intervals{f', labelled by {axis}' if axis else ''}; small points: single seeds."
         + ("" if best else " No run sampled candidates of the initial policy, so the optimum is unknown.")
     )
     return chart("Reward against KL", [panel], caption)
-
-
-def scale_of(metric: str) -> str:
-    """Return the scale of the axis of a metric."""
-    return "log" if metric == frontier.KL else "linear"
 
 
 def _series(collection: RunSet, lines: Mapping[str, Sequence[Arm]], x: str, y: str, axis: str) -> list[Series]:
