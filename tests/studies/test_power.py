@@ -75,7 +75,7 @@ def test_the_strongest_claims_of_the_kept_records_take_fewer_seeds_than_they_had
 
 
 def test_a_plan_says_from_records_how_many_seeds_decide(tmp_path: Path):
-    predictions = [a_study.predicts("strong", min_effect=0.1), a_study.predicts("base", "kl", min_effect=0.1)]
+    predictions = [a_study.predicts("strong", min_effect=0.1), a_study.predicts("base", "kl", min_effect=1.1)]
     study = a_study.study(["base", "strong"], predictions)
     seeds = StudyRun(study, tmp_path / "example.yaml", "full", [], tmp_path, "command", 12)
 

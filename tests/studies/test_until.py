@@ -56,11 +56,12 @@ def test_seeds_are_added_until_a_claim_is_decided_and_each_has_a_look(tmp_path, 
 
 def test_what_is_not_there_goes_on_to_the_last_seed_and_is_not_decided_falsely(tmp_path, capsys):
     """Ten claims of an effect that is not there, a look after every seed."""
-    for number in range(10):
-        arm = f"arm{number}"
-        _, (record,), _ = run_studies(tmp_path / arm, [claims(**{arm: Direction.more})], drawn(), max_seeds=12)
-        assert "supported" not in [look["predictions"][0]["verdict"] for look in record["looks"]]
-    assert "undecided, and no seed is left" in capsys.readouterr().out
+    arms = {f"arm{number}": Direction.more for number in range(10)}
+    _, (record,), _ = run_studies(tmp_path, [claims(**arms)], drawn(), max_seeds=12)
+    words = {entry["verdict"] for look in record["looks"] for entry in look["predictions"]}
+    assert "supported" not in words
+    assert [look["seeds"] for look in record["looks"]] == list(range(1, 13))
+    assert "12 of at most 12 seeds; undecided, and no seed is left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kill_after", [0, 3, 4, 11])
