@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.reporting import comparison, comparison_tables
+from dpo_lab.reporting import comparison, comparison_tables, forest
 from dpo_lab.reporting.comparison_tables import Table
 from dpo_lab.reporting.figures import comparison_figures, trajectory
 from dpo_lab.reporting.figures.charts import Chart, Panel, Point, Series, chart
+from dpo_lab.reporting.figures.reward_kl import reward_against_kl
 from dpo_lab.reporting.html_page import render
 from dpo_lab.reporting.samples import Prompt, side_by_side
 from dpo_lab.runs.metrics_log import MetricsLogError
@@ -23,7 +24,7 @@ from dpo_lab.studies.scales import Scale, as_told, factor
 from dpo_lab.studies.spec import Direction, Prediction
 
 MADE_BY = "dpo_lab.report"
-STYLES = ("templates/comparison.css",)
+STYLES = ("templates/comparison.css", "templates/forest.css")
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "templates/charts.js", "templates/tables.js")
 # The style sheet that Observable Plot inserts into every chart whose class name is "chart"; the same text allows it.
 PLOT_STYLE = """:where(.chart) {
@@ -60,6 +61,7 @@ class Part:
     chips: Sequence[str]
     about: Sequence[tuple[str, str]]
     found: Sequence[str]
+    claims: Sequence[forest.Claim]
     answers: Sequence[Answer]
     asked: Sequence[Chart]
     frontier: Chart | None
@@ -82,7 +84,7 @@ def page(collections: Sequence[RunSet], folder: Path, metrics: Sequence[str] = (
     """Return the HTML page; the same runs give the same page. folder: where it is written; links are relative to it."""
     parts = [_part(collection, folder, metrics) for collection in collections]
     title = ", ".join(part.title for part in parts)
-    return render("comparison.html", MADE_BY, STYLES, SCRIPTS, PLOT_STYLE, title=title, parts=parts)
+    return render("comparison.html", MADE_BY, STYLES, SCRIPTS, PLOT_STYLE, title=title, parts=parts, plot=forest.PLOT)
 
 
 def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
@@ -101,9 +103,10 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
             *(("measured with different settings", text) for text in collection.incomparable_settings),
         ],
         found=[each for each in (study.notes if study else "").split("\n\n") if each.strip()],
+        claims=forest.claims(judged),
         answers=[_answer(prediction, verdict) for prediction, verdict in judged],
         asked=[*comparison_figures.study_figures(collection, metrics, logs), *trajectory.paths(collection)],
-        frontier=comparison_figures.reward_kl_figure(collection),
+        frontier=reward_against_kl(collection, collection.arms),
         curves=curves,
         curves_note=logs.note or ("" if curves else "These runs have no metrics log."),
         arms=comparison_tables.arms_table(collection, comparison.figures(collection, metrics)),
@@ -134,11 +137,11 @@ def _chips(collection: RunSet) -> list[str]:
 
 def _about(collection: RunSet) -> list[tuple[str, str]]:
     """Return question, claim and source, and when the predictions were registered."""
-    study = collection.study
+    study, record = collection.study, collection.record
     if study is None:
         about = [("runs in", collection.title), ("all runs", " ".join(collection.shared))]
         return [each for each in (*about, ("baseline", comparison.baseline_text(collection))) if each[1]]
-    since, others = comparison.registered(collection.record, study.digest())
+    since, others = comparison.registered(record, study.digest(record.get("stopping")))
     when = since or "never: these predictions differ from the registered ones"
     if others:
         when += f"; {others} other version{'s' if others > 1 else ''} registered before"

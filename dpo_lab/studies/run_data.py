@@ -213,14 +213,15 @@ class RunSet:
 
     def cpu_seconds(self) -> float:
         """Return the CPU seconds of all stages of finished runs; a run shared by several arms counts once."""
-        return math.fsum(self._costs().values())
+        return math.fsum(self.costs().values())
 
     def cpu_seconds_a_run(self) -> float | None:
         """Return the mean CPU seconds of a finished run, to estimate further ones; None if none is finished."""
-        costs = self._costs()
+        costs = self.costs()
         return math.fsum(costs.values()) / len(costs) if costs else None
 
-    def _costs(self) -> dict[Path, float]:
+    def costs(self) -> dict[Path, float]:
+        """Return the CPU seconds of each finished run, by its folder."""
         return {run.folder: run.value("seconds") for run in self.runs if run.is_done and run.record.get("seconds")}
 
 
@@ -243,7 +244,8 @@ def assemble(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequen
 
     record: holds the `registrations`; the last one of the study's current version counts.
     """
-    times = [entry["at"] for entry in record.get("registrations") or () if entry["digest"] == study.digest()]
+    digest = study.digest(record.get("stopping"))
+    times = [entry["at"] for entry in record.get("registrations") or () if entry["digest"] == digest]
     since = max(map(datetime.fromisoformat, times), default=None)
     found = {(run.arm, run.seed): run for run in runs}
     jobs = [found.get((arm.name, seed), RunData(folder, arm.name, seed)) for arm in study.arms for seed in study.seeds]

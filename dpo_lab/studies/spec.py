@@ -212,11 +212,13 @@ class Study:
         """Return the arm of that name, otherwise the arms of the group of that name."""
         return [arm for arm in self.arms if arm.name == named] or [arm for arm in self.arms if arm.group == named]
 
-    def digest(self) -> str:
-        """Return a hash of what is registered before the first run: predictions, arms, claim, baseline, seeds, and the
-        rule for missing seeds.
+    def digest(self, stopping: Mapping[str, Any] | None = None) -> str:
+        """Return a hash of what is registered before the first run: predictions, arms, claim, baseline, the rule for missing
+        seeds, and the seeds or, where seeds are added until the study is decided, the rule by which they are.
+
+        stopping: that rule, as in study.json.
         """
-        return _digest(self.as_record())
+        return _digest(self.as_record(), stopping)
 
     def as_record(self) -> dict[str, Any]:
         """Return the study as plain values; `from_record` reads them back."""
@@ -257,15 +259,18 @@ def present_study(record: Mapping[str, Any]) -> dict[str, Any]:
         renamed(arm, RENAMED_ARM_KEYS) | {"overrides": [*map(present_override, arm["overrides"])]}
         for arm in study["arms"]
     ]
-    digests = {_digest(record["study"]): _digest(study)}
+    stopping = record.get("stopping")
+    digests = {_digest(record["study"], stopping): _digest(study, stopping)}
     registrations = [
         entry | {"digest": digests.get(entry["digest"], entry["digest"])} for entry in record.get("registrations") or ()
     ]
     return {**record, "study": study, "registrations": registrations}
 
 
-def _digest(study: Mapping[str, Any]) -> str:
+def _digest(study: Mapping[str, Any], stopping: Mapping[str, Any] | None = None) -> str:
     """Return a hash of the parts of a study's record that are registered before the first run."""
     names = ("predictions", "arms", "claim", "baseline", "seeds", "missing")
     registered = {name: study[name] for name in names if name in study}
+    if stopping:
+        registered["seeds"] = dict(stopping)
     return hashlib.blake2b(json.dumps(registered, sort_keys=True).encode(), digest_size=12).hexdigest()

@@ -30,7 +30,9 @@ MetricsLogs = Callable[[str], Sequence[tuple[int, Sequence[Mapping[str, Any]]]]]
 
 
 def study_figures(collection: RunSet, metrics: Sequence[str], logs: MetricsLogs) -> list[Chart]:
-    """Return the study's figures; without a study, a figure for each axis along which arms differ, or one by arm."""
+    """Return the study's figures but that of all arms by reward and KL; without a study, a figure for each axis along which
+    arms differ, or one by arm.
+    """
     study = collection.study
     wanted = study.figures if study else _suggested(collection, metrics)
     charts = []
@@ -43,17 +45,9 @@ def study_figures(collection: RunSet, metrics: Sequence[str], logs: MetricsLogs)
             charts.append(_by_arm(collection, arms, figure.y))
         elif figure.kind is Kind.curves:
             charts.append(_curves(collection, arms, figure.y, logs))
-        else:
+        elif figure.arms:
             charts.append(reward_against_kl(collection, arms))
     return [found for found in charts if found]
-
-
-def reward_kl_figure(collection: RunSet) -> Chart | None:
-    """Return the figure of all arms by reward and KL; None if these were not measured, or if the study has this figure."""
-    study = collection.study
-    if study and any(figure.kind is Kind.frontier and not figure.arms for figure in study.figures):
-        return None
-    return reward_against_kl(collection, collection.arms)
 
 
 def learning(collection: RunSet, logs: MetricsLogs) -> Chart | None:
