@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ examples:
   python -m dpo_lab.report outputs/a outputs/b --metrics gold_gain,kl,"gold_gain / kl"
   python -m dpo_lab.report outputs/dpo --csv > arms.csv           every digit, for further processing
   python -m dpo_lab.report outputs/studies/beta/full --archive ablations/records
+  python -m dpo_lab.report outputs/studies --front                the front page: all claims of all studies in one picture
+  python -m dpo_lab.report --results                              the same of the archived records, and RESULTS.md
   python -m dpo_lab.report --results ablations/RESULTS.md --check
 """
 
@@ -72,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="path of the page (default: report.html in the first folder)"
     )
+    parser.add_argument(
+        "--front",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="FILE",
+        help="write the front page of the studies in the folders alone, a picture of all their claims (default: index.html"
+        " in the first folder)",
+    )
     kept = parser.add_argument_group("archived records")
     kept.add_argument(
         "--archive", type=Path, metavar="DIR", help="write a small record of each study to DIR, to be committed"
@@ -79,8 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     kept.add_argument(
         "--results",
         type=Path,
+        nargs="?",
+        const=Path("ablations/RESULTS.md"),
         metavar="FILE",
-        help="write the results in the archived records of records/ beside FILE",
+        help="write the results in the archived records of records/ beside FILE (default: ablations/RESULTS.md): a table, a"
+        " page for each study, and a front page, pages/index.html",
     )
     kept.add_argument(
         "--check", action="store_true", help="with --results: write nothing, print where the file differs"
@@ -93,6 +108,8 @@ def _report(options: argparse.Namespace) -> int:
         return _results(options.results, options.check)
     if options.check:
         raise StudyError("--check: goes with --results FILE")
+    if options.paths and options.front is not None:
+        return _front(options.front if options.front != Path() else options.paths[0] / "index.html", options.paths)
     if not options.paths:
         raise StudyError(
             "type the folder of a run, a sweep or a study, e.g. python -m dpo_lab.report outputs/dpo; see --help"
@@ -160,9 +177,14 @@ def _page_path(path: Path | None, collections: Sequence[RunSet]) -> Path:
 
 def _write(page: Path, collections: Sequence[RunSet], metrics: Sequence[str]) -> None:
     from dpo_lab.reporting.comparison_page import page as drawn
+
+    _write_page(page, drawn(collections, page.parent, metrics))
+
+
+def _write_page(page: Path, content: str) -> None:
+    """Write a page, over an earlier one alone. Raise StudyError if that can't be done."""
     from dpo_lab.runs.atomic_write import write_atomic
 
-    content = drawn(collections, page.parent, metrics)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(page, content)
@@ -186,13 +208,18 @@ def _print(options: argparse.Namespace, collections: Sequence[RunSet], metrics: 
 
 def _results(file: Path, check: bool) -> int:
     """Write the results of the archived records beside the file to it, or print where it differs from them."""
-    from dpo_lab.reporting.results_md import check_results, write_results
+    from dpo_lab.reporting.results_md import check_results, name_of, read_records, write_results
     from dpo_lab.studies.archive import FOLDER
 
     records = file.parent / FOLDER
     if not check:
         write_results(records, file)
         print(f"Written: {file}")
+        pages = file.parent / "pages"
+        studies = [(pages / f"{name_of(study)}.html", study) for study in read_records(records)]
+        for page, study in studies:
+            _write(page, [study], [])
+        _write_front(pages / "index.html", studies)
         return 0
     differences = check_results(records, file)
     for difference in differences:
@@ -200,6 +227,28 @@ def _results(file: Path, check: bool) -> int:
     if not differences:
         print(f"{file}: agrees with the records")
     return 1 if differences else 0
+
+
+def _front(file: Path, paths: Sequence[Path]) -> int:
+    """Write the front page of the studies in folders, each linked to its page there."""
+    from dpo_lab.studies.load import gather
+
+    studies = [study for study in gather(paths) if study.study is not None]
+    if not studies:
+        raise StudyError(f"--front: no study in {', '.join(map(str, paths))}; type the folder of studies")
+    _write_front(file, [(study.folder / "report.html", study) for study in studies])
+    return 0
+
+
+def _write_front(file: Path, studies: Sequence[tuple[Path, RunSet]]) -> None:
+    """Write the front page of studies, each with the path of its page, which is linked if there is one."""
+    from dpo_lab.reporting.front_page import front_page
+
+    links = [
+        (study, Path(os.path.relpath(page, file.parent)).as_posix() if page.exists() else "") for page, study in studies
+    ]
+    _write_page(file, front_page(links))
+    print(f"Front page: {file}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import EXECUTION_KEYS, NOT_IN_FOLDER_NAMES, RECORD_KEYS, is_under
 from dpo_lab.runs.redact import redact_command
 from dpo_lab.studies.spec import StudyError
-from dpo_lab.sweeps import study_sweeper
+from dpo_lab.sweeps import study_rounds, study_sweeper
 from dpo_lab.sweeps.study_file import COLLECTION, read
 from dpo_lab.sweeps.study_run import StudyRun
 from dpo_lab.terminal.pipes import quiet_if_closed
@@ -29,12 +29,15 @@ HELP = """Test a claim: run every arm under every seed, then report the verdicts
   python -m dpo_lab.study ablations/beta.yaml                   the whole study; the same command resumes it
   python -m dpo_lab.study ablations/uniform_ref.yaml budget=quick    a small one, in minutes
   python -m dpo_lab.study ablations/beta.yaml --plan            its jobs, their cost, detectable effects; runs nothing
+  python -m dpo_lab.study ablations/beta.yaml until=decided         as many seeds as it takes
   python -m dpo_lab.study ablations/beta.yaml launcher=joblib hydra.launcher.n_jobs=4     several jobs at once
   python -m dpo_lab.study ablations/beta.yaml policy=pretrained policy.path=... data.path=...   on your model and data
   python -m dpo_lab.study study=all                             every study of ablations/
 
-budget=NAME: one of the file's budgets (default: full). seeds=0,1,2: instead of the budget's seeds. name=NAME: the
-folder in outputs/ (default: studies). Every other key=value applies to all runs, as with python -m dpo_lab.train.
+budget=NAME: one of the file's budgets (default: full). seeds=0,1,2: instead of the budget's seeds. until=decided: add
+seeds, those of the budget or of seeds= first, then the whole numbers after them, with a look after each, until every
+primary prediction is decided or there are max_seeds (default: 24). name=NAME: the folder in outputs/ (default: studies).
+Every other key=value applies to all runs, as with python -m dpo_lab.train.
 """
 
 
@@ -63,12 +66,15 @@ def main(arguments: Sequence[str] | None = None, task: Callable[[], None] = trai
     if not given.plan and code in (0, 1):
         for run in runs:
             report.main([str(run.folder)])
+        if len(runs) > 1:
+            folders = [str(run.folder) for run in runs]
+            report.main([*folders, "--front", str(runs[0].folder.parent.parent / "index.html")])
     return code
 
 
 def planned_studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[StudyRun], list[StudyRun], list[str]]:
     """Return the studies, the other studies in their folders, and the overrides of all runs."""
-    options = {"study": "", "budget": "full", "seeds": "", "name": "studies"}
+    options = {"study": "", "budget": "full", "seeds": "", "until": "", "max_seeds": "", "name": "studies"}
     files, more = [], []
     for word in words:
         key, is_setting, value = word.partition("=")
@@ -86,6 +92,7 @@ def planned_studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[St
         seeds = [int(seed) for seed in options["seeds"].split(",")] if options["seeds"] else None
     except ValueError:
         raise StudyError(f"seeds={options['seeds']}: must be whole numbers; type e.g. seeds=0,1,2") from None
+    max_seeds = _max_seeds(options["until"], options["max_seeds"])
     arms = [
         word
         for word in more
@@ -95,7 +102,8 @@ def planned_studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[St
     command = redact_command(["python", "-m", "dpo_lab.study", *typed])
 
     def run(path: Path) -> StudyRun:
-        return StudyRun(read(path, options["budget"], seeds, arms), path, options["budget"], arms, root, command)
+        study = read(path, options["budget"], seeds, arms)
+        return StudyRun(study, path, options["budget"], arms, root, command, max_seeds)
 
     studies, beside = [run(path) for path in paths], []
     for other in sorted({other for path in paths for other in path.parent.glob("*.yaml")} - set(paths)):
@@ -106,6 +114,20 @@ def planned_studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[St
         beside,
         [f"name={options['name']}/runs/{options['budget']}", *(word for word in more if word not in arms)],
     )
+
+
+def _max_seeds(until: str, max_seeds: str) -> int | None:
+    """Return the most seeds of a study that adds seeds until it is decided; None if it has those of its budget."""
+    if until not in ("", study_rounds.DECIDED):
+        raise StudyError(f"until={until}: type until=decided, or leave it out for the seeds of the budget")
+    if not until:
+        if max_seeds:
+            raise StudyError(f"max_seeds={max_seeds}: goes with until=decided")
+        return None
+    if max_seeds and (not max_seeds.isdecimal() or int(max_seeds) < study_rounds.FEWEST):
+        fewest = study_rounds.FEWEST
+        raise StudyError(f"max_seeds={max_seeds}: must be a whole number, {fewest} or more, since fewer decide nothing")
+    return int(max_seeds or study_rounds.MAX_SEEDS)
 
 
 if __name__ == "__main__":

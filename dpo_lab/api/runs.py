@@ -12,6 +12,7 @@ from dpo_lab.reporting import comparison
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies import grouping, load, verdicts
 from dpo_lab.studies.run_data import RunSet, check_metrics
+from dpo_lab.studies.scales import as_told
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -61,9 +62,11 @@ class Runs(Sequence[Run]):
         """Return the effects of the report: a row for each metric and arm.
 
         Columns: `metric`, `arm`, `n` (seeds), `value`, `low`, `high` (the mean over seeds and its 95 % interval),
-        `difference`, `difference_low`, `difference_high` (to the baseline, paired by seed), and `p_holm`, the p of that
-        difference, Holm-corrected over arms. baseline: the name of an arm, by default `Runs.baseline`; metrics: by default
-        those of the study, otherwise the usual ones. Raises LabError for an arm or a metric that no run has.
+        `difference`, `difference_low`, `difference_high` (to the baseline, paired by seed; a factor where `scale` is log,
+        as for KL), `p_holm`, the p of that difference, Holm-corrected over arms, and `scale`. baseline: the name of an arm,
+        by default `Runs.baseline`; metrics: by default those of the study, otherwise the usual ones.
+
+        Raises LabError for an arm or a metric that no run has.
         """
         from pandas import DataFrame
 
@@ -74,12 +77,14 @@ class Runs(Sequence[Run]):
             for each in measured:
                 row: dict[str, Any] = {"metric": metric, "arm": each.arm, "n": each.n}
                 row |= _estimate(each.estimate, "value", "") | _estimate(each.difference, "difference", "difference_")
-                rows.append(row | {"p_holm": each.p})
+                rows.append(row | {"p_holm": each.p, "scale": each.scale.value})
         return DataFrame(rows)
 
     def verdicts(self) -> DataFrame:
         """Return the verdicts of a study, a row for each prediction: `claim`, `verdict`, `effect`, `low`, `high`,
-        `p_holm`, `note`. Raises LabError if the runs belong to no study.
+        `p_holm`, `note`, `scale` (the effect is a factor if it is log or log_odds), `interval_kind`.
+
+        Raises LabError if the runs belong to no study.
         """
         from pandas import DataFrame
 
@@ -90,9 +95,9 @@ class Runs(Sequence[Run]):
         rows = []
         for prediction, verdict in verdicts.decide(self._collection):
             row: dict[str, Any] = {"claim": prediction.description, "verdict": verdict.word}
-            rows.append(
-                row | _estimate(verdict.effect, "effect", "") | {"p_holm": verdict.p_holm, "note": verdict.note}
-            )
+            effect = as_told(prediction.scale, verdict.effect) if verdict.effect else None
+            row |= _estimate(effect, "effect", "") | {"p_holm": verdict.p_holm, "note": verdict.note}
+            rows.append(row | {"scale": prediction.scale.value, "interval_kind": verdict.interval_kind})
         return DataFrame(rows)
 
     def run(self, arm: str, seed: int = 0) -> Run:

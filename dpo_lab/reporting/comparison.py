@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from dpo_lab.stats.paired_tests import Verdict
 from dpo_lab.stats.text import format_estimate
 from dpo_lab.studies import verdicts
 from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import Scale, as_told, factor, prefix
 from dpo_lab.studies.spec import Direction, Measure, Prediction
 
 # The metrics shown for runs that belong to no study, in this order, as far as they were measured.
@@ -21,8 +22,8 @@ MOST = 6  # metrics shown by default
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of one arm. estimate: over seeds, None if no run has it; difference: to the baseline, paired by seed;
-    p: of that difference, Holm-corrected over arms; planned: runs that the arm should have.
+    """One metric of one arm. estimate: over seeds, None if no run has it; difference: to the baseline, paired by seed, a
+    factor if scale is log; p: of that difference, Holm-corrected over arms; planned: runs that the arm should have.
     """
 
     arm: str
@@ -30,6 +31,7 @@ class Measured:
     estimate: Estimate | None
     difference: Estimate | None
     p: float | None
+    scale: Scale
     planned: int
 
     @property
@@ -57,7 +59,7 @@ def figures(collection: RunSet, metrics: Sequence[str]) -> dict[str, list[Measur
     for metric in metrics:
         versus = verdicts.versus_baseline(collection, metric)
         found[metric] = [
-            Measured(arm.name, metric, *versus.get(arm.name, (None, None, None)), planned[arm.name])
+            Measured(arm.name, metric, *versus.get(arm.name, (None, None, None, Scale.plain)), planned[arm.name])
             for arm in collection.arms
         ]
     return found
@@ -87,6 +89,11 @@ def with_error(estimate: Estimate, spell=format_value) -> str:
     return f"{spell(estimate.value)} ±{format_value(half)}"
 
 
+def effect_text(effect: Estimate, scale: Scale, spell: Callable[[Estimate, Callable], str] = interval_text) -> str:
+    """Return an effect on a scale as text: `+0.52 (0.37 .. 0.67)`, or a factor, `x 0.24 (0.17 .. 0.34)`."""
+    return prefix(scale) + spell(as_told(scale, effect), signed if scale is Scale.plain else format_value)
+
+
 def effect_name(prediction: Prediction) -> str:
     """Return what an effect was computed from, `kl: uniform minus dpo`."""
     other = prediction.control or f"{prediction.value:g}"
@@ -103,10 +110,24 @@ def effect_name(prediction: Prediction) -> str:
 
 def predicted(prediction: Prediction) -> str:
     """Return the prediction for an effect, `above 0; smallest relevant effect 0.2`."""
+    least, mark = prediction.min_effect, prefix(prediction.scale)
+    if mark:
+        none, least = f"{mark}1", factor((-1 if prediction.direction is Direction.less else 1) * prediction.least)
+    else:
+        none = "0"
     if prediction.direction is Direction.same:
-        return f"within {prediction.min_effect:g} of 0"
-    where = "above 0" if prediction.direction is Direction.more else "below 0"
-    return f"{where}; smallest relevant effect {prediction.min_effect:g}" if prediction.min_effect else where
+        return f"within {mark}{1 / least:.3g} .. {least:.3g}" if mark else f"within {least:g} of 0"
+    where = f"above {none}" if prediction.direction is Direction.more else f"below {none}"
+    return f"{where}; smallest relevant effect {mark}{least:.3g}" if prediction.min_effect else where
+
+
+def detectable_text(prediction: Prediction, verdict: Verdict, spell: Callable[[float], str] = format_value) -> str:
+    """Return the effect that the seeds of a verdict could have detected; empty if it is unknown."""
+    if verdict.detectable is None:
+        return ""
+    if prediction.scale is Scale.plain:
+        return spell(verdict.detectable)
+    return prefix(prediction.scale) + spell(factor(verdict.detectable))
 
 
 def verdict_notes(verdict: Verdict) -> list[str]:
@@ -125,8 +146,14 @@ def registered(record: Mapping[str, Any], digest: str) -> tuple[str | None, int]
 
 
 def difference_text(figure: Measured) -> str:
-    """Return the difference to the baseline with its interval; empty if there is none."""
-    return interval_text(figure.difference, signed) if figure.difference else ""
+    """Return the difference to the baseline, or the factor, with its interval; empty if there is none."""
+    return told_difference(figure, interval_text) if figure.difference else ""
+
+
+def told_difference(figure: Measured, spell: Callable[[Estimate, Callable], str]) -> str:
+    """Return the difference to the baseline as `spell` writes it, a factor after `x `."""
+    assert figure.difference is not None
+    return prefix(figure.scale) + spell(figure.difference, signed if figure.scale is Scale.plain else format_value)
 
 
 def count_text(figure: Measured) -> str:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_lab.reporting import comparison, comparison_tables
+from dpo_lab.reporting import comparison, comparison_tables, forest
 from dpo_lab.reporting.comparison_tables import Table
-from dpo_lab.reporting.figures import comparison_figures
+from dpo_lab.reporting.figures import comparison_figures, trajectory
 from dpo_lab.reporting.figures.charts import Chart, Panel, Point, Series, chart
+from dpo_lab.reporting.figures.reward_kl import reward_against_kl
 from dpo_lab.reporting.html_page import render
 from dpo_lab.reporting.samples import Prompt, side_by_side
 from dpo_lab.runs.metrics_log import MetricsLogError
@@ -19,10 +20,11 @@ from dpo_lab.stats.paired_tests import Verdict
 from dpo_lab.stats.text import format_p
 from dpo_lab.studies import verdicts
 from dpo_lab.studies.run_data import RunData, RunSet
+from dpo_lab.studies.scales import Scale, as_told, factor
 from dpo_lab.studies.spec import Direction, Prediction
 
 MADE_BY = "dpo_lab.report"
-STYLES = ("templates/comparison.css",)
+STYLES = ("templates/comparison.css", "templates/forest.css")
 SCRIPTS = ("vendor/d3.min.js", "vendor/plot.umd.min.js", "templates/charts.js", "templates/tables.js")
 # The style sheet that Observable Plot inserts into every chart whose class name is "chart"; the same text allows it.
 PLOT_STYLE = """:where(.chart) {
@@ -59,6 +61,7 @@ class Part:
     chips: Sequence[str]
     about: Sequence[tuple[str, str]]
     found: Sequence[str]
+    claims: Sequence[forest.Claim]
     answers: Sequence[Answer]
     asked: Sequence[Chart]
     frontier: Chart | None
@@ -81,7 +84,7 @@ def page(collections: Sequence[RunSet], folder: Path, metrics: Sequence[str] = (
     """Return the HTML page; the same runs give the same page. folder: where it is written; links are relative to it."""
     parts = [_part(collection, folder, metrics) for collection in collections]
     title = ", ".join(part.title for part in parts)
-    return render("comparison.html", MADE_BY, STYLES, SCRIPTS, PLOT_STYLE, title=title, parts=parts)
+    return render("comparison.html", MADE_BY, STYLES, SCRIPTS, PLOT_STYLE, title=title, parts=parts, plot=forest.PLOT)
 
 
 def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
@@ -94,15 +97,16 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
     return Part(
         title=collection.title,
         word=verdicts.study_verdict(judged) if judged else "",
-        chips=_chips(collection),
+        chips=[*([verdicts.claims_text(judged)] if judged else []), *_chips(collection)],
         about=[
             *_about(collection),
             *(("measured with different settings", text) for text in collection.incomparable_settings),
         ],
         found=[each for each in (study.notes if study else "").split("\n\n") if each.strip()],
+        claims=forest.claims(judged),
         answers=[_answer(prediction, verdict) for prediction, verdict in judged],
-        asked=comparison_figures.study_figures(collection, metrics, logs),
-        frontier=comparison_figures.reward_kl_figure(collection),
+        asked=[*comparison_figures.study_figures(collection, metrics, logs), *trajectory.paths(collection)],
+        frontier=reward_against_kl(collection, collection.arms),
         curves=curves,
         curves_note=logs.note or ("" if curves else "These runs have no metrics log."),
         arms=comparison_tables.arms_table(collection, comparison.figures(collection, metrics)),
@@ -133,15 +137,16 @@ def _chips(collection: RunSet) -> list[str]:
 
 def _about(collection: RunSet) -> list[tuple[str, str]]:
     """Return question, claim and source, and when the predictions were registered."""
-    study = collection.study
+    study, record = collection.study, collection.record
     if study is None:
         about = [("runs in", collection.title), ("all runs", " ".join(collection.shared))]
         return [each for each in (*about, ("baseline", comparison.baseline_text(collection))) if each[1]]
-    since, others = comparison.registered(collection.record, study.digest())
+    since, others = comparison.registered(record, study.digest(record.get("stopping")))
     when = since or "never: these predictions differ from the registered ones"
     if others:
         when += f"; {others} other version{'s' if others > 1 else ''} registered before"
-    about = [("question", study.question), ("claim", study.claim), ("source", study.source), ("registered", when)]
+    about = [("question", study.question), ("claim", study.claim), ("source", study.source)]
+    about += [("known before", study.known), ("registered", when)]
     if collection.is_exploratory:
         early = [run for run in collection.runs if run.is_done and not run.is_confirmatory]
         arms = dict.fromkeys(run.arm for run in early)
@@ -154,13 +159,14 @@ def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
     """Return a prediction with its verdict. Effects keep their sign: a supported `less` lies below 0."""
     measured = verdict.effect
     facts = [
-        ("effect", comparison.interval_text(measured, comparison.signed) if measured else "unknown"),
+        ("effect", comparison.effect_text(measured, prediction.scale) if measured else "unknown"),
         ("effect of", comparison.effect_name(prediction)),
         ("predicted", comparison.predicted(prediction)),
         ("n", f"{len(verdict.seeds)} seeds"),
         ("p", format_p(verdict.p)),
         ("p, Holm", format_p(verdict.p_holm)),
-        ("detectable", comparison.format_value(verdict.detectable) if verdict.detectable is not None else ""),
+        ("detectable", comparison.detectable_text(prediction, verdict)),
+        ("interval", verdict.interval_kind),
     ]
     notes = comparison.verdict_notes(verdict)
     return Answer(
@@ -174,16 +180,21 @@ def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
 
 
 def _effect(prediction: Prediction, measured: Estimate | None) -> Chart | None:
-    """Return the effect with its interval, 0, and the smallest relevant effect, on both sides if 0 was predicted."""
+    """Return the effect with its interval, no effect, and the smallest relevant one, on both sides if `same` was predicted;
+    factors on a log axis.
+    """
     if measured is None:
         return None
-    tip = (
-        f"effect {comparison.interval_text(measured, comparison.signed)}; predicted {comparison.predicted(prediction)}"
-    )
-    point = Point(measured.value, "", tip, x_interval=measured.interval)
+    scale = prediction.scale
+    tip = f"effect {comparison.effect_text(measured, scale)}; predicted {comparison.predicted(prediction)}"
+    told = as_told(scale, measured)
+    point = Point(told.value, "", tip, x_interval=told.interval)
     signs = {Direction.less: (-1,), Direction.more: (1,), Direction.same: (-1, 1)}[prediction.direction]
-    dashed = [sign * prediction.min_effect for sign in signs if prediction.min_effect]
-    return chart("", [Panel("", "", [Series("effect", [point], is_line=False)], lines=[0.0], dashed=dashed, rows=[""])])
+    dashed = [sign * prediction.least for sign in signs if prediction.least]
+    series, axis, none = [Series("effect", [point], is_line=False)], "linear", 0.0
+    if scale is not Scale.plain:
+        axis, none, dashed = "log", 1.0, [factor(value) for value in dashed]
+    return chart("", [Panel("", "", series, x=axis, lines=[none], dashed=dashed, rows=[""])])
 
 
 class _MetricsLogs:

@@ -15,6 +15,7 @@ from dpo_lab.reporting.formatting import format_value
 from dpo_lab.stats.text import format_p
 from dpo_lab.studies.load import recorded_jobs
 from dpo_lab.studies.run_data import RunData, RunSet
+from dpo_lab.studies.scales import prefix
 
 NOISE = "flipped by label noise"  # among a record's counts
 LEVELS = {"warning": 0, "info": 1}
@@ -66,9 +67,14 @@ def arms_table(collection: RunSet, measured: Mapping[str, Sequence[Measured]]) -
         for figures in measured.values():
             row += _measured(figures[place], collection.baseline)
         rows.append(row)
-    says = "Means over seeds with 95 % intervals (Student's t over seeds; exact binomial for yes/no metrics)."
+    says = (
+        "Means over seeds with 95 % intervals (Student's t over seeds; exact binomial for yes/no metrics), of KL, perplexity"
+        " and other ratio quantities geometric means."
+    )
     if collection.baseline:
-        says += f" Differences are to {collection.baseline}, paired by seed; p values Holm-corrected over arms."
+        says += (
+            f" Differences and factors (x) are to {collection.baseline}, paired by seed; p Holm-corrected over arms."
+        )
     return Table("Arms", head, rows, says)
 
 
@@ -88,7 +94,8 @@ def _measured(of: Measured, baseline: str | None) -> list[Cell]:
         return [*cells, Cell("baseline", 0.0)]
     if of.difference is None:
         return [*cells, Cell("")]
-    value, _, interval = difference_text(of).partition(" ")
+    value, _, interval = difference_text(of).removeprefix(sign := prefix(of.scale)).partition(" ")
+    value = sign + value
     p = f"p {format_p(of.p)}" if of.p is not None else ""
     return [*cells, Cell(value, of.difference.value, [line for line in (interval.strip("()"), p) if line])]
 

@@ -23,7 +23,7 @@ from dpo_lab.studies.spec import Prediction
 
 STYLES = {"supported": "bold green", "not supported": "bold red", "inconclusive": "bold yellow"}
 ARMS = ("arm", "n", "mean, 95 %", "difference to baseline, 95 %", "p, Holm")
-VERDICTS = ("prediction", "verdict", "effect, 95 %", "n", "p", "detectable")
+VERDICTS = ("prediction", "verdict", "effect, 95 %", "n", "p", "detectable", "interval")
 
 
 def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
@@ -38,6 +38,7 @@ def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
             ", exploratory: some runs started before the prediction was registered" if collection.is_exploratory else ""
         )
         _print(console, f"{word}{label}", STYLES.get(word, ""))
+        _print(console, verdicts.claims_text(judged))
         console.print(_table(VERDICTS, [_verdict(*each) for each in judged]))
         for prediction, verdict in judged:
             if verdict.note:
@@ -66,7 +67,7 @@ def markdown(collection: RunSet, metrics: Sequence[str]) -> str:
     if collection.study:
         judged = verdicts.decide(collection)
         label = ", *exploratory*" if collection.is_exploratory else ""
-        lines += [f"**{verdicts.study_verdict(judged)}**{label}", ""]
+        lines += [f"**{verdicts.study_verdict(judged)}**{label}: {verdicts.claims_text(judged)}", ""]
         lines += [*markdown_table(VERDICTS, [_strip(_verdict(*each)) for each in judged]), ""]
     elif len(collection.arms) > 1:
         about = [("All runs", " ".join(collection.shared)), ("Baseline", comparison.baseline_text(collection))]
@@ -87,13 +88,15 @@ def as_csv(collections: Sequence[RunSet], metrics: Sequence[str]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     ends = ("value", "low", "high")
-    writer.writerow(["report", "arm", "metric", "n", "runs", *ends, *(f"difference_{end}" for end in ends), "p_holm"])
+    writer.writerow(
+        ["report", "arm", "metric", "n", "runs", *ends, *(f"difference_{end}" for end in ends), "p_holm", "scale"]
+    )
     for collection in collections:
         for measured in comparison.figures(collection, comparison.metrics_of(collection, metrics)).values():
             for of in measured:
                 figures = [*_bounds(of.estimate), *_bounds(of.difference), "" if of.p is None else repr(of.p)]
                 texts = map(_plain_cell, (collection.title, of.arm, of.metric))
-                writer.writerow([*texts, of.n, of.planned, *figures])
+                writer.writerow([*texts, of.n, of.planned, *figures, of.scale.value])
     return out.getvalue()
 
 
@@ -118,17 +121,17 @@ def _arm(of: comparison.Measured, baseline: str | None) -> list[str]:
         of.arm,
         comparison.count_text(of),
         level,
-        comparison.with_error(of.difference, comparison.signed),
+        comparison.told_difference(of, comparison.with_error),
         format_p(of.p),
     ]
 
 
 def _verdict(prediction: Prediction, verdict: Verdict) -> list[str]:
-    effect = comparison.with_error(verdict.effect, comparison.signed) if verdict.effect else ""
+    effect = comparison.effect_text(verdict.effect, prediction.scale, comparison.with_error) if verdict.effect else ""
     says = prediction.description if prediction.primary else f"{prediction.description} (secondary)"
     p = verdict.p_holm if verdict.p_holm is not None else verdict.p
-    detectable = comparison.format_value(verdict.detectable) if verdict.detectable is not None else ""
-    return [says, verdict.word, effect, str(len(verdict.seeds)), format_p(p), detectable]
+    detectable = comparison.detectable_text(prediction, verdict)
+    return [says, verdict.word, effect, str(len(verdict.seeds)), format_p(p), detectable, verdict.interval_kind]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

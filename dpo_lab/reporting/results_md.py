@@ -1,278 +1,124 @@
-"""Write `ablations/RESULTS.md`: every archived study's predictions, verdicts, arms and cost, from its record alone."""
+"""Write `ablations/RESULTS.md`, a table of every archived study's claims and verdicts, and a page for each, from records
+alone.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_lab.reporting import forest
+from dpo_lab.reporting.front_page import title_of
 from dpo_lab.reporting.model_card import markdown_table
+from dpo_lab.reporting.results_study_md import date, escape, format_number, hours, predicted, study_page, word_of
 from dpo_lab.runs.atomic_write import write_atomic
-from dpo_lab.stats import paired_tests
-from dpo_lab.stats.estimates import Estimate
-from dpo_lab.stats.text import format_estimate, format_interval, format_p
-from dpo_lab.studies import archive, frontier, verdicts
-from dpo_lab.studies.run_data import NotMeasured, RunSet
-from dpo_lab.studies.spec import Direction, Prediction, StudyError
+from dpo_lab.stats.paired_tests import Verdict
+from dpo_lab.stats.text import format_estimate
+from dpo_lab.studies import archive, verdicts
+from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import as_told, prefix
+from dpo_lab.studies.spec import Prediction, StudyError
 
-EXPLORATORY = "exploratory"
+PAGES = "results"  # the folder of the studies' pages, beside the table
+Judged = Sequence[tuple[Prediction, Verdict]]
 HEAD = """# Results
 
-Every number here is computed from the archived records of runs, `ablations/records/*.json`, by `python -m
-dpo_lab.report --results ablations/RESULTS.md`; with `--check` the same command shows where this file differs from the
-records. Negative results are included.
+Every number here and on the studies' pages is computed from the archived records of runs, `ablations/records/*.json`, by
+`python -m dpo_lab.report --results`; with `--check` the same command shows where a file differs from the records. It also
+writes `ablations/pages/index.html`, the same table as a picture. Negative results are included.
 
 n is the number of seeds. An effect is computed for each seed, between runs that share data, order and prompts; its 95 %
-interval is Student's t over seeds (Clopper-Pearson for yes/no metrics). p is two-sided and Holm-corrected over the
+interval is Student's t over seeds (Clopper-Pearson for yes/no metrics), or anytime-valid where seeds were added until
+the study was decided. Effects on KL, perplexity and other ratio quantities are factors (x), unless they were registered
+as differences ([docs/statistics.md](../docs/statistics.md)). p is two-sided and Holm-corrected over the
 study's primary predictions (for a secondary prediction, over all). *Supported*: the effect has the predicted sign, p is
 below .05, and the effect is at least the smallest relevant one. *Not supported*: the interval excludes every relevant
 effect. *Inconclusive*: neither; `detectable` is the effect that this number of seeds detects at power 0.8.
 *Exploratory*: some runs started before the prediction was registered.
 """
-ARMS = (
-    "Means over seeds with 95 % intervals; below each the difference to {baseline}, paired by seed, with `*` if its p,"
-    " Holm-corrected over arms, is below .05."
-)
-AREA = (
-    "Area under the frontier of gain against KL, from 0 to {kl_max:g} nats, as a share of the optimum's area. The optimum is"
-    " estimated by exponentially tilting samples of the initial policy. {line}"
-)
 
 
 def write_results(records: Path, path: Path) -> None:
-    """Write the results of all records in a folder. Raises StudyError if one can't be read, or there is none."""
-    write_atomic(path, results(_read(records)))
+    """Write the table of all records in a folder, and the page of each. Raises StudyError if one can't be read, or there is
+    none.
+    """
+    for place, text in _files(records, path).items():
+        place.parent.mkdir(exist_ok=True)
+        write_atomic(place, text)
 
 
 def check_results(records: Path, path: Path) -> list[str]:
-    """Return the lines in which a results file differs from its records: `-` in the file, `+` from the records.
+    """Return the lines in which the table or a page differs from the records: `-` in the file, `+` from the records.
 
-    Raises StudyError if the file does not exist, or a record can't be read.
+    Raises StudyError if a file does not exist, or a record can't be read.
     """
-    if not path.is_file():
-        raise StudyError(f"{path}: no such file; type the same command without --check to write it")
-    written, expected = path.read_text(encoding="utf-8").splitlines(), results(_read(records)).splitlines()
+    found, files = [], _files(records, path)
+    for place, text in files.items():
+        if not place.is_file():
+            raise StudyError(f"{place}: no such file; type the same command without --check to write it")
+        found += _differences(place, place.read_text(encoding="utf-8").splitlines(), text.splitlines())
+    more = sorted(set((path.parent / PAGES).glob("*.md")) - set(files))
+    return [*found, *(f"{place}: - no record has this page" for place in more)]
+
+
+def _differences(place: Path, written: Sequence[str], expected: Sequence[str]) -> list[str]:
     found = []
     for tag, a, b, c, d in difflib.SequenceMatcher(None, written, expected, autojunk=False).get_opcodes():
         if tag != "equal":
-            found += [f"{path}:{number + 1}: - {written[number]}" for number in range(a, b)]
-            found += [f"{path}:{a + 1}: + {expected[number]}" for number in range(c, d)]
+            found += [f"{place}:{number + 1}: - {written[number]}" for number in range(a, b)]
+            found += [f"{place}:{a + 1}: + {expected[number]}" for number in range(c, d)]
     return found
 
 
-def results(studies: Sequence[RunSet]) -> str:
-    """Return the text of the results file; the same records give the same bytes."""
-    judged = [(study, verdicts.decide(study)) for study in studies]
+def _files(records: Path, path: Path) -> dict[Path, str]:
+    """Return the text of the table and of every page, by path."""
+    judged = [(study, verdicts.decide(study)) for study in read_records(records)]
+    pages = {path.parent / PAGES / f"{name_of(study)}.md": study_page(study, found) for study, found in judged}
+    return {path: results(judged, records.name), **pages}
+
+
+def results(judged: Sequence[tuple[RunSet, Judged]], records: str) -> str:
+    """Return the text of the table; the same records give the same bytes. records: the name of their folder."""
     rows, seconds = [], {}
     for study, found in judged:
-        done = (run for run in study.runs if run.is_done and run.record.get("seconds"))
-        seconds |= {run.folder: run.value("seconds") for run in done}
-        rows.append(
-            (_title(study), _word(study, found), date(study), str(len(study.seeds)), _hours(study.cpu_seconds()))
-        )
+        seconds |= study.costs()
+        rows += _rows(study, found, records)
     total = (
-        f"All studies took {_hours(math.fsum(seconds.values()))} of CPU time; a run shared by several is counted once."
+        f"All studies took {hours(math.fsum(seconds.values()))} of CPU time; a run shared by several is counted once."
     )
-    index = markdown_table(("study", "verdict", "date", "seeds", "CPU"), rows, _escape)
-    sections = [line for study, found in judged for line in ["", *_section(study, found)]]
-    return "\n".join([HEAD, *index, "", total, *sections]) + "\n"
+    table = markdown_table(("study and its claims", "effect, 95 % interval", "predicted", "n", "verdict"), rows, str)
+    return "\n".join([HEAD, total, "", *table]) + "\n"
 
 
-def date(study: RunSet) -> str:
-    """Return the day on which a study's last run started."""
-    days = [str(run.record.get("started") or "")[:10] for run in study.runs]
-    return max(days, default="") or "not run"
+def _rows(study: RunSet, judged: Judged, records: str) -> list[tuple[str, ...]]:
+    """Return a row for a study, linked to its page and record, and one for each of its primary predictions."""
+    name = name_of(study)
+    facts = f"{date(study)}, {len(study.seeds)} seeds, {hours(study.cpu_seconds())}"
+    title = f"**[{escape(title_of(study))}]({PAGES}/{name}.md)** ({facts}; [record]({records}/{name}.json))"
+    rows = [(title, "", "", "", f"**{word_of(study, judged)}**<br>{verdicts.claims_text(judged)}")]
+    for claim, (prediction, verdict) in zip(
+        forest.claims(judged, only_primary=True), [each for each in judged if each[0].primary], strict=True
+    ):
+        effect = ""
+        if verdict.effect:
+            told = format_estimate(as_told(prediction.scale, verdict.effect), format_number)
+            effect = prefix(prediction.scale) + told
+        word = f"{claim.mark} {claim.word}"
+        rows.append((escape(claim.description), effect, predicted(prediction), str(claim.seeds), word))
+    return rows
 
 
-def format_number(value: float) -> str:
-    """Return a number as text with three significant digits."""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    text = f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.1g}"
-    return "0" if float(text) == 0 else text
+def name_of(study: RunSet) -> str:
+    """Return the name of a study's page: that of its record."""
+    assert study.study is not None
+    return study.record.get("kept_as") or archive.path_of(Path(), study.study.name, study.record.get("budget")).stem
 
 
-def _read(records: Path) -> list[RunSet]:
+def read_records(records: Path) -> list[RunSet]:
+    """Return the studies of all records in a folder, by name. Raises StudyError if one can't be read, or there is none."""
     found = [archive.read(path) for path in sorted(records.glob("*.json"), key=lambda path: path.stem)]
     if not found:
         raise StudyError(f"{records}: holds no archived record; archive a study first, with --archive {records}")
     return found
-
-
-def _title(study: RunSet) -> str:
-    """Return a study's title, with its budget if that is not `full`."""
-    budget = study.record.get("budget")
-    return study.title if budget in ("full", None) else f"{study.title} (budget {budget})"
-
-
-def _section(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> list[str]:
-    study, record = collection.study, collection.record
-    assert study is not None
-    commits = sorted({_commit(run.record["git"]) for run in collection.runs if run.record.get("git")})
-    facts = [
-        f"{date(collection)}, budget {record.get('budget') or 'full'}, {len(collection.seeds)} seeds",
-        f"{_hours(collection.cpu_seconds())} of CPU time",
-        *([f"commit {', '.join(commits)}"] if commits else []),
-    ]
-    parts = [
-        f"## {_escape(_title(collection))}",
-        "",
-        *([f"    {record['command']}", ""] if record.get("command") else []),
-        f"{'; '.join(facts)}.",
-        "",
-        f"*Question:* {_escape(study.question)}",
-        "",
-        f"*Claim:* {_escape(study.claim)} ({_escape(study.source)})",
-        "",
-        f"**{_word(collection, judged)}**",
-        "",
-        *_predictions(judged),
-        "",
-        *_arms(collection),
-        *_areas(collection),
-        *(["", *left] if (left := [*_not_computed(collection, judged), *_unfinished(collection)]) else []),
-    ]
-    return [*parts, *(["", *study.notes.strip().splitlines()] if study.notes.strip() else [])]
-
-
-def _word(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> str:
-    word = verdicts.study_verdict(judged)
-    if not collection.is_exploratory:
-        return word
-    early = sum(run.is_done and not run.is_confirmatory for run in collection.runs)
-    return f"{word}, {EXPLORATORY} ({early} of {len(collection.runs)} runs started before it was registered)"
-
-
-def _predictions(judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> list[str]:
-    head = "prediction|measured|effect|95 % interval|n|predicted effect|p|detectable|verdict".split("|")
-    rows = []
-    for prediction, verdict in judged:
-        least = f", at least {format_number(prediction.min_effect)}" if prediction.min_effect else ""
-        if prediction.direction is Direction.same:
-            least = f", within {format_number(prediction.min_effect)}"
-        rows.append(
-            (
-                prediction.description + ("" if prediction.primary else " (secondary)"),
-                verdicts.describe(prediction),
-                format_number(verdict.effect.value) if verdict.effect else "",
-                format_interval(verdict.effect.interval, format_number) if verdict.effect else "",
-                str(len(verdict.seeds)),
-                prediction.direction.value + least,
-                format_p(verdict.p_holm),
-                format_number(verdict.detectable) if verdict.detectable is not None else "",
-                verdict.word + (f" ({verdict.note})" if verdict.note else ""),
-            )
-        )
-    return markdown_table(head, rows, _escape)
-
-
-def _not_computed(collection: RunSet, judged: Sequence[tuple[Prediction, paired_tests.Verdict]]) -> list[str]:
-    """Return lines on why a prediction has no effect in seeds whose runs are all done."""
-    found: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for prediction, verdict in judged:
-        arms = verdicts.arms_of(prediction, collection)
-        for seed, why in verdict.missing.items():
-            if all(run.is_done for run in collection.runs if run.seed == seed and run.arm in arms):
-                found[prediction.description, why].append(seed)
-    return [
-        f"- {_escape(says)}: can't be computed for {_seeds(seeds)}: {_escape(why)}"
-        for (says, why), seeds in found.items()
-    ]
-
-
-def _arms(collection: RunSet) -> list[str]:
-    assert collection.study is not None
-    metrics = collection.study.metrics
-    by_metric = {metric: verdicts.versus_baseline(collection, metric) for metric in metrics}
-    rows = []
-    for arm in collection.arms:
-        done = sum(run.arm == arm.name and run.is_done for run in collection.runs)
-        rows.append((arm.name, str(done), *(_cell(by_metric[metric].get(arm.name)) for metric in metrics)))
-    return [ARMS.format(baseline=collection.baseline), "", *markdown_table(("arm", "n", *metrics), rows, _escape)]
-
-
-def _cell(measured: tuple[Estimate, Estimate | None, float | None] | None) -> str:
-    if measured is None:
-        return ""
-    value, difference, p = measured
-    lines = [format_estimate(value, format_number)]
-    if difference is not None:
-        star = "*" if p is not None and p < paired_tests.ALPHA else ""
-        lines.append(("+" if difference.value > 0 else "") + format_estimate(difference, format_number) + star)
-    return "\n".join(lines)
-
-
-def _areas(collection: RunSet) -> list[str]:
-    """Return the table of each group's share of the optimum's area; empty if no candidates were sampled."""
-    lines = {seed: points for seed in collection.seeds if (points := frontier.optimum(collection, seed))}
-    groups = sorted({arm.group for arm in collection.arms if arm.group})
-    if not lines or not groups:
-        return []
-    rows = []
-    for group in groups:
-        shares = []
-        for seed, line in lines.items():
-            try:
-                shares.append(frontier.area(frontier.of_arms(collection, group, seed), line))
-            except NotMeasured:
-                continue
-        if shares:
-            rows.append((group, str(len(shares)), format_estimate(paired_tests.paired(shares), format_number)))
-    return [
-        "",
-        AREA.format(kl_max=frontier.KL_MAX, line=_line(lines)),
-        "",
-        *markdown_table(("group", "n", "share"), rows, _escape),
-    ]
-
-
-def _line(lines: Mapping[int, Sequence[frontier.Point]]) -> str:
-    """Return a sentence on the gain of the optimum at some KLs, and where too few samples support it."""
-    parts = []
-    for kl in (0.5, 1.0, frontier.KL_MAX):
-        gain = paired_tests.paired([_at(points, kl, "gain") for points in lines.values()]).value
-        ess = paired_tests.paired([_at(points, kl, "ess") for points in lines.values()]).value
-        mark = "" if ess >= frontier.TRUSTED else ", too few to be reliable"
-        parts.append(
-            f"{format_number(gain)} sd at {kl:g} nats ({format_number(ess)} effective samples per prompt{mark})"
-        )
-    return f"It gains {', '.join(parts)}."
-
-
-def _at(points: Sequence[frontier.Point], kl: float, name: str) -> float:
-    import numpy as np
-
-    return float(np.interp(kl, [point.kl for point in points], [getattr(point, name) for point in points]))
-
-
-def _unfinished(collection: RunSet) -> list[str]:
-    """Return lines on runs that are not done, one for the runs of an arm that ended in the same way."""
-    found: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    for run in collection.runs:
-        if not run.is_done:
-            found[run.arm, run.status, run.error or ""].append(run.seed)
-    return [
-        f"- {_escape(arm)}, {_seeds(seeds)}: {status}{f': {_escape(error)}' if error else ''}"
-        for (arm, status, error), seeds in found.items()
-    ]
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def _commit(git: Mapping[str, object]) -> str:
-    return f"{str(git['commit'])[:10]}{' with changes' if git.get('dirty') else ''}"
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2f} h"
-
-
-def _escape(text: str) -> str:
-    """Return text with Markdown escaped; a line break becomes `<br>`."""
-    for mark in ("&", "<", "|", "*", "`", "["):
-        text = text.replace(mark, {"&": "&amp;", "<": "&lt;"}.get(mark, f"\\{mark}"))
-    return "<br>".join(" ".join(line.split()) for line in text.strip().splitlines())

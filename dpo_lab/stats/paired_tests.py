@@ -19,10 +19,10 @@ SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE = "supported", "not supported", "inconclu
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on one prediction. word: supported, not supported or inconclusive; effect: in the metric's unit, with
-    sign (a supported `less` is below 0); p: two-sided; p_holm: Holm-corrected over the predictions of its family;
+    """The verdict on one prediction. word: supported, not supported or inconclusive; effect: on the prediction's scale,
+    with sign (a supported `less` is below 0); p: two-sided; p_holm: Holm-corrected over the predictions of its family;
     detectable: the smallest effect that this number of seeds detects at power 0.8; missing: seed -> why it has no
-    effect; note: what limits the verdict.
+    effect; note: what limits the verdict; interval_kind: what interval and p are valid for.
     """
 
     word: str
@@ -33,6 +33,7 @@ class Verdict:
     seeds: Sequence[int] = ()
     missing: Mapping[int, str] = field(default_factory=dict)
     note: str = ""
+    interval_kind: str = ""
 
 
 def paired(effects: Sequence[float]) -> Estimate:

@@ -21,9 +21,12 @@ from dpo_lab.studies.spec import Study, StudyError, present_study
 
 SCHEMA = 1
 FOLDER = "records"  # beside the study files and RESULTS.md
-OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations")  # copied from study.json
+UNTIL = ("stopping", "looks")  # of a study that added seeds until it was decided
+OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations", *UNTIL)  # copied from study.json
 OF_RUN = ("started", "steps", "step_zero_loss", "peak_memory_bytes", "memory", "data")  # from run.json
 ORIGIN = ("versions", "git")
+# Columns of a run's trajectory, as far as it has them.
+OF_POINT = ("step", "kl", "gold", "gold_gain", "judge", "judge_gain", "reward", "reward_gain", "length", "well_formed")
 
 
 def archive_study(collection: RunSet) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def archive_study(collection: RunSet) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "study": collection.study.as_record(),
-        **{name: collection.record.get(name) for name in OF_STUDY},
+        **{name: collection.record.get(name) for name in OF_STUDY if name not in UNTIL or name in collection.record},
         "origins": origins,  # versions and commit of runs, each once
         "optimum": {
             str(seed): [[_short(p.gain), _short(p.kl), _short(p.ess)] for p in points]
@@ -56,12 +59,23 @@ def archive_study(collection: RunSet) -> dict[str, Any]:
 
 
 def write(collection: RunSet, folder: Path) -> Path:
-    """Write the archived record of a study to the file that `path_of` names; return its path."""
+    """Write the archived record of a study to the file that `path_of` names; return its path.
+
+    A record of other predictions that is there already is kept beside it, under its name and the day of its last run.
+    """
     record = archive_study(collection)
     path = path_of(folder, record["study"]["name"], record["budget"])
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and (earlier := read(path)).study is not None and _digest_of(earlier) != _digest_of(collection):
+        day = max((str(run.record.get("started") or "")[:10] for run in earlier.runs), default="")
+        path.rename(path.with_name(f"{path.stem}-{day or 'earlier'}.json"))
     write_atomic(path, text(record))
     return path
+
+
+def _digest_of(collection: RunSet) -> str:
+    assert collection.study is not None
+    return collection.study.digest(collection.record.get("stopping"))
 
 
 def path_of(folder: Path, name: str, budget: str | None) -> Path:
@@ -75,12 +89,15 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> RunSet:
-    """Read the runs of an archived study. Raises StudyError if the file is not an archived record."""
+    """Read the runs of an archived study; `kept_as` in its record is the name of its file.
+
+    Raises StudyError if the file is not an archived record.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA:
             raise ValueError(f"schema {record['schema']}, this version reads {SCHEMA}")
-        record = present_study(record)
+        record = present_study(record) | {"kept_as": path.stem}
         study = Study.from_record(record["study"])
         overrides = {arm.name: arm.overrides for arm in study.arms}
         runs = [_run(path.parent, run, record, overrides[run["arm"]]) for run in record["runs"]]
@@ -106,6 +123,9 @@ def _archived(run: RunData, names: Iterable[str], origins: list[Any]) -> dict[st
         kept["health"] = [
             {name: found[name] for name in ("name", "severity", "message")} for found in run.record["health"]
         ]
+    if points := run.record.get("trajectory"):
+        columns = [name for name in OF_POINT if name in points[0]]
+        kept["trajectory"] = {name: [_rounded(point.get(name)) for point in points] for name in columns}
     if run.metrics:
         kept["metrics"] = [_triple(run.metrics.get(name)) for name in names]
     return kept
@@ -120,6 +140,9 @@ def _run(folder: Path, kept: Mapping[str, Any], record: Mapping[str, Any], overr
         facts["seconds"] = {stage: {"cpu": seconds} for stage, seconds in kept["cpu"].items()}
     if "health" in kept:
         facts["health"] = [{"threshold": "", "suggestion": "", **present_finding(found)} for found in kept["health"]]
+    if path := kept.get("trajectory"):
+        rows = (dict(zip(path, values, strict=True)) for values in zip(*path.values(), strict=True))
+        facts["trajectory"] = [{name: value for name, value in row.items() if value is not None} for row in rows]
     triples = zip(record["metrics"], kept.get("metrics", ()), strict="metrics" in kept)
     metrics = {name: Estimate(*triple) for name, triple in triples if triple is not None}
     place = folder / kept["folder"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dpo_lab.studies import frontier
 from dpo_lab.studies.run_data import NotMeasured, RunData, RunSet
+from dpo_lab.studies.scales import Scale, on_scale
 from dpo_lab.studies.spec import Arm, Measure, Prediction, Study, StudyError
 
 
@@ -48,10 +49,11 @@ def describe(prediction: Prediction) -> str:
 
 
 def effect_per_seed(prediction: Prediction, collection: RunSet) -> tuple[dict[int, float], dict[int, str]]:
-    """Return the effect for each seed, in the metric's unit, and for the other seeds why it is missing.
+    """Return the effect for each seed, on the prediction's scale, and for the other seeds why it is missing.
 
-    The value of a group is the mean over its arms, all of which must have a run. A slope is fitted by least squares,
-    per factor of 10 if all values on the axis are above 0, otherwise per unit.
+    The value of a group is the mean over its arms on that scale (of logarithms: the geometric mean), all of which must
+    have a run. A slope is fitted by least squares, per factor of 10 if all values on the axis are above 0, otherwise per
+    unit.
     """
     effects, missing = {}, {}
     for seed in collection.seeds:
@@ -63,16 +65,19 @@ def effect_per_seed(prediction: Prediction, collection: RunSet) -> tuple[dict[in
 
 
 def _level(prediction: Prediction, collection: RunSet, seed: int) -> float:
-    return _value(collection, prediction.treatment, prediction.metric, seed) - prediction.value
+    value = on_scale(prediction.scale, prediction.value)
+    return _value(collection, prediction.treatment, prediction.metric, seed, prediction.scale) - value
 
 
 def _difference(prediction: Prediction, collection: RunSet, seed: int) -> float:
     sides = (prediction.treatment, prediction.control)
     if prediction.matched_on:
         ((name, value),) = prediction.matched_on.items()
-        left, right = (interpolate_at(collection, side, prediction.metric, name, value, seed) for side in sides)
+        left, right = (
+            interpolate_at(collection, side, prediction.metric, name, value, seed, prediction.scale) for side in sides
+        )
     else:
-        left, right = (_value(collection, side, prediction.metric, seed) for side in sides)
+        left, right = (_value(collection, side, prediction.metric, seed, prediction.scale) for side in sides)
     return left - right
 
 
@@ -92,14 +97,10 @@ def _slope_of(prediction: Prediction, group: str, collection: RunSet, seed: int)
     for place, arms in by_place.items():
         if prediction.matched_on:
             ((name, value),) = prediction.matched_on.items()
-            values.append(
-                _interpolate(
-                    collection, f"{group}, {prediction.axis} {place:g}", arms, prediction.metric, name, value, seed
-                )
-            )
+            named = f"{group}, {prediction.axis} {place:g}"
+            values.append(_interpolate(collection, named, arms, prediction.metric, name, value, seed, prediction.scale))
         else:
-            own = [_run(collection, arm, seed).value(prediction.metric) for arm in arms]
-            values.append(math.fsum(own) / len(own))
+            values.append(_mean(collection, arms, prediction.metric, seed, prediction.scale))
     is_log = min(by_place) > 0
     return slope([math.log10(place) if is_log else place for place in by_place], values)
 
@@ -128,22 +129,31 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return math.fsum((a - middle) * b for a, b in zip(x, y, strict=True)) / math.fsum((a - middle) ** 2 for a in x)
 
 
-def interpolate_at(collection: RunSet, group: str, metric: str, name: str, value: float, seed: int) -> float:
-    """Return a group's metric where its metric `name` equals `value`, interpolated linearly between neighbouring arms
-    (in the order of the only axis on which they all differ, otherwise as listed).
+def interpolate_at(
+    collection: RunSet, group: str, metric: str, name: str, value: float, seed: int, scale: Scale = Scale.plain
+) -> float:
+    """Return a group's metric, on a scale, where its metric `name` equals `value`, interpolated linearly between
+    neighbouring arms (in the order of the only axis on which they all differ, otherwise as listed).
 
     If the lines cross the value more than once, as when a policy over-optimises and loses its gain again, the crossing
     with the lowest KL counts. Raises NotMeasured if they never cross it; nothing is extrapolated.
     """
-    return _interpolate(collection, group, collection.members(group), metric, name, value, seed)
+    return _interpolate(collection, group, collection.members(group), metric, name, value, seed, scale)
 
 
 def _interpolate(
-    collection: RunSet, named: str, members: Sequence[Arm], metric: str, name: str, value: float, seed: int
+    collection: RunSet,
+    named: str,
+    members: Sequence[Arm],
+    metric: str,
+    name: str,
+    value: float,
+    seed: int,
+    scale: Scale,
 ) -> float:
     arms = _ordered(members)
     runs = [_run(collection, arm, seed) for arm in arms]
-    x, y = ([run.value(which) for run in runs] for which in (name, metric))
+    x, y = [run.value(name) for run in runs], [_read(run, metric, scale) for run in runs]
     kl = [run.value(frontier.KL) if frontier.KL in run.metrics else 0.0 for run in runs]
     crossings = []
     for n in range(len(x) - 1):
@@ -161,9 +171,22 @@ def _ordered(arms: Sequence[Arm]) -> list[Arm]:
     return sorted(arms, key=lambda arm: arm.axes[axes[0]]) if len(axes) == 1 else [*arms]
 
 
-def _value(collection: RunSet, named: str, metric: str, seed: int) -> float:
-    values = [_run(collection, arm, seed).value(metric) for arm in collection.members(named)]
+def _value(collection: RunSet, named: str, metric: str, seed: int, scale: Scale) -> float:
+    return _mean(collection, collection.members(named), metric, seed, scale)
+
+
+def _mean(collection: RunSet, arms: Sequence[Arm], metric: str, seed: int, scale: Scale) -> float:
+    values = [_read(_run(collection, arm, seed), metric, scale) for arm in arms]
     return math.fsum(values) / len(values)
+
+
+def _read(run: RunData, metric: str, scale: Scale) -> float:
+    """Return a run's metric on a scale. Raises NotMeasured if it has none, or no logarithm."""
+    examples = run.metrics[metric].n if metric in run.metrics else None
+    try:
+        return on_scale(scale, run.value(metric), examples)
+    except ValueError as error:
+        raise NotMeasured(f"{run.title}: {metric} {error}") from None
 
 
 def _run(collection: RunSet, arm: Arm, seed: int) -> RunData:

@@ -1,64 +1,85 @@
 """Verdicts: a prediction's effect over all seeds, and what it says of the prediction.
 
-A prediction is *supported* if the effect has the predicted sign, is at least as large as `at_least`, and its
+A prediction is *supported* if the effect has the predicted sign, is at least as large as `min_effect`, and its
 Holm-corrected p is below 5 %; *not supported* if the 95 % interval excludes every effect of that size; otherwise
-*inconclusive*. `same` is supported if the interval lies within plus or minus `at_least`, not supported if it lies
+*inconclusive*. `same` is supported if the interval lies within plus or minus `min_effect`, not supported if it lies
 outside. Seeds are paired: an effect is a difference between runs of one seed, and n is the number of seeds.
+
+Of a study with fixed seeds intervals and p are Student's t; of one that adds seeds until it is decided they are
+anytime-valid (`sequential`), so that a look after every seed costs no validity. Seeds whose runs have ended without an
+effect are outcomes, and follow the study's rule for them (`Missing`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from dpo_lab.stats import paired_tests
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict
+from dpo_lab.studies import sequential
 from dpo_lab.studies.effects import check, describe, effect_per_seed
 from dpo_lab.studies.run_data import RunData, RunSet
-from dpo_lab.studies.spec import Direction, Measure, Prediction
+from dpo_lab.studies.scales import Scale, as_told, mean_over_seeds, paired_difference
+from dpo_lab.studies.seed_effects import SeedEffects, arms_of, is_anytime, seed_effects
+from dpo_lab.studies.spec import Direction, Missing, Prediction
 
 __all__ = [
+    "Comparison",
     "arms_of",
     "by_prompt",
     "check",
+    "claims_text",
     "decide",
     "describe",
     "effect_per_seed",
+    "is_anytime",
     "mean_over_seeds",
     "study_verdict",
     "versus_baseline",
 ]
 
 COUNTED = "memory/"  # metrics counted in bytes: exact, the same in every seed
-OVER = ("done", "failed", "unreadable")  # run statuses that will not change without a new start
+# Kinds of interval.
+FIXED, ANYTIME, EXACT, EXACT_SHARE = "t, fixed seeds", "anytime-valid", "exact count", "exact binomial, fixed seeds"
+
+
+class Comparison(NamedTuple):
+    """An arm's mean over seeds and its difference to the baseline: None for the baseline, and where no seed is shared.
+
+    scale: of the difference, which is a factor if that is log; p: Holm-corrected over arms.
+    """
+
+    mean: Estimate
+    difference: Estimate | None = None
+    p: float | None = None
+    scale: Scale = Scale.plain
 
 
 def decide(collection: RunSet) -> list[tuple[Prediction, Verdict]]:
     """Return a verdict for every prediction of a study. Raises ValueError if the runs belong to no study.
 
     p values of primary predictions are Holm-corrected over the primary predictions, those of the others over all
-    predictions. A verdict stays inconclusive until all its runs have ended: stopping early when the result pleases is
-    no test.
+    predictions. With fixed seeds a verdict stays inconclusive until all its runs have ended: stopping early when the
+    result pleases is no test.
     """
-    if collection.study is None:
+    study = collection.study
+    if study is None:
         raise ValueError(f"{collection.title}: not a study, so it has no predictions")
-    predictions = collection.study.predictions
-    found = [_measured(prediction, collection) for prediction in predictions]
-    every = range(len(predictions))
-    adjusted: dict[int, tuple[float | None, int]] = {}
-    for family in (every, [number for number in every if predictions[number].primary]):
-        tests = [number for number in family if predictions[number].direction is not Direction.same]
-        ps = {number: p for number in tests if (p := found[number].p) is not None}
-        adjusted |= {number: (None, len(tests)) for number in family}
-        adjusted |= {number: (p, len(tests)) for number, p in zip(ps, paired_tests.holm([*ps.values()]), strict=True)}
+    known = [seed_effects(prediction, collection) for prediction in study.predictions]
+    is_complete = study.missing is Missing.left_out or not any(each.absent for each in known)
+    cases = {}
+    for side in (0,) if is_complete else (0, -1, 1):
+        measured = [_measured(*each, side) for each in zip(study.predictions, known, strict=True)]
+        corrected = _holm(study.predictions, measured)
+        cases[side] = [_with_word(*each) for each in zip(study.predictions, known, measured, corrected, strict=True)]
+    by_prediction = [dict(zip(cases, each, strict=True)) for each in zip(*cases.values(), strict=True)]
     return [
-        (
-            prediction,
-            _with_word(prediction, verdict, *adjusted[number], _unfinished_seeds(prediction, verdict, collection)),
-        )
-        for number, (prediction, verdict) in enumerate(zip(predictions, found, strict=True))
+        (prediction, _combined(study.missing, of_seeds, of_cases))
+        for prediction, of_seeds, of_cases in zip(study.predictions, known, by_prediction, strict=True)
     ]
 
 
@@ -72,41 +93,39 @@ def study_verdict(judged: Sequence[tuple[Prediction, Verdict]]) -> str:
     return SUPPORTED if words and set(words) == {SUPPORTED} else INCONCLUSIVE
 
 
-def versus_baseline(collection: RunSet, metric: str) -> dict[str, tuple[Estimate, Estimate | None, float | None]]:
-    """Return, for each arm that measured the metric: its mean over seeds; the difference to the baseline, paired by
-    seed; and that difference's p, Holm-corrected over arms. The latter two are None for the baseline and where no seed
-    is shared.
+def claims_text(judged: Sequence[tuple[Prediction, Verdict]]) -> str:
+    """Return which of a study's claims, its primary predictions, hold: `4 of 5 claims supported, 1 inconclusive`."""
+    words = [verdict.word for prediction, verdict in judged if prediction.primary]
+    others = [f"{count} {word}" for word in (NOT_SUPPORTED, INCONCLUSIVE) if (count := words.count(word))]
+    first = f"{words.count(SUPPORTED)} of {len(words)} claim{'s' if len(words) > 1 else ''} supported"
+    return ", ".join([first, *others]) if words else "no claim"
+
+
+def versus_baseline(collection: RunSet, metric: str) -> dict[str, Comparison]:
+    """Return, for each arm that measured the metric: its mean over seeds, and its difference to the baseline, paired by
+    seed, with p Holm-corrected over arms.
+
+    Ratio quantities have geometric means and their differences are factors, unless a value is at or below 0.
     """
     base = collection.values(collection.baseline, metric) if collection.baseline else {}
-    table: dict[str, tuple[Estimate, Estimate | None, float | None]] = {}
+    table: dict[str, Comparison] = {}
     ps: dict[str, float] = {}
     for arm in collection.arms:
         values = collection.values(arm.name, metric)
         if not values:
             continue
-        differences = [values[seed] - base[seed] for seed in values if seed in base and arm.name != collection.baseline]
-        table[arm.name] = (
-            mean_over_seeds(metric, list(values.values())),
-            paired_tests.paired(differences) if differences else None,
-            None,
-        )
-        if differences and (p := paired_tests.p_value(differences)) is not None:
+        mean = mean_over_seeds(metric, list(values.values()))
+        shared = [seed for seed in values if seed in base and arm.name != collection.baseline]
+        if not shared:
+            table[arm.name] = Comparison(mean)
+            continue
+        scale, apart = paired_difference(metric, [values[seed] for seed in shared], [base[seed] for seed in shared])
+        table[arm.name] = Comparison(mean, as_told(scale, paired_tests.paired(apart)), None, scale)
+        if (p := paired_tests.p_value(apart)) is not None:
             ps[arm.name] = p
     for arm, p in zip(ps, paired_tests.holm(list(ps.values())), strict=True):
-        table[arm] = (*table[arm][:2], p)
+        table[arm] = table[arm]._replace(p=p)
     return table
-
-
-def arms_of(prediction: Prediction, collection: RunSet) -> set[str]:
-    """Return the names of the arms that a prediction is about."""
-    return {
-        arm.name for named in (prediction.treatment, prediction.control) if named for arm in collection.members(named)
-    }
-
-
-def mean_over_seeds(metric: str, values: Sequence[float]) -> Estimate:
-    """Return the mean over seeds; for a yes/no metric the share of seeds with its exact interval."""
-    return paired_tests.binomial_test(values, 0.5)[0] if _is_yes_no(metric) else paired_tests.paired(values)
 
 
 def by_prompt(run: RunData, baseline: RunData, column: str = "gold") -> Estimate | None:
@@ -122,54 +141,108 @@ def by_prompt(run: RunData, baseline: RunData, column: str = "gold") -> Estimate
     return paired_tests.cluster_bootstrap([ours[key][column] - theirs[key][column] for key in keys], prompts)
 
 
-def _is_yes_no(metric: str) -> bool:
-    return metric.startswith("health/") and " " not in metric
-
-
-def _measured(prediction: Prediction, collection: RunSet) -> Verdict:
-    """Return a verdict with effect and p; its word is set by `_with_word`."""
-    effects, missing = effect_per_seed(prediction, collection)
-    values, n = list(effects.values()), len(effects)
-    verdict = Verdict(INCONCLUSIVE, seeds=list(effects), missing=missing)
+def _measured(prediction: Prediction, of: SeedEffects, side: int) -> Verdict:
+    """Return a verdict with effect and p; its word is set by `_with_word`. side: 0 leaves absent seeds out, -1 counts
+    them against the prediction, 1 in its favour.
+    """
+    values, n = of.filled(prediction, side), len(of.effects)
+    verdict = Verdict(INCONCLUSIVE, seeds=list(of.effects), missing=of.missing)
     if n == 0:
         return replace(verdict, note="not measured")
-    is_level = prediction.measure is Measure.level and len(collection.members(prediction.treatment)) == 1
-    if is_level and _is_yes_no(prediction.metric):
-        share, p = paired_tests.binomial_test([value + prediction.value for value in values], prediction.value)
-        low, high = share.interval or (0.0, 1.0)
-        shifted = (low - prediction.value, high - prediction.value)
-        return replace(verdict, effect=Estimate(share.value - prediction.value, None, n, shifted), p=p)
+    if of.is_yes_no:
+        return _share(prediction, verdict, [value + prediction.value for value in values], of.is_anytime)
     effect = paired_tests.paired(values)
-    if n > 1 and paired_tests.is_constant(values):
+    if len(values) > 1 and paired_tests.is_constant(values):
         if prediction.metric.startswith(COUNTED):
             exact = Estimate(effect.value, None, n, (effect.value, effect.value))
-            return replace(verdict, effect=exact, note="exact count, equal for every seed")
+            return replace(verdict, effect=exact, note="exact count, equal for every seed", interval_kind=EXACT)
         return replace(verdict, effect=effect, note="zero variance between seeds, so no interval")
-    return replace(verdict, effect=effect, p=paired_tests.p_value(values), note="one seed" if n == 1 else "")
+    if of.is_anytime:
+        low, high = sequential.confidence_sequence(values)
+        effect = replace(effect, interval=(low, high) if math.isfinite(high) else None)
+        skew = "effects are skewed over seeds, which can break the interval" if sequential.is_skewed(values) else ""
+        return replace(verdict, effect=effect, p=sequential.p_value(values), note=skew, interval_kind=ANYTIME)
+    note = "one seed" if n == 1 else ""
+    return replace(verdict, effect=effect, p=paired_tests.p_value(values), note=note, interval_kind=FIXED)
 
 
-def _with_word(
-    prediction: Prediction, found: Verdict, p_holm: float | None, tests: int, unfinished: Sequence[int]
-) -> Verdict:
-    """Return a verdict with its word and notes. tests: number of tests that p_holm is corrected for."""
+def _share(prediction: Prediction, verdict: Verdict, occurred: Sequence[float], anytime: bool) -> Verdict:
+    """Return a verdict on the share of seeds in which something occurred, against the prediction's value."""
+    if anytime:
+        low, high = sequential.share_confidence_sequence(occurred)
+        value, kind = math.fsum(occurred) / len(occurred), ANYTIME
+        p = math.exp(-max(0.0, float(sequential.share_log_e_values(occurred, prediction.value).max())))
+    else:
+        share, p = paired_tests.binomial_test(occurred, prediction.value)
+        (low, high), value, kind = share.interval or (0.0, 1.0), share.value, EXACT_SHARE
+    shifted = (low - prediction.value, high - prediction.value)
+    effect = Estimate(value - prediction.value, None, len(occurred), shifted)
+    return replace(verdict, effect=effect, p=p, interval_kind=kind)
+
+
+def _holm(predictions: Sequence[Prediction], found: Sequence[Verdict]) -> list[tuple[float | None, int]]:
+    """Return for each prediction its p, corrected over its family, and the number of tests of that family."""
+    every = range(len(predictions))
+    adjusted: dict[int, tuple[float | None, int]] = {}
+    for family in (every, [number for number in every if predictions[number].primary]):
+        tests = [number for number in family if predictions[number].direction is not Direction.same]
+        ps = {number: p for number in tests if (p := found[number].p) is not None}
+        adjusted |= {number: (None, len(tests)) for number in family}
+        adjusted |= {number: (p, len(tests)) for number, p in zip(ps, paired_tests.holm([*ps.values()]), strict=True)}
+    return [adjusted[number] for number in every]
+
+
+def _with_word(prediction: Prediction, of: SeedEffects, found: Verdict, corrected: tuple[float | None, int]) -> Verdict:
+    """Return a verdict with its word and notes. corrected: p, and the number of tests it is corrected for."""
+    p_holm, tests = corrected
+    total = len(of.seeds)
     notes = [found.note] if found.note else []
-    missing = len(found.missing) - len(unfinished)
-    total = len(found.missing) + len(found.seeds)
-    notes += [f"{missing} of {total} seeds missing"] * (missing > 0)
-    notes += [f"{len(unfinished)} of {total} seeds not finished"] * (len(unfinished) > 0)
+    notes += [f"{len(of.absent)} of {total} seeds missing"] * bool(of.absent)
+    notes += [f"{len(of.going)} of {total} seeds not finished"] * bool(of.going)
     effect, detectable = found.effect, None
-    if effect is not None and effect.se is not None and effect.n:
+    if effect is not None and effect.se is not None and effect.n and found.interval_kind == FIXED:
         alpha = paired_tests.ALPHA if prediction.direction is Direction.same else paired_tests.ALPHA / tests
         detectable = paired_tests.min_detectable_effect(effect.se * math.sqrt(effect.n), effect.n, alpha=alpha)
-    is_enough = not unfinished and 2 * len(found.seeds) >= total
+    is_enough = not of.going and 2 * len(of.effects) >= total
     word = _word(prediction, effect, p_holm) if effect is not None and is_enough else INCONCLUSIVE
     return replace(found, word=word, p_holm=p_holm, detectable=detectable, note="; ".join(notes))
+
+
+def _combined(rule: Missing, of: SeedEffects, cases: Mapping[int, Verdict]) -> Verdict:
+    """Return the verdict under the rule for missing seeds, with a note on what it would be otherwise.
+
+    Under `bounds` the effect is that of the seeds that have one, and the interval covers those with the missing seeds on
+    either side.
+    """
+    found = cases[0]
+    if len(cases) == 1 or not of.absent or found.effect is None:
+        return found
+    told = (
+        f"{found.note} ({rule.value}): {found.word} without them, {cases[-1].word} with them against the prediction,"
+        f" {cases[1].word} with them in its favour"
+    )
+    if rule is Missing.worst:
+        return replace(cases[-1], note=told)
+    words = {verdict.word for verdict in cases.values()}
+    intervals = [verdict.effect.interval for verdict in cases.values() if verdict.effect and verdict.effect.interval]
+    interval = None
+    if len(intervals) == len(cases):
+        interval = min(low for low, _ in intervals), max(high for _, high in intervals)
+    ps, corrected = ([p for v in cases.values() if (p := getattr(v, name)) is not None] for name in ("p", "p_holm"))
+    return replace(
+        found,
+        word=words.pop() if len(words) == 1 else INCONCLUSIVE,
+        effect=replace(found.effect, interval=interval),
+        p=max(ps, default=None),
+        p_holm=max(corrected, default=None),
+        note=told,
+    )
 
 
 def _word(prediction: Prediction, effect: Estimate, p: float | None) -> str:
     if effect.interval is None:
         return INCONCLUSIVE
-    low, high, least = *effect.interval, prediction.min_effect
+    low, high, least = *effect.interval, prediction.least
     if prediction.direction is Direction.same:
         if -least <= low and high <= least:
             return SUPPORTED
@@ -182,10 +255,3 @@ def _word(prediction: Prediction, effect: Estimate, p: float | None) -> str:
     if is_there and p is not None and p < paired_tests.ALPHA:
         return SUPPORTED
     return NOT_SUPPORTED if most < least else INCONCLUSIVE
-
-
-def _unfinished_seeds(prediction: Prediction, verdict: Verdict, collection: RunSet) -> list[int]:
-    """Return the seeds without an effect that have a run that has not ended."""
-    arms = arms_of(prediction, collection)
-    runs = [run for run in collection.runs if run.seed in verdict.missing and run.arm in arms]
-    return sorted({run.seed for run in runs if run.status not in OVER})

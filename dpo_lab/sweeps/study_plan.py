@@ -1,20 +1,25 @@
-"""The plan of a study before it runs: its jobs, their cost, and the effect that they could detect."""
+"""The plan of a study before it runs: its jobs, their cost, and how many seeds decide its predictions."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import mean
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dpo_lab.reporting.comparison import effect_text
+from dpo_lab.reporting.formatting import format_value
 from dpo_lab.runs.run_record import RunStatus, read_record
-from dpo_lab.stats.paired_tests import Verdict, min_detectable_effect
-from dpo_lab.studies.spec import Prediction
-from dpo_lab.studies.verdicts import decide
-from dpo_lab.sweeps import plan
+from dpo_lab.stats.estimates import Estimate
+from dpo_lab.stats.paired_tests import min_detectable_effect
+from dpo_lab.stats.text import percent
+from dpo_lab.studies.effects import effect_per_seed
+from dpo_lab.studies.spec import Direction, Prediction
+from dpo_lab.sweeps import plan, study_power, study_rounds
+from dpo_lab.sweeps.study_power import MOST, Power, expected
 from dpo_lab.sweeps.study_run import StudyRun
 from dpo_lab.sweeps.summary import duration
 
@@ -39,27 +44,79 @@ def show_outlook(
             done = sum(statuses[id(job)] is RunStatus.done for job in of_arm)
             table.add_row(arm.name, " ".join(o for o in arm.overrides if o not in shared), f"{done}/{len(of_arm)}")
         console.print(table)
-        for line in _power(run):
-            _print(console, line)
+        _show_power(console, run)
     left = [job for job in jobs if statuses[id(job)] is not RunStatus.done]
     _print(console, f"{len(left)} of {len(jobs)} jobs are left to run: {_cost(jobs, parts, len(left))}.")
 
 
-def _power(run: StudyRun) -> Iterator[str]:
-    """Yield lines on the effects that the study can detect, from its number of seeds and its earlier runs."""
-    n = len(run.study.seeds)
-    if n < 2:
-        yield "One seed gives no interval: every verdict will be inconclusive."
+def _show_power(console: Console, run: StudyRun) -> None:
+    """Print how many seeds decide each prediction, and all primary ones, from the effects of earlier runs."""
+    n, most = len(run.study.seeds), len(run.order) if run.adds_seeds else study_rounds.MAX_SEEDS
+    if not run.adds_seeds and n < 2:
+        _print(console, "One seed gives no interval: every verdict will be inconclusive.")
+    elif not run.adds_seeds:
+        ratio = min_detectable_effect(1, n)
+        text = f"At power 0.8, {n} seeds detect an effect of {ratio:.2g} times the spread of the paired differences"
+        _print(console, f"{text} (one prediction alone, at 5 %).")
+    powers = _powers(run)
+    if not any(powers):
+        _print(
+            console, "No earlier runs of two seeds: how many seeds decide a prediction is unknown until there are some."
+        )
         return
+    head = ("prediction", "effect", "sd", "seeds at power 0.8", "until=decided", f"decided by {most}")
+    table = Table(*head, box=None, header_style="dim", pad_edge=False)
+    for prediction, power in zip(run.study.predictions, powers, strict=True):
+        cells = ["unknown", "", "", "", ""]
+        if power is not None:
+            seeds, share = expected(power.ends, most)
+            fixed = str(power.fixed or f"over {MOST}")
+            cells = [
+                format_value(power.effect),
+                format_value(power.sd),
+                fixed,
+                f"{seeds:.0f} on average",
+                percent(share),
+            ]
+        table.add_row(prediction.description + ("" if prediction.primary else " (secondary)"), *cells)
+    console.print(table)
+    for line in _whole(run, [power for p, power in zip(run.study.predictions, powers, strict=True) if p.primary], most):
+        _print(console, line)
+
+
+def _told(prediction: Prediction, power: Power) -> str:
+    return effect_text(Estimate(power.effect), prediction.scale)
+
+
+def _whole(run: StudyRun, powers: Sequence[Power | None], most: int) -> Iterator[str]:
+    """Yield a line on the seeds and the CPU time that all primary predictions take, as if they were independent."""
+    known = [power for power in powers if power is not None]
+    if not known:
+        return
+    mean_seeds, share = expected(np.max([power.ends for power in known], 0), most)
+    fixed = None if any(power.fixed is None for power in known) else max(power.fixed or 0 for power in known)
+    each = _earlier_cost(run)
+    cost = lambda seeds: f" ({duration(seeds * len(run.study.arms) * each)} of CPU time)" if each else ""  # noqa: E731
+    left_out = f", {len(powers) - len(known)} without earlier effects left out" if len(known) < len(powers) else ""
     yield (
-        f"At power 0.8, {n} seeds detect an effect of {min_detectable_effect(1, n):.2g} times the spread of the paired"
-        " differences (one prediction alone, at 5 %)."
+        f"All primary predictions{left_out}: {f'{fixed} seeds{cost(fixed)}' if fixed else f'over {MOST} seeds'} of a fixed"
+        f" number; until=decided: {mean_seeds:.0f} seeds on average{cost(mean_seeds)}, at most {most}{cost(most)}, all"
+        f" decided in {percent(share)}."
     )
-    for prediction, verdict in _earlier_verdicts(run):
-        if verdict.effect is not None and verdict.effect.se and verdict.effect.n:
-            spread = verdict.effect.se * math.sqrt(verdict.effect.n)
-            detectable = min_detectable_effect(spread, n)
-            yield f"  {prediction.description}: {detectable:.2g}; an effect of {prediction.min_effect:g} would matter"
+
+
+def _powers(run: StudyRun) -> list[Power | None]:
+    """Return the power of each prediction, None without effects of earlier runs."""
+    earlier, predictions = run.earlier(), run.study.predictions
+    if earlier is None:
+        return [None] * len(predictions)
+    found = []
+    for number, prediction in enumerate(predictions):
+        family = [p for p in predictions if p.primary or not prediction.primary]
+        tests = sum(p.direction is not Direction.same for p in family)
+        effects, _ = effect_per_seed(prediction, earlier)
+        found.append(study_power.power(prediction, [*effects.values()], max(1, tests), number))
+    return found
 
 
 def _cost(jobs: Sequence[plan.Job], parts: Sequence[tuple[StudyRun, Sequence[plan.Job]]], left: int) -> str:
@@ -75,11 +132,6 @@ def _cost(jobs: Sequence[plan.Job], parts: Sequence[tuple[StudyRun, Sequence[pla
         return "the time is unknown until the first job is done"
     each = mean(spent)
     return f"about {duration(left * each)} of CPU time, at {duration(each)} per job {source}"
-
-
-def _earlier_verdicts(run: StudyRun) -> list[tuple[Prediction, Verdict]]:
-    earlier = run.earlier()
-    return decide(earlier) if earlier is not None and any(each.is_done for each in earlier.runs) else []
 
 
 def _earlier_cost(run: StudyRun) -> float | None:

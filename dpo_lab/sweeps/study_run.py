@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpo_lab.runs.atomic_write import write_atomic
 from dpo_lab.runs.redact import redact_override
 from dpo_lab.runs.run_record import now, slug
+from dpo_lab.stats.paired_tests import Verdict
 from dpo_lab.studies.archive import FOLDER, path_of
 from dpo_lab.studies.load import RunSet, gather
-from dpo_lab.studies.spec import RECORD, Study, StudyError, present_study
+from dpo_lab.studies.spec import RECORD, Prediction, Study, StudyError, present_study
+from dpo_lab.studies.verdicts import decide
+from dpo_lab.sweeps import study_rounds
 from dpo_lab.sweeps.job_status import Outcome
 from dpo_lab.sweeps.plan import Job, Wanted, not_shared
 
@@ -25,8 +29,16 @@ class StudyRun:
     """
 
     def __init__(
-        self, study: Study, file: Path, budget: str, overrides: Sequence[str], root: Path, command: str
+        self,
+        study: Study,
+        file: Path,
+        budget: str,
+        overrides: Sequence[str],
+        root: Path,
+        command: str,
+        max_seeds: int | None = None,
     ) -> None:
+        """max_seeds: add seeds after those of the study, one look after each, until it is decided or has so many."""
         self.study, self._file = study, file
         self.folder = root / study.name / slug(",".join([budget, *overrides]))
         self._record: dict[str, Any] = {
@@ -40,23 +52,59 @@ class StudyRun:
             "registrations": [],
             "jobs": [],
         }
+        self.order: Sequence[int] = study.seeds  # in which seeds are added, as many as there may be
+        if max_seeds is not None:
+            rule = study_rounds.stopping(study.seeds, max_seeds)
+            self.order = study_rounds.seeds_in_order(study.seeds, max_seeds)
+            self._record |= {"stopping": rule, "looks": []}
+            self._take_up(rule)
+
+    def _take_up(self, rule: Mapping[str, Any]) -> None:
+        """Take up the seeds and looks of the same study under the same stopping rule; else begin with one seed.
+
+        The seeds of a round that was interrupted are all run before the next look, so no decision depends on it.
+        """
+        earlier = self._earlier()
+        is_same = [entry["digest"] for entry in earlier.get("registrations", ())][-1:] == [self.study.digest(rule)]
+        self._record["looks"] = earlier["looks"] if is_same else []
+        self.grow(len(earlier["study"]["seeds"]) if is_same else 1)
 
     @property
-    def wanted(self) -> list[Wanted]:
-        """Every arm, seed by seed, so that an interrupted study has runs of all arms."""
+    def adds_seeds(self) -> bool:
+        """Whether seeds are added until the study is decided."""
+        return "stopping" in self._record
+
+    def grow(self, number: int) -> None:
+        """Have the first `number` seeds in order, as many as there may be at most."""
+        self.study = replace(self.study, seeds=list(self.order[:number]))
+        self._record["study"] = self.study.as_record()
+
+    def look(self) -> list[tuple[Prediction, Verdict]]:
+        """Look at the verdicts after every seed that was added since the last look; return the last ones."""
+        (collection,) = gather([self.folder])
+        self._record["looks"] = study_rounds.looks(collection, self._record["looks"])
+        self._write()
+        return decide(collection)
+
+    def wanted(self, since: int = 0) -> list[Wanted]:
+        """Return every arm, seed by seed, so that an interrupted study has runs of all arms. since: seeds left out."""
         arms = list(zip(self.study.arms, not_shared([arm.overrides for arm in self.study.arms]), strict=True))
         return [
             Wanted(f"{self.study.name}: {arm.name}, seed {seed}", [*arm.overrides, f"seed={seed}"], swept)
-            for seed in self.study.seeds
+            for seed in self.study.seeds[since:]
             for arm, swept in arms
         ]
 
     def earlier(self) -> RunSet | None:
-        """Return the runs in the study's folder, else those in the archived record beside its file, else None."""
+        """Return the finished runs of this study's arms in its folder, else those of its archived record; else None."""
         archived = path_of(self._file.parent / FOLDER, self.study.name, self._record["budget"])
         for path in (self.folder, archived):
             if (path / RECORD).exists() or path.is_file():
-                return gather([path])[0]
+                found = gather([path])[0]
+                typed = {arm.name: arm.overrides for arm in found.arms}
+                same = {arm.name for arm in self.study.arms if typed.get(arm.name) == arm.overrides}
+                if runs := [run for run in found.runs if run.is_done and run.arm in same]:
+                    return replace(found, arms=self.study.arms, runs=runs)
         return None
 
     def register(self) -> None:
@@ -65,7 +113,7 @@ class StudyRun:
         Earlier registrations are kept; a changed study is registered in addition, with its own time.
         """
         registered = self._earlier().get("registrations", [])
-        digest = self.study.digest()
+        digest = self.study.digest(self._record.get("stopping"))
         if not registered or registered[-1]["digest"] != digest:
             registered = [*registered, {"digest": digest, "at": now()}]
         self._record["registrations"] = registered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,8 @@ from hydra.core.plugins import Plugins
 
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.studies.spec import StudyError
-from dpo_lab.sweeps import plan
+from dpo_lab.sweeps import plan, study_rounds
+from dpo_lab.sweeps.job_status import Outcome
 from dpo_lab.sweeps.study_plan import show_outlook
 from dpo_lab.sweeps.study_run import StudyRun
 from dpo_lab.sweeps.sweeper import NAMESPACE, JobSweeper
@@ -44,29 +46,77 @@ class StudySweeper(JobSweeper):
             )
         for study in self.studies:
             _check_arms(study, self._context.config_loader)
-        wanted = [
-            replace(own, overrides=[*arguments, *own.overrides]) for study in self.studies for own in study.wanted
-        ]
-        in_order = self.plan(wanted, console, sweeps_beside=_of_all_budgets)
-        unique: dict[Path, plan.Job] = {}
-        in_order = iter([unique.setdefault(job.folder, job) for job in in_order])
-        jobs = list(unique.values())
-        parts = [(study, [next(in_order) for _ in study.wanted]) for study in self.studies]
+        self._arguments, self._console = arguments, console
+        self._jobs: dict[Path, plan.Job] = {}
+        self._own: dict[StudyRun, list[plan.Job]] = {study: [] for study in self.studies}
+        self._left = [study for study in self.studies if study.adds_seeds]
+        if not self.only_plan:
+            self._grow(by_round=False)
+        jobs = self._planned()
         if self.only_plan:
-            show_outlook(console, jobs, parts)
+            show_outlook(console, jobs, [*self._own.items()])
             sys.exit(0)
         for study in self.beside:
             study.register_first()
-        for study, own in parts:
+        for study, own in self._own.items():
             study.register()
             study.write_status("running", [(job, None) for job in own])
-        code, outcomes = self.run(jobs, console)
-        by_job = {id(outcome.job): outcome for outcome in outcomes}
-        for study, own in parts:
-            results = [(job, by_job[id(job)]) for job in own]
-            is_done = all(outcome.status == "done" for _, outcome in results)
+        code, outcomes = self.run(jobs, console, self._more)
+        for study in self.studies:
+            results = self._results(study, outcomes)
+            is_done = all(outcome is not None and outcome.status == "done" for _, outcome in results)
             study.write_status("done" if is_done else "failed" if code == 1 else "stopped", results)
         sys.exit(code)
+
+    def _grow(self, by_round: bool) -> None:
+        """Add a round's seeds to the studies that are left; in the first round they may have them already."""
+        if self._left:
+            number = study_rounds.seeds_a_round(sum(len(of.study.arms) for of in self._left), self.workers)
+        for of in self._left:
+            begun = len(of.study.seeds)
+            of.grow(begun + number if by_round else max(begun, number))
+
+    def _planned(self) -> list[plan.Job]:
+        """Plan the runs that the studies want beyond those planned; return the new jobs, each once."""
+        wanted = {study: study.wanted(since=len(own) // len(study.study.arms)) for study, own in self._own.items()}
+        every = [replace(one, overrides=[*self._arguments, *one.overrides]) for of in wanted.values() for one in of]
+        known = set(self._jobs)
+        found = iter(self.plan(every, self._console, sweeps_beside=_of_all_budgets) if every else [])
+        for study, of in wanted.items():
+            self._own[study] += [self._jobs.setdefault(job.folder, job) for job in itertools.islice(found, len(of))]
+        return [job for folder, job in self._jobs.items() if folder not in known]
+
+    def _results(self, study: StudyRun, outcomes: Sequence[Outcome]) -> list[tuple[plan.Job, Outcome | None]]:
+        """Return the jobs of a study, each with its outcome if it has run."""
+        by_folder = {outcome.job.folder: outcome for outcome in outcomes}
+        return [(job, by_folder.get(job.folder)) for job in self._own[study]]
+
+    def _more(self, outcomes: Sequence[Outcome]) -> list[plan.Job]:
+        """Return the jobs of the next round: a further seed, or several, for every study that is not over."""
+        jobs: list[plan.Job] = []
+        while self._left and not jobs:  # all runs of a round may be those of another study
+            self._left = [study for study in self._left if self._goes_on(study, self._results(study, outcomes))]
+            self._grow(by_round=True)
+            jobs = self._planned()
+            for study in self._left:
+                study.write_status("running", self._results(study, outcomes))
+        return jobs
+
+    def _goes_on(self, study: StudyRun, results: Sequence[tuple[plan.Job, Outcome | None]]) -> bool:
+        """Look at a study's verdicts, print a line for each, and return whether it adds seeds."""
+        study.write_status("running", results)
+        judged, number, most = study.look(), len(study.study.seeds), len(study.order)
+        newest = [outcome for _, outcome in results[-len(study.study.arms) :]]
+        if all(outcome is None or outcome.status != "done" for outcome in newest):
+            end = f"no run of seed {study.study.seeds[-1]} is done, so no seed is added"
+        elif study_rounds.is_decided(judged):
+            end = "decided"
+        else:
+            end = "undecided, and no seed is left" if number >= most else ""
+        self._console.print(f"{study.study.title}: {number} of at most {most} seeds{f'; {end}' if end else ''}")
+        for line in study_rounds.lines(judged):
+            self._console.print(f"  {line}", markup=False, highlight=False)
+        return not end
 
 
 def _of_all_budgets(sweep: Path) -> list[Path]:

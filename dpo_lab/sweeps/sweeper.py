@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.plugins import Plugins
@@ -59,6 +61,8 @@ class JobSweeper(Sweeper):
                 " type hydra/sweeper=basic"
             )
         self._context, self._task, self._config = hydra_context, task_function, config
+        node = config.hydra.launcher
+        self.workers = max_parallel_jobs(node) if "n_jobs" in node else 1  # jobs at once on this machine
 
     def sweep(self, arguments: list[str]) -> NoReturn:
         """Run the sweep and exit: code 0 if all jobs are done, 1 if some are not, 128 + signal if it was stopped.
@@ -79,31 +83,41 @@ class JobSweeper(Sweeper):
         with console.status("planning the jobs"):
             return plan.plan(wanted, self._config, self._context.config_loader, self.as_record, **options)
 
-    def run(self, jobs: list[plan.Job], console: Console) -> tuple[int, list[Outcome]]:
-        """Run the jobs that are not done; return the exit code and the outcome of each job."""
+    def run(
+        self,
+        jobs: list[plan.Job],
+        console: Console,
+        more: Callable[[Sequence[Outcome]], list[plan.Job]] = lambda outcomes: [],
+    ) -> tuple[int, list[Outcome]]:
+        """Run the jobs that are not done, then those that `more` adds; return the exit code and each job's outcome.
+
+        more(outcomes of all jobs so far): called after each round of jobs, until it returns no job.
+        """
         sweep, started, error = SweepFolder(jobs[0].sweep), now(), None
-        save = lambda outcomes: summary.write(sweep.path, outcomes, started, "running")  # noqa: E731
-        with sweep.lock():
-            statuses = plan.each(jobs, plan.Job.run_status)
-            todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
-            launcher = self._launcher(len(todo)) if todo else None
-            console.print(f"{sweep.path}: {_counts(statuses)}")
-            if len(jobs) > 1 and (shared := summary.shared_overrides(jobs)):
-                console.print(f"all: {' '.join(shared)}", markup=False, highlight=False)
-            reader = StatusReader(jobs, statuses)
-            with StopRequest() as request:
+        ended: list[Outcome] = []
+        with sweep.lock(), StopRequest() as request:
+            while jobs:
+                statuses = plan.each(jobs, plan.Job.run_status)
+                todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]
+                launcher = self._launcher(len(todo)) if todo else None
+                console.print(f"{sweep.path}: {_counts(statuses)}")
+                if not ended and len(jobs) > 1 and (shared := summary.shared_overrides(jobs)):
+                    console.print(f"all: {' '.join(shared)}", markup=False, highlight=False)
+                reader = StatusReader(jobs, statuses)
+                save = partial(_save, sweep.path, started, tuple(ended))
                 save(reader.outcomes())
                 if launcher is not None:
                     with monitor(console, sweep, reader, save, request):
                         error = _launch(launcher, todo)
                         while error and not request.signum and any(is_alive(job.folder) for job in todo):
                             time.sleep(1)  # an error of one job ended the launcher while others still run
-                outcomes = reader.outcomes(is_over=True)
-            code = summary.exit_code(outcomes, request.signum)
+                ended += reader.outcomes(is_over=True)
+                jobs = more(ended) if request.signum is None and error is None else []
+            code = summary.exit_code(ended, request.signum)
             status = {0: "done", 1: "failed"}.get(code, "stopped")
-            summary.write(sweep.path, outcomes, started, status, error)
-            summary.show(console, sweep.path, outcomes, error)
-        return code, outcomes
+            summary.write(sweep.path, ended, started, status, error)
+            summary.show(console, sweep.path, ended, error)
+        return code, ended
 
     def _launcher(self, count: int) -> Launcher:
         """Return the chosen launcher, with at most `count` workers."""
@@ -111,10 +125,15 @@ class JobSweeper(Sweeper):
         if "Ray" in node._target_:
             check()
         if "n_jobs" in node:
-            node.n_jobs = min(max_parallel_jobs(node), count)
+            node.n_jobs = min(self.workers, count)
         return Plugins.instance().instantiate_launcher(
             hydra_context=self._context, task_function=self._task, config=self._config
         )
+
+
+def _save(folder: Path, started: str, before: Sequence[Outcome], outcomes: Sequence[Outcome]) -> None:
+    """Write the record of a sweep in progress. before: outcomes of earlier rounds."""
+    summary.write(folder, [*before, *outcomes], started, "running")
 
 
 def _launch(launcher: Launcher, jobs: Sequence[plan.Job]) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dpo_lab.reporting import results_md
+from dpo_lab.reporting.results_study_md import format_number, study_page
 from dpo_lab.stats.text import format_p
 from dpo_lab.studies import archive, frontier
 from dpo_lab.studies import verdicts as effects
@@ -18,6 +19,7 @@ from dpo_lab.studies.load import gather
 from dpo_lab.studies.run_data import RunData, RunSet
 from dpo_lab.studies.spec import Arm, Measure, Prediction, StudyError
 from dpo_lab.studies.spec import Direction as To
+from dpo_lab.studies.verdicts import decide
 from tests.support import a_study
 
 NAMES = ("base", "mild", "strong", "failed")
@@ -136,7 +138,7 @@ def test_the_results_are_derived_from_the_records_and_a_number_typed_by_hand_fai
     assert results.read_text() == text  # the same bytes
     (number,) = [n for n, line in enumerate(text.splitlines(), 1) if line.startswith("| of strong |")]
     row = text.splitlines()[number - 1]
-    effect = row.split(" | ")[2]
+    effect = row.split(" | ")[1].partition(" ")[0]
     results.write_text(text.replace(row, row.replace(f" {effect} ", " 0.999 ", 1)))
     differs = results_md.check_results(tmp_path / "records", results)
     assert [line.partition(": ")[0] for line in differs] == [f"{results}:{number}"] * 2
@@ -156,8 +158,16 @@ def test_a_budget_other_than_the_full_one_stands_after_it_under_its_name(tmp_pat
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["example-cheap.json", "example.json"]
     results_md.write_results(tmp_path, tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.index("\n## An example\n") < text.index("\n## An example (budget cheap)\n")
-    assert text.index("| An example |") < text.index("| An example (budget cheap) |")
+    assert text.index("| **[An example](results/example.md)**") < text.index("| **[An example (budget cheap)](results/")
+    pages = {path.stem: path.read_text().splitlines()[0] for path in (tmp_path / "results").glob("*.md")}
+    assert pages == {"example": "# An example", "example-cheap": "# An example (budget cheap)"}
+    results_md.check_results(tmp_path, tmp_path / "RESULTS.md")
+    (tmp_path / "example-cheap.json").unlink()
+    assert [
+        line
+        for line in results_md.check_results(tmp_path, tmp_path / "RESULTS.md")
+        if "no record has this page" in line
+    ]
 
 
 def test_a_changed_record_changes_the_results(tmp_path: Path):
@@ -171,9 +181,16 @@ def test_a_changed_record_changes_the_results(tmp_path: Path):
 
 
 def test_the_results_say_all_that_was_asked_predicted_found_and_not_found(tmp_path: Path):
-    text = results_md.results([example(tmp_path / "runs")])
+    study = example(tmp_path / "runs")
+    judged = decide(study)
+    table = results_md.results([(study, judged)], "records")
+    row = "| **[An example](results/example.md)** (2026-11-20, 5 seeds, 0.08 h; [record](records/example.json)) |"
+    assert row in table
+    assert "| of strong | " in table
+    assert " | ● supported |" in table
+    assert "secondary" not in table
+    text = study_page(study, judged)
     for part in (
-        "| An example | inconclusive | 2026-11-20 | 5 | 0.08 h |",
         "    python -m dpo_lab.study ablations/example.yaml",
         "2026-11-20, budget full, 5 seeds; 0.08 h of CPU time; commit 1234567890, 1234567890 with changes.",
         "*Claim:* It does. (A paper, 2024)",
@@ -181,7 +198,7 @@ def test_the_results_say_all_that_was_asked_predicted_found_and_not_found(tmp_pa
         "| of mild (secondary) | kl / gold_gain: mild - base |",
         "a share of the optimum \\| \\*all\\*",
         "inconclusive (not measured; 5 of 5 seeds missing)",
-        "(1 of 5 seeds missing)",
+        "inconclusive (1 of 5 seeds missing (bounds): supported without them, inconclusive with them against the",
         "- mild, seed 3: failed: NotFinite: &lt;b>nan&lt;/b> \\| at step 3",
         "- failed, seeds 0, 1, 2, 3, 4: failed: NotFinite",
         "It gains",
@@ -192,17 +209,17 @@ def test_the_results_say_all_that_was_asked_predicted_found_and_not_found(tmp_pa
 
 
 def test_the_exploratory_label_stands_at_the_verdict(tmp_path: Path):
-    text = results_md.results([example(tmp_path / "runs", registered="2026-11-21T00:00:00+00:00")])
+    study = example(tmp_path / "runs", registered="2026-11-21T00:00:00+00:00")
     label = "inconclusive, exploratory (9 of 20 runs started before it was registered)"
-    assert f"**{label}**" in text
-    assert f"| An example | {label} |" in text
+    assert f"**{label}**" in study_page(study, decide(study))
+    assert f" | **{label}** |" in results_md.results([(study, decide(study))], "records")
 
 
 def test_runs_that_studies_share_are_counted_once_in_the_total(tmp_path: Path):
     one = example(tmp_path / "runs")
     other = dataclasses.replace(one, title="Another")
-    text = results_md.results([one, other])
-    assert "| Another | inconclusive | 2026-11-20 | 5 | 0.08 h |" in text
+    text = results_md.results([(study, decide(study)) for study in (one, other)], "records")
+    assert "| **[Another](results/example.md)** (2026-11-20, 5 seeds, 0.08 h;" in text
     assert "All studies took 0.08 h of CPU" in text
 
 
@@ -219,8 +236,31 @@ def test_runs_that_studies_share_are_counted_once_in_the_total(tmp_path: Path):
     ],
 )
 def test_a_figure_has_three_digits_that_count(value: float, told: str):
-    assert results_md.format_number(value) == told
+    assert format_number(value) == told
 
 
 def test_a_chance_is_told_as_papers_do():
     assert [format_p(p) for p in (None, 0.00012, 0.0214, 1.0)] == ["", "< .001", ".021", "1.000"]
+
+
+def test_a_record_of_other_predictions_is_kept_beside_the_new_one(tmp_path: Path):
+    study = example(tmp_path / "runs")
+    archive.write(study, tmp_path)
+    assert archive.write(study, tmp_path) == tmp_path / "example.json"
+    assert len(list(tmp_path.glob("*.json"))) == 1  # of the same predictions: replaced
+    before = archive.read(tmp_path / "example.json")
+    assert study.study is not None
+    rewritten = dataclasses.replace(study.study, predictions=[a_study.predicts("strong", min_effect=0.2)])
+    runs = [run for run in study.runs if run.is_done or run.error]
+    archive.write(
+        a_study.measured(rewritten, lambda arm, seed: next(r for r in runs if (r.arm, r.seed) == (arm.name, seed))),
+        tmp_path,
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["example-2026-11-20.json", "example.json"]
+    kept = archive.read(tmp_path / "example-2026-11-20.json")
+    assert effects.decide(kept) == effects.decide(before)
+    assert not kept.is_exploratory
+    results_md.write_results(tmp_path, tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "[An example, earlier predictions (2026-11-20)](results/example-2026-11-20.md)" in text
+    assert (tmp_path / "results/example.md").is_file()

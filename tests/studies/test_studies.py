@@ -19,8 +19,10 @@ from omegaconf import OmegaConf
 
 from dpo_lab.config import schema
 from dpo_lab.reporting import results_md
+from dpo_lab.studies import archive
 from dpo_lab.studies.run_data import EVAL_SETTINGS_THAT_MUST_MATCH
-from dpo_lab.studies.spec import Direction, Study, StudyError, present_study
+from dpo_lab.studies.scales import Scale
+from dpo_lab.studies.spec import Direction, Missing, Study, StudyError, present_study
 from dpo_lab.sweeps.study_file import read
 from dpo_lab.sweeps.study_run import StudyRun
 from tests.conftest import REPOSITORY
@@ -75,12 +77,21 @@ def test_every_study_of_the_collection_is_whole(path, budget):
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=[path.stem for path in RECORDS])
-def test_a_kept_record_is_of_its_study_as_the_file_has_it(path):
+def test_a_kept_record_is_of_its_study_as_it_was_registered(path):
+    """As the file has it now or, if its predictions were rewritten since, with what the record had shown told in it."""
     record = present_study(json.loads(path.read_text()))
     assert record["overrides"] == []
+    stopping = record.get("stopping")
+    kept = Study.from_record(record["study"])
+    assert record["registrations"][-1]["digest"] == kept.digest(stopping)
+    assert not archive.read(path).is_exploratory
     made = read(REPOSITORY / record["file"], record["budget"])
-    assert record["registrations"][-1]["digest"] == made.digest()
-    assert record["study"]["notes"] == made.notes
+    if kept.digest(stopping) == made.digest(stopping):
+        assert kept.notes == made.notes
+    else:
+        assert made.known
+    if kept.missing is Missing.left_out:  # of a version without scales
+        assert {prediction.scale for prediction in kept.predictions} == {Scale.plain}
 
 
 def test_the_written_results_are_what_the_kept_records_say():
@@ -320,6 +331,39 @@ def test_a_study_of_real_runs_ends_in_verdict_and_page(tmp_path):
     assert {each["status"] for each in done} == {"done"}
 
 
+@pytest.mark.extended
+def test_a_study_of_real_runs_is_killed_goes_on_and_ends_when_decided_or_out_of_seeds(tmp_path):
+    arms = [{"sweep": {"beta": [0.1, 5]}}]
+    less = {"description": "KL falls with beta", "measure": "difference", "metric": "kl", "direction": "less"}
+    less |= {"treatment": "beta=5", "control": "beta=0.1"}
+    budgets = {"full": {"seeds": [3]}}
+    path = written(tmp_path, arms=arms, predictions=[less], metrics=["kl", "gold_gain"], budgets=budgets)
+    typed = [str(path.relative_to(tmp_path)), "until=decided", "max_seeds=6", *SMALL_RUN]
+    command = [sys.executable, "-m", "dpo_lab.study", *typed]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, start_new_session=True)
+    runs = tmp_path / "outputs/studies/runs/full"
+    until(lambda: json.loads(next(runs.glob("beta=5*/seed=4/run.json")).read_text()), seconds=240)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (told,) = (json.loads(each.read_text()) for each in tmp_path.glob("outputs/studies/small/*/study.json"))
+    assert told["stopping"] == {"until": "decided", "max_seeds": 6, "seeds": [3]}
+    assert [look["seeds"] for look in told["looks"]] == [1]
+    done = {each: each.read_bytes() for each in runs.glob("*/seed=*/run.json") if '"done"' in each.read_text()}
+    assert len(done) >= 3
+    result = run("dpo_lab.study", tmp_path, *typed)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all(each.read_bytes() == before for each, before in done.items())
+    (told,) = (json.loads(each.read_text()) for each in tmp_path.glob("outputs/studies/small/*/study.json"))
+    seeds = told["study"]["seeds"]
+    assert seeds == list(range(3, 3 + len(seeds)))
+    assert [look["seeds"] for look in told["looks"]] == list(range(1, len(seeds) + 1))
+    words = [look["predictions"][0]["verdict"] for look in told["looks"]]
+    assert "inconclusive" not in words[-1:] or len(seeds) == 6
+    assert set(words[:-1]) <= {"inconclusive"}
+    (page,) = tmp_path.glob("outputs/studies/small/*/report.html")
+    assert "exploratory" not in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -328,6 +372,13 @@ def test_a_study_of_real_runs_ends_in_verdict_and_page(tmp_path):
         ([], "which study? type python -m dpo_lab.study ablations/small.yaml"),
         (["study=some"], "study=some: type study=all, or the path of a study file"),
         (["ablations/small.yaml", "seeds=a"], "seeds=a: must be whole numbers; type e.g. seeds=0,1,2"),
+        (["ablations/small.yaml", "until=now"], "until=now: type until=decided, or leave it out for the seeds of the"),
+        (["ablations/small.yaml", "max_seeds=9"], "max_seeds=9: goes with until=decided"),
+        (["ablations/small.yaml", "until=decided", "max_seeds=4"], "max_seeds=4: must be a whole number, 5 or more"),
+        (
+            ["ablations/small.yaml", "until=decided", "max_seeds=all"],
+            "max_seeds=all: must be a whole number, 5 or more",
+        ),
         (["ablations/small.yaml", "optim.lr=1e-4,1e-3"], "has several values; type them as its sweep"),
         (["ablations/small.yaml", "beta=much"], "beta=much: must be a number"),
     ],

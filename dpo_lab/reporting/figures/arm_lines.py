@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dpo_lab.reporting.comparison import interval_text
 from dpo_lab.reporting.figures.charts import GREY, STYLES, Point
 from dpo_lab.reporting.formatting import format_short
-from dpo_lab.stats.estimates import Estimate, mean
+from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import mean_over_seeds
 from dpo_lab.studies.spec import Arm
 
 
@@ -58,7 +59,9 @@ def of_two(collection: RunSet, arm: Arm, x: str, y: str, axis: str) -> Point | N
     across, up = (collection.values(arm.name, metric) for metric in (x, y))
     if not (both := sorted(across.keys() & up.keys())):
         return None
-    right, high = mean(across[seed] for seed in both), mean(up[seed] for seed in both)
+    right, high = (
+        mean_over_seeds(metric, [values[seed] for seed in both]) for metric, values in ((x, across), (y, up))
+    )
     tip = f"{tooltip(arm.name, y, high)}; {x} {interval_text(right)}"
     name = format_short(arm.axes[axis]) if axis in arm.axes else arm.name
     return Point(right.value, high.value, tip, name, x_interval=right.interval, y_interval=high.interval)

@@ -11,10 +11,10 @@ from typing import Any
 from dpo_lab.reporting.figures.arm_lines import label_of, lines_of, style_of, tooltip
 from dpo_lab.reporting.figures.charts import GREY, STYLES, Chart, Panel, Point, Series, chart
 from dpo_lab.reporting.figures.learning_curves import POINTS, thinned
-from dpo_lab.reporting.figures.reward_kl import against, reward_against_kl, scale_of
+from dpo_lab.reporting.figures.reward_kl import against, reward_against_kl
 from dpo_lab.reporting.formatting import format_value
-from dpo_lab.stats.estimates import mean
 from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import axis_of, mean_over_seeds
 from dpo_lab.studies.spec import Arm, Figure, Kind
 
 # Columns of the learning curves, a panel per row: the first column that was logged.
@@ -30,7 +30,9 @@ MetricsLogs = Callable[[str], Sequence[tuple[int, Sequence[Mapping[str, Any]]]]]
 
 
 def study_figures(collection: RunSet, metrics: Sequence[str], logs: MetricsLogs) -> list[Chart]:
-    """Return the study's figures; without a study, a figure for each axis along which arms differ, or one by arm."""
+    """Return the study's figures but that of all arms by reward and KL; without a study, a figure for each axis along which
+    arms differ, or one by arm.
+    """
     study = collection.study
     wanted = study.figures if study else _suggested(collection, metrics)
     charts = []
@@ -43,17 +45,9 @@ def study_figures(collection: RunSet, metrics: Sequence[str], logs: MetricsLogs)
             charts.append(_by_arm(collection, arms, figure.y))
         elif figure.kind is Kind.curves:
             charts.append(_curves(collection, arms, figure.y, logs))
-        else:
+        elif figure.arms:
             charts.append(reward_against_kl(collection, arms))
     return [found for found in charts if found]
-
-
-def reward_kl_figure(collection: RunSet) -> Chart | None:
-    """Return the figure of all arms by reward and KL; None if these were not measured, or if the study has this figure."""
-    study = collection.study
-    if study and any(figure.kind is Kind.frontier and not figure.arms for figure in study.figures):
-        return None
-    return reward_against_kl(collection, collection.arms)
 
 
 def learning(collection: RunSet, logs: MetricsLogs) -> Chart | None:
@@ -92,19 +86,22 @@ def _along(collection: RunSet, arms: Sequence[Arm], axis: str, metrics: Sequence
             points, cloud = [], []
             for arm in members:
                 if values := list(collection.values(arm.name, metric).values()):
-                    estimate, x = mean(values), arm.axes[axis]
+                    estimate, x = mean_over_seeds(metric, values), arm.axes[axis]
                     tip = tooltip(arm.name, metric, estimate)
                     points.append(Point(x, estimate.value, tip, y_interval=estimate.interval))
                     cloud += [(x, value) for value in values]
             label, is_line = label_of(number, list(lines)), len(points) > 1
             shift = _beside(number, len(lines))
             series.append(Series(label, points, style_of(number), is_line, cloud=cloud, shift=shift))
-        up = scale_of(metric, max((value for s in series for _, value in s.cloud), default=0.0))
+        up = axis_of(metric, [value for s in series for _, value in s.cloud])
         panels.append(Panel(metric, axis, series, "log" if is_log else "linear", up, ticks))
     return chart(f"{', '.join(metrics)} along {axis}", panels, _SEEDS)
 
 
-_SEEDS = "Large points: means over seeds with 95 % intervals (Student's t); small points: single seeds."
+_SEEDS = (
+    "Large points: means over seeds with 95 % intervals (Student's t; of ratio quantities such as KL geometric means);"
+    " small points: single seeds."
+)
 
 
 def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> Chart | None:
@@ -118,13 +115,14 @@ def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> 
             for arm in arms:
                 values = list(collection.values(arm.name, metric).values())
                 if values and arm.group == group:
-                    estimate = mean(values)
+                    estimate = mean_over_seeds(metric, values)
                     tip = tooltip(arm.name, metric, estimate)
                     points.append(Point(estimate.value, arm.name, tip, x_interval=estimate.interval))
                     cloud += [(value, arm.name) for value in values]
             series.append(Series(group, points, style_of(number), is_line=False, cloud=cloud))
-        dashed = [mean(base).value] if base else []
-        panels.append(Panel(metric, metric, series, dashed=dashed, rows=[arm.name for arm in arms]))
+        dashed = [mean_over_seeds(metric, base).value] if base else []
+        across = axis_of(metric, [value for s in series for value, _ in s.cloud])
+        panels.append(Panel(metric, metric, series, x=across, dashed=dashed, rows=[arm.name for arm in arms]))
     baseline = f" Dashed: {collection.baseline}." if collection.baseline else ""
     return chart(f"{', '.join(metrics)} by arm", panels, _SEEDS + baseline)
 

@@ -10,10 +10,10 @@ from dpo_lab.reporting.formatting import format_value
 from dpo_lab.stats.estimates import mean
 from dpo_lab.studies import frontier
 from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import axis_of
 from dpo_lab.studies.spec import Arm
 
 NS = (2, 4, 8, 16, 32, 64)  # of best-of-n
-WIDE_KL = 5.0  # nats; a KL axis beyond this is a square-root scale
 
 
 def against(collection: RunSet, arms: Sequence[Arm], x: str, metrics: Sequence[str]) -> Chart | None:
@@ -36,18 +36,18 @@ def reward_against_kl(collection: RunSet, arms: Sequence[Arm]) -> Chart | None:
     most = max(1.0, *(high for s in series for p in s.points for high in (p.x, *(p.x_interval or ()))))
     best = _optimum(collection, most)
     title, across = "gain in gold reward, sd of the initial policy", "KL to the initial policy, nats"
-    panel = Panel(title, across, [*best, *series], x=scale_of(frontier.KL, most))
+    panel = Panel(
+        title,
+        across,
+        [*best, *series],
+        x=axis_of(frontier.KL, [x for s in series for x, _ in s.cloud] or [p.x for s in series for p in s.points]),
+    )
     caption = (
-        "Across: KL to the initial policy in nats; up: gain in gold reward, in sd of the initial policy. Means over seeds"
-        + (f" with 95 % intervals, labelled by {axis}." if axis else " with 95 % intervals.")
+        "Across: KL to the initial policy in nats; up: gain in gold reward, in sd of the initial policy. Large points: means"
+        f" over seeds with 95 % intervals{f', labelled by {axis}' if axis else ''}; small points: single seeds."
         + ("" if best else " No run sampled candidates of the initial policy, so the optimum is unknown.")
     )
     return chart("Reward against KL", [panel], caption)
-
-
-def scale_of(metric: str, most: float) -> str:
-    """Return the scale of the axis of a metric with values up to `most`."""
-    return "root" if metric == frontier.KL and most > WIDE_KL else "linear"
 
 
 def _series(collection: RunSet, lines: Mapping[str, Sequence[Arm]], x: str, y: str, axis: str) -> list[Series]:
@@ -58,8 +58,16 @@ def _series(collection: RunSet, lines: Mapping[str, Sequence[Arm]], x: str, y: s
         points = [point for arm in members if (point := of_two(collection, arm, x, y, named_by))]
         if points:
             label = label_of(number, list(lines))
-            series.append(Series(label, points, style_of(number), is_line=len(points) > 1))
+            cloud = [place for arm in members for place in _seeds(collection, arm, x, y)]
+            series.append(Series(label, points, style_of(number), is_line=len(points) > 1, cloud=cloud))
     return series
+
+
+def _seeds(collection: RunSet, arm: Arm, x: str, y: str) -> list[tuple[float, float]]:
+    """Return an arm's single seeds by two metrics; empty if there is one."""
+    across, up = (collection.values(arm.name, metric) for metric in (x, y))
+    both = sorted(across.keys() & up.keys())
+    return [(across[seed], up[seed]) for seed in both] if len(both) > 1 else []
 
 
 def _optimum(collection: RunSet, most: float) -> list[Series]:
@@ -83,8 +91,7 @@ def _optimum(collection: RunSet, most: float) -> list[Series]:
             tips = [
                 Point(p.kl, p.gain, template.format(format_value(p.gain), format_value(p.kl), p.ess)) for p in points
             ]
-            origin = [Point(0.0, 0.0)] if points is trusted else []
-            series.append(Series(label, [*origin, *tips], GREY, has_markers=False, dash=dash))
+            series.append(Series(label, tips, GREY, has_markers=False, dash=dash))
     if best := _best_of_n(collection, most):
         label = "best of n of the initial policy, at an upper bound of its KL"
         series.append(Series(label, best, GREY, is_line=False))

@@ -71,7 +71,8 @@ function marksOf(series, points, x, y) {
   const stroke = colour(series), dx = series.shift ?? 0, place = {x: "x", y: "y", dx};
   const shown = points.filter((p) => p.isShown), ranged = (axis) => shown.filter((p) => p[`${axis}_interval`]);
   const bar = {stroke, dx, strokeWidth: 1.6, clip: true, className: "bar"};
-  const [right, down] = y.type === "point" ? [0, 7] : [6, 0]; // of small points, below or beside their mean
+  // Small points lie below or beside their mean, in a plane of two metrics where they are.
+  const [right, down] = y.type === "point" ? [0, 7] : points.some((p) => p.x_interval) ? [0, 0] : [6, 0];
   const cloud = (series.cloud ?? []).filter(([a, b]) => x.fits(a) && y.fits(b));
   return [
     series.has_band && Plot.areaY(points.filter((p) => p.y_interval),
