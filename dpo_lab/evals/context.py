@@ -112,10 +112,15 @@ class EvalContext:
         """Return prompt and response of each sample as one text."""
         return [p + r for p, r in zip(self.prompts, self.responses(samples), strict=True)]
 
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether texts have a reward: the gold one of a task, or a judge's score."""
+        return self.task is not None or isinstance(self.judge, Scorer)
+
     @cached_property
     def rewards(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Rewards of the trained and the initial policy's samples, [N] each, by source: `gold`, `judge`."""
-        if self.task is None and not isinstance(self.judge, Scorer):
+        if not self.gives_rewards:
             return {}
         trained, initial = (
             self.score_texts(self.complete_texts(samples)) for samples in (self.samples, self.initial_samples)
@@ -133,7 +138,7 @@ class EvalContext:
         """Return the keys of the first `prompts` distinct prompts, and the rewards of `count` responses of the initial
         policy to each, [P, count], by source; both are empty without a task and a judge.
         """
-        if self.task is None and not isinstance(self.judge, Scorer):
+        if not self.gives_rewards:
             return [], {}
         first: dict[tuple[int, ...], int] = {}
         for i, prompt in enumerate(self.prompt_ids):

@@ -66,6 +66,8 @@ def _run_stages(session: Session) -> None:
     session.record_training("dpo", training.memory, **training.costs())
     trained = session.save_trained(module, inputs)
     context = build_eval_context(config, inputs, trained, forward, judge, pair_sets)
+    if trajectory is not None:
+        trajectory.meter.share_samples(context)
     metrics = evaluate(context, config.evals.selected())
     if trajectory is not None:
         end_trajectory(session, trajectory, context)
