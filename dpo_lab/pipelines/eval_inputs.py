@@ -1,37 +1,121 @@
-"""The inputs of an evaluation: both policies, held-out prompts and texts, a sample of training pairs."""
+"""The inputs of an evaluation: the policies, held-out prompts and texts, further files, a sample of training pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 
-from dpo_lab.config.schema import RunConfig
+from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.core.pair_table import PairTable
+from dpo_lab.core.pairs import Tokens
 from dpo_lab.data.formats import Shape
 from dpo_lab.data.pair_sets import SetPair, read_pair_set
+from dpo_lab.data.prompt_file import FilePrompts, read_prompts
 from dpo_lab.data.splits import HELD_OUT, hash_draws
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
+from dpo_lab.evals.evaluate import policy_folder
 from dpo_lab.evals.judges import LoadedJudge
-from dpo_lab.models.policy import Policy
+from dpo_lab.evals.third_policy import ThirdPolicy
+from dpo_lab.models.limits import Limits
+from dpo_lab.models.policy import Policy, Pretrained, weights_digest
 from dpo_lab.models.sharding import on_device
-from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts
+from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts, policy_errors, select_on_device
+from dpo_lab.pipelines.trained_policy import load_trained
 from dpo_lab.runs.cache import CACHE
 
 
 def load_judge(config: RunConfig, device: torch.device) -> LoadedJudge | None:
-    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise LabError if that fails, or if
-    an evaluator can't run.
+    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise LabError if that fails."""
+    return config.evals.judge.load(device, CACHE) if config.evals.uses_judge else None
+
+
+@dataclass(frozen=True)
+class EvalInputs:
+    """What an evaluation reads besides the inputs of its run: the files that evals.pairs, evals.prompts and evals.third
+    name.
     """
-    for evaluator in config.evals.selected():
-        evaluator.check()
-    if not config.evals.uses_judge:
-        return None
-    return config.evals.judge.load(device, CACHE)
+
+    pair_sets: Mapping[str, Sequence[SetPair]] = field(default_factory=dict)
+    prompts: FilePrompts | None = None
+    third: ThirdPolicy | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what is recorded of the prompts and of the third policy, by content, so that runs are compared by it."""
+        found: dict[str, Any] = {}
+        if self.prompts is not None:
+            found["prompts"] = {"sha256": self.prompts.sha256, "count": len(self.prompts)}
+        if self.third is not None:
+            found["third"] = {"weights": weights_digest(self.third.policy.model)}
+        return found
+
+
+def read_eval_inputs(config: RunConfig, inputs: TrainingInputs, forward: Forward) -> EvalInputs:
+    """Read the files of an evaluation, and load its third policy. Raise BadData or ConfigError, each with what to type."""
+    data, evals, encoder = config.data, config.evals, inputs.encoder
+    shape = Shape(as_chat=data.as_chat)
+    pair_sets = {name: read_pair_set(name, path, shape, encoder) for name, path in evals.pairs.items()}
+    prompts = None if evals.prompts is None else read_prompts(evals.prompts, data.as_chat, evals.num_prompts)
+    if prompts is not None:
+        _check_lengths(prompts, encoder, inputs.initial, evals.max_new_tokens)
+    third = None
+    if evals.third is not None:
+        try:
+            third = _load_third(config, evals.third, inputs, prompts, forward)
+        except ConfigError as error:
+            raise ConfigError(f"evals.third={evals.third}: {error}") from error
+    return EvalInputs(pair_sets, prompts, third)
+
+
+def _prompts(config: RunConfig, inputs: TrainingInputs, given: FilePrompts | None) -> tuple[list[str], list[Tokens]]:
+    """Return the prompts of the samples as text and as token ids: those of a file, else of the task or the held-out pairs."""
+    encoder, count = inputs.encoder, config.evals.num_prompts
+    if given is None and config.data.uses_task:
+        prompts = config.data.task.prompts(HELD_OUT, count, config.seed)
+        return prompts, [encoder.prompt(prompt) for prompt in prompts]
+    ids: list[Tokens] = [*distinct_prompts(inputs.held_out)[:count]] if given is None else given.encode(encoder)
+    return [encoder.prompt_text(prompt) for prompt in ids], ids
+
+
+def _load_third(
+    config: RunConfig, path: str, inputs: TrainingInputs, given: FilePrompts | None, forward: Forward
+) -> ThirdPolicy:
+    """Load the third policy, and encode the prompts by its own tokenizer if that is not the initial policy's.
+
+    Raises ConfigError if the prompts don't fit it, or if only their tokens are kept and they are chats.
+    """
+    settings = replace(config.policy, chat_template=None) if isinstance(config.policy, Pretrained) else config.policy
+    policy = load_trained(settings, policy_folder(path))
+    select_on_device(policy, CACHE, forward)
+    encoder, (prompts, ids) = inputs.encoder, _prompts(config, inputs, given)
+    own = replace(encoder, tokenizer=policy.tokenizer)
+    shares_tokens = own.fingerprint == encoder.fingerprint
+    if not shares_tokens and given is not None:
+        ids = given.encode(own)
+    elif not shares_tokens:
+        if any(not encoder.special_ids.isdisjoint(encoder.prompt(text)) for text in prompts):
+            raise ConfigError(
+                "its tokenizer is another one, and the prompts of the data are rendered as chats for that of the initial"
+                " policy; type evals.prompts=FILE of prompts as messages with it"
+            )
+        ids = [own.prompt(text) for text in prompts]
+    with policy_errors():
+        Limits.of(policy.model).check_samples(ids, config.evals.max_new_tokens, "evals.max_new_tokens")
+    return ThirdPolicy(policy, encoder if shares_tokens else own, ids, shares_tokens)
+
+
+def _check_lengths(prompts: FilePrompts, encoder: PairTokenizer, policy: Policy, new_tokens: int) -> None:
+    """Raise ConfigError if a sample after a prompt has more tokens than the policy has positions."""
+    limits = Limits.of(policy.model)
+    with policy_errors():
+        for place, ids in zip(prompts.places, prompts.encode(encoder), strict=True):
+            what = f"{place}: the prompt, of {len(ids):,} tokens, with evals.max_new_tokens={new_tokens}"
+            limits.check_length(len(ids) + new_tokens, what, "shorten the prompt or lower evals.max_new_tokens")
 
 
 def build_eval_context(
@@ -40,27 +124,25 @@ def build_eval_context(
     trained: Policy,
     forward: Forward,
     judge: LoadedJudge | None,
-    pair_sets: Mapping[str, Sequence[SetPair]] = MappingProxyType({}),
+    more: EvalInputs = EvalInputs(),
 ) -> EvalContext:
-    """Return what the evaluators need; prompts and texts come from the task, or from the user's held-out rows.
+    """Return what the evaluators need; prompts and texts come from the task, or from the user's held-out rows; prompts from
+    evals.prompts, if it is set.
 
-    Moves both policies to the forward's device.
+    Moves the policies to the forward's device.
     """
-    for policy in (trained, inputs.initial):
+    for policy in (trained, inputs.initial, *([more.third.policy] if more.third is not None else [])):
         on_device(policy.model, forward.device)
     encoder, evals = inputs.encoder, config.evals
     if config.data.uses_task:
         task = config.data.task
-        prompts = task.prompts(HELD_OUT, evals.num_prompts, config.seed)
-        prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
         begin = encoder.prompt("")
         texts = [(begin, encoder.response(text, begin)) for text in task.texts(HELD_OUT, evals.num_texts, config.seed)]
     else:
         task = None
-        prompt_ids = distinct_prompts(inputs.held_out)[: evals.num_prompts]
-        prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
         chosen = ((pair.prompt, pair.chosen) for pair in inputs.held_out if len(pair.chosen))
         texts = list(islice(chosen, evals.num_texts))
+    prompts, prompt_ids = _prompts(config, inputs, more.prompts)
     reference, tokens = None, config.data.forward_tokens
     if not config.reference.starts_at_policy:
         pairs = inputs.train.concat(inputs.held_out)  # as in training, whose cache is found
@@ -70,7 +152,7 @@ def build_eval_context(
         initial=inputs.initial,
         encoder=encoder,
         pairs=inputs.held_out,
-        pair_sets=pair_sets,
+        pair_sets=more.pair_sets,
         train_pairs=sample_pairs(inputs.train, evals.num_train_pairs),
         prompts=prompts,
         prompt_ids=prompt_ids,
@@ -84,16 +166,11 @@ def build_eval_context(
         reference=reference,
         judge=judge,
         cache=CACHE,
+        engine=evals.engine,
+        third=more.third,
+        prompt_file="" if more.prompts is None else more.prompts.name,
         seed=config.seed,
     )
-
-
-def read_pair_sets(config: RunConfig, encoder: PairTokenizer) -> dict[str, list[SetPair]]:
-    """Return the pairs of the files that evals.pairs names, read as chat if those of the run are. Raise BadData for a bad
-    file.
-    """
-    shape = Shape(as_chat=config.data.as_chat)
-    return {name: read_pair_set(name, path, shape, encoder) for name, path in config.evals.pairs.items()}
 
 
 def sample_pairs(pairs: PairTable, count: int) -> PairTable:

@@ -55,6 +55,9 @@ ADDED_KEYS = {
         "chat_template": False,
     },
     "evals.judge.kind": "classifier",
+    "evals.prompts": None,
+    "evals.third": None,
+    "evals.engine": {"kind": "exact"},
 }
 # Groups that were added to the configs of runs that have a loss, likewise.
 ADDED_GROUPS = {"method": {"kind": "dpo"}}
