@@ -15,7 +15,6 @@ from dpo_lab.data.encoding import read_chunk
 from dpo_lab.data.formats import Format, Shape
 from dpo_lab.data.messages import describe, field_error
 from dpo_lab.data.readers import suffix
-from dpo_lab.data.row_faults import UNKNOWN
 from dpo_lab.data.rows import BadData, Chunk, FileRows, check_exists
 from dpo_lab.data.text import LONGEST, TOO_LONG
 from dpo_lab.data.tokenize import PairTokenizer
@@ -55,8 +54,6 @@ class FilePrompts:
             except (LabError, ValueError) as error:
                 raise BadData(f"{place}: {error}") from None
             encoded.append(ids)
-        if unknown := sum(not whole.unknown_ids.isdisjoint(ids) for ids in encoded):
-            log.warning("%s=%s: %d %s", KEY, self.name, unknown, UNKNOWN.replace("pairs", "prompts"))
         return encoded
 
 

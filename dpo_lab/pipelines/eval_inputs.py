@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -28,6 +29,8 @@ from dpo_lab.models.sharding import on_device
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts, policy_errors, select_on_device
 from dpo_lab.pipelines.trained_policy import load_trained
 from dpo_lab.runs.cache import CACHE
+
+log = logging.getLogger(__name__)
 
 
 def load_judge(config: RunConfig, device: torch.device) -> LoadedJudge | None:
@@ -79,7 +82,7 @@ def _prompts(config: RunConfig, inputs: TrainingInputs, given: FilePrompts | Non
         prompts = config.data.task.prompts(HELD_OUT, count, config.seed)
         return prompts, [encoder.prompt(prompt) for prompt in prompts]
     ids: list[Tokens] = [*distinct_prompts(inputs.held_out)[:count]] if given is None else given.encode(encoder)
-    return [encoder.prompt_text(prompt) for prompt in ids], ids
+    return [encoder.prompt_text(list(prompt)) for prompt in ids], ids
 
 
 def _load_third(
@@ -110,10 +113,16 @@ def _load_third(
 
 
 def _check_lengths(prompts: FilePrompts, encoder: PairTokenizer, policy: Policy, new_tokens: int) -> None:
-    """Raise ConfigError if a sample after a prompt has more tokens than the policy has positions."""
-    limits = Limits.of(policy.model)
+    """Raise ConfigError if a sample after a prompt has more tokens than the policy has positions; warn of prompts with
+    characters that its tokenizer does not know.
+    """
+    limits, encoded = Limits.of(policy.model), prompts.encode(encoder)
+    if unknown := sum(not encoder.unknown_ids.isdisjoint(ids) for ids in encoded):
+        log.warning(
+            "evals.prompts: %d of %d prompts have characters that the tokenizer does not know", unknown, len(encoded)
+        )
     with policy_errors():
-        for place, ids in zip(prompts.places, prompts.encode(encoder), strict=True):
+        for place, ids in zip(prompts.places, encoded, strict=True):
             what = f"{place}: the prompt, of {len(ids):,} tokens, with evals.max_new_tokens={new_tokens}"
             limits.check_length(len(ids) + new_tokens, what, "shorten the prompt or lower evals.max_new_tokens")
 

@@ -83,18 +83,17 @@ def _evaluate_trained(cfg: DictConfig, config: EvaluateConfig, trained: Path, fo
             run.check_inputs_unchanged(**found.identity)
             metrics = found.measure()
         found.context.examples.write(folder / EXAMPLES)
+        labels = labels_of(metrics, found.context.prompt_file)
         run.update(
             data=dict(found.inputs.counts),
             initial_policy=found.identity["initial_policy"],
             trained_policy=found.identity["trained_policy"],
-            metric_labels=labels_of(metrics, found.context.prompt_file),
+            metric_labels=labels,
             **found.results(metrics),
         )
         if config.figures:
             draw_run(folder)
-    print_summary(
-        plain_console(), metrics, labels_of(metrics, found.context.prompt_file), found.context.side_by_side, folder, ()
-    )
+    print_summary(plain_console(), metrics, labels, found.context.side_by_side, folder, ())
 
 
 @dataclass(frozen=True)

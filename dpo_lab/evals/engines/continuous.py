@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpo_lab.core.pairs import Tokens
 from dpo_lab.errors import check_at_least, first_line
 from dpo_lab.evals.engines.base import Engine, EngineError, sampled_on_rank_zero
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from dpo_lab.data.tokenize import PairTokenizer
     from dpo_lab.models.policy import Policy
     from dpo_lab.models.sampling import Sample
@@ -54,23 +52,17 @@ class Continuous(Engine, name="continuous"):
         def rows() -> list[list[int]]:
             from transformers import ContinuousBatchingConfig, GenerationConfig
 
-            model = causal_lm(policy.model)
+            model: Any = causal_lm(policy.model)
             rows_at_once = min(batch_size, len(prompts))
             longest = max(map(len, prompts)) + max_new_tokens
-            settings = (
-                {}
-                if model.device.type == "cuda"
-                else {
-                    "num_blocks": rows_at_once * -(-longest // self.page_size),
-                    "max_batch_tokens": max(rows_at_once, longest),
-                }
-            )
+            on_cpu = model.device.type == "cpu"  # whose memory is not this process's alone
             batching = ContinuousBatchingConfig(
                 page_size=self.page_size,
                 max_memory_percent=self.memory,
                 max_requests_per_batch=rows_at_once,
+                num_blocks=rows_at_once * -(-longest // self.page_size) if on_cpu else None,
+                max_batch_tokens=max(rows_at_once, longest) if on_cpu else None,
                 seed=seed % 2**32,
-                **settings,
             )
             drawn = GenerationConfig(
                 do_sample=True,
@@ -96,7 +88,7 @@ class Continuous(Engine, name="continuous"):
 
 
 @contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+def _plain_attention(model: Any) -> Iterator[None]:
     """Let the model, inside the context, have an attention that takes pages, and be in evaluation mode."""
     modes = {module: module.training for module in model.modules()}
     attention = model.config._attn_implementation
