@@ -14,7 +14,6 @@ import torch
 
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
-from dpo_lab.evals import candidates as candidates_module
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.evaluators.optimum import Optimum
 from dpo_lab.evals.judges import Scorer
@@ -44,13 +43,13 @@ def subject(policy, tmp_path) -> EvalContext:
 def sampled(monkeypatch) -> list[int]:
     """How many samples each sampling made, as it makes them."""
     made: list[int] = []
-    real = candidates_module.generate_responses
+    real = sampling.generate_responses
 
     def counted(model, encoder, prompts, **how):
         made.append(len(prompts))
         return real(model, encoder, prompts, **how)
 
-    monkeypatch.setattr(candidates_module, "generate_responses", counted)
+    monkeypatch.setattr(sampling, "generate_responses", counted)
     return made
 
 

@@ -21,7 +21,7 @@ SHARES = ("stopped", "well_formed")
 
 
 @dataclass
-class Third(Evaluator, name="third", order=65, is_default=False, needs_samples=True, needs_reward=False):
+class Third(Evaluator, name="third_policy", order=65, is_default=False, needs_samples=True, needs_reward=False):
     """Samples of the policy in evals.third, and how the trained policy's differ from them; runs whenever it is set.
 
     third/METRIC is the third policy's mean of a metric, third/METRIC_difference the trained policy's minus the third's,
