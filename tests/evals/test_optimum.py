@@ -17,6 +17,7 @@ from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.evaluators.optimum import Optimum
 from dpo_lab.evals.judges import Scorer
+from dpo_lab.models import sampling
 from dpo_lab.runs.examples import EXAMPLES, read
 from dpo_lab.stats.estimates import best_of
 from tests.evals.test_evals import perturbed, subject_of
