@@ -233,6 +233,8 @@ def explain(error: Exception) -> str:
         if f"{found[1]}={{" in text and found[1] in _known_keys():
             return f"{found[1]}: its entries are added to the existing ones; type +{found[1]}=..."
         return _unknown(found[1], _known_keys())
+    if found := re.search(r"override (evals\.\w+)=(\S+)\s+Invalid type assigned: str", text):
+        return f"{found[1]}={found[2]}: has settings of its own; type {found[1].replace('.', '/')}={found[2]}"
     if found := re.search(r"In '([^']+)': .*Key '[^']+' not in", text, re.S):
         return f"{found[1]}.yaml: {_unknown(_full_key(text), _known_keys())}"
     return " ".join(text.split())

@@ -17,6 +17,7 @@ from dpo_lab.core.pairs import Tokens
 from dpo_lab.data.formats import Shape
 from dpo_lab.data.pair_sets import SetPair, read_pair_set
 from dpo_lab.data.prompt_file import FilePrompts, read_prompts
+from dpo_lab.data.rows import BadData
 from dpo_lab.data.splits import HELD_OUT, hash_draws
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
@@ -70,7 +71,7 @@ def read_eval_inputs(config: RunConfig, inputs: TrainingInputs, forward: Forward
     if evals.third is not None:
         try:
             third = _load_third(config, evals.third, inputs, prompts, forward)
-        except ConfigError as error:
+        except (BadData, ConfigError) as error:
             raise ConfigError(f"evals.third={evals.third}: {error}") from error
     return EvalInputs(pair_sets, prompts, third)
 
@@ -88,28 +89,32 @@ def _prompts(config: RunConfig, inputs: TrainingInputs, given: FilePrompts | Non
 def _load_third(
     config: RunConfig, path: str, inputs: TrainingInputs, given: FilePrompts | None, forward: Forward
 ) -> ThirdPolicy:
-    """Load the third policy, and encode the prompts by its own tokenizer if that is not the initial policy's.
+    """Load the third policy, and encode the prompts by its own tokenizer.
 
-    Raises ConfigError if the prompts don't fit it, or if only their tokens are kept and they are chats.
+    Raises ConfigError if the prompts don't fit it, or if they are chats of which only the tokens are kept, and its
+    tokenizer has another vocabulary.
     """
     settings = replace(config.policy, chat_template=None) if isinstance(config.policy, Pretrained) else config.policy
     policy = load_trained(settings, policy_folder(path))
     select_on_device(policy, CACHE, forward)
     encoder, (prompts, ids) = inputs.encoder, _prompts(config, inputs, given)
-    own = replace(encoder, tokenizer=policy.tokenizer)
-    shares_tokens = own.fingerprint == encoder.fingerprint
-    if not shares_tokens and given is not None:
-        ids = given.encode(own)
-    elif not shares_tokens:
+    own, ours = replace(encoder, tokenizer=policy.tokenizer), encoder.tokenizer
+    same_vocabulary = own.tokenizer.get_vocab() == ours.get_vocab()
+    if same_vocabulary and not own.tokenizer.chat_template:  # type: ignore[attr-defined]
+        own.tokenizer.chat_template = ours.chat_template  # type: ignore[attr-defined]
+    own_ids = ids
+    if given is not None:
+        own_ids = given.encode(own)
+    elif not same_vocabulary:
         if any(not encoder.special_ids.isdisjoint(encoder.prompt(text)) for text in prompts):
             raise ConfigError(
                 "its tokenizer is another one, and the prompts of the data are rendered as chats for that of the initial"
                 " policy; type evals.prompts=FILE of prompts as messages with it"
             )
-        ids = [own.prompt(text) for text in prompts]
+        own_ids = [own.prompt(text) for text in prompts]
     with policy_errors():
-        Limits.of(policy.model).check_samples(ids, config.evals.max_new_tokens, "evals.max_new_tokens")
-    return ThirdPolicy(policy, encoder if shares_tokens else own, ids, shares_tokens)
+        Limits.of(policy.model).check_samples(own_ids, config.evals.max_new_tokens, "evals.max_new_tokens")
+    return ThirdPolicy(policy, own, own_ids, shares_tokens=same_vocabulary and own_ids == ids)
 
 
 def _check_lengths(prompts: FilePrompts, encoder: PairTokenizer, policy: Policy, new_tokens: int) -> None:
