@@ -22,7 +22,7 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.candidates import candidates, sampling_explained
 from dpo_lab.evals.engines import Engine
 from dpo_lab.evals.engines.exact import Exact
-from dpo_lab.evals.judges import Comparer, LoadedJudge, Scorer, Verdicts
+from dpo_lab.evals.judges import LoadedJudge, Scorer, Verdicts
 from dpo_lab.evals.scored_pairs import ScoredPairs, logps_of_pairs, score_pairs
 from dpo_lab.evals.third_policy import ThirdPolicy
 from dpo_lab.models.forward import pair_logps
@@ -150,11 +150,13 @@ class EvalContext:
     @cached_property
     def verdicts(self) -> Verdicts | None:
         """The verdicts of a judge that compares on the trained against the initial policy's samples; None without one."""
-        return self.compared_with(self.responses(self.initial_samples)) if isinstance(self.judge, Comparer) else None
+        if self.judge is None or isinstance(self.judge, Scorer):
+            return None
+        return self.compared_with(self.responses(self.initial_samples))
 
     def compared_with(self, responses: Sequence[str]) -> Verdicts | None:
         """Return its verdicts on the trained policy's samples against other responses to the prompts; None without one."""
-        if not isinstance(self.judge, Comparer):
+        if self.judge is None or isinstance(self.judge, Scorer):
             return None
         return self.judge.compare(self.prompts, self.responses(self.samples), responses)
 

@@ -12,8 +12,8 @@ from dpo_lab.models.policy import Policy
 
 @dataclass(frozen=True)
 class ThirdPolicy:
-    """The policy. encoder: of its own tokenizer; prompt_ids: the prompts of the samples
-    as its token ids; shares_tokens: whether these are the tokens of the other two policies, with the same meaning.
+    """The policy. encoder: of its own tokenizer; prompt_ids: the prompts of the samples as its token ids; shares_tokens:
+    whether these are the tokens of the other two policies, with the same meaning.
     """
 
     policy: Policy

@@ -19,6 +19,7 @@ from dpo_lab.data.pair_sets import SetPair, read_pair_set
 from dpo_lab.data.prompt_file import FilePrompts, read_prompts
 from dpo_lab.data.rows import BadData
 from dpo_lab.data.splits import HELD_OUT, hash_draws
+from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.evaluate import policy_folder
@@ -76,16 +77,6 @@ def read_eval_inputs(config: RunConfig, inputs: TrainingInputs, forward: Forward
     return EvalInputs(pair_sets, prompts, third)
 
 
-def _prompts(config: RunConfig, inputs: TrainingInputs, given: FilePrompts | None) -> tuple[list[str], list[Tokens]]:
-    """Return the prompts of the samples as text and as token ids: those of a file, else of the task or the held-out pairs."""
-    encoder, count = inputs.encoder, config.evals.num_prompts
-    if given is None and config.data.uses_task:
-        prompts = config.data.task.prompts(HELD_OUT, count, config.seed)
-        return prompts, [encoder.prompt(prompt) for prompt in prompts]
-    ids: list[Tokens] = [*distinct_prompts(inputs.held_out)[:count]] if given is None else given.encode(encoder)
-    return [encoder.prompt_text(list(prompt)) for prompt in ids], ids
-
-
 def _load_third(
     config: RunConfig, path: str, inputs: TrainingInputs, given: FilePrompts | None, forward: Forward
 ) -> ThirdPolicy:
@@ -97,7 +88,7 @@ def _load_third(
     settings = replace(config.policy, chat_template=None) if isinstance(config.policy, Pretrained) else config.policy
     policy = load_trained(settings, policy_folder(path))
     select_on_device(policy, CACHE, forward)
-    encoder, (prompts, ids) = inputs.encoder, _prompts(config, inputs, given)
+    encoder, (prompts, ids) = inputs.encoder, eval_prompts(config, inputs, given)[1:]
     own, ours = replace(encoder, tokenizer=policy.tokenizer), encoder.tokenizer
     same_vocabulary = own.tokenizer.get_vocab() == ours.get_vocab()
     if same_vocabulary and not own.tokenizer.chat_template:  # type: ignore[attr-defined]
@@ -148,15 +139,13 @@ def build_eval_context(
     for policy in (trained, inputs.initial, *([more.third.policy] if more.third is not None else [])):
         on_device(policy.model, forward.device)
     encoder, evals = inputs.encoder, config.evals
-    if config.data.uses_task:
-        task = config.data.task
+    task, prompts, prompt_ids = eval_prompts(config, inputs, more.prompts)
+    if task is not None:
         begin = encoder.prompt("")
         texts = [(begin, encoder.response(text, begin)) for text in task.texts(HELD_OUT, evals.num_texts, config.seed)]
     else:
-        task = None
         chosen = ((pair.prompt, pair.chosen) for pair in inputs.held_out if len(pair.chosen))
         texts = list(islice(chosen, evals.num_texts))
-    prompts, prompt_ids = _prompts(config, inputs, more.prompts)
     reference, tokens = None, config.data.forward_tokens
     if not config.reference.starts_at_policy:
         pairs = inputs.train.concat(inputs.held_out)  # as in training, whose cache is found
@@ -185,6 +174,22 @@ def build_eval_context(
         prompt_file="" if more.prompts is None else more.prompts.name,
         seed=config.seed,
     )
+
+
+def eval_prompts(
+    config: RunConfig, inputs: TrainingInputs, given: FilePrompts | None = None
+) -> tuple[Task | None, Sequence[str], Sequence[Tokens]]:
+    """Return the task if there is one, and the prompts to sample from, as text and as token ids.
+
+    given: prompts of a file, in place of those of the task or of the held-out pairs.
+    """
+    encoder, count = inputs.encoder, config.evals.num_prompts
+    task = config.data.task if config.data.uses_task else None
+    if given is None and task is not None:
+        prompts = task.prompts(HELD_OUT, count, config.seed)
+        return task, prompts, [encoder.prompt(prompt) for prompt in prompts]
+    prompt_ids: Any = distinct_prompts(inputs.held_out)[:count] if given is None else given.encode(encoder)
+    return task, [encoder.prompt_text(ids) for ids in prompt_ids], prompt_ids
 
 
 def sample_pairs(pairs: PairTable, count: int) -> PairTable:
