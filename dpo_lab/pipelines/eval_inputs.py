@@ -97,7 +97,8 @@ def _load_third(
     if given is not None:
         own_ids = given.encode(own)
     elif not same_vocabulary:
-        if any(not encoder.special_ids.isdisjoint(encoder.prompt(text)) for text in prompts):
+        of_templates = encoder.special_ids - encoder.unknown_ids - set(encoder.prompt(""))
+        if any(not of_templates.isdisjoint(encoder.prompt(text)) for text in prompts):
             raise ConfigError(
                 "its tokenizer is another one, and the prompts of the data are rendered as chats for that of the initial"
                 " policy; type evals.prompts=FILE of prompts as messages with it"

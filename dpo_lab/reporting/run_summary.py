@@ -14,6 +14,7 @@ from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.text import format_interval
 
 COLUMNS = ("", "initial", "trained", "95 % interval", "n")
+SHOWN = 600  # characters of a text of a sample
 SAMPLE_COLUMNS = {"prompt": "prompt", "initial": "initial policy", "trained": "trained policy", "third": "third policy"}
 
 
@@ -88,7 +89,7 @@ def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> No
     for column in head:
         side_by_side.add_column(column, ratio=1 if column == "prompt" else 2, overflow="fold")
     for row in rows:
-        side_by_side.add_row(*row)
+        side_by_side.add_row(*(text if len(text) <= SHOWN else f"{text[:SHOWN]} ..." for text in row))
     console.print(side_by_side)
 
 

@@ -95,7 +95,6 @@ def test_prompts_of_ones_own_and_a_third_policy(run, workshop):
     [
         (["evals.prompts=none.txt"], "evals.prompts=none.txt: no such file"),
         (["evals.prompts=bad.jsonl"], "bad.jsonl:2: field 'prompt' is missing"),
-        (["evals.prompts=long.txt"], "long.txt:1: the prompt, of "),
         (["evals.third=none"], "evals.third=none: holds no policy; type the folder of a policy, or of a run"),
         (["evals.third=damaged"], "evals.third=damaged: "),
         (["evals/engine=vllm"], "evals/engine=vllm: needs "),
@@ -103,7 +102,6 @@ def test_prompts_of_ones_own_and_a_third_policy(run, workshop):
 )
 def test_what_cannot_be_measured_with_is_said_in_one_line(typed, said, run, workshop):
     (workshop / "bad.jsonl").write_text('{"prompt": "The plot was"}\n{"text": "The plot was"}\n')
-    (workshop / "long.txt").write_text("The plot was good. " * 400)
     (workshop / "damaged").mkdir(exist_ok=True)
     (workshop / "damaged" / "config.json").write_text("{}")
     refused = evaluate(workshop, f"run={run.relative_to(workshop)}", *typed, code=2)
