@@ -71,16 +71,18 @@ class TrajectoryMeter:
     def last(self, final: EvalContext) -> dict[str, float]:
         """Return the metrics of the policy that a final evaluation measured; its samples are not drawn again."""
         point = replace(self.context, trained=final.trained, examples=Examples())
-        if "samples" in vars(final):
+        if "samples" in vars(final) and final.engine == self.final.engine:
             vars(point)["samples"] = final.samples[: len(point.prompts)]
         self.share_samples(final)
         with self._running(final.trained):
             return self._metrics(point)
 
     def share_samples(self, final: EvalContext) -> None:
-        """Let this and the final evaluation draw the initial policy's samples once, whichever needs them first."""
+        """Let this and the final evaluation draw the initial policy's samples once, whichever needs them first, unless that
+        one has another engine.
+        """
         for one, other in ((self.final, final), (final, self.final)):
-            if "initial_samples" in vars(one):
+            if "initial_samples" in vars(one) and one.engine == other.engine:
                 vars(other)["initial_samples"] = one.initial_samples
 
     @cached_property
