@@ -32,9 +32,9 @@ def _evaluate(cfg: DictConfig, settings: schema.RunConfig) -> None:
 
 
 def as_path(argument: str) -> str:
-    """Quote the value of run= and trained= for Hydra, since run folders contain commas and equals signs."""
+    """Quote the value of run=, trained= and evals.third= for Hydra, since run folders contain commas and equals signs."""
     key, _, value = argument.partition("=")
-    is_bare = key in ("run", "trained") and value and value[0] not in "\"'" and value != "null"
+    is_bare = key in ("run", "trained", "evals.third") and value and value[0] not in "\"'" and value != "null"
     return f"{key}={json.dumps(value, ensure_ascii=False)}" if is_bare else argument
 
 

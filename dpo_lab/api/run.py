@@ -97,7 +97,7 @@ class Run:
 
         Raises LabError if the run has none.
         """
-        from dpo_lab.pipelines.evaluate_run import load_trained
+        from dpo_lab.pipelines.trained_policy import load_trained
 
         if REWARD_MODEL in self.record["config"]:
             raise LabError(

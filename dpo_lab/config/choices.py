@@ -11,7 +11,8 @@ from dpo_lab.config.plugin_choices import Choice
 from dpo_lab.core.losses import LOSSES, Loss
 from dpo_lab.core.losses.base import StepLevel
 
-DESCRIBED = ("method", "loss", "reference", "noise", "reward", "evals/judge")  # groups whose choices get a line each
+# Groups whose choices get a line each.
+DESCRIBED = ("method", "loss", "reference", "noise", "reward", "evals/engine", "evals/judge")
 HEADINGS = {None: "any reference", True: "reference=cached, frozen, moving or adapter_off", False: "reference=uniform"}
 TOGETHER = "all pairs of a step together"
 

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_lab import plugins
 from dpo_lab.config.reward_model import REWARD_MODEL
 from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, as_record, explain, training_files, validate
-from dpo_lab.data.rows import local_files
+from dpo_lab.evals.evaluate import measured_files
 from dpo_lab.runs import run_record
 from dpo_lab.runs.fingerprint import changed_files, override_key
 from dpo_lab.training.optim import OptimKind
@@ -29,7 +29,14 @@ OVERRIDABLE_KEYS = ("evals", "trainer", "threads", "data.tokens_per_microbatch")
 COMMAND_KEYS = ("run", "trained", "name")
 EVALUATIONS = "evaluations"  # the name of evaluations that are given none
 # The option of a group that a record lacks, since the run did not use it.
-ABSENT = {"method": "dpo", "loss": "dpo", "reference": "frozen", "noise": "symmetric", "reward": "learned"}
+ABSENT = {
+    "method": "dpo",
+    "loss": "dpo",
+    "reference": "frozen",
+    "noise": "symmetric",
+    "reward": "learned",
+    "evals.engine": "exact",
+}
 
 
 @dataclass
@@ -133,8 +140,7 @@ def config_from_run(record: Mapping[str, Any], cfg: DictConfig, overrides: Seque
                 " data.tokens_per_microbatch= alone, or trained=FOLDER in place of run="
             )
     config = validate(recorded)
-    measured = record["config"]["evals"].get("pairs", {}).values()  # files that were only measured on
-    ignored = {str(file) for path in measured for file in local_files(path)}
+    ignored = set(map(str, measured_files(record["config"]["evals"])))
     files = {name: each for name, each in record.get("files", {}).items() if name not in ignored}
     if changed := changed_files(files, training_files(config)):
         raise ConfigError(

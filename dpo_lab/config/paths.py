@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_lab.data.rows import check_exists
-from dpo_lab.evals.judges.classifier import Classifier
-from dpo_lab.evals.judges.generative import Generative
-from dpo_lab.models.policy import Pretrained
+from dpo_lab.evals.evaluate import policy_folder
+from dpo_lab.models.policy import Pretrained, is_adapter
 from dpo_lab.rewards.learned import Learned
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ def check_paths(config: RunConfig) -> None:
     """Raise ValueError for a path that does not exist. A name that may be one of the hub is not looked up."""
     rows = {f"data.sources.{name}.path": source.path for name, source in config.data.sources.items()}
     rows |= {"data.path": config.data.path, "data.validation_path": config.data.validation_path}
+    rows |= {"evals.prompts": config.evals.prompts}
     for key, path in rows.items():
         if path:
             check_exists(path, key)
@@ -35,15 +35,20 @@ def _missing(config: RunConfig) -> Iterator[str]:
     models: dict[str, str | None] = {}
     if isinstance(policy, Pretrained):
         models = {"policy.path": policy.path if policy.package is None else None, "policy.adapter": policy.adapter}
-    if isinstance(judge, Generative) and judge.package is None:
-        models["evals.judge.path"] = judge.path
     for key, path in models.items():
         if path is not None and not Path(path).exists() and not _may_be_on_the_hub(path):
             yield f"{key}={path}: no such folder; {MODEL}"
     if isinstance(policy, Pretrained) and policy.chat_template is not None and not Path(policy.chat_template).is_file():
         yield f"policy.chat_template={policy.chat_template}: no such file; type the path of a Jinja file"
-    if isinstance(judge, Classifier) and judge.path is not None and not Path(judge.path).is_dir():
-        yield f"evals.judge.path={judge.path}: no such folder; type the folder of a classifier"
+    if (path := judge.local_model) is not None and not Path(path).is_dir():
+        if not judge.takes_hub_names:
+            yield f"evals.judge.path={path}: no such folder; type the folder of a classifier"
+        elif not Path(path).exists() and not _may_be_on_the_hub(path):
+            yield f"evals.judge.path={path}: no such folder; {MODEL}"
+    if (third := config.evals.third) is not None:
+        folder = policy_folder(third)
+        if not ((folder / "config.json").is_file() or is_adapter(folder)):
+            yield f"evals.third={third}: holds no policy; type the folder of a policy, or of a run that trained one"
     if isinstance(reward, Learned) and reward.path is not None and not Path(reward.path).is_dir():
         yield f"reward.path={reward.path}: no such folder; type the folder of a reward model"
 

@@ -40,6 +40,7 @@ from dpo_lab.data.sources import Data
 from dpo_lab.data.tasks.base import TASKS
 from dpo_lab.errors import LabError
 from dpo_lab.evals import evaluate
+from dpo_lab.evals.engines import ENGINES
 from dpo_lab.evals.evaluate import SharedSettings
 from dpo_lab.evals.evaluators.base import default_evaluators
 from dpo_lab.evals.judges import JUDGES
@@ -88,7 +89,7 @@ class RunConfig:
     sft: SFT = field(default_factory=SFT)
     data: Data = field(default_factory=lambda: Data(task=MISSING))
     optim: Optim = field(default_factory=Optim)
-    evals: SharedSettings = field(default_factory=lambda: evaluate.Evals(judge=MISSING))
+    evals: SharedSettings = field(default_factory=lambda: evaluate.Evals(engine=MISSING, judge=MISSING))
     trainer: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
     callbacks: dict[str, Any] = MISSING
@@ -115,6 +116,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "reward": REWARDS,
     "policy": POLICIES,
     "data.task": TASKS,
+    "evals.engine": ENGINES,
     "evals.judge": JUDGES,
 }
 
@@ -231,6 +233,8 @@ def explain(error: Exception) -> str:
         if f"{found[1]}={{" in text and found[1] in _known_keys():
             return f"{found[1]}: its entries are added to the existing ones; type +{found[1]}=..."
         return _unknown(found[1], _known_keys())
+    if found := re.search(r"override (evals\.\w+)=(\S+)\s+Invalid type assigned: str", text):
+        return f"{found[1]}={found[2]}: has settings of its own; type {found[1].replace('.', '/')}={found[2]}"
     if found := re.search(r"In '([^']+)': .*Key '[^']+' not in", text, re.S):
         return f"{found[1]}.yaml: {_unknown(_full_key(text), _known_keys())}"
     return " ".join(text.split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -61,27 +61,40 @@ def text_pairs(sources: Iterable[Source]) -> Iterator[Pair]:
                 continue
 
 
+def read_chunk(
+    chunk: Chunk, shape: Shape, counts: Counter[str], bad: list[tuple[int, str, str]]
+) -> Iterator[tuple[int, Mapping[str, Any], list[Pair]]]:
+    """Yield number, row and pairs of each row of a chunk that holds any.
+
+    Adds to `counts` the rows, their faults, and those without a preference; to `bad` those that can't be read, each as
+    (row number, error, BAD or EMPTY).
+    """
+    for number, raw in zip(chunk.numbers, chunk.rows, strict=True):
+        counts["rows"] += 1
+        try:
+            row = parse(raw)
+            pairs = shape.read(row, counts)
+        except NoPair as reason:
+            counts[f"dropped: {reason}"] += 1
+        except ValueError as error:
+            bad.append((number, str(error), EMPTY if isinstance(error, EmptyResponse) else BAD))
+        except RecursionError:
+            bad.append((number, "nested too deeply", BAD))
+        else:
+            yield number, row, pairs
+
+
 def encode_chunk(chunk: Chunk, shape: Shape, encoder: PairTokenizer) -> Encoded:
     """Read the rows of a chunk as pairs and encode these to token ids."""
     encoded = Encoded()
     counts = encoded.counts
     found: list[tuple[int, Pair]] = []
-    for number, row in zip(chunk.numbers, chunk.rows, strict=True):
-        counts["rows"] += 1
-        try:
-            pairs = shape.read(parse(row), counts)
-        except NoPair as reason:
-            counts[f"dropped: {reason}"] += 1
-        except ValueError as error:
-            encoded.bad.append((number, str(error), EMPTY if isinstance(error, EmptyResponse) else BAD))
-        except RecursionError:
-            encoded.bad.append((number, "nested too deeply", BAD))
-        else:
-            found += [(number, pair) for pair in pairs]
-            repeats = sum(repeats_prompt(pair) for pair in pairs)
-            if repeats:
-                counts[REPEATED] += repeats
-                encoded.repeats = encoded.repeats or number
+    for number, _, pairs in read_chunk(chunk, shape, counts, encoded.bad):
+        found += [(number, pair) for pair in pairs]
+        repeats = sum(repeats_prompt(pair) for pair in pairs)
+        if repeats:
+            counts[REPEATED] += repeats
+            encoded.repeats = encoded.repeats or number
     kept = []
     for (number, pair), (_, ids) in zip(found, _tokenize(found, encoder, encoded), strict=True):
         ids_of_pair = encoder.encode(pair, ids, counts) if ids is not None else None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from dpo_lab.core.pairs import EncodedPair, Pair, Text
+from dpo_lab.data.encoding import BAD, read_chunk
 from dpo_lab.data.formats import Shape
-from dpo_lab.data.labels import EmptyResponse, NoPair
 from dpo_lab.data.messages import content_of
-from dpo_lab.data.rows import BadData, open_rows, parse
+from dpo_lab.data.rows import BadData, open_rows
 from dpo_lab.data.tokenize import PairTokenizer
 
 log = logging.getLogger(__name__)
@@ -58,24 +57,16 @@ def read_pair_set(name: str, path: str, shape: Shape, encoder: PairTokenizer) ->
 
 def _pairs(path: str, shape: Shape, counts: Counter[str]) -> Iterator[tuple[Pair, str]]:
     for chunk in open_rows(path, None, None, None).chunks():
-        for number, raw in zip(chunk.numbers, chunk.rows, strict=True):
-            try:
-                row: Mapping[str, Any] = parse(raw)
-                pairs = shape.read(row, counts)
-            except (NoPair, EmptyResponse) as reason:
-                counts["dropped: empty response" if isinstance(reason, EmptyResponse) else f"dropped: {reason}"] += 1
-                continue
-            except (ValueError, RecursionError) as error:
-                raise BadData(
-                    f"{chunk.place}:{number}: {error or 'nested too deeply'}; fix the row, which evals.pairs reads"
-                ) from None
+        bad: list[tuple[int, str, str]] = []
+        for number, row, pairs in read_chunk(chunk, shape, counts, bad):
             for pair in pairs:
                 if pair.is_single:
-                    raise BadData(
-                        f"{chunk.place}:{number}: is one response with a label, and evals.pairs takes pairs; type a file of"
-                        " rows with prompt, chosen and rejected"
-                    )
+                    bad.append((number, "is one response with a label, not a pair", BAD))
                 yield pair, str(row.get(SUBSET) or "")
+        for number, error, reason in bad:
+            if reason == BAD:
+                raise BadData(f"{chunk.place}:{number}: {error}; fix the row, which evals.pairs reads")
+            counts[reason] += 1
 
 
 def as_text(text: Text) -> str:

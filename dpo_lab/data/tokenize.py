@@ -158,7 +158,7 @@ class PairTokenizer:
                 counts[BEGUN] += 1
             if not self._special_but_unknown.isdisjoint(text):
                 counts[SPECIAL] += 1
-        if self._unknown and not all(map(self._unknown.isdisjoint, (ids[0], *joined))):
+        if self.unknown_ids and not all(map(self.unknown_ids.isdisjoint, (ids[0], *joined))):
             counts[UNKNOWN] += 1
         prompt = self._fit_prompt(begin, text)
         sides = [
@@ -232,7 +232,7 @@ class PairTokenizer:
         return [] if (bos := self.tokenizer.bos_token_id) is None else [int(bos)]  # type: ignore[arg-type]
 
     @cached_property
-    def _unknown(self) -> frozenset[int]:
+    def unknown_ids(self) -> frozenset[int]:
         """The unknown token, unless it is another special token as well."""
         tokenizer = self.tokenizer
         others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, None)
@@ -241,7 +241,7 @@ class PairTokenizer:
     @cached_property
     def _special_but_unknown(self) -> frozenset[int]:
         """Special tokens other than the unknown token, which occur only if a text spells them."""
-        return self.special_ids - self._unknown
+        return self.special_ids - self.unknown_ids
 
     @cached_property
     def _adds_no_space(self) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
 from dpo_lab.core.pairs import Tokens, content_hash
 from dpo_lab.data.tokenize import PairTokenizer
+from dpo_lab.evals.engines import Engine
+from dpo_lab.evals.engines.exact import Exact
 from dpo_lab.models.numerics import numerics_of
 from dpo_lab.models.passes import cached_by_ranks
 from dpo_lab.models.policy import Policy, weights_digest
-from dpo_lab.models.sampling import generate_responses
 from dpo_lab.runs.out_of_memory import explain_out_of_memory, halved
 
+EXACT = Exact()
 FORMAT = "2"  # increase it when a change of the code changes the texts of a key
 
 
@@ -29,6 +32,7 @@ def candidates(
     seed: int,
     context: Callable[[], AbstractContextManager],
     folder: Path | None,
+    engine: Engine = EXACT,
 ) -> list[list[str]]:
     """Return `count` sampled responses of the policy, as text, to each encoded prompt, cached in `folder`.
 
@@ -45,14 +49,15 @@ def candidates(
         max_new_tokens,
         seed,
         FORMAT,
+        *([] if engine == EXACT else [engine.name, asdict(engine)]),
     ]
     key = content_hash(inputs)
     path = folder / f"candidates-{key[:16]}.json" if folder is not None else None
 
     def make() -> bytes:
         with context(), sampling_explained(batch_size, count * len(prompts)):
-            samples = generate_responses(
-                policy.model,
+            samples = engine.generate(
+                policy,
                 encoder,
                 [prompt for prompt in prompts for _ in range(count)],
                 max_new_tokens=max_new_tokens,

@@ -14,20 +14,21 @@ from transformers import PreTrainedModel
 
 from dpo_lab.core.losses.base import Loss
 from dpo_lab.core.losses.dpo import DPO
-from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, Tokens, chunk_by_size, content_hash
+from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, Tokens, content_hash
 from dpo_lab.core.seeds import derive_seed
-from dpo_lab.data.collate import collate_responses
 from dpo_lab.data.pair_sets import SetPair
 from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.candidates import candidates, sampling_explained
+from dpo_lab.evals.engines import Engine
+from dpo_lab.evals.engines.exact import Exact
 from dpo_lab.evals.judges import LoadedJudge, Scorer, Verdicts
-from dpo_lab.evals.scored_pairs import ScoredPairs, logps_of_pairs
-from dpo_lab.models.forward import pair_logps, response_logps
-from dpo_lab.models.passes import map_passes
+from dpo_lab.evals.scored_pairs import ScoredPairs, logps_of_pairs, score_pairs
+from dpo_lab.evals.third_policy import ThirdPolicy
+from dpo_lab.models.forward import pair_logps
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference import ReferenceLogps, reference_model
-from dpo_lab.models.sampling import Sample, generate_responses
+from dpo_lab.models.sampling import Sample
 from dpo_lab.models.sharding import device_of
 from dpo_lab.runs.examples import Examples, numbered
 
@@ -43,7 +44,8 @@ class EvalContext:
     tokens per forward pass; batch_size: samples generated per batch; context: context manager of forward passes
     (autocast), so that a policy is sampled and scored in the same precision; loss: defines the implicit reward;
     reference: its reference, None for the initial policy; judge: scores or compares responses; cache: folder for
-    the candidates of the initial policy, shared by many runs.
+    the candidates of the initial policy, shared by many runs; engine: samples responses; third: a third policy, if there
+    is one; prompt_file: name of the file that the prompts are from, "" for those of the data.
 
     With several ranks, all ranks have to evaluate equal contexts: each computes its share of the samples and forward
     passes, and all get the same results, bit for bit those of one process.
@@ -68,6 +70,9 @@ class EvalContext:
     reference: ReferenceLogps | None = None
     judge: LoadedJudge | None = None
     cache: Path | None = None
+    engine: Engine = field(default_factory=Exact)
+    third: ThirdPolicy | None = None
+    prompt_file: str = ""
     examples: Examples = field(default_factory=Examples)
 
     @cached_property
@@ -80,19 +85,35 @@ class EvalContext:
         """One sampled response of the initial policy per prompt."""
         return self._sample(self.initial, "initial")
 
+    @cached_property
+    def third_samples(self) -> list[Sample]:
+        """One sampled response of the third policy per prompt, by the random numbers of the trained policy's."""
+        assert self.third is not None
+        third = self.third
+        return self._sample(third.policy, "third", "trained", third.encoder, third.prompt_ids)
+
+    @cached_property
+    def third_responses(self) -> list[str]:
+        """The third policy's samples as text."""
+        assert self.third is not None
+        return [self.third.encoder.text(sample.tokens) for sample in self.third_samples]
+
     @property
     def side_by_side(self) -> list[dict[str, str]]:
-        """Prompts and both policies' responses, as text; empty if no evaluator sampled both policies."""
+        """Prompts and the policies' responses, as text; empty if no evaluator sampled both policies."""
         if not {"samples", "initial_samples"} <= self.__dict__.keys():
             return []
-        columns = (self.prompts, self.responses(self.initial_samples), self.responses(self.samples))
-        return [dict(zip(("prompt", "initial", "trained"), row, strict=True)) for row in zip(*columns, strict=True)]
+        columns = {"prompt": self.prompts, "initial": self.responses(self.initial_samples)}
+        columns["trained"] = self.responses(self.samples)
+        if "third_samples" in self.__dict__:
+            columns["third"] = self.third_responses
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def add_texts(self) -> None:
         """Add prompts and responses, as text, to the examples, if both policies were sampled."""
+        names = {"prompt": "prompt", "trained": "response", "initial": "initial_response", "third": "third_response"}
         for key, row in zip(self.prompt_keys, self.side_by_side, strict=False):
-            texts = {"prompt": [row["prompt"]], "response": [row["trained"]], "initial_response": [row["initial"]]}
-            self.examples.add("prompt", [key], **texts)
+            self.examples.add("prompt", [key], **{names[name]: [row[name]] for name in names if name in row})
 
     @cached_property
     def prompt_keys(self) -> list[str]:
@@ -110,12 +131,21 @@ class EvalContext:
 
     def complete_texts(self, samples: Sequence[Sample]) -> list[str]:
         """Return prompt and response of each sample as one text."""
-        return [p + r for p, r in zip(self.prompts, self.responses(samples), strict=True)]
+        return self.completed(self.responses(samples))
+
+    def completed(self, responses: Sequence[str]) -> list[str]:
+        """Return prompt and response as one text, of a response to each prompt."""
+        return [p + r for p, r in zip(self.prompts, responses, strict=True)]
+
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether texts have a reward: the gold one of a task, or a judge's score."""
+        return self.task is not None or isinstance(self.judge, Scorer)
 
     @cached_property
     def rewards(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Rewards of the trained and the initial policy's samples, [N] each, by source: `gold`, `judge`."""
-        if self.task is None and not isinstance(self.judge, Scorer):
+        if not self.gives_rewards:
             return {}
         trained, initial = (
             self.score_texts(self.complete_texts(samples)) for samples in (self.samples, self.initial_samples)
@@ -127,13 +157,19 @@ class EvalContext:
         """The verdicts of a judge that compares on the trained against the initial policy's samples; None without one."""
         if self.judge is None or isinstance(self.judge, Scorer):
             return None
-        return self.judge.compare(self.prompts, self.responses(self.samples), self.responses(self.initial_samples))
+        return self.compared_with(self.responses(self.initial_samples))
+
+    def compared_with(self, responses: Sequence[str]) -> Verdicts | None:
+        """Return its verdicts on the trained policy's samples against other responses to the prompts; None without one."""
+        if self.judge is None or isinstance(self.judge, Scorer):
+            return None
+        return self.judge.compare(self.prompts, self.responses(self.samples), responses)
 
     def candidate_rewards(self, prompts: int, count: int) -> tuple[list[str], dict[str, np.ndarray]]:
         """Return the keys of the first `prompts` distinct prompts, and the rewards of `count` responses of the initial
         policy to each, [P, count], by source; both are empty without a task and a judge.
         """
-        if self.task is None and not isinstance(self.judge, Scorer):
+        if not self.gives_rewards:
             return [], {}
         first: dict[tuple[int, ...], int] = {}
         for i, prompt in enumerate(self.prompt_ids):
@@ -149,6 +185,7 @@ class EvalContext:
             seed=derive_seed(self.seed, "evaluation/candidates"),
             context=self.context,
             folder=self.cache,
+            engine=self.engine,
         )
         texts = [self.prompts[i] + text for i, own in zip(indices, responses, strict=True) for text in own]
         rewards = {name: values.reshape(len(indices), count) for name, values in self.score_texts(texts).items()}
@@ -228,14 +265,22 @@ class EvalContext:
         """Return the summed log-probability (nats) of each response given its prompt, and its number of tokens."""
         return score_pairs(model, prompts, responses, self.tokens, self.context)
 
-    def _sample(self, policy: Policy, name: str) -> list[Sample]:
+    def _sample(
+        self,
+        policy: Policy,
+        name: str,
+        stream: str | None = None,
+        encoder: PairTokenizer | None = None,
+        prompts: Sequence[Tokens] | None = None,
+    ) -> list[Sample]:
+        """Sample a response to each prompt. stream: of random numbers, by default one of this name."""
         with self.context(), sampling_explained(self.batch_size, len(self.prompt_ids)):
-            return generate_responses(
-                policy.model,
-                self.encoder,
-                self.prompt_ids,
+            return self.engine.generate(
+                policy,
+                encoder or self.encoder,
+                self.prompt_ids if prompts is None else prompts,
                 max_new_tokens=self.max_new_tokens,
-                seed=derive_seed(self.seed, f"evaluation/{name}"),
+                seed=derive_seed(self.seed, f"evaluation/{stream or name}"),
                 batch_size=self.batch_size,
                 what=f"Samples ({name})",
             )
@@ -253,36 +298,3 @@ class EvalContext:
 
 def _hash(*parts: Tokens) -> str:
     return content_hash([[int(token) for token in part] for part in parts])
-
-
-@torch.no_grad()
-def score_pairs(
-    model: PreTrainedModel,
-    prompts: Sequence[Tokens],
-    responses: Sequence[Tokens],
-    tokens: int,
-    context: Callable[[], AbstractContextManager],
-    score: Callable[[PreTrainedModel, torch.Tensor, np.ndarray], torch.Tensor] = response_logps,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed log-probability (nats) of each response given its prompt, and its number of tokens.
-
-    score: another function of model, packed stream and lengths than response_logps, whose values are returned instead.
-    For `tokens` and `context` see EvalContext. All ranks have to call it; each computes its share, all get all results.
-    """
-    device = device_of(model)
-    sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-
-    def compute(indices: list[int]) -> torch.Tensor:
-        stream, lengths = collate_responses([prompts[i] for i in indices], [responses[i] for i in indices])
-        with context():
-            return score(model, stream.to(device), lengths)[:, 0].float().cpu()
-
-    parts = [order[part] for part in chunk_by_size([sizes[i] for i in order], tokens)]
-    sums = torch.empty(len(sizes))
-    work = [sum(sizes[i] for i in part) for part in parts]
-    for indices, logps in zip(
-        parts, map_passes("Log-probs of texts", model, parts, work, compute, least=1.0), strict=True
-    ):
-        sums[indices] = logps
-    return sums, torch.tensor([len(response) for response in responses])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpo_lab.data.rows import local_files
 from dpo_lab.errors import check_at_least
+from dpo_lab.evals.engines import Engine
+from dpo_lab.evals.engines.exact import Exact
 from dpo_lab.evals.evaluators.base import EVALUATORS, Evaluator, default_evaluators, in_order
 from dpo_lab.evals.judges import Judge
 from dpo_lab.evals.judges.classifier import Classifier
+from dpo_lab.runs.run_record import RECORD
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
@@ -26,7 +29,9 @@ class SharedSettings:
     num_prompts: number of prompts, with one sampled response each; num_texts: number of held-out texts;
     num_train_pairs: number of training pairs, chosen by their keys, so that runs on the same pairs measure the same
     ones. batch_size: samples generated per batch; with several ranks there should be a batch for each. pairs: further
-    files of preference pairs to measure accuracy on, by name. judge: the judge of all evaluators that use one.
+    files of preference pairs to measure accuracy on, by name. prompts: a file of prompts, in place of those of the data.
+    third: the folder of a further policy, or of its run, to compare the trained one with. engine: samples the responses.
+    judge: the judge of all evaluators that use one.
 
     every: the policy in training is measured every so many optimizer steps, on the first `num_trajectory_prompts` of the
     prompts; 0: only when it is trained. See evals/trajectory.py; neither changes training or final metrics.
@@ -39,6 +44,9 @@ class SharedSettings:
     num_train_pairs: int = 512
     batch_size: int = 128
     pairs: dict[str, str] = field(default_factory=dict)
+    prompts: str | None = None
+    third: str | None = None
+    engine: Engine = field(default_factory=Exact)
     judge: Judge = field(default_factory=Classifier)
     every: int = 0
     num_trajectory_prompts: int = 128
@@ -59,9 +67,17 @@ class SharedSettings:
         names = [*self.evaluators, *(name for name in in_order() if EVALUATORS[name].is_implied(self))]
         return [getattr(self, name, None) or EVALUATORS[name]() for name in dict.fromkeys(names)]
 
+    def check(self) -> None:
+        """Raise LabError if an evaluator or the engine can't run; called before training."""
+        selected = self.selected()
+        for each in selected:
+            each.check()
+        if any(evaluator.needs_samples for evaluator in selected):
+            self.engine.check()
+
     def files(self) -> list[Path]:
-        """Return the local files that evals.pairs names."""
-        return [file for path in self.pairs.values() for file in local_files(path)]
+        """Return the local files that only the evaluation reads."""
+        return measured_files(vars(self))
 
     @property
     def samples(self) -> bool:
@@ -71,7 +87,20 @@ class SharedSettings:
     @property
     def uses_judge(self) -> bool:
         """Whether the judge is asked, if there is one."""
-        return bool(self.pairs or self.every) or any(evaluator.needs_reward for evaluator in self.selected())
+        is_compared = bool(self.pairs) or self.third is not None
+        return is_compared or self.every > 0 or any(evaluator.needs_reward for evaluator in self.selected())
+
+
+def measured_files(evals: Mapping[str, Any]) -> list[Path]:
+    """Return the local files that `evals.pairs`, `evals.prompts` and `evals.third` name. evals: the settings by name."""
+    third = evals.get("third")
+    paths = [*evals.get("pairs", {}).values(), evals.get("prompts"), str(policy_folder(third)) if third else None]
+    return [file for path in paths if path for file in local_files(path)]
+
+
+def policy_folder(path: str) -> Path:
+    """Return the folder of the policy of a run, or the folder itself if it is not that of a run."""
+    return Path(path, "policy") if Path(path, RECORD).is_file() else Path(path)
 
 
 def define_settings() -> None:

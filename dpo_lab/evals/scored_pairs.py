@@ -1,4 +1,4 @@
-"""Log-probabilities of pairs under both policies, as columns: what the evaluators of pairs compute from."""
+"""Log-probabilities of pairs under both policies, as columns, and those of responses: what evaluators compute from."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import zero_out_rounding
-from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, chunk_by_size
-from dpo_lab.data.collate import collate
+from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, Tokens, chunk_by_size
+from dpo_lab.data.collate import collate, collate_responses
+from dpo_lab.models.forward import response_logps
 from dpo_lab.models.passes import map_passes
+from dpo_lab.models.sharding import device_of
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,36 @@ def logps_of_pairs(
 
     logps = map_passes(title, model, parts, [sum(sizes[part]) for part in parts], compute, least=1.0)
     return PairLogps.concat(logps)
+
+
+@torch.no_grad()
+def score_pairs(
+    model: PreTrainedModel,
+    prompts: Sequence[Tokens],
+    responses: Sequence[Tokens],
+    tokens: int,
+    context: Callable[[], AbstractContextManager],
+    score: Callable[[PreTrainedModel, torch.Tensor, np.ndarray], torch.Tensor] = response_logps,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed log-probability (nats) of each response given its prompt, and its number of tokens.
+
+    score: another function of model, packed stream and lengths than response_logps, whose values are returned instead.
+    For `tokens` and `context` see logps_of_pairs. All ranks have to call it; each computes its share, all get all results.
+    """
+    device = device_of(model)
+    sizes = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+
+    def compute(indices: list[int]) -> torch.Tensor:
+        stream, lengths = collate_responses([prompts[i] for i in indices], [responses[i] for i in indices])
+        with context():
+            return score(model, stream.to(device), lengths)[:, 0].float().cpu()
+
+    parts = [order[part] for part in chunk_by_size([sizes[i] for i in order], tokens)]
+    sums = torch.empty(len(sizes))
+    work = [sum(sizes[i] for i in part) for part in parts]
+    for indices, logps in zip(
+        parts, map_passes("Log-probs of texts", model, parts, work, compute, least=1.0), strict=True
+    ):
+        sums[indices] = logps
+    return sums, torch.tensor([len(response) for response in responses])

@@ -130,6 +130,10 @@ class Policy:
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def merged(self) -> Policy:
+        """Return it with its adapters merged into a copy of their base."""
+        return Policy(copy.deepcopy(self.model).merge_and_unload(), self.tokenizer)  # type: ignore[operator]
+
 
 @contextmanager
 def saved_by_this_rank(model: PreTrainedModel) -> Iterator[None]:
@@ -250,7 +254,7 @@ class Pretrained(PolicyConfig):
     def export(self, trained: Policy) -> Policy:
         if not self.merge:
             return trained
-        return Policy(copy.deepcopy(trained.model).merge_and_unload(), trained.tokenizer)  # type: ignore[operator]
+        return trained.merged()
 
 
 POLICIES: dict[str, type[PolicyConfig]] = {"tiny": TinyPolicy, "pretrained": Pretrained}

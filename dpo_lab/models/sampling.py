@@ -138,7 +138,7 @@ def _sample_batch(
             rows.keep(unfinished)
             active, next_tokens, finished = active[unfinished], next_tokens[unfinished], finished[unfinished]
         rows.append(next_tokens)
-    return [_until_end(*row, end_ids) for row in zip(tokens.tolist(), logps.tolist(), strict=True)]
+    return [until_end(row, end_ids, drawn) for row, drawn in zip(tokens.tolist(), logps.tolist(), strict=True)]
 
 
 def draw(
@@ -155,7 +155,8 @@ def draw(
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log().float()
 
 
-def _until_end(row: list[int], logps: list[float], end_ids: Sequence[int]) -> Sample:
+def until_end(row: Sequence[int], end_ids: Sequence[int], logps: Sequence[float] = ()) -> Sample:
+    """Return the tokens of a row up to its first end token as a sample."""
     end = next((i for i, token in enumerate(row) if token in end_ids), None)
     length = len(row) if end is None else end + 1
     return Sample(tuple(row[:length]), end is not None, tuple(logps[:length]))

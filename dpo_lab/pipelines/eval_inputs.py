@@ -1,39 +1,127 @@
-"""The inputs of an evaluation: both policies, held-out prompts and texts, a sample of training pairs."""
+"""The inputs of an evaluation: the policies, held-out prompts and texts, further files, a sample of training pairs."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 
-from dpo_lab.config.schema import RunConfig
+from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import Tokens
 from dpo_lab.data.formats import Shape
 from dpo_lab.data.pair_sets import SetPair, read_pair_set
+from dpo_lab.data.prompt_file import FilePrompts, read_prompts
+from dpo_lab.data.rows import BadData
 from dpo_lab.data.splits import HELD_OUT, hash_draws
 from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
+from dpo_lab.evals.evaluate import policy_folder
 from dpo_lab.evals.judges import LoadedJudge
-from dpo_lab.models.policy import Policy
+from dpo_lab.evals.third_policy import ThirdPolicy
+from dpo_lab.models.limits import Limits
+from dpo_lab.models.policy import Policy, Pretrained, weights_digest
 from dpo_lab.models.sharding import on_device
-from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts
+from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts, policy_errors, select_on_device
+from dpo_lab.pipelines.trained_policy import load_trained
 from dpo_lab.runs.cache import CACHE
+
+log = logging.getLogger(__name__)
 
 
 def load_judge(config: RunConfig, device: torch.device) -> LoadedJudge | None:
-    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise LabError if that fails, or if
-    an evaluator can't run.
+    """Load the configured judge; None if there is none, or no evaluator that uses it. Raise LabError if that fails."""
+    return config.evals.judge.load(device, CACHE) if config.evals.uses_judge else None
+
+
+@dataclass(frozen=True)
+class EvalInputs:
+    """What an evaluation reads besides the inputs of its run: the files that evals.pairs, evals.prompts and evals.third
+    name.
     """
-    for evaluator in config.evals.selected():
-        evaluator.check()
-    if not config.evals.uses_judge:
-        return None
-    return config.evals.judge.load(device, CACHE)
+
+    pair_sets: Mapping[str, Sequence[SetPair]] = field(default_factory=dict)
+    prompts: FilePrompts | None = None
+    third: ThirdPolicy | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return what is recorded of the prompts and of the third policy, by content, so that runs are compared by it."""
+        found: dict[str, Any] = {}
+        if self.prompts is not None:
+            found["prompts"] = {"sha256": self.prompts.sha256, "count": len(self.prompts)}
+        if self.third is not None:
+            found["third"] = {"weights": weights_digest(self.third.policy.model)}
+        return found
+
+
+def read_eval_inputs(config: RunConfig, inputs: TrainingInputs, forward: Forward) -> EvalInputs:
+    """Read the files of an evaluation, and load its third policy. Raise BadData or ConfigError, each with what to type."""
+    data, evals, encoder = config.data, config.evals, inputs.encoder
+    shape = Shape(as_chat=data.as_chat)
+    pair_sets = {name: read_pair_set(name, path, shape, encoder) for name, path in evals.pairs.items()}
+    prompts = None if evals.prompts is None else read_prompts(evals.prompts, data.as_chat, evals.num_prompts)
+    if prompts is not None:
+        _check_lengths(prompts, encoder, inputs.initial, evals.max_new_tokens)
+    third = None
+    if evals.third is not None:
+        try:
+            third = _load_third(config, evals.third, inputs, prompts, forward)
+        except (BadData, ConfigError) as error:
+            raise ConfigError(f"evals.third={evals.third}: {error}") from error
+    return EvalInputs(pair_sets, prompts, third)
+
+
+def _load_third(
+    config: RunConfig, path: str, inputs: TrainingInputs, given: FilePrompts | None, forward: Forward
+) -> ThirdPolicy:
+    """Load the third policy, and encode the prompts by its own tokenizer.
+
+    Raises ConfigError if the prompts don't fit it, or if they are chats of which only the tokens are kept, and its
+    tokenizer has another vocabulary.
+    """
+    settings = replace(config.policy, chat_template=None) if isinstance(config.policy, Pretrained) else config.policy
+    policy = load_trained(settings, policy_folder(path))
+    select_on_device(policy, CACHE, forward)
+    encoder, (prompts, ids) = inputs.encoder, eval_prompts(config, inputs, given)[1:]
+    own, ours = replace(encoder, tokenizer=policy.tokenizer), encoder.tokenizer
+    same_vocabulary = own.tokenizer.get_vocab() == ours.get_vocab()
+    if same_vocabulary and not own.tokenizer.chat_template:  # type: ignore[attr-defined]
+        own.tokenizer.chat_template = ours.chat_template  # type: ignore[attr-defined]
+    own_ids = ids
+    if given is not None:
+        own_ids = given.encode(own)
+    elif not same_vocabulary:
+        of_templates = encoder.special_ids - encoder.unknown_ids - set(encoder.prompt(""))
+        if any(not of_templates.isdisjoint(encoder.prompt(text)) for text in prompts):
+            raise ConfigError(
+                "its tokenizer is another one, and the prompts of the data are rendered as chats for that of the initial"
+                " policy; type evals.prompts=FILE of prompts as messages with it"
+            )
+        own_ids = [own.prompt(text) for text in prompts]
+    with policy_errors():
+        Limits.of(policy.model).check_samples(own_ids, config.evals.max_new_tokens, "evals.max_new_tokens")
+    return ThirdPolicy(policy, own, own_ids, shares_tokens=same_vocabulary and own_ids == ids)
+
+
+def _check_lengths(prompts: FilePrompts, encoder: PairTokenizer, policy: Policy, new_tokens: int) -> None:
+    """Raise ConfigError if a sample after a prompt has more tokens than the policy has positions; warn of prompts with
+    characters that its tokenizer does not know.
+    """
+    limits, encoded = Limits.of(policy.model), prompts.encode(encoder)
+    if unknown := sum(not encoder.unknown_ids.isdisjoint(ids) for ids in encoded):
+        log.warning(
+            "evals.prompts: %d of %d prompts have characters that the tokenizer does not know", unknown, len(encoded)
+        )
+    with policy_errors():
+        for place, ids in zip(prompts.places, encoded, strict=True):
+            what = f"{place}: the prompt, of {len(ids):,} tokens, with evals.max_new_tokens={new_tokens}"
+            limits.check_length(len(ids) + new_tokens, what, "shorten the prompt or lower evals.max_new_tokens")
 
 
 def build_eval_context(
@@ -42,16 +130,17 @@ def build_eval_context(
     trained: Policy,
     forward: Forward,
     judge: LoadedJudge | None,
-    pair_sets: Mapping[str, Sequence[SetPair]] = MappingProxyType({}),
+    more: EvalInputs = EvalInputs(),
 ) -> EvalContext:
-    """Return what the evaluators need; prompts and texts come from the task, or from the user's held-out rows.
+    """Return what the evaluators need; prompts and texts come from the task, or from the user's held-out rows; prompts from
+    evals.prompts, if it is set.
 
-    Moves both policies to the forward's device.
+    Moves the policies to the forward's device.
     """
-    for policy in (trained, inputs.initial):
+    for policy in (trained, inputs.initial, *([more.third.policy] if more.third is not None else [])):
         on_device(policy.model, forward.device)
     encoder, evals = inputs.encoder, config.evals
-    task, prompts, prompt_ids = eval_prompts(config, inputs)
+    task, prompts, prompt_ids = eval_prompts(config, inputs, more.prompts)
     if task is not None:
         begin = encoder.prompt("")
         texts = [(begin, encoder.response(text, begin)) for text in task.texts(HELD_OUT, evals.num_texts, config.seed)]
@@ -67,7 +156,7 @@ def build_eval_context(
         initial=inputs.initial,
         encoder=encoder,
         pairs=inputs.held_out,
-        pair_sets=pair_sets,
+        pair_sets=more.pair_sets,
         train_pairs=sample_pairs(inputs.train, evals.num_train_pairs),
         prompts=prompts,
         prompt_ids=prompt_ids,
@@ -81,27 +170,27 @@ def build_eval_context(
         reference=reference,
         judge=judge,
         cache=CACHE,
+        engine=evals.engine,
+        third=more.third,
+        prompt_file="" if more.prompts is None else more.prompts.name,
         seed=config.seed,
     )
 
 
-def eval_prompts(config: RunConfig, inputs: TrainingInputs) -> tuple[Task | None, Sequence[str], Sequence[Tokens]]:
-    """Return the task if there is one, and the prompts to sample from, as text and as token ids."""
+def eval_prompts(
+    config: RunConfig, inputs: TrainingInputs, given: FilePrompts | None = None
+) -> tuple[Task | None, Sequence[str], Sequence[Tokens]]:
+    """Return the task if there is one, and the prompts to sample from, as text and as token ids.
+
+    given: prompts of a file, in place of those of the task or of the held-out pairs.
+    """
     encoder, count = inputs.encoder, config.evals.num_prompts
-    if config.data.uses_task:
-        task = config.data.task
+    task = config.data.task if config.data.uses_task else None
+    if given is None and task is not None:
         prompts = task.prompts(HELD_OUT, count, config.seed)
         return task, prompts, [encoder.prompt(prompt) for prompt in prompts]
-    prompt_ids = distinct_prompts(inputs.held_out)[:count]
-    return None, [encoder.prompt_text(ids) for ids in prompt_ids], prompt_ids
-
-
-def read_pair_sets(config: RunConfig, encoder: PairTokenizer) -> dict[str, list[SetPair]]:
-    """Return the pairs of the files that evals.pairs names, read as chat if those of the run are. Raise BadData for a bad
-    file.
-    """
-    shape = Shape(as_chat=config.data.as_chat)
-    return {name: read_pair_set(name, path, shape, encoder) for name, path in config.evals.pairs.items()}
+    prompt_ids: Any = distinct_prompts(inputs.held_out)[:count] if given is None else given.encode(encoder)
+    return task, [encoder.prompt_text(ids) for ids in prompt_ids], prompt_ids
 
 
 def sample_pairs(pairs: PairTable, count: int) -> PairTable:

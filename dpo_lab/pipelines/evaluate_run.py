@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ from omegaconf import DictConfig
 from dpo_lab import plugins
 from dpo_lab.cli.next_steps import print_finished_run
 from dpo_lab.config.from_run import EvaluateConfig, config_from_run, evaluation_record, load_finished_run
-from dpo_lab.config.schema import ConfigError, RunConfig, input_files
+from dpo_lab.config.schema import RunConfig, input_files
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.evals.evaluators.base import labels_of
-from dpo_lab.models.policy import Lora, Policy, PolicyConfig, PolicyError, Pretrained, is_adapter, weights_digest
-from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, read_pair_sets
+from dpo_lab.models.policy import PolicyConfig, weights_digest
+from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, read_eval_inputs
 from dpo_lab.pipelines.inputs import TrainingInputs, prepare_pairs, select_on_device
 from dpo_lab.pipelines.setup import forward_settings, logging_to, make_trainer, memory_explained, setup_process
 from dpo_lab.pipelines.stage_timer import StageTimer
+from dpo_lab.pipelines.trained_policy import check_folder, load_trained
 from dpo_lab.reporting.figures import draw_run
 from dpo_lab.reporting.run_summary import print_summary
 from dpo_lab.runs import evaluations, run_record
@@ -63,14 +64,16 @@ def _evaluate_run(cfg: DictConfig, config: EvaluateConfig, folder: Path) -> None
         **run_record.provenance(),
     }
     path = evaluations.commit(into, config.name, result, found.context.examples)
-    print_summary(plain_console(), metrics, labels_of(metrics), found.context.side_by_side, path, ())
+    print_summary(
+        plain_console(), metrics, labels_of(metrics, found.context.prompt_file), found.context.side_by_side, path, ()
+    )
 
 
 def _evaluate_trained(cfg: DictConfig, config: EvaluateConfig, trained: Path, folder: Path) -> None:
     """Evaluate the policy in `trained` against the initial policy of `config`, on its held-out pairs, and record it in
     `folder` as a run that trained nothing. A finished one is not measured again.
     """
-    _check_folder(trained)
+    check_folder(trained)
     files = [*input_files(config), *sorted(file for file in trained.iterdir() if file.is_file())]
     with acquire_run(folder, evaluation_record(cfg, config), HydraConfig.get().overrides.task, files) as run:
         if run is None:
@@ -80,16 +83,17 @@ def _evaluate_trained(cfg: DictConfig, config: EvaluateConfig, trained: Path, fo
             run.check_inputs_unchanged(**found.identity)
             metrics = found.measure()
         found.context.examples.write(folder / EXAMPLES)
+        labels = labels_of(metrics, found.context.prompt_file)
         run.update(
             data=dict(found.inputs.counts),
             initial_policy=found.identity["initial_policy"],
             trained_policy=found.identity["trained_policy"],
-            metric_labels=labels_of(metrics),
+            metric_labels=labels,
             **found.results(metrics),
         )
         if config.figures:
             draw_run(folder)
-    print_summary(plain_console(), metrics, labels_of(metrics), found.context.side_by_side, folder, ())
+    print_summary(plain_console(), metrics, labels, found.context.side_by_side, folder, ())
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class _Prepared:
     identity: dict[str, str]
     context: EvalContext
     timer: StageTimer
+    measured_with: Mapping[str, Any]
 
     def measure(self) -> dict[str, Estimate]:
         """Return the metrics of the config's evaluators."""
@@ -112,6 +117,7 @@ class _Prepared:
             "identity": self.identity,
             "metrics": {name: estimate.as_record() for name, estimate in metrics.items()},
             **({"judge": costs} if (judge := self.context.judge) is not None and (costs := judge.costs()) else {}),
+            **({"measured_with": dict(self.measured_with)} if self.measured_with else {}),
             "samples": self.context.side_by_side[:16],
             "seconds": self.timer.stop("evaluate"),
         }
@@ -124,6 +130,7 @@ def _prepared(config: RunConfig, trained: Path, folder: Path) -> Iterator[_Prepa
     one_process = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     trainer = make_trainer(config, {"trainer": config.trainer | one_process, "callbacks": {}}, folder)
     forward, timer = forward_settings(trainer), StageTimer()
+    config.evals.check()
     judge = load_judge(config, forward.device)
     policy = load_trained(config.policy, trained)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,37 +139,9 @@ def _prepared(config: RunConfig, trained: Path, folder: Path) -> Iterator[_Prepa
         inputs = prepare_pairs(config, CACHE, forward)
         identity = inputs.identity() | {"trained_policy": weights_digest(policy.model)}
         timer.stop("prepare")
-        context = build_eval_context(config, inputs, policy, forward, judge, read_pair_sets(config, inputs.encoder))
-        yield _Prepared(config, inputs, identity, context, timer)
-
-
-def load_trained(policy: PolicyConfig, folder: Path) -> Policy:
-    """Load the policy in a folder with the settings of the initial policy; adapters are merged unless their base is
-    quantized. Raise ConfigError if it can't be loaded.
-    """
-    _check_folder(folder)
-    settings = policy if isinstance(policy, Pretrained) else Pretrained(path=str(folder))
-    if not (settings.is_quantized and is_adapter(folder)):
-        settings = replace(settings, lora=Lora(), quantize=None)
-    settings = replace(settings, merge=False)
-    if is_adapter(folder) and not is_adapter(Path(settings.path)):
-        settings = replace(settings, adapter=str(folder))
-    else:
-        unset = {"adapter": None, "package": None, "gguf_file": None, "revision": None, "key_prefix": None}
-        settings = replace(settings, path=str(folder), **unset)
-    try:
-        loaded = settings.load(cache=CACHE)
-    except PolicyError as error:
-        raise ConfigError(f"{folder}: {error}") from error
-    loaded.model.eval()
-    return loaded
-
-
-def _check_folder(trained: Path) -> None:
-    if not trained.is_dir():
-        raise ConfigError(
-            f"{trained}: no such folder; type trained=FOLDER of a policy, or run=FOLDER of a run that has one"
-        )
+        more = read_eval_inputs(config, inputs, forward)
+        context = build_eval_context(config, inputs, policy, forward, judge, more)
+        yield _Prepared(config, inputs, identity, context, timer, more.record())
 
 
 def _check_identity(record: Mapping[str, Any], now: Mapping[str, str], policy: PolicyConfig) -> None:

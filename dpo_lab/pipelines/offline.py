@@ -30,7 +30,7 @@ log = logging.getLogger("dpo_lab")
 @dataclass
 class Training:
     """What is trained and on what. memory: the measure of its memory; costs: returns what the record says of its costs;
-    reward: that of a method that samples.
+    reward: that of a method that samples, unless it is the gold one.
     """
 
     module: DPOModule

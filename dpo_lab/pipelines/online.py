@@ -80,7 +80,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         data,
         memory,
         lambda: {"rollouts": {"samples": data.samples, "reward_queries": asked + data.samples}},
-        reward,
+        None if config.reward.name == "gold" else reward,
     )
 
 

@@ -13,7 +13,7 @@ from dpo_lab.data.warnings import data_warnings
 from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.evals.evaluators.base import labels_of
 from dpo_lab.health.diagnose import of_folder
-from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, read_pair_sets
+from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, read_eval_inputs
 from dpo_lab.pipelines.inputs import prepare_pairs
 from dpo_lab.pipelines.offline import prepare_offline
 from dpo_lab.pipelines.online import prepare_online
@@ -45,9 +45,10 @@ def train_dpo(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
 def _run_stages(session: Session) -> None:
     """Prepare the inputs, train, gather the policy, evaluate, and write the run's record."""
     config, run, forward = session.config, session.run, session.forward
+    config.evals.check()
     judge = load_judge(config, forward.device)  # before training, so that a judge that can't be loaded is an error now
     inputs = prepare_pairs(config, CACHE, forward)
-    pair_sets = read_pair_sets(config, inputs.encoder)  # before training, likewise
+    more = read_eval_inputs(config, inputs, forward)  # before training, likewise
     quality = inputs.quality()
     for line in data_warnings(quality):
         log.warning("data: %s", line)
@@ -57,7 +58,7 @@ def _run_stages(session: Session) -> None:
     prepare = prepare_online if config.method.is_online else prepare_offline
     training = prepare(session, inputs)
     module = training.module
-    trajectory = add_trajectory(session, inputs, "dpo", judge, training.reward)
+    trajectory = add_trajectory(session, inputs, "dpo", judge, more.prompts, training.reward)
     try:
         session.train(module, inputs, training.data)
     except BaseException:
@@ -65,12 +66,16 @@ def _run_stages(session: Session) -> None:
         raise
     session.record_training("dpo", training.memory, **training.costs())
     trained = session.save_trained(module, inputs)
-    context = build_eval_context(config, inputs, trained, forward, judge, pair_sets)
+    context = build_eval_context(config, inputs, trained, forward, judge, more)
+    if trajectory is not None:
+        trajectory.meter.share_samples(context)
     metrics = evaluate(context, config.evals.selected())
     if trajectory is not None:
         end_trajectory(session, trajectory, context)
     if judge is not None and (costs := judge.costs()):
         run.update(judge=costs)
+    if measured_with := more.record():
+        run.update(measured_with=measured_with)
     if run.writes:
         context.examples.write(run.folder / EXAMPLES)
-    session.finish(metrics, labels_of(metrics), trained, after_training, context.side_by_side)
+    session.finish(metrics, labels_of(metrics, context.prompt_file), trained, after_training, context.side_by_side)

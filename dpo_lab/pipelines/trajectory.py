@@ -6,6 +6,7 @@ import logging
 from functools import partial
 from typing import Any
 
+from dpo_lab.data.prompt_file import FilePrompts
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.judges import LoadedJudge
 from dpo_lab.evals.trajectory import TrajectoryMeter
@@ -22,16 +23,21 @@ log = logging.getLogger("dpo_lab")
 
 
 def add_trajectory(
-    session: Session, inputs: TrainingInputs, stage: str, judge: LoadedJudge | None, reward: ScoreTokens | None = None
+    session: Session,
+    inputs: TrainingInputs,
+    stage: str,
+    judge: LoadedJudge | None,
+    given: FilePrompts | None = None,
+    reward: ScoreTokens | None = None,
 ) -> Trajectory | None:
     """Let the session's Trainer measure the policy every evals.every steps of the stage; None if that is 0.
 
-    reward: that of a method that samples.
+    given: the prompts of a file, in place of those of the data; reward: that of a method that samples.
     """
     config, forward, evals = session.config, session.forward, session.config.evals
     if not evals.every:
         return None
-    task, prompts, prompt_ids = eval_prompts(config, inputs)
+    task, prompts, prompt_ids = eval_prompts(config, inputs, given)
     if not prompts:
         log.warning("evals.every=%d: no prompt is held out, so there is no trajectory", evals.every)
         return None

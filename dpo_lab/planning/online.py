@@ -69,7 +69,7 @@ class Scorer:
             return cls(weight_bytes(p for n, p in body.named_parameters() if ".lora_" not in n), Shape.of(policy))
         path, key = getattr(reward, "path", None), "reward.path"
         if isinstance(reward, OfJudge):
-            path, key = getattr(config.evals.judge, "path", None), "evals.judge.path"
+            path, key = config.evals.judge.local_model, "evals.judge.path"
         if path is None:
             return None
         try:

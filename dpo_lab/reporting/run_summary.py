@@ -14,6 +14,8 @@ from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.text import format_interval
 
 COLUMNS = ("", "initial", "trained", "95 % interval", "n")
+SHOWN = 600  # characters of a text of a sample
+SAMPLE_COLUMNS = {"prompt": "prompt", "initial": "initial policy", "trained": "trained policy", "third": "third policy"}
 
 
 def metric_rows(metrics: Mapping[str, Estimate], labels: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -81,12 +83,20 @@ def print_summary(
 
 
 def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> None:
-    side_by_side = Table(title="Samples of both policies", title_justify="left", show_lines=True)
-    for column in ("prompt", "initial policy", "trained policy"):
+    head, rows = sample_table(samples[:3])
+    which = "both" if len(head) == 3 else "three"
+    side_by_side = Table(title=f"Samples of {which} policies", title_justify="left", show_lines=True)
+    for column in head:
         side_by_side.add_column(column, ratio=1 if column == "prompt" else 2, overflow="fold")
-    for row in samples[:3]:
-        side_by_side.add_row(*(row[key] for key in ("prompt", "initial", "trained")))
+    for row in rows:
+        side_by_side.add_row(*(text if len(text) <= SHOWN else f"{text[:SHOWN]} ..." for text in row))
     console.print(side_by_side)
+
+
+def sample_table(samples: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Return head and rows of a table of samples, side by side: prompt, and the responses of the policies that there are."""
+    keys = [key for key in SAMPLE_COLUMNS if key in samples[0]]
+    return [SAMPLE_COLUMNS[key] for key in keys], [[sample[key] for key in keys] for sample in samples]
 
 
 def _figure(value: float) -> str:

@@ -51,10 +51,11 @@ def side_by_side(collection: RunSet) -> tuple[int, list[Prompt]] | None:
             if prompt in seen or (prompt not in by_prompt and len(by_prompt) == PROMPTS):
                 continue
             seen.add(prompt)
-            initial = Response("initial policy", str(sample["initial"]), scores.get((prompt, "initial"), ""))
             responses = by_prompt.setdefault(prompt, [])
-            if initial.text not in [r.text for r in responses if r.by == initial.by]:
-                responses.append(initial)
+            for who in (who for who in ("initial", "third") if who in sample):  # of several arms each text once
+                other = Response(f"{who} policy", str(sample[who]), scores.get((prompt, who), ""))
+                if other.text not in [r.text for r in responses if r.by == other.by]:
+                    responses.append(other)
             responses.append(Response(arm.name, str(sample["trained"]), scores.get((prompt, "trained"), "")))
     return seed, [Prompt(text, responses) for text, responses in by_prompt.items()]
 
@@ -64,7 +65,7 @@ def _has_samples(run: RunData) -> bool:
 
 
 def _scores(run: RunData) -> dict[tuple[str, str], str]:
-    """Return gold reward or judge score of a run's samples from its examples: (prompt, initial or trained) -> text."""
+    """Return gold reward or judge score of a run's samples from its examples: (prompt, initial, trained or third) -> text."""
     path = Path(run.folder) / EXAMPLES
     wanted = {str(s["prompt"]): (str(s["initial"]), str(s["trained"])) for s in run.record["samples"]}
     found: dict[tuple[str, str], str] = {}
@@ -76,7 +77,7 @@ def _scores(run: RunData) -> dict[tuple[str, str], str]:
                 row = json.loads(line)
                 texts = wanted.get(row.get("prompt"))
                 if texts == (row.get("initial_response"), row.get("response")):
-                    for who, prefix in (("initial", "initial_"), ("trained", "")):
+                    for who, prefix in (("initial", "initial_"), ("trained", ""), ("third", "third/")):
                         if score := _score(row, prefix):
                             found.setdefault((row["prompt"], who), score)
     return found

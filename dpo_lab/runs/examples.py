@@ -14,7 +14,8 @@ line.
     prompt            a prompt and its samples; key: a hash of its token ids, with `#2` appended if it occurs again.
                       prompt, response, initial_response: texts; kl: log trained - log initial of the response, nats;
                       tokens, initial_tokens: lengths; gold, initial_gold, judge, initial_judge: rewards; win,
-                      judge_win: 1, 0, or 1/2 for a tie; judge_first, judge_undecided, judge_unanswered: see
+                      judge_win: 1, 0, or 1/2 for a tie; third_response, third/...: of a third policy, evals.third, and
+                      of the trained one against it; judge_first, judge_undecided, judge_unanswered: see
                       evals/judges/base.py
     pair_set          a pair of a further file, evals.pairs; key: the file's name and the pair's key. subset; accuracy,
                       policy_accuracy, initial/policy_accuracy, longer, judge_accuracy: 1, 0, or 1/2 for a tie;

@@ -55,6 +55,9 @@ ADDED_KEYS = {
         "chat_template": False,
     },
     "evals.judge.kind": "classifier",
+    "evals.prompts": None,
+    "evals.third": None,
+    "evals.engine": {"kind": "exact"},
     "evals.every": 0,
     "evals.num_trajectory_prompts": 128,
 }

@@ -19,7 +19,7 @@ from dpo_lab.studies.path_at_gain import AT, crossing
 from dpo_lab.studies.spec import EXPRESSION, Arm, Study, StudyError
 
 # keys of `evals` that must agree between runs whose metrics are compared
-EVAL_SETTINGS_THAT_MUST_MATCH = ("num_prompts", "max_new_tokens", "num_texts", "judge")
+EVAL_SETTINGS_THAT_MUST_MATCH = ("num_prompts", "max_new_tokens", "num_texts", "prompts", "third", "engine", "judge")
 FINDINGS = tuple(rule.name.replace(" ", "_") for rule in RULES)  # what may follow `health/` in an expression
 
 
@@ -178,6 +178,7 @@ class RunSet:
             arms: dict[str, list[str]] = {}
             for run in self.runs:
                 measured = run.record.get("config", {}).get("evals", {})
+                measured = measured | run.record.get("measured_with", {})  # files and policies by what they hold
                 if run.is_done and name in measured:
                     arms.setdefault(json.dumps(measured[name], sort_keys=True), []).append(run.arm)
             if len(arms) > 1:

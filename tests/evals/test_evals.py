@@ -19,7 +19,6 @@ from dpo_lab.data.pair_sets import SetPair
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.data.tokenize import PairTokenizer
-from dpo_lab.evals import context as subject_module
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.evaluate import Evals, evaluate
 from dpo_lab.evals.evaluators.base import EVALUATORS, Evaluator, in_order, labels_of
@@ -31,9 +30,12 @@ from dpo_lab.evals.evaluators.language import Language, distinct, repeated
 from dpo_lab.evals.evaluators.optimum import Optimum
 from dpo_lab.evals.evaluators.preference import Preference
 from dpo_lab.evals.evaluators.reward import Reward
+from dpo_lab.evals.evaluators.third import Third
 from dpo_lab.evals.evaluators.win_rate import WinRate
 from dpo_lab.evals.judges import Comparer, JudgeError, Scorer
 from dpo_lab.evals.judges.classifier import Classifier
+from dpo_lab.evals.third_policy import ThirdPolicy
+from dpo_lab.models import sampling
 from dpo_lab.models.policy import Policy
 from dpo_lab.models.reference import Uniform
 from dpo_lab.models.sampling import Sample
@@ -90,8 +92,8 @@ def subject(policy) -> EvalContext:
 
 def test_samples_are_made_once(subject, monkeypatch):
     calls = []
-    real = subject_module.generate_responses
-    monkeypatch.setattr(subject_module, "generate_responses", lambda *a, **k: calls.append(k["what"]) or real(*a, **k))
+    real = sampling.generate_responses
+    monkeypatch.setattr(sampling, "generate_responses", lambda *a, **k: calls.append(k["what"]) or real(*a, **k))
     generated = []
     for policy in (subject.trained, subject.initial):
         forward = policy.model.forward
@@ -444,7 +446,7 @@ def test_an_evaluator_that_does_not_state_its_traits_is_refused_where_it_is_defi
 
 def test_what_an_evaluator_does_not_need_is_not_made(subject, monkeypatch):
     """Evaluators that state that they need no samples, or no reward, run where none can be had."""
-    monkeypatch.setattr(subject_module, "generate_responses", lambda *a, **k: pytest.fail("samples"))
+    monkeypatch.setattr(sampling, "generate_responses", lambda *a, **k: pytest.fail("samples"))
     subject.train_pairs, subject.pair_sets = subject.pairs[:3], {"own": set_of(subject.pairs)}
     for kind in EVALUATORS.values():
         if not kind.needs_samples and kind is not Harness:  # which measures what it is told
@@ -452,7 +454,7 @@ def test_what_an_evaluator_does_not_need_is_not_made(subject, monkeypatch):
     monkeypatch.undo()
     subject.task = None
     assert {name for name, kind in EVALUATORS.items() if not dict(kind().run(subject))} == {
-        name for name, kind in EVALUATORS.items() if kind.needs_reward or kind is Harness
+        name for name, kind in EVALUATORS.items() if kind.needs_reward or kind in (Harness, Third)
     }
 
 
@@ -464,6 +466,8 @@ def test_labels_are_of_metrics_that_are_measured(subject, monkeypatch):
     subject.pairs = [*subject.pairs, replace(first, rejected=[]), replace(second, chosen=[])]  # labelled on their own
     words = SyntheticReviews().texts(HELD_OUT, 1, seed=0)[0].split() * 2
     with_samples(subject, *([" ".join(words[: i % n + 1]) for i in range(40)] for n in (7, 5)))
+    subject.third = ThirdPolicy(subject.initial, subject.encoder, subject.prompt_ids, shares_tokens=True)
+    subject.third_samples = subject.initial_samples
     optimum = Optimum(num_candidates=16, num_prompts=2)
     settings = Evals(evaluators=in_order(), optimum=optimum)
     metrics = evaluate(subject, settings.selected())

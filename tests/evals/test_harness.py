@@ -97,3 +97,21 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
     ):
         Harness(tasks=["arc_easy"])
     assert Harness().tasks == []
+
+
+def test_items_with_a_value_of_one_policy_are_left_out_of_the_pairs_and_counted(policy, monkeypatch):
+    values = {"trained": {"a": 1.0, "b": 0.0, "c": 1.0}, "initial": {"a": 0.0, "b": 0.0, "d": 1.0}}
+    found = iter([({("t", "m"): values["trained"]}, {}), ({("t", "m"): values["initial"], ("t", "n"): {"a": 2.0}}, {})])
+    monkeypatch.setattr(Harness, "_manager", lambda self: None)
+    monkeypatch.setattr(Harness, "_results", lambda self, policy, manager: next(found))
+    harness, subject = Harness(), subject_of(policy, policy, ["p"])
+    harness.tasks = ["t"]
+    metrics = evaluate(subject, [harness])
+    assert metrics["harness/t/m_change"] == mean([1.0, 0.0])
+    assert (metrics["harness/t/m"].n, metrics["initial/harness/t/m"].n) == (3, 3)
+    assert metrics["harness/t/m_left_out"].value == 2
+    assert (metrics["initial/harness/t/n"].value, metrics["harness/t/n_left_out"].value) == (2, 1)
+    assert "harness/t/n_change" not in metrics
+    rows = {row["key"]: row for row in subject.examples.rows() if row["kind"] == "harness"}
+    assert (rows["t/c"]["m"], rows["t/c"]["initial_m"], rows["t/d"]["m"]) == (1.0, None, None)
+    assert labels_of(metrics)["harness/t/m_left_out"] == "  items left out"

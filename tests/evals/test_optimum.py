@@ -14,10 +14,10 @@ import torch
 
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
-from dpo_lab.evals import candidates as candidates_module
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.evaluators.optimum import Optimum
 from dpo_lab.evals.judges import Scorer
+from dpo_lab.models import sampling
 from dpo_lab.runs.examples import EXAMPLES, read
 from dpo_lab.stats.estimates import best_of
 from tests.evals.test_evals import perturbed, subject_of
@@ -44,13 +44,13 @@ def subject(policy, tmp_path) -> EvalContext:
 def sampled(monkeypatch) -> list[int]:
     """How many samples each sampling made, as it makes them."""
     made: list[int] = []
-    real = candidates_module.generate_responses
+    real = sampling.generate_responses
 
     def counted(model, encoder, prompts, **how):
         made.append(len(prompts))
         return real(model, encoder, prompts, **how)
 
-    monkeypatch.setattr(candidates_module, "generate_responses", counted)
+    monkeypatch.setattr(sampling, "generate_responses", counted)
     return made
 
 

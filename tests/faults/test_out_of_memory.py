@@ -91,7 +91,7 @@ def test_46_the_judge_names_its_own_setting():
 
 def test_46_candidates_name_the_batches_that_they_are_sampled_in(policy):
     settings = dict(max_new_tokens=4, seed=0, context=nullcontext, folder=None)
-    with patch.object(candidates, "generate_responses", on_a_gpu):  # noqa: SIM117
+    with patch("dpo_lab.models.sampling.generate_responses", on_a_gpu):  # noqa: SIM117
         with pytest.raises(OutOfMemory, match="in sampling .*; type evals.batch_size=6$"):
             candidates.candidates(
                 policy, PairTokenizer(policy.tokenizer, 64, 32), [[5], [6]], 6, batch_size=99, **settings
@@ -111,7 +111,7 @@ def test_46_a_model_that_does_not_fit_is_not_called_unreadable(dtype, advice, po
 PLACES = {
     "training": (DPOModule, "part_loss"),
     "validation": (DPOModule, "validate_part"),
-    "sampling": ("dpo_lab.evals.context", "generate_responses"),
+    "sampling": ("dpo_lab.models.sampling", "generate_responses"),
     "reference": (reference_cache, "pair_logps"),
 }
 SIZE = "(tried to allocate 20.00 MiB)"

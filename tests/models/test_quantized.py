@@ -19,7 +19,7 @@ from dpo_lab.models.copies import trainable_copy
 from dpo_lab.models.forward import disable_dropout, pair_logps
 from dpo_lab.models.policy import Dtype, Lora, Policy, Pretrained, Quantization, weights_digest
 from dpo_lab.models.reference import AdapterOff, Cached, Frozen
-from dpo_lab.pipelines.evaluate_run import load_trained
+from dpo_lab.pipelines.trained_policy import load_trained
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.memory import bytes_of_weights
 from dpo_lab.training.optim import Optim

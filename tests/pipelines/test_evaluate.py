@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -63,6 +64,49 @@ def test_other_evaluators_and_more_samples(run, workshop):
     assert result["metrics"]["kl"]["n"] == len(read(run / "evaluations" / "1.examples.jsonl")["prompt"]) == 40
     assert result["evals"]["num_texts"] == 8  # as the run had it
     assert result["versions"]["torch"]
+
+
+def test_prompts_of_ones_own_and_a_third_policy(run, workshop):
+    """The run itself as the third policy: its samples are the trained policy's, by another engine too."""
+    (workshop / "own.txt").write_text("The plot was\nThe music was\nI saw it twice and\n")
+    for engine in ("exact", "continuous"):
+        typed = ["evals.prompts=own.txt", f"evals.third={run.relative_to(workshop)}", f"evals/engine={engine}"]
+        typed += ["evals.evaluators=[kl,reward,win_rate,language]", f"name=own-{engine}"]
+        shown = evaluate(workshop, f"run={run.relative_to(workshop)}", *typed).stdout
+        result = json.loads((run / "evaluations" / f"own-{engine}.json").read_text())
+        assert {result["metrics"][name]["n"] for name in ("kl", "gold", "win_rate", "length")} == {3}
+        apart = {name: m["value"] for name, m in result["metrics"].items() if name.endswith("_difference")}
+        assert len(apart) == 5
+        assert set(apart.values()) == {0}
+        assert result["metrics"]["perplexity"]["n"] == 8  # of the data's texts
+        assert [row["prompt"] for row in result["samples"]] == ["The plot was", "The music was", "I saw it twice and"]
+        assert all(row["third"] == row["trained"] for row in result["samples"])
+        digest = hashlib.sha256((workshop / "own.txt").read_bytes()).hexdigest()
+        assert result["measured_with"]["prompts"] == {"sha256": digest, "count": 3}
+        assert result["measured_with"]["third"] == {"weights": result["identity"]["trained_policy"]}
+        assert "gold reward, own.txt" in " ".join(shown.split())
+        assert "third policy" in shown
+        rows = read(run / "evaluations" / f"own-{engine}.examples.jsonl")["prompt"]
+        assert all(row["third_response"] == row["response"] for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["evals.prompts=none.txt"], "evals.prompts=none.txt: no such file"),
+        (["evals.prompts=bad.jsonl"], "bad.jsonl:2: field 'prompt' is missing"),
+        (["evals.third=none"], "evals.third=none: holds no policy; type the folder of a policy, or of a run"),
+        (["evals.third=damaged"], "evals.third=damaged: "),
+        (["evals/engine=vllm"], "evals/engine=vllm: needs "),
+    ],
+)
+def test_what_cannot_be_measured_with_is_said_in_one_line(typed, said, run, workshop):
+    (workshop / "bad.jsonl").write_text('{"prompt": "The plot was"}\n{"text": "The plot was"}\n')
+    (workshop / "damaged").mkdir(exist_ok=True)
+    (workshop / "damaged" / "config.json").write_text("{}")
+    refused = evaluate(workshop, f"run={run.relative_to(workshop)}", *typed, code=2)
+    assert said in refused.stderr
+    assert refused.stderr.strip().count("\n") == 0
 
 
 def test_any_policy_against_any_other_on_given_data(run, workshop):

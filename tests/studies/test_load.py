@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from dpo_lab.reporting import results_md
+from dpo_lab.runs.renamed_keys import present_record
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies import archive, grouping
 from dpo_lab.studies import verdicts as effects
 from dpo_lab.studies.load import NotMeasured, gather
+from dpo_lab.studies.run_data import RunData, RunSet
 from dpo_lab.studies.scales import Scale
 from dpo_lab.studies.spec import RENAMED_PREDICTION_KEYS, Arm, Missing, Study, StudyError
 from tests.support import a_study
@@ -283,3 +285,33 @@ def test_a_study_of_an_earlier_version_is_read_and_stays_registered(tmp_path: Pa
     assert found.study.predictions == study.predictions
     assert [arm.overrides for arm in found.arms] == [["policy.lora.r=4"]] * 2
     assert found.record["registrations"] == [{"digest": found.study.digest(), "at": a_study.REGISTERED}]
+
+
+PLAIN = {"prompts": None, "third": None, "engine": {"kind": "exact"}}
+OWN = {"prompts": {"sha256": "a" * 64, "count": 3}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ((PLAIN, {}), (PLAIN, {}), None),
+        ((PLAIN, {}), ({}, {}), None),  # recorded before there were any
+        ((PLAIN | {"prompts": "a.txt"}, OWN), (PLAIN | {"prompts": "copy/a.txt"}, OWN), None),  # the same prompts
+        ((PLAIN | {"prompts": "a.txt"}, OWN), (PLAIN, {}), "evals.prompts is"),
+        (
+            (PLAIN | {"prompts": "a.txt"}, OWN),
+            (PLAIN | {"prompts": "a.txt"}, {"prompts": {"sha256": "b" * 64, "count": 3}}),  # the file has changed
+            "evals.prompts is",
+        ),
+        ((PLAIN, {}), (PLAIN | {"engine": {"kind": "continuous"}}, {}), 'evals.engine is {"kind": "exact"} in a and'),
+        ((PLAIN, {}), (PLAIN | {"third": "x"}, {"third": {"weights": "1"}}), "evals.third is null in a and"),
+    ],
+)
+def test_runs_of_other_prompts_engines_and_third_policies_are_not_compared_quietly(one, other, said):
+    runs = []
+    for arm, (settings, with_what) in (("a", one), ("b", other)):
+        record = {"config": {"loss": {}, "evals": {"num_prompts": 3, **settings}}, "measured_with": with_what}
+        runs.append(RunData(Path(arm), arm, 0, "done", record=present_record(record)))
+    found = RunSet("runs", Path("runs"), [], [0], runs).incomparable_settings
+    assert len(found) == (said is not None)
+    assert not said or found[0].startswith(said)

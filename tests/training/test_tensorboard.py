@@ -186,11 +186,13 @@ def test_samples_stand_side_by_side_and_figures_as_they_are(logger, tmp_path):
     samples = [{"prompt": f"p{i}", "initial": "a | b", "trained": "c"} for i in range(20)]
     show_samples([logger], samples, 6)
     show_samples([logger], [], 7)
+    show_samples([logger], [{**samples[0], "third": "d"}], 8)
     show_figures([logger], [tmp_path / "curves.png"], 6)
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    (text,) = events.Tensors("samples/text_summary")
+    text, with_third = events.Tensors("samples/text_summary")
+    assert b"| prompt | initial policy | trained policy | third policy |" in with_third.tensor_proto.string_val[0]
     lines = text.tensor_proto.string_val[0].decode().splitlines()
     assert (text.step, len(lines)) == (6, 2 + 16)
     assert lines[0] == "| prompt | initial policy | trained policy |"

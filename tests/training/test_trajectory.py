@@ -15,7 +15,7 @@ import torch
 
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
-from dpo_lab.evals.trajectory import TrajectoryMeter
+from dpo_lab.evals.trajectory import TrajectoryMeter, gain
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.runs import metrics_log
@@ -138,28 +138,46 @@ def test_killed_before_any_row_it_has_each_point_once(measured, tmp_path):
 
 def test_a_point_is_what_the_final_evaluation_says_of_the_same_prompts():
     """Its samples of the first prompts are not drawn again; nor do they differ if they are."""
-    of_path, final = meter(), meter(count=9).context
-    trained = tiny(0.05)
-    final.trained = trained
+    of_path, trained = meter(), tiny(0.05)
+    final = replace(of_path.final, trained=trained)
     assert of_path.context.prompt_ids == final.prompt_ids[:COUNT]
     drawn = of_path.measure(trained)
     trained_logps, initial_logps = final.sample_logps
     assert drawn["kl"] == pytest.approx(float((trained_logps - initial_logps)[:COUNT].mean()), abs=1e-5)
     assert drawn["length"] == np.mean([len(sample.tokens) for sample in final.samples[:COUNT]])
     assert of_path.last(final) == pytest.approx(drawn, abs=1e-5)
+    other = meter()
+    assert other.last(final) == pytest.approx(drawn, abs=1e-5)  # of a run that goes on when all its steps are trained
+    of_path.share_samples(fresh := replace(of_path.final, trained=trained))
+    assert fresh.initial_samples is of_path.final.initial_samples
 
 
-def test_a_gain_is_over_the_initial_policys_responses_with_the_same_random_numbers():
+def test_a_gain_is_over_all_samples_of_the_initial_policy_without_the_luck_of_the_random_numbers():
     of_path, trained = meter(), tiny(0.05)
     point, context = of_path.measure(trained), of_path.context
-    samples = [_sampled(context, policy) for policy in (trained, context.initial)]
-    now, before = (even(context.prompt_ids, responses) for responses in samples)
-    assert point["reward"] == pytest.approx(now.mean())
-    assert point["reward_gain"] == pytest.approx((now - before).mean() / before.std())
+    now, before = (replace(context, trained=policy).samples for policy in (trained, context.initial))
+    rewards, start = (even(context.prompt_ids, [sample.tokens for sample in found]) for found in (now, before))
+    baseline = even(of_path.final.prompt_ids, [sample.tokens for sample in of_path.final.initial_samples])
+    slope = np.polyfit(start, rewards, 1)[0]
+    gained = rewards.mean() - slope * (start.mean() - baseline.mean()) - baseline.mean()
+    assert point["reward"] == pytest.approx(rewards.mean())
+    assert point["reward_gain"] == pytest.approx(gained / baseline.std())
 
 
-def _sampled(context: EvalContext, policy: Policy) -> list[tuple[int, ...]]:
-    return [sample.tokens for sample in replace(context, trained=policy).samples]
+def test_the_control_variate_makes_a_gain_surer_and_no_other():
+    """Rewards of two policies that the same random numbers move alike: simulated, against the plain difference."""
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(2000):
+        luck, baseline = draw.normal(size=64), draw.normal(size=512)
+        rewards = 1 + 0.8 * luck + 0.6 * draw.normal(size=64)
+        gained = gain(rewards, luck, baseline)
+        assert gained is not None
+        found.append((gained, (rewards.mean() - baseline.mean()) / baseline.std()))
+    adjusted, plain = np.array(found).T
+    assert adjusted.mean() == pytest.approx(1, abs=0.01)
+    assert adjusted.std() < 0.75 * plain.std()
+    assert gain(np.ones(3), np.ones(3), np.ones(5)) is None
 
 
 def test_without_a_reward_there_are_kl_and_length_and_modes_are_left_as_they_were():

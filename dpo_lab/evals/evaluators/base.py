@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +21,8 @@ class Evaluator:
 
     A subclass defines `run` and states its traits, which have no defaults. name: its name in configs. order: its place
     among the evaluators of a run and in the table of results. is_default: whether runs use it unless evals.evaluators
-    says otherwise. needs_samples: whether it samples responses. needs_reward: whether it measures nothing without the
+    says otherwise. needs_samples: whether it samples responses. of_texts: which of its metrics are of held-out texts, and
+    not of samples. needs_reward: whether it measures nothing without the
     gold reward of a task or a judge. labels: its rows in the table of results, metric -> label; `initial/METRIC`, if it
     is measured, is shown beside METRIC, and a metric without a label is recorded, but not shown.
     """
@@ -30,6 +31,7 @@ class Evaluator:
     is_default: ClassVar[bool]
     needs_samples: ClassVar[bool]
     needs_reward: ClassVar[bool]
+    of_texts: ClassVar[Sequence[str]] = ()
     labels: ClassVar[Mapping[str, str]]
 
     def __init_subclass__(
@@ -73,7 +75,14 @@ def default_evaluators(*more: str) -> list[str]:
     return [name for name in in_order() if EVALUATORS[name].is_default or name in more]
 
 
-def labels_of(metrics: Iterable[str]) -> dict[str, str]:
-    """Return the labels of those metrics that have one, in the order of the table of results."""
-    metrics = list(metrics)
-    return {metric: label for name in in_order() for metric, label in EVALUATORS[name].labels_for(metrics).items()}
+def labels_of(metrics: Iterable[str], prompt_file: str = "") -> dict[str, str]:
+    """Return the labels of those metrics that have one, in the order of the table of results.
+
+    prompt_file: the file that the prompts are from, named in the labels of what is measured on them.
+    """
+    metrics, labels = list(metrics), {}
+    for cls in (EVALUATORS[name] for name in in_order()):
+        for metric, label in cls.labels_for(metrics).items():
+            is_of_file = prompt_file and cls.needs_samples and metric not in cls.of_texts and not label.startswith(" ")
+            labels[metric] = f"{label}, {prompt_file}" if is_of_file else label
+    return labels

@@ -31,7 +31,8 @@ class HarnessError(LabError, ValueError):
 class Harness(Evaluator, name="harness", order=95, is_default=False, needs_samples=False, needs_reward=False):
     """Tasks of EleutherAI's lm-evaluation-harness, as `harness/TASK/METRIC` of the trained policy and under `initial/` of
     the initial one; `.../METRIC_change` is the mean difference over the same items. Intervals are over items, those of
-    changes from the paired differences. A metric that is not a mean over items has no interval.
+    changes from the paired differences. A metric that is not a mean over items has no interval. Items on which only one
+    policy has a finite value are no pairs: `.../METRIC_left_out` counts them.
 
     tasks: their names, groups too; runs whenever there are any. include_path: a folder of further task files; num_fewshot,
     limit: as the harness takes them, None for the task's own and for all items; batch_size: rows of a forward pass;
@@ -55,7 +56,9 @@ class Harness(Evaluator, name="harness", order=95, is_default=False, needs_sampl
     @classmethod
     def labels_for(cls, metrics: Iterable[str]) -> dict[str, str]:
         names = [m for m in metrics if m.startswith(PREFIX)]
-        return {m: "  change" if m.endswith("_change") else m.removeprefix(PREFIX).replace("/", ": ", 1) for m in names}
+        ends = {"_change": "  change", "_left_out": "  items left out"}
+        parts = {m: label for m in names for end, label in ends.items() if m.endswith(end)}
+        return {m: parts.get(m, m.removeprefix(PREFIX).replace("/", ": ", 1)) for m in names}
 
     @classmethod
     def is_implied(cls, settings) -> bool:
@@ -81,20 +84,26 @@ class Harness(Evaluator, name="harness", order=95, is_default=False, needs_sampl
             manager = self._manager()
             results = self._results(context.trained, manager), self._results(context.initial, manager)
         (trained, of_trained), (initial, of_initial) = broadcast_object(results)
-        for (task, metric), values in trained.items():
-            name, before = f"{PREFIX}{task}/{metric}", initial[task, metric]
-            keys = [f"{task}/{item}" for item in values]
-            pairs = [(values[item], before[item]) for item in values]
-            context.examples.add(
-                "harness", keys, **{metric: [a for a, _ in pairs], f"initial_{metric}": [b for _, b in pairs]}
-            )
-            yield name, _over_items([a for a, _ in pairs])
-            yield f"initial/{name}", _over_items([b for _, b in pairs])
-            yield f"{name}_change", mean(a - b for a, b in pairs)
+        for task, metric in dict.fromkeys([*trained, *initial]):
+            values, before = (found.get((task, metric), {}) for found in (trained, initial))
+            name = f"{PREFIX}{task}/{metric}"
+            items = list(dict.fromkeys([*values, *before]))
+            columns = {metric: values, f"initial_{metric}": before}
+            lists = {column: [found.get(item) for item in items] for column, found in columns.items()}
+            context.examples.add("harness", [f"{task}/{item}" for item in items], **lists)
+            if values:
+                yield name, _over_items([*values.values()])
+            if before:
+                yield f"initial/{name}", _over_items([*before.values()])
+            if pairs := [(values[item], before[item]) for item in items if item in values and item in before]:
+                yield f"{name}_change", mean(a - b for a, b in pairs)
+            if left_out := len(items) - len(pairs):
+                yield f"{name}_left_out", Estimate(left_out)
         for (task, metric), value in of_trained.items():
             if (task, metric) not in trained:
                 yield f"{PREFIX}{task}/{metric}", Estimate(value)
-                yield f"initial/{PREFIX}{task}/{metric}", Estimate(of_initial[task, metric])
+                if (task, metric) in of_initial:
+                    yield f"initial/{PREFIX}{task}/{metric}", Estimate(of_initial[task, metric])
 
     def _results(self, policy: Policy, manager: Any) -> tuple[Items, dict[tuple[str, str], float]]:
         """Return the values of all items, and the harness's own figures of its tasks. manager: its index of tasks."""

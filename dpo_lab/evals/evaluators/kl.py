@@ -26,6 +26,7 @@ class KL(Evaluator, name="kl", order=40, is_default=True, needs_samples=True, ne
     policy's distribution is that of the texts. May be negative.
     """
 
+    of_texts = ("kl_forward_text",)
     labels = {
         "kl": "KL to initial policy (nats)",
         "kl_forward_text": "log-prob lost per text (nats)",

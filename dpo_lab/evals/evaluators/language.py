@@ -12,6 +12,7 @@ from dpo_lab.evals.evaluators.base import Evaluator
 from dpo_lab.stats.estimates import Estimate, exp_of_ratio, mean, ratio, share
 
 if TYPE_CHECKING:
+    from dpo_lab.data.tasks.base import Task
     from dpo_lab.evals.context import EvalContext
     from dpo_lab.models.sampling import Sample
 
@@ -25,6 +26,7 @@ class Language(Evaluator, name="language", order=70, is_default=True, needs_samp
     policies, those of the initial one under `initial/`.
     """
 
+    of_texts = ("perplexity",)
     labels = {
         "perplexity": "perplexity of real text",
         "well_formed": "well-formed samples",
@@ -56,14 +58,12 @@ class Language(Evaluator, name="language", order=70, is_default=True, needs_samp
             yield prefix + "length", mean(tokens)
             yield prefix + "stopped", share([s.stopped for s in samples])
             if context.task is not None and context.task.has_grammar:
-                yield prefix + "well_formed", well_formed(context, samples)
+                yield prefix + "well_formed", share(well_formed(context.task, samples, context.completed(responses)))
 
 
-def well_formed(context: EvalContext, samples: Sequence[Sample]) -> Estimate:
-    """Return the share of samples that ended with the end token and are well-formed in the task's grammar."""
-    assert context.task is not None
-    texts = context.complete_texts(samples)
-    return share([s.stopped and context.task.well_formed(text) for s, text in zip(samples, texts, strict=True)])
+def well_formed(task: Task, samples: Sequence[Sample], texts: Sequence[str]) -> list[bool]:
+    """Return which samples ended with the end token and are well-formed in the task's grammar; texts: with prompts."""
+    return [s.stopped and task.well_formed(text) for s, text in zip(samples, texts, strict=True)]
 
 
 def perplexity(logps: np.ndarray, lengths: Sequence[int]) -> Estimate:

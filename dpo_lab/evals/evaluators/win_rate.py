@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from dpo_lab.stats.estimates import Estimate, share, share_at_zero, shares_of_kn
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
+    from dpo_lab.evals.judges import Verdicts
 
 
 @dataclass
@@ -41,22 +42,37 @@ class WinRate(Evaluator, name="win_rate", order=60, is_default=True, needs_sampl
     }
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        wins = {
-            "win" if name == "gold" else f"{name}_win": np.heaviside(trained - initial, 0.5)
-            for name, (trained, initial) in context.rewards.items()
-        }
-        if (verdicts := context.verdicts) is not None:
-            wins["judge_win"] = verdicts.wins
-        if not wins:
+        if not context.rewards and context.verdicts is None:
             return
-        length_difference = np.array([len(s.tokens) for s in context.samples], np.float64)
-        length_difference -= [len(s.tokens) for s in context.initial_samples]
-        for name, won in wins.items():
-            context.examples.add("prompt", context.prompt_keys, **{name: won})
-            yield f"{name}_rate", share(won)
-            if (at_equal_length := share_at_zero(won, length_difference)) is not None:
-                yield f"{name}_rate_equal_length", at_equal_length
-        if verdicts is not None:
-            by_order = verdicts.by_order()
-            context.examples.add("prompt", context.prompt_keys, **by_order)
-            yield from shares_of_known(by_order)
+        lengths = [len(sample.tokens) for sample in context.initial_samples]
+        yield from win_rates(context, context.rewards, context.verdicts, lengths)
+
+
+def win_rates(
+    context: EvalContext,
+    rewards: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    verdicts: Verdicts | None,
+    lengths: Sequence[int],
+    prefix: str = "",
+) -> Iterator[tuple[str, Estimate]]:
+    """Yield the metrics of WinRate of the trained policy's samples against others', and add their values to the examples.
+
+    rewards: of the trained policy's samples and of the others, [N] each, by source; verdicts: of a judge on them; lengths:
+    of the others, in tokens; prefix: of all names.
+    """
+    wins = {
+        "win" if name == "gold" else f"{name}_win": np.heaviside(trained - other, 0.5)
+        for name, (trained, other) in rewards.items()
+    }
+    if verdicts is not None:
+        wins["judge_win"] = verdicts.wins
+    length_difference = np.array([len(s.tokens) for s in context.samples], np.float64) - lengths
+    for name, won in wins.items():
+        context.examples.add("prompt", context.prompt_keys, **{f"{prefix}{name}": won})
+        yield f"{prefix}{name}_rate", share(won)
+        if (at_equal_length := share_at_zero(won, length_difference)) is not None:
+            yield f"{prefix}{name}_rate_equal_length", at_equal_length
+    by_order = verdicts.by_order() if verdicts is not None else {}
+    columns = {f"{prefix}{name}": values for name, values in by_order.items()}
+    context.examples.add("prompt", context.prompt_keys, **columns)
+    yield from shares_of_known(columns)

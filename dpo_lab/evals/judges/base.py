@@ -118,11 +118,12 @@ LoadedJudge = Scorer | Comparer
 @dataclass
 class Judge:
     """The base class of judges. A subclass states its name in configs and whether it gives_scores, of each response on its
-    own, which a reward needs, and defines is_set and `load`.
+    own, which a reward needs, and defines is_set and `load`. takes_hub_names: whether its model may be a name on the hub.
     """
 
     name: ClassVar[str]
     gives_scores: ClassVar[bool]
+    takes_hub_names: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, name: str = "", gives_scores: bool = False) -> None:
         cls.gives_scores = gives_scores
@@ -134,6 +135,11 @@ class Judge:
     def is_set(self) -> bool:
         """Whether there is a judge at all."""
         raise NotImplementedError
+
+    @property
+    def local_model(self) -> str | None:
+        """The path, or name on the hub, of the model that it loads on this machine; None if it loads none."""
+        return None
 
     def load(self, device: torch.device | str = "cpu", cache: Path | None = None) -> LoadedJudge | None:
         """Load the judge; return None if none is set. cache: folder of its answers. Raise JudgeError if that fails."""

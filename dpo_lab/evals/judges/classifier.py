@@ -38,6 +38,10 @@ class Classifier(Judge, name="classifier", gives_scores=True):
     def is_set(self) -> bool:
         return self.path is not None
 
+    @property
+    def local_model(self) -> str | None:
+        return self.path
+
     def load(self, device: torch.device | str = "cpu", cache: Path | None = None) -> Scorer | None:
         if self.path is None:
             return None

@@ -36,6 +36,8 @@ class Generative(ComparingJudge, name="generative"):
     most tokens of a forward pass. The question is a message of the user, if the tokenizer has a chat template.
     """
 
+    takes_hub_names = True
+
     path: str | None = None
     revision: str | None = None
     package: str | None = None
@@ -51,6 +53,10 @@ class Generative(ComparingJudge, name="generative"):
     @property
     def is_set(self) -> bool:
         return self.path is not None
+
+    @property
+    def local_model(self) -> str | None:
+        return self.path if self.package is None else None
 
     def load(self, device: torch.device | str = "cpu", cache: Path | None = None) -> Comparer | None:
         if self.path is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from dpo_lab.reporting.model_card import markdown_table
+from dpo_lab.reporting.run_summary import sample_table
 
 # The group of metrics that are measured once, after training. TensorBoard's cards sort `/` before `-`, so that the curves of
 # train/ come before it; its HPARAMS table sorts `-` before `/`, so that these are the first metrics there.
@@ -49,11 +50,10 @@ def show_histogram(trainer: Trainer, name: str, values: Tensor, step: int) -> No
 
 
 def show_samples(loggers: Iterable[Logger], samples: Sequence[Mapping[str, str]], step: int, most: int = 16) -> None:
-    """Add a text table of the first `most` samples: responses of initial and trained policy to the same prompts."""
+    """Add a text table of the first `most` samples: responses of the policies to the same prompts."""
     if not samples:
         return
-    rows = [[sample[key] for key in ("prompt", "initial", "trained")] for sample in samples[:most]]
-    lines = markdown_table(("prompt", "initial policy", "trained policy"), rows)
+    lines = markdown_table(*sample_table(samples[:most]))
     for writer in writers(loggers):
         writer.add_text("samples", "\n".join(lines), step)
 
