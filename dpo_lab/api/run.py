@@ -66,6 +66,15 @@ class Run:
         return DataFrame(list(steps.values()))
 
     @cached_property
+    def trajectory(self) -> DataFrame:
+        """The policy while it trained, see evals.every: a row for each point, `step` and a column for each metric, named as
+        in `metrics`; empty if the run has none.
+        """
+        from pandas import DataFrame
+
+        return DataFrame(self._data.trajectory())
+
+    @cached_property
     def examples(self) -> DataFrame:
         """The values of each pair, prompt and text, from examples.jsonl: columns `kind`, `key`, and those of the kinds, which
         dpo_lab/runs/examples.py describes. One kind: `examples.query("kind == 'prompt'").dropna(axis=1, how="all")`.

@@ -118,7 +118,7 @@ class EvalContext:
         if self.task is None and not isinstance(self.judge, Scorer):
             return {}
         trained, initial = (
-            self._score_texts(self.complete_texts(samples)) for samples in (self.samples, self.initial_samples)
+            self.score_texts(self.complete_texts(samples)) for samples in (self.samples, self.initial_samples)
         )
         return {name: (trained[name], initial[name]) for name in trained}
 
@@ -151,10 +151,10 @@ class EvalContext:
             folder=self.cache,
         )
         texts = [self.prompts[i] + text for i, own in zip(indices, responses, strict=True) for text in own]
-        rewards = {name: values.reshape(len(indices), count) for name, values in self._score_texts(texts).items()}
+        rewards = {name: values.reshape(len(indices), count) for name, values in self.score_texts(texts).items()}
         return [self.prompt_keys[i] for i in indices], rewards
 
-    def _score_texts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    def score_texts(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Return the rewards of texts of prompt and response, [N], by source."""
         rewards: dict[str, np.ndarray] = {}
         if self.task is not None:

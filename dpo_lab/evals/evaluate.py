@@ -27,6 +27,9 @@ class SharedSettings:
     num_train_pairs: number of training pairs, chosen by their keys, so that runs on the same pairs measure the same
     ones. batch_size: samples generated per batch; with several ranks there should be a batch for each. pairs: further
     files of preference pairs to measure accuracy on, by name. judge: the judge of all evaluators that use one.
+
+    every: the policy in training is measured every so many optimizer steps, on the first `num_trajectory_prompts` of the
+    prompts; 0: only when it is trained. See evals/trajectory.py; neither changes training or final metrics.
     """
 
     evaluators: list[str] = field(default_factory=default_evaluators)
@@ -37,11 +40,15 @@ class SharedSettings:
     batch_size: int = 128
     pairs: dict[str, str] = field(default_factory=dict)
     judge: Judge = field(default_factory=Classifier)
+    every: int = 0
+    num_trajectory_prompts: int = 128
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "max_new_tokens", "num_texts", "batch_size"):
             check_at_least(f"evals.{name}", getattr(self, name), 1, 256)
         check_at_least("evals.num_train_pairs", self.num_train_pairs, 0, 256)
+        check_at_least("evals.every", self.every, 0, 40)
+        check_at_least("evals.num_trajectory_prompts", self.num_trajectory_prompts, 2, 128)
         for name in self.evaluators:
             if name not in EVALUATORS:
                 near = difflib.get_close_matches(name, EVALUATORS, n=1, cutoff=0)[0]
@@ -57,9 +64,14 @@ class SharedSettings:
         return [file for path in self.pairs.values() for file in local_files(path)]
 
     @property
+    def samples(self) -> bool:
+        """Whether responses are sampled, in training or when it is over."""
+        return self.every > 0 or any(evaluator.needs_samples for evaluator in self.selected())
+
+    @property
     def uses_judge(self) -> bool:
-        """Whether an evaluator asks the judge, if there is one."""
-        return bool(self.pairs) or any(evaluator.needs_reward for evaluator in self.selected())
+        """Whether the judge is asked, if there is one."""
+        return bool(self.pairs or self.every) or any(evaluator.needs_reward for evaluator in self.selected())
 
 
 def define_settings() -> None:

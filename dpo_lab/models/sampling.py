@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -93,21 +94,27 @@ def sample(
         finish(ranks * len(indices))
         return samples
 
-    modes = {module: module.training for module in model.modules()}  # checkpointed layers have one of their own
-    model.eval()
-    try:
-        # FSDP would gather weights into inference tensors, which training can't use
-        with torch.inference_mode(not is_sharded(model)), torch.no_grad():
-            sampled = map_across_ranks(batches, work, sample_batch, own_passes(model))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    # FSDP would gather weights into inference tensors, which training can't use
+    with evaluating(model), torch.inference_mode(not is_sharded(model)), torch.no_grad():
+        sampled = map_across_ranks(batches, work, sample_batch, own_passes(model))
     if left:
         finish(left)
     by_index = {
         i: row for batch, rows in zip(batches, sampled, strict=True) for i, row in zip(batch, rows, strict=True)
     }
     return [by_index[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode; at the end each of its modules has its own mode again."""
+    modes = {module: module.training for module in model.modules()}  # checkpointed layers have one of their own
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _sample_batch(

@@ -11,9 +11,11 @@ import torch
 
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.core.pair_table import PairTable
+from dpo_lab.core.pairs import Tokens
 from dpo_lab.data.formats import Shape
 from dpo_lab.data.pair_sets import SetPair, read_pair_set
 from dpo_lab.data.splits import HELD_OUT, hash_draws
+from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.judges import LoadedJudge
@@ -49,16 +51,11 @@ def build_eval_context(
     for policy in (trained, inputs.initial):
         on_device(policy.model, forward.device)
     encoder, evals = inputs.encoder, config.evals
-    if config.data.uses_task:
-        task = config.data.task
-        prompts = task.prompts(HELD_OUT, evals.num_prompts, config.seed)
-        prompt_ids = [encoder.prompt(prompt) for prompt in prompts]
+    task, prompts, prompt_ids = eval_prompts(config, inputs)
+    if task is not None:
         begin = encoder.prompt("")
         texts = [(begin, encoder.response(text, begin)) for text in task.texts(HELD_OUT, evals.num_texts, config.seed)]
     else:
-        task = None
-        prompt_ids = distinct_prompts(inputs.held_out)[: evals.num_prompts]
-        prompts = [encoder.prompt_text(ids) for ids in prompt_ids]
         chosen = ((pair.prompt, pair.chosen) for pair in inputs.held_out if len(pair.chosen))
         texts = list(islice(chosen, evals.num_texts))
     reference, tokens = None, config.data.forward_tokens
@@ -86,6 +83,17 @@ def build_eval_context(
         cache=CACHE,
         seed=config.seed,
     )
+
+
+def eval_prompts(config: RunConfig, inputs: TrainingInputs) -> tuple[Task | None, Sequence[str], Sequence[Tokens]]:
+    """Return the task if there is one, and the prompts to sample from, as text and as token ids."""
+    encoder, count = inputs.encoder, config.evals.num_prompts
+    if config.data.uses_task:
+        task = config.data.task
+        prompts = task.prompts(HELD_OUT, count, config.seed)
+        return task, prompts, [encoder.prompt(prompt) for prompt in prompts]
+    prompt_ids = distinct_prompts(inputs.held_out)[:count]
+    return None, [encoder.prompt_text(ids) for ids in prompt_ids], prompt_ids
 
 
 def read_pair_sets(config: RunConfig, encoder: PairTokenizer) -> dict[str, list[SetPair]]:

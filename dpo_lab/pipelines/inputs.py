@@ -123,7 +123,7 @@ def _check_inputs(inputs: TrainingInputs, what: str, config: RunConfig) -> Train
         for pairs in (inputs.train, inputs.held_out):
             limits.check_ids(pairs, inputs.initial)
             limits.check_rows(pairs, config.data.max_length)
-        if what == "pairs" and any(evaluator.needs_samples for evaluator in config.evals.selected()):
+        if what == "pairs" and config.evals.samples:
             prompts = distinct_prompts(inputs.held_out)[: config.evals.num_prompts]
             limits.check_samples(prompts, config.evals.max_new_tokens, "evals.max_new_tokens")
     batch_size = config.data.batch_size

@@ -17,6 +17,7 @@ from dpo_lab.models.reference import reference_model
 from dpo_lab.models.sharding import on_device
 from dpo_lab.pipelines.inputs import TrainingInputs
 from dpo_lab.pipelines.session import Session
+from dpo_lab.rewards.base import ScoreTokens
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.training.dpo_module import DPOModule
 from dpo_lab.training.memory import MemoryTracker
@@ -28,12 +29,15 @@ log = logging.getLogger("dpo_lab")
 
 @dataclass
 class Training:
-    """What is trained and on what. memory: the measure of its memory; costs: returns what the record says of its costs."""
+    """What is trained and on what. memory: the measure of its memory; costs: returns what the record says of its costs;
+    reward: that of a method that samples.
+    """
 
     module: DPOModule
     data: PreferenceDataModule
     memory: MemoryTracker
     costs: Callable[[], dict[str, Any]] = dict
+    reward: ScoreTokens | None = None
 
 
 def start_training(session: Session, inputs: TrainingInputs) -> tuple[PreTrainedModel, MemoryTracker]:

@@ -76,7 +76,11 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         module = module_for(config.loss)(model, config.loss, reference, config.optim, **sizes)
     asked = reward.queries  # so far, for its scale; each sample is one more, also in earlier attempts of this run
     return Training(
-        module, data, memory, lambda: {"rollouts": {"samples": data.samples, "reward_queries": asked + data.samples}}
+        module,
+        data,
+        memory,
+        lambda: {"rollouts": {"samples": data.samples, "reward_queries": asked + data.samples}},
+        reward,
     )
 
 

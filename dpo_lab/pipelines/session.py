@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class Session:
         step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, run.record.get("started", "")
         add_loggers(trainer, self.config_dict, run.folder, step, started=started, charts=module.charts)
         explained = memory_explained(self.config, "training", trains=True, tokens=module.tokens_per_microbatch)
-        with explained, kept_on_disk(inputs.initial.model):
+        with explained, nullcontext() if self.config.evals.every else kept_on_disk(inputs.initial.model):
             fit(trainer, module, data, resume.checkpoint)
 
     def record_training(self, stage: str, memory: MemoryTracker, **costs: Any) -> None:

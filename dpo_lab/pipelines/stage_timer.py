@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 
 class StageTimer:
@@ -21,3 +22,10 @@ class StageTimer:
         self.stages[stage] = {kind: round(before[kind] + end - start, 2) for kind, end, start in spent}
         self.last = now
         return dict(self.stages)
+
+    @contextmanager
+    def inside(self, outer: str, stage: str) -> Iterator[None]:
+        """Count what runs inside as `stage`, in the midst of the stage `outer`."""
+        self.stop(outer)
+        yield
+        self.stop(stage)

@@ -19,6 +19,7 @@ from dpo_lab.pipelines.offline import prepare_offline
 from dpo_lab.pipelines.online import prepare_online
 from dpo_lab.pipelines.reward_inputs import ensure_reward_model
 from dpo_lab.pipelines.session import Session, open_session
+from dpo_lab.pipelines.trajectory import add_trajectory, end_trajectory
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.examples import EXAMPLES
 
@@ -56,6 +57,7 @@ def _run_stages(session: Session) -> None:
     prepare = prepare_online if config.method.is_online else prepare_offline
     training = prepare(session, inputs)
     module = training.module
+    trajectory = add_trajectory(session, inputs, "dpo", judge, training.reward)
     try:
         session.train(module, inputs, training.data)
     except BaseException:
@@ -65,6 +67,8 @@ def _run_stages(session: Session) -> None:
     trained = session.save_trained(module, inputs)
     context = build_eval_context(config, inputs, trained, forward, judge, pair_sets)
     metrics = evaluate(context, config.evals.selected())
+    if trajectory is not None:
+        end_trajectory(session, trajectory, context)
     if judge is not None and (costs := judge.costs()):
         run.update(judge=costs)
     if run.writes:

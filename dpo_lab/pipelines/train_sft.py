@@ -27,12 +27,14 @@ from dpo_lab.training.sft_module import SFTModule
 def train_sft(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
     """Train `config` in `folder`; the embedded policy goes to the cache instead. A finished run is not started again.
 
-    Raises ConfigError if the config sets label noise, or a text column of generated data.
+    Raises ConfigError if the config sets label noise, a trajectory, or a text column of generated data.
     """
     if config.sft.text_column is not None and config.data.uses_task:
         raise ConfigError(
             f"sft.text_column={config.sft.text_column}: the task has no columns; type data.path=FILE.jsonl too"
         )
+    if config.evals.every:
+        raise ConfigError(f"evals.every={config.evals.every}: supervised fine-tuning has no trajectory; leave it out")
     if config.is_embedded:
         with suppress(OSError):
             os.removedirs(folder)  # Hydra created it, and it stays empty

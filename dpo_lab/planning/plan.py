@@ -25,6 +25,7 @@ from dpo_lab.models.weight_settings import Dtype, Lora, Quantization
 from dpo_lab.planning.online import Scorer, Sizes, critic_bytes, rollout_bytes, rollout_flops, sampling_bytes
 from dpo_lab.planning.shapes import (
     Shape,
+    Work,
     activation_bytes,
     head_bytes,
     on_paper,
@@ -113,9 +114,8 @@ def plan_of(config: RunConfig, policy: PolicyConfig | None = None) -> Plan:
     with _explained(policy), on_paper(lambda: _model_of(policy), precision) as model:
         shape, scorer = Shape.of(model), Scorer.of(config, model) if config.method.is_online else None
         memory = _memory_of(model, config, policy, tokens, precision)
-        memory = replace(
-            memory, rollouts=rollout_bytes(model, config, sizes), reward_model=scorer.size if scorer else 0.0
-        )
+        rollouts = max(memory.rollouts, rollout_bytes(model, config, sizes))
+        memory = replace(memory, rollouts=rollouts, reward_model=scorer.size if scorer else 0.0)
         counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
         in_16_bits = precision is not None or model.dtype.itemsize == 2
     passes: dict[str, Any] = dict(recomputes=policy.gradient_checkpointing, frozen=policy.has_adapters)
@@ -129,7 +129,11 @@ def plan_of(config: RunConfig, policy: PolicyConfig | None = None) -> Plan:
         trained=sum(size for size, is_trained in counts if is_trained),
         tokens=tokens,
         sizes=sizes,
-        flops_of={"training": training} | rollout_flops(config, sizes, shape, scorer, reference, in_16_bits),
+        flops_of={
+            "training": training,
+            **rollout_flops(config, sizes, shape, scorer, reference, in_16_bits),
+            **_trajectory_flops(config, shape),
+        },
         steps=int(config.trainer["max_steps"]),
         in_16_bits=in_16_bits,
     )
@@ -196,6 +200,7 @@ def _memory_of(
     of_head: nn.Parameter = head.weight  # type: ignore[assignment]
     shape, evals = Shape.of(model), config.evals
     rows, length = min(evals.batch_size, evals.num_prompts), config.data.max_prompt_length + evals.max_new_tokens
+    sampled = weight_bytes(trained) + sampling_bytes(model, rows, length)  # with the initial policy
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     kept = activation_bytes(model, tokens, policy.gradient_checkpointing)
@@ -211,11 +216,20 @@ def _memory_of(
         critic=critic,
         activations=(2 if critic else 1) * kept,  # one backward pass is of policy and critic
         head=head_bytes(shape, tokens, of_head, of_head.requires_grad, precision or model.dtype),
-        sampling=weights
-        + weight_bytes(trained)  # of the initial policy
-        + sampling_bytes(model, rows, length),
+        sampling=weights + sampled,
+        rollouts=sampled if evals.every else 0.0,
         gathered=gathered * (1 if policy.has_adapters else 2),
     )
+
+
+def _trajectory_flops(config: RunConfig, shape: Shape) -> dict[str, float]:
+    """Return the share of an optimizer step in the FLOPs of the trajectory: its samples are drawn, and scored twice."""
+    evals = config.evals
+    if not evals.every:
+        return {}
+    prompts = min(evals.num_trajectory_prompts, evals.num_prompts) / evals.every
+    work = Work.of_pair(config.data.max_prompt_length, evals.max_new_tokens, 1).times(prompts)
+    return {"trajectory": 3 * (shape.body_flops(work) + shape.head_flops(work))}
 
 
 def _bytes_of(parameters: list[nn.Parameter], packed: list[nn.Parameter]) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_lab.reporting import comparison, comparison_tables, forest
 from dpo_lab.reporting.comparison_tables import Table
-from dpo_lab.reporting.figures import comparison_figures
+from dpo_lab.reporting.figures import comparison_figures, trajectory
 from dpo_lab.reporting.figures.charts import Chart, Panel, Point, Series, chart
 from dpo_lab.reporting.figures.reward_kl import reward_against_kl
 from dpo_lab.reporting.html_page import render
@@ -105,7 +105,7 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
         found=[each for each in (study.notes if study else "").split("\n\n") if each.strip()],
         claims=forest.claims(judged),
         answers=[_answer(prediction, verdict) for prediction, verdict in judged],
-        asked=comparison_figures.study_figures(collection, metrics, logs),
+        asked=[*comparison_figures.study_figures(collection, metrics, logs), *trajectory.paths(collection)],
         frontier=reward_against_kl(collection, collection.arms),
         curves=curves,
         curves_note=logs.note or ("" if curves else "These runs have no metrics log."),

@@ -34,11 +34,11 @@ def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
     judged = verdicts.decide(collection) if collection.study else []
     if judged:
         word = verdicts.study_verdict(judged)
-        claims = verdicts.claims_text(judged)
         label = (
             ", exploratory: some runs started before the prediction was registered" if collection.is_exploratory else ""
         )
-        _print(console, f"{word}: {claims}{label}", STYLES.get(word, ""))
+        _print(console, f"{word}{label}", STYLES.get(word, ""))
+        _print(console, verdicts.claims_text(judged))
         console.print(_table(VERDICTS, [_verdict(*each) for each in judged]))
         for prediction, verdict in judged:
             if verdict.note:

@@ -12,7 +12,8 @@ from dpo_lab.runs.redact import redact
 
 # Settings, with all keys under them, that do not change results, by what they change instead.
 RECORD_KEYS = ("name", "if_exists", "figures", "optimized_metric")  # where a run is recorded and what is drawn of it
-LOGGING_KEYS = ("logger", "callbacks.checkpoint", "callbacks.health", "callbacks.progress")
+TRAJECTORY_KEYS = ("evals.every", "evals.num_trajectory_prompts")
+LOGGING_KEYS = ("logger", "callbacks.checkpoint", "callbacks.health", "callbacks.progress", *TRAJECTORY_KEYS)
 EXECUTION_KEYS = (
     "launcher",
     "data.num_workers",

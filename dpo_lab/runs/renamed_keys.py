@@ -55,6 +55,8 @@ ADDED_KEYS = {
         "chat_template": False,
     },
     "evals.judge.kind": "classifier",
+    "evals.every": 0,
+    "evals.num_trajectory_prompts": 128,
 }
 # Groups that were added to the configs of runs that have a loss, likewise.
 ADDED_GROUPS = {"method": {"kind": "dpo"}}

@@ -25,6 +25,8 @@ UNTIL = ("stopping", "looks")  # of a study that added seeds until it was decide
 OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations", *UNTIL)  # copied from study.json
 OF_RUN = ("started", "steps", "step_zero_loss", "peak_memory_bytes", "memory", "data")  # from run.json
 ORIGIN = ("versions", "git")
+# Columns of a run's trajectory, as far as it has them.
+OF_POINT = ("step", "kl", "gold", "gold_gain", "judge", "judge_gain", "reward", "reward_gain", "length", "well_formed")
 
 
 def archive_study(collection: RunSet) -> dict[str, Any]:
@@ -107,6 +109,9 @@ def _archived(run: RunData, names: Iterable[str], origins: list[Any]) -> dict[st
         kept["health"] = [
             {name: found[name] for name in ("name", "severity", "message")} for found in run.record["health"]
         ]
+    if points := run.record.get("trajectory"):
+        columns = [name for name in OF_POINT if name in points[0]]
+        kept["trajectory"] = {name: [_rounded(point.get(name)) for point in points] for name in columns}
     if run.metrics:
         kept["metrics"] = [_triple(run.metrics.get(name)) for name in names]
     return kept
@@ -121,6 +126,9 @@ def _run(folder: Path, kept: Mapping[str, Any], record: Mapping[str, Any], overr
         facts["seconds"] = {stage: {"cpu": seconds} for stage, seconds in kept["cpu"].items()}
     if "health" in kept:
         facts["health"] = [{"threshold": "", "suggestion": "", **present_finding(found)} for found in kept["health"]]
+    if path := kept.get("trajectory"):
+        rows = (dict(zip(path, values, strict=True)) for values in zip(*path.values(), strict=True))
+        facts["trajectory"] = [{name: value for name, value in row.items() if value is not None} for row in rows]
     triples = zip(record["metrics"], kept.get("metrics", ()), strict="metrics" in kept)
     metrics = {name: Estimate(*triple) for name, triple in triples if triple is not None}
     place = folder / kept["folder"]

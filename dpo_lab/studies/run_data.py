@@ -13,7 +13,9 @@ from typing import Any
 from dpo_lab.health.diagnose import RULES
 from dpo_lab.runs import metrics_log
 from dpo_lab.runs.examples import EXAMPLES, read
+from dpo_lab.runs.trajectory import points_of
 from dpo_lab.stats.estimates import Estimate
+from dpo_lab.studies.path_at_gain import AT, crossing
 from dpo_lab.studies.spec import EXPRESSION, Arm, Study, StudyError
 
 # keys of `evals` that must agree between runs whose metrics are compared
@@ -26,6 +28,10 @@ class NotMeasured(KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class Censored(NotMeasured):
+    """Raised if a run's trajectory never came to the value that was asked for; the message says how close it came."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,14 @@ class RunData:
     def value(self, expression: str) -> float:
         """Return `a`, `a - b` or `a / b`, where a and b are metrics of run.json or: `health/too_easy` (1 if the run's
         record holds that finding, else 0; spaces of its name are underscores), `seconds` and `seconds/dpo` (CPU s),
-        `peak_memory_bytes`, `memory/...`, `step_zero_loss`.
+        `peak_memory_bytes`, `memory/...`, `step_zero_loss`. Or `a at b 0.9`: the metric a where the run's trajectory first
+        has 0.9 of b.
 
-        Raises NotMeasured if the run has no such number or is not done, or if a ratio divides by 0.
+        Raises NotMeasured if the run has no such number or is not done, or if a ratio divides by 0; Censored if its
+        trajectory never has that value.
         """
+        if at := AT.fullmatch(expression):
+            return self._on_trajectory(at["metric"], at["name"], float(at["value"]))
         parts = EXPRESSION.fullmatch(expression)
         if parts is None:
             raise NotMeasured(f"{expression}: type one name, or two: a - b, or a / b")
@@ -93,6 +103,23 @@ class RunData:
                 if '"candidates"' in line[:40] and (row := json.loads(line))["kind"] == "candidates":
                     found[row["key"]] = row["gold"]
         return found
+
+    def trajectory(self) -> list[dict[str, Any]]:
+        """Return the points of the run's trajectory by step, of one that is not done those so far; empty if it has none."""
+        recorded = self.record.get("trajectory")
+        return points_of(self.log_rows()) if recorded is None else list(recorded)
+
+    def _on_trajectory(self, metric: str, name: str, value: float) -> float:
+        found = crossing(self.trajectory(), metric, name, value) if self.is_done else None
+        if found is None:
+            why = "evals.every is 0" if self.is_done else f"status {self.status}"
+            raise NotMeasured(f"{self.title}: no trajectory of {metric} and {name} ({why})")
+        if found.is_censored:
+            raise Censored(
+                f"{self.title}: never came to {name} {value:g}; closest {found.closest:.3g} at step {found.step:g}, with"
+                f" {metric} {found.metric:.3g}"
+            )
+        return found.metric
 
     def _named(self, name: str) -> float:
         value = self._find(name) if self.is_done else None

@@ -30,7 +30,7 @@ class Scale(str, Enum):
 
 # Kinds by a metric's name without what stands before its last slash (`initial/perplexity`), or by its first part.
 KINDS = {
-    **dict.fromkeys(("kl", "kl_per_token", "kl_forward_text", "perplexity", "length", "peak_memory_bytes"), Kind.ratio),
+    **dict.fromkeys(("kl", "kl_per_token", "perplexity", "length", "peak_memory_bytes"), Kind.ratio),
     **dict.fromkeys(("seconds", "memory", "tokens_per_second"), Kind.ratio),
     **dict.fromkeys(("accuracy", "true_accuracy", "win_rate", "win_rate_equal_length", "well_formed"), Kind.share),
     **dict.fromkeys(("stopped", "ties", "chosen_fell", "health", "distinct_1", "distinct_2", "repeated_3"), Kind.share),

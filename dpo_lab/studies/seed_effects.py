@@ -34,13 +34,13 @@ class SeedEffects:
 
     def filled(self, prediction: Prediction, side: int) -> list[float]:
         """Return the effects in the order of seeds, with the absent ones (unless side is 0) as large as the largest found,
-        against the prediction (-1) or in its favour (1). Against `same` they are at least its margin, on either side.
+        against the prediction (-1) or in its favour (1). Against `same` they are at least twice its margin, on either side.
         """
         if not side:
             return list(self.effects.values())
         size = max(map(abs, self.effects.values()), default=0.0)
         sign = -side if prediction.direction is Direction.less else side
-        value = sign * (max(size, prediction.least) if prediction.direction is Direction.same else size)
+        value = sign * (max(size, 2 * prediction.least) if prediction.direction is Direction.same else size)
         if self.is_yes_no:
             value = float(sign > 0) - prediction.value
         return [self.effects.get(seed, value) for seed in self.seeds if seed not in self.going]

@@ -16,6 +16,7 @@ from typing import Any
 
 from dpo_lab.runs.renamed_keys import present_override, renamed
 from dpo_lab.runs.run_record import RunRefused
+from dpo_lab.studies.path_at_gain import AT
 from dpo_lab.studies.scales import Scale, default_scale, on_scale
 
 RECORD = "study.json"
@@ -71,7 +72,8 @@ class Missing(str, Enum):
 class Prediction:
     """An effect that is predicted if the claim is true.
 
-    metric: a name in run.json, or two of them, `a - b` or `a / b`. treatment, control: names of arms or groups of
+    metric: a name in run.json, or two of them, `a - b` or `a / b`; or `kl at gold_gain 0.9`, on the trajectory of each run.
+    treatment, control: names of arms or groups of
     arms. axis: of a slope, which is per factor of 10 if all its values are above 0, otherwise per unit. matched_on:
     compare at an equal value of another metric, e.g. {gold_gain: 0.9}, interpolated between the arms of a group for
     each seed. value: what a level (or an area without a control) is compared with. min_effect: the smallest relevant
@@ -130,8 +132,8 @@ class Prediction:
         if self.measure is Measure.area:
             if self.metric:
                 yield "metric: an area is always of gold_gain against kl; leave it out"
-        elif EXPRESSION.fullmatch(self.metric) is None:
-            yield f"metric={self.metric}: type one name of run.json, or two: a - b, or a / b"
+        elif not (EXPRESSION.fullmatch(self.metric) or AT.fullmatch(self.metric)):
+            yield f"metric={self.metric}: type one name of run.json, or two: a - b, or a / b; or kl at gold_gain 0.9"
         if self.matched_on and self.measure not in (Measure.difference, Measure.slope):
             yield "matched_on: only for measure=difference and measure=slope"
         if len(self.matched_on) > 1:

@@ -13,6 +13,7 @@ from typing import Any
 from dpo_lab.runs.fingerprint import (
     EXECUTION_KEYS,
     LOGGING_KEYS,
+    TRAJECTORY_KEYS,
     changed_files,
     config_digest,
     flatten,
@@ -65,7 +66,10 @@ class JobFolders:
         self._earlier: dict[int, dict[str, list[Earlier]]] = {}
         self._chosen: dict[tuple[str, int, int], Path] = {}
         every = [_without_effect(record) for record in records]
-        self._varying = sorted({key for own in every for key, value in own.items() if value != every[0].get(key)})
+        varying = {key for own in every for key, value in own.items() if value != every[0].get(key)}
+        self._varying = sorted(
+            varying | {*TRAJECTORY_KEYS}
+        )  # an earlier run may lack the trajectory that this one asks for
 
     def choose(self, name: str, record: Mapping[str, Any], files: Sequence[Path]) -> Path:
         """Return the folder of the job with these settings. name: of its folder, if it is new; files: that it reads."""

@@ -22,6 +22,7 @@ from dpo_lab.studies.spec import (
     RENAMED_STUDY_KEYS,
     Arm,
     Figure,
+    Missing,
     Prediction,
     Study,
     StudyError,
@@ -61,7 +62,9 @@ class Budget:
 
 @dataclass
 class StudyFile:
-    """The keys of a study file, see also studies/spec.py. settings: overrides of every arm."""
+    """The keys of a study file, see also studies/spec.py. settings: overrides of every arm; missing: `bounds` or `worst`;
+    known: what earlier runs had shown when the predictions were written.
+    """
 
     title: str = MISSING
     question: str = MISSING
@@ -75,6 +78,8 @@ class StudyFile:
     settings: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     notes: str = ""
+    known: str = ""
+    missing: Missing = Missing.bounds
 
 
 def read(path: Path, budget: str = "full", seeds: Sequence[int] | None = None, more: Sequence[str] = ()) -> Study:
@@ -140,6 +145,8 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
         raise StudyError(
             f"budget={budget}: the study has no such budget; type budget={' or budget='.join(file.budgets)}"
         )
+    if file.missing is Missing.left_out:
+        raise StudyError("missing=left_out: hides failed runs; type missing: bounds or missing: worst")
     chosen = file.budgets[budget]
     settings = [*file.settings, *chosen.settings]
     arms = [
@@ -166,6 +173,8 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
         seeds=list(chosen.seeds if seeds is None else seeds),
         metrics=file.metrics,
         figures=file.figures,
+        known=file.known.strip(),
+        missing=file.missing,
         notes=(file.notes if budget == "full" else chosen.notes).strip(),
     )
     check(study)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,7 @@ NARROW = 100  # columns: a terminal with fewer gets a shorter bar
 TIME = 8  # columns of the time left
 WIDTH = 20  # columns of the bar
 REDRAWN = 0.2  # seconds between two drawings of a bar in a notebook
+_HIDES_BARS: ContextVar[bool] = ContextVar("hides_bars", default=False)
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def track(what: str, total: int, shown: bool = True, done: int = 0, least: float
     they fit. In a pipe or a file it prints one line without colours when the stage ends. shown: False on all ranks but
     one; least: a stage that took fewer seconds leaves no line.
     """
-    if not shown:
+    if not shown or _HIDES_BARS.get():
         yield lambda parts, figures=None: None
     elif get_console().is_jupyter:
         with _cell(what, total, done, least) as advance:
@@ -45,6 +47,16 @@ def track(what: str, total: int, shown: bool = True, done: int = 0, least: float
     else:
         with _line(what, total, done, least) as advance:
             yield advance
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Show no progress of stages inside, which would disturb the bar of the stage that they are part of."""
+    token = _HIDES_BARS.set(True)
+    try:
+        yield
+    finally:
+        _HIDES_BARS.reset(token)
 
 
 def plain_console(**settings: Any) -> Console:

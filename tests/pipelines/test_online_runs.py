@@ -23,11 +23,12 @@ def folder_of(workshop: Path, name: str) -> Path:
 
 def test_a_learned_reward_is_made_once_and_trained_on(workshop):
     settings = [*ONLINE, "reward.steps=7", "reward.batch_size=8", "noise=symmetric", "noise.rate=0.2"]
-    told = warm.door("dpo_lab.train", "method=rloo", "name=rl", *settings, cwd=workshop)
+    told = warm.door("dpo_lab.train", "method=rloo", "name=rl", *settings, "evals.every=3", cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr
     record = record_of(workshop, "rl")
     assert record["status"] == "done"
     assert record["rollouts"]["samples"] == 6 * 8
+    assert all({"reward", "reward_gain", "gold_gain", "kl"} <= point.keys() for point in record["trajectory"])
     assert record["rollouts"]["reward_queries"] >= 6 * 8
     assert record["memory"]["weights"] == pytest.approx(3, abs=0.01)  # policy, reference, reward model
     assert {"gold_gain", "kl", "accuracy"} <= record["metrics"].keys()
@@ -54,6 +55,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(method, workshop):
         "reward=gold",
         "callbacks.checkpoint.every_n_steps=3",
         "trainer.max_steps=9",
+        "evals.every=2",
     ]
     settings += ["method.minibatches=2"] if method == "ppo" else []
     whole, cut = (f"{method}-{name}" for name in ("whole", "cut"))
@@ -72,6 +74,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(method, workshop):
     assert one["metrics"] == other["metrics"]
     logs = [(folder_of(workshop, name) / "metrics.jsonl").read_bytes() for name in (whole, cut)]
     assert logs[0] == logs[1]
+    assert [point["step"] for point in one["trajectory"]] == [0, 2, 4, 6, 8, 9]
 
 
 def test_ppo_with_adapters_on_files_holds_one_body(policy, tmp_path):

@@ -183,6 +183,18 @@ def test_flops_of_a_method_that_samples_are_those_of_its_passes():
     assert pairs["scoring"] == shape.body_flops(alone)
 
 
+def test_a_trajectory_samples_beside_the_models_and_has_its_share_of_the_flops():
+    sizes = ["policy.layers=2", "data.max_length=16", "data.max_prompt_length=8", "evals.max_new_tokens=6"]
+    without, found = (plan_of(settled(*sizes, *more)) for more in ([], ["evals.every=4"]))
+    shape = Shape.of(TinyPolicy(layers=2).untrained(TinyPolicy().vocab_size))
+    work = Work.of_pair(8, 6, 1).times(128)
+    of_points = 3 * (shape.body_flops(work) + shape.head_flops(work)) / 4
+    assert found.flops_of == without.flops_of | {"trajectory": pytest.approx(of_points)}
+    assert without.memory.rollouts == 0
+    assert found.memory.rollouts == found.memory.sampling - found.memory.weights
+    assert found.memory.training == without.memory.training
+
+
 def test_the_cache_is_that_of_sampling(folder):
     model, rows, length = TINY.untrained(VOCABULARY), 5, 12
     cached = CachedRows(model, [[3, 4, 5]] * rows, 0, length - 3)

@@ -25,6 +25,7 @@ from dpo_lab.runs import metrics_log
 from dpo_lab.stats.estimates import mean
 from dpo_lab.studies import archive, verdicts
 from dpo_lab.studies.load import gather
+from dpo_lab.studies.scales import mean_over_seeds
 from dpo_lab.studies.spec import Arm
 from tests.conftest import REPOSITORY
 from tests.support.study_runs import HOSTILE, study, write_run, write_study
@@ -120,13 +121,14 @@ def test_figures_of_the_page_are_those_of_the_runs(folder):
     (collection,) = gather([folder])
     text = Parsed(page([collection], folder)).text
     values = list(collection.values("uniform, beta 0.1", "kl").values())
-    assert format_value(mean(values).value) in text
+    assert format_value(mean_over_seeds("kl", values).value) in text
     (first, *_) = verdicts.decide(collection)
-    told = first[1].effect
-    assert told is not None
-    assert f"effect{signed(told.value)} ({signed(told.interval[0])} .. {signed(told.interval[1])})" in text
+    effect = first[1].effect
+    assert effect is not None
+    factors = [format_value(math.exp(log)) for log in (effect.value, *effect.interval)]
+    assert "effectx {} ({} .. {})".format(*factors) in text
     assert first[1].detectable is not None
-    assert f"detectable{format_value(first[1].detectable)}" in text
+    assert f"detectablex {format_value(math.exp(first[1].detectable))}" in text
 
 
 def test_nothing_in_a_page_can_act(folder):
@@ -207,7 +209,11 @@ def test_the_terminal_says_verdicts_arms_and_what_is_missing(folder, capsys, mon
     text = said(capsys, folder, "--page", folder / "page.html")
     assert text.splitlines()[1] == "supported"
     (collection,) = gather([folder])
-    estimate = mean(collection.values("uniform, beta 0.1", "kl").values())
+    drift = mean_over_seeds("kl", list(collection.values("uniform, beta 0.1", "kl").values()))
+    assert drift.interval is not None
+    low, high = map(format_value, drift.interval)
+    assert f"{format_value(drift.value)} ({low} .. {high})" in text
+    estimate = mean(collection.values("uniform, beta 0.1", "gold_gain").values())
     assert estimate.interval is not None
     assert f"{format_value(estimate.value)} ±{format_value((estimate.interval[1] - estimate.interval[0]) / 2)}" in text
     assert "baseline: dpo, beta 0.1" in text
@@ -218,18 +224,23 @@ def test_the_terminal_says_verdicts_arms_and_what_is_missing(folder, capsys, mon
 
 
 def test_csv_has_every_digit(folder, capsys):
-    text = said(capsys, folder, "--csv", "--metrics", "kl, gold_gain / kl")
+    text = said(capsys, folder, "--csv", "--metrics", "kl, gold_gain, gold_gain / kl")
     rows = {(row["arm"], row["metric"]): row for row in csv.DictReader(io.StringIO(text))}
     (collection,) = gather([folder])
-    base = collection.values("dpo, beta 0.1", "kl")
-    noisy = collection.values("noisy labels", "kl")
-    row = rows["noisy labels", "kl"]
+    base = collection.values("dpo, beta 0.1", "gold_gain")
+    noisy = collection.values("noisy labels", "gold_gain")
+    row = rows["noisy labels", "gold_gain"]
     assert float(row["value"]) == mean(noisy.values()).value
-    assert (row["n"], row["runs"]) == ("4", "5")
+    assert (row["n"], row["runs"], row["scale"]) == ("4", "5", "plain")
     apart = mean(noisy[seed] - base[seed] for seed in noisy)
     assert apart.interval is not None
     assert float(row["difference_value"]) == pytest.approx(apart.value, rel=1e-12)
     assert [float(row[f"difference_{end}"]) for end in ("low", "high")] == pytest.approx(apart.interval, rel=1e-12)
+    base, noisy = (collection.values(arm, "kl") for arm in ("dpo, beta 0.1", "noisy labels"))
+    row = rows["noisy labels", "kl"]
+    factor = math.exp(mean(math.log(noisy[seed] / base[seed]) for seed in noisy).value)
+    assert float(row["difference_value"]) == pytest.approx(factor, rel=1e-12)
+    assert row["scale"] == "log"
     assert rows["<b>crash</b>", "kl"]["value"] == ""
     ratio = rows["dpo, beta 1.0", "gold_gain / kl"]
     gains = collection.values("dpo, beta 1.0", "gold_gain")
@@ -243,7 +254,7 @@ def test_markdown_obeys_no_text(folder, capsys):
     assert "<script>" not in text
     assert "&lt;b&gt;crash&lt;/b&gt;" in text
     columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert columns == {6, 7, 5}  # arms, verdicts, cells: nothing in a cell parts it
+    assert columns == {6, 8, 5}  # arms, verdicts, cells: nothing in a cell parts it
 
 
 def test_another_baseline_and_runs_of_no_study(outputs, capsys):
@@ -400,7 +411,10 @@ def test_a_figure_may_have_a_metric_across(again):
     parsed = Parsed(page(gather([again]), again))
     assert "Means over seeds with their 95 % intervals, labelled by beta." in parsed.text
     (collection,) = gather([again])
-    gain, kl = (mean(collection.values("uniform, beta 0.3", metric).values()) for metric in ("gold_gain", "kl"))
+    gain, kl = (
+        mean_over_seeds(metric, list(collection.values("uniform, beta 0.3", metric).values()))
+        for metric in ("gold_gain", "kl")
+    )
     assert gain.interval is not None
     assert f"uniform, beta 0.3: kl {format_value(kl.value)}" in parsed.text
     assert f"gold_gain {format_value(gain.value)} ({format_value(gain.interval[0])}" in parsed.text

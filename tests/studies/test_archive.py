@@ -198,7 +198,7 @@ def test_the_results_say_all_that_was_asked_predicted_found_and_not_found(tmp_pa
         "| of mild (secondary) | kl / gold_gain: mild - base |",
         "a share of the optimum \\| \\*all\\*",
         "inconclusive (not measured; 5 of 5 seeds missing)",
-        "(1 of 5 seeds missing)",
+        "inconclusive (1 of 5 seeds missing (bounds): supported without them, inconclusive with them against the",
         "- mild, seed 3: failed: NotFinite: &lt;b>nan&lt;/b> \\| at step 3",
         "- failed, seeds 0, 1, 2, 3, 4: failed: NotFinite",
         "It gains",

@@ -15,7 +15,8 @@ from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies import archive, grouping
 from dpo_lab.studies import verdicts as effects
 from dpo_lab.studies.load import NotMeasured, gather
-from dpo_lab.studies.spec import RENAMED_PREDICTION_KEYS, Arm, Study, StudyError
+from dpo_lab.studies.scales import Scale
+from dpo_lab.studies.spec import RENAMED_PREDICTION_KEYS, Arm, Missing, Study, StudyError
 from tests.support import a_study
 
 FINDING = {
@@ -207,7 +208,7 @@ def test_runs_of_any_folders_are_compared_as_one(tmp_path: Path):
     assert found.values("default", "kl") == {0: 1.0, 1: 1.5}
     assert found.values("default (2)", "kl") == {0: 1.1}
     assert found.arms[2].axes == {"optim.lr": 1e-5, "trainer.max_steps": 50.0}
-    assert effects.versus_baseline(found, "kl")["default"][0].value == 1.25
+    assert effects.versus_baseline(found, "kl")["default"].mean.value == pytest.approx(1.5**0.5)
 
 
 def test_arms_that_were_typed_alike_are_told_apart_by_their_settings():
@@ -257,11 +258,18 @@ def test_two_hundred_runs_are_read_judged_and_kept_in_seconds(tmp_path: Path):
 
 
 def test_a_study_of_an_earlier_version_is_read_and_stays_registered(tmp_path: Path):
-    study = a_study.study(["base", "a"], [a_study.predicts("a", min_effect=0.1)])
+    predictions = [
+        a_study.predicts("a", min_effect=0.1),
+        a_study.predicts("a", "kl", scale=Scale.plain, min_effect=0.2),
+    ]
+    study = a_study.study(["base", "a"], predictions, missing=Missing.left_out)  # what was registered stays registered
     present = study.as_record()
-    earlier = {key: value for key, value in present.items() if key != "notes"} | {"found": present["notes"]}
+    added = ("notes", "known", "missing")
+    earlier = {key: value for key, value in present.items() if key not in added} | {"found": present["notes"]}
     names = {present: earlier for earlier, present in RENAMED_PREDICTION_KEYS.items()}
-    earlier["predictions"] = [{names.get(key, key): value for key, value in p.items()} for p in present["predictions"]]
+    earlier["predictions"] = [
+        {names.get(key, key): value for key, value in p.items() if key != "scale"} for p in present["predictions"]
+    ]
     earlier["arms"] = [
         {"name": arm["name"], "group": arm["group"], "at": arm["axes"], "overrides": ["policy.rank=4"]}
         for arm in present["arms"]

@@ -14,7 +14,8 @@ from dpo_lab.stats.paired_tests import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, V
 from dpo_lab.studies import frontier, verdicts
 from dpo_lab.studies.effects import interpolate_at
 from dpo_lab.studies.run_data import NotMeasured, RunData
-from dpo_lab.studies.spec import Arm, Direction, Measure, Prediction, StudyError
+from dpo_lab.studies.scales import Scale
+from dpo_lab.studies.spec import Arm, Direction, Measure, Missing, Prediction, StudyError
 from tests.support import a_study
 
 NOISE = (-0.02, 0.01, 0.0, 0.02, -0.01)  # of the seeds; sd .0158
@@ -113,8 +114,8 @@ def test_seeds_that_are_all_alike_say_nothing_but_of_what_is_counted():
         [
             a_study.predicts("arm"),
             a_study.predicts("arm", "memory/weights"),
-            a_study.predicts("arm", "memory/weights", direction=Direction.same, min_effect=0.1),
-            a_study.predicts("base", "memory/weights", **of_one, direction=Direction.same, min_effect=0.05),
+            a_study.predicts("arm", "memory/weights", direction=Direction.same, min_effect=1.1),
+            a_study.predicts("base", "memory/weights", **of_one, direction=Direction.same, min_effect=1.05),
             a_study.predicts("base", "memory/weights", **of_one),
         ],
     )  # fmt: skip
@@ -148,8 +149,8 @@ def test_what_occurs_or_does_not_is_judged_by_the_share_of_seeds():
     assert never.word == INCONCLUSIVE  # none of five: the share may be .52
 
 
-def missing(status: str, seeds: tuple[int, ...]) -> Verdict:
-    study = a_study.study(["base", "arm"], [a_study.predicts("arm")])
+def missing(status: str, seeds: tuple[int, ...], rule: Missing = Missing.left_out) -> Verdict:
+    study = a_study.study(["base", "arm"], [a_study.predicts("arm")], missing=rule)
 
     def values(arm: Arm, seed: int) -> Mapping[str, float] | RunData:
         if arm.name == "arm" and seed in seeds:
@@ -160,7 +161,7 @@ def missing(status: str, seeds: tuple[int, ...]) -> Verdict:
     return verdict
 
 
-def test_a_failed_seed_is_told_and_the_others_decide():
+def test_a_failed_seed_is_told_and_the_others_decide_as_earlier_versions_registered_it():
     verdict = missing("failed", (1, 4))
     assert (verdict.word, verdict.seeds, verdict.note) == (SUPPORTED, [0, 2, 3], "2 of 5 seeds missing")
     assert verdict.missing[4] == "arm, seed 4: status failed, gold_gain was not measured"
@@ -309,14 +310,14 @@ def test_arms_are_compared_with_the_baseline_seed_by_seed():
 
     table = verdicts.versus_baseline(a_study.measured(study, values), "gold_gain")
     assert list(table) == ["base", "better", "alike"]
-    assert table["base"][1:] == (None, None)
-    value, apart, p = table["better"]
+    assert table["base"][1:] == (None, None, Scale.plain)
+    value, apart, p, _ = table["better"]
     assert value.interval is not None
     assert value.interval[0] < 0 < value.interval[1]
     assert apart is not None
     assert apart.interval == pytest.approx((0.5 - HALF, 0.5 + HALF), abs=1e-4)
     assert p == pytest.approx(2 * paired_tests.p_value([0.5 + noise for noise in NOISE]))
-    _, apart, p = table["alike"]
+    _, apart, p, _ = table["alike"]
     assert apart is not None
     assert apart.n == 4
     assert p is not None

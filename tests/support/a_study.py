@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies.run_data import RunData, RunSet, assemble
-from dpo_lab.studies.spec import Arm, Direction, Measure, Prediction, Study
+from dpo_lab.studies.spec import Arm, Direction, Measure, Missing, Prediction, Study
 
 REGISTERED = "2026-11-20T08:00:00+00:00"
 BEGUN = "2026-11-20T09:00:00+00:00"
@@ -27,7 +27,12 @@ def predicts(of: str, metric: str = "gold_gain", **settings: Any) -> Prediction:
     return Prediction(treatment=of, **made)
 
 
-def study(arms: Sequence[str | Arm], predictions: Sequence[Prediction] = (), seeds: int = 5) -> Study:
+def study(
+    arms: Sequence[str | Arm],
+    predictions: Sequence[Prediction] = (),
+    seeds: int = 5,
+    missing: Missing = Missing.bounds,
+) -> Study:
     """The first arm is the baseline."""
     every = [arm if isinstance(arm, Arm) else Arm(arm, [f"arm={arm}"]) for arm in arms]
     return Study(
@@ -41,6 +46,7 @@ def study(arms: Sequence[str | Arm], predictions: Sequence[Prediction] = (), see
         baseline=every[0].name,
         seeds=list(range(seeds)),
         metrics=["gold_gain", "kl"],
+        missing=missing,
     )
 
 
@@ -57,9 +63,12 @@ def run(arm: str, seed: int, metrics: Mapping[str, float], **record: Any) -> Run
 
 
 def measured(
-    of: Study, values: Callable[[Arm, int], Mapping[str, float] | RunData], registered: str = REGISTERED
+    of: Study,
+    values: Callable[[Arm, int], Mapping[str, float] | RunData],
+    registered: str = REGISTERED,
+    **more: Any,
 ) -> RunSet:
-    """Every arm x seed; values(arm, seed) gives the metrics of a run that is done, or any run."""
+    """Every arm x seed; values(arm, seed) gives the metrics of a run that is done, or any run; more: of study.json."""
     runs = []
     for arm in of.arms:
         for seed in of.seeds:
@@ -70,5 +79,6 @@ def measured(
         "command": "python -m dpo_lab.study ablations/example.yaml",
         "status": "done",
         "registrations": [{"digest": of.digest(), "at": registered}],
+        **more,
     }
     return assemble(of, Path("example"), record, runs)

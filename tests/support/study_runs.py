@@ -42,10 +42,10 @@ def study(seeds: int = 5) -> Study:
             Direction.more,
             "kl",
             "dpo, beta 0.1",
-            min_effect=0.2,
+            min_effect=1.2,
         ),
         Prediction(
-            "a larger beta keeps KL lower", Measure.slope, "dpo", Direction.less, "kl", axis="beta", min_effect=0.1
+            "a larger beta keeps KL lower", Measure.slope, "dpo", Direction.less, "kl", axis="beta", min_effect=1.1
         ),
         Prediction(
             "label noise costs accuracy <i>of the truth</i>",

@@ -57,6 +57,15 @@ def test_a_run_is_continued_where_it_was_started(tmp_path):
     assert JobFolders(tmp_path, jobs, extends=True, shares=False).choose("a", config(), ()).parent.name == "a"
 
 
+def test_a_run_without_a_trajectory_does_not_stand_for_one_with_it(tmp_path):
+    traced = config() | {"evals": {"every": 20, "num_trajectory_prompts": 128}}
+    left(tmp_path / "old", config() | {"evals": {"num_prompts": 8}})  # of a version that had none
+    own = JobFolders(tmp_path, [traced], extends=True, shares=False).choose("a", traced, ())
+    assert own == tmp_path / "a" / "seed=0"
+    left(tmp_path / "older", traced)
+    assert JobFolders(tmp_path, [traced], extends=True, shares=False).choose("a", traced, ()).parent.name == "older"
+
+
 def test_a_run_of_fewer_steps_is_the_same_run_only_where_steps_are_not_compared(tmp_path):
     left(tmp_path / "a", config(steps=3))
     four = left(tmp_path / "b", config(steps=4))

@@ -434,6 +434,7 @@ REFUSED = [
         "type noise=none",
     ),
     (train_sft, ["sft.text_column=body", "data.path=null"], "sft.text_column=body: the task", "type data.path="),
+    (train_sft, ["evals.every=2"], "evals.every=2: supervised fine-tuning has no trajectory", "leave it out"),
     (train_dpo, ["sft.text_column=prompt"], "plain texts hold no preference", "python -m dpo_lab.sft"),
     (train_dpo, ["data.format=text"], "plain texts hold no preference", "python -m dpo_lab.sft"),
     (

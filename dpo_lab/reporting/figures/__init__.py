@@ -9,10 +9,11 @@ from typing import Any
 from dpo_lab.runs import metrics_log
 from dpo_lab.runs.examples import EXAMPLES, PairExample, pair_examples, read
 from dpo_lab.runs.run_record import read_record
+from dpo_lab.runs.trajectory import points_of
 from dpo_lab.stats.calibration import BINS
 
 FOLDER = "figures"
-NAMES = ("curves", "margins", "gold", "calibration", "length")
+NAMES = ("curves", "trajectory", "margins", "gold", "calibration", "length")
 
 
 def remove_figures(folder: Path) -> None:
@@ -52,13 +53,14 @@ def _specs(
     rows: Sequence[Mapping[str, Any]], pairs: Sequence[PairExample], record: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the figure to draw for each name, None if there is no data for it."""
-    from dpo_lab.reporting.figures import learning_curves, pair_plots
+    from dpo_lab.reporting.figures import learning_curves, pair_plots, trajectory
 
     beta = float(record["config"].get("beta", 1.0))
     bins = record["config"].get("evals", {}).get("calibration", {}).get("bins", BINS)
     held_out = [pair for pair in pairs if pair.split == "held-out"]
     return {
         "curves": learning_curves.curves(rows),
+        "trajectory": trajectory.trajectory(points_of(rows)),
         "margins": pair_plots.margins(pairs),
         "gold": pair_plots.gold(held_out, beta),
         "calibration": pair_plots.calibration(held_out, bins),

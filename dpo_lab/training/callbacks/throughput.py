@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,6 +40,13 @@ class Throughput(Callback):
         if not pairs or seconds <= 0:
             return {}
         return {"tokens_per_second": round(tokens / seconds, 1), "pairs_per_second": round(pairs / seconds, 2)}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of what runs inside."""
+        self._pause()
+        yield
+        self._resume()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.is_training = True
