@@ -34,7 +34,7 @@ def reward_against_kl(collection: RunSet, arms: Sequence[Arm]) -> Chart | None:
     if not series:
         return None
     most = max(1.0, *(high for s in series for p in s.points for high in (p.x, *(p.x_interval or ()))))
-    best = _optimum(collection, most)
+    best = optimum(collection, most)
     title, across = "gain in gold reward, sd of the initial policy", "KL to the initial policy, nats"
     panel = Panel(
         title,
@@ -70,7 +70,7 @@ def _seeds(collection: RunSet, arm: Arm, x: str, y: str) -> list[tuple[float, fl
     return [(across[seed], up[seed]) for seed in both] if len(both) > 1 else []
 
 
-def _optimum(collection: RunSet, most: float) -> list[Series]:
+def optimum(collection: RunSet, most: float) -> list[Series]:
     """Return the optimum, up to `most` nats, and best-of-n; means over the seeds that have them."""
     by_seed = [points for seed in collection.seeds if (points := frontier.optimum(collection, seed))]
     by_tilt = list(zip(*by_seed, strict=True)) if by_seed else []

@@ -8,9 +8,11 @@ from typing import Any
 
 from dpo_lab.reporting.figures.arm_lines import label_of, style_of
 from dpo_lab.reporting.figures.charts import Chart, Panel, Point, Series, chart
+from dpo_lab.reporting.figures.reward_kl import optimum
 from dpo_lab.reporting.figures.style import BLUE, GREEN, GREY, VERMILLION, FigureSpec
 from dpo_lab.reporting.formatting import format_value
 from dpo_lab.runs.trajectory import REWARDS
+from dpo_lab.studies.frontier import GAIN as GOLD
 from dpo_lab.studies.run_data import RunSet
 
 LINES = {"gold": ("-o", BLUE), "reward": ("--s", VERMILLION), "judge": (":^", GREEN)}
@@ -56,17 +58,21 @@ def _line(axis: Any, points: Sequence[Mapping[str, float]], across: str, name: s
 
 
 def paths(collection: RunSet) -> list[Chart]:
-    """Return the chart of gain against KL along the trajectory of each run that has one, and over steps."""
+    """Return the chart of gain against KL along the trajectory of each run that has one, with the optimum's line, and over
+    steps.
+    """
     of_run = {(run.arm, run.seed): found for run in collection.runs if (found := run.trajectory())}
     charts = []
     for gain in (f"{name}_gain" for name in REWARDS):
+        plane = _series(collection, of_run, "kl", gain)
+        best = optimum(collection, max((p.x for s in plane for p in s.points), default=1.0)) if gain == GOLD else []
         panels = [
-            Panel(gain, "KL to the initial policy, nats", _series(collection, of_run, "kl", gain)),
+            Panel(gain, "KL to the initial policy, nats", [*best, *plane], x="log"),
             Panel(gain, STEPS, _series(collection, of_run, "step", gain)),
             Panel("kl", STEPS, _series(collection, of_run, "step", "kl")),
         ]
         caption = "A line is a run, a point one of its trajectory; gains are in sd of the initial policy's rewards."
-        if not panels[0].is_empty and (found := chart(f"Trajectories, {gain}", panels, caption)):
+        if any(of.points for of in plane) and (found := chart(f"Trajectories, {gain}", panels, caption)):
             charts.append(found)
     return charts
 
