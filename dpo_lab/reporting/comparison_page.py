@@ -131,6 +131,8 @@ def _chips(collection: RunSet) -> list[str]:
     chips += ["measured with different settings"] if collection.incomparable_settings else []
     if record.get("budget"):
         chips.append(f"budget {record['budget']}")
+    if rule := record.get("stopping"):
+        chips.append(f"seeds added until decided, at most {rule['max_seeds']}")
     if record.get("status") not in (None, "done"):
         chips.append(f"study {record['status']}")
     done = sum(run.is_done for run in collection.runs)
