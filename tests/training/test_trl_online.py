@@ -50,9 +50,7 @@ def their_step(name: str, settings: dict, folder) -> tuple[torch.nn.Module, dict
     small_llama().save_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder)
     quiet = dict(report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, output_dir=str(folder / "run"))
-    sizes = dict(
-        num_generations=SAMPLES, per_device_train_batch_size=PROMPTS * SAMPLES, max_completion_length=LONGEST
-    )
+    sizes = dict(num_generations=SAMPLES, per_device_train_batch_size=PROMPTS * SAMPLES, max_completion_length=LONGEST)
     prompts = [words([2, 10 + i, *range(11, 11 + i)]) for i in range(PROMPTS)]
     trainer = trainer_class(
         model=model,
