@@ -40,8 +40,9 @@ class GRPO(PolicyGradient, name="grpo"):
     4.1.2; scale=none with normalise=constant is Dr. GRPO (Liu et al. 2025, arXiv:2503.20783).
 
     With K responses a prompt and scale=none the optimum is reference x exp(reward / beta) / Z with kl=reward, the same for
-    beta K / (K - 1) with kl=k2 or k3_weighted (exact for single tokens), and beta K / (K - 1) reference / (lambda - reward) with kl=k3, where
-    lambda makes it sum to 1. scale=group divides the rewards of each prompt by their own spread, which changes all three.
+    beta K / (K - 1) with kl=k2 or k3_weighted (exact for single tokens), and beta K / (K - 1) reference / (lambda - reward)
+    with kl=k3, where lambda makes it sum to 1. scale=group divides the rewards of each prompt by their own spread, which
+    changes them all.
     """
 
     scale: Scale = Scale.group
