@@ -67,7 +67,7 @@ OURS = ("ours", "ours, its reference in the cache")
 def export(folder: Path) -> None:
     """Prepare the default run up to its first step and write what TRL needs: policy/, train.jsonl, held-out.jsonl.
 
-    A token i is written as the word w{i}, so that TRL's tokenizer gives the very same tokens.
+    A token i is written as the word <i>, so that TRL's tokenizer gives the very same tokens.
     """
 
     def fit(trainer: Trainer, module: LightningModule, datamodule: PreferenceDataModule, **_: Any) -> None:
@@ -92,16 +92,17 @@ def export(folder: Path) -> None:
 
 
 def words(tokens: Sequence[int]) -> str:
-    return " ".join(f"w{int(token)}" for token in tokens)
+    """Return a word for each token; none is a part of another, since special tokens are found within words too."""
+    return " ".join(f"<{int(token)}>" for token in tokens)
 
 
 def tokenizer_of(config: Any) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of the words w0, w1, ..., whose end token is the model's."""
-    vocabulary = {f"w{i}": i for i in range(config.vocab_size)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    """Return a tokenizer of the words of all tokens, whose end token is the model's."""
+    vocabulary = {words([i]): i for i in range(config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=words([0])))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    end = config.eos_token_id
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{end}", pad_token="w0", unk_token="w0")
+    special = {"eos_token": words([config.eos_token_id]), "pad_token": words([0]), "unk_token": words([0])}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def measure(variant: str, turn: int) -> dict[str, float]:

@@ -34,8 +34,8 @@ from dpo_lab.models.sampling import sample
 
 FOLDER = MEASURED.resolve() / "online"
 BETA, PROMPTS, RESPONSES = 0.1, 16, 4
-# GRPO as TRL's defaults have it here: token-normalised, k3 in the loss, rewards divided by the group's spread
-OURS = {"rloo": [], "grpo": ["method.normalise=token"]}
+# GRPO as TRL's defaults have it: normalised by tokens, k3 times the ratio in the loss, rewards over the group's spread
+OURS = {"rloo": [], "grpo": ["method.normalise=token", "method.kl=k3_weighted"]}
 
 
 def settings(method: str, seed: int, steps: int) -> list[str]:

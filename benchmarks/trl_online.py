@@ -35,7 +35,7 @@ def main() -> None:
     rows = Dataset.from_list([{"prompt": words(encoder.prompt(text)), "text": text} for text in texts])
 
     def gold(completions: list[str], text: list[str], **_: object) -> list[float]:
-        tokens = [[int(word[1:]) for word in completion.split()] for completion in completions]
+        tokens = [[int(word[1:-1]) for word in completion.split()] for completion in completions]
         return [
             task.gold(prompt + encoder.text(response)) / task.temperature
             for prompt, response in zip(text, tokens, strict=True)

@@ -102,9 +102,9 @@ def test_a_sweep_is_measured_on_the_pairs_of_the_mix(tmp_path, monkeypatch):
 
 def test_trls_tokenizer_reads_the_default_runs_tokens():
     """With the end token among them, and nothing added."""
-    config = LlamaConfig(vocab_size=50, eos_token_id=7)
+    config = LlamaConfig(vocab_size=120, eos_token_id=1)
     tokenizer = default_run.tokenizer_of(config)
-    prompt, response = [3, 49, 0], [12, 12, 7]
+    prompt, response = [*range(120)], [12, 101, 1]
     text = default_run.words(prompt) + " " + default_run.words(response)
     assert tokenizer(text)["input_ids"] == prompt + response
     assert text.endswith(tokenizer.eos_token)  # else TRL would add one

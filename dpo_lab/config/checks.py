@@ -51,8 +51,3 @@ def _check_online(config: RunConfig) -> None:
             f"noise: reward={config.reward.name} reads no label of the pairs, so that label noise would change nothing; type"
             " noise=none, or reward=learned"
         )
-    if config.data.tokens_per_microbatch == AUTO:
-        raise ValueError(
-            f"data.tokens_per_microbatch={AUTO}: its trials are of given pairs, and method={method} samples; type a"
-            " number, e.g. data.tokens_per_microbatch=4096"
-        )

@@ -106,8 +106,17 @@ class PairTable(Sequence[EncodedPair]):
 
     @property
     def is_one_sided(self) -> np.ndarray:
-        """Which pairs have one response only, chosen if it is desirable, else rejected, [N]."""
+        """Which pairs have one response only, chosen if it is desirable, else rejected, or none, [N]."""
         return (self.lengths[:, 1:] == 0).any(1)
+
+    @property
+    def is_prompt(self) -> np.ndarray:
+        """Which pairs are prompts alone, [N]."""
+        return ~self.lengths[:, 1:].any(1)
+
+    def with_responses(self) -> PairTable:
+        """Return the pairs that have a response, without prompts that stand alone."""
+        return self.select(~self.is_prompt)
 
     @cached_property
     def score_gap(self) -> np.ndarray:

@@ -33,7 +33,8 @@ class Pair:
     ends with one of the assistant, and what others say between is not scored. tools: tool descriptions that the chat
     template renders. is_single: whether it is one response, and the other side, which is empty, does not exist: one that
     was labelled on its own is `chosen` if it is desirable and `rejected` if not; a text without a prompt, for supervised
-    fine-tuning only, is `chosen` with an empty prompt. A sampled response may be empty and exist.
+    fine-tuning only, is `chosen` with an empty prompt; a prompt alone, for methods that sample, has neither. A sampled
+    response may be empty and exist.
 
     gold_margin is the true reward of chosen minus that of rejected (NaN if unknown). Its sign is the true preference;
     it is used in evaluation only, and in losses that ask for scores (ODPO). score_margin is the same difference in the

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
+from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
@@ -94,6 +96,20 @@ class PreferenceDataModule(LightningDataModule):
         # all ranks have the same number of batches, maybe empty ones: each batch has collectives
         batches = [own[start : start + 64] for start in range(0, most, 64)]
         return self._loader(self.held_out, batches, 0)
+
+    def most_tokens(self, world_size: int) -> int:
+        """Return the most tokens that a rank trains on in a step of `world_size` ranks."""
+        return int(np.sort(self.train.sizes)[::-1][: -(-self.batch_size // world_size)].sum())
+
+    def trial_batch(self, tokens: int) -> Any:
+        """Return a micro-batch of up to `tokens` tokens, at least of the longest pair, which pads most."""
+        chosen, at = [self.train[int(self.train.sizes.argmax())]], 0
+        size = chosen[0].size
+        while size + (pair := self.train[at % len(self.train)]).size <= tokens:
+            chosen.append(pair)
+            size += pair.size
+            at += 1
+        return collate(chosen)
 
     def counters(self) -> dict[str, float]:
         """Return values to log that were counted since the last call."""

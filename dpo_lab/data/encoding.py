@@ -181,7 +181,7 @@ def _work(at: int, chunk: Chunk) -> Encoded:
 def repeats_prompt(pair: Pair) -> bool:
     """Return whether its responses begin with the prompt or, in a chat, with the prompt's last message."""
     prompt, *sides = (content_of(text).strip() for text in (pair.prompt, *pair.responses.values()))
-    return len(prompt) >= FEWEST_REPEATED and all(side.startswith(prompt) for side in sides)
+    return len(prompt) >= FEWEST_REPEATED and bool(sides) and all(side.startswith(prompt) for side in sides)
 
 
 def _unordered(pair: Pair) -> bytes:

@@ -32,11 +32,12 @@ from dpo_lab.data.transcript import parted
 
 Row = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
-COLUMNS = (
+COLUMNS = [
     "prompt",
     *SIDES,
-    *"completion system tools responses ratings score_chosen score_rejected label text".split(),
-)
+    *"completion system tools responses ratings label text".split(),
+    *map("score_{}".format, SIDES),
+]
 ARENA = (("conversation_a", "conversation_b"), ("response_a", "response_b"))
 SCORES = {side: (f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating") for side in SIDES}
 RESPONSE_TEXT = ("content", "text", "response")
@@ -48,13 +49,12 @@ class Format(str, Enum):
     """The format of a row; auto recognises it from the row's fields."""
 
     auto = "auto"
-    preference = (
-        "preference"  # prompt, chosen, rejected: text or chat; without prompt their common beginning is the prompt
-    )
+    preference = "preference"  # prompt, chosen, rejected: text or chat; the prompt may be what both begin with
     transcript = "transcript"  # chosen, rejected: complete dialogues "\n\nHuman: ...\n\nAssistant: ..."
     ratings = "ratings"  # prompt, responses, ratings
     arena = "arena"  # conversation_a, conversation_b, winner; or prompt, response_a, response_b, winner
     unpaired = "unpaired"  # prompt, completion, label: one response, desirable or not
+    prompt = "prompt"  # prompt alone, for methods that sample
     text = "text"  # text without a prompt, for supervised fine-tuning only
 
 
@@ -109,6 +109,9 @@ class Shape:
             return self._rated(row)
         if self.format is Format.unpaired:
             return [self._unpaired(row)]
+        if self.format is Format.prompt:
+            pair = self._pair(row, self._text(row, "prompt"), "a", "b")
+            return [replace(pair, is_single=True, **dict.fromkeys(SIDES, [] if pair.is_chat else ""))]
         second_is_better = self._second_is_better(row)  # first: a tie need not hold a pair
         pair = self._transcript(row) if self.format is Format.transcript else self._preference(row)
         pair = replace(pair, score_margin=self._score(row, "chosen") - self._score(row, "rejected"))
@@ -133,6 +136,8 @@ class Shape:
                 return Format.unpaired
             if "winner" in row and any(first in row and second in row for first, second in ARENA):
                 return Format.arena
+            if {"prompt"} <= set(row) <= {"prompt", "system", "tools"}:
+                return Format.prompt
         sides = [self._get(row, name, None) for name in SIDES]
         if all(isinstance(s, str) and s.startswith("\n\nHuman:") and "\n\nAssistant:" in s for s in sides):
             return Format.transcript

@@ -190,7 +190,7 @@ class _QualityPass:
             repeated=len(table) - distinct,
             contradictions=distinct - unordered,
             responses=len(of_a_response),
-            shared_responses=float(of_a_response[of_a_response > 1].sum()) / int(is_there.sum()),
+            shared_responses=float(of_a_response[of_a_response > 1].sum()) / max(1, int(is_there.sum())),
             special_inside=int((self.special[:, 1:] > 0).sum()),
             lengths={part: _lengths(*columns) for part, columns in parts.items()},
             chosen_longer=self._longer(differences),
@@ -204,12 +204,12 @@ class _QualityPass:
 
     def noise(self) -> Noise:
         before = _differences(self.table, before_noise=True)
-        one_sided, (_, chosen, _) = self.table.is_one_sided, self.table.lengths.T
+        one_sided, (_, chosen, rejected) = self.table.is_one_sided, self.table.lengths.T
         flips = self.table.flipped[~one_sided]
         kinds = {"chosen longer": before > 0, "chosen shorter": before < 0, "same length": before == 0}
         flipped = {kind: [int(mask.sum()), int(flips[mask].sum())] for kind, mask in kinds.items()}
         if one_sided.any():
-            kinds = {"desirable": one_sided & (chosen > 0), "undesirable": one_sided & (chosen == 0)}
+            kinds = {"desirable": one_sided & (chosen > 0), "undesirable": one_sided & (rejected > 0)}
             flipped |= {kind: [int(mask.sum()), int(self.table.flipped[mask].sum())] for kind, mask in kinds.items()}
         return Noise(flipped, self._longer(before))
 

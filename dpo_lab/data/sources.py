@@ -35,12 +35,13 @@ Sampler = Callable[[Sequence[str], str], Sequence[str | None]]
 
 @dataclass
 class Splits:
-    """Training and held-out pairs as token ids; counts of rows, of dropped ones by reason; where unpaired rows come from."""
+    """Training and held-out pairs as token ids; counts of rows; the first unpaired row, and the first prompt alone."""
 
     train: PairTable
     held_out: PairTable
     counts: Counter[str]
     unpaired: str = ""
+    prompt_alone: str = ""
 
 
 @dataclass
@@ -225,9 +226,9 @@ class Data(Source):
             counts["left out: more held-out pairs than data.validation_pairs"] = len(chosen) - self.validation_pairs
             first = np.argsort(hash_draws(store.table.keys[chosen], "held-out"), kind="stable")[: self.validation_pairs]
             chosen = np.sort(chosen[first])
-        single = store.table.is_one_sided
-        unpaired = f"{store.where(int(single.argmax()))} is one response with a label" if single.any() else ""
-        splits = self._unpaired(Splits(store.table.select(train), store.table.select(chosen), counts, unpaired))
+        unpaired = store.first(store.table.is_one_sided & ~store.table.is_prompt, "is one response with a label")
+        alone = store.first(store.table.is_prompt, "is a prompt alone")
+        splits = self._unpaired(Splits(store.table.select(train), store.table.select(chosen), counts, unpaired, alone))
         if not held_out_sources and not len(chosen):
             log.warning("data: no pair is held out, so nothing can be measured; type data.validation_path=FILE.jsonl")
             return self._checked(splits, ", ".join(store.names), needed=("train",))

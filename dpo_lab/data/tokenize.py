@@ -165,13 +165,13 @@ class PairTokenizer:
             self._with_end(side) if name in pair.responses else []
             for name, side in zip(("chosen", "rejected"), joined, strict=True)
         ]
-        if sides[0] == sides[1]:
+        if pair.responses and sides[0] == sides[1]:
             counts["dropped: identical as tokens"] += 1
             return None
         chosen, rejected = (side[: self.max_length - len(prompt)] for side in sides)
         counts["prompts truncated"] += len(text) > room
         counts["responses truncated"] += (len(chosen) < len(sides[0])) + (len(rejected) < len(sides[1]))
-        if chosen == rejected:
+        if pair.responses and chosen == rejected:
             counts["dropped: identical after truncation"] += 1
             return None
         scored = None

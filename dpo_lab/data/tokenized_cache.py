@@ -58,6 +58,10 @@ class TokenizedPairs:
     names: list[str]
     counts: Counter[str]
 
+    def first(self, mask: np.ndarray, what: str) -> str:
+        """Return the location of the first pair that the mask [N] holds, and `what` it is; empty if it holds none."""
+        return f"{self.where(int(mask.argmax()))} {what}" if mask.any() else ""
+
     def where(self, at: int) -> str:
         """Return the location of a pair's row, as file:line."""
         return f"{self.names[self.places[at]]}:{self.numbers[at]}"

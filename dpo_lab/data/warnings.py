@@ -68,6 +68,8 @@ def _on_labels(quality: Quality) -> Iterator[str]:
 
 
 def _on_single_labels(unpaired: tuple[int, int]) -> Iterator[str]:
+    if not any(unpaired):
+        return  # prompts alone
     if (rows := sum(unpaired)) < FEWEST_TRAIN:
         yield (
             f"only {_count(rows, 'training row')} (under {FEWEST_TRAIN}): too few to show anything about their source; look"
@@ -107,7 +109,8 @@ def _on_splits(quality: Quality) -> Iterator[str]:
             f"{_count(quality.leaks, 'training pair')} with a prompt that, after truncation, is held out too:"
             " such prompts differ only in the truncated part; type a larger data.max_prompt_length="
         )
-    if quality.held_out is not None and (pairs := quality.held_out.pairs) < FEWEST_HELD_OUT:
+    held_out = quality.held_out
+    if held_out is not None and held_out.responses and (pairs := held_out.pairs) < FEWEST_HELD_OUT:
         points = 196 * (0.75 * 0.25 / pairs) ** 0.5
         yield (
             f"only {_count(pairs, 'held-out pair')} (under {FEWEST_HELD_OUT}): an accuracy of 75 % is uncertain by"

@@ -34,9 +34,22 @@ class Rows(Protocol):
         ...
 
 
-def rows_of(model: PreTrainedModel, prompts: Sequence[Tokens], pad_id: int, new_tokens: int) -> Rows:
-    """Return rows that start with the prompts and can grow by `new_tokens`."""
-    return CachedRows(model, prompts, pad_id, new_tokens) if uses_cache(model) else FullRows(model, prompts)
+def rows_of(
+    model: PreTrainedModel, prompts: Sequence[Tokens], pad_id: int, new_tokens: int, shares_prompts: bool = False
+) -> Rows:
+    """Return rows that start with the prompts and can grow by `new_tokens`.
+
+    shares_prompts: whether equal prompts run through the model once, where it has a cache.
+    """
+    if not uses_cache(model):
+        return FullRows(model, prompts)
+    if not shares_prompts:
+        return CachedRows(model, prompts, pad_id, new_tokens)
+    rows = [tuple(map(int, prompt)) for prompt in prompts]
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(rows))}
+    cached = CachedRows(model, list(places), pad_id, new_tokens)
+    cached.copies = torch.tensor([places[row] for row in rows], device=device_of(model))
+    return cached
 
 
 def uses_cache(model: PreTrainedModel) -> bool:
@@ -80,7 +93,12 @@ class FullRows:
 
 
 class CachedRows:
-    """Rows with a KV cache, padded on the left; each step runs only the newest token."""
+    """Rows with a KV cache, padded on the left; each step runs only the newest token.
+
+    copies: if set, there are as many rows from the first step on, of which row i continues prompt copies[i].
+    """
+
+    copies: Tensor | None = None
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Tokens], pad_id: int, new_tokens: int) -> None:
         device = device_of(model)
@@ -98,7 +116,7 @@ class CachedRows:
         self.cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
 
     def logits(self) -> Tensor:
-        return self.model(
+        logits = self.model(
             input_ids=self.input_ids,
             attention_mask=self.mask,
             position_ids=self.position,
@@ -106,6 +124,11 @@ class CachedRows:
             logits_to_keep=1,
             **{self.cache_name: self.cache},
         ).logits[:, -1]
+        if (copies := self.copies) is None:
+            return logits
+        self.copies = None
+        self.keep(copies)
+        return logits[copies]
 
     def keep(self, rows: Tensor) -> None:
         # a method that attention layers and layers with recurrent states both have
@@ -152,8 +175,11 @@ class _PreallocatedLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if not self.is_initialized:
             raise RuntimeError("the model does not write to the cache that is passed to it")
-        rows = len(beam_idx)
-        for buffer in (self.key_buffer, self.value_buffer):  # indices increase, so rows can be moved in place
-            buffer[:rows, :, : self.filled] = buffer[beam_idx, :, : self.filled]
+        rows, old = len(beam_idx), (self.key_buffer, self.value_buffer)
+        if rows > len(self.key_buffer):
+            self.key_buffer, self.value_buffer = (each.new_empty(rows, *each.shape[1:]) for each in old)
+        for buffer, source in zip((self.key_buffer, self.value_buffer), old, strict=True):
+            # indices increase, so rows can be moved in place
+            buffer[:rows, :, : self.filled] = source[beam_idx, :, : self.filled]
         self.key_buffer, self.value_buffer = self.key_buffer[:rows], self.value_buffer[:rows]
         self.keys, self.values = self.key_buffer[:, :, : self.filled], self.value_buffer[:, :, : self.filled]

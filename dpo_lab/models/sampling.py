@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dpo_lab.core.pairs import Tokens
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.distributed.collectives import map_across_ranks, rank_and_world_size
-from dpo_lab.models.decoding import rows_of
+from dpo_lab.models.decoding import Rows, rows_of
 from dpo_lab.models.sharding import device_of, is_sharded, own_passes
 from dpo_lab.terminal.progress import track
 
@@ -66,6 +66,7 @@ def sample(
     pad_id: int,
     seed: int,
     batch_size: int = 512,
+    shares_prompts: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Sample]:
     """Sample one response per prompt (token ids) from the model's full distribution at temperature 1.
@@ -73,8 +74,8 @@ def sample(
     Each prompt has its own uniform random numbers, a function of the seed and of its index in `prompts`. So batching
     does not change the samples, except where rounding moves the boundary between two tokens. Batches are divided over
     ranks, which all have to call it and get all samples; a batch holds the same prompts for any number of ranks, so
-    samples are equal bit for bit. progress is called with the number of responses finished since its last call,
-    assuming that the other ranks are as fast as this one.
+    samples are equal bit for bit. shares_prompts: whether equal prompts of a batch run through the model once. progress is
+    called with the number of responses finished since its last call, assuming that the other ranks are as fast as this one.
     """
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)
@@ -90,7 +91,8 @@ def sample(
         progress(count)
 
     def sample_batch(indices: list[int]) -> list[Sample]:
-        samples = _sample_batch(model, [prompts[i] for i in indices], uniforms[indices], end_ids, pad_id)
+        rows = rows_of(model, [prompts[i] for i in indices], pad_id, max_new_tokens, shares_prompts)
+        samples = _sample_batch(rows, uniforms[indices].to(device_of(model)), end_ids, pad_id)
         finish(ranks * len(indices))
         return samples
 
@@ -117,16 +119,13 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = mode
 
 
-def _sample_batch(
-    model: PreTrainedModel, prompts: list[Tokens], uniforms: Tensor, end_ids: Sequence[int], pad_id: int
-) -> list[Sample]:
-    device = device_of(model)
-    rows = rows_of(model, prompts, pad_id, uniforms.shape[1])
-    uniforms, ends = uniforms.to(device), torch.tensor(end_ids, device=device)
+def _sample_batch(rows: Rows, uniforms: Tensor, end_ids: Sequence[int], pad_id: int) -> list[Sample]:
+    device, count = uniforms.device, len(uniforms)
+    ends = torch.tensor(end_ids, device=device)
     tokens = torch.full(uniforms.shape, pad_id, device=device)
     logps = torch.zeros(uniforms.shape, device=device)
-    active = torch.arange(len(prompts), device=device)
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    active = torch.arange(count, device=device)
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
     for step in range(uniforms.shape[1]):
         next_tokens, drawn_with = draw(rows.logits(), uniforms[active, step])
         tokens[active, step], logps[active, step] = next_tokens, drawn_with

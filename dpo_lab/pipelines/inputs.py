@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import init_hf_modules
@@ -35,6 +34,7 @@ from dpo_lab.models.sampling import generate_responses
 from dpo_lab.models.sharded_weights import from_rank_zero, gathered_as_stored
 from dpo_lab.models.sharding import Facts, Sharding, on_device
 from dpo_lab.models.trial import compute_dtype
+from dpo_lab.pipelines.row_checks import check_pairs, check_responses
 from dpo_lab.training.initial_policy import initial_policy
 
 log = logging.getLogger(__name__)
@@ -86,14 +86,7 @@ def prepare_pairs(config: RunConfig, cache: Path, forward: Forward, refusal: str
     select_on_device(policy, cache, forward)
     encoder = encoder_of(config, policy.tokenizer)
     splits = load_pairs(config, encoder, response_policy, cache)
-    if splits.unpaired and (refusal := refusal or config.loss.refusal):
-        raise ConfigError(refusal.format(splits.unpaired))
-    gaps = np.concatenate([splits.train.score_gap, splits.held_out.score_gap])
-    if config.loss.needs_scores and (missing := int(np.isnan(gaps).sum())):
-        raise ConfigError(
-            f"loss={config.loss.name}: {missing:,} of {len(gaps):,} pairs came without the scores that it takes; type loss=dpo,"
-            " or name their columns, e.g. '+data.columns={score_chosen: a, score_rejected: b}'"
-        )
+    splits = check_pairs(config, splits, refusal)
     splits = with_noise(config, policy, splits, cache, forward)
     inputs = TrainingInputs(policy, encoder, splits.train, splits.held_out, splits.counts)
     return _check_inputs(inputs, "pairs", config)
@@ -110,6 +103,7 @@ def prepare_responses(config: RunConfig, cache: Path, forward: Forward) -> Train
         config = replace(config, data=config.data.as_texts(config.sft.text_column))
     encoder = encoder_of(config, policy.tokenizer)
     splits = load_pairs(config, encoder, response_policy, cache)
+    check_responses(splits)
     train, held_out, counts = splits.train.chosen_only(), splits.held_out.chosen_only(), splits.counts
     counts["train responses"], counts["held-out responses"] = len(train), len(held_out)
     return _check_inputs(TrainingInputs(policy, encoder, train, held_out, counts), "responses", config)
@@ -127,7 +121,7 @@ def _check_inputs(inputs: TrainingInputs, what: str, config: RunConfig) -> Train
             prompts = distinct_prompts(inputs.held_out)[: config.evals.num_prompts]
             limits.check_samples(prompts, config.evals.max_new_tokens, "evals.max_new_tokens")
     batch_size = config.data.batch_size
-    if (count := len(inputs.train)) < batch_size:
+    if (count := len(inputs.train)) < batch_size and not (what == "pairs" and config.method.is_online):
         raise ConfigError(
             f"data.batch_size={batch_size}: only {count} training {what}; type data.batch_size={max(1, count)}"
         )

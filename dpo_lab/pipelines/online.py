@@ -32,11 +32,11 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     config, run, forward, method = session.config, session.run, session.forward, session.config.method
     assert isinstance(method, Online)
     model, memory = start_training(session, inputs)
-    pairs, tokens = inputs.train.concat(inputs.held_out), config.data.forward_tokens
+    held_out, tokens = inputs.held_out.with_responses(), config.data.forward_tokens
     kind = config.reference.of_fresh_responses()
     if kind is not config.reference:
         log.info("reference: %s, since fresh responses are in no cache", type(kind).__name__.lower())
-    reference = kind.prepare(model, pairs, CACHE, forward.context, tokens)
+    reference = kind.prepare(model, (), CACHE, forward.context, tokens)
     with policy_errors():
         critic = Critic(model) if method.has_critic else None
     reward, gold = prepare_reward(config, inputs, forward)
@@ -59,7 +59,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
     sizes: dict[str, Any] = dict(total_steps=session.trainer.max_steps, tokens_per_microbatch=tokens)
     data: OnlineDataModule
     if isinstance(method, PolicyGradient):
-        data = RolloutData(method, actor, prompts, inputs.held_out, seed=config.seed)
+        data = RolloutData(method, actor, prompts, held_out, seed=config.seed)
         module: Any = PolicyGradientModule(
             model,
             config.loss,
@@ -71,7 +71,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         )
     else:
         assert isinstance(method, OnlineDPO)
-        data = FreshPairs(method, actor, prompts, inputs.held_out, seed=config.seed, loss=config.loss)
+        data = FreshPairs(method, actor, prompts, held_out, seed=config.seed, loss=config.loss)
         sizes["batch_size"] = method.prompts_per_step
         module = module_for(config.loss)(model, config.loss, reference, config.optim, **sizes)
     asked = reward.queries  # so far, for its scale; each sample is one more, also in earlier attempts of this run

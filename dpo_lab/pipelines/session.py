@@ -101,7 +101,7 @@ class Session:
     def train(self, module: BaseModule, inputs: TrainingInputs, data: PreferenceDataModule) -> None:
         """Train the module's model on data, from the first step or from the last checkpoint of an earlier attempt."""
         run, trainer = self.run, self.trainer
-        self._choose_memory(module, inputs)
+        self._choose_memory(module, data)
         resume = broadcast_from_rank_zero(trainer, lambda: _find_checkpoint(run))
         if run.resumes:
             log.info("resuming from %s", resume.checkpoint or "the start: no checkpoint was reached")
@@ -120,7 +120,7 @@ class Session:
             self.run.update(memory=measured)
         self.run.update(steps=self.trainer.global_step, seconds=self.timer.stop(stage), **found, **costs)
 
-    def _choose_memory(self, module: BaseModule, inputs: TrainingInputs) -> None:
+    def _choose_memory(self, module: BaseModule, data: PreferenceDataModule) -> None:
         """Set how the module saves memory, and the tokens of its micro-batches if a trial is to find them.
 
         A resumed run takes the number that was found first.
@@ -136,9 +136,8 @@ class Session:
         if self.config.data.tokens_per_microbatch == AUTO:
             found = broadcast_from_rank_zero(self.trainer, lambda: run.record.get("tokens_per_microbatch"))
             if found is None:
-                size = -(-self.config.data.batch_size // self.trainer.world_size)
                 with memory_explained(self.config, "a trial of micro-batches", trains=True):
-                    found = find_tokens(module, inputs.train, size, device, self.forward.context)
+                    found = find_tokens(module, data, self.trainer.world_size, device, self.forward.context)
             module.tokens_per_microbatch = found
             run.update(tokens_per_microbatch=found)
 

@@ -68,6 +68,7 @@ class Actor:
                 pad_id=self.encoder.pad_id,
                 seed=seed,
                 batch_size=self.batch_size,
+                shares_prompts=True,
             )
         responses = [found.tokens for found in samples]
         rewards = torch.from_numpy(np.asarray(self.reward(repeated, responses), np.float32))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
-from dpo_lab.core.pair_table import PairTable
-from dpo_lab.core.pairs import EncodedPair
-from dpo_lab.data.collate import collate
+from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.data.sources import FORWARD_TOKENS
 from dpo_lab.distributed.collectives import all_reduce_max
 from dpo_lab.models.forward import disable_dropout
@@ -34,27 +31,24 @@ Probe = Callable[[int], int]  # tokens -> peak of the bytes in use; raises OutOf
 
 def find_tokens(
     module: BaseModule,
-    pairs: PairTable,
-    pairs_per_step: int,
+    data: PreferenceDataModule,
+    world_size: int,
     device: torch.device,
     context: Callable[[], AbstractContextManager],
 ) -> int:
     """Return the tokens of a micro-batch that fit on every rank's GPU while it trains; the default on a CPU.
 
-    pairs_per_step: the pairs of a step on one rank, beyond which no micro-batch grows.
+    data: makes the batches of trials; world_size: the ranks that share a step, beyond which no micro-batch grows.
     """
     if device.type != "cuda":
         log.info("data.tokens_per_microbatch=auto: %d, the default; only a GPU's memory is tried out", FORWARD_TOKENS)
         return FORWARD_TOKENS
     module.to(device)  # its metrics, too, as Lightning will
-    sizes = np.sort(pairs.sizes)[::-1]
-    longest = int(pairs.sizes.argmax())
-    tried = [pairs[longest], *(pairs[i] for i in range(min(len(pairs), pairs_per_step)))]  # it pads most
     free, _ = torch.cuda.mem_get_info(device)
     usable = (1 - HEADROOM) * (free + torch.cuda.memory_reserved(device))
     state = module.optim.state_bytes(module.parameters())  # made by the first step, after the trials
-    probe = probe_of(module, tried, device, context)
-    tokens = tokens_that_fit(probe, int(usable) - state, int(sizes[:pairs_per_step].sum()))
+    probe = probe_of(module, data.trial_batch, device, context)
+    tokens = tokens_that_fit(probe, int(usable) - state, data.most_tokens(world_size))
     log.info("data.tokens_per_microbatch=auto: %d tokens fit", tokens)
     return tokens
 
@@ -101,17 +95,18 @@ def _search(probe: Probe, budget: int, most: int) -> int:
 
 def probe_of(
     module: BaseModule,
-    pairs: Sequence[EncodedPair],
+    trial_batch: Callable[[int], Any],
     device: torch.device,
     context: Callable[[], AbstractContextManager],
 ) -> Probe:
-    """Return the probe that runs forward and backward pass of a micro-batch of `pairs`, and measures their peak.
+    """Return the probe that runs forward and backward pass of a micro-batch, and measures their peak.
 
-    It leaves no trace: random generators, gradients, metrics and training mode are as before.
+    trial_batch: returns a micro-batch of a number of tokens. A trial leaves no trace: random generators, gradients, metrics
+    and training mode are as before.
     """
 
     def probe(tokens: int) -> int:
-        batch = collate(_filled(pairs, tokens)).to(device)
+        batch = trial_batch(tokens).to(device)
         metrics, modes = metric_state(module.train_metrics), {m: m.training for m in module.modules()}
         restart_peak(device)
         try:
@@ -132,13 +127,3 @@ def probe_of(
             gc.collect()
 
     return probe
-
-
-def _filled(pairs: Sequence[EncodedPair], tokens: int) -> list[EncodedPair]:
-    """Return the first pairs, again from the start where they are too few, up to `tokens` tokens; at least one."""
-    chosen, size, at = [pairs[0]], pairs[0].size, 1
-    while size + pairs[at % len(pairs)].size <= tokens:
-        chosen.append(pairs[at % len(pairs)])
-        size += chosen[-1].size
-        at += 1
-    return chosen

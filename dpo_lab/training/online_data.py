@@ -14,9 +14,9 @@ from dpo_lab.core.methods.base import Online, PolicyGradient
 from dpo_lab.core.methods.online_dpo import OnlineDPO
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair, PairBatch, Tokens, content_hash
-from dpo_lab.core.rollouts import Rollouts, spread
+from dpo_lab.core.rollouts import OF_TOKENS, Rollouts, spread
 from dpo_lab.core.seeds import derive_seed
-from dpo_lab.data.collate import collate
+from dpo_lab.data.collate import collate, collate_responses
 from dpo_lab.data.datamodule import PreferenceDataModule, StepSampler
 from dpo_lab.training.actor import Actor
 
@@ -28,10 +28,11 @@ class OnlineDataModule(PreferenceDataModule):
 
     Rollout n is made at step n x method.updates from the prompts and the random numbers of (seed, n); its steps train on
     minibatches of it, divided over ranks. A subclass makes these from a rollout. What is counted of rollouts is logged with
-    the metrics; it is in checkpoints, as is a rollout that later steps train on.
+    the metrics; it is in checkpoints, as is a rollout that later steps train on. responses: of a prompt that are trained on.
     """
 
     method: Online
+    responses: int
 
     def __init__(
         self, method: Online, actor: Actor, prompts: Sequence[Tokens], held_out: Sequence[EncodedPair], *, seed: int
@@ -69,6 +70,18 @@ class OnlineDataModule(PreferenceDataModule):
         mine: the places of its part in `prompts`.
         """
         raise NotImplementedError
+
+    def most_tokens(self, world_size: int) -> int:
+        return -(-self.method.prompts_per_step // world_size) * self._most_of_a_prompt
+
+    def _longest_prompts(self, tokens: int) -> list[Tokens]:
+        """Return the longest prompt as often as it fits in `tokens` tokens with responses at their limit, at least once."""
+        return [max(self.prompts, key=len)] * max(1, tokens // self._most_of_a_prompt)
+
+    @property
+    def _most_of_a_prompt(self) -> int:
+        """The most tokens of a prompt with the responses that are trained on."""
+        return max(map(len, self.prompts)) + self.responses * self.actor.longest
 
     def counters(self) -> dict[str, float]:
         """Return the means of what was counted of rollouts since the last call, and the number of samples so far."""
@@ -121,6 +134,18 @@ class RolloutData(OnlineDataModule):
 
     method: PolicyGradient
 
+    @property
+    def responses(self) -> int:  # type: ignore[override]
+        return self.method.samples
+
+    def trial_batch(self, tokens: int) -> Rollouts:
+        """Return rollouts of up to `tokens` tokens, at least of one prompt: the longest, and responses at their limit."""
+        prompts, each, longest = self._longest_prompts(tokens), self.method.samples, self.actor.longest
+        stream, lengths = collate_responses(prompts, [[0] * longest] * (each * len(prompts)))
+        rewards, of_tokens = torch.zeros(len(prompts), each), torch.zeros(each * longest * len(prompts))
+        found = Rollouts(["trial"] * len(prompts), stream, lengths, rewards, rewards, rewards.bool())
+        return replace(found, **dict.fromkeys(OF_TOKENS, of_tokens))
+
     def minibatch(self, rollouts, number, prompts, mine):
         lengths = rollouts.response_lengths[list(prompts)]
         weights = torch.from_numpy(self.method.token_weights(lengths, self.actor.longest)[list(mine)]).float()
@@ -139,6 +164,7 @@ class FreshPairs(OnlineDataModule):
     """Pairs of fresh responses, and held-out pairs, with what `loss` takes of them, see Loss.prepare."""
 
     method: OnlineDPO
+    responses = 2
 
     def __init__(
         self,
@@ -152,6 +178,13 @@ class FreshPairs(OnlineDataModule):
     ) -> None:
         super().__init__(method, actor, prompts, loss.prepare(held_out), seed=seed)
         self.loss = loss
+
+    def trial_batch(self, tokens: int) -> PairBatch:
+        """Return pairs of up to `tokens` tokens, at least one: of the longest prompt, and responses at their limit."""
+        response = [0] * self.actor.longest
+        pairs = [EncodedPair("trial", prompt, response, response) for prompt in self._longest_prompts(tokens)]
+        table = self.loss.prepare(PairTable.of(pairs, [0.0] * len(pairs)))
+        return collate([table[place] for place in range(len(table))])
 
     def minibatch(self, rollouts, number, prompts, mine):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, f"annotator/{number}"))

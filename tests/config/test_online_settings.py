@@ -15,10 +15,6 @@ from tests.support.configs import settled
         ("method=ppo +ablation=hinge", r"loss: method=ppo trains without a loss of pairs"),
         ("method=grpo reward=judge", r"reward=judge: no judge is set; type evals.judge.path=FOLDER"),
         ("method=rloo reward=gold data=jsonl data.path=x.jsonl", r"reward=gold: these data have no gold reward"),
-        (
-            "method=rloo data.tokens_per_microbatch=auto",
-            r"tokens_per_microbatch=auto: .* method=rloo samples; type a number",
-        ),
         ("method=rloo method.minibatches=3", r"method.minibatches=3: must divide method.prompts=16"),
     ],
 )

@@ -44,15 +44,15 @@ def test_expected_gradient_is_that_of_the_objective(name, beta, start):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("kl", [KLPrice.k2, KLPrice.k3])
+@pytest.mark.parametrize("kl", [KLPrice.k2, KLPrice.k3, KLPrice.k3_weighted])
 def test_price_in_the_loss_has_the_gradient_of_its_divergence(kl, beta):
-    """k2's is that of KL(pi || reference), k3's that of KL(reference || pi)."""
+    """That of k2 and of k3 times the ratio is that of KL(pi || reference), k3's that of KL(reference || pi)."""
     logits = STARTS[1].clone().requires_grad_()
     logps = logits.log_softmax(1)
     reverse = (logps.exp() * (logps - BANDIT.reference)).sum()
     forward = (BANDIT.reference.exp() * (BANDIT.reference - logps)).sum()
     rewards = (logps.exp() * BANDIT.rewards).sum()
-    (exact,) = torch.autograd.grad(beta * (reverse if kl is KLPrice.k2 else forward) - 3 / 4 * rewards, logits)
+    (exact,) = torch.autograd.grad(beta * (forward if kl is KLPrice.k3 else reverse) - 3 / 4 * rewards, logits)
     found = BANDIT.expected_gradient(GRPO(beta=beta, scale=Scale.none, kl=kl), STARTS[1], samples=4)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
 
@@ -77,7 +77,8 @@ def test_fixed_points_of_grpo(beta):
     shrunk = beta * 3 / 2  # beta K / (K - 1)
     reached = {kl: fixed_point(GRPO(beta=beta, scale=Scale.none, kl=kl)) for kl in KLPrice}
     assert total_variation(reached[KLPrice.reward], SMALL.optimum(beta)) < 1e-3
-    assert total_variation(reached[KLPrice.k2], SMALL.optimum(shrunk)) < 1e-3
+    for kl in (KLPrice.k2, KLPrice.k3_weighted):
+        assert total_variation(reached[kl], SMALL.optimum(shrunk)) < 1e-3
     assert total_variation(reached[KLPrice.k3], SMALL.forward_kl_optimum(shrunk)) < 1e-3
     scaled = fixed_point(GRPO(beta=beta, kl=KLPrice.k2))
     assert total_variation(scaled, SMALL.optimum(beta)) > 0.03

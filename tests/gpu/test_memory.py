@@ -9,6 +9,7 @@ from dpo_lab.core.losses import DPO
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
+from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.models.forward import disable_dropout, pair_loss, select_forward
 from dpo_lab.models.load import untrained_model
 from dpo_lab.models.paths import causal_lm
@@ -85,7 +86,8 @@ def test_what_a_trial_finds_fits_and_leaves_no_trace():
     torch.cuda.set_per_process_memory_fraction(8e9 / torch.cuda.get_device_properties(GPU).total_memory)
     state = torch.cuda.get_rng_state()
     try:
-        tokens = find_tokens(module, PairTable.of(PAIRS), 2048, GPU, autocast)
+        data = PreferenceDataModule(PairTable.of(PAIRS), [], batch_size=2048, num_workers=0, seed=0)
+        tokens = find_tokens(module, data, 1, GPU, autocast)
         assert 2048 < tokens <= 2048 * PAIRS[0].size
         assert torch.equal(torch.cuda.get_rng_state(), state)
         assert all(p.grad is None for p in model.parameters())

@@ -48,6 +48,21 @@ def test_same_as_without_cache_and_batches(name, batch_size, policy):
     assert sample(model, PROMPTS, **SETTINGS, batch_size=batch_size) == expected
 
 
+@pytest.mark.parametrize("batch_size", [4, 9])
+@pytest.mark.parametrize("name", ["policy", "gpt2", "sliding"])
+def test_same_where_equal_prompts_are_read_once(name, batch_size, policy):
+    """Also where a batch ends among the rows of a prompt."""
+    model = policy.model if name == "policy" else models()[name]
+    prompts = [prompt for prompt in PROMPTS[1:4] for _ in range(3)]
+    expected = without_cache(model, prompts, **SETTINGS)
+    read = []
+    hook = model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"]), with_kwargs=True)
+    found = sample(model, prompts, **SETTINGS, batch_size=batch_size, shares_prompts=True)
+    hook.remove()
+    assert found == expected
+    assert len(read[0]) == (2 if batch_size == 4 else 3)
+
+
 @pytest.mark.parametrize("name", ["policy", "gpt2", "sliding"])
 def test_each_token_comes_with_its_log_probability(name, policy):
     model = policy.model if name == "policy" else models()[name]

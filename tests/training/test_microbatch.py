@@ -10,8 +10,11 @@ import torch
 
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.core.losses import DPO
+from dpo_lab.core.methods import METHODS
+from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.data.sources import FORWARD_TOKENS
 from dpo_lab.models.copies import trainable_copy
+from dpo_lab.models.forward import select_forward
 from dpo_lab.models.reference import Uniform
 from dpo_lab.pipelines.session import Session
 from dpo_lab.runs.out_of_memory import OutOfMemory
@@ -20,6 +23,7 @@ from dpo_lab.training.microbatch import STEP, find_tokens, probe_of, tokens_that
 from dpo_lab.training.optim import Optim
 from dpo_lab.training.rng_state import metric_state
 from tests.conftest import make_pairs
+from tests.support import online_fit
 from tests.support.configs import settled
 from tests.support.ranks import become_rank, run_in_ranks
 
@@ -85,6 +89,34 @@ def test_ranks_agree_on_the_fewest():
     assert [output.split("found:")[1].strip() for output in outputs] == ["2048", "2048"]
 
 
+def data_of(pairs) -> PreferenceDataModule:
+    return PreferenceDataModule(pairs, [], batch_size=4, num_workers=0, seed=0)
+
+
+def test_no_micro_batch_is_larger_than_a_ranks_part_of_a_step():
+    data = data_of(make_pairs(6))
+    longest = sorted((pair.size for pair in data.train), reverse=True)
+    assert [data.most_tokens(world_size) for world_size in (1, 2, 3)] == [sum(longest[:n]) for n in (4, 2, 2)]
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo", "ppo", "online_dpo"])
+def test_a_method_that_samples_is_tried_on_its_longest_rollouts(name, policy):
+    method = METHODS[name](prompts=4, minibatches=2, samples=3)
+    step = dict(total_steps=3, tokens_per_microbatch=40)
+    model = trainable_copy(policy.model)
+    select_forward(model)
+    module, data = online_fit.prepare(method)(model, Optim(), **step)
+    responses = 2 if name == "online_dpo" else 3
+    most = max(map(len, data.prompts)) + responses * online_fit.LONGEST
+    assert [data.most_tokens(world_size) for world_size in (1, 2)] == [2 * most, most]
+    assert probe_of(module, data.trial_batch, CPU, nullcontext)(2 * most) > 0
+    for asked, given in ((1, 1), (2 * most - 1, 1), (2 * most, 2)):
+        batch = data.trial_batch(asked)
+        assert len(batch) == given
+        assert len(batch.tokens) == given * most
+        assert (batch.lengths[:, 1:] == online_fit.LONGEST).all()
+
+
 @pytest.fixture
 def module(policy, tmp_path) -> DPOModule:
     model = trainable_copy(policy.model).train()
@@ -104,7 +136,7 @@ def test_a_trial_runs_forward_and_backward_and_leaves_no_trace(module, monkeypat
     handles = [p.register_hook(lambda grad: seen.append("gradient")) for p in module.model.parameters()]
     before = (torch.get_rng_state(), [p.clone() for p in module.parameters()], metric_state(module.train_metrics))
     pairs = make_pairs(6)
-    assert probe_of(module, pairs, CPU, nullcontext)(1000) > 0
+    assert probe_of(module, data_of(pairs).trial_batch, CPU, nullcontext)(1000) > 0
     assert 1000 - max(pair.size for pair in pairs) < seen[0][0] <= 1000
     assert seen[0][2] is False  # without dropout, as in training
     assert seen.count("gradient") == len(handles)
@@ -123,13 +155,13 @@ def test_a_trial_that_runs_out_of_memory_says_so_and_leaves_no_trace(module, mon
 
     monkeypatch.setattr(module, "part_loss", fail)
     with pytest.raises(OutOfMemory, match="a trial"):
-        probe_of(module, make_pairs(2), CPU, nullcontext)(100)
+        probe_of(module, data_of(make_pairs(2)).trial_batch, CPU, nullcontext)(100)
     assert all(m.training for m in module.model.modules())
 
 
 def test_without_a_gpu_it_is_the_default(module, caplog):
     caplog.set_level("INFO", "dpo_lab")
-    assert find_tokens(module, make_pairs(2), 4, CPU, nullcontext) == FORWARD_TOKENS  # type: ignore[arg-type]
+    assert find_tokens(module, data_of(make_pairs(2)), 1, CPU, nullcontext) == FORWARD_TOKENS
     assert "data.tokens_per_microbatch=auto: 2048, the default" in caplog.text
 
 
@@ -151,11 +183,11 @@ def session_of(record: dict) -> Session:
 
 def test_what_was_found_is_recorded_and_a_resumed_run_takes_it(module, monkeypatch):
     record: dict = {}
-    inputs = SimpleNamespace(train=make_pairs(2))
-    session_of(record)._choose_memory(module, inputs)  # type: ignore[arg-type]
+    data = data_of(make_pairs(2))
+    session_of(record)._choose_memory(module, data)
     assert record == {"tokens_per_microbatch": FORWARD_TOKENS}
     monkeypatch.setattr("dpo_lab.pipelines.session.find_tokens", None)  # a search would fail
-    session_of({"tokens_per_microbatch": 777})._choose_memory(module, inputs)  # type: ignore[arg-type]
+    session_of({"tokens_per_microbatch": 777})._choose_memory(module, data)
     assert module.tokens_per_microbatch == 777
 
 

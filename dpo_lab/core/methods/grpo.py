@@ -29,6 +29,7 @@ class KLPrice(str, Enum):
     """Where the KL divergence from the reference is paid."""
 
     k3 = "k3"  # in the loss, by the estimator k3: its gradient is that of KL(ref || pi)
+    k3_weighted = "k3_weighted"  # k3 times the token's ratio (arXiv:2512.02556): its gradient is that of KL(pi || ref)
     k2 = "k2"  # in the loss, by log(pi / ref)^2 / 2: its gradient is that of KL(pi || ref), token by token
     reward = "reward"  # in the reward, as RLOO does
 
@@ -39,8 +40,9 @@ class GRPO(PolicyGradient, name="grpo"):
     4.1.2; scale=none with normalise=constant is Dr. GRPO (Liu et al. 2025, arXiv:2503.20783).
 
     With K responses a prompt and scale=none the optimum is reference x exp(reward / beta) / Z with kl=reward, the same for
-    beta K / (K - 1) with kl=k2 (exact for single tokens), and beta K / (K - 1) reference / (lambda - reward) with kl=k3, where
-    lambda makes it sum to 1. scale=group divides the rewards of each prompt by their own spread, which changes all three.
+    beta K / (K - 1) with kl=k2 or k3_weighted (exact for single tokens), and beta K / (K - 1) reference / (lambda - reward)
+    with kl=k3, where lambda makes it sum to 1. scale=group divides the rewards of each prompt by their own spread, which
+    changes them all.
     """
 
     scale: Scale = Scale.group
@@ -66,8 +68,11 @@ class GRPO(PolicyGradient, name="grpo"):
     def loss(self, logps, rollouts):
         from dpo_lab.core.advantages import k2, k3
 
-        losses = -clipped(self.log_ratios(logps, rollouts), rollouts.advantages, self.clip)
+        moved = self.log_ratios(logps, rollouts)
+        losses = -clipped(moved, rollouts.advantages, self.clip)
         if self.kl is not KLPrice.reward:
-            estimate = k3 if self.kl is KLPrice.k3 else k2
-            losses = losses + rollouts.beta * estimate((logps - rollouts.reference).clamp(-40, 40))
+            price = (k2 if self.kl is KLPrice.k2 else k3)((logps - rollouts.reference).clamp(-40, 40))
+            if self.kl is KLPrice.k3_weighted:
+                price = price * moved.clamp(max=40).exp()
+            losses = losses + rollouts.beta * price
         return losses * rollouts.weights
