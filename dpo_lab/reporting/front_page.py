@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dpo_lab.studies.run_data import RunSet
 
 MADE_BY = "dpo_lab.report"
 STYLES = ("templates/comparison.css", "templates/forest.css")
+EARLIER = re.compile(r"-(\d{4}-\d\d-\d\d)$")  # ends the name of a record whose predictions others have replaced
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,12 @@ def front_page(studies: Sequence[tuple[RunSet, str]]) -> str:
 
 
 def title_of(collection: RunSet) -> str:
-    """Return a study's title, with its budget if that is not `full`."""
-    budget = collection.record.get("budget")
-    return collection.title if budget in ("full", None) else f"{collection.title} (budget {budget})"
+    """Return a study's title, with its budget if that is not `full`, and the day of its runs if its predictions have been
+    replaced by others since.
+    """
+    budget, day = collection.record.get("budget"), EARLIER.search(collection.record.get("kept_as", ""))
+    title = collection.title if budget in ("full", None) else f"{collection.title} (budget {budget})"
+    return f"{title}, earlier predictions ({day[1]})" if day else title
 
 
 def _entry(collection: RunSet, link: str) -> Entry:

@@ -113,7 +113,7 @@ def _rows(study: RunSet, judged: Judged, records: str) -> list[tuple[str, ...]]:
 def name_of(study: RunSet) -> str:
     """Return the name of a study's page: that of its record."""
     assert study.study is not None
-    return archive.path_of(Path(), study.study.name, study.record.get("budget")).stem
+    return study.record.get("kept_as") or archive.path_of(Path(), study.study.name, study.record.get("budget")).stem
 
 
 def read_records(records: Path) -> list[RunSet]:

@@ -59,12 +59,23 @@ def archive_study(collection: RunSet) -> dict[str, Any]:
 
 
 def write(collection: RunSet, folder: Path) -> Path:
-    """Write the archived record of a study to the file that `path_of` names; return its path."""
+    """Write the archived record of a study to the file that `path_of` names; return its path.
+
+    A record of other predictions that is there already is kept beside it, under its name and the day of its last run.
+    """
     record = archive_study(collection)
     path = path_of(folder, record["study"]["name"], record["budget"])
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and (earlier := read(path)).study is not None and _digest_of(earlier) != _digest_of(collection):
+        day = max((str(run.record.get("started") or "")[:10] for run in earlier.runs), default="")
+        path.rename(path.with_name(f"{path.stem}-{day or 'earlier'}.json"))
     write_atomic(path, text(record))
     return path
+
+
+def _digest_of(collection: RunSet) -> str:
+    assert collection.study is not None
+    return collection.study.digest(collection.record.get("stopping"))
 
 
 def path_of(folder: Path, name: str, budget: str | None) -> Path:
@@ -78,12 +89,15 @@ def text(record: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> RunSet:
-    """Read the runs of an archived study. Raises StudyError if the file is not an archived record."""
+    """Read the runs of an archived study; `kept_as` in its record is the name of its file.
+
+    Raises StudyError if the file is not an archived record.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA:
             raise ValueError(f"schema {record['schema']}, this version reads {SCHEMA}")
-        record = present_study(record)
+        record = present_study(record) | {"kept_as": path.stem}
         study = Study.from_record(record["study"])
         overrides = {arm.name: arm.overrides for arm in study.arms}
         runs = [_run(path.parent, run, record, overrides[run["arm"]]) for run in record["runs"]]

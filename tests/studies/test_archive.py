@@ -241,3 +241,26 @@ def test_a_figure_has_three_digits_that_count(value: float, told: str):
 
 def test_a_chance_is_told_as_papers_do():
     assert [format_p(p) for p in (None, 0.00012, 0.0214, 1.0)] == ["", "< .001", ".021", "1.000"]
+
+
+def test_a_record_of_other_predictions_is_kept_beside_the_new_one(tmp_path: Path):
+    study = example(tmp_path / "runs")
+    archive.write(study, tmp_path)
+    assert archive.write(study, tmp_path) == tmp_path / "example.json"
+    assert len(list(tmp_path.glob("*.json"))) == 1  # of the same predictions: replaced
+    before = archive.read(tmp_path / "example.json")
+    assert study.study is not None
+    rewritten = dataclasses.replace(study.study, predictions=[a_study.predicts("strong", min_effect=0.2)])
+    runs = [run for run in study.runs if run.is_done or run.error]
+    archive.write(
+        a_study.measured(rewritten, lambda arm, seed: next(r for r in runs if (r.arm, r.seed) == (arm.name, seed))),
+        tmp_path,
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["example-2026-11-20.json", "example.json"]
+    kept = archive.read(tmp_path / "example-2026-11-20.json")
+    assert effects.decide(kept) == effects.decide(before)
+    assert not kept.is_exploratory
+    results_md.write_results(tmp_path, tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "[An example, earlier predictions (2026-11-20)](results/example-2026-11-20.md)" in text
+    assert (tmp_path / "results/example.md").is_file()
