@@ -229,11 +229,14 @@ def studied(tmp_path_factory) -> Path:
     moved = [dict(PREDICTION, treatment="beta=5")]
     written(folder, "other", arms=other, predictions=moved)
     behaves(folder, **{"beta_1/seed_1": "fails"})
-    result = study(folder, "study=all")
+    result = study(folder, "study=all", "launcher=local")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "10 jobs" not in result.stdout  # the arm in common is run once
     assert "outputs/studies/runs/full: 8 jobs: 8 new" in result.stdout
     assert (folder / "outputs/studies/other/full/report.html").exists()
+    front = (folder / "outputs/studies/index.html").read_text()
+    assert 'href="other/full/report.html"' in front
+    assert 'href="small/full/report.html"' in front
     return folder
 
 
