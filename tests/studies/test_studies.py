@@ -341,7 +341,7 @@ def test_a_study_of_real_runs_is_killed_goes_on_and_ends_when_decided_or_out_of_
     less |= {"treatment": "beta=5", "control": "beta=0.1"}
     budgets = {"full": {"seeds": [3]}}
     path = written(tmp_path, arms=arms, predictions=[less], metrics=["kl", "gold_gain"], budgets=budgets)
-    typed = [str(path.relative_to(tmp_path)), "until=decided", "max_seeds=6", *SMALL_RUN]
+    typed = [str(path.relative_to(tmp_path)), "until=decided", "max_seeds=5", *SMALL_RUN]
     command = [sys.executable, "-m", "dpo_lab.study", *typed]
     process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, start_new_session=True)
     runs = tmp_path / "outputs/studies/runs/full"
@@ -349,7 +349,7 @@ def test_a_study_of_real_runs_is_killed_goes_on_and_ends_when_decided_or_out_of_
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     (told,) = (json.loads(each.read_text()) for each in tmp_path.glob("outputs/studies/small/*/study.json"))
-    assert told["stopping"] == {"until": "decided", "max_seeds": 6, "seeds": [3]}
+    assert told["stopping"] == {"until": "decided", "max_seeds": 5, "seeds": [3]}
     assert [look["seeds"] for look in told["looks"]] == [1]
     done = {each: each.read_bytes() for each in runs.glob("*/seed=*/run.json") if '"done"' in each.read_text()}
     assert len(done) >= 3
@@ -361,7 +361,7 @@ def test_a_study_of_real_runs_is_killed_goes_on_and_ends_when_decided_or_out_of_
     assert seeds == list(range(3, 3 + len(seeds)))
     assert [look["seeds"] for look in told["looks"]] == list(range(1, len(seeds) + 1))
     words = [look["predictions"][0]["verdict"] for look in told["looks"]]
-    assert "inconclusive" not in words[-1:] or len(seeds) == 6
+    assert "inconclusive" not in words[-1:] or len(seeds) == 5
     assert set(words[:-1]) <= {"inconclusive"}
     (page,) = tmp_path.glob("outputs/studies/small/*/report.html")
     assert "exploratory" not in page.read_text()
