@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 from dpo_lab.studies import grouping
 from dpo_lab.studies.run_data import RunSet, check_metrics
@@ -127,7 +128,7 @@ def _report(options: argparse.Namespace) -> int:
         check_metrics(collections, metrics)
     page = None
     if options.page or not (options.markdown or options.csv or options.archive):
-        page = _page_path(options.page, collections)
+        page = _checked(options.page or collections[0].folder / "report.html")
     if page:  # before printing: the reader of a pipe may close it before the end
         _write(page, collections, metrics)
     if options.archive:
@@ -161,18 +162,17 @@ def _with_default_baseline(collection: RunSet) -> RunSet:
     return replace(collection, baseline=arm, baseline_reason="the arm of default settings") if arm else collection
 
 
-def _page_path(path: Path | None, collections: Sequence[RunSet]) -> Path:
-    """Return the path of the page. Raise StudyError if it holds another file than an earlier report."""
+def _checked(page: Path, option: str = "--page") -> Path:
+    """Return the path of a page. Raise StudyError if it holds another file than an earlier one."""
     from dpo_lab.reporting.comparison_page import MADE_BY
     from dpo_lab.reporting.html_page import may_be_written
 
-    page = path or collections[0].folder / "report.html"
     try:
         if may_be_written(page, MADE_BY):
             return page
     except OSError as error:
-        raise StudyError(f"{page}: {error.strerror}; type another --page FILE") from None
-    raise StudyError(f"{page}: holds a file that is not a report; type another --page FILE")
+        raise StudyError(f"{page}: {error.strerror}; type another {option} FILE") from None
+    raise StudyError(f"{page}: holds a file that is not a report; type another {option} FILE")
 
 
 def _write(page: Path, collections: Sequence[RunSet], metrics: Sequence[str]) -> None:
@@ -218,7 +218,7 @@ def _results(file: Path, check: bool) -> int:
         pages = file.parent / "pages"
         studies = [(pages / f"{name_of(study)}.html", study) for study in read_records(records)]
         for page, study in studies:
-            _write(page, [study], [])
+            _write(_checked(page, "--results"), [study], [])
         _write_front(pages / "index.html", studies)
         return 0
     differences = check_results(records, file)
@@ -244,10 +244,10 @@ def _write_front(file: Path, studies: Sequence[tuple[Path, RunSet]]) -> None:
     """Write the front page of studies, each with the path of its page, which is linked if there is one."""
     from dpo_lab.reporting.front_page import front_page
 
-    links = [
-        (study, Path(os.path.relpath(page, file.parent)).as_posix() if page.exists() else "") for page, study in studies
-    ]
-    _write_page(file, front_page(links))
+    def link(page: Path) -> str:
+        return quote(Path(os.path.relpath(page, file.parent)).as_posix()) if page.exists() else ""
+
+    _write_page(_checked(file, "--front"), front_page([(study, link(page)) for page, study in studies]))
     print(f"Front page: {file}")
 
 

@@ -65,6 +65,7 @@ class Part:
     answers: Sequence[Answer]
     asked: Sequence[Chart]
     frontier: Chart | None
+    paths: Sequence[Chart]
     curves: Chart | None
     curves_note: str
     arms: Table
@@ -105,7 +106,8 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
         found=[each for each in (study.notes if study else "").split("\n\n") if each.strip()],
         claims=forest.claims(judged),
         answers=[_answer(prediction, verdict, collection) for prediction, verdict in judged],
-        asked=[*comparison_figures.study_figures(collection, metrics, logs), *trajectory.paths(collection)],
+        asked=comparison_figures.study_figures(collection, metrics, logs),
+        paths=trajectory.paths(collection),
         frontier=reward_against_kl(collection, collection.arms),
         curves=curves,
         curves_note=logs.note or ("" if curves else "These runs have no metrics log."),
@@ -129,6 +131,8 @@ def _chips(collection: RunSet) -> list[str]:
     chips += ["measured with different settings"] if collection.incomparable_settings else []
     if record.get("budget"):
         chips.append(f"budget {record['budget']}")
+    if rule := record.get("stopping"):
+        chips.append(f"seeds added until decided, at most {rule['max_seeds']}")
     if record.get("status") not in (None, "done"):
         chips.append(f"study {record['status']}")
     done = sum(run.is_done for run in collection.runs)

@@ -21,8 +21,7 @@ from dpo_lab.studies.spec import Study, StudyError, present_study
 
 SCHEMA = 1
 FOLDER = "records"  # beside the study files and RESULTS.md
-UNTIL = ("stopping", "looks")  # of a study that added seeds until it was decided
-OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations", *UNTIL)  # copied from study.json
+OF_STUDY = ("file", "budget", "overrides", "command", "status", "registrations")  # copied from study.json
 OF_RUN = ("started", "steps", "step_zero_loss", "peak_memory_bytes", "memory", "data")  # from run.json
 ORIGIN = ("versions", "git")
 # Columns of a run's trajectory, as far as it has them.
@@ -46,7 +45,8 @@ def archive_study(collection: RunSet) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "study": collection.study.as_record(),
-        **{name: collection.record.get(name) for name in OF_STUDY if name not in UNTIL or name in collection.record},
+        **{name: collection.record.get(name) for name in OF_STUDY},
+        **({"stopping": collection.record["stopping"]} if "stopping" in collection.record else {}),
         "origins": origins,  # versions and commit of runs, each once
         "optimum": {
             str(seed): [[_short(p.gain), _short(p.kl), _short(p.ess)] for p in points]
@@ -94,7 +94,7 @@ def read(path: Path) -> RunSet:
     Raises StudyError if the file is not an archived record.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA:
             raise ValueError(f"schema {record['schema']}, this version reads {SCHEMA}")
         record = present_study(record) | {"kept_as": path.stem}

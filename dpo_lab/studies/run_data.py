@@ -107,7 +107,7 @@ class RunData:
     def trajectory(self) -> list[dict[str, Any]]:
         """Return the points of the run's trajectory by step, of one that is not done those so far; empty if it has none."""
         recorded = self.record.get("trajectory")
-        return points_of(self.log_rows()) if recorded is None else list(recorded)
+        return points_of(self.log_rows()) if recorded is None and not self.is_done else list(recorded or ())
 
     def _on_trajectory(self, metric: str, name: str, value: float) -> float:
         found = crossing(self.trajectory(), metric, name, value) if self.is_done else None

@@ -113,9 +113,9 @@ class StudySweeper(JobSweeper):
             end = "decided"
         else:
             end = "undecided, and no seed is left" if number >= most else ""
-        self._console.print(f"{study.study.title}: {number} of at most {most} seeds{f'; {end}' if end else ''}")
-        for line in study_rounds.lines(judged):
-            self._console.print(f"  {line}", markup=False, highlight=False)
+        head = f"{study.study.title}: {number} of at most {most} seeds{f'; {end}' if end else ''}"
+        for line in (head, *(f"  {line}" for line in study_rounds.lines(judged))):
+            self._console.print(line, markup=False, highlight=False)
         return not end
 
 

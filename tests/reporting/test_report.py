@@ -88,8 +88,8 @@ def said(capsys, *arguments: object, code: int = 0) -> str:
 def test_the_page_answers_first_and_has_everything(folder):
     parsed = Parsed(page(gather([folder]), folder))
     headings = [
-        "supported", "Verdict", "the uniform reference costs more KL", "Notes after the runs", "Figures of the study", "Arms",
-        "Reward against KL", "Learning curves", "Samples", "Data", "Label noise", "Health", "Runs without a result",
+        "supported", "Verdict", "the uniform reference costs more KL", "Reward against KL", "Notes after the runs",
+        "Figures of the study", "Arms", "Learning curves", "Samples", "Data", "Label noise", "Health", "Runs without a result",
         "Command and provenance",
     ]  # fmt: skip
     places = [parsed.text.index(heading) for heading in headings]
@@ -114,7 +114,7 @@ def test_the_page_answers_first_and_has_everything(folder):
     ):
         assert needle in parsed.text, needle
     panels = [len(each["panels"]) for each in parsed.charts if each["panels"][0].get("title")]
-    assert panels == [3, 1, 1, 1, 3]  # along beta, by arm, margins; the frontier; learning curves
+    assert panels == [1, 3, 1, 1, 3]  # the frontier; along beta, by arm, margins; learning curves
 
 
 def test_figures_of_the_page_are_those_of_the_runs(folder):
@@ -309,12 +309,37 @@ def test_results_are_written_and_checked(folder, tmp_path, capsys):
     said(capsys, folder, "--archive", tmp_path / "records")
     results = tmp_path / "RESULTS.md"
     said(capsys, "--results", results)
+    front = Parsed((tmp_path / "pages/index.html").read_text())
+    (link,) = [of["href"] for tag, of in front.tags if tag == "a"]
+    assert (tmp_path / "pages" / str(link)).is_file()
     assert "agrees with the records" in said(capsys, "--results", results, "--check")
     text = results.read_text()
     figure = re.search(r"\d\.\d\d", text)
     assert figure is not None
     results.write_text(text.replace(figure[0], "9.99", 1))
     assert "9.99" in said(capsys, "--results", results, "--check", code=1)
+
+
+def test_the_front_page_has_a_line_for_every_claim_and_links_each_study(folder, tmp_path, capsys):
+    said(capsys, folder)
+    front = tmp_path / "front" / "index.html"
+    assert f"Front page: {front}" in said(capsys, folder, folder.parent.parent, "--front", front)
+    parsed = Parsed(front.read_text())
+    assert "Results of 1 study" in parsed.text
+    assert "2 claims: 2 supported." in parsed.text
+    assert parsed.text.index("the uniform reference costs more KL") < parsed.text.index("a larger beta keeps KL lower")
+    assert "2 secondary predictions on its page" in parsed.text
+    assert "label noise costs accuracy" not in parsed.text
+    (link,) = [of["href"] for tag, of in parsed.tags if tag == "a"]
+    assert (front.parent / str(link)).resolve() == (folder / "report.html").resolve()
+    lines = [of for tag, of in parsed.tags if tag == "line" and of["class"] == "span"]
+    assert len(lines) == 2
+    assert all(160 < float(str(of["x1"])) < float(str(of["x2"])) < 310 for of in lines)  # as predicted, on the right
+    assert not any(tag == "script" for tag, _ in parsed.tags)
+    assert "no study in" in said(capsys, folder.parent.parent.parent / "studies/runs", "--front", code=2)
+    front.write_text("<p>mine</p>")
+    assert "type another" in said(capsys, folder, "--front", front, code=2)
+    assert front.read_text() == "<p>mine</p>"
 
 
 def test_a_file_of_others_is_never_overwritten(again, capsys):

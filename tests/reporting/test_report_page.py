@@ -10,6 +10,7 @@ import pytest
 
 from dpo_lab.reporting.comparison_page import page as drawn
 from dpo_lab.reporting.figures.charts import Panel, Point, Series, plain
+from dpo_lab.reporting.front_page import front_page
 from dpo_lab.studies.load import gather
 from tests.conftest import REPOSITORY
 from tests.support.browser import MISSING, chromium, page
@@ -196,9 +197,11 @@ def test_an_axis_can_be_made_log_and_linear_again(address):
         heard = listened(shown, address)
         figure = shown.locator("figure", has=shown.locator("svg[aria-label=kl]")).first
         ticks = figure.locator("svg[aria-label=kl] [aria-label='y-axis tick label'] text")
+        assert "kl, log scale" in figure.locator("svg[aria-label=kl]").text_content()  # as it is a ratio quantity
+        figure.get_by_label("y axis").select_option("linear")
+        assert "log scale" not in figure.locator("svg[aria-label=kl]").text_content().partition("kl")[2]
         linear = ticks.all_text_contents()
         figure.get_by_label("y axis").select_option("log")
-        assert "kl, log scale" in figure.locator("svg[aria-label=kl]").text_content()
         logged = [float(text) for text in ticks.all_text_contents()]
         assert len(logged) >= 2
         assert min(logged) > 0
@@ -213,7 +216,7 @@ def test_an_axis_can_be_made_log_and_linear_again(address):
 def test_without_javascript_every_number_is_there(address):
     with page(1280, 900, java_script_enabled=False) as shown:
         shown.goto(address)
-        figure = shown.locator("figure", has=shown.locator("details.values")).first
+        figure = shown.locator("figure[aria-label^='kl, gold_gain']")
         assert figure.get_by_text("uniform, beta 0.3: kl ").is_visible()
         assert shown.locator("figure .legend").first.is_visible()
         assert shown.locator("table.filtered tbody tr").count() == 8
@@ -312,11 +315,32 @@ def test_ticks_are_round_few_and_apart(address):
 def test_an_effect_shows_zero_and_what_would_matter(address):
     with page(1280, 900) as shown:
         listened(shown, address)
-        chart = shown.locator("figure.effect svg").first  # uniform costs more KL: at least 0.2
-        assert chart.get_attribute("aria-label").startswith("effect +")
+        chart = shown.locator("figure.effect svg").first  # uniform costs more KL: at least a factor of 1.2
+        assert chart.get_attribute("aria-label").startswith("effect x 1.")
         solid, dashed = chart.locator(".level line").evaluate_all(
             "lines => lines.map(l => [Number(l.getAttribute('x1')), getComputedStyle(l).strokeDasharray])"
         )
         assert (solid[1], dashed[1]) == ("none", "4px, 3px")
         assert solid[0] < dashed[0]
         assert chart.locator(".bar line").count() == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 900, 400])
+def test_the_forest_plot_fits_and_tells_verdicts_by_word_and_shape(address, width, scheme, tmp_path):
+    front = tmp_path / "index.html"
+    (study,) = gather([Path(address.removeprefix("file://")).parent])
+    front.write_text(front_page([(study, "report.html")] * 3))
+    with page(width, 900, color_scheme=scheme) as shown:
+        heard = listened(shown, front.as_uri())
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        shown.screenshot(path=SCREENSHOTS / f"front-{scheme}-{width}.png", full_page=True)
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        assert shown.locator("tr.claim").count() == 6
+        assert shown.locator("tr.claim .verdict", has_text="● supported").count() == 6
+        assert shown.locator("tr.claim svg circle.solid").count() == 6
+        overlaps = """texts => texts.map(t => t.getBoundingClientRect()).some((a, i, all) => all.slice(i + 1).some(
+            b => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom))"""
+        assert not shown.locator("thead svg text:visible").evaluate_all(overlaps)
+        assert not shown.locator("tr.claim th, tr.claim td").evaluate_all(overlaps)
+        assert heard == []

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from dpo_lab.studies import archive
 from dpo_lab.studies.load import gather
 from dpo_lab.studies.spec import Direction
+from dpo_lab.studies.verdicts import decide
 from tests.support import a_study
 from tests.support.fake_sweep import run_studies
 
@@ -120,3 +122,15 @@ def test_a_seed_of_which_no_run_is_done_ends_the_study(tmp_path, capsys):
     assert record["status"] == "failed"
     assert record["study"]["seeds"] == [0, 1, 2, 3]
     assert "no run of seed 3 is done, so no seed is added" in capsys.readouterr().out
+
+
+def test_an_archived_record_keeps_the_rule_and_says_the_same(tmp_path):
+    _, (record,), _ = run_studies(tmp_path, [claims(strong=Direction.more)], drawn(strong=2.0))
+    (collection,) = gather([tmp_path / "one"])
+    kept = archive.read(archive.write(collection, tmp_path / "records"))
+    assert kept.record["stopping"] == record["stopping"]
+    assert not kept.is_exploratory
+    ((_, ours),), ((_, theirs),) = decide(collection), decide(kept)
+    assert (theirs.word, theirs.interval_kind) == (ours.word, ours.interval_kind) == ("supported", "anytime-valid")
+    assert theirs.effect is not None
+    assert theirs.effect.interval == pytest.approx(ours.effect.interval, rel=1e-4)  # pyright: ignore[reportOptionalMemberAccess]

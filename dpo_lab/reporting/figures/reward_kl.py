@@ -33,15 +33,11 @@ def reward_against_kl(collection: RunSet, arms: Sequence[Arm]) -> Chart | None:
     series = _series(collection, lines, frontier.KL, frontier.GAIN, axis)
     if not series:
         return None
-    most = max(1.0, *(high for s in series for p in s.points for high in (p.x, *(p.x_interval or ()))))
-    best = _optimum(collection, most)
+    drifts = [at for s in series for at in (*(p.x for p in s.points), *(x for x, _ in s.cloud))]
+    most = max(1.0, *drifts, *(high for s in series for p in s.points if p.x_interval for high in p.x_interval))
+    best = optimum(collection, min(drifts), most)
     title, across = "gain in gold reward, sd of the initial policy", "KL to the initial policy, nats"
-    panel = Panel(
-        title,
-        across,
-        [*best, *series],
-        x=axis_of(frontier.KL, [x for s in series for x, _ in s.cloud] or [p.x for s in series for p in s.points]),
-    )
+    panel = Panel(title, across, [*best, *series], x=axis_of(frontier.KL, drifts))
     caption = (
         "Across: KL to the initial policy in nats; up: gain in gold reward, in sd of the initial policy. Large points: means"
         f" over seeds with 95 % intervals{f', labelled by {axis}' if axis else ''}; small points: single seeds."
@@ -70,15 +66,15 @@ def _seeds(collection: RunSet, arm: Arm, x: str, y: str) -> list[tuple[float, fl
     return [(across[seed], up[seed]) for seed in both] if len(both) > 1 else []
 
 
-def _optimum(collection: RunSet, most: float) -> list[Series]:
-    """Return the optimum, up to `most` nats, and best-of-n; means over the seeds that have them."""
+def optimum(collection: RunSet, least: float, most: float) -> list[Series]:
+    """Return the optimum, from under `least` to `most` nats, and best-of-n; means over the seeds that have them."""
     by_seed = [points for seed in collection.seeds if (points := frontier.optimum(collection, seed))]
     by_tilt = list(zip(*by_seed, strict=True)) if by_seed else []
     known = [
         frontier.Point(mean(p.gain for p in each).value, mean(p.kl for p in each).value, min(p.ess for p in each))
         for each in by_tilt
     ]
-    inside = [point for point in sorted(known, key=lambda p: p.kl) if point.kl <= most * 1.12]
+    inside = [point for point in sorted(known, key=lambda p: p.kl) if least / 2 <= point.kl <= most * 1.12]
     trusted = [p for p in inside if p.is_trusted]
     beyond = [*trusted[-1:], *(p for p in inside if not p.is_trusted)]
     series = []

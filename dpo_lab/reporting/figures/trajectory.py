@@ -8,14 +8,18 @@ from typing import Any
 
 from dpo_lab.reporting.figures.arm_lines import label_of, style_of
 from dpo_lab.reporting.figures.charts import Chart, Panel, Point, Series, chart
+from dpo_lab.reporting.figures.reward_kl import optimum
 from dpo_lab.reporting.figures.style import BLUE, GREEN, GREY, VERMILLION, FigureSpec
 from dpo_lab.reporting.formatting import format_value
+from dpo_lab.runs.metrics_log import MetricsLogError
 from dpo_lab.runs.trajectory import REWARDS
-from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.frontier import GAIN as GOLD
+from dpo_lab.studies.run_data import RunData, RunSet
 
 LINES = {"gold": ("-o", BLUE), "reward": ("--s", VERMILLION), "judge": (":^", GREEN)}
 PATHS = 40  # most with a marker at each point
 NAMED = 2  # most paths whose points are named by their steps
+LEAST_KL = 1e-3  # nats; what is less, as at the first step, is not shown on a log axis
 WIDTH, HEIGHT = 4.4, 3.2  # of a panel, inches
 STEPS, KL, GAIN = "optimizer steps", "KL to the initial policy, nats", "gain over the initial policy, in its sd"
 
@@ -56,19 +60,35 @@ def _line(axis: Any, points: Sequence[Mapping[str, float]], across: str, name: s
 
 
 def paths(collection: RunSet) -> list[Chart]:
-    """Return the chart of gain against KL along the trajectory of each run that has one, and over steps."""
-    of_run = {(run.arm, run.seed): found for run in collection.runs if (found := run.trajectory())}
+    """Return the chart of gain against KL along the trajectory of each run that has one, with the optimum's line, and over
+    steps.
+    """
+    of_run = {(run.arm, run.seed): found for run in collection.runs if (found := _path(run))}
     charts = []
     for gain in (f"{name}_gain" for name in REWARDS):
+        plane = _series(collection, of_run, "kl", gain)
+        drifts = [point.x for of in plane for point in of.points]
+        if not drifts:
+            continue
+        best = optimum(collection, min(drifts), max(drifts)) if gain == GOLD else []
         panels = [
-            Panel(gain, "KL to the initial policy, nats", _series(collection, of_run, "kl", gain)),
+            Panel(gain, "KL to the initial policy, nats", [*best, *plane], x="log"),
             Panel(gain, STEPS, _series(collection, of_run, "step", gain)),
             Panel("kl", STEPS, _series(collection, of_run, "step", "kl")),
         ]
         caption = "A line is a run, a point one of its trajectory; gains are in sd of the initial policy's rewards."
-        if not panels[0].is_empty and (found := chart(f"Trajectories, {gain}", panels, caption)):
+        caption += f" Points under {LEAST_KL:g} nats are left out of the first panel."
+        if found := chart(f"Trajectories, {gain}", panels, caption):
             charts.append(found)
     return charts
+
+
+def _path(run: RunData) -> list[dict[str, Any]]:
+    """Return the points of a run's trajectory; empty if its metrics log is damaged, as its learning curves say."""
+    try:
+        return run.trajectory()
+    except MetricsLogError:
+        return []
 
 
 def _series(
@@ -79,7 +99,7 @@ def _series(
         for (of_arm, seed), path in of_run.items():
             if of_arm != arm:
                 continue
-            shown = [point for point in path if x in point and y in point]
+            shown = [point for point in path if x in point and y in point and (x == "step" or point[x] >= LEAST_KL)]
             points = [Point(float(point[x]), point[y]) for point in shown]
             if x != "step":
                 points = [

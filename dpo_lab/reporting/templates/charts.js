@@ -111,7 +111,7 @@ function draw(panel, hidden, types, width) {
   const labels = rows ? Math.min(176, CHARACTER * Math.max(...rows.map((row) => row.length))) : 38;
   const [marginTop, marginBottom, marginLeft, marginRight] = [panel.title ? 28 : 6, panel.xlabel ? 42 : 24, 14 + labels, 14];
   const inner = width - marginLeft - marginRight;
-  const xTicks = ticks(x, panel.ticks, inner - 36, 32), yTicks = rows ?? ticks(y, null, 200, 22);
+  const xTicks = ticks(x, panel.ticks, inner - 36, 40), yTicks = rows ?? ticks(y, null, 200, 22);
   const isNamed = panel.series.some((s) => s.points.some((p) => p.name));
   const svg = Plot.plot({
     width, height: rows ? marginTop + marginBottom + 24 * rows.length : isNamed ? 340 : 290,
