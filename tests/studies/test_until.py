@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from dpo_lab.reporting.figures.looks import looks_figure
 from dpo_lab.studies import archive
 from dpo_lab.studies.load import gather
 from dpo_lab.studies.spec import Direction
@@ -51,6 +52,9 @@ def test_seeds_are_added_until_a_claim_is_decided_and_each_has_a_look(tmp_path, 
     assert len(started) == 2 * len(seeds)
     (collection,) = gather([tmp_path])
     assert not collection.is_exploratory
+    shown = looks_figure(collection)
+    assert shown is not None
+    assert [point.x for point in shown.panels[0].series[0].points] == list(range(1, len(seeds) + 1))
     said = capsys.readouterr().out
     assert f"one: {len(seeds)} of at most 24 seeds; decided" in said
     assert "of strong: +" in said
