@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from dataclasses import replace
 
 import pytest
@@ -86,6 +87,17 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(kill_after, worker
     assert not collection.is_exploratory
     _, (again,), started = run_studies(tmp_path, [study], metrics, workers=workers)
     assert (told(again), started) == (told(whole), [])
+
+
+def test_a_study_that_is_asked_to_stop_is_not_over_though_its_runs_are_done(tmp_path):
+    study, metrics = claims(strong=Direction.more), drawn(strong=2.0)
+    _, (whole,), _ = run_studies(tmp_path / "whole", [study], metrics)
+    code, (record,), _ = run_studies(tmp_path, [study], metrics, stop_after=4)  # the last run of the second round
+    assert code == 128 + signal.SIGTERM
+    assert record["status"] == "stopped"
+    assert [job["status"] for job in record["jobs"]] == ["done"] * 4
+    code, (record,), _ = run_studies(tmp_path, [study], metrics)
+    assert (code, told(record)) == (0, told(whole))
 
 
 def test_studies_that_share_runs_stop_each_by_itself(tmp_path):
