@@ -11,6 +11,7 @@ from dpo_lab.reporting import comparison, comparison_tables, forest
 from dpo_lab.reporting.comparison_tables import Table
 from dpo_lab.reporting.figures import comparison_figures, trajectory
 from dpo_lab.reporting.figures.charts import Chart, Panel, Point, Series, chart
+from dpo_lab.reporting.figures.looks import looks_figure
 from dpo_lab.reporting.figures.reward_kl import reward_against_kl
 from dpo_lab.reporting.html_page import render
 from dpo_lab.reporting.samples import Prompt, side_by_side
@@ -63,6 +64,7 @@ class Part:
     found: Sequence[str]
     claims: Sequence[forest.Claim]
     answers: Sequence[Answer]
+    looks: Chart | None
     asked: Sequence[Chart]
     frontier: Chart | None
     paths: Sequence[Chart]
@@ -106,6 +108,7 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
         found=[each for each in (study.notes if study else "").split("\n\n") if each.strip()],
         claims=forest.claims(judged),
         answers=[_answer(prediction, verdict, collection) for prediction, verdict in judged],
+        looks=looks_figure(collection),
         asked=comparison_figures.study_figures(collection, metrics, logs),
         paths=trajectory.paths(collection),
         frontier=reward_against_kl(collection, collection.arms),
