@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 from dpo_lab.studies import grouping
 from dpo_lab.studies.run_data import RunSet, check_metrics
@@ -243,10 +244,10 @@ def _write_front(file: Path, studies: Sequence[tuple[Path, RunSet]]) -> None:
     """Write the front page of studies, each with the path of its page, which is linked if there is one."""
     from dpo_lab.reporting.front_page import front_page
 
-    links = [
-        (study, Path(os.path.relpath(page, file.parent)).as_posix() if page.exists() else "") for page, study in studies
-    ]
-    _write_page(_checked(file, "--front"), front_page(links))
+    def link(page: Path) -> str:
+        return quote(Path(os.path.relpath(page, file.parent)).as_posix()) if page.exists() else ""
+
+    _write_page(_checked(file, "--front"), front_page([(study, link(page)) for page, study in studies]))
     print(f"Front page: {file}")
 
 

@@ -5,9 +5,11 @@ report its verdict.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from dpo_lab import report
@@ -32,7 +34,7 @@ HELP = """Test a claim: run every arm under every seed, then report the verdicts
   python -m dpo_lab.study ablations/beta.yaml until=decided         as many seeds as it takes
   python -m dpo_lab.study ablations/beta.yaml launcher=joblib hydra.launcher.n_jobs=4     several jobs at once
   python -m dpo_lab.study ablations/beta.yaml policy=pretrained policy.path=... data.path=...   on your model and data
-  python -m dpo_lab.study study=all                             every study of ablations/
+  python -m dpo_lab.study study=all budget=quick                every study of ablations/, a job on each core with joblib
 
 budget=NAME: one of the file's budgets (default: full). seeds=0,1,2: instead of the budget's seeds. until=decided: add
 seeds, those of the budget or of seeds= first, then the whole numbers after them, with a look after each, until every
@@ -109,11 +111,20 @@ def planned_studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[St
     for other in sorted({other for path in paths for other in path.parent.glob("*.yaml")} - set(paths)):
         with suppress(StudyError):  # not a study, or without this budget
             beside.append(run(other))
-    return (
-        studies,
-        beside,
-        [f"name={options['name']}/runs/{options['budget']}", *(word for word in more if word not in arms)],
-    )
+    shared = [word for word in more if word not in arms]
+    if options["study"]:
+        shared += _at_once(shared)
+    return studies, beside, [f"name={options['name']}/runs/{options['budget']}", *shared]
+
+
+def _at_once(typed: Sequence[str]) -> list[str]:
+    """Return the overrides by which a job runs on each core; none if a launcher or a trainer is typed, or joblib's launcher
+    is not installed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_chosen = any(word.startswith(("launcher", "hydra", "trainer", "+launcher")) for word in typed)
+    is_there = find_spec("hydra_plugins") and find_spec("hydra_plugins.hydra_joblib_launcher")
+    return ["launcher=joblib", f"hydra.launcher.n_jobs={cores}"] if is_there and cores > 1 and not is_chosen else []
 
 
 def _max_seeds(until: str, max_seeds: str) -> int | None:

@@ -11,13 +11,14 @@ from dpo_lab.reporting import comparison, comparison_tables, forest
 from dpo_lab.reporting.comparison_tables import Table
 from dpo_lab.reporting.figures import comparison_figures, trajectory
 from dpo_lab.reporting.figures.charts import Chart, Panel, Point, Series, chart
+from dpo_lab.reporting.figures.looks import looks_figure
 from dpo_lab.reporting.figures.reward_kl import reward_against_kl
 from dpo_lab.reporting.html_page import render
 from dpo_lab.reporting.samples import Prompt, side_by_side
 from dpo_lab.runs.metrics_log import MetricsLogError
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import Verdict
-from dpo_lab.stats.text import format_p
+from dpo_lab.stats.text import format_p, percent
 from dpo_lab.studies import verdicts
 from dpo_lab.studies.run_data import RunData, RunSet
 from dpo_lab.studies.scales import Scale, as_told, factor
@@ -63,6 +64,7 @@ class Part:
     found: Sequence[str]
     claims: Sequence[forest.Claim]
     answers: Sequence[Answer]
+    looks: Chart | None
     asked: Sequence[Chart]
     frontier: Chart | None
     paths: Sequence[Chart]
@@ -105,7 +107,8 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
         ],
         found=[each for each in (study.notes if study else "").split("\n\n") if each.strip()],
         claims=forest.claims(judged),
-        answers=[_answer(prediction, verdict) for prediction, verdict in judged],
+        answers=[_answer(prediction, verdict, collection) for prediction, verdict in judged],
+        looks=looks_figure(collection),
         asked=comparison_figures.study_figures(collection, metrics, logs),
         paths=trajectory.paths(collection),
         frontier=reward_against_kl(collection, collection.arms),
@@ -159,9 +162,9 @@ def _about(collection: RunSet) -> list[tuple[str, str]]:
     return [(name, text) for name, text in about if text]
 
 
-def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
+def _answer(prediction: Prediction, verdict: Verdict, collection: RunSet) -> Answer:
     """Return a prediction with its verdict. Effects keep their sign: a supported `less` lies below 0."""
-    measured = verdict.effect
+    measured, share = verdict.effect, verdicts.share_from_prompts(prediction, collection)
     facts = [
         ("effect", comparison.effect_text(measured, prediction.scale) if measured else "unknown"),
         ("effect of", comparison.effect_name(prediction)),
@@ -171,6 +174,7 @@ def _answer(prediction: Prediction, verdict: Verdict) -> Answer:
         ("p, Holm", format_p(verdict.p_holm)),
         ("detectable", comparison.detectable_text(prediction, verdict)),
         ("interval", verdict.interval_kind),
+        ("spread from prompts", percent(share) + " of the variance between seeds" if share is not None else ""),
     ]
     notes = comparison.verdict_notes(verdict)
     return Answer(

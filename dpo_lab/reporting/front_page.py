@@ -43,8 +43,8 @@ def front_page(studies: Sequence[tuple[RunSet, str]]) -> str:
         "front.html",
         MADE_BY,
         STYLES,
-        title=f"Results of {len(entries)} studies",
-        summary=f"{total} claims: {words}.{spent}",
+        title=f"Results of {len(entries)} stud{'ies' if len(entries) > 1 else 'y'}",
+        summary=f"{total} claim{'s' if total > 1 else ''}: {words}.{spent}",
         studies=entries,
         plot=forest.PLOT,
     )

@@ -94,7 +94,7 @@ def read(path: Path) -> RunSet:
     Raises StudyError if the file is not an archived record.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if record["schema"] != SCHEMA:
             raise ValueError(f"schema {record['schema']}, this version reads {SCHEMA}")
         record = present_study(record) | {"kept_as": path.stem}

@@ -18,14 +18,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dpo_lab.stats import paired_tests
-from dpo_lab.stats.estimates import Estimate
+from dpo_lab.stats.estimates import Estimate, mean
 from dpo_lab.stats.paired_tests import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict
 from dpo_lab.studies import sequential
 from dpo_lab.studies.effects import check, describe, effect_per_seed
 from dpo_lab.studies.run_data import RunData, RunSet
 from dpo_lab.studies.scales import Scale, as_told, mean_over_seeds, paired_difference
 from dpo_lab.studies.seed_effects import SeedEffects, arms_of, is_anytime, seed_effects
-from dpo_lab.studies.spec import Direction, Missing, Prediction
+from dpo_lab.studies.spec import Direction, Measure, Missing, Prediction
 
 __all__ = [
     "Comparison",
@@ -38,6 +38,7 @@ __all__ = [
     "effect_per_seed",
     "is_anytime",
     "mean_over_seeds",
+    "share_from_prompts",
     "study_verdict",
     "versus_baseline",
 ]
@@ -114,13 +115,13 @@ def versus_baseline(collection: RunSet, metric: str) -> dict[str, Comparison]:
         values = collection.values(arm.name, metric)
         if not values:
             continue
-        mean = mean_over_seeds(metric, list(values.values()))
+        level = mean_over_seeds(metric, list(values.values()))
         shared = [seed for seed in values if seed in base and arm.name != collection.baseline]
         if not shared:
-            table[arm.name] = Comparison(mean)
+            table[arm.name] = Comparison(level)
             continue
         scale, apart = paired_difference(metric, [values[seed] for seed in shared], [base[seed] for seed in shared])
-        table[arm.name] = Comparison(mean, as_told(scale, paired_tests.paired(apart)), None, scale)
+        table[arm.name] = Comparison(level, as_told(scale, paired_tests.paired(apart)), None, scale)
         if (p := paired_tests.p_value(apart)) is not None:
             ps[arm.name] = p
     for arm, p in zip(ps, paired_tests.holm(list(ps.values())), strict=True):
@@ -133,12 +134,46 @@ def by_prompt(run: RunData, baseline: RunData, column: str = "gold") -> Estimate
     bootstrap over prompts; it does not include variation between seeds. None if fewer than 50 prompts have it in both
     runs.
     """
-    ours, theirs = (each.examples().get("prompt", {}) for each in (run, baseline))
-    keys = [key for key in ours if key in theirs and None not in (ours[key].get(column), theirs[key].get(column))]
-    prompts = [key.partition("#")[0] for key in keys]  # a repeated prompt is the same cluster
-    if len(set(prompts)) < paired_tests.CLUSTERS:
+    apart = _by_prompt(run, baseline, column)
+    if len(apart) < paired_tests.CLUSTERS:
         return None
-    return paired_tests.cluster_bootstrap([ours[key][column] - theirs[key][column] for key in keys], prompts)
+    prompts = [prompt for prompt, differences in apart.items() for _ in differences]
+    return paired_tests.cluster_bootstrap([each for differences in apart.values() for each in differences], prompts)
+
+
+def share_from_prompts(prediction: Prediction, collection: RunSet) -> float | None:
+    """Return the part of the variance between seeds of a difference in gold reward that comes from the finite number of
+    prompts, which more prompts would reduce.
+
+    None for other predictions, and unless two seeds or more have values by prompt of both arms.
+    """
+    arms = [collection.members(named) for named in (prediction.treatment, prediction.control)]
+    if prediction.metric != "gold_gain" or prediction.measure is not Measure.difference or prediction.matched_on:
+        return None
+    if any(len(members) != 1 for members in arms):
+        return None
+    effects, variances = [], []
+    for seed in collection.seeds:
+        left, right = (collection.run(members[0].name, seed) for members in arms)
+        apart = _by_prompt(left, right, "gold") if left and right else {}
+        if len(apart) > 1:
+            estimate = mean(math.fsum(each) / len(each) for each in apart.values())
+            effects.append(estimate.value)
+            variances.append((estimate.se or 0.0) ** 2)
+    if len(effects) < 2 or paired_tests.is_constant(effects):
+        return None
+    between = math.fsum((effect - mean(effects).value) ** 2 for effect in effects) / (len(effects) - 1)
+    return min(1.0, math.fsum(variances) / len(variances) / between)
+
+
+def _by_prompt(run: RunData, baseline: RunData, column: str) -> dict[str, list[float]]:
+    """Return the differences of a column of `examples.jsonl` between two runs, by prompt; a repeated prompt has several."""
+    ours, theirs = (each.examples().get("prompt", {}) for each in (run, baseline))
+    found: dict[str, list[float]] = {}
+    for key in ours:
+        if key in theirs and None not in (ours[key].get(column), theirs[key].get(column)):
+            found.setdefault(key.partition("#")[0], []).append(ours[key][column] - theirs[key][column])
+    return found
 
 
 def _measured(prediction: Prediction, of: SeedEffects, side: int) -> Verdict:

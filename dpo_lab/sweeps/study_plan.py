@@ -64,7 +64,7 @@ def _show_power(console: Console, run: StudyRun) -> None:
             console, "No earlier runs of two seeds: how many seeds decide a prediction is unknown until there are some."
         )
         return
-    head = ("prediction", "effect", "sd", "seeds at power 0.8", "until=decided", f"decided by {most}")
+    head = ("prediction", "effect", "sd on its scale", "seeds at power 0.8", "until=decided", f"decided by {most}")
     table = Table(*head, box=None, header_style="dim", pad_edge=False)
     for prediction, power in zip(run.study.predictions, powers, strict=True):
         cells = ["unknown", "", "", "", ""]
@@ -72,7 +72,7 @@ def _show_power(console: Console, run: StudyRun) -> None:
             seeds, share = expected(power.ends, most)
             fixed = str(power.fixed or f"over {MOST}")
             cells = [
-                format_value(power.effect),
+                _told(prediction, power),
                 format_value(power.sd),
                 fixed,
                 f"{seeds:.0f} on average",
@@ -85,6 +85,7 @@ def _show_power(console: Console, run: StudyRun) -> None:
 
 
 def _told(prediction: Prediction, power: Power) -> str:
+    """Return the effect of earlier runs as text, on a scale of logarithms as a factor."""
     return effect_text(Estimate(power.effect), prediction.scale)
 
 

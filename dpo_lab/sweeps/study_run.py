@@ -15,7 +15,7 @@ from dpo_lab.runs.run_record import now, slug
 from dpo_lab.stats.paired_tests import Verdict
 from dpo_lab.studies.archive import FOLDER, path_of
 from dpo_lab.studies.load import RunSet, gather
-from dpo_lab.studies.spec import RECORD, Prediction, Study, StudyError, present_study
+from dpo_lab.studies.spec import RECORD, Arm, Prediction, Study, StudyError, present_study
 from dpo_lab.studies.verdicts import decide
 from dpo_lab.sweeps import study_rounds
 from dpo_lab.sweeps.job_status import Outcome
@@ -96,13 +96,16 @@ class StudyRun:
         ]
 
     def earlier(self) -> RunSet | None:
-        """Return the finished runs of this study's arms in its folder, else those of its archived record; else None."""
+        """Return the finished runs of this study's arms in its folder, else those of its archived record; else None.
+
+        Arms are the same whatever points of their trajectories are measured.
+        """
         archived = path_of(self._file.parent / FOLDER, self.study.name, self._record["budget"])
         for path in (self.folder, archived):
             if (path / RECORD).exists() or path.is_file():
                 found = gather([path])[0]
-                typed = {arm.name: arm.overrides for arm in found.arms}
-                same = {arm.name for arm in self.study.arms if typed.get(arm.name) == arm.overrides}
+                typed = {arm.name: _trained_with(arm) for arm in found.arms}
+                same = {arm.name for arm in self.study.arms if typed.get(arm.name) == _trained_with(arm)}
                 if runs := [run for run in found.runs if run.is_done and run.arm in same]:
                     return replace(found, arms=self.study.arms, runs=runs)
         return None
@@ -156,3 +159,7 @@ class StudyRun:
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / RECORD, json.dumps(self._record, indent=1, allow_nan=False))
+
+
+def _trained_with(arm: Arm) -> list[str]:
+    return [override for override in arm.overrides if not override.startswith("evals.every=")]

@@ -61,10 +61,11 @@ class StudySweeper(JobSweeper):
         for study, own in self._own.items():
             study.register()
             study.write_status("running", [(job, None) for job in own])
-        code, outcomes = self.run(jobs, console, self._more)
+        code, outcomes = self.run(jobs, console, self._more if self._left else None)
         for study in self.studies:
             results = self._results(study, outcomes)
             is_done = all(outcome is not None and outcome.status == "done" for _, outcome in results)
+            is_done &= study not in self._left
             study.write_status("done" if is_done else "failed" if code == 1 else "stopped", results)
         sys.exit(code)
 

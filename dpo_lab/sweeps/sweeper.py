@@ -87,11 +87,12 @@ class JobSweeper(Sweeper):
         self,
         jobs: list[plan.Job],
         console: Console,
-        more: Callable[[Sequence[Outcome]], list[plan.Job]] = lambda outcomes: [],
+        more: Callable[[Sequence[Outcome]], list[plan.Job]] | None = None,
     ) -> tuple[int, list[Outcome]]:
         """Run the jobs that are not done, then those that `more` adds; return the exit code and each job's outcome.
 
-        more(outcomes of all jobs so far): called after each round of jobs, until it returns no job.
+        more(outcomes of all jobs so far): called after each round of jobs, until it returns no job. If a signal comes first,
+        the code is 128 + signal even if all jobs so far are done.
         """
         sweep, started, error = SweepFolder(jobs[0].sweep), now(), None
         ended: list[Outcome] = []
@@ -112,8 +113,10 @@ class JobSweeper(Sweeper):
                         while error and not request.signum and any(is_alive(job.folder) for job in todo):
                             time.sleep(1)  # an error of one job ended the launcher while others still run
                 ended += reader.outcomes(is_over=True)
-                jobs = more(ended) if request.signum is None and error is None else []
+                jobs = more(ended) if more is not None and request.signum is None and error is None else []
             code = summary.exit_code(ended, request.signum)
+            if more is not None and request.signum is not None:
+                code = 128 + request.signum
             status = {0: "done", 1: "failed"}.get(code, "stopped")
             summary.write(sweep.path, ended, started, status, error)
             summary.show(console, sweep.path, ended, error)

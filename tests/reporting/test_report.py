@@ -325,7 +325,7 @@ def test_the_front_page_has_a_line_for_every_claim_and_links_each_study(folder, 
     front = tmp_path / "front" / "index.html"
     assert f"Front page: {front}" in said(capsys, folder, folder.parent.parent, "--front", front)
     parsed = Parsed(front.read_text())
-    assert "Results of 1 studies" in parsed.text
+    assert "Results of 1 study" in parsed.text
     assert "2 claims: 2 supported." in parsed.text
     assert parsed.text.index("the uniform reference costs more KL") < parsed.text.index("a larger beta keeps KL lower")
     assert "2 secondary predictions on its page" in parsed.text

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import signal
 from dataclasses import replace
 
 import pytest
 
+from dpo_lab.reporting.figures.looks import looks_figure
 from dpo_lab.studies import archive
 from dpo_lab.studies.load import gather
 from dpo_lab.studies.spec import Direction
@@ -51,6 +53,9 @@ def test_seeds_are_added_until_a_claim_is_decided_and_each_has_a_look(tmp_path, 
     assert len(started) == 2 * len(seeds)
     (collection,) = gather([tmp_path])
     assert not collection.is_exploratory
+    shown = looks_figure(collection)
+    assert shown is not None
+    assert [point.x for point in shown.panels[0].series[0].points] == list(range(1, len(seeds) + 1))
     said = capsys.readouterr().out
     assert f"one: {len(seeds)} of at most 24 seeds; decided" in said
     assert "of strong: +" in said
@@ -82,6 +87,17 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(kill_after, worker
     assert not collection.is_exploratory
     _, (again,), started = run_studies(tmp_path, [study], metrics, workers=workers)
     assert (told(again), started) == (told(whole), [])
+
+
+def test_a_study_that_is_asked_to_stop_is_not_over_though_its_runs_are_done(tmp_path):
+    study, metrics = claims(strong=Direction.more), drawn(strong=2.0)
+    _, (whole,), _ = run_studies(tmp_path / "whole", [study], metrics)
+    code, (record,), _ = run_studies(tmp_path, [study], metrics, stop_after=4)  # the last run of the second round
+    assert code == 128 + signal.SIGTERM
+    assert record["status"] == "stopped"
+    assert [job["status"] for job in record["jobs"]] == ["done"] * 4
+    code, (record,), _ = run_studies(tmp_path, [study], metrics)
+    assert (code, told(record)) == (0, told(whole))
 
 
 def test_studies_that_share_runs_stop_each_by_itself(tmp_path):

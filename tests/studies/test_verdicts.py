@@ -342,6 +342,26 @@ def test_one_seed_can_be_asked_over_prompts():
     assert verdicts.by_prompt(better, few) is None  # 40 prompts, each twice
 
 
+@pytest.mark.parametrize(("of_seeds", "of_prompts"), [(0.0, 3.0), (1.0, 0.5)])
+def test_how_much_of_the_spread_between_seeds_comes_from_too_few_prompts(of_seeds: float, of_prompts: float):
+    rng = np.random.default_rng(3)
+    prediction = a_study.predicts("arm")
+    study = a_study.study(["base", "arm"], [prediction], 40)
+    shifts = rng.normal(0, of_seeds, 40)
+
+    def values(arm: Arm, seed: int) -> RunData:
+        gold = rng.normal(shifts[seed] * (arm.name == "arm"), of_prompts, 64)
+        rows = {f"{n}": {"gold": float(value)} for n, value in enumerate(gold)}
+        return _Known(Path("x"), arm.name, seed, "done", record={"prompts": rows, "started": a_study.BEGUN})
+
+    runs = a_study.measured(study, values)
+    share = verdicts.share_from_prompts(prediction, runs)
+    expected = 2 * of_prompts**2 / 64 / (of_seeds**2 + 2 * of_prompts**2 / 64)
+    assert share == pytest.approx(expected, abs=0.35 if not of_seeds else 0.01)
+    assert verdicts.share_from_prompts(a_study.predicts("arm", "kl"), runs) is None
+    assert verdicts.share_from_prompts(a_study.predicts("arm", measure=Measure.level), runs) is None
+
+
 class _Known(RunData):
     def examples(self):
         return {"prompt": self.record["prompts"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +27,19 @@ class Killed(BaseException):
 
 class FakeSweeper(StudySweeper):
     """metrics(arm's name, seed): what its run measures, a ValueError if it fails; kill_after: runs before the process is
-    killed in the midst of the next; workers: of the launcher.
+    killed in the midst of the next; stop_after: runs before it is asked to stop; workers: of the launcher.
     """
 
-    def __init__(self, root: Path, metrics: Metrics, kill_after: int | None = None, workers: int = 1) -> None:
+    def __init__(
+        self,
+        root: Path,
+        metrics: Metrics,
+        kill_after: int | None = None,
+        stop_after: int | None = None,
+        workers: int = 1,
+    ) -> None:
         self.root, self.metrics, self.left, self.workers = root, metrics, kill_after, workers
+        self.stop_after = stop_after
         self._context = SimpleNamespace(config_loader=None)  # pyright: ignore[reportAttributeAccessIssue]
         self.started: list[str] = []
         self.params = {}
@@ -65,6 +74,8 @@ class FakeSweeper(StudySweeper):
             except ValueError as error:
                 record |= {"status": "failed", "error": str(error)}
             job.folder.mkdir(parents=True, exist_ok=True)
+            if len(self.started) == self.stop_after:
+                signal.raise_signal(signal.SIGTERM)
             part = job.folder / "run.json.part"
             part.write_text(json.dumps(record))
             part.replace(job.folder / "run.json")  # the sweep's monitor reads it meanwhile
