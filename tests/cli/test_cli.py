@@ -120,9 +120,9 @@ def test_tensorboard_shows_it(baseline):
             f"{split}/rewards/accuracies",
             f"{split}/logps/chosen",
         } <= names
-    assert {"z_final/kl", "z_final/gold", "z_final/true_accuracy"} <= names
+    assert {"train-end/kl", "train-end/gold", "train-end/true_accuracy"} <= names
     assert [e.step for e in events.Scalars("train/loss")] == [2, 4, 6]
-    assert events.Scalars("z_final/kl")[-1].value == pytest.approx(record_of(baseline)["metrics"]["kl"]["value"])
+    assert events.Scalars("train-end/kl")[-1].value == pytest.approx(record_of(baseline)["metrics"]["kl"]["value"])
     assert "samples/text_summary" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
 

@@ -64,9 +64,9 @@ def test_after_training_each_command_is_the_same_run_with_one_thing_changed(type
         assert not [a for a in arguments if a.startswith("if_exists")]  # it would set the run aside
         if arguments[0] == "--multirun":
             jobs = combinations(arguments[1:], Loader())  # type: ignore[arg-type]
-            betas = [float(own[-1].removeprefix("beta=")) for _, own in jobs]
+            betas = [float(own[-1].removeprefix("beta=")) for own in (wanted.overrides for wanted in jobs)]
             assert betas == pytest.approx([was["beta"] / 10, was["beta"], was["beta"] * 10])
-            assert difference(was, recorded(*jobs[1][1])) == {}
+            assert difference(was, recorded(*jobs[1].overrides)) == {}
         else:
             now = recorded(*arguments)
             assert now["reference"]["kind"] == "uniform"

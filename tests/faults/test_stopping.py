@@ -72,6 +72,7 @@ def in_safety():
     finally:
         raise OSError(errno.ENOSPC, "No space left on device", "run.json")
 schema.validate = lambda cfg: cfg
+schema.check_files = lambda settings: None
 work, when = globals()[sys.argv[1]], sys.argv[2]
 del sys.argv[1:]
 if when == "finding plugins":

@@ -101,7 +101,7 @@ def test_hparams_has_a_column_for_whatever_varies(columns):
         "reference.over": "DATA_TYPE_STRING",  # of one run alone
     }
     names = {info["name"]["tag"] for info in columns["metricInfos"]}
-    assert {"z_final/kl", "z_final/accuracy", "val/rewards/margins", "train/loss"} <= names
+    assert {"train-end/kl", "train-end/accuracy", "val/rewards/margins", "train/loss"} <= names
 
 
 def test_hparams_has_a_row_for_each_run_and_one_of_them_failed(desk, columns):
@@ -115,7 +115,7 @@ def test_hparams_has_a_row_for_each_run_and_one_of_them_failed(desk, columns):
         "desk/ablation=crash/seed=0": ["STATUS_FAILURE"],
     }
     measured = {name: {m["name"]["tag"] for m in row["metricValues"]} for name, row in rows.items()}
-    assert {name for name, seen in measured.items() if "z_final/kl" in seen} == {
+    assert {name for name, seen in measured.items() if "train-end/kl" in seen} == {
         "desk/ablation=uniform/seed=0",
         "desk/ablation=noisy/seed=0",
     }
@@ -153,7 +153,7 @@ def test_a_browser_shows_the_table_and_one_failure_in_it(desk):
         names.nth(2).wait_for()
         assert {name.strip() for name in names.all_inner_texts()} == RUNS
         texts = [text.strip() for text in cells.all_inner_texts()]
-        assert {"beta", "noise.rate", "optim.lr", "reference.kind", "z_final/accuracy"} <= set(texts)
+        assert {"beta", "noise.rate", "optim.lr", "reference.kind", "train-end/accuracy"} <= set(texts)
         assert {"0.20000", "0.25000", "1.0000e+30", "uniform"} <= set(texts)
         shown.screenshot(path=SCREENSHOTS / "hparams.png")
         shown.locator("tf-hparams-query-pane paper-checkbox").filter(has_text="Success").click()
@@ -174,6 +174,10 @@ def test_a_browser_overlays_the_runs_by_name(desk):
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     with page() as shown:
         shown.goto(f"{desk}/#timeseries")
+        groups = shown.locator(".group-title")
+        groups.get_by_text("val", exact=True).wait_for()
+        titles = [title.strip() for title in groups.all_inner_texts()]
+        assert titles.index("train") < titles.index("train-end")  # behind the curves of training, single dots
         shown.get_by_role("combobox", name="Filter tags (regex)").fill("^train/loss$")
         card = shown.locator("card-view").filter(has=shown.locator("scalar-card")).first
         for run in RUNS:

@@ -310,7 +310,7 @@ def test_a_run_on_own_pairs(whole, shop):
     )
     assert events.Scalars("train/tokens")[-1].value == record["tokens"]
     assert events.Scalars("val/loss")[-1].value == pytest.approx(metrics["loss"], rel=1e-5)
-    assert events.Scalars("z_final/loss")[-1].value == pytest.approx(metrics["loss"], rel=1e-5)
+    assert events.Scalars("train-end/loss")[-1].value == pytest.approx(metrics["loss"], rel=1e-5)
     card = (folder / "policy" / "README.md").read_text()
     assert "Trained by supervised fine-tuning" in card
     assert "    python -m dpo_lab.sft " in card

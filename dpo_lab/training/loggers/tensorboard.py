@@ -19,8 +19,9 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from dpo_lab.reporting.model_card import markdown_table
 from dpo_lab.reporting.run_summary import sample_table
 
-# The group of metrics that are measured once, after training: TensorBoard sorts groups by name, and curves come first.
-FINAL_METRICS = "z_final"
+# The group of metrics that are measured once, after training. TensorBoard's cards sort `/` before `-`, so that the curves of
+# train/ come before it; its HPARAMS table sorts `-` before `/`, so that these are the first metrics there.
+FINAL_METRICS = "train-end"
 BINS: Any = 30  # of a histogram: as many as TensorBoard draws
 
 
