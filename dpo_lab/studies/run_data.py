@@ -106,8 +106,9 @@ class RunData:
 
     def trajectory(self) -> list[dict[str, Any]]:
         """Return the points of the run's trajectory by step, of one that is not done those so far; empty if it has none."""
-        recorded = self.record.get("trajectory")
-        return points_of(self.log_rows()) if recorded is None else list(recorded)
+        if self.is_done or "trajectory" in self.record:
+            return list(self.record.get("trajectory", ()))
+        return points_of(self.log_rows())
 
     def _on_trajectory(self, metric: str, name: str, value: float) -> float:
         found = crossing(self.trajectory(), metric, name, value) if self.is_done else None
