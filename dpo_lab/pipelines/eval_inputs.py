@@ -106,7 +106,10 @@ def _load_third(
         own_ids = [own.prompt(text) for text in prompts]
     with policy_errors():
         Limits.of(policy.model).check_samples(own_ids, config.evals.max_new_tokens, "evals.max_new_tokens")
-    return ThirdPolicy(policy, own, own_ids, shares_tokens=same_vocabulary and own_ids == ids)
+    shares_tokens = same_vocabulary and own_ids == ids
+    if not shares_tokens:
+        log.warning("evals.third: its tokens differ from the initial policy's, so its KL to that is not measured")
+    return ThirdPolicy(policy, own, own_ids, shares_tokens)
 
 
 def _check_lengths(prompts: FilePrompts, encoder: PairTokenizer, policy: Policy, new_tokens: int) -> None:

@@ -63,7 +63,7 @@ def test_a_third_policy_of_the_same_tokenizer_shares_tokens(policy, tmp_path, ch
     assert read.third.prompt_ids == read.prompts.encode(inputs.encoder)
 
 
-def test_a_third_policy_of_another_tokenizer_has_prompts_of_its_own_tokens(policy, tmp_path):
+def test_a_third_policy_of_another_tokenizer_has_prompts_of_its_own_tokens(policy, tmp_path, caplog):
     tokenizer = train_tokenizer(SyntheticReviews().texts(TRAIN, 40, seed=1), vocab_size=300)
     tiny = TinyPolicy(hidden_size=32, layers=2, heads=4, intermediate_size=64, context=256)
     Policy(tiny.build(tokenizer, seed=1), tokenizer).save(tmp_path / "third")
@@ -72,6 +72,7 @@ def test_a_third_policy_of_another_tokenizer_has_prompts_of_its_own_tokens(polic
     third = read_eval_inputs(config, inputs, FORWARD).third
     assert third is not None
     assert not third.shares_tokens
+    assert "so its KL to that is not measured" in caplog.text
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in third.prompt_ids]
     assert texts == [text.strip() for text in config.data.task.prompts(HELD_OUT, 4, config.seed)]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": CHAT}))
