@@ -83,7 +83,7 @@ def test_a_prediction_compares_runs_where_each_came_to_the_gain(tmp_path):
     runs = compared(tmp_path)
     assert runs.study is not None
     found, missing = effects.effect_per_seed(runs.study.predictions[0], runs)
-    assert found == {0: pytest.approx(2), 1: pytest.approx(2)}
+    assert found == {0: pytest.approx(math.log(4 / 2)), 1: pytest.approx(math.log(3 / 1))}  # KL is compared by factors
     assert missing.keys() == {2}
     assert "never came to gold_gain 0.9; closest 0.4" in missing[2]
     assert runs.values("with", AT) == {0: pytest.approx(2), 1: pytest.approx(1), 2: pytest.approx(1.5)}
