@@ -83,7 +83,8 @@ def sweep(overrides: Overrides) -> Runs:
 
 def study(file: str | Path, budget: str = "full", overrides: Overrides = ()) -> Runs:
     """Run a study, every arm under every seed of a budget, as `python -m dpo_lab.study FILE budget=...` does, and return
-    its runs, whose `verdicts()` say what became of its predictions; see `sweep`.
+    its runs, whose `verdicts()` say what became of its predictions; see `sweep`. overrides: also `until=decided` and
+    `max_seeds=24`.
     """
     words = [str(file), f"budget={budget}", *without_plugins(overrides)]
     (planned,), _, _ = planned_studies(words, words)
