@@ -13,6 +13,7 @@ from dpo_lab.data.warnings import data_warnings
 from dpo_lab.evals.evaluate import evaluate
 from dpo_lab.evals.evaluators.above_best import AboveBest
 from dpo_lab.evals.evaluators.base import Evaluator, labels_of
+from dpo_lab.evals.evaluators.reward import Reward
 from dpo_lab.health.diagnose import of_folder
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, read_pair_sets
 from dpo_lab.pipelines.inputs import prepare_pairs
@@ -45,7 +46,7 @@ def train_dpo(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
 def evaluators_of(config: RunConfig) -> list[Evaluator]:
     """Return the evaluators of a run: those of its settings and, of a method that samples, the share of best samples."""
     selected = config.evals.selected()
-    is_asked = any(evaluator.name == "reward" for evaluator in selected)
+    is_asked = any(isinstance(evaluator, Reward) for evaluator in selected)
     return selected + [AboveBest()] * (config.method.is_online and is_asked)
 
 
