@@ -47,7 +47,8 @@ def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"best {kept['monitor']}, at step {kept['best_step']}", _figure(kept["best_value"])))
     if speed := record.get("throughput"):
         rows.append(("training tokens per second", f"{speed['tokens_per_second']:,.0f}"))
-        rows.append(("training pairs per second", f"{speed['pairs_per_second']:,.1f}"))
+        trained = "prompts" if "rollouts" in record else "pairs"
+        rows.append((f"training {trained} per second", f"{speed['pairs_per_second']:,.1f}"))
     if rollouts := record.get("rollouts"):
         rows.append(("samples drawn", f"{rollouts['samples']:,}"))
         rows.append(("reward queries", f"{rollouts['reward_queries']:,}"))
