@@ -108,7 +108,7 @@ def test_a_file_of_prompts_is_sampled_from_with_a_reward_model_and_refused_witho
     prompts = [*QUIET, "data.path=prompts.jsonl"]
     settings = [*prompts, "method=grpo", "method.prompts=4", "method.samples=2", "method.max_new_tokens=6"]
     path = folder_of(shop, "rm") / "reward_model"
-    told = warm.door("dpo_lab.train", "name=rl", *settings, f"reward.path={path}", cwd=shop)
+    told = warm.door("dpo_lab.train", "name=rl", *settings, f"reward.path='{path}'", cwd=shop)
     assert told.returncode == 0, told.stdout + told.stderr
     record = record_of(shop, "rl")
     assert record["rollouts"]["samples"] == 3 * 8
