@@ -22,6 +22,7 @@ UNUSED = ("beta", "method", "loss", "reference")  # in the training of a reward 
 # Settings of evals that its evaluation uses.
 EVALS = ("num_prompts", "max_new_tokens", "num_train_pairs", "batch_size", "calibration")
 REWARD_MODEL = "reward_model"  # the key of its own settings in its record
+SCALE_PROMPTS = 256  # for a reward model that a run needs, whatever its own evals.num_prompts
 CALLBACKS = ("progress", "checkpoint", "health")  # those that it keeps of another run
 
 
@@ -41,7 +42,8 @@ def reward_model_run(cfg: DictConfig, config: RunConfig) -> tuple[DictConfig, Ru
     """Return the config of the reward model's training that a run needs, composed and typed, and its digest.
 
     The digest is of all that determines the reward model: data, noise, initial policy, seed, precision, and the settings
-    of `reward`. The settings of the run's own training, such as beta, optim and trainer.max_steps, have no part in it.
+    of `reward`. The settings of the run's own training, such as beta, optim and trainer.max_steps, have no part in it, nor
+    has evals.num_prompts: mean and standard deviation of its scores are those on SCALE_PROMPTS prompts.
     """
     reward = config.reward
     assert isinstance(reward, Learned)
@@ -64,6 +66,7 @@ def reward_model_run(cfg: DictConfig, config: RunConfig) -> tuple[DictConfig, Ru
         made.method = OmegaConf.structured(DPO)  # which determines nothing of it
         made.optim = OmegaConf.structured(optim)
         made.data.batch_size = reward.batch_size
+        made.evals.num_prompts = SCALE_PROMPTS
         made.trainer.update(trainer)
         made.callbacks = {name: node for name, node in made.callbacks.items() if name in CALLBACKS}
     settings = validate(made)

@@ -32,16 +32,11 @@ from dpo_lab.data.transcript import parted
 
 Row = Mapping[str, Any]
 SIDES = ("chosen", "rejected")
-COLUMNS = [
-    "prompt",
-    *SIDES,
-    *"completion system tools responses ratings label text".split(),
-    *map("score_{}".format, SIDES),
-]
+NAMES = "completion system tools responses ratings label text"
+COLUMNS = ["prompt", *SIDES, *NAMES.split(), *(f"score_{side}" for side in SIDES)]
 ARENA = (("conversation_a", "conversation_b"), ("response_a", "response_b"))
 SCORES = {side: (f"score_{side}", f"{side}_score", f"{side}-rating", f"{side}_rating") for side in SIDES}
-RESPONSE_TEXT = ("content", "text", "response")
-RESPONSE_RATING = ("rating", "score", "overall_score")
+RESPONSE_TEXT, RESPONSE_RATING = ("content", "text", "response"), ("rating", "score", "overall_score")
 REQUIRED: Any = object()
 
 

@@ -189,7 +189,7 @@ class _QualityPass:
             most_of_a_prompt=int(self.of_a_prompt.max()),
             repeated=len(table) - distinct,
             contradictions=distinct - unordered,
-            responses=len(of_a_response),
+            responses=len(of_a_response) if is_there.any() else 0,
             shared_responses=float(of_a_response[of_a_response > 1].sum()) / max(1, int(is_there.sum())),
             special_inside=int((self.special[:, 1:] > 0).sum()),
             lengths={part: _lengths(*columns) for part, columns in parts.items()},

@@ -119,14 +119,15 @@ define_settings()
 
 
 def evaluate(context: EvalContext, evaluators: Iterable[Evaluator] | None = None) -> dict[str, Estimate]:
-    """Run the evaluators, by default the default ones, and return their estimates by name; {} if no pair is held out.
+    """Run the evaluators, by default the default ones, and return their estimates by name.
 
+    Without held-out pairs only those run that measure samples, and without held-out prompts, which then stand alone, none.
     Values per example are in context.examples afterwards. All ranks have to call it, see EvalContext; all get the same
     result.
     """
-    if not len(context.pairs):
-        return {}
     evaluators = SharedSettings().selected() if evaluators is None else evaluators
+    if not len(context.pairs):
+        evaluators = [each for each in evaluators if each.needs_samples] if context.prompts else []
     estimates = {name: estimate for evaluator in evaluators for name, estimate in evaluator.run(context)}
     context.add_texts()
     return estimates

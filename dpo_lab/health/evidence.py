@@ -105,9 +105,13 @@ class Evidence:
         means = {name: math.fsum(row[name] * row.pairs for row in taken) / total for name in names}
         return Row(taken[0].step, total, means)
 
-    def metric(self, name: str) -> Bounds | None:
-        """Return a metric of the evaluation; None if it was not measured or has no interval."""
-        metric = self.record.get("metrics", {}).get(name)
+    def metric(self, name: str, of: str = "") -> Bounds | None:
+        """Return a metric of the evaluation; None if it was not measured or has no interval.
+
+        of: the entry of the record that holds `metrics`, by default the record itself.
+        """
+        record = self.record.get(of, {}) if of else self.record
+        metric = record.get("metrics", {}).get(name)
         if metric is None or metric["interval"] is None:
             return None
         return Bounds(metric["value"], *metric["interval"])

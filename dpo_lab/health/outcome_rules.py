@@ -175,17 +175,18 @@ class RoundedAway(Rule):
 
 @dataclass(frozen=True)
 class RewardAtChance(Rule):
-    """Report that a reward model may rank held-out pairs no better than chance: its interval of accuracy, against the
-    truth where it is known, else against the labels, holds `chance`.
+    """Report that a reward model, trained by this run or followed by it, may rank held-out pairs no better than chance: its
+    interval of accuracy, against the truth where it is known, else against the labels, holds `chance`.
     """
 
     chance: float = 0.5
     name = "reward model at chance"
 
     def __call__(self, run: Evidence) -> Finding | None:
-        if "reward_model" not in run.config:
+        of = "" if "reward_model" in run.config else "reward_model"
+        if of and of not in run.record:
             return None
-        right = run.metric("true_accuracy") or run.metric("accuracy")
+        right = run.metric("true_accuracy", of) or run.metric("accuracy", of)
         if right is None or right.low > self.chance:
             return None
         message = (
@@ -193,7 +194,7 @@ class RewardAtChance(Rule):
             f" {percent(right.high)}): training on its rewards would follow noise"
         )
         suggestion = (
-            "more trainer.max_steps, another optim.lr, or more pairs; python -m dpo_lab.inspect looks at the pairs"
+            "more steps of its training, another rate, or more pairs; python -m dpo_lab.inspect looks at the pairs"
         )
         return Finding(
             self.name, Severity.warning, message, f"an interval that holds {percent(self.chance)}", suggestion

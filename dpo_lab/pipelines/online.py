@@ -10,6 +10,7 @@ from dpo_lab.core.methods import Online, PolicyGradient
 from dpo_lab.core.methods.online_dpo import OnlineDPO
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.limits import Limits
+from dpo_lab.models.policy import weights_digest
 from dpo_lab.models.reference import reference_model
 from dpo_lab.pipelines.inputs import TrainingInputs, policy_errors
 from dpo_lab.pipelines.offline import Training, start_training
@@ -41,6 +42,9 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         critic = Critic(model) if method.has_critic else None
     reward, gold = prepare_reward(config, inputs, forward)
     memory.count_weights(model, reference_model(reference), reward.model, critic)
+    if reward.model is not None:
+        weights = weights_digest(reward.model)  # type: ignore[arg-type]  # a PreTrainedModel
+        run.update(reward_model={"weights": weights, "metrics": config.reward.measured()})
     run.update(step_zero_loss=None, seconds=session.timer.stop("reference"))
     prompts = prompts_of(inputs, method, longest := longest_response(config))
     actor = Actor(
@@ -75,13 +79,26 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         sizes["batch_size"] = method.prompts_per_step
         module = module_for(config.loss)(model, config.loss, reference, config.optim, **sizes)
     asked = reward.queries  # so far, for its scale; each sample is one more, also in earlier attempts of this run
-    return Training(
-        module,
-        data,
-        memory,
-        lambda: {"rollouts": {"samples": data.samples, "reward_queries": asked + data.samples}},
-        None if config.reward.name == "gold" else reward,
-    )
+    trajectory_reward = None if config.reward.name == "gold" else reward
+    return Training(module, data, memory, lambda: {"rollouts": rollout_costs(data, asked)}, trajectory_reward)
+
+
+def rollout_costs(data: OnlineDataModule, asked: int) -> dict[str, Any]:
+    """Return the entry of the run record: samples drawn, reward queries, and responses that each model ran through it.
+
+    `forward_passes` counts a response once for each pass of training or measuring, without those that draw its tokens, which
+    `samples` counts, and a pass of training without its backward pass. asked: reward queries before the first rollout.
+    """
+    samples, method, actor = data.samples, data.method, data.actor
+    trained = method.epochs * samples * data.responses // method.samples
+    measures = isinstance(method, PolicyGradient)
+    passes = {"policy": trained + measures * actor.measures_policy * samples}
+    passes["reference"] = samples if measures else trained
+    if actor.critic is not None:
+        passes["critic"] = trained + samples
+    if actor.reward_model is not None:
+        passes["reward_model"] = samples
+    return {"samples": samples, "reward_queries": asked + samples, "forward_passes": passes}
 
 
 def longest_response(config: RunConfig) -> int:

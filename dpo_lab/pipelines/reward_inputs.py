@@ -76,6 +76,7 @@ def _overrides(settings: RunConfig) -> list[str]:
         "data.batch_size": settings.data.batch_size,
         "optim.lr": settings.optim.lr,
         "reward.centring": settings.reward.centring,
+        "evals.num_prompts": settings.evals.num_prompts,
     }
     kept = [each for each in typed if override_key(each).partition("@")[0] not in own]
     kept = [each for each in kept if override_key(each).partition("@")[0].partition(".")[0] in KEPT]

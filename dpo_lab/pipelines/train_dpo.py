@@ -11,7 +11,9 @@ from dpo_lab.cli.next_steps import after_training
 from dpo_lab.config.schema import ConfigError, RunConfig, as_record
 from dpo_lab.data.warnings import data_warnings
 from dpo_lab.evals.evaluate import evaluate
-from dpo_lab.evals.evaluators.base import labels_of
+from dpo_lab.evals.evaluators.above_best import AboveBest
+from dpo_lab.evals.evaluators.base import Evaluator, labels_of
+from dpo_lab.evals.evaluators.reward import Reward
 from dpo_lab.health.diagnose import of_folder
 from dpo_lab.pipelines.eval_inputs import build_eval_context, load_judge, read_eval_inputs
 from dpo_lab.pipelines.inputs import prepare_pairs
@@ -42,6 +44,13 @@ def train_dpo(cfg: DictConfig, config: RunConfig, folder: Path) -> None:
             _run_stages(session)
 
 
+def evaluators_of(config: RunConfig) -> list[Evaluator]:
+    """Return the evaluators of a run: those of its settings and, of a method that samples, the share of best samples."""
+    selected = config.evals.selected()
+    is_asked = any(isinstance(evaluator, Reward) for evaluator in selected)
+    return selected + [AboveBest()] * (config.method.is_online and is_asked)
+
+
 def _run_stages(session: Session) -> None:
     """Prepare the inputs, train, gather the policy, evaluate, and write the run's record."""
     config, run, forward = session.config, session.run, session.forward
@@ -69,7 +78,7 @@ def _run_stages(session: Session) -> None:
     context = build_eval_context(config, inputs, trained, forward, judge, more)
     if trajectory is not None:
         trajectory.meter.share_samples(context)
-    metrics = evaluate(context, config.evals.selected())
+    metrics = evaluate(context, evaluators_of(config))
     if trajectory is not None:
         end_trajectory(session, trajectory, context)
     if judge is not None and (costs := judge.costs()):

@@ -133,6 +133,9 @@ def _measure(session: Session, inputs: TrainingInputs, trained: Policy) -> None:
             "samples": 0 if rewards is None else len(rewards),
             "tokenizer": inputs.encoder.fingerprint,
             "judged_alike": _judged_alike(session.saved, inputs),
+            "accuracy": {
+                name: each.as_record() for name, each in metrics.items() if name in ("accuracy", "true_accuracy")
+            },
         }
         write_atomic(session.saved / FACTS, json.dumps(facts, indent=1))
     session.finish(metrics, LABELS, trained, after_reward)

@@ -49,7 +49,15 @@ def cost_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append((f"best {kept['monitor']}, at step {kept['best_step']}", _figure(kept["best_value"])))
     if speed := record.get("throughput"):
         rows.append(("training tokens per second", f"{speed['tokens_per_second']:,.0f}"))
-        rows.append(("training pairs per second", f"{speed['pairs_per_second']:,.1f}"))
+        trained = "prompts" if "rollouts" in record else "pairs"
+        rows.append((f"training {trained} per second", f"{speed['pairs_per_second']:,.1f}"))
+    if rollouts := record.get("rollouts"):
+        rows.append(("samples drawn", f"{rollouts['samples']:,}"))
+        rows.append(("reward queries", f"{rollouts['reward_queries']:,}"))
+        if passes := rollouts.get("forward_passes"):
+            rows.append(("responses through models", f"{sum(passes.values()):,}"))
+    if memory := record.get("memory") if rollouts else None:
+        rows.append(("models held (policies)", f"{memory['weights']:.2f}"))
     if peak := record.get("peak_memory_bytes"):
         rows.append(("peak memory (GiB)", f"{peak / 2**30:.2f}"))
     return rows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -146,6 +146,10 @@ class Reward:
     def files(self) -> list[Path]:
         """Return the user's files that the reward is loaded from."""
         return []
+
+    def measured(self) -> dict[str, Any]:
+        """Return what is known of the reward's accuracy, for the run record."""
+        return {}
 
     def prepare(self, inputs: RewardInputs) -> RewardFunction:
         """Return the function that gives rewards; a collective. Raises RewardError if it can't be loaded."""

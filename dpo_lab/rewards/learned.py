@@ -57,6 +57,9 @@ class Learned(Reward, name="learned", reads_labels=True):
             return []
         return sorted(file for file in folder.iterdir() if file.is_file())
 
+    def measured(self) -> dict[str, Any]:
+        return json.loads((Path(str(self.path)) / FACTS).read_text()).get("accuracy", {})
+
     def load(self, inputs: RewardInputs) -> ScoreTokens:
         from dpo_lab.evals.context import score_pairs
         from dpo_lab.models.reward_head import response_rewards

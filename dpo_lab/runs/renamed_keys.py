@@ -46,6 +46,7 @@ ADDED_KEYS = {
     "loss.weighting": "none",
     "data.unpair": False,
     "evals.pairs": {},
+    "method.missing_end_penalty": 0.0,
     "evals.harness": {
         "tasks": [],
         "include_path": None,
@@ -63,6 +64,7 @@ ADDED_KEYS = {
 }
 # Groups that were added to the configs of runs that have a loss, likewise.
 ADDED_GROUPS = {"method": {"kind": "dpo"}}
+WITHOUT_ADDED = (("policy", "tiny"), ("method", "dpo"))  # choices that have none of the added keys
 # Keys of run.json, and of each finding in its `health`.
 RENAMED_RECORD_KEYS = {"starts": "attempts"}
 RENAMED_FINDING_KEYS = {"says": "message", "tries": "suggestion"}
@@ -107,7 +109,7 @@ def present_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in ADDED_KEYS.items():
         *parents, leaf = key.split(".")
         node = reduce(lambda node, parent: node.get(parent, {}), parents, config_dict)
-        if node and node.get("kind") != "tiny":
+        if node and (parents[0], node.get("kind")) not in WITHOUT_ADDED:
             node.setdefault(leaf, value)
     return {**ADDED_GROUPS, **config_dict} if "loss" in config_dict else config_dict
 

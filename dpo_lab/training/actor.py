@@ -71,7 +71,9 @@ class Actor:
                 shares_prompts=True,
             )
         responses = [found.tokens for found in samples]
+        stopped = torch.tensor([found.stopped for found in samples])
         rewards = torch.from_numpy(np.asarray(self.reward(repeated, responses), np.float32))
+        rewards = rewards - self.method.missing_end_penalty * ~stopped
         gold = torch.full_like(rewards, torch.nan)
         if self.gold is not None:
             gold = torch.from_numpy(np.asarray(self.gold(repeated, responses), np.float32))
@@ -82,11 +84,23 @@ class Actor:
             lengths,
             rewards.view(-1, each),
             gold.view(-1, each),
-            torch.tensor([found.stopped for found in samples]).view(-1, each),
+            stopped.view(-1, each),
         )
         if not isinstance(self.method, PolicyGradient):
             return rollouts
         return self._measure(rollouts, torch.tensor([logp for found in samples for logp in found.logps]))
+
+    @property
+    def measures_policy(self) -> bool:
+        """Whether a pass of training could find other log-probabilities than those that tokens were drawn with."""
+        with self.context():
+            is_exact = compute_dtype(device_of(self.model)) is torch.float32 and self.model.dtype is torch.float32
+        return not is_exact or path_of(self.model).longest is not None
+
+    @property
+    def reward_model(self) -> torch.nn.Module | None:
+        """The model that gives the rewards, if there is one."""
+        return getattr(self.reward, "model", None)
 
     @torch.no_grad()
     def _measure(self, rollouts: Rollouts, drawn_with: Float[Tensor, " response_tokens"]) -> Rollouts:
@@ -108,10 +122,8 @@ class Actor:
             with self.context():
                 return torch.cat(map_across_ranks(parts, work, of_part, own_passes(model)))
 
-        with self.context():
-            is_exact = compute_dtype(device) is torch.float32 and self.model.dtype is torch.float32
         found = {"behaviour": drawn_with}
-        if not is_exact or path_of(self.model).longest is not None:
+        if self.measures_policy:
             found["behaviour"] = over_tokens(self.model, partial(token_logps_of, self.model))
         found["reference"] = over_tokens(reference_model(self.reference), self.reference.of_tokens)
         if self.critic is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.configs import settled
+from dpo_lab.config.reward_model import reward_model_run
+from dpo_lab.config.schema import validate
+from dpo_lab.runs.renamed_keys import present_config
+from tests.support.configs import composed, recorded, settled
 
 
 @pytest.mark.parametrize(
@@ -29,3 +32,21 @@ def test_the_defaults_of_all_methods_fit():
         assert config.method.is_online == (method != "dpo")
         assert getattr(config.method, "beta", 0.3) == 0.3
     assert settled("method=online_dpo", "loss=ipo").loss.name == "ipo"
+
+
+def test_the_reward_model_of_a_run_does_not_depend_on_how_the_run_is_evaluated_or_trained():
+    def digest(*overrides: str) -> str:
+        cfg = composed(*overrides)
+        return reward_model_run(cfg, validate(cfg))[2]
+
+    made = digest("method=rloo")
+    assert digest("method=grpo", "evals.num_prompts=7", "beta=3", "optim.lr=1", "trainer.max_steps=9") == made
+    assert digest("method=rloo", "seed=1") != made != digest("method=rloo", "reward.steps=9")
+    assert digest("method=rloo", "noise=symmetric", "noise.rate=0.2") != made
+
+
+def test_a_run_from_before_the_penalty_goes_on():
+    before = recorded("method=rloo")
+    del before["method"]["missing_end_penalty"]
+    assert present_config(before) == recorded("method=rloo")
+    assert present_config(recorded("method=dpo")) == recorded("method=dpo")

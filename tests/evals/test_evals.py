@@ -8,6 +8,8 @@ import json
 import math
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from dpo_lab.data.tasks.reviews import SyntheticReviews
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
 from dpo_lab.evals.evaluate import Evals, evaluate
+from dpo_lab.evals.evaluators.above_best import AboveBest
 from dpo_lab.evals.evaluators.base import EVALUATORS, Evaluator, in_order, labels_of
 from dpo_lab.evals.evaluators.calibration import Calibration
 from dpo_lab.evals.evaluators.displacement import Displacement
@@ -499,3 +502,13 @@ def test_repeated_by_hand():
 def test_distinct_by_hand():
     # bigrams: (a b) (b a) (a b) | (a b): 4, of which 2 differ
     assert distinct(["a b a b", "a b"], 2).value == pytest.approx(2 / 4)
+
+
+def test_above_best_counts_samples_above_the_initial_policys_best_hundredth():
+    initial = np.arange(200.0)  # whose 99th percentile lies between 197 and 198
+    trained = np.concatenate([np.full(50, 198.0), np.full(150, 197.0)])
+    context: Any = SimpleNamespace(rewards={"gold": (trained, initial), "judge": (trained, initial)})
+    found = dict(AboveBest().run(context))
+    assert {name: each.value for name, each in found.items()} == {"above_best": 0.25, "initial/above_best": 0.01}
+    context.rewards = {"judge": (trained, initial)}
+    assert not dict(AboveBest().run(context))

@@ -38,6 +38,14 @@ def found(**changed) -> dict[str, str]:
     return {finding.name: str(finding) for finding in findings(RECORD, rows)}
 
 
+@pytest.mark.parametrize(("low", "speaks"), [(0.48, True), (0.52, False)])
+@pytest.mark.parametrize("known", ["accuracy", "true_accuracy"])
+def test_a_reward_model_at_chance_is_told_by_the_run_that_follows_it(known, low, speaks):
+    metrics = {"accuracy": {"value": 0.7, "interval": [0.6, 0.8]}} | {known: {"value": 0.55, "interval": [low, 0.6]}}
+    told = findings(RECORD | {"reward_model": {"weights": "a", "metrics": metrics}}, [])
+    assert [finding.name for finding in told] == ["reward model at chance"] * speaks
+
+
 def test_a_healthy_run_has_no_findings():
     assert found() == {}
 

@@ -31,7 +31,9 @@ def test_a_learned_reward_is_made_once_and_trained_on(workshop):
     assert all({"reward", "reward_gain", "gold_gain", "kl"} <= point.keys() for point in record["trajectory"])
     assert record["rollouts"]["reward_queries"] >= 6 * 8
     assert record["memory"]["weights"] == pytest.approx(3, abs=0.01)  # policy, reference, reward model
-    assert {"gold_gain", "kl", "accuracy"} <= record["metrics"].keys()
+    assert {"gold_gain", "kl", "accuracy", "above_best"} <= record["metrics"].keys()
+    assert record["rollouts"]["forward_passes"] == dict.fromkeys(("policy", "reference", "reward_model"), 48)
+    assert record["reward_model"]["metrics"].keys() == {"accuracy", "true_accuracy"}
     rows = [json.loads(line) for line in (folder_of(workshop, "rl") / "metrics.jsonl").read_text().splitlines()]
     names = {name for row in rows for name in row}
     assert {"train/rollout/reward", "train/rollout/gold", "train/rollout/kl", "train/policy_loss", "val/loss"} <= names
@@ -39,7 +41,7 @@ def test_a_learned_reward_is_made_once_and_trained_on(workshop):
     made = [path for path in (workshop / "outputs/cache").glob("reward-*/run.json") if '"steps": 7' in path.read_text()]
     assert len(made) == 1
     before = made[0].read_bytes()
-    told = warm.door("dpo_lab.train", "method=grpo", "name=rl2", *settings, cwd=workshop)
+    told = warm.door("dpo_lab.train", "method=grpo", "name=rl2", *settings, "evals.num_prompts=5", cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr
     assert made[0].read_bytes() == before
     told = warm.door("dpo_lab.evaluate", f"run={folder_of(workshop, 'rl')}", "evals.num_prompts=4", cwd=workshop)
@@ -98,3 +100,31 @@ def test_ppo_with_adapters_on_files_holds_one_body(policy, tmp_path):
     told = warm.door("dpo_lab.train", "name=no", *settings, "method.prompts=1000", cwd=shop)
     assert told.returncode == 2
     assert "method.prompts=1000: there are only" in told.stderr
+
+
+def test_a_file_of_prompts_is_sampled_from_with_a_reward_model_and_refused_without_samples(policy, tmp_path):
+    shop = make_shop(tmp_path, policy)
+    rows = [json.loads(line) for line in (shop / "pairs.jsonl").read_text().splitlines()]
+    (shop / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    told = warm.door("dpo_lab.reward", "name=rm", *QUIET, cwd=shop)
+    assert told.returncode == 0, told.stdout + told.stderr
+    prompts = [*QUIET, "data.path=prompts.jsonl"]
+    settings = [*prompts, "method=grpo", "method.prompts=4", "method.samples=2", "method.max_new_tokens=6"]
+    path = folder_of(shop, "rm") / "reward_model"
+    told = warm.door("dpo_lab.train", "name=rl", *settings, f"reward.path='{path}'", cwd=shop)
+    assert told.returncode == 0, told.stdout + told.stderr
+    record = record_of(shop, "rl")
+    assert record["rollouts"]["samples"] == 3 * 8
+    assert record["rollouts"]["forward_passes"] == {"policy": 24, "reference": 24, "reward_model": 24}
+    assert {"kl", "length", "stopped"} <= record["metrics"].keys()
+    assert not {"accuracy", "margin", "perplexity"} & record["metrics"].keys()
+    scored = json.loads((path / "reward.json").read_text())["accuracy"]
+    assert record["reward_model"] == {"weights": record_of(shop, "rm")["trained_policy"], "metrics": scored}
+    for module, what in (
+        ("train", "method=dpo trains on pairs of responses"),
+        ("reward", "a reward model is trained on pairs of responses"),
+        ("sft", "supervised fine-tuning trains on responses"),
+    ):
+        told = warm.door(f"dpo_lab.{module}", "name=no", *prompts, cwd=shop)
+        assert told.returncode == 2, told.stdout + told.stderr
+        assert f"error: prompts.jsonl:1 is a prompt alone, and {what}; type data.path=" in told.stderr

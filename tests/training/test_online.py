@@ -241,6 +241,18 @@ def test_training_raises_the_reward(tmp_path):
     assert reward([[1]], [[2, 4, 5, 6]]) == [0.75]
 
 
+def test_a_response_without_an_end_token_is_worth_less():
+    def rewards(penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+        method = RLOO(**SIZES, missing_end_penalty=penalty)
+        _, data = prepare(method)(make_model(), make_optim(), total_steps=4, tokens_per_microbatch=40)
+        data.batch(0)
+        return data.rollouts.rewards, data.rollouts.stopped
+
+    plain, stopped = rewards(0.0)
+    assert 0 < stopped.sum() < stopped.numel()
+    torch.testing.assert_close(rewards(0.75)[0], plain - 0.75 * ~stopped)
+
+
 @pytest.mark.parametrize("longest", [None, 1000], ids=["as sampled", "by a pass"])
 def test_actor_measures_what_models_say(longest):
     """Behaviour and reference are the log-probabilities of single rows; rewards are those of the responses.

@@ -51,7 +51,8 @@ class Online(Method):
 
     prompts: of one rollout, to each of which the policy of now samples `samples` responses of at most max_new_tokens
     tokens (None: as many as the task's, else those of the evaluation). An optimizer step trains on a minibatch, prompts /
-    minibatches of the prompts; each prompt is trained on `epochs` times before the next rollout.
+    minibatches of the prompts; each prompt is trained on `epochs` times before the next rollout. missing_end_penalty: what
+    the reward of a response that reached its length limit without an end token is lowered by, in units of the reward.
     """
 
     prompts: int = 16
@@ -59,12 +60,14 @@ class Online(Method):
     epochs: int = 1
     minibatches: int = 1
     max_new_tokens: int | None = None
+    missing_end_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         for name, least in {"prompts": 1, "samples": 2, "epochs": 1, "minibatches": 1}.items():
             check_at_least(f"method.{name}", getattr(self, name), least, least)
         if self.max_new_tokens is not None:
             check_at_least("method.max_new_tokens", self.max_new_tokens, 1, 48)
+        check_at_least("method.missing_end_penalty", self.missing_end_penalty, 0, 1)
         if self.prompts % self.minibatches:
             raise ValueError(
                 f"method.minibatches={self.minibatches}: must divide method.prompts={self.prompts}; type"
