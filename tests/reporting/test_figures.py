@@ -65,7 +65,7 @@ def pairs_of(**changes) -> list[PairExample]:
 
 def step(at: int, **changes: float) -> tuple[int, dict[str, float]]:
     figures = {name: 0.5 + at / 100 for _, _, curves in PANELS.values() for curve in curves for name in [curve.name]}
-    return at, figures | changes
+    return at, figures | {"trajectory/kl": at / 2, "trajectory/gold_gain": at / 10} | changes
 
 
 def run_folder(
@@ -122,9 +122,9 @@ def test_the_door_says_what_to_type_where_there_is_no_run(tmp_path):
 
 
 NO_CURVES = {"rows": []}
-OF_PAIRS = ALL - {"curves"}
+OF_PAIRS = ALL - {"curves", "trajectory"}
 ODD = {
-    "no pairs were kept": (None, {}, {"curves"}),
+    "no pairs were kept": (None, {}, {"curves", "trajectory"}),
     "none held out": ([example(i, "train") for i in range(9)], NO_CURVES, {"margins"}),
     "no pair at all": ([], NO_CURVES, set()),
     "one pair": ([example(1)], NO_CURVES, OF_PAIRS),
@@ -177,6 +177,7 @@ def test_figures_say_their_numbers(tmp_path):
     assert "held-out: mean 19.50, n = 10" in text_of(folder, "margins")
     assert "loss: 1 not finite" in text_of(folder, "curves")
     assert {"train, flipped pairs", "validation, by gold", "chosen, train"} <= set(text_of(folder, "curves"))
+    assert {"2", "4", "6", "KL to the initial policy, nats"} <= set(text_of(folder, "trajectory"))
     # at beta 0.1 the rewards are (i^2 - 9) / 10: 3 wrong (-.9, -.8, -.5), one tie, 6 right; both sides, in 15 bins
     said = [1 / (1 + math.exp(-side * (i**2 - 9) / 10)) for side in (1, -1) for i in range(10)]
     came_true = [1] * 10 + [0] * 10
