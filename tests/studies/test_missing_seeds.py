@@ -11,7 +11,10 @@ import pytest
 from dpo_lab.stats.paired_tests import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict
 from dpo_lab.studies import sequential, verdicts
 from dpo_lab.studies.run_data import RunData, RunSet
-from dpo_lab.studies.spec import Arm, Direction, Measure, Missing, Prediction
+from dpo_lab.studies.scales import Scale
+from dpo_lab.studies.spec import Arm, Direction, Measure, Missing, Prediction, StudyError
+from dpo_lab.sweeps.study_file import read
+from tests.conftest import REPOSITORY
 from tests.support import a_study
 
 UNTIL = {"stopping": {"until": "decided", "max_seeds": 24}}
@@ -161,3 +164,20 @@ def test_the_summary_says_which_of_a_studys_claims_hold():
     assert text(*[(SUPPORTED, True)] * 4, (INCONCLUSIVE, True)) == "4 of 5 claims supported, 1 inconclusive"
     assert text((NOT_SUPPORTED, True)) == "0 of 1 claim supported, 1 not supported"
     assert text((SUPPORTED, False)) == "no claim"
+
+
+def test_a_study_file_states_rule_and_scale_and_may_not_leave_failed_runs_out(tmp_path: Path):
+    text = (REPOSITORY / "ablations/beta.yaml").read_text()
+    path = tmp_path / "beta.yaml"
+    path.write_text(text)
+    bounds = read(path)
+    assert (bounds.missing, bounds.known[:10]) == (Missing.bounds, "Five seeds")
+    assert {each.scale for each in bounds.predictions} == {Scale.plain, Scale.log, Scale.log_odds}
+    path.write_text(text + "missing: worst\n")
+    assert read(path).missing is Missing.worst
+    assert read(path).digest() != bounds.digest()
+    path.write_text(text + "missing: left_out\n")
+    with pytest.raises(
+        StudyError, match=r"missing=left_out: hides failed runs; type missing: bounds or missing: worst"
+    ):
+        read(path)
