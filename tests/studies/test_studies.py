@@ -345,7 +345,7 @@ def test_a_study_of_real_runs_is_killed_goes_on_and_ends_when_decided_or_out_of_
     command = [sys.executable, "-m", "dpo_lab.study", *typed]
     process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, start_new_session=True)
     runs = tmp_path / "outputs/studies/runs/full"
-    until(lambda: len([*runs.glob("*/seed=4/run.json")]) == 2, seconds=240)
+    until(lambda: len([*runs.glob("*/seed=4/run.json")]) == 2, seconds=400)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     (told,) = (json.loads(each.read_text()) for each in tmp_path.glob("outputs/studies/small/*/study.json"))
