@@ -112,7 +112,7 @@ class PairTable(Sequence[EncodedPair]):
     @property
     def is_prompt(self) -> np.ndarray:
         """Which pairs are prompts alone, [N]."""
-        return ~self.lengths[:, 1:].any(1)
+        return (self.lengths[:, 1:] == 0).all(1)
 
     def with_responses(self) -> PairTable:
         """Return the pairs that have a response, without prompts that stand alone."""
