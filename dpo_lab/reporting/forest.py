@@ -115,5 +115,6 @@ def _drawing(prediction: Prediction, verdict: Verdict) -> Drawing | None:
         return None
     value, low, high = found
     zone = (place(-1), place(1)) if prediction.direction is Direction.same else (place(1), float(WIDTH))
-    label = f"{value:.2g} ({low:.2g} .. {high:.2g}) times the smallest effect that matters"
+    interval = f" ({low:.2g} .. {high:.2g})" if low < high and math.isfinite(high - low) else ""
+    label = f"{value:.2g}{interval} times the smallest effect that matters"
     return Drawing(place(value), place(low), place(high), low < -MOST, high > MOST, zone, label)

@@ -252,13 +252,14 @@ def _combined(rule: Missing, of: SeedEffects, cases: Mapping[int, Verdict]) -> V
     found = cases[0]
     if len(cases) == 1 or not of.absent or found.effect is None:
         return found
-    told = (
-        f"{found.note} ({rule.value}): {found.word} without them, {cases[-1].word} with them against the prediction,"
+    words = {verdict.word for verdict in cases.values()}
+    each = (
+        f"{found.word} without them, {cases[-1].word} with them against the prediction,"
         f" {cases[1].word} with them in its favour"
     )
+    told = f"{found.note} ({rule.value}): {each if len(words) > 1 else f'{found.word} however they count'}"
     if rule is Missing.worst:
         return replace(cases[-1], note=told)
-    words = {verdict.word for verdict in cases.values()}
     intervals = [verdict.effect.interval for verdict in cases.values() if verdict.effect and verdict.effect.interval]
     interval = None
     if len(intervals) == len(cases):

@@ -79,7 +79,7 @@ def test_pairs_that_say_the_contrary_know_each_other(tmp_path):
 
 
 def test_a_bad_row_stops_it_and_leaves_nothing_behind(tmp_path):
-    path = written(tmp_path / "x.jsonl", row(1), {"prompt": "p"}, row(2))
+    path = written(tmp_path / "x.jsonl", row(1), {"prompt": "p", "rejected": "r"}, row(2))
     with pytest.raises(
         BadData, match=r"x.jsonl:2: field 'chosen' is missing .*; fix the row, or type data.on_bad_row=skip"
     ):
@@ -88,7 +88,7 @@ def test_a_bad_row_stops_it_and_leaves_nothing_behind(tmp_path):
 
 
 def test_bad_rows_are_skipped_counted_shown_and_capped(tmp_path, caplog):
-    bad = [b"{", b"[]", {"prompt": "p"}]
+    bad = [b"{", b"[]", {"prompt": "p", "rejected": "r"}]
     path = written(tmp_path / "x.jsonl", *bad, *map(row, range(7)))
     store = store_of(tmp_path / "cache", path, bad=LENIENT)
     assert (len(store.table), store.counts["dropped: bad row"], store.counts["rows"]) == (7, 3, 10)

@@ -180,7 +180,7 @@ def test_39_a_study_s_arm_brings_no_plugin_in(tmp_path):
     arms = [{"name": "a", "overrides": ["loss=dpo"]}, {"name": "b", "overrides": ["plugins=[./evil.py]"]}]
     prediction = {"description": "x", "measure": "difference", "metric": "kl", "treatment": "b", "control": "a"}
     study = {"title": "t", "question": "q", "claim": "c", "source": "s", "baseline": "a", "arms": arms}
-    study |= {"predictions": [prediction | {"direction": "more", "min_effect": 0.1}], "metrics": ["kl"]}
+    study |= {"predictions": [prediction | {"direction": "more", "min_effect": 1.1}], "metrics": ["kl"]}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study | {"budgets": {"full": {"seeds": [0, 1]}}}))
     told = door("dpo_lab.study", "study.yaml", cwd=tmp_path, **{MARK: str(tmp_path / "fired")})
     assert told.returncode == 2

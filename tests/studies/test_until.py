@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -13,6 +14,7 @@ from dpo_lab.studies import archive
 from dpo_lab.studies.load import gather
 from dpo_lab.studies.spec import Direction
 from dpo_lab.studies.verdicts import decide
+from dpo_lab.sweeps import study_run
 from tests.support import a_study
 from tests.support.fake_sweep import run_studies
 
@@ -117,9 +119,11 @@ def test_a_round_gives_every_worker_a_job(tmp_path):
     assert [look["seeds"] for look in record["looks"]] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_rule_that_is_changed_after_runs_makes_the_study_exploratory(tmp_path):
+def test_a_rule_that_is_changed_after_runs_makes_the_study_exploratory(tmp_path, monkeypatch):
     study = claims(none=Direction.more)
     run_studies(tmp_path, [study], drawn(), max_seeds=6)
+    later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()  # times are in seconds, and runs of this test faster
+    monkeypatch.setattr(study_run, "now", lambda: later)
     _, (record,), started = run_studies(tmp_path, [study], drawn(), max_seeds=8)
     assert started == [f"arm={arm}/{seed}" for seed in (6, 7) for arm in ("base", "none")]
     assert len(record["registrations"]) == 2

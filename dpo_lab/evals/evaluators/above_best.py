@@ -25,7 +25,7 @@ class AboveBest(Evaluator, name="above_best", order=55, is_default=False, needs_
     interval takes the percentile, of as many samples as evals.num_prompts, for known.
     """
 
-    labels = {"above_best": "samples above initial's best 1 %"}
+    labels = {"above_best": "above initial's best 1 %"}
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
         if "gold" not in context.rewards:

@@ -48,7 +48,7 @@ class Third(Evaluator, name="third_policy", order=65, is_default=False, needs_sa
         "third/kl_difference": "  trained minus third",
         "third/well_formed": "well-formed samples of third",
         "third/well_formed_difference": "  trained minus third",
-        "third/length": "sample length of third (tokens)",
+        "third/length": "length of third (tokens)",
         "third/length_difference": "  trained minus third",
     }
 
