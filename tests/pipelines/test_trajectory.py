@@ -17,7 +17,7 @@ from dpo_lab.studies.load import gather
 from tests.conftest import SMALL
 from tests.support import warm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extended]  # in make test: tests/training/test_trajectory.py
 
 COUNT = 6
 PATH = ["evals.every=2", f"evals.num_trajectory_prompts={COUNT}"]

@@ -102,6 +102,7 @@ def test_arms_that_differ_only_by_how_they_are_run_stay_apart(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_sweep_of_an_earlier_version_is_gone_on_with(tmp_path):
     """Its folders were named by all overrides; one of its two runs had been done."""
     arguments = ("beta=0.1,0.2", "optim.lr=1e-5")
