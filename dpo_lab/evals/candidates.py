@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_lab.core.pairs import Tokens, content_hash
 from dpo_lab.data.tokenize import PairTokenizer
-from dpo_lab.evals.engines import Engine
+from dpo_lab.evals.engines import Engine, Request
 from dpo_lab.evals.engines.exact import Exact
 from dpo_lab.models.numerics import numerics_of
 from dpo_lab.models.passes import cached_by_ranks
@@ -56,15 +56,9 @@ def candidates(
 
     def make() -> bytes:
         with context(), sampling_explained(batch_size, count * len(prompts)):
-            samples = engine.generate(
-                policy,
-                encoder,
-                [prompt for prompt in prompts for _ in range(count)],
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                batch_size=batch_size,
-                what="Candidates (initial)",
-            )
+            repeated = [prompt for prompt in prompts for _ in range(count)]
+            what = "Candidates (initial)"
+            samples = engine.generate(Request(policy, encoder, repeated, max_new_tokens, seed, batch_size, what))
         texts = [encoder.text(sample.tokens) for sample in samples]
         return json.dumps([texts[start : start + count] for start in range(0, len(texts), count)]).encode()
 

@@ -20,7 +20,7 @@ from dpo_lab.data.pair_sets import SetPair
 from dpo_lab.data.tasks.base import Task
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.candidates import candidates, sampling_explained
-from dpo_lab.evals.engines import Engine
+from dpo_lab.evals.engines import Engine, Request
 from dpo_lab.evals.engines.exact import Exact
 from dpo_lab.evals.judges import LoadedJudge, Scorer, Verdicts
 from dpo_lab.evals.scored_pairs import ScoredPairs, logps_of_pairs, score_pairs
@@ -78,19 +78,19 @@ class EvalContext:
     @cached_property
     def samples(self) -> list[Sample]:
         """One sampled response of the trained policy per prompt."""
-        return self._sample(self.trained, "trained")
+        return self._sample(self.trained, "trained", self.encoder, self.prompt_ids, "trained")
 
     @cached_property
     def initial_samples(self) -> list[Sample]:
         """One sampled response of the initial policy per prompt."""
-        return self._sample(self.initial, "initial")
+        return self._sample(self.initial, "initial", self.encoder, self.prompt_ids, "initial")
 
     @cached_property
     def third_samples(self) -> list[Sample]:
         """One sampled response of the third policy per prompt, by the random numbers of the trained policy's."""
         assert self.third is not None
         third = self.third
-        return self._sample(third.policy, "third", "trained", third.encoder, third.prompt_ids)
+        return self._sample(third.policy, "third", third.encoder, third.prompt_ids, "trained")
 
     @cached_property
     def third_responses(self) -> list[str]:
@@ -266,24 +266,20 @@ class EvalContext:
         return score_pairs(model, prompts, responses, self.tokens, self.context)
 
     def _sample(
-        self,
-        policy: Policy,
-        name: str,
-        stream: str | None = None,
-        encoder: PairTokenizer | None = None,
-        prompts: Sequence[Tokens] | None = None,
+        self, policy: Policy, name: str, encoder: PairTokenizer, prompts: Sequence[Tokens], stream: str
     ) -> list[Sample]:
-        """Sample a response to each prompt. stream: of random numbers, by default one of this name."""
-        with self.context(), sampling_explained(self.batch_size, len(self.prompt_ids)):
-            return self.engine.generate(
-                policy,
-                encoder or self.encoder,
-                self.prompt_ids if prompts is None else prompts,
-                max_new_tokens=self.max_new_tokens,
-                seed=derive_seed(self.seed, f"evaluation/{stream or name}"),
-                batch_size=self.batch_size,
-                what=f"Samples ({name})",
-            )
+        """Sample a response to each prompt. name: of the policy; stream: of random numbers."""
+        request = Request(
+            policy,
+            encoder,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            seed=derive_seed(self.seed, f"evaluation/{stream}"),
+            batch_size=self.batch_size,
+            what=f"Samples ({name})",
+        )
+        with self.context(), sampling_explained(self.batch_size, len(request.prompts)):
+            return self.engine.generate(request)
 
     def logps_of(
         self,

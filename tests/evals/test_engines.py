@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.splits import HELD_OUT
 from dpo_lab.data.tasks.reviews import SyntheticReviews
-from dpo_lab.evals.engines import ENGINES, Engine, EngineError
+from dpo_lab.evals.engines import ENGINES, Engine, EngineError, Request
 from dpo_lab.evals.engines.continuous import Continuous
 from dpo_lab.evals.engines.exact import Exact
 from dpo_lab.evals.engines.vllm import VLLM
@@ -34,7 +34,7 @@ def subject(policy):
 
 def drawn(engine: Engine, policy: Policy, encoder, prompts, **settings):
     settings = dict(max_new_tokens=8, seed=3, batch_size=4, what="Samples") | settings
-    return engine.generate(policy, encoder, prompts, **settings)
+    return engine.generate(Request(policy, encoder, prompts, **settings))
 
 
 def test_the_exact_engine_is_the_sampler(subject):

@@ -4,8 +4,8 @@ All modules of this folder are imported here, none of which imports torch then, 
 """
 
 from dpo_lab.core.registry import import_modules
-from dpo_lab.evals.engines.base import ENGINES, Engine, EngineError
+from dpo_lab.evals.engines.base import ENGINES, Engine, EngineError, Request
 
-__all__ = ["ENGINES", "Engine", "EngineError"]
+__all__ = ["ENGINES", "Engine", "EngineError", "Request"]
 
 import_modules(__name__)

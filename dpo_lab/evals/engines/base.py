@@ -22,6 +22,22 @@ class EngineError(LabError, ValueError):
     """Raised where an engine can't run or gives no response; the message is one line that says what to type."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is sampled: a response of at most max_new_tokens of the policy to each encoded prompt, batch_size at a time.
+
+    encoder: of the prompts, with the end tokens; what: the title of the progress.
+    """
+
+    policy: Policy
+    encoder: PairTokenizer
+    prompts: Sequence[Tokens]
+    max_new_tokens: int
+    seed: int
+    batch_size: int
+    what: str
+
+
 @dataclass
 class Engine:
     """The base class of engines, which sample responses of a policy. The fields of a subclass are its settings,
@@ -41,28 +57,16 @@ class Engine:
     def check(self) -> None:
         """Raise LabError if it can't run; called before training."""
 
-    def generate(
-        self,
-        policy: Policy,
-        encoder: PairTokenizer,
-        prompts: Sequence[Tokens],
-        *,
-        max_new_tokens: int,
-        seed: int,
-        batch_size: int,
-        what: str,
-    ) -> list[Sample]:
-        """Sample a response to each encoded prompt, with progress titled `what`.
+    def generate(self, request: Request) -> list[Sample]:
+        """Sample a response to each prompt of the request.
 
         All ranks have to call it, and get all samples. Raise EngineError if a prompt gets no response.
         """
         raise NotImplementedError
 
 
-def sampled_on_rank_zero(
-    policy: Policy, encoder: PairTokenizer, count: int, name: str, what: str, generate: Callable[[], list[list[int]]]
-) -> list[Sample]:
-    """Return what rank 0 generates for `count` prompts, as samples that end with their first end token, on every rank.
+def sampled_on_rank_zero(request: Request, name: str, generate: Callable[[], list[list[int]]]) -> list[Sample]:
+    """Return what rank 0 generates for the prompts, as samples that end with their first end token, on every rank.
 
     name: of the engine. Raises EngineError for a sharded policy, or if a prompt has no response.
     """
@@ -71,15 +75,15 @@ def sampled_on_rank_zero(
     from dpo_lab.models.sharding import sharded_of
     from dpo_lab.terminal.progress import track
 
-    instead = "type evals/engine=exact"
-    if sharded_of(policy.model) is not None:
+    count, instead = len(request.prompts), "type evals/engine=exact"
+    if sharded_of(request.policy.model) is not None:
         raise EngineError(f"evals/engine={name}: does not run a policy that is sharded over ranks; {instead}")
     rows: list[list[int]] = []
     if rank_and_world_size()[0] == 0:
-        with track(what, count) as advance:
+        with track(request.what, count) as advance:
             rows = generate()
             advance(count)
     rows = broadcast_object(rows)
     if empty := sum(not row for row in rows) + count - len(rows):
         raise EngineError(f"evals/engine={name}: {empty} of {count} prompts got no response; {instead}")
-    return [until_end(row, encoder.end_ids) for row in rows]
+    return [until_end(row, request.encoder.end_ids) for row in rows]

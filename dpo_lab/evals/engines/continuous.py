@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dpo_lab.core.pairs import Tokens
 from dpo_lab.errors import check_at_least, first_line
-from dpo_lab.evals.engines.base import Engine, EngineError, sampled_on_rank_zero
+from dpo_lab.evals.engines.base import Engine, EngineError, Request, sampled_on_rank_zero
 
 if TYPE_CHECKING:
-    from dpo_lab.data.tokenize import PairTokenizer
-    from dpo_lab.models.policy import Policy
     from dpo_lab.models.sampling import Sample
 
 
@@ -36,25 +33,17 @@ class Continuous(Engine, name="continuous"):
                 f"evals.engine.memory={self.memory}: must be between 0 and 1; type evals.engine.memory=0.5"
             )
 
-    def generate(
-        self,
-        policy: Policy,
-        encoder: PairTokenizer,
-        prompts: Sequence[Tokens],
-        *,
-        max_new_tokens: int,
-        seed: int,
-        batch_size: int,
-        what: str,
-    ) -> list[Sample]:
+    def generate(self, request: Request) -> list[Sample]:
         from dpo_lab.models.paths import causal_lm
+
+        encoder, prompts = request.encoder, request.prompts
 
         def rows() -> list[list[int]]:
             from transformers import ContinuousBatchingConfig, GenerationConfig
 
-            model: Any = causal_lm(policy.model)
-            rows_at_once = min(batch_size, len(prompts))
-            longest = max(map(len, prompts)) + max_new_tokens
+            model: Any = causal_lm(request.policy.model)
+            rows_at_once = min(request.batch_size, len(prompts))
+            longest = max(map(len, prompts)) + request.max_new_tokens
             on_cpu = model.device.type == "cpu"  # whose memory is not this process's alone
             batching = ContinuousBatchingConfig(
                 page_size=self.page_size,
@@ -62,14 +51,14 @@ class Continuous(Engine, name="continuous"):
                 max_requests_per_batch=rows_at_once,
                 num_blocks=rows_at_once * -(-longest // self.page_size) if on_cpu else None,
                 max_batch_tokens=max(rows_at_once, longest) if on_cpu else None,
-                seed=seed % 2**32,
+                seed=request.seed % 2**32,
             )
             drawn = GenerationConfig(
                 do_sample=True,
                 temperature=1.0,
                 top_p=1.0,
                 top_k=0,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=request.max_new_tokens,
                 eos_token_id=list(encoder.end_ids),
                 pad_token_id=encoder.pad_id,
             )
@@ -84,19 +73,18 @@ class Continuous(Engine, name="continuous"):
                 ) from error
             return [list(each.generated_tokens) if each.error is None else [] for each in found.values()]
 
-        return sampled_on_rank_zero(policy, encoder, len(prompts), self.name, what, rows)
+        return sampled_on_rank_zero(request, self.name, rows)
 
 
 @contextmanager
 def _plain_attention(model: Any) -> Iterator[None]:
     """Let the model, inside the context, have an attention that takes pages, and be in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
+    from dpo_lab.models.sampling import evaluating
+
     attention = model.config._attn_implementation
-    model.eval()
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.set_attn_implementation(attention)
-        for module, mode in modes.items():
-            module.training = mode

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from dpo_lab.core.pairs import Tokens
 from dpo_lab.errors import first_line
-from dpo_lab.evals.engines.base import Engine, EngineError, sampled_on_rank_zero
+from dpo_lab.evals.engines.base import Engine, EngineError, Request, sampled_on_rank_zero
 
 if TYPE_CHECKING:
-    from dpo_lab.data.tokenize import PairTokenizer
-    from dpo_lab.models.policy import Policy
     from dpo_lab.models.sampling import Sample
 
 
@@ -46,18 +42,10 @@ class VLLM(Engine, name="vllm"):
         if not torch.cuda.is_available():
             raise EngineError("evals/engine=vllm: needs a GPU; type evals/engine=continuous")
 
-    def generate(
-        self,
-        policy: Policy,
-        encoder: PairTokenizer,
-        prompts: Sequence[Tokens],
-        *,
-        max_new_tokens: int,
-        seed: int,
-        batch_size: int,
-        what: str,
-    ) -> list[Sample]:
+    def generate(self, request: Request) -> list[Sample]:
         from dpo_lab.core.seeds import derive_seed
+
+        policy, prompts = request.policy, request.prompts
 
         def rows() -> list[list[int]]:
             self.check()
@@ -68,11 +56,11 @@ class VLLM(Engine, name="vllm"):
                     temperature=1.0,
                     top_p=1.0,
                     top_k=0,
-                    max_tokens=max_new_tokens,
-                    stop_token_ids=list(encoder.end_ids),
+                    max_tokens=request.max_new_tokens,
+                    stop_token_ids=list(request.encoder.end_ids),
                     ignore_eos=True,  # the end tokens are those of the encoder alone
                     detokenize=False,
-                    seed=derive_seed(seed, str(i)) % 2**31,
+                    seed=derive_seed(request.seed, str(i)) % 2**31,
                 )
                 for i in range(len(prompts))
             ]
@@ -85,8 +73,8 @@ class VLLM(Engine, name="vllm"):
                         generation_config="vllm",  # not the folder's, which may set a temperature
                         gpu_memory_utilization=self.memory,
                         tensor_parallel_size=self.gpus,
-                        max_model_len=max(map(len, prompts)) + max_new_tokens,
-                        max_num_seqs=batch_size,
+                        max_model_len=max(map(len, prompts)) + request.max_new_tokens,
+                        max_num_seqs=request.batch_size,
                     )
                     given = [{"prompt_token_ids": [int(token) for token in prompt]} for prompt in prompts]
                     found = llm.generate(given, drawn, use_tqdm=False)
@@ -96,4 +84,4 @@ class VLLM(Engine, name="vllm"):
                 ) from error
             return [list(each.outputs[0].token_ids) for each in found]
 
-        return sampled_on_rank_zero(policy, encoder, len(prompts), self.name, what, rows)
+        return sampled_on_rank_zero(request, self.name, rows)
