@@ -135,7 +135,8 @@ def _chips(collection: RunSet) -> list[str]:
     if record.get("budget"):
         chips.append(f"budget {record['budget']}")
     if rule := record.get("stopping"):
-        chips.append(f"seeds added until decided, at most {rule['max_seeds']}")
+        arms = f"; arms of decided claims stop after {rule['all_arms']} or more" if "all_arms" in rule else ""
+        chips.append(f"seeds added until decided, at most {rule['max_seeds']}{arms}")
     if record.get("status") not in (None, "done"):
         chips.append(f"study {record['status']}")
     done = sum(run.is_done for run in collection.runs)

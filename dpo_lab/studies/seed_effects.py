@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from dpo_lab.studies.effects import effect_per_seed
 from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.scales import is_yes_no
-from dpo_lab.studies.spec import Direction, Measure, Prediction
+from dpo_lab.studies.spec import Direction, Measure, Prediction, Study
 
 OVER = ("done", "failed", "unreadable")  # run statuses that will not change without a new start
 
@@ -46,7 +47,7 @@ class SeedEffects:
         return [self.effects.get(seed, value) for seed in self.seeds if seed not in self.going]
 
 
-def arms_of(prediction: Prediction, collection: RunSet) -> set[str]:
+def arms_of(prediction: Prediction, collection: RunSet | Study) -> set[str]:
     """Return the names of the arms that a prediction is about."""
     return {
         arm.name for named in (prediction.treatment, prediction.control) if named for arm in collection.members(named)
@@ -61,13 +62,16 @@ def is_anytime(record: Mapping[str, Any]) -> bool:
 def seed_effects(prediction: Prediction, collection: RunSet) -> SeedEffects:
     """Return the effects of a prediction by seed, and which seeds have none.
 
-    Where seeds are added until the study is decided, those from the first on whose runs have not all ended are left out:
-    which of several runs ends first must not matter.
+    Where seeds are added until the study is decided, those from the first on are left out whose runs have not all ended,
+    since which of several runs ends first must not matter, or do not all exist, since arms stop with their predictions.
     """
     effects, missing = effect_per_seed(prediction, collection)
     named = arms_of(prediction, collection)
     going = {run.seed for run in collection.runs if run.seed in missing and run.arm in named and run.status not in OVER}
     anytime = is_anytime(collection.record)
+    if anytime:
+        known = Counter(run.seed for run in collection.runs if run.arm in named)
+        going |= {seed for seed in collection.seeds if known[seed] < len(named)}
     if anytime and going:
         looked = collection.seeds[: min(map(list(collection.seeds).index, going))]
         effects = {seed: effect for seed, effect in effects.items() if seed in looked}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from statistics import mean
 
 import numpy as np
@@ -17,6 +17,7 @@ from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import min_detectable_effect
 from dpo_lab.stats.text import percent
 from dpo_lab.studies.effects import effect_per_seed
+from dpo_lab.studies.seed_effects import arms_of
 from dpo_lab.studies.spec import Direction, Prediction
 from dpo_lab.sweeps import plan, study_power, study_rounds
 from dpo_lab.sweeps.study_power import MOST, Power, expected
@@ -39,10 +40,10 @@ def show_outlook(
         if shared:
             _print(console, f"all: {' '.join(o for o in study.arms[0].overrides if o in shared)}")
         table = Table("arm", "overrides", "done", box=None, header_style="dim", pad_edge=False)
-        for number, arm in enumerate(study.arms):
-            of_arm = own[number :: len(study.arms)]
-            done = sum(statuses[id(job)] is RunStatus.done for job in of_arm)
-            table.add_row(arm.name, " ".join(o for o in arm.overrides if o not in shared), f"{done}/{len(of_arm)}")
+        for arm in study.arms:
+            of_arm = [statuses[id(job)] for (name, _), job in zip(run.places, own, strict=True) if name == arm.name]
+            done = f"{of_arm.count(RunStatus.done)}/{len(of_arm)}"
+            table.add_row(arm.name, " ".join(o for o in arm.overrides if o not in shared), done)
         console.print(table)
         _show_power(console, run)
     left = [job for job in jobs if statuses[id(job)] is not RunStatus.done]
@@ -80,8 +81,10 @@ def _show_power(console: Console, run: StudyRun) -> None:
             ]
         table.add_row(prediction.description + ("" if prediction.primary else " (secondary)"), *cells)
     console.print(table)
-    for line in _whole(run, [power for p, power in zip(run.study.predictions, powers, strict=True) if p.primary], most):
-        _print(console, line)
+    primary = [(p, power) for p, power in zip(run.study.predictions, powers, strict=True) if p.primary]
+    known = [(prediction, power) for prediction, power in primary if power is not None]
+    if known:
+        _print(console, _whole(run, known, len(primary) - len(known), most))
 
 
 def _told(prediction: Prediction, power: Power) -> str:
@@ -89,20 +92,27 @@ def _told(prediction: Prediction, power: Power) -> str:
     return effect_text(Estimate(power.effect), prediction.scale)
 
 
-def _whole(run: StudyRun, powers: Sequence[Power | None], most: int) -> Iterator[str]:
-    """Yield a line on the seeds and the CPU time that all primary predictions take, as if they were independent."""
-    known = [power for power in powers if power is not None]
-    if not known:
-        return
-    mean_seeds, share = expected(np.max([power.ends for power in known], 0), most)
-    fixed = None if any(power.fixed is None for power in known) else max(power.fixed or 0 for power in known)
-    each = _earlier_cost(run)
-    cost = lambda seeds: f" ({duration(seeds * len(run.study.arms) * each)} of CPU time)" if each else ""  # noqa: E731
-    left_out = f", {len(powers) - len(known)} without earlier effects left out" if len(known) < len(powers) else ""
-    yield (
-        f"All primary predictions{left_out}: {f'{fixed} seeds{cost(fixed)}' if fixed else f'over {MOST} seeds'} of a fixed"
-        f" number; until=decided: {mean_seeds:.0f} seeds on average{cost(mean_seeds)}, at most {most}{cost(most)}, all"
-        f" decided in {percent(share)}."
+def _whole(run: StudyRun, known: Sequence[tuple[Prediction, Power]], unknown: int, most: int) -> str:
+    """Return a line on the seeds and the CPU time that all primary predictions take, as if they were independent."""
+    study, each = run.study, _earlier_cost(run)
+    ends = {prediction.description: np.minimum(power.ends, most) for prediction, power in known}
+    over = np.max([*ends.values()], 0)
+    begun = np.minimum(over, study_rounds.stopping(study.seeds, most)["all_arms"])
+    jobs = 0.0  # on average over the simulated studies
+    for arm in study.arms:
+        of_arm = [ends[prediction.description] for prediction, _ in known if arm.name in arms_of(prediction, study)]
+        jobs += float(np.max([begun, *of_arm], 0).mean())
+    cost = lambda jobs: f" ({duration(jobs * each)} of CPU time)" if each else ""  # noqa: E731
+    left_out = f", {unknown} without earlier effects left out" if unknown else ""
+    fixed = f"over {MOST} seeds"
+    if all(power.fixed for _, power in known):
+        seeds = max(power.fixed or 0 for _, power in known)
+        fixed = f"{seeds} seeds{cost(seeds * len(study.arms))}"
+    decided = percent(float(np.mean([np.max([power.ends for _, power in known], 0) <= most])))
+    return (
+        f"All primary predictions{left_out}: {fixed} of a fixed number; until=decided: {over.mean():.0f} seeds and"
+        f" {jobs:.0f} runs on average{cost(jobs)}, at most {most} seeds{cost(most * len(study.arms))}, all decided in"
+        f" {decided}."
     )
 
 

@@ -1,4 +1,6 @@
-"""Rounds of a study that adds seeds until it is decided: which seeds come next, and a look at the verdicts after each."""
+"""Rounds of a study that adds seeds until it is decided: which seeds and arms come next, and a look at the verdicts after
+each seed.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from dpo_lab.runs.run_record import now
 from dpo_lab.stats.paired_tests import INCONCLUSIVE, NOT_SUPPORTED, Verdict
 from dpo_lab.studies import sequential
 from dpo_lab.studies.run_data import RunSet
-from dpo_lab.studies.spec import Prediction
-from dpo_lab.studies.verdicts import decide, effect_per_seed
+from dpo_lab.studies.seed_effects import arms_of, seed_effects
+from dpo_lab.studies.spec import Prediction, Study
+from dpo_lab.studies.verdicts import decide
 
 DECIDED = "decided"
 FEWEST = 5  # seeds: the Bayes factor of four paired effects is at most 11.2, and an error rate of 5 % needs 20
@@ -22,8 +25,12 @@ MAX_SEEDS = 24
 
 
 def stopping(first: Sequence[int], max_seeds: int) -> dict[str, Any]:
-    """Return the stopping rule as it is registered before the first run. first: the seeds to begin with."""
-    return {"until": DECIDED, "max_seeds": max_seeds, "seeds": seeds_in_order(first, max_seeds)[: len(first)]}
+    """Return the stopping rule as it is registered before the first run. first: the seeds to begin with.
+
+    `all_arms`: seeds that every arm has; further ones have the arms of primary predictions that are undecided.
+    """
+    begun = seeds_in_order(first, max_seeds)[: len(first)]
+    return {"until": DECIDED, "max_seeds": max_seeds, "seeds": begun, "all_arms": max(FEWEST, len(begun))}
 
 
 def seeds_in_order(first: Sequence[int], number: int) -> list[int]:
@@ -33,7 +40,13 @@ def seeds_in_order(first: Sequence[int], number: int) -> list[int]:
 
 def seeds_a_round(arms: int, workers: int) -> int:
     """Return how many seeds a round adds: one, or as many as give every worker a job. arms: of all studies left."""
-    return max(1, math.ceil(workers / arms))
+    return max(1, math.ceil(workers / max(1, arms)))
+
+
+def arms_left(study: Study, judged: Sequence[tuple[Prediction, Verdict]]) -> set[str]:
+    """Return the names of the arms of primary predictions that are undecided."""
+    undecided = [p for p, verdict in judged if p.primary and verdict.word == INCONCLUSIVE]
+    return set[str]().union(*(arms_of(prediction, study) for prediction in undecided))
 
 
 def looks(collection: RunSet, earlier: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
@@ -71,8 +84,7 @@ def _look(collection: RunSet) -> dict[str, Any]:
     """Return what one look at the runs said: of each prediction the effect, its interval, e value, p and verdict."""
     entries = []
     for prediction, verdict in decide(collection):
-        effects, _ = effect_per_seed(prediction, collection)
-        effect = verdict.effect
+        effects, effect = seed_effects(prediction, collection).effects, verdict.effect
         entries.append(
             {
                 "prediction": prediction.description,

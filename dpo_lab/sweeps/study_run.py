@@ -38,7 +38,9 @@ class StudyRun:
         command: str,
         max_seeds: int | None = None,
     ) -> None:
-        """max_seeds: add seeds after those of the study, one look after each, until it is decided or has so many."""
+        """max_seeds: add seeds after those of the study, one look after each, until it is decided or has so many. An arm
+        gets no further seed once the predictions about it are decided.
+        """
         self.study, self._file = study, file
         self.folder = root / study.name / slug(",".join([budget, *overrides]))
         self._record: dict[str, Any] = {
@@ -53,6 +55,9 @@ class StudyRun:
             "jobs": [],
         }
         self.order: Sequence[int] = study.seeds  # in which seeds are added, as many as there may be
+        self.places: dict[tuple[str, int], None] = {}  # arm and seed of each job, in the order of `wanted`
+        self.arms_left = {arm.name for arm in study.arms}  # that get further seeds
+        self._resumed: list[tuple[str, int]] = []
         if max_seeds is not None:
             rule = study_rounds.stopping(study.seeds, max_seeds)
             self.order = study_rounds.seeds_in_order(study.seeds, max_seeds)
@@ -60,13 +65,17 @@ class StudyRun:
             self._take_up(rule)
 
     def _take_up(self, rule: Mapping[str, Any]) -> None:
-        """Take up the seeds and looks of the same study under the same stopping rule; else begin with one seed.
+        """Take up the jobs and looks of the same study under the same stopping rule; else begin with one seed.
 
         The seeds of a round that was interrupted are all run before the next look, so no decision depends on it.
         """
         earlier = self._earlier()
         is_same = [entry["digest"] for entry in earlier.get("registrations", ())][-1:] == [self.study.digest(rule)]
-        self._record["looks"] = earlier["looks"] if is_same else []
+        if is_same:
+            self._record |= {"looks": earlier["looks"], "jobs": earlier["jobs"]}
+            self._resumed = [(job["arm"], job["seed"]) for job in earlier["jobs"]]
+            newest = earlier["study"]["seeds"][-1]
+            self.arms_left = {arm for arm, seed in self._resumed if seed == newest} or self.arms_left
         self.grow(len(earlier["study"]["seeds"]) if is_same else 1)
 
     @property
@@ -84,15 +93,24 @@ class StudyRun:
         (collection,) = gather([self.folder])
         self._record["looks"] = study_rounds.looks(collection, self._record["looks"])
         self._write()
-        return decide(collection)
+        judged = decide(collection)
+        if len(self.study.seeds) >= self._record["stopping"]["all_arms"]:
+            self.arms_left = study_rounds.arms_left(self.study, judged)
+        return judged
 
-    def wanted(self, since: int = 0) -> list[Wanted]:
-        """Return every arm, seed by seed, so that an interrupted study has runs of all arms. since: seeds left out."""
-        arms = list(zip(self.study.arms, not_shared([arm.overrides for arm in self.study.arms]), strict=True))
+    def wanted(self) -> list[Wanted]:
+        """Return the jobs beyond those that it returned before: of every arm that is left, seed by seed, so that an
+        interrupted study has runs of all of them.
+        """
+        arms = self.study.arms
+        swept = dict(zip((arm.name for arm in arms), not_shared([arm.overrides for arm in arms]), strict=True))
+        overrides = {arm.name: arm.overrides for arm in arms}
+        left = [(arm.name, seed) for seed in self.study.seeds for arm in arms if arm.name in self.arms_left]
+        new = [place for place in dict.fromkeys([*self._resumed, *left]) if place not in self.places]
+        self.places |= dict.fromkeys(new)
         return [
-            Wanted(f"{self.study.name}: {arm.name}, seed {seed}", [*arm.overrides, f"seed={seed}"], swept)
-            for seed in self.study.seeds[since:]
-            for arm, swept in arms
+            Wanted(f"{self.study.name}: {arm}, seed {seed}", [*overrides[arm], f"seed={seed}"], swept[arm])
+            for arm, seed in new
         ]
 
     def earlier(self) -> RunSet | None:
@@ -129,7 +147,6 @@ class StudyRun:
 
     def write_status(self, status: str, outcomes: Sequence[tuple[Job, Outcome | None]]) -> None:
         """Record the status of the study and the folders and outcomes of its jobs, in the order of `wanted`."""
-        places = [(arm.name, seed) for seed in self.study.seeds for arm in self.study.arms]
         self._record["status"] = status
         self._record["jobs"] = [
             {
@@ -141,7 +158,7 @@ class StudyRun:
                 "error": outcome.error if outcome else None,
                 "log": os.path.relpath(outcome.log, self.folder) if outcome and outcome.log else None,
             }
-            for (arm, seed), (job, outcome) in zip(places, outcomes, strict=True)
+            for (arm, seed), (job, outcome) in zip(self.places, outcomes, strict=True)
         ]
         self._write()
 

@@ -72,14 +72,14 @@ class StudySweeper(JobSweeper):
     def _grow(self, by_round: bool) -> None:
         """Add a round's seeds to the studies that are left; in the first round they may have them already."""
         if self._left:
-            number = study_rounds.seeds_a_round(sum(len(of.study.arms) for of in self._left), self.workers)
+            number = study_rounds.seeds_a_round(sum(len(of.arms_left) for of in self._left), self.workers)
         for of in self._left:
             begun = len(of.study.seeds)
             of.grow(begun + number if by_round else max(begun, number))
 
     def _planned(self) -> list[plan.Job]:
         """Plan the runs that the studies want beyond those planned; return the new jobs, each once."""
-        wanted = {study: study.wanted(since=len(own) // len(study.study.arms)) for study, own in self._own.items()}
+        wanted = {study: study.wanted() for study in self.studies}
         every = [replace(one, overrides=[*self._arguments, *one.overrides]) for of in wanted.values() for one in of]
         known = set(self._jobs)
         found = iter(self.plan(every, self._console, sweeps_beside=_of_all_budgets) if every else [])
@@ -107,14 +107,17 @@ class StudySweeper(JobSweeper):
         """Look at a study's verdicts, print a line for each, and return whether it adds seeds."""
         study.write_status("running", results)
         judged, number, most = study.look(), len(study.study.seeds), len(study.order)
-        newest = [outcome for _, outcome in results[-len(study.study.arms) :]]
-        if all(outcome is None or outcome.status != "done" for outcome in newest):
-            end = f"no run of seed {study.study.seeds[-1]} is done, so no seed is added"
+        newest = study.study.seeds[-1]
+        of_newest = [outcome for (_, seed), (_, outcome) in zip(study.places, results, strict=True) if seed == newest]
+        if all(outcome is None or outcome.status != "done" for outcome in of_newest):
+            end = f"no run of seed {newest} is done, so no seed is added"
         elif study_rounds.is_decided(judged):
             end = "decided"
         else:
             end = "undecided, and no seed is left" if number >= most else ""
-        head = f"{study.study.title}: {number} of at most {most} seeds{f'; {end}' if end else ''}"
+        going, every = len(study.arms_left), len(study.study.arms)
+        note = end or (f"{going} of {every} arms go on" if going < every else "")
+        head = f"{study.study.title}: {number} of at most {most} seeds{f'; {note}' if note else ''}"
         for line in (head, *(f"  {line}" for line in study_rounds.lines(judged))):
             self._console.print(line, markup=False, highlight=False)
         return not end

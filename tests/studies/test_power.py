@@ -99,4 +99,4 @@ def test_a_plan_says_from_records_how_many_seeds_decide(tmp_path: Path):
     (whole,) = [
         line for line in lines if line.startswith("All primary predictions, 1 without earlier effects left out")
     ]
-    assert "at most 12 (8 min 00 s of CPU time), all decided in 100 %." in whole  # two arms of 20 s, 12 seeds
+    assert "at most 12 seeds (8 min 00 s of CPU time), all decided in 100 %." in whole  # two arms of 20 s, 12 seeds

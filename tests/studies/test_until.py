@@ -73,7 +73,38 @@ def test_what_is_not_there_goes_on_to_the_last_seed_and_is_not_decided_falsely(t
     assert "12 of at most 12 seeds; undecided, and no seed is left" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kill_after", [0, 3, 4, 11])
+def seeds_by_arm(record):
+    seeds: dict[str, list[int]] = {}
+    for job in record["jobs"]:
+        seeds.setdefault(job["arm"], []).append(job["seed"])
+    return seeds
+
+
+def test_arms_stop_once_the_predictions_about_them_are_decided(tmp_path, capsys):
+    study = claims(strong=Direction.more, none=Direction.more, explored=Direction.more, secondary=Direction.more)
+    *primary, _, secondary = study.predictions
+    study = replace(study, predictions=[*primary, replace(secondary, primary=False)])
+    _, (record,), started = run_studies(tmp_path, [study], drawn(strong=2.0), max_seeds=12)
+    seeds = seeds_by_arm(record)
+    over = next(look["seeds"] for look in record["looks"] if look["predictions"][0]["verdict"] == "supported")
+    assert 5 <= over < 12
+    assert seeds["base"] == seeds["none"] == list(range(12))
+    assert seeds["strong"] == list(range(over))
+    assert seeds["explored"] == seeds["secondary"] == list(range(5))  # no primary prediction is about them
+    assert len(started) == len(record["jobs"]) == 24 + over + 10
+    looks = [look["predictions"][0] for look in record["looks"]]
+    assert [look["n"] for look in looks] == [*range(1, over + 1), *[over] * (12 - over)]
+    assert len({(look["effect"], look["verdict"]) for look in looks[over - 1 :]}) == 1
+    assert "5 of at most 12 seeds; 3 of 5 arms go on" in capsys.readouterr().out
+    (collection,) = gather([tmp_path / "one"])
+    kept = archive.read(archive.write(collection, tmp_path / "records"))
+    for runs in (collection, kept):
+        assert all(run.is_done for run in runs.runs)  # none is missing
+        assert [verdict.word for _, verdict in decide(runs)][:2] == ["supported", "inconclusive"]
+        assert [verdict.missing for _, verdict in decide(runs)] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("kill_after", [0, 3, 4, 11, 20])
 @pytest.mark.parametrize("workers", [1, 7])
 def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(kill_after, workers, tmp_path):
     study, metrics = claims(strong=Direction.more, weak=Direction.less), drawn(strong=2.0, weak=-0.8)
@@ -81,7 +112,8 @@ def test_a_study_that_is_killed_goes_on_as_if_it_had_not_been(kill_after, worker
     code, (record,), before = run_studies(tmp_path, [study], metrics, workers=workers, kill_after=kill_after)
     assert code is None
     assert record["status"] == "running"
-    assert record["stopping"] == {"until": "decided", "max_seeds": 24, "seeds": [0, 1]}  # before the first run
+    rule = {"until": "decided", "max_seeds": 24, "seeds": [0, 1], "all_arms": 5}
+    assert record["stopping"] == rule  # before the first run
     _, (record,), after = run_studies(tmp_path, [study], metrics, workers=workers)
     assert told(record) == told(whole)
     assert before + after == every  # nothing was run again
