@@ -1,4 +1,5 @@
-"""RLOO and GRPO against TRL's: gold reward and KL divergence after the same steps on the same task, and CPU seconds a step.
+"""RLOO and GRPO against TRL's: gold reward and KL divergence after the same steps on the same task, gold reward at an equal
+KL divergence, and CPU seconds a step.
 
     python -m benchmarks.online                     (about half an hour of one core; TRL is found by PYTHONPATH)
     python -m benchmarks.online --method rloo --seeds 0 --steps 20
@@ -6,6 +7,7 @@
 Both train the default run's initial policy, in float32 on one thread, on the gold reward over the annotator's temperature: 16
 prompts with 4 responses a step, the same learning rate and schedule. Both policies are measured by the same function: 512
 held-out prompts, one response each. A step's seconds are those of the whole training, sampling included, over its steps.
+For the gold reward at TRL's KL divergence ours is trained with further betas, and interpolated between their final policies.
 Writes outputs/benchmarks/online.json and benchmarks/RESULTS.md.
 """
 
@@ -15,6 +17,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +34,21 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.models.forward import response_logps
 from dpo_lab.models.policy import load_policy
 from dpo_lab.models.sampling import sample
+from dpo_lab.stats.paired_tests import paired
 
 FOLDER = MEASURED.resolve() / "online"
 BETA, PROMPTS, RESPONSES = 0.1, 16, 4
+FURTHER = (0.05, 0.2)  # betas of ours, for the gold reward at the KL divergence of TRL's policy
 # GRPO as TRL's defaults have it: normalised by tokens, k3 times the ratio in the loss, rewards over the group's spread
 OURS = {"rloo": [], "grpo": ["method.normalise=token", "method.kl=k3_weighted"]}
 
 
-def settings(method: str, seed: int, steps: int) -> list[str]:
+def settings(method: str, seed: int, steps: int, beta: float) -> list[str]:
     """The command of ours, as a user types it."""
     rhythm = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}", f"seed={seed}"]
-    own = [f"method={method}", "reward=gold", f"beta={BETA}", *OURS[method], *rhythm]
+    own = [f"method={method}", "reward=gold", f"beta={beta}", *OURS[method], *rhythm]
     few = ["figures=false", "evals.evaluators=[]", "data.validation_pairs=8"]  # TRL's run validates nothing either
-    return [*own, *few, f"name={method}-{seed}"]
+    return [*own, *few, f"name={method}-{seed}-{beta}"]
 
 
 def measure(folder: Path, initial_folder: Path, seed: int) -> dict[str, float]:
@@ -63,17 +68,25 @@ def measure(folder: Path, initial_folder: Path, seed: int) -> dict[str, float]:
     return {"gold": float(gold.mean()), "gold_error": float(gold.std() / len(gold) ** 0.5), "kl": ratios.mean().item()}
 
 
-def run_ours(method: str, seed: int, steps: int) -> dict[str, float]:
-    cpu_seconds([sys.executable, "-m", "dpo_lab.train", *settings(method, seed, steps)], FOLDER)
-    (record,) = FOLDER.glob(f"outputs/{method}-{seed}/*/*/run.json")
+def run_ours(method: str, seed: int, steps: int, beta: float = BETA) -> dict[str, Any]:
+    shutil.rmtree(FOLDER / f"outputs/{method}-{seed}-{beta}", ignore_errors=True)
+    cpu_seconds([sys.executable, "-m", "dpo_lab.train", *settings(method, seed, steps, beta)], FOLDER)
+    (record,) = FOLDER.glob(f"outputs/{method}-{seed}-{beta}/*/*/run.json")
     return {"seconds": json.loads(record.read_text())["seconds"]["dpo"]["cpu"] / steps} | measure(
         record.parent / "policy", initial_of(seed), seed
     )
 
 
+def gold_at(policies: Sequence[dict[str, Any]], kl: float) -> float | None:
+    """The gold reward where policies of several betas have a KL divergence, linear between neighbours; None outside of them."""
+    path = sorted((policy["kl"], policy["gold"]) for policy in policies)
+    kls, golds = zip(*path, strict=True)
+    return float(np.interp(kl, kls, golds)) if kls[0] <= kl <= kls[-1] else None
+
+
 def initial_of(seed: int) -> Path:
     """The folder of the initial policy of a seed, which a run of ours has made."""
-    records = (json.loads(path.read_text()) for path in FOLDER.glob(f"outputs/*-{seed}/*/*/run.json"))
+    records = (json.loads(path.read_text()) for path in FOLDER.glob(f"outputs/*-{seed}-*/*/*/run.json"))
     digest = next(iter(records))["initial_policy"]
     (folder,) = (path for path in FOLDER.glob("outputs/cache/policy-*") if path.is_dir() and _digest(path) == digest)
     return folder
@@ -85,7 +98,7 @@ def _digest(folder: Path) -> str:
     return weights_digest(load_policy(folder).model)
 
 
-def run_trl(method: str, seed: int, steps: int) -> dict[str, float]:
+def run_trl(method: str, seed: int, steps: int) -> dict[str, Any]:
     shutil.rmtree(FOLDER / "trl", ignore_errors=True)
     options = ["--method", method, "--seed", str(seed), "--steps", str(steps), "--policy", str(initial_of(seed))]
     cpu_seconds([sys.executable, "-m", "benchmarks.trl_online", *options], FOLDER)
@@ -106,10 +119,11 @@ def main() -> None:
     rows = []
     for method in chosen.method or [*OURS]:
         for seed in chosen.seeds:
-            for path in FOLDER.glob(f"outputs/{method}-{seed}"):
-                shutil.rmtree(path)
-            for who, run in (("ours", run_ours), ("TRL", run_trl)):
-                rows.append({"method": method, "seed": seed, "who": who, **run(method, seed, chosen.steps)})
+            ours, theirs = (run(method, seed, chosen.steps) for run in (run_ours, run_trl))
+            policies = [ours, *(run_ours(method, seed, chosen.steps, beta) for beta in FURTHER)]
+            theirs |= {"ours_at_its_kl": gold_at(policies, theirs["kl"])}
+            for who, of in (("ours", ours), ("TRL", theirs)):
+                rows.append({"method": method, "seed": seed, "who": who, **of})
                 print({key: round(x, 3) if isinstance(x, float) else x for key, x in rows[-1].items()}, flush=True)
     save("online", {"steps": chosen.steps, "rows": rows})
     write_results()
@@ -130,6 +144,16 @@ def table(measured: dict[str, Any]) -> list[str]:
             spread = {name: float(np.std([row[name] for row in rows], ddof=1)) if rows[1:] else 0.0 for name in means}
             cells = " | ".join(f"{means[name]:.2f} (sd {spread[name]:.2f})" for name in means)
             lines.append(f"| {method} | {who} | {cells} |")
+    lines += [""]
+    for method in dict.fromkeys(row["method"] for row in measured["rows"]):
+        of = [row for row in measured["rows"] if row["method"] == method and row.get("ours_at_its_kl") is not None]
+        found = paired([row["ours_at_its_kl"] - row["gold"] for row in of]) if of else None
+        if found is not None and found.interval is not None:
+            low, high = found.interval
+            lines.append(
+                f"- {method}: gold reward at the KL divergence of TRL's policy, ours - TRL's, paired by seed:"
+                f" {found.value:+.2f} (95 % interval {low:+.2f} .. {high:+.2f}, {len(of)} seeds)."
+            )
     versions = ", ".join(f"{package} {version}" for package, version in measured["versions"].items())
     seeds = len({row["seed"] for row in measured["rows"]})
     lines += [

@@ -105,6 +105,8 @@ def _lengths(quality: Quality) -> Table:
     for name, side in quality.sides.items():
         for part in PARTS:
             of = side.lengths[part]
+            if part != "prompt" and not side.responses:  # a file of prompts alone
+                continue
             figures = (f"{of.mean:.1f}", f"{of.median:.0f}", f"{of.p95:.0f}", f"{of.most:,}", _percent(of.truncated))
             rows.append((f"{name} {part}", *figures))
             bars.append(of.histogram)

@@ -63,9 +63,13 @@ class PairView:
 
     @property
     def label(self) -> str:
-        """Return the label of a response that was labelled on its own."""
-        names = [part.name for part in self.parts if part.scored]
-        return "" if len(names) > 1 else ", desirable" if names == ["chosen"] else ", undesirable"
+        """Return the label of a response that was labelled on its own, and whether there is no response."""
+        match [part.name for part in self.parts if part.scored]:
+            case []:
+                return ", a prompt alone"
+            case [name]:
+                return ", desirable" if name == "chosen" else ", undesirable"
+        return ""
 
     @property
     def noise(self) -> str:

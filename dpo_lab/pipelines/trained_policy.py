@@ -15,21 +15,24 @@ def load_trained(policy: PolicyConfig, folder: Path) -> Policy:
     quantized. Raise ConfigError if it can't be loaded.
     """
     check_folder(folder)
+    try:
+        loaded = trained_settings(policy, folder).load(cache=CACHE)
+    except PolicyError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    loaded.model.eval()
+    return loaded
+
+
+def trained_settings(policy: PolicyConfig, folder: Path) -> Pretrained:
+    """Return the settings by which the policy in a folder is loaded; policy: those of the initial one."""
     settings = policy if isinstance(policy, Pretrained) else Pretrained(path=str(folder))
     if not (settings.is_quantized and is_adapter(folder)):
         settings = replace(settings, lora=Lora(), quantize=None)
     settings = replace(settings, merge=False)
     if is_adapter(folder) and not is_adapter(Path(settings.path)):
-        settings = replace(settings, adapter=str(folder))
-    else:
-        unset = {"adapter": None, "package": None, "gguf_file": None, "revision": None, "key_prefix": None}
-        settings = replace(settings, path=str(folder), **unset)
-    try:
-        loaded = settings.load(cache=CACHE)
-    except PolicyError as error:
-        raise ConfigError(f"{folder}: {error}") from error
-    loaded.model.eval()
-    return loaded
+        return replace(settings, adapter=str(folder))
+    unset = {"adapter": None, "package": None, "gguf_file": None, "revision": None, "key_prefix": None}
+    return replace(settings, path=str(folder), **unset)
 
 
 def check_folder(trained: Path) -> None:

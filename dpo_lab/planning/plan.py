@@ -17,11 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_lab.config.precision import canonical
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.errors import first_line
+from dpo_lab.evals.evaluate import policy_folder
 from dpo_lab.models.load import untrained_model
 from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import PolicyConfig, PolicyError, Pretrained, TinyPolicy
 from dpo_lab.models.reference import AdapterOff, Frozen, Moving, Reference
 from dpo_lab.models.weight_settings import Dtype, Lora, Quantization
+from dpo_lab.pipelines.trained_policy import trained_settings
 from dpo_lab.planning.online import Scorer, Sizes, critic_bytes, rollout_bytes, rollout_flops, sampling_bytes
 from dpo_lab.planning.shapes import (
     Shape,
@@ -115,7 +117,8 @@ def plan_of(config: RunConfig, policy: PolicyConfig | None = None) -> Plan:
         shape, scorer = Shape.of(model), Scorer.of(config, model) if config.method.is_online else None
         memory = _memory_of(model, config, policy, tokens, precision)
         rollouts = max(memory.rollouts, rollout_bytes(model, config, sizes))
-        memory = replace(memory, rollouts=rollouts, reward_model=scorer.size if scorer else 0.0)
+        sampling = memory.sampling + _third_bytes(config)
+        memory = replace(memory, rollouts=rollouts, sampling=sampling, reward_model=scorer.size if scorer else 0.0)
         counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
         in_16_bits = precision is not None or model.dtype.itemsize == 2
     passes: dict[str, Any] = dict(recomputes=policy.gradient_checkpointing, frozen=policy.has_adapters)
@@ -219,6 +222,15 @@ def _memory_of(
         sampling=weights + sampled,
         rollouts=sampled if evals.every else 0.0,
         gathered=gathered * (1 if policy.has_adapters else 2),
+    )
+
+
+def _third_bytes(config: RunConfig) -> float:
+    """Return the bytes of the third policy's weights, which an evaluation holds beside the others; 0 without one."""
+    if config.evals.third is None:
+        return 0.0
+    return weight_bytes(
+        untrained_model(trained_settings(config.policy, policy_folder(config.evals.third))).parameters()
     )
 
 

@@ -213,6 +213,17 @@ def test_what_a_run_cannot_do_with_three_pairs_is_told(folder, monkeypatch):
     assert "type data.batch_size=3" in printed(found)
 
 
+def test_a_file_of_prompts_alone_has_no_responses_to_tell_of(folder, monkeypatch):
+    rows = [{"prompt": f"Topic: the movie {i}.\nReview:"} for i in range(40)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(folder)
+    shown = printed(looked("data.path=prompts.jsonl"))
+    assert ", a prompt alone" in shown
+    assert "desirable" not in shown
+    assert "train prompt" in shown
+    assert "train chosen" not in shown
+
+
 def test_cuts_and_flips_are_shown(folder, monkeypatch):
     monkeypatch.chdir(folder)
     small = ["data.max_length=24", "data.max_prompt_length=12", "noise.rate=1"]

@@ -195,6 +195,13 @@ def test_a_trajectory_samples_beside_the_models_and_has_its_share_of_the_flops()
     assert found.memory.training == without.memory.training
 
 
+def test_an_evaluation_holds_the_third_policy_too(folder):
+    without, found = (plan_of(settled(*more)).memory for more in ([], [f"evals.third={folder}"]))
+    weights = sum(p.numel() * p.itemsize for p in TINY.untrained(VOCABULARY).parameters())
+    assert found.sampling - without.sampling == weights
+    assert found.training == without.training
+
+
 def test_the_cache_is_that_of_sampling(folder):
     model, rows, length = TINY.untrained(VOCABULARY), 5, 12
     cached = CachedRows(model, [[3, 4, 5]] * rows, 0, length - 3)
