@@ -42,6 +42,7 @@ def test_a_few_kills_make_no_difference(soaked):
     assert sorted(os.listdir(folder / "here")) == ["cache", "twins"]  # what was compared is gone
 
 
+@pytest.mark.extended  # in make test: kills of a fit
 def test_a_killed_training_is_compared_whole(tmp_path):
     result = soak(tmp_path, "--kills", "1", "--only", "train", "--json", "soak.json")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -178,13 +178,10 @@ def test_another_config_under_its_folder_is_refused(baseline, workshop):
     assert (baseline / "run.json").read_bytes() == before
 
 
-def test_same_seed_same_everything_another_seed_another(baseline, workshop):
+def test_same_seed_same_everything(baseline, workshop):
     same = folder_of(train(workshop, "name=same", "data.num_workers=1"), workshop)
     assert record_of(same)["metrics"] == record_of(baseline)["metrics"]
     assert record_of(same)["trained_policy"] == record_of(baseline)["trained_policy"]
-    other = folder_of(train(workshop, "name=other", "seed=1"), workshop)
-    assert record_of(other)["trained_policy"] != record_of(baseline)["trained_policy"]
-    assert record_of(other)["metrics"]["kl"] != record_of(baseline)["metrics"]["kl"]
 
 
 def test_two_ddp_ranks_give_the_run_of_one(workshop, baseline):

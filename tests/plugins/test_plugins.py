@@ -63,6 +63,7 @@ def test_new_writes_a_project_of_the_name_that_is_typed(tmp_path, monkeypatch, c
     assert not any("my_lab" in f"{name} {(tmp_path / name).read_text()}" for name in files)
 
 
+@pytest.mark.extended
 def test_help_lists_choices_with_where_they_are_from(project):
     told = door("dpo_lab.train", "plugins=my_lab", "--help", cwd=project)
     assert told.returncode == 0, told.stderr

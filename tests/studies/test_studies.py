@@ -100,13 +100,16 @@ def test_the_written_results_are_what_the_kept_records_say():
 
 
 def test_every_kind_of_arm_in_the_collection_composes():
-    kinds: dict[frozenset, list[str]] = {}
+    """The keys that an arm sets beside those of all arms, and each budget once."""
+    kinds: dict[object, list[str]] = {}
     for path, budget in BUDGETS:
-        for arm in read(path, budget).arms:
-            named = frozenset(
-                o if "=" in o and o.split("=")[0].isidentifier() else o.split("=")[0] for o in arm.overrides
-            )
-            kinds.setdefault(frozenset(n for n in named if not n.startswith("beta=")), arm.overrides)
+        arms = read(path, budget).arms
+        of_all = set.intersection(*(set(arm.overrides) for arm in arms))
+        kinds[path, budget] = arms[0].overrides
+        for arm in arms:
+            own = [o for o in arm.overrides if o not in of_all and not o.startswith("beta=")]
+            named = frozenset(o if o.split("=")[0].isidentifier() else o.split("=")[0] for o in own)
+            kinds.setdefault(named, arm.overrides)
     schema.register()
     with initialize_config_dir(schema.conf_dir(), version_base="1.3"):
         for overrides in kinds.values():
@@ -298,6 +301,7 @@ def test_a_plan_runs_nothing(studied, tmp_path):
     assert not (tmp_path / "new" / "outputs" / "studies").exists()
 
 
+@pytest.mark.extended  # in make test: tests/studies/test_until.py
 def test_a_study_that_is_killed_goes_on_where_it_was(tmp_path):
     written(tmp_path)
     behaves(tmp_path, **{"beta_1/seed_0": "waits"})

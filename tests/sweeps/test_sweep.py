@@ -309,6 +309,7 @@ def test_exit_codes_tell():
     assert exit_code([done, done], signal.SIGINT) == 0  # it came too late to stop anything
 
 
+@pytest.mark.extended  # four processes
 def test_another_sweeper_skips_what_is_done_and_hears_of_failures(tmp_path):
     """As Optuna's does, Hydra's own starts every job through the door alone."""
     behaves(tmp_path, **{"beta_0.2/": "fails"})

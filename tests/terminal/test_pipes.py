@@ -13,7 +13,9 @@ from tests.conftest import REPOSITORY
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "inspect", "study", "report"])
+@pytest.mark.parametrize(
+    "command", ["train", *(pytest.param(each, marks=pytest.mark.extended) for each in ("inspect", "study", "report"))]
+)
 def test_help_that_is_not_read_to_its_end_is_no_error(command):
     ours, theirs = os.pipe()
     os.close(ours)  # as head does, here before the first line

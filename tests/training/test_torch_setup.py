@@ -41,6 +41,7 @@ def test_a_cpu_run_keeps_its_memory_and_others_give_it_back():
     assert kept[1:] == given_back[1:] == (1, 0.0)
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap is glibc's")
 def test_the_heap_of_a_cpu_run_is_in_huge_pages():
