@@ -39,7 +39,15 @@ def show(console: Console, collection: RunSet, metrics: Sequence[str]) -> None:
         )
         _print(console, f"{word}{label}", STYLES.get(word, ""))
         _print(console, verdicts.claims_text(judged))
-        console.print(_table(VERDICTS, [_verdict(*each) for each in judged]))
+        columns = dict(zip(VERDICTS, zip(*(_verdict(*each) for each in judged), strict=True), strict=True))
+        kinds = set(columns["interval"])
+        if len(kinds) == 1:  # 80 columns have no room for one of equal words
+            del columns["interval"]
+        if not any(columns["detectable"]):
+            del columns["detectable"]
+        console.print(_table([*columns], [*zip(*columns.values(), strict=True)]))
+        if len(kinds) == 1:
+            _print(console, f"intervals: {kinds.pop()}", "dim")
         for prediction, verdict in judged:
             if verdict.note:
                 _print(console, f"  {prediction.description}: {verdict.note}", "yellow")
