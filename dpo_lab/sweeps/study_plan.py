@@ -95,24 +95,23 @@ def _told(prediction: Prediction, power: Power) -> str:
 def _whole(run: StudyRun, known: Sequence[tuple[Prediction, Power]], unknown: int, most: int) -> str:
     """Return a line on the seeds and the CPU time that all primary predictions take, as if they were independent."""
     study, each = run.study, _earlier_cost(run)
-    ends = {prediction.description: np.minimum(power.ends, most) for prediction, power in known}
-    over = np.max([*ends.values()], 0)
+    over = np.max([power.ends for _, power in known], 0)
+    seeds_on_average, share = expected(over, most)
     begun = np.minimum(over, study_rounds.stopping(study.seeds, most)["all_arms"])
     jobs = 0.0  # on average over the simulated studies
     for arm in study.arms:
-        of_arm = [ends[prediction.description] for prediction, _ in known if arm.name in arms_of(prediction, study)]
-        jobs += float(np.max([begun, *of_arm], 0).mean())
+        of_arm = [power.ends for prediction, power in known if arm.name in arms_of(prediction, study)]
+        jobs += expected(np.max([begun, *([over] if arm.name == study.baseline else of_arm)], 0), most)[0]
     cost = lambda jobs: f" ({duration(jobs * each)} of CPU time)" if each else ""  # noqa: E731
     left_out = f", {unknown} without earlier effects left out" if unknown else ""
     fixed = f"over {MOST} seeds"
     if all(power.fixed for _, power in known):
         seeds = max(power.fixed or 0 for _, power in known)
         fixed = f"{seeds} seeds{cost(seeds * len(study.arms))}"
-    decided = percent(float(np.mean([np.max([power.ends for _, power in known], 0) <= most])))
     return (
-        f"All primary predictions{left_out}: {fixed} of a fixed number; until=decided: {over.mean():.0f} seeds and"
+        f"All primary predictions{left_out}: {fixed} of a fixed number; until=decided: {seeds_on_average:.0f} seeds and"
         f" {jobs:.0f} runs on average{cost(jobs)}, at most {most} seeds{cost(most * len(study.arms))}, all decided in"
-        f" {decided}."
+        f" {percent(share)}."
     )
 
 

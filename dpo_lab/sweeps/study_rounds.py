@@ -27,7 +27,7 @@ MAX_SEEDS = 24
 def stopping(first: Sequence[int], max_seeds: int) -> dict[str, Any]:
     """Return the stopping rule as it is registered before the first run. first: the seeds to begin with.
 
-    `all_arms`: seeds that every arm has; further ones have the arms of primary predictions that are undecided.
+    `all_arms`: seeds that every arm has; further ones have those of `arms_left`.
     """
     begun = seeds_in_order(first, max_seeds)[: len(first)]
     return {"until": DECIDED, "max_seeds": max_seeds, "seeds": begun, "all_arms": max(FEWEST, len(begun))}
@@ -44,9 +44,11 @@ def seeds_a_round(arms: int, workers: int) -> int:
 
 
 def arms_left(study: Study, judged: Sequence[tuple[Prediction, Verdict]]) -> set[str]:
-    """Return the names of the arms of primary predictions that are undecided."""
+    """Return the names of the arms of primary predictions that are undecided, with the baseline, on which the optimum's
+    line is measured; none if all are decided.
+    """
     undecided = [p for p, verdict in judged if p.primary and verdict.word == INCONCLUSIVE]
-    return set[str]().union(*(arms_of(prediction, study) for prediction in undecided))
+    return {study.baseline}.union(*(arms_of(p, study) for p in undecided)) if undecided else set()
 
 
 def looks(collection: RunSet, earlier: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
