@@ -50,7 +50,8 @@ class ArmSpec:
 class Budget:
     """A budget of a study, by name.
 
-    settings: overrides of every arm; arms: only these arms or groups, and only predictions about them; notes: on the
+    settings: overrides of every arm, in place of its own of that key; arms: only these arms or groups, and only
+    predictions about them; notes: on the
     results under this budget (for `full` it is the study's own `notes`).
     """
 
@@ -148,9 +149,10 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
     if file.missing is Missing.left_out:
         raise StudyError("missing=left_out: hides failed runs; type missing: bounds or missing: worst")
     chosen = file.budgets[budget]
-    settings = [*file.settings, *chosen.settings]
+    keys = {setting.partition("=")[0] for setting in chosen.settings}
+    own = lambda overrides: [o for o in overrides if o.partition("=")[0] not in keys]  # noqa: E731
     arms = [
-        Arm(arm.name, [*settings, *arm.overrides, *more], arm.group, arm.axes)
+        Arm(arm.name, [*file.settings, *chosen.settings, *own(arm.overrides), *more], arm.group, arm.axes)
         for spec in file.arms
         for arm in _arms(spec)
     ]
@@ -158,6 +160,9 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
     if unknown := [name for name in chosen.arms if name not in names]:
         raise StudyError(f"budgets.{budget}.arms: no arm or group is called '{unknown[0]}'")
     chosen_arms = [arm for arm in arms if not chosen.arms or arm.name in chosen.arms or arm.group in chosen.arms]
+    for arm in chosen_arms:
+        if swept := keys & arm.axes.keys():
+            raise StudyError(f"budgets.{budget}.settings: {swept.pop()} is an axis of arm '{arm.name}'; leave it out")
     chosen_names = {name for arm in chosen_arms for name in (arm.name, arm.group)}
     left_out = names - chosen_names
     predictions = [p for p in file.predictions if not left_out & {p.treatment, p.control} - {""}]

@@ -166,6 +166,21 @@ def test_what_was_found_is_told_under_the_budget_that_found_it(tmp_path):
 PREDICTION = SMALL["predictions"][0]  # type: ignore[index]
 
 
+def test_a_budget_s_settings_take_the_place_of_an_arm_s(tmp_path):
+    arms = [
+        {"name": "base", "overrides": ["beta=0.1"]},
+        {"name": "long", "overrides": ["trainer.max_steps=100", "beta=0.2"]},
+    ]
+    budgets = {"full": {"seeds": [0]}, "quick": {"seeds": [0], "settings": ["trainer.max_steps=8"]}}
+    path = written(tmp_path, arms=arms, baseline="base", predictions=[], settings=[], budgets=budgets)
+    assert read(path).arms[1].overrides == ["trainer.max_steps=100", "beta=0.2"]
+    assert read(path, "quick").arms[1].overrides == ["trainer.max_steps=8", "beta=0.2"]
+    arms[1]["axes"] = {"trainer.max_steps": 100}
+    path = written(tmp_path, arms=arms, baseline="base", predictions=[], settings=[], budgets=budgets)
+    with pytest.raises(StudyError, match="budgets.quick.settings: trainer.max_steps is an axis of arm 'long'"):
+        read(path, "quick")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
