@@ -203,18 +203,22 @@ class EvalContext:
     @cached_property
     def sample_logps(self) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities (nats) of the trained policy's samples under trained and initial policy, [N] each."""
-        return self._logps_under_both(self.prompt_ids, [s.tokens for s in self.samples])
+        policies = (self.trained, self.initial)
+        trained, initial = self.logps_under(policies, self.prompt_ids, [s.tokens for s in self.samples])
+        return trained, initial
 
     @cached_property
     def initial_sample_logps(self) -> np.ndarray:
         """Log-probabilities (nats) of the initial policy's samples under itself, [N]."""
-        responses = [s.tokens for s in self.initial_samples]
-        return self.response_logps(self.initial.model, self.prompt_ids, responses)[0].double().numpy()
+        (found,) = self.logps_under([self.initial], self.prompt_ids, [s.tokens for s in self.initial_samples])
+        return found
 
     @cached_property
     def text_logps(self) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities (nats) of the held-out texts under the trained and the initial policy, [N] each."""
-        return self._logps_under_both([prompt for prompt, _ in self.texts], [response for _, response in self.texts])
+        prompts, responses = zip(*self.texts, strict=True) if self.texts else ((), ())
+        trained, initial = self.logps_under((self.trained, self.initial), prompts, responses)
+        return trained, initial
 
     @cached_property
     def held_out(self) -> ScoredPairs:
@@ -250,14 +254,11 @@ class EvalContext:
         )
         return trained, initial
 
-    def _logps_under_both(
-        self, prompts: Sequence[Tokens], responses: Sequence[Tokens]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        trained, initial = (
-            self.response_logps(policy.model, prompts, responses)[0].double().numpy()
-            for policy in (self.trained, self.initial)
-        )
-        return trained, initial
+    def logps_under(
+        self, policies: Sequence[Policy], prompts: Sequence[Tokens], responses: Sequence[Tokens]
+    ) -> list[np.ndarray]:
+        """Return the summed log-probabilities (nats) of responses given their prompts under each policy, [N] each."""
+        return [self.response_logps(each.model, prompts, responses)[0].double().numpy() for each in policies]
 
     def response_logps(
         self, model: PreTrainedModel, prompts: Sequence[Tokens], responses: Sequence[Tokens]

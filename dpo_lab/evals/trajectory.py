@@ -90,7 +90,7 @@ class TrajectoryMeter:
         """The evaluation of the initial policy with the random numbers of all points."""
         start = replace(self.context, trained=self.context.initial, examples=Examples())
         responses = [sample.tokens for sample in start.samples]
-        logps = start.response_logps(start.initial.model, start.prompt_ids, responses)[0].double().numpy()
+        (logps,) = start.logps_under([start.initial], start.prompt_ids, responses)
         vars(start)["sample_logps"] = logps, logps
         return start
 

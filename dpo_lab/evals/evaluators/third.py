@@ -79,11 +79,8 @@ def _values(context: EvalContext, texts: Sequence[str], lengths: Sequence[int]) 
     assert third is not None
     values: dict[str, tuple[Any, Any]] = {}
     if third.shares_tokens:
-        prompts, responses = context.prompt_ids, [sample.tokens for sample in context.third_samples]
-        own, initial = (
-            context.response_logps(policy.model, prompts, responses)[0].double().numpy()
-            for policy in (third.policy, context.initial)
-        )
+        responses = [sample.tokens for sample in context.third_samples]
+        own, initial = context.logps_under((third.policy, context.initial), context.prompt_ids, responses)
         values["kl"] = (np.subtract(*context.sample_logps), own - initial)
     if context.task is not None and context.task.has_grammar:
         of_trained = well_formed(context.task, context.samples, context.complete_texts(context.samples))
