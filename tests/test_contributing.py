@@ -44,8 +44,6 @@ OF_ALL_FILES = [
     "tests/core/test_losses.py",
     "tests/evals/test_evals.py",
 ]
-# Of the tests of losses and evaluators, those of the examples, which are parameters of them.
-OF_EXAMPLES = "not (test_losses or test_evals) or squared_hinge or openings"
 
 # Commands as `python -m` runs them, one after the other in one process, which has to import torch once.
 RUNNER = """
@@ -130,20 +128,7 @@ def done(tmp_path_factory) -> Done:
     assert len(trains) + len(studies) + len(tests) == sum(map(len, typed.values()))
     runner = [sys.executable, "-c", RUNNER, *trains, *studies]
     trained = processes.run(runner, cwd=folder, env=environment, timeout=400)
-    pytest_command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n",
-        "0",
-        "-vv",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        OF_EXAMPLES,
-        *tests,
-        *OF_ALL_FILES,
-    ]
+    pytest_command = [sys.executable, "-m", "pytest", "-n", "0", "-vv", "-p", "no:cacheprovider", *tests, *OF_ALL_FILES]
     tested = processes.run(pytest_command, cwd=folder, env=environment, timeout=400)
     assert files(folder) == after, "a command changed files of the copy"
     return Done(folder, touched, trained, tested)

@@ -184,6 +184,13 @@ def test_same_seed_same_everything(baseline, workshop):
     assert record_of(same)["trained_policy"] == record_of(baseline)["trained_policy"]
 
 
+@pytest.mark.extended  # in make test: tests/core/test_seeds.py
+def test_another_seed_is_another_run(baseline, workshop):
+    other = folder_of(train(workshop, "name=other", "seed=1"), workshop)
+    assert record_of(other)["trained_policy"] != record_of(baseline)["trained_policy"]
+    assert record_of(other)["metrics"]["kl"] != record_of(baseline)["metrics"]["kl"]
+
+
 def test_two_ddp_ranks_give_the_run_of_one(workshop, baseline):
     """Lightning starts the second rank by repeating our command line."""
     ranks = folder_of(train(workshop, "name=ddp", "trainer=ddp_cpu"), workshop)
