@@ -216,7 +216,7 @@ class EvalContext:
     @cached_property
     def text_logps(self) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities (nats) of the held-out texts under the trained and the initial policy, [N] each."""
-        prompts, responses = zip(*self.texts, strict=True) if self.texts else ((), ())
+        prompts, responses = [prompt for prompt, _ in self.texts], [response for _, response in self.texts]
         trained, initial = self.logps_under((self.trained, self.initial), prompts, responses)
         return trained, initial
 

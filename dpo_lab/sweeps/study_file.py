@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_lab.config.schema import explain
+from dpo_lab.runs.fingerprint import override_key
 from dpo_lab.studies.effects import check
 from dpo_lab.studies.spec import (
     RENAMED_ARM_KEYS,
@@ -51,8 +52,7 @@ class Budget:
     """A budget of a study, by name.
 
     settings: overrides of every arm, in place of its own of that key; arms: only these arms or groups, and only
-    predictions about them; notes: on the
-    results under this budget (for `full` it is the study's own `notes`).
+    predictions about them; notes: on the results under this budget (for `full` it is the study's own `notes`).
     """
 
     seeds: list[int] = MISSING
@@ -149,13 +149,11 @@ def _study(path: Path, file: StudyFile, budget: str, seeds: Sequence[int] | None
     if file.missing is Missing.left_out:
         raise StudyError("missing=left_out: hides failed runs; type missing: bounds or missing: worst")
     chosen = file.budgets[budget]
-    keys = {setting.partition("=")[0] for setting in chosen.settings}
-    own = lambda overrides: [o for o in overrides if o.partition("=")[0] not in keys]  # noqa: E731
-    arms = [
-        Arm(arm.name, [*file.settings, *chosen.settings, *own(arm.overrides), *more], arm.group, arm.axes)
-        for spec in file.arms
-        for arm in _arms(spec)
-    ]
+    settings, keys = [*file.settings, *chosen.settings], set(map(override_key, chosen.settings))
+    arms = []
+    for arm in (arm for spec in file.arms for arm in _arms(spec)):
+        own = [override for override in arm.overrides if override_key(override) not in keys]
+        arms.append(Arm(arm.name, [*settings, *own, *more], arm.group, arm.axes))
     names = {name for arm in arms for name in (arm.name, arm.group)}
     if unknown := [name for name in chosen.arms if name not in names]:
         raise StudyError(f"budgets.{budget}.arms: no arm or group is called '{unknown[0]}'")

@@ -97,7 +97,7 @@ def _whole(run: StudyRun, known: Sequence[tuple[Prediction, Power]], unknown: in
     study, each = run.study, _earlier_cost(run)
     over = np.max([power.ends for _, power in known], 0)
     seeds_on_average, share = expected(over, most)
-    begun = np.minimum(over, study_rounds.stopping(study.seeds, most)["all_arms"])
+    begun = np.minimum(over, run.all_arms)
     jobs = 0.0  # on average over the simulated studies
     for arm in study.arms:
         of_arm = [power.ends for prediction, power in known if arm.name in arms_of(prediction, study)]

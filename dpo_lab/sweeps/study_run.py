@@ -57,9 +57,9 @@ class StudyRun:
         self.order: Sequence[int] = study.seeds  # in which seeds are added, as many as there may be
         self.places: dict[tuple[str, int], None] = {}  # arm and seed of each job, in the order of `wanted`
         self.arms_left = {arm.name for arm in study.arms}  # that get further seeds
-        self._resumed: list[tuple[str, int]] = []
+        rule = study_rounds.stopping(study.seeds, max_seeds or study_rounds.MAX_SEEDS)
+        self.all_arms: int = rule["all_arms"]  # seeds that every arm has, if seeds are added
         if max_seeds is not None:
-            rule = study_rounds.stopping(study.seeds, max_seeds)
             self.order = study_rounds.seeds_in_order(study.seeds, max_seeds)
             self._record |= {"stopping": rule, "looks": []}
             self._take_up(rule)
@@ -73,9 +73,8 @@ class StudyRun:
         is_same = [entry["digest"] for entry in earlier.get("registrations", ())][-1:] == [self.study.digest(rule)]
         if is_same:
             self._record |= {"looks": earlier["looks"], "jobs": earlier["jobs"]}
-            self._resumed = [(job["arm"], job["seed"]) for job in earlier["jobs"]]
             newest = earlier["study"]["seeds"][-1]
-            self.arms_left = {arm for arm, seed in self._resumed if seed == newest} or self.arms_left
+            self.arms_left = {job["arm"] for job in earlier["jobs"] if job["seed"] == newest} or self.arms_left
         self.grow(len(earlier["study"]["seeds"]) if is_same else 1)
 
     @property
@@ -94,7 +93,7 @@ class StudyRun:
         self._record["looks"] = study_rounds.looks(collection, self._record["looks"])
         self._write()
         judged = decide(collection)
-        if len(self.study.seeds) >= self._record["stopping"]["all_arms"]:
+        if len(self.study.seeds) >= self.all_arms:
             self.arms_left = study_rounds.arms_left(self.study, judged)
         return judged
 
@@ -105,8 +104,9 @@ class StudyRun:
         arms = self.study.arms
         swept = dict(zip((arm.name for arm in arms), not_shared([arm.overrides for arm in arms]), strict=True))
         overrides = {arm.name: arm.overrides for arm in arms}
+        resumed = [(job["arm"], job["seed"]) for job in self._record["jobs"]]
         left = [(arm.name, seed) for seed in self.study.seeds for arm in arms if arm.name in self.arms_left]
-        new = [place for place in dict.fromkeys([*self._resumed, *left]) if place not in self.places]
+        new = [place for place in dict.fromkeys([*resumed, *left]) if place not in self.places]
         self.places |= dict.fromkeys(new)
         return [
             Wanted(f"{self.study.name}: {arm}, seed {seed}", [*overrides[arm], f"seed={seed}"], swept[arm])
