@@ -28,14 +28,20 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.loaded"])
 
 
+def ensure_running() -> None:
+    """Start the process that is forked, if it isn't running. Call it before CONTEXT.Process, which would start one whose
+    torch has as many threads as the machine has cores, and rounds differently."""
+    with patch.dict(os.environ, OFFLINE | {"PYTHONPATH": str(REPOSITORY)}):  # this test may stand elsewhere by now
+        forkserver.ensure_running()
+
+
 class Warm:
     """function(*arguments) in a warm process of its own, its folder `cwd`. A context: nothing is left of it afterwards."""
 
     def __init__(self, function: Callable[..., object], *arguments: Any, cwd: Path, **variables: str) -> None:
         self.files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self.files]
-        with patch.dict(os.environ, OFFLINE | {"PYTHONPATH": str(REPOSITORY)}):  # this test may stand elsewhere by now
-            forkserver.ensure_running()
+        ensure_running()
         self.stack = ExitStack()
         environment = self.stack.enter_context(contained(os.environ | OFFLINE | variables))
         self.mark = environment[MARK]
