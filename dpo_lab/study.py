@@ -15,7 +15,7 @@ from pathlib import Path
 from dpo_lab import report
 from dpo_lab.cli import entry_point
 from dpo_lab.runs import run_record
-from dpo_lab.runs.fingerprint import EXECUTION_KEYS, NOT_IN_FOLDER_NAMES, RECORD_KEYS, is_under
+from dpo_lab.runs.fingerprint import EXECUTION_KEYS, NOT_IN_FOLDER_NAMES, RECORD_KEYS, is_under, override_key
 from dpo_lab.runs.redact import redact_command
 from dpo_lab.studies.spec import StudyError
 from dpo_lab.sweeps import study_rounds, study_sweeper
@@ -95,11 +95,7 @@ def planned_studies(words: Sequence[str], typed: Sequence[str]) -> tuple[list[St
     except ValueError:
         raise StudyError(f"seeds={options['seeds']}: must be whole numbers; type e.g. seeds=0,1,2") from None
     max_seeds = _max_seeds(options["until"], options["max_seeds"])
-    arms = [
-        word
-        for word in more
-        if not is_under(word.partition("=")[0].lstrip("+"), NOT_OF_ARMS) and not word.startswith("hydra")
-    ]
+    arms = [word for word in more if not is_under(override_key(word), NOT_OF_ARMS) and not word.startswith("hydra")]
     root = run_record.OUTPUTS / run_record.name_of_folder(options["name"])
     command = redact_command(["python", "-m", "dpo_lab.study", *typed])
 

@@ -42,7 +42,7 @@ def sharded_copy(model: PreTrainedModel, added: Mapping[str, nn.Module] | None =
 
     added: modules that become attributes of the copy by these names; their weights are 0.
     """
-    return _copy(model, _state(model).sharding, lambda weight: weight.requires_grad, added or {})
+    return _copy(model, _state(model).sharding, lambda weight: weight.requires_grad, added)
 
 
 def gathered_as_stored(model: PreTrainedModel) -> PreTrainedModel:
