@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -67,7 +67,11 @@ class StepSampler(Sampler[list[int]]):
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Loaders of training and held-out pairs; each held-out pair is read by exactly one rank."""
+    """Loaders of training and held-out pairs; each held-out pair is read by exactly one rank. charts: see BaseModule; of what
+    is counted of the data.
+    """
+
+    charts: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(
         self,

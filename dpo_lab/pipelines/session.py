@@ -108,7 +108,8 @@ class Session:
         if resume.trained_to is not None:
             trainer.fit_loop.epoch_loop.max_steps = resume.trained_to
         step, started = step_of(resume.checkpoint) if resume.checkpoint else 0, run.record.get("started", "")
-        add_loggers(trainer, self.config_dict, run.folder, step, started=started, charts=module.charts)
+        charts = {**data.charts, **module.charts}
+        add_loggers(trainer, self.config_dict, run.folder, step, started=started, charts=charts)
         explained = memory_explained(self.config, "training", trains=True, tokens=module.tokens_per_microbatch)
         with explained, nullcontext() if self.config.evals.every else kept_on_disk(inputs.initial.model):
             fit(trainer, module, data, resume.checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,6 +33,9 @@ class OnlineDataModule(PreferenceDataModule):
 
     method: Online
     responses: int
+    charts: ClassVar[dict[str, tuple[str, ...]]] = {
+        "rollout/reward and gold": ("train/rollout/reward", "train/rollout/gold")
+    }
 
     def __init__(
         self, method: Online, actor: Actor, prompts: Sequence[Tokens], held_out: Sequence[EncodedPair], *, seed: int

@@ -17,11 +17,7 @@ from dpo_lab.models.critic import Critic
 from dpo_lab.models.forward import rollout_loss
 from dpo_lab.models.sharded_weights import full_tensor
 from dpo_lab.training.base_module import BaseModule
-from dpo_lab.training.dpo_module import CHARTS, DPOModule
-
-ROLLOUT_CHARTS = {
-    "rollout/reward and gold": ("train/rollout/reward", "train/rollout/gold"),
-}
+from dpo_lab.training.dpo_module import DPOModule
 
 
 class PolicyGradientModule(DPOModule):
@@ -30,7 +26,11 @@ class PolicyGradientModule(DPOModule):
     critic: a Critic, if the method has one. Held-out pairs are measured as in DPO, with the reward beta log(pi / ref).
     """
 
-    charts = {**CHARTS, **ROLLOUT_CHARTS}
+    charts = {
+        "loss/training": ("train/policy_loss",),
+        "loss/held out": ("val/loss",),
+        **{title: scalars for title, scalars in DPOModule.charts.items() if "/held out" in title},
+    }
 
     def __init__(self, *args: Any, method: PolicyGradient, critic: Critic | None, **settings: Any) -> None:
         super().__init__(*args, batch_size=method.prompts_per_step * method.samples, **settings)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from tests.conftest import SMALL
 from tests.pipelines.test_cuda_runs import QUIET, make_shop, record_of
@@ -19,6 +21,17 @@ ONLINE = [*SMALL, "method.prompts=4", "method.samples=2", "evals.num_train_pairs
 
 def folder_of(workshop: Path, name: str) -> Path:
     return next((workshop / "outputs" / name).glob("*/seed=0"))
+
+
+def charts_of(folder: Path) -> dict[str, list[str]]:
+    """The charts of several curves in TensorBoard: group/title -> names of scalars."""
+    events = EventAccumulator(str(folder)).Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    return {
+        f"{group.title}/{chart.title}": [tag.removesuffix("$") for tag in chart.multiline.tag]
+        for group in Layout.FromString(layout.tensor_proto.string_val[0]).category
+        for chart in group.chart
+    }
 
 
 def test_a_learned_reward_is_made_once_and_trained_on(workshop):
@@ -41,8 +54,12 @@ def test_a_learned_reward_is_made_once_and_trained_on(workshop):
     made = [path for path in (workshop / "outputs/cache").glob("reward-*/run.json") if '"steps": 7' in path.read_text()]
     assert len(made) == 1
     before = made[0].read_bytes()
-    told = warm.door("dpo_lab.train", "method=grpo", "name=rl2", *settings, "evals.num_prompts=5", cwd=workshop)
+    shown = [*settings, "logger=tensorboard", "evals.num_prompts=5"]
+    told = warm.door("dpo_lab.train", "method=grpo", "name=rl2", *shown, cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr
+    charts = charts_of(folder_of(workshop, "rl2"))
+    assert charts["rollout/reward and gold"] == ["train/rollout/reward", "train/rollout/gold"]
+    assert all(names.intersection(scalars) for scalars in charts.values())  # none is empty
     assert made[0].read_bytes() == before
     told = warm.door("dpo_lab.evaluate", f"run={folder_of(workshop, 'rl')}", "evals.num_prompts=4", cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr

@@ -9,6 +9,7 @@ from dpo_lab.reporting.comparison import interval_text
 from dpo_lab.reporting.figures.charts import GREY, STYLES, Point
 from dpo_lab.reporting.formatting import format_short
 from dpo_lab.stats.estimates import Estimate
+from dpo_lab.studies.grouping import DEFAULT_ARM
 from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.scales import mean_over_seeds
 from dpo_lab.studies.spec import Arm
@@ -16,7 +17,7 @@ from dpo_lab.studies.spec import Arm
 
 def line_of(arm: Arm, axis: str) -> str:
     """Return the name that arms differing only along an axis share: the group, or the name without the axis."""
-    rest = [part for part in arm.name.split(", ") if not part.startswith(f"{axis}=")]
+    rest = [part for part in arm.name.split(", ") if part != DEFAULT_ARM and not part.startswith(f"{axis}=")]
     return arm.group or ", ".join(rest) or "all runs"
 
 

@@ -23,6 +23,8 @@ COLUMNS = (
     ("val/true/rewards/accuracies", "val/rewards/accuracies"),
     ("val/rewards/margins", "train/rewards/margins"),
     ("val/logratio/chosen",),
+    ("train/rollout/gold", "train/rollout/reward"),
+    ("train/rollout/kl",),
 )
 CURVE_POINTS = 2000  # of a panel of learning curves, shared by its arms
 MARKS = 10  # most values of an axis with a tick each; with more, ticks are at round values
@@ -58,12 +60,13 @@ def learning(collection: RunSet, logs: MetricsLogs) -> Chart | None:
 
 
 def _suggested(collection: RunSet, metrics: Sequence[str]) -> list[Figure]:
-    axes = {
-        name: {arm.axes[name] for arm in collection.arms if name in arm.axes}
-        for arm in collection.arms
-        for name in arm.axes
-    }
-    figures = [Figure(Kind.axis, list(metrics[:4]), name) for name, values in sorted(axes.items()) if len(values) > 1]
+    def varies(axis: str) -> bool:
+        """Whether it does between arms that differ in nothing else: methods' own settings are no axis of all methods."""
+        lines = lines_of([arm for arm in collection.arms if axis in arm.axes], axis).values()
+        return any(len({arm.axes[axis] for arm in line}) > 1 for line in lines)
+
+    axes = sorted({name for arm in collection.arms for name in arm.axes})
+    figures = [Figure(Kind.axis, list(metrics[:4]), name) for name in axes if varies(name)]
     return figures[:3] or [Figure(Kind.arms, list(metrics[:4]))]
 
 

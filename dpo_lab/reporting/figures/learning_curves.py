@@ -1,4 +1,4 @@
-"""Learning curves: loss, accuracy, rewards and margins over optimizer steps, in training and validation."""
+"""Learning curves over optimizer steps: loss, accuracy, rewards and margins of pairs, and rewards of samples."""
 
 from __future__ import annotations
 
@@ -54,6 +54,19 @@ PANELS: dict[str, tuple[str, float | None, tuple[Curve, ...]]] = {
         ),
     ),
     "margins": ("reward margin, chosen minus rejected", 0.0, _both("rewards/margins")),
+    "rewards of samples": (
+        "mean over samples",
+        None,
+        (
+            Curve("train/rollout/reward", "reward", "-o", BLUE),
+            Curve("train/rollout/gold", "gold reward", "--s", GREEN),
+        ),
+    ),
+    "KL divergence of samples": (
+        "nats per response",
+        0.0,
+        (Curve("train/rollout/kl", "to the reference", "-o", BLUE),),
+    ),
 }
 
 

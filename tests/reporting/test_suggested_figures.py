@@ -1,0 +1,27 @@
+"""The figures that a comparison of runs has where no study names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_lab.reporting.figures.comparison_figures import study_figures
+from dpo_lab.stats.estimates import Estimate
+from dpo_lab.studies.run_data import RunData, RunSet
+from dpo_lab.studies.spec import Arm
+
+
+def test_without_a_study_figures_are_along_settings_of_which_arms_differ_in_nothing_else(tmp_path):
+    """A method's own settings differ between methods too, and say nothing of them."""
+    estimates = {"kl": Estimate(1.0, n=1)}
+
+    def panels(*arms: Arm) -> set[str]:
+        runs = [RunData(Path("nowhere"), arm.name, 0, "done", record={}, metrics=estimates) for arm in arms]
+        charts = study_figures(RunSet("t", tmp_path, [*arms], [0], runs), ["kl"], lambda arm: [])
+        return {panel.xlabel for chart in charts for panel in chart.panels}
+
+    grpo = Arm("method=grpo", axes={"method.prompts": 16, "method.samples": 4})
+    dpo = Arm("method=online_dpo", axes={"method.prompts": 32, "method.samples": 2})
+    assert not panels(grpo, dpo) & {"method.prompts", "method.samples"}
+    more = Arm("method=grpo, method.samples=8", axes={"method.prompts": 16, "method.samples": 8})
+    assert panels(grpo, dpo, more) == {"method.samples"}
+    assert panels(Arm("default", axes={"beta": 0.1}), Arm("beta=0.5", axes={"beta": 0.5})) == {"beta"}
