@@ -123,6 +123,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def register() -> None:
     """Register the schemas that conf/*.yaml refers to, and the resolvers that name run folders."""
+    # Hydra copies the store once for each group of choices that it lists; it only reads it
+    ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[reportAttributeAccessIssue]
     store = ConfigStore.instance()
     store.store(name="run", group="schema", node=RunConfig)
     for group, schemas in KINDS.items():
@@ -186,9 +188,7 @@ def sft_record(cfg: DictConfig, config: RunConfig) -> dict[str, Any]:
     """Return the config of supervised fine-tuning as nested dicts, without the settings that it does not use."""
     config_dict = {key: value for key, value in as_record(cfg, config).items() if key not in PREFERENCE_KEYS}
     if not isinstance(config.policy, TinyPolicy):
-        config_dict["sft"] = {
-            "text_column": config.sft.text_column
-        }  # the other settings are those of the embedded policy
+        config_dict["sft"] = {"text_column": config.sft.text_column}  # the others are those of the embedded policy
     return config_dict
 
 
