@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.core.methods import Online, PolicyGradient
-from dpo_lab.errors import first_line
+from dpo_lab.evals.judges import JudgeError
+from dpo_lab.evals.judges.classifier import Classifier
 from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import PolicyError
 from dpo_lab.pipelines.online import longest_response
@@ -67,18 +67,13 @@ class Scorer:
         if isinstance(reward, Learned) and reward.path is None:
             body = causal_lm(policy).base_model
             return cls(weight_bytes(p for n, p in body.named_parameters() if ".lora_" not in n), Shape.of(policy))
-        path, key = getattr(reward, "path", None), "reward.path"
-        if isinstance(reward, OfJudge):
-            path, key = config.evals.judge.local_model, "evals.judge.path"
-        if path is None:
-            return None
+        is_judge = isinstance(reward, OfJudge)
+        scorer = config.evals.judge if is_judge else Classifier(path=getattr(reward, "path", None))
         try:
-            model = AutoModelForSequenceClassification.from_config(
-                AutoConfig.from_pretrained(Path(path), local_files_only=True)
-            )
-        except Exception as error:  # many types, depending on the file
-            raise PolicyError(f"{key}={path}: {first_line(error)}; type the folder of a reward model") from None
-        return cls(weight_bytes(model.parameters()), replace(Shape.of(model), vocabulary=0))
+            model = scorer.untrained()
+        except JudgeError as error:
+            raise PolicyError(str(error) if is_judge else str(error).replace("evals.judge.", "reward.")) from None
+        return None if model is None else cls(weight_bytes(model.parameters()), replace(Shape.of(model), vocabulary=0))
 
 
 def critic_bytes(model: PreTrainedModel) -> tuple[float, list[torch.nn.Parameter]]:

@@ -18,6 +18,7 @@ from dpo_lab.config.precision import canonical
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.errors import first_line
 from dpo_lab.evals.evaluate import policy_folder
+from dpo_lab.evals.judges import JudgeError
 from dpo_lab.models.load import untrained_model
 from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import PolicyConfig, PolicyError, Pretrained, TinyPolicy
@@ -117,7 +118,7 @@ def plan_of(config: RunConfig, policy: PolicyConfig | None = None) -> Plan:
         shape, scorer = Shape.of(model), Scorer.of(config, model) if config.method.is_online else None
         memory = _memory_of(model, config, policy, tokens, precision)
         rollouts = max(memory.rollouts, rollout_bytes(model, config, sizes))
-        sampling = memory.sampling + _third_bytes(config)
+        sampling = memory.sampling + _third_bytes(config) + _judge_bytes(config)
         memory = replace(memory, rollouts=rollouts, sampling=sampling, reward_model=scorer.size if scorer else 0.0)
         counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
         in_16_bits = precision is not None or model.dtype.itemsize == 2
@@ -148,7 +149,7 @@ def _explained(policy: PolicyConfig) -> Iterator[None]:
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it would log a traceback as well
     try:
         yield
-    except PolicyError:
+    except (PolicyError, JudgeError):
         raise
     except Exception as error:  # many types, depending on the architecture
         raise PolicyError(
@@ -232,6 +233,12 @@ def _third_bytes(config: RunConfig) -> float:
     return weight_bytes(
         untrained_model(trained_settings(config.policy, policy_folder(config.evals.third))).parameters()
     )
+
+
+def _judge_bytes(config: RunConfig) -> float:
+    """Return the bytes of the weights of the judge that an evaluation holds beside the policies; 0 without one here."""
+    judge = config.evals.judge.untrained()
+    return 0.0 if judge is None else weight_bytes(judge.parameters())
 
 
 def _trajectory_flops(config: RunConfig, shape: Shape) -> dict[str, float]:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.pair_table import PairTable
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.data.collate import collate
+from dpo_lab.evals.judges import JudgeError
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.decoding import CachedRows
 from dpo_lab.models.forward import disable_dropout, pair_loss, select_forward
@@ -200,6 +201,21 @@ def test_an_evaluation_holds_the_third_policy_too(folder):
     weights = sum(p.numel() * p.itemsize for p in TINY.untrained(VOCABULARY).parameters())
     assert found.sampling - without.sampling == weights
     assert found.training == without.training
+
+
+@pytest.mark.parametrize("kind", ["classifier", "generative"])
+def test_an_evaluation_holds_the_judge_too(kind, folder, tmp_path):
+    judge, auto = tmp_path, AutoModelForSequenceClassification if kind == "classifier" else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.from_pretrained(folder))
+    model.save_pretrained(judge)
+    without, found = (
+        plan_of(settled(f"evals/judge={kind}", *more)).memory for more in ([], [f"evals.judge.path={judge}"])
+    )
+    assert found.sampling - without.sampling == sum(weight.nbytes for weight in model.parameters())
+    assert found.training == without.training
+    (judge / "config.json").write_text("{}")
+    with pytest.raises(JudgeError, match=rf"evals.judge.path={judge}"):
+        plan_of(settled(f"evals/judge={kind}", f"evals.judge.path={judge}"))
 
 
 def test_the_cache_is_that_of_sampling(folder):

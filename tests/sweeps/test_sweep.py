@@ -207,7 +207,8 @@ def test_thirty_odd_overrides_reach_the_job_as_they_were_typed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("signum", "status", "code"), [(signal.SIGTERM, "preempted", 143), (signal.SIGINT, "interrupted", 130)]
+    ("signum", "status", "code"),
+    [(signal.SIGTERM, "preempted", 143), pytest.param(signal.SIGINT, "interrupted", 130, marks=pytest.mark.extended)],
 )
 def test_a_sweep_that_is_stopped_lets_its_job_save_starts_no_other_and_goes_on_later(signum, status, code, tmp_path):
     behaves(tmp_path, beta_0="waits")

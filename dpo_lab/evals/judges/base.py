@@ -15,6 +15,7 @@ from dpo_lab.errors import LabError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 JUDGES: dict[str, type[Judge]] = {}  # by name in configs
 Score = Callable[[Sequence[str]], np.ndarray]  # texts of prompt and response -> their scores [N]
@@ -139,6 +140,12 @@ class Judge:
     @property
     def local_model(self) -> str | None:
         """The path, or name on the hub, of the model that it loads on this machine; None if it loads none."""
+        return None
+
+    def untrained(self) -> PreTrainedModel | None:
+        """Return the model that it loads on this machine with random weights, of which only the config is read; None if it
+        loads none. Raise JudgeError if that fails.
+        """
         return None
 
     def load(self, device: torch.device | str = "cpu", cache: Path | None = None) -> LoadedJudge | None:

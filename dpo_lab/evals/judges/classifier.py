@@ -15,6 +15,7 @@ from dpo_lab.runs.out_of_memory import explain_out_of_memory, halved
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -41,6 +42,19 @@ class Classifier(Judge, name="classifier", gives_scores=True):
     @property
     def local_model(self) -> str | None:
         return self.path
+
+    def untrained(self) -> PreTrainedModel | None:
+        if self.path is None:
+            return None
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        try:
+            config = AutoConfig.from_pretrained(Path(self.path), local_files_only=True)
+            return AutoModelForSequenceClassification.from_config(config)
+        except Exception as error:  # many types, depending on the file
+            raise JudgeError(
+                f"evals.judge.path={self.path}: {first_line(error)}; type the folder of a classifier"
+            ) from error
 
     def load(self, device: torch.device | str = "cpu", cache: Path | None = None) -> Scorer | None:
         if self.path is None:

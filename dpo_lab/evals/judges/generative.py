@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from dpo_lab.runs.out_of_memory import explain_out_of_memory, halved
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from dpo_lab.data.tokenize import PairTokenizer
-    from dpo_lab.models.policy import Policy
+    from dpo_lab.models.policy import Policy, Pretrained
 
 UNLIMITED = 1 << 30  # tokens; too long questions are found afterwards
 
@@ -58,6 +59,21 @@ class Generative(ComparingJudge, name="generative"):
     def local_model(self) -> str | None:
         return self.path if self.package is None else None
 
+    @property
+    def _settings(self) -> Pretrained:
+        from dpo_lab.models.policy import Pretrained
+
+        assert self.path is not None
+        return Pretrained(path=self.path, revision=self.revision, package=self.package, dtype=self.dtype)
+
+    def untrained(self) -> PreTrainedModel | None:
+        if self.path is None:
+            return None
+        from dpo_lab.models.load import untrained_model
+
+        with _judge_errors():
+            return untrained_model(self._settings)
+
     def load(self, device: torch.device | str = "cpu", cache: Path | None = None) -> Comparer | None:
         if self.path is None:
             return None
@@ -65,13 +81,9 @@ class Generative(ComparingJudge, name="generative"):
 
         from dpo_lab.data.tokenize import PairTokenizer
         from dpo_lab.models.forward import select_forward
-        from dpo_lab.models.policy import PolicyError, Pretrained
 
-        settings = Pretrained(path=self.path, revision=self.revision, package=self.package, dtype=self.dtype)
-        try:
-            judge = settings.load(cache=cache)
-        except PolicyError as error:
-            raise JudgeError(str(error).replace("policy.", "evals.judge.")) from error
+        with _judge_errors():
+            judge = self._settings.load(cache=cache)
         judge.model.to(device)  # type: ignore[arg-type]
         if (torch.device(device).type, self.dtype) != ("cpu", Dtype.float32):
             select_forward(judge.model, cache, torch.device(device))
@@ -123,3 +135,14 @@ class Generative(ComparingJudge, name="generative"):
         answers = np.full(len(questions), np.nan)
         answers[order] = logps.margin.double().sigmoid().numpy()
         return answers
+
+
+@contextmanager
+def _judge_errors() -> Iterator[None]:
+    """Turn errors of loading a policy into those of a judge, which name its settings."""
+    from dpo_lab.models.policy import PolicyError
+
+    try:
+        yield
+    except PolicyError as error:
+        raise JudgeError(str(error).replace("policy.", "evals.judge.")) from error
