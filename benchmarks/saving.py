@@ -4,7 +4,7 @@
     python -m benchmarks.saving --shape 135M                     one save of 135 million weights and their Adam state
     python -m benchmarks.saving trainer.max_steps=320 ...        with settings of dpo_lab.train
 
-Every repeat is the real door `dpo_lab.train` in a fresh process whose os.fsync, BLAKE2 and CRC-32 are timed, by the wall;
+Every repeat is the real command `dpo_lab.train` in a fresh process whose os.fsync, BLAKE2 and CRC-32 are timed, by the wall;
 the rest of the fit is what they are held against. Of the large one saves alone are timed, and the length of a step above
 which they cost less than 5 % is told. Writes outputs/benchmarks/ and benchmarks/RESULTS.md.
 """
@@ -81,7 +81,7 @@ def watch() -> None:
 
 
 def one_run(settings: Sequence[str], found: Path) -> None:
-    """Train through the door; what its fit took goes to `found`."""
+    """Train through the command; what its fit took goes to `found`."""
     watch()
     fit = Trainer.fit
 

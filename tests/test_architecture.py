@@ -89,7 +89,7 @@ def loaded_by(statement: str) -> set[str]:
     return set(output.stdout.split())
 
 
-def test_config_and_doors_load_nothing_heavy():
+def test_config_and_commands_load_nothing_heavy():
     heavy = {"torch", "lightning", "transformers", "tensorboard", "matplotlib", "scipy"}
     assert (
         loaded_by("import dpo_lab.train, dpo_lab.sft, dpo_lab.reward, dpo_lab.inspect, dpo_lab.evaluate") & heavy
@@ -97,7 +97,7 @@ def test_config_and_doors_load_nothing_heavy():
     )
 
 
-def test_the_door_of_reports_loads_neither_hydra_nor_what_trains():
+def test_the_command_of_reports_loads_neither_hydra_nor_what_trains():
     heavy = {"torch", "lightning", "transformers", "tensorboard", "matplotlib", "scipy", "hydra", "omegaconf"}
     assert loaded_by("import dpo_lab.report") & heavy == set()
 
@@ -122,7 +122,7 @@ def test_results_need_no_torch():
     assert loaded_by(results) & {"torch", "lightning", "transformers"} == set()
 
 
-def test_notebook_doors_need_neither_lightning_nor_hydra():
+def test_notebook_commands_need_neither_lightning_nor_hydra():
     used = "import dpo_lab, torch; x = torch.zeros(2); dpo_lab.dpo_loss(x, x, x, x); dpo_lab.references.Uniform()"
     assert loaded_by(used) & {"lightning", "hydra", "omegaconf"} == set()
 

@@ -81,7 +81,7 @@ def test_ours_is_measured_on_the_gradient_that_the_original_loop_has(checkpointi
 
 
 def test_a_sweep_is_measured_on_the_pairs_of_the_mix(tmp_path, monkeypatch):
-    """What our door reads from the files are the very token ids, and it holds out the rows that TRL is told to."""
+    """What our command reads from the files are the very token ids, and it holds out the rows that TRL is told to."""
     monkeypatch.setattr(end_to_end, "FOLDER", tmp_path / "material")
     held_out = end_to_end.make_material("small", "short", 16)
     data = Data(path=str(tmp_path / "material" / "all.jsonl"), validation_fraction=end_to_end.VALIDATION)
@@ -173,7 +173,7 @@ def test_a_table_that_was_measured_takes_its_place_and_the_others_stay(tmp_path,
 @pytest.mark.extended
 @pytest.mark.filterwarnings("ignore")
 def test_what_durability_costs_is_counted_in_a_real_fit(tmp_path):
-    """One save and the journal of a run of the real door, in a fresh process."""
+    """One save and the journal of a run of the real command, in a fresh process."""
     settings = [*SMALL_RUN, "trainer.max_steps=4", "callbacks.checkpoint.every_n_steps=2"]
     found = saving.of_runs(settings, repeats=1)
     assert found["steps"] == 4

@@ -24,7 +24,7 @@ PLACE = re.compile(r"`([^`]+)`, a new file|add to the end of `([^`]+)`")
 # Tests that hold for every file and setting: they pass with the examples added.
 OF_ALL_FILES = [
     "tests/test_architecture.py::test_imports_only_go_down",
-    "tests/test_architecture.py::test_config_and_doors_load_nothing_heavy",
+    "tests/test_architecture.py::test_config_and_commands_load_nothing_heavy",
     "tests/test_architecture.py::test_files_open_with_what_they_are_for_and_are_short",
     "tests/test_readme.py::test_the_file_map_is_true",
     *(

@@ -59,7 +59,7 @@ def test_runs_repeat_and_resume(monkeypatch):
     """As on a GPU, with commands in warm processes; the one that SIGTERM stops is a fresh one."""
 
     def run(arguments, folder):
-        done = warm.door(arguments[1], *arguments[2:], cwd=folder)
+        done = warm.run_module(arguments[1], *arguments[2:], cwd=folder)
         assert done.returncode == 0, done.stderr
 
     monkeypatch.setattr(run_phases, "_run", run)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import OWN_MODEL, REPOSITORY, SMALL, python_m
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 README = (REPOSITORY / "README.md").read_text()
 DOCUMENTS = ["README.md", "docs/models.md", "docs/runs.md", "docs/architecture.md"]
@@ -66,12 +66,12 @@ def test_python_commands_run(command, folder):
     if module in ("dpo_lab.evaluate", "dpo_lab.report") and "--results" not in arguments:
         # the reader's first run, whose folder is named by the settings that make it small
         if not list(folder.glob("outputs/dpo/*/seed=0/policy")):
-            assert door("dpo_lab.train", *SMALL, cwd=folder).returncode == 0
+            assert run_module("dpo_lab.train", *SMALL, cwd=folder).returncode == 0
         made = next(folder.glob("outputs/dpo/*/seed=0/policy")).parent.relative_to(folder)
         arguments = [f"run={made}" if argument.startswith("run=") else argument for argument in arguments]
     settings = OWN_MODEL if any(a.startswith("policy=") for a in arguments) else SMALL
     small = settings if module in ("dpo_lab.train", "dpo_lab.sft") and "--help" not in arguments else []
-    start = python_m if "--multirun" in arguments else door
+    start = python_m if "--multirun" in arguments else run_module
     result = start(module, *arguments, *small, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
 

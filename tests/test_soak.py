@@ -14,13 +14,13 @@ import pytest
 
 from benchmarks.soak import processes
 from benchmarks.soak.place import Place
-from tests.support.warm import Warm, door
+from tests.support.warm import Warm, run_module
 
 pytestmark = pytest.mark.slow
 
 
 def soak(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return door("benchmarks.soak", "--folder", "here", *arguments, cwd=folder)
+    return run_module("benchmarks.soak", "--folder", "here", *arguments, cwd=folder)
 
 
 @pytest.fixture(scope="module")

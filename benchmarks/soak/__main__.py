@@ -4,7 +4,7 @@
     python -m benchmarks.soak --kills 20 --only train --seed 7
 
 Two workers at a time. Processes are forks of one that has loaded what runs import, but where it says fresh, and but for the
-jobs of stand-ins. `train` and what follows are the real door `dpo_lab.train`; `fit` is the small fit of the tests. A kill
+jobs of stand-ins. `train` and what follows are the real command `dpo_lab.train`; `fit` is the small fit of the tests. A kill
 counts where its process was alive, as how it ended tells; `early` are starts that were done before their signal came,
 `faults` those that met a full disk, a locked folder or another sweep, `resumes` those that found an earlier one's work.
 Exit code 1: something differed, or a start ended as it may not; its folder is kept.

@@ -20,7 +20,7 @@ REAL = ["dpo_lab.train", "--multirun", "beta=0.1,0.3", *SETTINGS, "trainer.max_s
 
 
 def stand_in(place: Place) -> None:
-    """Jobs are fresh processes of a door whose runs take no time."""
+    """Jobs are fresh processes of a command whose runs take no time."""
     twin, duration = place.twin("stand-in", STAND_IN)
     trial = place.trial("sweep-stand-ins")
     if _through(trial, STAND_IN, duration):

@@ -48,7 +48,7 @@ def _has_begun(trial: Trial) -> Callable[[], bool]:
 
 
 def small(place: Place) -> None:
-    """The small fit, without a door."""
+    """The small fit, without a command."""
     twin, duration = place.twin("fit", FIT)
     trial = place.trial("fit")
     folder = trial.cwd / FIT[-1]
@@ -60,7 +60,7 @@ def small(place: Place) -> None:
 
 
 def one_process(place: Place) -> None:
-    """The real door."""
+    """The real command."""
     _killed(place, "train", TRAIN)
 
 
@@ -70,7 +70,7 @@ def wrong_clock(place: Place) -> None:
 
 
 def ranks(place: Place) -> None:
-    """The real door, with two ranks that are forks, too."""
+    """The real command, with two ranks that are forks, too."""
     _killed(place, "2-ranks", TWO_RANKS, before=fork_what_it_starts)
 
 

@@ -18,7 +18,7 @@ from dpo_lab.models.policy import weights_digest
 from dpo_lab.training.callbacks.progress_bar import ProgressBar
 from tests.conftest import SMALL
 from tests.support.small_fit import IGNORED
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(line) for line in IGNORED)]
 
@@ -32,7 +32,7 @@ def here(workshop, monkeypatch) -> Path:
 @pytest.fixture(scope="module")
 def by_command(workshop) -> dict:
     """The record of the run as its command makes it."""
-    result = door("dpo_lab.train", *SMALL, "name=by-command", cwd=workshop)
+    result = run_module("dpo_lab.train", *SMALL, "name=by-command", cwd=workshop)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads((workshop / result.stdout.splitlines()[0].removeprefix("dpo_lab: ") / "run.json").read_text())
 

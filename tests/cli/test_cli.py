@@ -1,4 +1,4 @@
-"""The doors as a user types them: real processes, real files, a few seconds each; most are forked from a warm one."""
+"""The commands as a user types them: real processes, real files, a few seconds each; most are forked from a warm one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dpo_lab.runs.examples import pair_examples, read
 from tests.conftest import SMALL, python_m
 from tests.support import warm
 from tests.support.sweeping import until
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = pytest.mark.slow
 
 
-def train(workshop: Path, *overrides: str, code: int = 0, start=door) -> subprocess.CompletedProcess:
+def train(workshop: Path, *overrides: str, code: int = 0, start=run_module) -> subprocess.CompletedProcess:
     result = start("dpo_lab.train", *SMALL, *overrides, cwd=workshop)
     assert result.returncode == code, result.stdout + result.stderr
     return result
@@ -212,7 +212,7 @@ def test_ablations_run(ablation, workshop):
 
 
 def test_sft_makes_the_policy_that_train_finds(tmp_path):
-    made = door("dpo_lab.sft", *SMALL, cwd=tmp_path)
+    made = run_module("dpo_lab.sft", *SMALL, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     folder = tmp_path / made.stdout.splitlines()[-1].split(": ")[-1]
     assert (folder / "model.safetensors").exists()
@@ -269,7 +269,7 @@ def test_an_interrupted_run_goes_on_where_it_was(workshop, baseline):
 
 
 def cut_short_in_a_library(*arguments: str) -> None:
-    """The door in a process whose library fails where it is asked to stop, as an extension module that was being loaded."""
+    """The command in a process whose library fails where it is asked to stop, as an extension module that was being loaded."""
 
     def draw(folder: Path) -> NoReturn:
         try:

@@ -1,4 +1,4 @@
-"""The doors: what a run imports is out of the garbage collector's way; what the disk does not take is said in a line."""
+"""The commands: what a run imports is out of the garbage collector's way; what the disk does not take is said in a line."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def unfrozen():
 
 
 def test_what_is_loaded_is_never_looked_at_by_the_collector_again(tmp_path, monkeypatch, unfrozen):
-    (tmp_path / "loaded_by_a_door.py").write_text(
+    (tmp_path / "loaded_by_a_command.py").write_text(
         "import gc\nCOLLECTS = gc.isenabled()\nKEPT = [[number] for number in range(1000)]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     with fast_imports():
-        import loaded_by_a_door  # type: ignore[import-not-found]
-    assert not loaded_by_a_door.COLLECTS
+        import loaded_by_a_command  # type: ignore[import-not-found]
+    assert not loaded_by_a_command.COLLECTS
     assert gc.isenabled()
     young = [object_ for generation in range(3) for object_ in gc.get_objects(generation)]
-    assert not {id(kept) for kept in loaded_by_a_door.KEPT} & {id(object_) for object_ in young}
-    assert gc.is_tracked(loaded_by_a_door.KEPT[0])
-    del sys.modules["loaded_by_a_door"]
+    assert not {id(kept) for kept in loaded_by_a_command.KEPT} & {id(object_) for object_ in young}
+    assert gc.is_tracked(loaded_by_a_command.KEPT[0])
+    del sys.modules["loaded_by_a_command"]
 
 
 def test_the_collector_goes_on_where_an_import_fails(unfrozen):

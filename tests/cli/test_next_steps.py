@@ -43,10 +43,10 @@ class Loader:
         return []
 
 
-def arguments_of(line: str, door: str = "train") -> list[str]:
+def arguments_of(line: str, command: str = "train") -> list[str]:
     """The arguments of a printed command, as a shell reads them."""
     python, m, module, *arguments = shlex.split(line)
-    assert (python, m, module) == ("python", "-m", f"dpo_lab.{door}")
+    assert (python, m, module) == ("python", "-m", f"dpo_lab.{command}")
     return arguments
 
 
@@ -97,10 +97,10 @@ def test_after_sft_the_command_trains_its_policy_on_the_same_data_and_machine(ov
     assert now["trainer"] == was["trainer"]  # but for its length
 
 
-@pytest.mark.parametrize(("kind", "door"), [({"loss": {}}, "train"), ({}, "sft")])
-def test_what_is_to_be_finished_first_is_the_run_itself(kind, door, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "command"), [({"loss": {}}, "train"), ({}, "sft")])
+def test_what_is_to_be_finished_first_is_the_run_itself(kind, command, tmp_path, monkeypatch):
     record = {"status": "stopped", "config": kind, "overrides": ["data.path=[my pairs.jsonl]", "beta=1"]}
     monkeypatch.setattr("dpo_lab.runs.run_record.read_record", lambda folder: record)
     with pytest.raises(RunRefused, match="its status is stopped; finish it first: type") as refused:
         load_finished_run(tmp_path)
-    assert arguments_of(str(refused.value).split("type ")[1], door) == record["overrides"]
+    assert arguments_of(str(refused.value).split("type ")[1], command) == record["overrides"]

@@ -94,7 +94,7 @@ def test_the_sweeper_names_a_setting_that_it_does_not_have():
         ("hydra.run.dir=out/${hydra:job.num}", "hydra.run.dir: a job's number"),
     ],
 )
-def test_what_hydra_is_asked_for_in_vain(override, told):
+def test_settings_of_hydra_without_effect_are_refused(override, told):
     sweeper.register(schema.as_record)
     schema.register()
     with initialize_config_dir(schema.conf_dir(), version_base="1.3"):

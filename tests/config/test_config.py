@@ -62,7 +62,7 @@ def test_help_has_a_line_for_every_loss_under_what_it_requires():
 
 
 @pytest.mark.parametrize("name", ["train", "sft", "inspect", "evaluate"])
-def test_every_door_composes(name):
+def test_every_command_composes(name):
     schema.validate(composed(*(["run=folder"] if name == "evaluate" else []), name=name))
 
 
@@ -195,7 +195,7 @@ def test_refused_in_one_line(overrides, key, advice):
 @pytest.mark.parametrize(
     "arguments", [["betta=0.1"], ["beta=-1"], ["--multirun", "beta=0.1,abc"], ["--multirun", "beta=-1,0.1"]]
 )
-def test_refused_at_the_door(arguments, tmp_path):
+def test_refused_by_the_command(arguments, tmp_path):
     """By the command a user types: one line, exit code 2, no folder made for it, and before torch is loaded."""
     result = python_m("dpo_lab.train", *arguments, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     lines = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
@@ -223,7 +223,7 @@ def test_help_and_cfg_job(tmp_path):
     assert shown.returncode == 0
     assert "+ablation=uniform_ref" in shown.stdout
     assert "label_noise" in shown.stdout
-    job = warm.door("dpo_lab.train", "--cfg", "job", "beta=0.7", cwd=tmp_path)
+    job = warm.run_module("dpo_lab.train", "--cfg", "job", "beta=0.7", cwd=tmp_path)
     assert job.returncode == 0
     assert OmegaConf.create(job.stdout).beta == 0.7
 

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_lab.config import schema
 from tests.support.configs import composed
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 OWN = ["policy=pretrained", "policy.path=model"]
 
@@ -58,7 +58,7 @@ def test_what_exists_or_may_be_on_the_hub_is_not_refused(overrides, tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "sft", "reward", "inspect"])
 def test_every_command_looks_first(command, tmp_path):
-    result = door(f"dpo_lab.{command}", "data.path=nope.jsonl", cwd=tmp_path)
+    result = run_module(f"dpo_lab.{command}", "data.path=nope.jsonl", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
         "error: data.path=nope.jsonl: no such file; type the path of a file, or a data set's name on the hub"

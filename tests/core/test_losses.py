@@ -123,7 +123,7 @@ def test_beta_has_no_say_without_a_comparison(loss):
     assert not loss.is_bradley_terry
 
 
-def test_the_price_of_drift_is_kl_to_second_order():
+def test_the_penalty_is_kl_to_second_order():
     """Over all of 50 responses, weighted by the reference: what is left of KL(ref || pi) is E[r^3] / 6, of the other way twice
     that.
     """

@@ -34,11 +34,11 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def material(cache: Path, *overrides: str) -> TrainingInputs:
+def inputs_of(cache: Path, *overrides: str) -> TrainingInputs:
     return prepare_pairs(settings(*overrides), cache, Forward(torch.device("cpu"), nullcontext))
 
 
-def story(made: TrainingInputs, *overrides: str) -> dict[str, list]:
+def drawn_from(made: TrainingInputs, *overrides: str) -> dict[str, list]:
     chosen = settings(*overrides)
     loader = PreferenceDataModule(
         made.train, made.held_out, batch_size=chosen.data.batch_size, num_workers=0, seed=chosen.seed
@@ -53,20 +53,20 @@ def story(made: TrainingInputs, *overrides: str) -> dict[str, list]:
 
 @pytest.fixture(scope="module")
 def baseline(cache) -> dict[str, list]:
-    return story(material(cache))
+    return drawn_from(inputs_of(cache))
 
 
 @pytest.mark.parametrize("arm", [a if a in QUICK else pytest.param(a, marks=pytest.mark.extended) for a in ARMS])
 def test_arms_are_paired(arm, cache, baseline):
-    made = material(cache, *ARMS[arm])
-    assert story(made, *ARMS[arm]) == baseline
+    made = inputs_of(cache, *ARMS[arm])
+    assert drawn_from(made, *ARMS[arm]) == baseline
     flipped = made.train.flipped.mean()
     assert 0.1 < flipped < 0.3 if arm == "label_noise" else flipped == 0
     assert not made.held_out.flipped.any()
 
 
-def test_another_seed_is_another_story(cache, baseline):
-    other = story(material(cache, "seed=1"), "seed=1")
+def test_another_seed_changes_pairs_order_and_weights(cache, baseline):
+    other = drawn_from(inputs_of(cache, "seed=1"), "seed=1")
     assert {part for part in baseline if other[part] == baseline[part]} == set()
     assert not set(other["train"]) & set(baseline["train"])
 

@@ -129,7 +129,7 @@ def test_supervised_fine_tuning_teaches_no_end_to_cut_texts(policy, monkeypatch)
     assert seen[0] == [*seen[1], policy.tokenizer.eos_token_id]
 
 
-def test_missing_packages_end_at_the_door_in_one_line(monkeypatch, tmp_path, capsys):
+def test_missing_packages_are_refused_in_one_line(monkeypatch, tmp_path, capsys):
     from dpo_lab.pipelines.train_dpo import train_dpo
 
     monkeypatch.setattr(imdb, "find_spec", lambda name: None)
@@ -185,11 +185,11 @@ def test_the_lexicon_tells_good_from_bad():
 
 @pytest.mark.imdb
 @needs_policy
-def test_a_real_run_by_the_door(tmp_path):
+def test_a_real_run_by_the_command(tmp_path):
     few = "data.pairs=6 data.validation_pairs=3 data.batch_size=2 trainer.max_steps=2 trainer.val_check_interval=2"
     sizes = "evals.num_prompts=8 evals.num_texts=3 data.task.max_new_tokens=8 trainer.log_every_n_steps=1"
     choice = "policy=smollm2_135m policy.lora.r=4 optim=lora data=imdb_sentiment"
-    result = warm.door("dpo_lab.train", *f"{choice} {few} {sizes}".split(), cwd=tmp_path)
+    result = warm.run_module("dpo_lab.train", *f"{choice} {few} {sizes}".split(), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("run.json"))
     record = run_record.read_record(folder)
@@ -208,7 +208,7 @@ def test_a_real_run_by_the_door(tmp_path):
 @needs_policy
 @pytest.mark.parametrize("adapters", [True, False])
 def test_a_real_model_on_chats_of_a_file(adapters, tmp_path):
-    """By the door: the model's own template, step 0 at ln 2, samples that answer, a policy that loads again."""
+    """By the command: the model's own template, step 0 at ln 2, samples that answer, a policy that loads again."""
     chats = [
         {
             "prompt": [{"role": "user", "content": f"What is {i} plus one?"}],
@@ -222,7 +222,7 @@ def test_a_real_model_on_chats_of_a_file(adapters, tmp_path):
     sizes = "data.validation_fraction=0.3 evals.num_prompts=2 evals.num_texts=2 evals.max_new_tokens=8"
     choice = "policy.lora.r=4 optim=lora reference=adapter_off" if adapters else "optim.lr=1e-5"
     command = f"policy=smollm2_135m {choice} data.path=chats.jsonl {few} {sizes}"
-    result = warm.door("dpo_lab.train", *command.split(), cwd=tmp_path)
+    result = warm.run_module("dpo_lab.train", *command.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("run.json"))
     record = run_record.read_record(folder)

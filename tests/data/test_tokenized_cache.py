@@ -199,7 +199,7 @@ def test_a_damaged_store_is_seen_and_made_anew(name, damage, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_many_hands_make_the_same(tmp_path, monkeypatch):
+def test_several_workers_make_the_same_table(tmp_path, monkeypatch):
     """Rows in many small chunks, by two processes and by none."""
     monkeypatch.setattr("dpo_lab.data.readers.CHUNK", 7)
     lines: list = [row(i % 90, rejected=f" bad{i % 3}") for i in range(200)]

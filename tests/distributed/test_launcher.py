@@ -174,7 +174,7 @@ def test_a_process_whose_parent_died_before_it_could_say_so_ends(tmp_path):
         assert (result.returncode, result.stdout) == (status, output)
 
 
-def test_who_has_no_supervisor_tells_nobody(tmp_path, monkeypatch):
+def test_without_a_supervisor_nothing_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report_error("ValueError: boom", 1)
     assert list(tmp_path.iterdir()) == []

@@ -221,7 +221,7 @@ def test_gold_reward_by_hand(subject):
     assert metrics["gold_gain"].value == pytest.approx(2 / math.sqrt(6))
 
 
-def test_no_world_no_gold(subject):
+def test_without_a_task_there_is_no_gold_reward(subject):
     subject.task = None
     assert list(Reward().run(subject)) == []
     assert list(WinRate().run(subject)) == []

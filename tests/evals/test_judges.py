@@ -79,7 +79,7 @@ def health(metrics) -> dict[str, str]:
     return {finding.name: str(finding) for finding in findings(record, [])}
 
 
-def test_a_judge_that_always_says_first_is_found_out(subject):
+def test_a_judge_that_always_says_first_is_reported(subject):
     subject.judge = comparer(lambda *_: 0.99)
     metrics = evaluate(subject, [WinRate()])
     assert metrics["judge_win_rate"].value == 0.5

@@ -25,7 +25,7 @@ from tests.conftest import OWN_MODEL, make_pairs
 from tests.support.losses import make_loss
 from tests.support.ranks import become_rank, run_in_ranks
 from tests.support.templates import ids_of, tokenizer_of
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def model(policy, tmp_path_factory) -> Path:
 
 def train(folder: Path, model: Path, *overrides: str):
     lengths = ["data.max_length=64", "data.max_prompt_length=32", "evals.max_new_tokens=8"]
-    return door(
+    return run_module(
         "dpo_lab.train", *OWN_MODEL, "policy=pretrained", f"policy.path={model}", *lengths, *overrides, cwd=folder
     )
 

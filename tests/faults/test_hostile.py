@@ -43,7 +43,7 @@ from tests.support import a_study
 from tests.support.configs import composed
 from tests.support.study_runs import HOSTILE, write_study
 from tests.support.templates import tokenizer_of
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +142,7 @@ def test_39_a_config_makes_nothing_that_is_not_on_the_list(overrides, monkeypatc
 
 @pytest.mark.parametrize("overrides", OF_HYDRA.values(), ids=OF_HYDRA)
 def test_39_what_hydra_itself_would_make_is_refused_before_it_does(overrides, tmp_path):
-    told = door("tests.support.standin", *overrides, cwd=tmp_path)
+    told = run_module("tests.support.standin", *overrides, cwd=tmp_path)
     assert (told.returncode, told.stderr.count("\n")) == (2, 1), told.stderr
     assert told.stderr.startswith("error: ")
     assert not (tmp_path / "starts.log").exists()
@@ -162,7 +162,7 @@ LOGGED += [
 @pytest.mark.parametrize(("name", "mode", "log"), LOGGED)
 def test_39_what_hydra_s_logging_would_make_is_refused(name, mode, log, tmp_path):
     write_ablation(tmp_path / "theirs", "evil", {log: LOGGING[name]})
-    told = door("tests.support.standin", mode, "--config-dir", "theirs", "+ablation=evil", cwd=tmp_path)
+    told = run_module("tests.support.standin", mode, "--config-dir", "theirs", "+ablation=evil", cwd=tmp_path)
     assert told.returncode == 2
     assert told.stderr.startswith(f"error: hydra.{log}.")
     assert told.stderr.count("\n") == 1
@@ -176,7 +176,7 @@ def write_ablation(folder: Path, name: str, hydra: dict) -> None:
 def test_39_a_file_sweeps_no_setting_of_hydra_s(tmp_path):
     write_ablation(tmp_path / "theirs", "evil", {"sweeper": {"params": {"hydra.job_logging.root": "a,b"}}})
     arguments = ["--config-dir", "theirs", "hydra/sweeper=basic", "+ablation=evil"]
-    told = door("tests.support.standin", "--multirun", *arguments, cwd=tmp_path)
+    told = run_module("tests.support.standin", "--multirun", *arguments, cwd=tmp_path)
     assert told.returncode == 2
     assert told.stderr.startswith("error: hydra.sweeper.params: hydra.job_logging.root can't be swept")
 
@@ -213,7 +213,7 @@ def test_39_what_stands_in_a_shared_file_is_refused_as_what_is_typed(tmp_path):
         f"# @package _global_\ncallbacks:\n  x:\n    _target_: {FIRE}\n"
     )
     for ablation, says in (("better", "hydra.callbacks: "), ("best", f"_target_={FIRE}: not among the classes")):
-        told = door("dpo_lab.train", "--config-dir", "theirs", f"+ablation={ablation}", cwd=tmp_path)
+        told = run_module("dpo_lab.train", "--config-dir", "theirs", f"+ablation={ablation}", cwd=tmp_path)
         assert (told.returncode, told.stderr.count("\n")) == (2, 1)
         assert told.stderr.startswith(f"error: {says}")
     study = REPOSITORY / "ablations" / "displacement.yaml"
@@ -222,7 +222,7 @@ def test_39_what_stands_in_a_shared_file_is_refused_as_what_is_typed(tmp_path):
     )
     assert hostile != study.read_text()
     (tmp_path / "study.yaml").write_text(hostile)
-    told = door("dpo_lab.study", "study.yaml", "--plan", cwd=tmp_path)
+    told = run_module("dpo_lab.study", "study.yaml", "--plan", cwd=tmp_path)
     assert told.returncode == 2
     assert f"_target_={FIRE}: not among the classes" in told.stderr
 
@@ -400,12 +400,12 @@ def test_42_by_the_command_a_user_types(tmp_path):
     (tmp_path / "here").mkdir()
     outside = tmp_path / "outside"
     outside.mkdir()
-    told = door("dpo_lab.train", "name='../../x'", "trainer.devices=[0,0]", cwd=tmp_path / "here")
+    told = run_module("dpo_lab.train", "name='../../x'", "trainer.devices=[0,0]", cwd=tmp_path / "here")
     assert (told.returncode, told.stderr) != (0, "")
     assert {path.name for path in tmp_path.iterdir()} == {"here", "outside"}
     (tmp_path / "here" / "outputs" / "linked").symlink_to(outside)
     for more in ([], ["--multirun"]):
-        told = door("dpo_lab.train", "name=linked", *more, cwd=tmp_path / "here")
+        told = run_module("dpo_lab.train", "name=linked", *more, cwd=tmp_path / "here")
         assert told.returncode == 2
         assert f"a link in it leads to {outside}" in told.stderr
         assert "type name=another" in told.stderr
@@ -466,7 +466,7 @@ def test_44_secrets_are_in_no_file_and_on_no_terminal(tmp_path):
     typed += [f"+logger.tensorboard.note=https://me:{PASSWORD}@example.org/x", f"+trainer.x=of {TOKEN}"]
     secrets = {"SOME_API_KEY": OF_ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
     said = []
-    sweep = door("tests.support.standin", "--multirun", "beta=0.1,0.2", *typed, cwd=tmp_path, **secrets)
+    sweep = run_module("tests.support.standin", "--multirun", "beta=0.1,0.2", *typed, cwd=tmp_path, **secrets)
     assert sweep.returncode == 1
     said.append(sweep)
     for wrong in (
@@ -474,10 +474,10 @@ def test_44_secrets_are_in_no_file_and_on_no_terminal(tmp_path):
         f"beta={TOKEN}",
         "optimized_metric=${oc.env:SOME_API_KEY}",
     ):
-        said.append(door("dpo_lab.train", wrong, "trainer.max_steps=0", cwd=tmp_path, **secrets))
+        said.append(run_module("dpo_lab.train", wrong, "trainer.max_steps=0", cwd=tmp_path, **secrets))
         assert said[-1].returncode == 2
     for dump in (["-call"], ["--cfg", "job", "--resolve"], ["--info=all"]):
-        said.append(door("dpo_lab.train", *dump, *typed, cwd=tmp_path, **secrets))
+        said.append(run_module("dpo_lab.train", *dump, *typed, cwd=tmp_path, **secrets))
         assert said[-1].returncode == 0
         assert "api_token: <redacted>" in said[-1].stdout
     for each in said:
@@ -562,7 +562,7 @@ def test_45_tags_of_yaml_make_nothing(tag, tmp_path):
         read(tmp_path / "study.yaml")
     (tmp_path / "theirs" / "ablation").mkdir(parents=True)
     (tmp_path / "theirs" / "ablation" / "evil.yaml").write_text(f"# @package _global_\nname: {tag}\n")
-    told = door("dpo_lab.train", "--config-dir", "theirs", "+ablation=evil", cwd=tmp_path)
+    told = run_module("dpo_lab.train", "--config-dir", "theirs", "+ablation=evil", cwd=tmp_path)
     assert told.returncode == 2
 
 

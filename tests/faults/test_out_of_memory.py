@@ -159,7 +159,7 @@ def test_46_a_run_that_failed_in_sampling_goes_on_with_the_setting_that_the_line
     command = ["dpo_lab.train", "name=again", *QUIET]
     with warm.Warm(failing, "sampling", *command, cwd=shop) as process:
         assert process.wait(120)[0] == 1
-    again = warm.door(*command, "evals.batch_size=2", cwd=shop)
+    again = warm.run_module(*command, "evals.batch_size=2", cwd=shop)
     assert again.returncode == 0, again.stderr
     (record,) = (json.loads(path.read_text()) for path in (shop / "outputs" / "again").glob("*/*/run.json"))
     assert record["status"] == "done"
@@ -169,14 +169,14 @@ def test_46_a_run_that_failed_in_sampling_goes_on_with_the_setting_that_the_line
 
 @pytest.mark.slow
 def test_46_so_does_a_later_evaluation_and_settings_that_the_line_names_let_it_go_on(shop):
-    assert warm.door("dpo_lab.train", "name=done", *QUIET, cwd=shop).returncode == 0
+    assert warm.run_module("dpo_lab.train", "name=done", *QUIET, cwd=shop).returncode == 0
     (folder,) = (path.parent.relative_to(shop) for path in (shop / "outputs" / "done").glob("*/*/run.json"))
     command = ["dpo_lab.evaluate", f"run={folder}"]
     with warm.Warm(failing, "sampling", *command, cwd=shop) as process:
         code, output, errors = process.wait(120)
     assert (code, errors.splitlines()[-1]) == (1, f"error: out of memory in {SAID['sampling']}")
     assert "Traceback" not in output + errors
-    again = warm.door(*command, "evals.batch_size=2", LESS, cwd=shop)
+    again = warm.run_module(*command, "evals.batch_size=2", LESS, cwd=shop)
     assert again.returncode == 0, again.stderr
 
 

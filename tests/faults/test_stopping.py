@@ -47,7 +47,7 @@ class Signal(Callback):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_06_asked_to_stop_when_all_is_done_it_ends_without_a_word(signum):
+def test_06_asked_to_stop_when_all_is_done_it_ends_silently(signum):
     late = f"import atexit, os; atexit.register(os.kill, os.getpid(), {int(signum)})"
     script = f"import sys; from dpo_lab.cli import entry_point; {late}; sys.exit(entry_point.run_command(lambda: None))"
     ended = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True)

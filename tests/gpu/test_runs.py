@@ -23,7 +23,7 @@ def shop(policy, tmp_path_factory) -> Path:
 
 
 def looked_at(*command: str) -> None:
-    """A door in this process; says on which device it evaluates, and in which dtype products are computed there."""
+    """A command in this process; says on which device it evaluates, and in which dtype products are computed there."""
     import dpo_lab.pipelines.train_dpo as of_run
 
     make = of_run.build_eval_context
@@ -57,7 +57,7 @@ def test_a_run_trains_and_evaluates_on_the_gpu_under_its_precision(shop):
 
 
 def test_a_run_on_the_cpu_leaves_no_reference_to_one_on_the_gpu(shop):
-    assert warm.door("dpo_lab.train", "name=cpu", *GPU, cwd=shop).returncode == 0
+    assert warm.run_module("dpo_lab.train", "name=cpu", *GPU, cwd=shop).returncode == 0
     before = set((shop / "outputs/cache").glob("reference-*.safetensors"))
     done(shop, "after-cpu", "trainer=gpu", "trainer.precision=32-true", "beta=1")
     assert len(set((shop / "outputs/cache").glob("reference-*.safetensors")) - before) == 1

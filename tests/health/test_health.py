@@ -28,7 +28,7 @@ from dpo_lab.health.finding import Finding, Severity
 from dpo_lab.runs import metrics_log, run_record
 from tests.conftest import REPOSITORY
 from tests.support.unwell import FITS, health_of, train
-from tests.support.warm import door
+from tests.support.warm import run_module
 from tests.test_architecture import loaded_by
 
 # What each fit is to be found out for: as it ends, and while it trains.
@@ -96,8 +96,8 @@ def fits(tmp_path_factory) -> dict[str, Fit]:
 
 @pytest.fixture(scope="module")
 def long_winded(tmp_path_factory) -> tuple[Path, str]:
-    """A run by its door in a task where every clause is paid for, at a rate and a beta that break its language, too."""
-    folder = tmp_path_factory.mktemp("door")
+    """A run by its command in a task where every clause is paid for, at a rate and a beta that break its language, too."""
+    folder = tmp_path_factory.mktemp("command")
     settings = (
         "name=long policy.hidden_size=64 policy.layers=2 policy.intermediate_size=128 sft.steps=96 sft.optim.lr=1e-2"
         " data.pairs=192 data.validation_pairs=64 data.batch_size=16 data.task.min_clauses=1 data.task.max_clauses=6"
@@ -105,7 +105,7 @@ def long_winded(tmp_path_factory) -> tuple[Path, str]:
         " trainer.max_steps=24 trainer.val_check_interval=12 trainer.log_every_n_steps=4"
         " evals.num_prompts=128 evals.num_texts=64 evals.max_new_tokens=64"
     ).split()
-    done = door("dpo_lab.train", *settings, cwd=folder)
+    done = run_module("dpo_lab.train", *settings, cwd=folder)
     assert done.returncode == 0, done.stderr
     (record,) = folder.glob("outputs/long/*/*/run.json")
     return record.parent, done.stdout
@@ -124,7 +124,7 @@ def texts_of(folder: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_a_fit_is_found_out_for_what_is_wrong_with_it_and_for_nothing_else(name, fits):
+def test_a_faulty_fit_has_the_finding_of_its_fault_and_no_other(name, fits):
     found = of_folder(fits[name].folder, fits[name].record)
     assert {finding.name for finding in found} == FOUND[name]
     for finding in found:
@@ -165,7 +165,7 @@ def said_at_the_end(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("health")]
 
 
-def test_a_run_by_its_door_says_it_everywhere(long_winded):
+def test_a_run_by_its_command_says_it_everywhere(long_winded):
     folder, output = long_winded
     record = json.loads((folder / "run.json").read_text())
     found = [Finding.from_record(finding) for finding in record["health"]]
@@ -394,7 +394,7 @@ def measured(**figures: tuple[float, float]) -> dict[str, Any]:
         (dict(distinct_2=(0.2, 0), initial__distinct_2=(0.3, 0)), None),
     ],
 )
-def test_what_a_policy_has_become_is_held_against_what_it_was(figures, name):
+def test_a_policy_is_compared_with_its_initial_one(figures, name):
     found = findings(a_record(metrics=measured(**figures)), [])
     assert [f.name for f in found] == ([name] if name else [])
 

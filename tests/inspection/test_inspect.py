@@ -1,4 +1,4 @@
-"""The door of inspection: real processes on honest and hostile rows; what it says is what a run records."""
+"""The command of inspection: real processes on honest and hostile rows; what it says is what a run records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpo_lab.inspection.token_view import visible
 from tests.conftest import OWN_MODEL, python_m
 from tests.data.test_quality import PLANTED, planted
 from tests.support.configs import composed
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def printed(found: Inspection, **settings) -> str:
 
 
 def inspect(folder: Path, *overrides: str, code: int = 0, **variables: str) -> str:
-    result = door("dpo_lab.inspect", *OWN, *overrides, cwd=folder, **variables)
+    result = run_module("dpo_lab.inspect", *OWN, *overrides, cwd=folder, **variables)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout if code == 0 else result.stderr.splitlines()[-1]
 
@@ -111,7 +111,7 @@ def test_rows_style_nothing_on_a_terminal_and_what_is_scored_is_coloured(folder,
         assert all(line.startswith(f"\x1b[{colour}m") for line in lines)
 
 
-def test_what_acts_is_made_visible():
+def test_control_characters_are_made_visible():
     assert visible("a b\n\t\x1b[0m\u202e\0 é🙂") == "a␣b⏎⇥\\x1b[0m\\u202e\\x00␣é🙂"
     assert visible("␣⟦‹✂") == "\\u2423\\u27e6\\u2039\\u2702"  # no text passes for a mark of ours
     assert visible("my file:3\x07", blanks=False) == "my file:3\\x07"
@@ -252,7 +252,7 @@ def test_a_run_records_what_inspection_says(folder, monkeypatch):
     monkeypatch.chdir(folder)
     settings = [*PLANTED_DATA, "data.contradictions=drop", "noise.rate=0.2"]
     small = [s for s in OWN_MODEL if not s.startswith(("data.pairs", "data.validation_pairs", "data.task"))]
-    result = door("dpo_lab.train", *OWN, *settings, *small, "trainer.max_steps=1", "name=same", cwd=folder)
+    result = run_module("dpo_lab.train", *OWN, *settings, *small, "trainer.max_steps=1", "name=same", cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     (path,) = (folder / "outputs" / "same").rglob("run.json")
     record = json.loads(path.read_text())
@@ -264,12 +264,12 @@ def test_a_run_records_what_inspection_says(folder, monkeypatch):
         assert line in (path.parent / "run.log").read_text()
 
 
-def test_the_world_can_be_looked_at(tmp_path):
+def test_the_embedded_task_can_be_inspected(tmp_path):
     small = (
         "policy.hidden_size=64 policy.layers=2 policy.intermediate_size=128 sft.steps=96 sft.optim.lr=1e-2 data.pairs=96"
         " data.validation_pairs=24 data.task.max_new_tokens=40"
     ).split()
-    result = door("dpo_lab.inspect", *small, "show=1", "page=task.png", cwd=tmp_path)
+    result = run_module("dpo_lab.inspect", *small, "show=1", "page=task.png", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "truth: contradicts the label" in result.stdout
     assert "training pair 1 " in result.stdout

@@ -32,7 +32,7 @@ from dpo_lab.models.policy import (
 )
 from dpo_lab.models.reference import REFERENCES
 from tests.conftest import OWN_MODEL, make_pairs
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 V = 400
 pytestmark = [
@@ -124,8 +124,8 @@ def test_code_of_the_models_own_is_not_run(folder, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["nowhere/at-all", "./no-such-folder"])
-def test_a_model_that_is_not_there_is_refused_at_the_door(path, tmp_path):
-    result = door("dpo_lab.train", *OWN_MODEL, "policy=pretrained", f"policy.path={path}", cwd=tmp_path)
+def test_a_model_that_is_not_there_is_refused_by_the_command(path, tmp_path):
+    result = run_module("dpo_lab.train", *OWN_MODEL, "policy=pretrained", f"policy.path={path}", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(f"error: policy.path={path}: ")
     assert "type the path of a Hugging Face folder" in result.stderr
@@ -139,7 +139,7 @@ def run_on_own_pairs(folder: Path, where: Path, *overrides: str) -> tuple[dict, 
     (where / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     lengths = ["data.max_length=64", "data.max_prompt_length=32", "evals.max_new_tokens=8"]
     of_theirs = [f"policy.path={folder}", "data.path=pairs.jsonl", *lengths]
-    result = door("dpo_lab.train", *OWN_MODEL, *of_theirs, *overrides, cwd=where)
+    result = run_module("dpo_lab.train", *OWN_MODEL, *of_theirs, *overrides, cwd=where)
     assert result.returncode == 0, result.stdout + result.stderr
     run = where / result.stdout.splitlines()[0].removeprefix("dpo_lab: ")
     record = json.loads((run / "run.json").read_text())
@@ -336,9 +336,9 @@ def test_going_on_is_refused_where_it_would_mislead(trained_adapters, folder):
         Pretrained(path=str(folder), adapter=str(folder), lora=Lora(r=4)).load()
 
 
-def test_going_on_by_the_door(trained_adapters, tmp_path):
+def test_going_on_by_the_command(trained_adapters, tmp_path):
     wanted = ["policy=lora", "policy.lora.r=4", "optim.lr=1e-2"]
-    refused = door(
+    refused = run_module(
         "dpo_lab.train", *OWN_MODEL, *wanted, f"policy.path={trained_adapters}", "reference=adapter_off", cwd=tmp_path
     )
     assert refused.returncode == 2

@@ -72,9 +72,9 @@ def test_the_pretended_gpu_refuses_what_a_real_one_refuses(cuda):
 
 
 @pytest.mark.parametrize("trainer", ["gpu", "ddp", "fsdp"])
-@pytest.mark.parametrize("door", ["train", "sft"])
-def test_a_gpu_is_set_up_before_anything_asks_for_it(trainer, door, cuda, tmp_path):
-    cfg = composed(f"trainer={trainer}", "trainer.devices=1", name=door)
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_gpu_is_set_up_before_anything_asks_for_it(trainer, command, cuda, tmp_path):
+    cfg = composed(f"trainer={trainer}", "trainer.devices=1", name=command)
     settings = schema.validate(cfg)
     made = make_trainer(settings, {"trainer": settings.trainer, "callbacks": {}}, tmp_path)
     device = forward_settings(made).device

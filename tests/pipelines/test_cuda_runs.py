@@ -110,7 +110,7 @@ def test_a_run_in_bf16_attends_to_shared_prompts_by_one_kernel(calls, policy):
 
 
 def test_a_run_in_fp32_after_one_on_the_cpu_has_its_figures_and_a_reference_of_its_own(shop):
-    one = warm.door("dpo_lab.train", "name=cpu", *QUIET, cwd=shop)
+    one = warm.run_module("dpo_lab.train", "name=cpu", *QUIET, cwd=shop)
     assert one.returncode == 0, one.stderr
     before = set((shop / "outputs/cache").glob("reference-*.safetensors"))
     calls = on_gpu(shop, "dpo_lab.train", "trainer=gpu", "trainer.precision=32-true", "name=fp32", *QUIET)

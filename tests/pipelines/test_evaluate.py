@@ -1,4 +1,4 @@
-"""The door of evaluation, as a user types it, on a run that is done and on a policy of anybody's; and what it refuses."""
+"""The command of evaluation, as a user types it, on a run that is done and on a policy of anybody's; and what it refuses."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dpo_lab.runs.examples import Examples, read
 from dpo_lab.runs.run_record import RunRefused
 from tests.conftest import SMALL, python_m
 from tests.support.configs import composed, recorded, settled
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = pytest.mark.slow
 
 
-def evaluate(workshop: Path, *overrides: str, code: int = 0, start=door) -> subprocess.CompletedProcess:
+def evaluate(workshop: Path, *overrides: str, code: int = 0, start=run_module) -> subprocess.CompletedProcess:
     result = start("dpo_lab.evaluate", *overrides, cwd=workshop)
     assert result.returncode == code, result.stdout + result.stderr
     return result
@@ -32,7 +32,7 @@ def evaluate(workshop: Path, *overrides: str, code: int = 0, start=door) -> subp
 @pytest.fixture(scope="module")
 def run(workshop) -> Path:
     """The folder of a finished run with label noise."""
-    result = door("dpo_lab.train", *SMALL, "name=evaluated", "noise=symmetric", "noise.rate=0.3", cwd=workshop)
+    result = run_module("dpo_lab.train", *SMALL, "name=evaluated", "noise=symmetric", "noise.rate=0.3", cwd=workshop)
     assert result.returncode == 0, result.stdout + result.stderr
     return workshop / result.stdout.splitlines()[0].removeprefix("dpo_lab: ")
 
@@ -160,7 +160,7 @@ def test_folders_are_read_whole(folder):
         (["trained=nothing"], "nothing: no such folder; type trained=FOLDER"),
     ],
 )
-def test_refused_at_the_door(arguments, said, workshop):
+def test_refused_by_the_command(arguments, said, workshop):
     refused = evaluate(workshop, *arguments, code=2)
     assert said in refused.stderr
     assert refused.stderr.count("\n") == 1

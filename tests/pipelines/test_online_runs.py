@@ -36,7 +36,7 @@ def charts_of(folder: Path) -> dict[str, list[str]]:
 
 def test_a_learned_reward_is_made_once_and_trained_on(workshop):
     settings = [*ONLINE, "reward.steps=7", "reward.batch_size=8", "noise=symmetric", "noise.rate=0.2"]
-    told = warm.door("dpo_lab.train", "method=rloo", "name=rl", *settings, "evals.every=3", cwd=workshop)
+    told = warm.run_module("dpo_lab.train", "method=rloo", "name=rl", *settings, "evals.every=3", cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr
     record = record_of(workshop, "rl")
     assert record["status"] == "done"
@@ -55,13 +55,13 @@ def test_a_learned_reward_is_made_once_and_trained_on(workshop):
     assert len(made) == 1
     before = made[0].read_bytes()
     shown = [*settings, "logger=tensorboard", "evals.num_prompts=5"]
-    told = warm.door("dpo_lab.train", "method=grpo", "name=rl2", *shown, cwd=workshop)
+    told = warm.run_module("dpo_lab.train", "method=grpo", "name=rl2", *shown, cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr
     charts = charts_of(folder_of(workshop, "rl2"))
     assert charts["rollout/reward and gold"] == ["train/rollout/reward", "train/rollout/gold"]
     assert all(names.intersection(scalars) for scalars in charts.values())  # none is empty
     assert made[0].read_bytes() == before
-    told = warm.door("dpo_lab.evaluate", f"run={folder_of(workshop, 'rl')}", "evals.num_prompts=4", cwd=workshop)
+    told = warm.run_module("dpo_lab.evaluate", f"run={folder_of(workshop, 'rl')}", "evals.num_prompts=4", cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr
 
 
@@ -78,7 +78,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(method, workshop):
     ]
     settings += ["method.minibatches=2"] if method == "ppo" else []
     whole, cut = (f"{method}-{name}" for name in ("whole", "cut"))
-    told = warm.door("dpo_lab.train", f"name={whole}", *settings, cwd=workshop)
+    told = warm.run_module("dpo_lab.train", f"name={whole}", *settings, cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr
     with warm.Warm(warm.main, "dpo_lab.train", f"name={cut}", *settings, cwd=workshop) as started:
         until = time.monotonic() + 120
@@ -86,7 +86,7 @@ def test_killed_it_goes_on_as_if_it_had_not_been(method, workshop):
             assert time.monotonic() < until
             time.sleep(0.01)
         started.process.kill()
-    told = warm.door("dpo_lab.train", f"name={cut}", *settings, cwd=workshop)
+    told = warm.run_module("dpo_lab.train", f"name={cut}", *settings, cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr
     one, other = (record_of(workshop, name) for name in (whole, cut))
     assert one["trained_policy"] == other["trained_policy"]
@@ -106,15 +106,15 @@ def test_ppo_with_adapters_on_files_holds_one_body(policy, tmp_path):
         "reference=adapter_off",
     ]
     settings += ["method=ppo", "method.prompts=4", "method.samples=2", "method.max_new_tokens=6"]
-    told = warm.door("dpo_lab.train", "name=ppo", *settings, "reward.steps=3", "reward.batch_size=8", cwd=shop)
+    told = warm.run_module("dpo_lab.train", "name=ppo", *settings, "reward.steps=3", "reward.batch_size=8", cwd=shop)
     assert told.returncode == 0, told.stdout + told.stderr
     record = record_of(shop, "ppo")
     assert record["memory"]["weights"] < 2.2
     assert record["rollouts"]["samples"] == 8  # three steps of one rollout
-    told = warm.door("dpo_lab.train", "name=no", *settings, "reward=gold", cwd=shop)
+    told = warm.run_module("dpo_lab.train", "name=no", *settings, "reward=gold", cwd=shop)
     assert told.returncode == 2
     assert "reward=gold: these data have no gold reward; type reward=learned" in told.stderr
-    told = warm.door("dpo_lab.train", "name=no", *settings, "method.prompts=1000", cwd=shop)
+    told = warm.run_module("dpo_lab.train", "name=no", *settings, "method.prompts=1000", cwd=shop)
     assert told.returncode == 2
     assert "method.prompts=1000: there are only" in told.stderr
 
@@ -123,12 +123,12 @@ def test_a_file_of_prompts_is_sampled_from_with_a_reward_model_and_refused_witho
     shop = make_shop(tmp_path, policy)
     rows = [json.loads(line) for line in (shop / "pairs.jsonl").read_text().splitlines()]
     (shop / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
-    told = warm.door("dpo_lab.reward", "name=rm", *QUIET, cwd=shop)
+    told = warm.run_module("dpo_lab.reward", "name=rm", *QUIET, cwd=shop)
     assert told.returncode == 0, told.stdout + told.stderr
     prompts = [*QUIET, "data.path=prompts.jsonl"]
     settings = [*prompts, "method=grpo", "method.prompts=4", "method.samples=2", "method.max_new_tokens=6"]
     path = folder_of(shop, "rm") / "reward_model"
-    told = warm.door("dpo_lab.train", "name=rl", *settings, f"reward.path='{path}'", cwd=shop)
+    told = warm.run_module("dpo_lab.train", "name=rl", *settings, f"reward.path='{path}'", cwd=shop)
     assert told.returncode == 0, told.stdout + told.stderr
     record = record_of(shop, "rl")
     assert record["rollouts"]["samples"] == 3 * 8
@@ -142,6 +142,6 @@ def test_a_file_of_prompts_is_sampled_from_with_a_reward_model_and_refused_witho
         ("reward", "a reward model is trained on pairs of responses"),
         ("sft", "supervised fine-tuning trains on responses"),
     ):
-        told = warm.door(f"dpo_lab.{module}", "name=no", *prompts, cwd=shop)
+        told = warm.run_module(f"dpo_lab.{module}", "name=no", *prompts, cwd=shop)
         assert told.returncode == 2, told.stdout + told.stderr
         assert f"error: prompts.jsonl:1 is a prompt alone, and {what}; type data.path=" in told.stderr

@@ -33,7 +33,7 @@ def shop(policy, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(shop) -> str:
-    done = warm.door("dpo_lab.reward", "name=rm", *NOISY, *TYPED, cwd=shop)
+    done = warm.run_module("dpo_lab.reward", "name=rm", *NOISY, *TYPED, cwd=shop)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -79,7 +79,7 @@ def test_a_run_leaves_what_others_take(told, shop):
 
 
 def test_a_finished_run_is_not_started_again(told, shop):
-    again = warm.door("dpo_lab.reward", "name=rm", *NOISY, *TYPED, cwd=shop)
+    again = warm.run_module("dpo_lab.reward", "name=rm", *NOISY, *TYPED, cwd=shop)
     assert again.returncode == 0
     assert "this run is done already" in again.stdout
 
@@ -93,7 +93,7 @@ def test_a_finished_run_is_not_started_again(told, shop):
     ],
 )
 def test_what_can_not_be_trained_is_refused_in_one_line(shop, typed, message):
-    refused = warm.door("dpo_lab.reward", "name=refused", *QUIET, *typed, cwd=shop)
+    refused = warm.run_module("dpo_lab.reward", "name=refused", *QUIET, *typed, cwd=shop)
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr

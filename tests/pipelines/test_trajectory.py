@@ -24,7 +24,7 @@ PATH = ["evals.every=2", f"evals.num_trajectory_prompts={COUNT}"]
 
 
 def trained(workshop: Path, name: str, *settings: str) -> Path:
-    told = warm.door("dpo_lab.train", f"name={name}", *SMALL, *settings, cwd=workshop)
+    told = warm.run_module("dpo_lab.train", f"name={name}", *SMALL, *settings, cwd=workshop)
     assert told.returncode == 0, told.stdout + told.stderr
     folder = next((workshop / "outputs" / name).glob("*/seed=0"))
     (folder / "terminal").write_text(told.stdout)

@@ -14,7 +14,7 @@ from dpo_lab.data.datamodule import StepSampler
 from dpo_lab.models.policy import weights_digest
 from dpo_lab.studies.verdicts import by_prompt
 from dpo_lab.training.optim import Optim
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.extended, pytest.mark.filterwarnings("ignore")]
 
@@ -70,7 +70,7 @@ def test_the_same_pairs_and_initial_policy_give_the_same_policy(tmp_path, monkey
     pytest.importorskip("trl", reason="needs pip install -c constraints.txt -e '.[bench]'")
     monkeypatch.chdir(tmp_path)
     ours = api.train([*JOB, "name=ours"])
-    exported = door("dpo_lab.inspect", *JOB, "export=train.parquet", "export_tokens=true", "show=0", cwd=tmp_path)
+    exported = run_module("dpo_lab.inspect", *JOB, "export=train.parquet", "export_tokens=true", "show=0", cwd=tmp_path)
     assert exported.returncode == 0, exported.stdout + exported.stderr
     rows = parquet.read_table("train.parquet").to_pylist()
     assert len(rows) == ours.record["data"]["train pairs"]

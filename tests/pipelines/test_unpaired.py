@@ -40,7 +40,9 @@ def shop(policy, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(shop) -> Path:
-    told = warm.door("dpo_lab.train", "name=rows", "noise=symmetric", "noise.rate=0.3", *SMALL, *CHECKPOINTS, cwd=shop)
+    told = warm.run_module(
+        "dpo_lab.train", "name=rows", "noise=symmetric", "noise.rate=0.3", *SMALL, *CHECKPOINTS, cwd=shop
+    )
     assert told.returncode == 0, told.stdout + told.stderr
     return shop
 
@@ -77,7 +79,7 @@ def test_label_noise_flips_labels_by_the_keys_of_rows(trained):
     assert kinds["chosen longer"] == [0, 0]
     own = [*SMALL[1:4], "data.path=unpaired.jsonl", "policy=pretrained", "policy.path=mine"]
     noise = ["noise=symmetric", "noise.rate=0.3"]
-    told = warm.door("dpo_lab.inspect", *own, *noise, "show=60", "page=page.html", cwd=trained)
+    told = warm.run_module("dpo_lab.inspect", *own, *noise, "show=60", "page=page.html", cwd=trained)
     assert told.returncode == 0, told.stderr
     shown = [line for line in told.stdout.splitlines() if line.startswith("unpaired.jsonl:")]
     labels = [json.loads(line)["label"] for line in (trained / "unpaired.jsonl").read_text().splitlines()]
@@ -104,7 +106,7 @@ def test_a_killed_run_goes_on(trained):
         process.process.kill()
     whole = ["name=whole", *command[1:]]
     for again in (command, whole):
-        told = warm.door("dpo_lab.train", *again, cwd=trained)
+        told = warm.run_module("dpo_lab.train", *again, cwd=trained)
         assert told.returncode == 0, told.stderr
     killed, other = record_of(trained, "killed"), record_of(trained, "whole")
     assert len(killed["attempts"]) == 1
@@ -132,7 +134,7 @@ def test_a_killed_run_goes_on(trained):
     ],
 )
 def test_what_compares_two_responses_is_refused(overrides, said, shop):
-    told = warm.door("dpo_lab.train", "name=refused", *SMALL, *overrides, cwd=shop)
+    told = warm.run_module("dpo_lab.train", "name=refused", *SMALL, *overrides, cwd=shop)
     assert told.returncode == 2
     assert said in told.stderr.splitlines()[-1]
 
@@ -141,7 +143,7 @@ def test_pairs_train_as_rows_and_are_held_out_as_pairs(shop):
     """The held-out pairs are those of a run on the pairs."""
     path = "data.path=pairs.jsonl"
     for name, more in (("split", ["data.unpair=true"]), ("pairs", [])):
-        told = warm.door("dpo_lab.train", f"name={name}", *SMALL, path, *more, cwd=shop)
+        told = warm.run_module("dpo_lab.train", f"name={name}", *SMALL, path, *more, cwd=shop)
         assert told.returncode == 0, told.stderr
     split, pairs = record_of(shop, "split"), record_of(shop, "pairs")
     assert (
@@ -156,7 +158,7 @@ def test_pairs_train_as_rows_and_are_held_out_as_pairs(shop):
 
 
 def test_sft_learns_the_desirable_ones(shop):
-    told = warm.door("dpo_lab.sft", "name=sft", *SMALL[:-2], "data.path=unpaired.jsonl", cwd=shop)
+    told = warm.run_module("dpo_lab.sft", "name=sft", *SMALL[:-2], "data.path=unpaired.jsonl", cwd=shop)
     assert told.returncode == 0, told.stderr
     record = record_of(shop, "sft")
     rows = [json.loads(line) for line in (shop / "unpaired.jsonl").read_text().splitlines()]

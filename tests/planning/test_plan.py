@@ -335,7 +335,7 @@ def test_a_model_of_8_billion_is_planned_from_its_config_alone(tmp_path):
 
 
 def test_the_command_prints_it_and_makes_no_folder(tmp_path):
-    found = warm.door("dpo_lab.train", "--plan", "policy.layers=2", cwd=tmp_path)
+    found = warm.run_module("dpo_lab.train", "--plan", "policy.layers=2", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "activations of a micro-batch" in found.stdout
     assert "An estimate, nothing was run" in found.stdout
@@ -344,7 +344,7 @@ def test_the_command_prints_it_and_makes_no_folder(tmp_path):
         (("--plan", "--multirun", "beta=1,2"), "error: --plan: plans one run; type it without --multirun"),
         (("--plan", "policy=pretrained", "policy.path=nowhere"), "error: policy.path=nowhere: "),
     ):
-        refused = warm.door("dpo_lab.train", *command, cwd=tmp_path)
+        refused = warm.run_module("dpo_lab.train", *command, cwd=tmp_path)
         assert refused.returncode == 2
         assert refused.stderr.splitlines()[-1].startswith(line)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins.project import TINY, make
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 OWN = [
     "plugins=my_lab",
@@ -27,7 +27,7 @@ def project(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def done(project) -> Path:
     """The folder of a finished run with the project's loss, by its ablation, and its task, evaluator and callback."""
-    told = door("dpo_lab.train", *OWN, *TINY, cwd=project)
+    told = run_module("dpo_lab.train", *OWN, *TINY, cwd=project)
     assert told.returncode == 0, told.stdout + told.stderr
     (path,) = (project / "outputs" / "own").rglob("run.json")
     return path.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins.project import TINY
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
@@ -84,7 +84,7 @@ def folder(tmp_path_factory) -> Path:
 
 def run_of(command: str, *words: str, cwd: Path) -> tuple[dict, list[dict]]:
     """Run a command; return its record and the lines of its journal."""
-    told = door(f"dpo_lab.{command}", *words, *TINY, "name=parts", "if_exists=restart", cwd=cwd)
+    told = run_module(f"dpo_lab.{command}", *words, *TINY, "name=parts", "if_exists=restart", cwd=cwd)
     assert told.returncode == 0, told.stdout + told.stderr
     (path,) = (cwd / "outputs" / "parts").rglob("run.json")
     record = json.loads(path.read_text())
@@ -124,7 +124,7 @@ def test_a_reward_model_is_trained_on_a_task(project):
 
 
 def test_sft_makes_the_initial_policy_of_a_task(project):
-    told = door("dpo_lab.sft", "plugins=my_lab", "data=my_lab_colours", *TINY, "name=sft", cwd=project)
+    told = run_module("dpo_lab.sft", "plugins=my_lab", "data=my_lab_colours", *TINY, "name=sft", cwd=project)
     assert told.returncode == 0, told.stderr
     made = re.search(r"initial policy of [\d,]+ parameters: (\S+)", told.stdout)
     assert made

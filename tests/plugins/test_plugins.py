@@ -11,7 +11,7 @@ from dpo_lab import new, plugins
 from dpo_lab.plugins import content_hash
 from tests.plugins.conftest import OWN
 from tests.plugins.project import EXAMPLE, PAGE, TINY, commands, make
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ class Strict(Judge, name="strict"):
 
 
 def test_the_project_s_own_tests_pass(project):
-    told = door("pytest", "-q", "-p", "no:cacheprovider", cwd=project)
+    told = run_module("pytest", "-q", "-p", "no:cacheprovider", cwd=project)
     assert told.returncode == 0, told.stdout + told.stderr
     assert "2 passed" in told.stdout
 
@@ -65,7 +65,7 @@ def test_new_writes_a_project_of_the_name_that_is_typed(tmp_path, monkeypatch, c
 
 @pytest.mark.extended
 def test_help_lists_choices_with_where_they_are_from(project):
-    told = door("dpo_lab.train", "plugins=my_lab", "--help", cwd=project)
+    told = run_module("dpo_lab.train", "plugins=my_lab", "--help", cwd=project)
     assert told.returncode == 0, told.stderr
     for line in (
         "  my_lab_hinge   max(0, margin - beta h)^2, zero where the margin is met [my_lab]",
@@ -79,10 +79,10 @@ def test_help_lists_choices_with_where_they_are_from(project):
 
 def test_a_judge_of_a_file_is_a_choice_with_its_settings(tmp_path):
     (tmp_path / "judges.py").write_text(JUDGE)
-    told = door("dpo_lab.train", "plugins=[./judges.py]", "evals/judge=strict", "--cfg", "job", cwd=tmp_path)
+    told = run_module("dpo_lab.train", "plugins=[./judges.py]", "evals/judge=strict", "--cfg", "job", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert "strictness: 3" in told.stdout
-    told = door("dpo_lab.train", "plugins=[./judges.py]", "--help", cwd=tmp_path)
+    told = run_module("dpo_lab.train", "plugins=[./judges.py]", "--help", cwd=tmp_path)
     assert "  strict         Prefers the shorter response [./judges.py]" in told.stdout.splitlines()
 
 
@@ -105,14 +105,14 @@ def test_a_run_uses_the_parts_and_records_the_plugin(project, done):
 
 
 def test_the_same_command_finds_its_run_and_a_changed_file_makes_another(done, project, tmp_path):
-    again = door("dpo_lab.train", *OWN, *TINY, cwd=project)
+    again = run_module("dpo_lab.train", *OWN, *TINY, cwd=project)
     assert again.returncode == 0, again.stderr
     assert "this run is done already" in again.stdout
     assert "python -m dpo_lab.train 'plugins=[my_lab]' " in again.stdout  # among the commands to type next
     copy = shutil.copytree(project, tmp_path / "copy")
     with (copy / "my_lab" / "losses.py").open("a") as file:
         file.write("\n# changed\n")
-    changed = door("dpo_lab.train", *OWN, *TINY, cwd=copy)
+    changed = run_module("dpo_lab.train", *OWN, *TINY, cwd=copy)
     assert changed.returncode == 2
     assert (
         "holds another run (plugin my_lab has changed since); type name=another, or if_exists=restart" in changed.stderr
@@ -120,13 +120,13 @@ def test_the_same_command_finds_its_run_and_a_changed_file_makes_another(done, p
 
 
 def test_a_command_without_the_plugin_says_what_to_type(done, project):
-    without = door("dpo_lab.train", "loss=my_lab_hinge", cwd=project)
+    without = run_module("dpo_lab.train", "loss=my_lab_hinge", cwd=project)
     assert (without.returncode, without.stderr.count("\n")) == (2, 1)
     assert without.stderr.startswith("error: loss=my_lab_hinge: no such choice; type loss= one of ")
     run = done.relative_to(project)
-    without = door("dpo_lab.train", "+ablation=my_lab_wide", cwd=project)
+    without = run_module("dpo_lab.train", "+ablation=my_lab_wide", cwd=project)
     assert without.stderr.endswith(f"; {run} was made with plugins=[my_lab]: type it too\n")
-    without = door("dpo_lab.evaluate", f"run={run}", cwd=project)
+    without = run_module("dpo_lab.evaluate", f"run={run}", cwd=project)
     assert (without.returncode, without.stderr) == (
         2,
         "error: run: made with plugins=[my_lab]; type it too, after run=\n",
@@ -135,12 +135,12 @@ def test_a_command_without_the_plugin_says_what_to_type(done, project):
 
 def test_a_finished_run_is_evaluated_again_with_it_and_reported_without(done, project):
     run = str(done.relative_to(project))
-    told = door("dpo_lab.evaluate", f"run={run}", "plugins=my_lab", "evals.my_lab_openings.words=1", cwd=project)
+    told = run_module("dpo_lab.evaluate", f"run={run}", "plugins=my_lab", "evals.my_lab_openings.words=1", cwd=project)
     assert told.returncode == 0, told.stderr
     result = json.loads((done / "evaluations" / "1.json").read_text())
     assert result["evals"]["my_lab_openings"] == {"words": 1}
     assert result["plugins"]["my_lab"]["sha256"] == content_hash(project / "my_lab")
-    told = door("dpo_lab.report", run, "--csv", "--metrics", "distinct_openings", cwd=project)
+    told = run_module("dpo_lab.report", run, "--csv", "--metrics", "distinct_openings", cwd=project)
     assert told.returncode == 0, told.stderr
     assert "distinct_openings" in told.stdout
 
@@ -153,12 +153,12 @@ def test_what_is_not_typed_is_not_loaded_though_it_is_installed(tmp_path):
     )
     (tmp_path / "their_lab-1.0.dist-info" / "entry_points.txt").write_text("[dpo_lab.plugins]\ntheirs = their_lab\n")
     (tmp_path / "their_lab.py").write_text("from pathlib import Path\nPath('imported').touch()\n")
-    told = door("dpo_lab.train", "--help", cwd=tmp_path)
+    told = run_module("dpo_lab.train", "--help", cwd=tmp_path)
     assert "plugins that are installed: theirs; type plugins=[theirs] for its choices" in told.stdout.splitlines()
-    told = door("dpo_lab.train", "loss=theirs", "--cfg", "job", cwd=tmp_path)
+    told = run_module("dpo_lab.train", "loss=theirs", "--cfg", "job", cwd=tmp_path)
     assert told.stderr.endswith("; or with a plugin that has it, of those installed: plugins=[theirs]\n")
     assert not (tmp_path / "imported").exists()
-    assert door("dpo_lab.train", "plugins=theirs", "--cfg", "job", cwd=tmp_path).returncode == 0
+    assert run_module("dpo_lab.train", "plugins=theirs", "--cfg", "job", cwd=tmp_path).returncode == 0
     assert (tmp_path / "imported").exists()
 
 
@@ -200,7 +200,7 @@ def test_the_page_s_commands_are_those_of_these_tests(words, project):
             "python -m dpo_lab.study studies/my_lab_hinge.yaml plugins=my_lab budget=quick",
         }
     elif "--help" not in arguments:
-        told = door(module, *arguments, "--cfg", "job", cwd=project)
+        told = run_module(module, *arguments, "--cfg", "job", cwd=project)
         assert told.returncode == 0, told.stderr
 
 

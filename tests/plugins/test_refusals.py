@@ -12,7 +12,7 @@ from dpo_lab.core.losses import LOSSES
 from dpo_lab.plugins import PluginError
 from tests.faults.canaries import CODE, MARK
 from tests.plugins.project import TINY
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = pytest.mark.slow
 
@@ -123,7 +123,7 @@ def lab(folder: Path, name: str, files: dict[str, str]) -> None:
 def test_choices_of_one_name_are_refused(labs, says, tmp_path):
     for name, files in labs.items():
         lab(tmp_path, name, files)
-    told = door("dpo_lab.train", f"plugins=[{','.join(labs)}]", "--cfg", "job", cwd=tmp_path)
+    told = run_module("dpo_lab.train", f"plugins=[{','.join(labs)}]", "--cfg", "job", cwd=tmp_path)
     assert (told.returncode, told.stderr.count("\n")) == (2, 1), told.stderr
     assert says in told.stderr
 
@@ -158,7 +158,7 @@ def test_39_no_config_brings_a_plugin_in(hostile, mode, more, tmp_path):
         f"# @package _global_\n{yaml.safe_dump(HOSTILE[hostile])}"
     )
     words = [mode, "--config-dir", "theirs", *more, "+ablation=better", "trainer=ddp_cpu", *TINY]
-    told = door("dpo_lab.train", *words, cwd=tmp_path, **{MARK: str(tmp_path / "fired")})
+    told = run_module("dpo_lab.train", *words, cwd=tmp_path, **{MARK: str(tmp_path / "fired")})
     assert told.returncode in (1, 2), told.stdout
     assert "error: " in told.stderr or "failed" in told.stdout
     assert not (tmp_path / "fired").exists()
@@ -169,7 +169,7 @@ def test_39_a_rank_imports_no_plugin_that_its_command_line_names(tmp_path):
     """What a command starts its processes with may come from a config; they have their plugins from its environment."""
     (tmp_path / "evil.py").write_text(CODE)
     variables = {MARK: str(tmp_path / "fired"), "DPO_LAB_PARENT": "1"}
-    told = door("dpo_lab.train", "plugins=[./evil.py]", cwd=tmp_path, **variables)
+    told = run_module("dpo_lab.train", "plugins=[./evil.py]", cwd=tmp_path, **variables)
     says = "error: plugins=[./evil.py]: not a plugin of the command that started this process; type it there\n"
     assert (told.returncode, told.stderr) == (2, says)
     assert not (tmp_path / "fired").exists()
@@ -182,7 +182,7 @@ def test_39_a_study_s_arm_brings_no_plugin_in(tmp_path):
     study = {"title": "t", "question": "q", "claim": "c", "source": "s", "baseline": "a", "arms": arms}
     study |= {"predictions": [prediction | {"direction": "more", "min_effect": 1.1}], "metrics": ["kl"]}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study | {"budgets": {"full": {"seeds": [0, 1]}}}))
-    told = door("dpo_lab.study", "study.yaml", cwd=tmp_path, **{MARK: str(tmp_path / "fired")})
+    told = run_module("dpo_lab.study", "study.yaml", cwd=tmp_path, **{MARK: str(tmp_path / "fired")})
     assert told.returncode == 2
     assert "plugins" in told.stderr
     assert not (tmp_path / "fired").exists()
@@ -191,7 +191,7 @@ def test_39_a_study_s_arm_brings_no_plugin_in(tmp_path):
 def test_39_a_config_names_no_class_of_a_plugin_that_it_did_not_register(tmp_path):
     lab(tmp_path, "one", {"script.py": CODE, "more.py": "from lightning.pytorch import Callback\n"})
     for target in ("one.script.Callback", "one.more.Callback", "one.Own"):
-        told = door(
+        told = run_module(
             *("dpo_lab.train", "plugins=one", f"+callbacks.x._target_={target}"),
             cwd=tmp_path,
             **{MARK: str(tmp_path / "fired")},

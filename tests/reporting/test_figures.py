@@ -114,7 +114,7 @@ def test_the_same_folder_gives_the_same_bytes_whatever_the_users_settings(tmp_pa
     assert {path.name: path.read_bytes() for path in (folder / "figures").iterdir()} == before
 
 
-def test_the_door_says_what_to_type_where_there_is_no_run(tmp_path):
+def test_the_command_says_what_to_type_where_there_is_no_run(tmp_path):
     command = [sys.executable, "-m", "dpo_lab.reporting.figures", str(tmp_path)]
     told = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert told.returncode == 1

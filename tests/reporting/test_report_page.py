@@ -277,7 +277,7 @@ def test_what_a_log_axis_cannot_show_is_said(address):
         assert "log scale" not in chart.text_content()
 
 
-def test_a_far_drift_leaves_the_small_ones_apart(address):
+def test_a_large_kl_leaves_small_ones_distinguishable(address):
     """On a root scale, what reaches below 0, as an interval may, stands on the floor."""
     points = [Point(i, kl, y_interval=(kl - 30, kl + 1)) for i, kl in enumerate((0.5, 15.0, 60.0))]
     with page(1280, 900) as shown:

@@ -239,7 +239,7 @@ def test_a_figure_has_three_digits_that_count(value: float, told: str):
     assert format_number(value) == told
 
 
-def test_a_chance_is_told_as_papers_do():
+def test_a_p_value_is_written_as_in_papers():
     assert [format_p(p) for p in (None, 0.00012, 0.0214, 1.0)] == ["", "< .001", ".021", "1.000"]
 
 

@@ -405,7 +405,7 @@ def test_a_study_of_real_runs_is_killed_goes_on_and_ends_when_decided_or_out_of_
         (["ablations/small.yaml", "beta=much"], "beta=much: must be a number"),
     ],
 )
-def test_refused_at_the_door(arguments, message, tmp_path):
+def test_refused_by_the_command(arguments, message, tmp_path):
     written(tmp_path)
     (tmp_path / ".hooks.yaml").touch()  # no study
     result = study(tmp_path, *arguments)

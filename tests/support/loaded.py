@@ -1,4 +1,4 @@
-"""What the runs of all doors import: the process that tests.support.warm forks has it loaded, and has computed nothing."""
+"""What the runs of all commands import: the process that tests.support.warm forks has it loaded, and has computed nothing."""
 
 from __future__ import annotations
 

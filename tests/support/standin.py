@@ -1,4 +1,4 @@
-"""A door like the others whose runs take no time and need no torch: what they do stands in a file beside them.
+"""A command like the others whose runs take no time and need no torch: what they do stands in a file beside them.
 
 `behaviour.json` maps parts of a run folder's path to one of `fails`, `killed`, `leaves` (exit 0, early) and `waits` (until
 it is asked to stop, or `go` is there). Each start adds a line to `starts.log`.

@@ -1,4 +1,4 @@
-"""The door of studies over the stand-in door's runs."""
+"""The command of studies over the stand-in command's runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps of the stand-in door as real processes: start them, see what started, wait for what is to happen."""
+"""Sweeps of the stand-in module as real processes: start them, see what started, wait for what is to happen."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "COLUMNS":
 
 
 def sweep(
-    folder: Path, *arguments: str, door: str = "tests.support.standin", **variables: str
+    folder: Path, *arguments: str, module: str = "tests.support.standin", **variables: str
 ) -> subprocess.CompletedProcess:
-    return run(door, folder, "--multirun", *arguments, **variables)
+    return run(module, folder, "--multirun", *arguments, **variables)
 
 
-def run(door: str, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    return python_m(door, *arguments, cwd=folder, **ENVIRONMENT, **variables)
+def run(module: str, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    return python_m(module, *arguments, cwd=folder, **ENVIRONMENT, **variables)
 
 
 @contextmanager
 def started(
-    folder: Path, *arguments: str, door: str = "tests.support.standin", **variables: str
+    folder: Path, *arguments: str, module: str = "tests.support.standin", **variables: str
 ) -> Iterator[subprocess.Popen]:
     """The same, not waited for; it leads a session of its own, writes to terminal.log, and is gone in the end."""
-    command = [sys.executable, "-m", door, "--multirun", *arguments]
+    command = [sys.executable, "-m", module, "--multirun", *arguments]
     with contained(os.environ | ENVIRONMENT | variables) as environment:
         with (folder / "terminal.log").open("w") as terminal:
             process = subprocess.Popen(

@@ -80,7 +80,7 @@ def _live(function, arguments, cwd: str, environment: dict[str, str], files: Seq
     function(*arguments)
 
 
-def door(
+def run_module(
     module: str, *arguments: str, cwd: Path, timeout: float = 240, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """As `tests.conftest.python_m`: `python -m module ...` as a user types it."""

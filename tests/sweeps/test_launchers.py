@@ -38,13 +38,13 @@ CONF = Path(schema.conf_dir())
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "launcher").glob("*.yaml")))
-@pytest.mark.parametrize("door", ["train", "sft"])
-def test_every_launcher_composes(name, door):
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_every_launcher_composes(name, command):
     sweeper.register(schema.as_record)
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(
-            door, [f"launcher={name}", "trainer.devices=2", "trainer.accelerator=gpu"], return_hydra_config=True
+            command, [f"launcher={name}", "trainer.devices=2", "trainer.accelerator=gpu"], return_hydra_config=True
         )
     launcher = cfg.hydra.launcher
     if name == "slurm":
@@ -189,9 +189,9 @@ def test_under_slurm_the_tasks_of_a_job_are_its_ranks_and_run_in_place(tmp_path)
 
 def test_a_requeued_training_ends_as_if_it_had_not_been_interrupted(tmp_path):
     settings = [*SMALL, "trainer.max_steps=40", "trainer.val_check_interval=20"]
-    whole = warm.door("dpo_lab.train", *settings, "name=whole", cwd=tmp_path)
+    whole = warm.run_module("dpo_lab.train", *settings, "name=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    with started(tmp_path, *settings, "name=dpo", "launcher=slurm_local", door="dpo_lab.train") as parent:
+    with started(tmp_path, *settings, "name=dpo", "launcher=slurm_local", module="dpo_lab.train") as parent:
         folder = tmp_path / until(lambda: told(tmp_path))["jobs"][0]["folder"]
         until(lambda: (folder / "metrics.jsonl").read_text().count("\n") > 2)
         (task,) = openers(folder / "output.log")

@@ -42,7 +42,7 @@ from tests.support.sweeping import (
     told,
     until,
 )
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 pytestmark = pytest.mark.slow
 
@@ -144,7 +144,7 @@ def test_the_parent_of_a_sweep_that_is_done_loads_no_torch_and_starts_no_process
     ],
 )
 def test_a_sweep_with_one_job_that_cannot_be_is_refused_whole(arguments, message, tmp_path):
-    result = door("tests.support.standin", "--multirun", *arguments, cwd=tmp_path, **ENVIRONMENT)
+    result = run_module("tests.support.standin", "--multirun", *arguments, cwd=tmp_path, **ENVIRONMENT)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(f"error: {message}")
@@ -311,8 +311,8 @@ def test_exit_codes_tell():
 
 
 @pytest.mark.extended  # four processes
-def test_another_sweeper_skips_what_is_done_and_hears_of_failures(tmp_path):
-    """As Optuna's does, Hydra's own starts every job through the door alone."""
+def test_another_sweeper_skips_what_is_done_and_is_told_of_failures(tmp_path):
+    """As Optuna's does, Hydra's own starts every job through the command alone."""
     behaves(tmp_path, **{"beta_0.2/": "fails"})
     earlier = SweepFolder(tmp_path / "outputs" / "dpo")
     with earlier.lock():

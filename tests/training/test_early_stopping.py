@@ -134,7 +134,7 @@ def test_a_validation_that_was_owed_at_the_end_may_be_the_best(tmp_path):
     assert (record["best_step"], record["best_value"]) == (6, 0.5)
 
 
-def test_what_early_stopping_is_asked_for_in_vain(best, tmp_path):
+def test_settings_of_early_stopping_without_effect_are_refused(best, tmp_path):
     with pytest.raises(RunFailed, match=r"callbacks.early_stopping.monitor=val/los: .*one of .*val/loss"):
         run(tmp_path, callbacks=[EarlyStopping("val/los")])
     with pytest.raises(ValueError, match=r"callbacks.early_stopping.policy_to_keep=first: must be best or last"):

@@ -26,7 +26,7 @@ PLAIN = {"beta": 0.1, "data": {"hub_token": SECRET}, "loss": {"kind": "dpo"}}
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_logger_whose_package_is_missing_is_refused_at_the_door(name, monkeypatch):
+def test_a_logger_whose_package_is_missing_is_refused_by_the_command(name, monkeypatch):
     monkeypatch.setattr(logger_packages, "find_spec", lambda module: None)
     schema.validate(composed())
     with pytest.raises(ConfigError, match=rf"logger={name}: .* type pip install 'dpo_lab\[{name}\]'"):

@@ -276,7 +276,7 @@ def test_whole_texts(shop, tmp_path):
     assert (material.counts["rows"], material.counts["train pairs"]) == (61, len(train))
 
 
-def sft(shop: Path, *arguments: str, code: int = 0, start=warm.door):
+def sft(shop: Path, *arguments: str, code: int = 0, start=warm.run_module):
     result = start("dpo_lab.sft", *SHORT, *arguments, cwd=shop)
     assert result.returncode == code, result.stdout + result.stderr
     return result
@@ -334,7 +334,7 @@ def start_dpo(result, shop: Path) -> dict:
     small = (
         "trainer.max_steps=2 evals.num_prompts=4 evals.num_texts=4 evals.max_new_tokens=4 data.max_length=48".split()
     )
-    trained = warm.door("dpo_lab.train", *shlex.split(said), *small, cwd=shop)
+    trained = warm.run_module("dpo_lab.train", *shlex.split(said), *small, cwd=shop)
     assert trained.returncode == 0, trained.stderr
     return run_of(trained, shop)[0]
 
@@ -347,7 +347,7 @@ def test_dpo_starts_where_it_ended(whole, shop):
 
 
 @pytest.mark.extended  # in make test: two ranks of SFT below, and two by the command in tests/cli
-def test_two_ranks_by_the_door_give_the_run_of_one(whole, shop):
+def test_two_ranks_by_the_command_give_the_run_of_one(whole, shop):
     record, _ = run_of(whole, shop)
     of_two, _ = run_of(sft(shop, *OWN, "name=two", "trainer=ddp_cpu"), shop)
     assert of_two["tokens"] == record["tokens"]
@@ -446,10 +446,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("door", "overrides", "what", "advice"), REFUSED)
-def test_refused_before_anything_is_made(door, overrides, what, advice, shop, tmp_path):
+@pytest.mark.parametrize(("command", "overrides", "what", "advice"), REFUSED)
+def test_refused_before_anything_is_made(command, overrides, what, advice, shop, tmp_path):
     with pytest.raises(schema.ConfigError) as error:
-        door(*settled(shop, "pairs.jsonl", *overrides), tmp_path / "run")
+        command(*settled(shop, "pairs.jsonl", *overrides), tmp_path / "run")
     assert what in str(error.value)
     assert advice in str(error.value)
     assert "\n" not in str(error.value)
@@ -466,7 +466,7 @@ def test_refused_before_anything_is_made(door, overrides, what, advice, shop, tm
         (["data.batch_size=500"], "training responses; type data.batch_size=3"),
     ],
 )
-def test_refused_at_the_door(overrides, what, shop):
+def test_refused_by_the_command(overrides, what, shop):
     result = sft(shop, *OWN, "name=refused", *overrides, code=2)
     (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
     assert what in line

@@ -23,7 +23,7 @@ from dpo_lab.training.loggers import tensorboard_hparams
 from dpo_lab.training.loggers.tensorboard import show_figures, show_histogram, show_samples
 from tests.conftest import SMALL, make_pairs
 from tests.support.small_fit import IGNORED, Leave, LeaveAt, run
-from tests.support.warm import door
+from tests.support.warm import run_module
 
 PLAIN = {
     "beta": 0.1,
@@ -105,7 +105,7 @@ def test_a_run_that_went_on_and_was_finished_is_a_success(first, tmp_path):
     assert status(tmp_path) == "STATUS_SUCCESS"
 
 
-def test_who_finds_a_run_dead_can_say_that_it_failed(tmp_path):
+def test_a_run_that_died_can_be_recorded_as_failed(tmp_path):
     tensorboard_hparams.end(tmp_path, succeeded=False)
     assert list(tmp_path.iterdir()) == []  # it had not begun
     goes(tmp_path, StopSignal(15))
@@ -128,7 +128,7 @@ def test_a_logger_that_fails_with_the_run_does_not_hide_why(tmp_path, caplog):
 @pytest.mark.slow
 def test_a_run_that_fails_while_it_is_prepared_is_a_failure(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"\n')
-    result = door("dpo_lab.train", *SMALL, "data=jsonl", "data.path=bad.jsonl", "hydra.run.dir=run", cwd=tmp_path)
+    result = run_module("dpo_lab.train", *SMALL, "data=jsonl", "data.path=bad.jsonl", "hydra.run.dir=run", cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert "bad.jsonl:1" in result.stderr
     assert status(tmp_path / "run") == "STATUS_FAILURE"

@@ -168,7 +168,7 @@ def test_every_epoch_is_another_permutation_and_the_first_is_as_it_always_was(tm
     assert sorted(seen[3]) != sorted(seen[0])
 
 
-def test_the_draw_knows_nothing_of_sizes():
+def test_the_order_of_pairs_does_not_depend_on_their_sizes():
     def drawn(sizes: list[int]) -> list[set[int]]:
         return [set(step) for step in islice(StepSampler(sizes, 8, seed=5), 6)]
 
