@@ -36,9 +36,11 @@ def read_pair_set(name: str, path: str, shape: Shape, encoder: PairTokenizer) ->
     """
     key, counts = f"evals.pairs.{name}={path}", Counter[str]()
     try:
-        found = {pair.key: (pair, subset) for pair, subset in _pairs(path, shape, counts)}
+        every = list(_pairs(path, shape, counts))
     except BadData as error:
         raise BadData(str(error).replace("data.path=", f"evals.pairs.{name}=")) from None
+    found = {pair.key: (pair, subset) for pair, subset in every}
+    counts["dropped: duplicate"] += len(every) - len(found)
     pairs = [pair for pair, _ in found.values()]
     try:
         tokenized = encoder.tokenize(pairs, counts)

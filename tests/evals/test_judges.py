@@ -362,7 +362,7 @@ def test_answers_are_on_disk_when_stored(tmp_path):
     assert len(other.find(f"k{i}" for i in range(1200))) == 0
 
 
-def test_pairs_of_further_files_by_subset(policy, tmp_path):
+def test_pairs_of_further_files_by_subset(policy, tmp_path, caplog):
     """Accuracy by hand on rows of two subsets; a judge that always says "first" is undecided on all it answers."""
     rows = [
         {
@@ -374,11 +374,12 @@ def test_pairs_of_further_files_by_subset(policy, tmp_path):
         for i in range(6)
     ]
     (tmp_path / "rows.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "rejected": ""}])
+        "".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "rejected": ""}, rows[1]])
     )
     subject = subject_of(perturbed(policy, 0.2), policy, ["p"])
     pairs = read_pair_set("own", str(tmp_path / "rows.jsonl"), Shape(), subject.encoder)
-    assert [pair.subset for pair in pairs] == ["even", "odd"] * 3  # without the row whose response is empty
+    assert [pair.subset for pair in pairs] == ["even", "odd"] * 3
+    assert "rows.jsonl: dropped: empty response 1, dropped: duplicate 1" in caplog.text
     assert pairs[1].texts == ("question 1", "good good ", "bad")
     subject.pair_sets = {"own": pairs}
     subject.judge = comparer(lambda prompt, a, b: math.nan if prompt == "question 0" else 0.9)
