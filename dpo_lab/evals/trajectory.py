@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from dpo_lab.evals.evaluators.kl import KL
 from dpo_lab.evals.evaluators.language import Language
 from dpo_lab.models.sampling import Sample, evaluating
 from dpo_lab.models.sharding import device_of, on_device
+from dpo_lab.models.trial import draws_exactly
 from dpo_lab.runs.examples import Examples
 from dpo_lab.terminal.progress import without_bars
 
@@ -89,9 +91,7 @@ class TrajectoryMeter:
     def _start(self) -> EvalContext:
         """The evaluation of the initial policy with the random numbers of all points."""
         start = replace(self.context, trained=self.context.initial, examples=Examples())
-        responses = [sample.tokens for sample in start.samples]
-        (logps,) = start.logps_under([start.initial], start.prompt_ids, responses)
-        vars(start)["sample_logps"] = logps, logps
+        vars(start)["sample_logps"] = (_own_logps(start),) * 2
         return start
 
     @cached_property
@@ -114,6 +114,9 @@ class TrajectoryMeter:
 
     def _metrics(self, point: EvalContext) -> dict[str, float]:
         start, found = self._start, dict[str, float]()
+        if point is not start:
+            (initial,) = point.logps_under([point.initial], point.prompt_ids, [each.tokens for each in point.samples])
+            vars(point)["sample_logps"] = _own_logps(point), initial
         for name, values in self._rewards(point, point.samples).items():
             found[name] = float(values.mean())
             if (gained := gain(values, self._start_rewards[name], self._baseline[name])) is not None:
@@ -139,6 +142,19 @@ class TrajectoryMeter:
         finally:
             if before != self.device:
                 on_device(initial, before)
+
+
+def _own_logps(context: EvalContext) -> np.ndarray:
+    """Return the log-probabilities (nats) of the trained policy's samples under itself, [N]: those that their tokens were
+    drawn with, unless a forward pass could find others.
+    """
+    samples, policy = context.samples, context.trained
+    with context.context():
+        is_known = draws_exactly(policy.model) and all(len(each.logps) == len(each.tokens) for each in samples)
+    if is_known:
+        return np.array([math.fsum(each.logps) for each in samples])
+    (found,) = context.logps_under([policy], context.prompt_ids, [each.tokens for each in samples])
+    return found
 
 
 def gain(rewards: np.ndarray, start: np.ndarray, baseline: np.ndarray) -> float | None:

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_lab.models.attention import SHARED_PROMPT, shared_prompt_attention
-from dpo_lab.models.paths import ForwardPath, causal_lm, has_virtual_tokens, response_rows
+from dpo_lab.models.paths import ForwardPath, causal_lm, has_virtual_tokens, path_of, response_rows
 from dpo_lab.models.probes import (
     error_line,
     evaluated,
@@ -27,6 +27,7 @@ from dpo_lab.models.probes import (
     relative_differences,
     ropes_of,
 )
+from dpo_lab.models.sharding import device_of
 from dpo_lab.runs.cache import cached
 
 if TYPE_CHECKING:
@@ -80,6 +81,15 @@ def _on(model: PreTrainedModel, device: torch.device, context: Callable[[], Abst
 def compute_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of a matrix product of float32 matrices, which autocast may change."""
     return (torch.empty(1, 1, device=device) @ torch.empty(1, 1, device=device)).dtype
+
+
+def draws_exactly(model: PreTrainedModel) -> bool:
+    """Return whether no forward pass finds other log-probabilities, beyond rounding of float32, than those that the model's
+    samples were drawn with: 16 bits round otherwise, and some position embeddings depend on a batch's longest row. To be
+    called under the autocast context of passes.
+    """
+    is_exact = compute_dtype(device_of(model)) is torch.float32 and model.dtype is torch.float32
+    return is_exact and path_of(model).longest is None
 
 
 @torch.no_grad()

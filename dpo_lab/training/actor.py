@@ -23,11 +23,10 @@ from dpo_lab.distributed.collectives import map_across_ranks
 from dpo_lab.evals.candidates import sampling_explained
 from dpo_lab.models.critic import Critic
 from dpo_lab.models.forward import token_logps_of
-from dpo_lab.models.paths import path_of
 from dpo_lab.models.reference import reference_model
 from dpo_lab.models.sampling import sample
 from dpo_lab.models.sharding import device_of, own_passes
-from dpo_lab.models.trial import compute_dtype
+from dpo_lab.models.trial import draws_exactly
 from dpo_lab.rewards.base import ScoreTokens
 
 if TYPE_CHECKING:
@@ -94,8 +93,7 @@ class Actor:
     def measures_policy(self) -> bool:
         """Whether a pass of training could find other log-probabilities than those that tokens were drawn with."""
         with self.context():
-            is_exact = compute_dtype(device_of(self.model)) is torch.float32 and self.model.dtype is torch.float32
-        return not is_exact or path_of(self.model).longest is not None
+            return not draws_exactly(self.model)
 
     @property
     def reward_model(self) -> torch.nn.Module | None:
@@ -106,9 +104,8 @@ class Actor:
     def _measure(self, rollouts: Rollouts, drawn_with: Float[Tensor, " response_tokens"]) -> Rollouts:
         """Add the log-probabilities under policy and reference, and the critic's values.
 
-        The policy's are those that tokens were drawn with, unless a pass of training could find others: in 16 bits it
-        rounds otherwise, and the angles of some position embeddings depend on the longest row of a batch. One model after
-        the other runs its passes, since ranks that share its weights take part in each other's passes.
+        The policy's are those that tokens were drawn with, unless a pass of training could find others. One model after the
+        other runs its passes, since ranks that share its weights take part in each other's passes.
         """
         device, parts = device_of(self.model), rollouts.split(self.tokens)
         work = [float(sum(part.sizes)) for part in parts]
