@@ -15,7 +15,7 @@ import torch
 
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.evals.context import EvalContext
-from dpo_lab.evals.trajectory import TrajectoryMeter, gain
+from dpo_lab.evals.trajectory import TrajectoryMeter, _own_logps, gain
 from dpo_lab.models.forward import select_forward
 from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.runs import metrics_log
@@ -134,6 +134,17 @@ def test_killed_before_any_row_it_has_each_point_once(measured, tmp_path):
             fit(folder)
             assert difference(left(folder), left(measured)) is None, ticks[kill_at]
     assert len(seen) >= 6
+
+
+def test_log_probabilities_of_samples_are_measured_where_they_are_not_those_of_the_draw():
+    """Of an engine whose samples come without them, and in 16 bits, where sampling with a cache rounds otherwise."""
+    trained = tiny(0.05)
+    for without, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        context = replace(meter().context, trained=trained)
+        samples = [replace(each, logps=() if without else [9.0] * len(each.tokens)) for each in context.samples]
+        vars(context)["samples"] = samples
+        trained.model.to(dtype)  # type: ignore[arg-type]
+        assert _own_logps(context) == pytest.approx(context.sample_logps[0], abs=1e-6)
 
 
 def test_a_point_is_what_the_final_evaluation_says_of_the_same_prompts():
