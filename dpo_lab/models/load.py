@@ -14,6 +14,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
@@ -95,6 +96,12 @@ def untrained_model(settings: Pretrained) -> PreTrainedModel:
         _read_config(settings), dtype=getattr(torch, settings.dtype.value), trust_remote_code=settings.trust_remote_code
     )
     return model if settings.lora.r is None else with_fresh_adapters(model, settings, seed=0)
+
+
+def untrained_classifier(folder: Path) -> PreTrainedModel:
+    """Return the sequence classifier of a folder with random weights: only its config is read."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def check_behaviour(policy: Policy, settings: Pretrained, cache: Path | None) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.core.methods import Online, PolicyGradient
-from dpo_lab.evals.judges import JudgeError
-from dpo_lab.evals.judges.classifier import Classifier
+from dpo_lab.errors import first_line
+from dpo_lab.models.load import untrained_classifier
 from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import PolicyError
 from dpo_lab.pipelines.online import longest_response
@@ -61,18 +62,22 @@ class Scorer:
     def of(cls, config: RunConfig, policy: PreTrainedModel) -> Scorer | None:
         """Return the reward model of a config, which is of the policy's size if it is trained first; None without one.
 
-        Inside `on_paper`. Raises PolicyError if the config of its folder can't be read.
+        Inside `on_paper`. Raises PolicyError, or JudgeError of a judge, if the config of its folder can't be read.
         """
         reward = config.reward
         if isinstance(reward, Learned) and reward.path is None:
             body = causal_lm(policy).base_model
             return cls(weight_bytes(p for n, p in body.named_parameters() if ".lora_" not in n), Shape.of(policy))
-        is_judge = isinstance(reward, OfJudge)
-        scorer = config.evals.judge if is_judge else Classifier(path=getattr(reward, "path", None))
-        try:
-            model = scorer.untrained()
-        except JudgeError as error:
-            raise PolicyError(str(error) if is_judge else str(error).replace("evals.judge.", "reward.")) from None
+        path, model = getattr(reward, "path", None), None
+        if isinstance(reward, OfJudge):
+            model = config.evals.judge.untrained()
+        elif path is not None:
+            try:
+                model = untrained_classifier(Path(path))
+            except Exception as error:  # many types, depending on the file
+                raise PolicyError(
+                    f"reward.path={path}: {first_line(error)}; type the folder of a reward model"
+                ) from None
         return None if model is None else cls(weight_bytes(model.parameters()), replace(Shape.of(model), vocabulary=0))
 
 

@@ -65,7 +65,7 @@ def test_arms_are_paired(arm, cache, baseline):
     assert not made.held_out.flipped.any()
 
 
-def test_another_seed_changes_pairs_order_and_weights(cache, baseline):
+def test_another_seed_changes_pairs_order_and_prompts(cache, baseline):
     other = drawn_from(inputs_of(cache, "seed=1"), "seed=1")
     assert {part for part in baseline if other[part] == baseline[part]} == set()
     assert not set(other["train"]) & set(baseline["train"])

@@ -29,7 +29,7 @@ from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.data.tokenized_cache import TokenizedPairs
 from tests.support.mutations import COMPRESS, Damaged, damaged_bytes, damaged_folders, damaged_rows, damaged_text
 from tests.support.templates import FAMILIES, tokenizer_of
-from tests.support.warm import CONTEXT, ensure_running
+from tests.support.warm import CONTEXT, start_fork
 
 pytestmark = pytest.mark.slow
 
@@ -136,10 +136,8 @@ class Reader:
         self.process.join()
 
     def _start(self) -> None:
-        ensure_running()
         self.connection, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_serve, args=(theirs, self.folder), daemon=True)
-        self.process.start()
+        self.process = start_fork(_serve, theirs, self.folder, daemon=True)
         theirs.close()
 
 

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,11 +29,15 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.support.loaded"])
 
 
-def ensure_running() -> None:
-    """Start the process that is forked, if it isn't running. Call it before CONTEXT.Process, which would start one whose
-    torch has as many threads as the machine has cores, and rounds differently."""
+def start_fork(function: Callable[..., object], *arguments: Any, daemon: bool = False) -> ForkServerProcess:
+    """Start function(*arguments) in a fork of the warm process, which is started if it isn't running: with one thread, since
+    all forks round as its torch does.
+    """
     with patch.dict(os.environ, OFFLINE | {"PYTHONPATH": str(REPOSITORY)}):  # this test may stand elsewhere by now
         forkserver.ensure_running()
+    process = CONTEXT.Process(target=function, args=arguments, daemon=daemon)
+    process.start()
+    return process
 
 
 class Warm:
@@ -41,13 +46,10 @@ class Warm:
     def __init__(self, function: Callable[..., object], *arguments: Any, cwd: Path, **variables: str) -> None:
         self.files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self.files]
-        ensure_running()
         self.stack = ExitStack()
         environment = self.stack.enter_context(contained(os.environ | OFFLINE | variables))
         self.mark = environment[MARK]
-        everything = (function, arguments, str(cwd), environment, names)
-        self.process = CONTEXT.Process(target=_live, args=everything)
-        self.process.start()
+        self.process = start_fork(_live, function, arguments, str(cwd), environment, names)
 
     def __enter__(self) -> Warm:
         return self

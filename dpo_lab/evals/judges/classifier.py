@@ -46,11 +46,10 @@ class Classifier(Judge, name="classifier", gives_scores=True):
     def untrained(self) -> PreTrainedModel | None:
         if self.path is None:
             return None
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from dpo_lab.models.load import untrained_classifier
 
         try:
-            config = AutoConfig.from_pretrained(Path(self.path), local_files_only=True)
-            return AutoModelForSequenceClassification.from_config(config)
+            return untrained_classifier(Path(self.path))
         except Exception as error:  # many types, depending on the file
             raise JudgeError(
                 f"evals.judge.path={self.path}: {first_line(error)}; type the folder of a classifier"
