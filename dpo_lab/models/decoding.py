@@ -26,7 +26,7 @@ class Rows(Protocol):
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only these rows, given by increasing indices."""
+        """Keep only these rows, in this order."""
         ...
 
     def append(self, tokens: Tensor) -> None:
@@ -176,10 +176,11 @@ class _PreallocatedLayer(DynamicLayer):
         if not self.is_initialized:
             raise RuntimeError("the model does not write to the cache that is passed to it")
         rows, old = len(beam_idx), (self.key_buffer, self.value_buffer)
+        moved = (beam_idx != torch.arange(rows, device=beam_idx.device)).nonzero()[:, 0]
         if rows > len(self.key_buffer):
             self.key_buffer, self.value_buffer = (each.new_empty(rows, *each.shape[1:]) for each in old)
+            moved = torch.arange(rows, device=beam_idx.device)
         for buffer, source in zip((self.key_buffer, self.value_buffer), old, strict=True):
-            # indices increase, so rows can be moved in place
-            buffer[:rows, :, : self.filled] = source[beam_idx, :, : self.filled]
+            buffer[moved, :, : self.filled] = source[beam_idx[moved], :, : self.filled]
         self.key_buffer, self.value_buffer = self.key_buffer[:rows], self.value_buffer[:rows]
         self.keys, self.values = self.key_buffer[:, :, : self.filled], self.value_buffer[:, :, : self.filled]

@@ -133,11 +133,23 @@ def _sample_batch(rows: Rows, uniforms: Tensor, end_ids: Sequence[int], pad_id: 
         if bool(finished.all()):
             break
         if int(finished.sum()) > len(active) // 8:  # remove finished rows from the batch, several at a time
-            unfinished = (~finished).nonzero()[:, 0]
-            rows.keep(unfinished)
-            active, next_tokens, finished = active[unfinished], next_tokens[unfinished], finished[unfinished]
+            kept = _fill_gaps(finished)
+            rows.keep(kept)
+            active, next_tokens, finished = active[kept], next_tokens[kept], finished[kept]
         rows.append(next_tokens)
     return [until_end(row, end_ids, drawn) for row, drawn in zip(tokens.tolist(), logps.tolist(), strict=True)]
+
+
+def _fill_gaps(finished: Tensor) -> Tensor:
+    """Return the unfinished rows, of which the last ones take the places of finished rows, so that few rows move.
+
+    >>> _fill_gaps([False, True, False, True, False])
+    [0, 4, 2]
+    """
+    unfinished = (~finished).nonzero()[:, 0]
+    kept = torch.arange(len(unfinished), device=finished.device)
+    kept[finished[: len(kept)]] = unfinished[unfinished >= len(kept)]
+    return kept
 
 
 def draw(

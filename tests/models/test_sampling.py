@@ -74,11 +74,12 @@ def test_each_token_comes_with_its_log_probability(name, policy):
         torch.testing.assert_close(torch.tensor(found.logps), expected, atol=1e-5, rtol=0)
 
 
-def test_rows_that_stop_early_leave_the_others_alone(policy):
-    """An end token made likely: rows end at different steps and are taken out of the batch."""
-    model = models()["gpt2"]
+@pytest.mark.parametrize("name", ["gpt2", "sliding"])
+def test_rows_that_stop_early_leave_the_others_alone(name):
+    """An end token made likely: rows end at different steps, and the last rows take their places in the batch."""
+    model = models()[name]
     with torch.no_grad():
-        model.transformer.wte.weight[1] *= 4
+        model.get_output_embeddings().weight[1] *= 4
     prompts = [[3 + i % 15] * (1 + i % 4) for i in range(24)]
     samples = sample(model, prompts, **SETTINGS)
     assert samples == without_cache(model, prompts, **SETTINGS)
