@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from dpo_lab.cli import entry_point
 from dpo_lab.config import from_run, schema
+from dpo_lab.distributed.fork_server import fast_imports
 
 schema.register()
 from_run.register()
@@ -25,7 +26,7 @@ def evaluate(cfg: DictConfig) -> None:
 def _evaluate(cfg: DictConfig, settings: schema.RunConfig) -> None:
     assert isinstance(settings, from_run.EvaluateConfig)
     print(f"dpo_lab: {settings.folder}", flush=True)  # before torch is imported, which takes seconds
-    with entry_point.fast_imports():
+    with fast_imports():
         from dpo_lab.pipelines.evaluate_run import run_evaluation
 
     run_evaluation(cfg, settings)

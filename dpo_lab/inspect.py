@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from dpo_lab.cli import entry_point
 from dpo_lab.config import inspection as config
 from dpo_lab.config import schema
+from dpo_lab.distributed.fork_server import fast_imports
 
 schema.register()
 config.register()
@@ -25,7 +26,7 @@ def inspect(cfg: DictConfig) -> None:
 def _inspect(settings: schema.RunConfig) -> None:
     assert isinstance(settings, config.InspectConfig)
     print("dpo_lab: pairs", flush=True)  # before torch is imported, which takes seconds
-    with entry_point.fast_imports():
+    with fast_imports():
         from dpo_lab.inspection import export, report, terminal
         from dpo_lab.inspection.look import inspect_pairs
         from dpo_lab.runs.cache import CACHE

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from dpo_lab.cli import entry_point
 from dpo_lab.config import schema
+from dpo_lab.distributed.fork_server import fast_imports
 from dpo_lab.pipelines.commands import TRAIN
 
 PLAN = "--plan"
@@ -28,7 +29,7 @@ def plan(cfg: DictConfig) -> None:
 
 
 def _plan(settings: schema.RunConfig) -> None:
-    with entry_point.fast_imports():
+    with fast_imports():
         from dpo_lab.models.policy import PolicyError
         from dpo_lab.planning.report import print_plan
         from dpo_lab.terminal.progress import plain_console

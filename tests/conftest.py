@@ -17,8 +17,8 @@ from tests.support.shapes import check_shapes
 
 check_shapes()  # before anything else of the package is imported
 
-from dpo_lab.cli import entry_point
 from dpo_lab.core.pairs import EncodedPair
+from dpo_lab.distributed.fork_server import fast_imports
 from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.models.tokenizer import train_tokenizer
 from tests.support import processes
@@ -40,7 +40,7 @@ LONGEST = {"test_cli", "test_contributing", "test_readme"}  # files of more than
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     """Every module of tests is imported here."""
-    with entry_point.fast_imports():
+    with fast_imports():
         return (yield)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import signal
@@ -132,22 +131,6 @@ def _is_sweep_job() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
-@contextmanager
-def fast_imports() -> Iterator[None]:
-    """Pause the garbage collector while a run's modules are imported; this takes a third off the time of the imports.
-
-    Imports create a million objects that live as long as the process. The garbage collector would traverse them
-    repeatedly during the imports and in every full collection later; here it is off, and afterwards ignores them
-    (`gc.freeze`).
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def run_or_spawn_ranks(
     module: str,
     settings: schema.RunConfig,
@@ -156,12 +139,13 @@ def run_or_spawn_ranks(
     run: Callable[[Path], None],
     if_done: Callable[[Mapping[str, Any], Path], None],
     single_process: bool = False,
+    imported: str | None = None,
 ) -> None:
     """Call run(folder) in this process, or start as many ranks of the command `module` as the trainer has devices here.
 
     record: the config as it is recorded. if_done(run record, folder): called instead if the run is done already.
     single_process: the run uses one process whatever the trainer's devices. Under --multirun the run is one job of a
-    sweep, in a child process.
+    sweep, in a child process; imported: see job.run_job.
     """
     folder, is_sweep_job = Path(os.path.relpath(HydraConfig.get().runtime.output_dir)), _is_sweep_job()
     run_record.refuse_outside(folder)
@@ -170,7 +154,7 @@ def run_or_spawn_ranks(
         return run_record.run_status(folder, record, schema.input_files(settings)) is run_record.RunStatus.done
 
     if is_sweep_job and not job.is_task():
-        job.run_job(module, settings, None if single_process else is_done)
+        job.run_job(module, settings, None if single_process else is_done, imported)
         return
     with job.run_in_submitit_task(is_done) if is_sweep_job else nullcontext():
         parent = int(os.environ.get(launcher.PARENT, 0))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from dpo_lab.distributed.fork_server import Fork
 from dpo_lab.distributed.resource_locks import visible_gpus
 from dpo_lab.distributed.signals import StopSignal
 from dpo_lab.distributed.supervisor import (
@@ -111,7 +112,7 @@ def set_parent_death_signal(signum: int, parent: int | None = None) -> None:
         os.kill(os.getpid(), signum)
 
 
-def stop(process: subprocess.Popen, signum: int, grace: float) -> None:
+def stop(process: subprocess.Popen | Fork, signum: int, grace: float) -> None:
     """Send `signum` to the leader of a session, wait `grace` seconds, then kill the processes left in the session."""
     if process.poll() is None:
         process.send_signal(signum)  # only the leader: it stops its ranks itself

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from dpo_lab.cli import entry_point, next_steps
 from dpo_lab.config import reward_model, schema
+from dpo_lab.distributed.fork_server import fast_imports
 from dpo_lab.runs import run_record
 from dpo_lab.sweeps.plan import AsRecord
 
@@ -52,7 +53,7 @@ class Command:
 
     def _start(self, cfg: DictConfig, settings: schema.RunConfig) -> None:
         def run(folder: Path) -> None:
-            with entry_point.fast_imports():
+            with fast_imports():
                 pipeline = self.load()
             pipeline(cfg, settings, folder)
 
@@ -66,11 +67,16 @@ class Command:
             run=run,
             if_done=if_done,
             single_process=self.makes_no_record(settings),
+            imported=self._module_of_pipeline,
         )
 
     def load(self) -> Pipeline:
         """Import and return the function that runs the command."""
-        return getattr(import_module(f"dpo_lab.pipelines.{self.pipeline}"), self.pipeline)
+        return getattr(import_module(self._module_of_pipeline), self.pipeline)
+
+    @property
+    def _module_of_pipeline(self) -> str:
+        return f"dpo_lab.pipelines.{self.pipeline}"
 
     def makes_no_record(self, settings: schema.RunConfig) -> bool:
         """Return whether the command only fills the cache, in one process: supervised fine-tuning of the embedded policy."""

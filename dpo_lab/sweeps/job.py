@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 
 from dpo_lab import plugins
 from dpo_lab.config.schema import RunConfig
+from dpo_lab.distributed.fork_server import Fork, ForkServer
 from dpo_lab.distributed.launcher import DDP_VARIABLES, PARENT, set_parent_death_signal, stop
 from dpo_lab.distributed.resource_locks import acquire_gpus, threads_per_job
 from dpo_lab.distributed.signals import STOP_SIGNALS, StopSignal, stopped_by
@@ -40,16 +41,19 @@ COLOURING = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 GRACE = 120.0  # seconds for a job to save and exit
 TICK = 0.2  # seconds between two checks of a job and of the request to stop
 
+_server: ForkServer | None = None  # that started this process's last job
+
 
 class JobFailed(RuntimeError):
     """A job ended without a recorded result."""
 
 
-def run_job(module: str, settings: RunConfig, is_done: Callable[[], bool] | None) -> None:
+def run_job(module: str, settings: RunConfig, is_done: Callable[[], bool] | None, imported: str | None = None) -> None:
     """Run the current Hydra job of the command `module` in a child process and wait for it, unless it is done already.
 
     is_done: whether the job's folder holds its result; None for a run without a record, whose exit code decides. Its
-    output goes to LOG in its folder. Raises JobFailed if it has no result in the end, whatever its exit code.
+    output goes to LOG in its folder. imported: a module that the command imports and that takes seconds, which a job on a
+    CPU gets from a fork server. Raises JobFailed if the job has no result in the end, whatever its exit code.
     """
     hydra = HydraConfig.get()
     folder, sweep = Path(hydra.runtime.output_dir), _sweep_folder()
@@ -67,7 +71,9 @@ def run_job(module: str, settings: RunConfig, is_done: Callable[[], bool] | None
         try:
             with _share_of_machine(settings.threads, settings.trainer) as variables:
                 raise_if_stopping(sweep)  # it may have waited long for free GPUs
-                code = _wait(_start(module, variables, log), sweep)
+                if settings.trainer.get("accelerator") != "cpu":
+                    imported = None
+                code = _wait(_start(module, imported, variables, log), sweep)
             status, error = _ending(folder, before, code, is_done)
         except StopSignal as stopped:
             status, error = stopped.status, f"stopped by {stopped}"
@@ -166,15 +172,20 @@ def raise_if_stopping(sweep: SweepFolder) -> None:
         raise JobFailed(f"{HydraConfig.get().runtime.output_dir}: not started, the sweep was asked to stop")
 
 
-def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess.Popen:
+def _start(module: str, imported: str | None, variables: Mapping[str, str], output: Any) -> subprocess.Popen | Fork:
+    """Start a job's process, of a fork server if `imported` is not None."""
     hydra = HydraConfig.get()
     line = command(module, hydra)
     write_line(output, f"{run_record.now()} {redact_command(line)}")
     clean = {k: v for k, v in os.environ.items() if k not in (*DDP_VARIABLES, *COLOURING)}
-    environment = {**clean, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1", **variables}
+    environment = {**clean, "PYTHONUNBUFFERED": "1", **variables}
+    if imported is not None and sys.platform == "linux":
+        server = _fork_server(imported, environment, hydra.runtime.cwd)
+        with suppress(ConnectionError):  # where it has ended, a process of its own shows the error of its imports
+            return server.start(module, line[3:], {PARENT: str(server.process.pid)}, output)
     return subprocess.Popen(
         line,
-        env=environment,
+        env=environment | {PARENT: str(os.getpid())},
         cwd=hydra.runtime.cwd,
         start_new_session=True,
         stdin=subprocess.DEVNULL,
@@ -183,7 +194,17 @@ def _start(module: str, variables: Mapping[str, str], output: Any) -> subprocess
     )
 
 
-def _wait(child: subprocess.Popen, sweep: SweepFolder) -> int:
+def _fork_server(imported: str, environment: Mapping[str, str], cwd: str) -> ForkServer:
+    """Return the fork server of the last job if its processes have this environment, else a new one."""
+    global _server
+    if _server is None or not _server.serves(imported, environment, cwd):
+        if _server is not None:
+            _server.close()
+        _server = ForkServer(imported, environment, cwd)
+    return _server
+
+
+def _wait(child: subprocess.Popen | Fork, sweep: SweepFolder) -> int:
     """Wait for a job's process and return its exit code; forward a request to stop once; leave no process behind."""
     deadline = None
     try:

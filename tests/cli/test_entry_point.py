@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 import errno
-import gc
 import sys
 from typing import NoReturn
 
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_lab.cli.entry_point import fast_imports, run_command, validate_and_run
-
-
-@pytest.fixture
-def unfrozen():
-    yield
-    gc.unfreeze()
-
-
-def test_what_is_loaded_is_never_looked_at_by_the_collector_again(tmp_path, monkeypatch, unfrozen):
-    (tmp_path / "loaded_by_a_command.py").write_text(
-        "import gc\nCOLLECTS = gc.isenabled()\nKEPT = [[number] for number in range(1000)]\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    with fast_imports():
-        import loaded_by_a_command  # type: ignore[import-not-found]
-    assert not loaded_by_a_command.COLLECTS
-    assert gc.isenabled()
-    young = [object_ for generation in range(3) for object_ in gc.get_objects(generation)]
-    assert not {id(kept) for kept in loaded_by_a_command.KEPT} & {id(object_) for object_ in young}
-    assert gc.is_tracked(loaded_by_a_command.KEPT[0])
-    del sys.modules["loaded_by_a_command"]
-
-
-def test_the_collector_goes_on_where_an_import_fails(unfrozen):
-    with pytest.raises(ModuleNotFoundError), fast_imports():
-        import there_is_no_such_module  # type: ignore[import-not-found]  # noqa: F401
-    assert gc.isenabled()
+from dpo_lab.cli.entry_point import run_command, validate_and_run
 
 
 @pytest.mark.parametrize(

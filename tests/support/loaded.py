@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_lab.cli.entry_point import fast_imports
+from dpo_lab.distributed.fork_server import fast_imports
 
 with fast_imports():
     import dpo_lab.inspection.look

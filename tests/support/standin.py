@@ -50,7 +50,12 @@ def live(cfg: DictConfig, settings: schema.RunConfig) -> None:
                 held.update(metrics={"accuracy": {"value": settings.beta, "se": None, "n": 1, "interval": None}})
 
     entry_point.run_or_spawn_ranks(
-        "tests.support.standin", settings, record, run=run, if_done=lambda record, folder: None
+        "tests.support.standin",
+        settings,
+        record,
+        run=run,
+        if_done=lambda record, folder: None,
+        imported="dpo_lab.cli.entry_point",
     )
 
 
