@@ -1,4 +1,4 @@
-"""A fork server: a process that has imported what jobs import, and forks itself for each, so that only the first waits for it.
+"""A fork server: a process that imports what jobs need, once, and forks itself for each of them.
 
 multiprocessing's own server lives as long as a process that it started, so a job would survive the one that waits for it.
 """
