@@ -39,7 +39,7 @@ def fast_imports() -> Iterator[None]:
 class ForkServer:
     """A process that has imported a module, which runs one command at a time and ends with the process that started it.
 
-    Linux only. environment, cwd: of its processes, except for the variables that `start` is given. Only for what uses no
+    Linux 5.3 or later. environment, cwd: of its processes, except for the variables that `start` is given. Only for what uses no
     GPU: CUDA does not work in a fork of a process that has looked for one.
     """
 
@@ -122,6 +122,7 @@ def serve(imported: str) -> None:
     Returns in a forked process, too, when that has run its module. A request is a file, then a line of JSON; the replies to
     it are the process id and, in the end, the exit code, a line each.
     """
+    os.close(os.pidfd_open(os.getpid()))  # fails before Linux 5.3; whoever started the server then does without
     with socket.socket(fileno=os.dup(0)) as connection:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
