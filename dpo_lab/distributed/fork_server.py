@@ -39,8 +39,8 @@ def fast_imports() -> Iterator[None]:
 class ForkServer:
     """A process that has imported a module, which runs one command at a time and ends with the process that started it.
 
-    Linux 5.3 or later. environment, cwd: of its processes, except for the variables that `start` is given. Only for what uses no
-    GPU: CUDA does not work in a fork of a process that has looked for one.
+    Linux 5.3 or later. environment, cwd: of its processes, except for the variables that `start` is given. Only for what uses
+    no GPU: CUDA does not work in a fork of a process that has looked for one.
     """
 
     def __init__(self, imported: str, environment: Mapping[str, str], cwd: str) -> None:
