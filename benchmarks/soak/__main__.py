@@ -31,7 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dpo_lab.cli.entry_point import fast_imports
+from dpo_lab.distributed.fork_server import fast_imports
 
 with fast_imports():
     from benchmarks.results import context

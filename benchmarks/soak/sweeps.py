@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.soak.place import BY, ENDS, Place, Trial
-from benchmarks.soak.processes import fork_what_it_starts, start
+from benchmarks.soak.processes import start
 from benchmarks.soak.traces import LEFTOVER, differences, report_differences
 from benchmarks.soak.trainings import NAME, SETTINGS
 from tests.support.sweeping import behaves, contents, starts, until
@@ -20,7 +20,7 @@ REAL = ["dpo_lab.train", "--multirun", "beta=0.1,0.3", *SETTINGS, "trainer.max_s
 
 
 def stand_in(place: Place) -> None:
-    """Jobs are fresh processes of a command whose runs take no time."""
+    """Jobs are processes of a command whose runs take no time."""
     twin, duration = place.twin("stand-in", STAND_IN)
     trial = place.trial("sweep-stand-ins")
     if _through(trial, STAND_IN, duration):
@@ -28,10 +28,10 @@ def stand_in(place: Place) -> None:
 
 
 def real(place: Place) -> None:
-    """Jobs are trainings, forks of the driver."""
-    twin, duration = place.twin("sweep", REAL, before=fork_what_it_starts)
+    """Jobs are trainings."""
+    twin, duration = place.twin("sweep", REAL)
     trial = place.trial("sweep")
-    if _through(trial, REAL, duration, before=fork_what_it_starts):
+    if _through(trial, REAL, duration):
         for folder in _jobs(twin):
             trial.compared(differences(trial.cwd / folder, twin / folder))
         trial.compared(_check_end(trial.cwd))

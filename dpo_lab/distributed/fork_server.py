@@ -1,6 +1,7 @@
 """A fork server: a process that imports what jobs need, once, and forks itself for each of them.
 
-multiprocessing's own server lives as long as a process that it started, so a job would survive the one that waits for it.
+multiprocessing's own server lives as long as a process that it started, so a job would survive the one that waits for it;
+this one is killed with its parent, and its processes know it by launcher.PARENT.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import IO
+
+from dpo_lab.distributed.launcher import PARENT, set_parent_death_signal
 
 
 @contextmanager
@@ -39,8 +42,8 @@ def fast_imports() -> Iterator[None]:
 class ForkServer:
     """A process that has imported a module, which runs one command at a time and ends with the process that started it.
 
-    Linux 5.3 or later. environment, cwd: of its processes, except for the variables that `start` is given. Only for what uses
-    no GPU: CUDA does not work in a fork of a process that has looked for one.
+    Linux only. environment, cwd: of its processes. Only for what uses no GPU: CUDA does not work in a fork of a process that
+    has looked for one.
     """
 
     def __init__(self, imported: str, environment: Mapping[str, str], cwd: str) -> None:
@@ -49,7 +52,7 @@ class ForkServer:
         with its_socket:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", __name__, imported],
-                env=dict(environment),
+                env={**environment, PARENT: str(os.getpid())},
                 cwd=cwd,
                 start_new_session=True,
                 stdin=its_socket.fileno(),
@@ -61,13 +64,12 @@ class ForkServer:
         """Return whether it runs, and has this module imported, this environment and this folder."""
         return self.process.poll() is None and self._of == (imported, environment, cwd)
 
-    def start(self, module: str, arguments: Sequence[str], variables: Mapping[str, str], output: IO[bytes]) -> Fork:
+    def start(self, module: str, arguments: Sequence[str], output: IO[bytes]) -> Fork:
         """Start `python -m module arguments` as a session of its own, whose output is appended to an open file.
 
-        variables: of its environment besides the server's. Waits for the imports. Raises ConnectionError if the server has
-        ended, say by an import that failed.
+        Waits for the imports. Raises ConnectionError if the server has ended, say by an import that failed.
         """
-        request = {"module": module, "arguments": [*arguments], "variables": {**variables}}
+        request = {"module": module, "arguments": [*arguments]}
         socket.send_fds(self._socket, [b"\n"], [output.fileno()])
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         return Fork(self._socket)
@@ -120,9 +122,10 @@ def serve(imported: str) -> None:
     """Import a module, then fork for each request of the socket on stdin until it is closed.
 
     Returns in a forked process, too, when that has run its module. A request is a file, then a line of JSON; the replies to
-    it are the process id and, in the end, the exit code, a line each.
+    it are the process id and, in the end, the exit code, a line each. The kernel kills this process with its parent.
     """
-    os.close(os.pidfd_open(os.getpid()))  # fails before Linux 5.3; whoever started the server then does without
+    set_parent_death_signal(signal.SIGKILL, int(os.environ[PARENT]))
+    os.environ[PARENT] = str(os.getpid())
     with socket.socket(fileno=os.dup(0)) as connection:
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
@@ -135,10 +138,6 @@ def serve(imported: str) -> None:
                 break
             os.close(*output)
             connection.sendall(f"{pid}\n".encode())
-            child = os.pidfd_open(pid)
-            if connection in select.select([connection, child], [], [])[0]:
-                return  # whoever waits for the process has ended
-            os.close(child)
             connection.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
         else:
             return
@@ -146,13 +145,12 @@ def serve(imported: str) -> None:
     _become(**request, output=output[0])
 
 
-def _become(module: str, arguments: Sequence[str], variables: Mapping[str, str], output: int) -> None:
+def _become(module: str, arguments: Sequence[str], output: int) -> None:
     """Run a module in this process as `python -m` does, as a session of its own that writes to `output`."""
     os.setsid()
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
-    os.environ.update(variables)
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

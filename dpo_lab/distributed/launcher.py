@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dpo_lab.distributed.fork_server import Fork
 from dpo_lab.distributed.resource_locks import visible_gpus
 from dpo_lab.distributed.signals import StopSignal
 from dpo_lab.distributed.supervisor import (
@@ -26,6 +26,9 @@ from dpo_lab.distributed.supervisor import (
     supervise,
 )
 from dpo_lab.errors import check_at_least
+
+if TYPE_CHECKING:
+    from dpo_lab.distributed.fork_server import Fork
 
 PARENT = "DPO_LAB_PARENT"  # the parent's process id: the child ends when that process does
 OPENED = "TORCHELASTIC_USE_AGENT_STORE"  # torch's variable: the store exists already, so no rank opens one

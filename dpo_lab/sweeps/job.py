@@ -182,7 +182,7 @@ def _start(module: str, imported: str | None, variables: Mapping[str, str], outp
     if imported is not None and sys.platform == "linux":
         server = _fork_server(imported, environment, hydra.runtime.cwd)
         with suppress(ConnectionError):  # where it has ended, a process of its own shows the error of its imports
-            return server.start(module, line[3:], {PARENT: str(server.process.pid)}, output)
+            return server.start(module, line[3:], output)
     return subprocess.Popen(
         line,
         env=environment | {PARENT: str(os.getpid())},

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from dpo_lab.distributed.fork_server import ForkServer, fast_imports
+from tests.support.sweeping import until
 
 SLOW = "import os, time\nprint('imported', flush=True)\nTIME = os.getpid()\n"
 JOB = """
 import os, sys, time
 import imported_before
-print(sys.argv[1:], os.getcwd(), os.environ["OF_ALL"], os.environ["OF_THIS"], __name__, imported_before.TIME == os.getppid())
+print(sys.argv[1:], os.getcwd(), os.environ["OF_ALL"], __name__, imported_before.TIME == os.getppid())
 if sys.argv[1] == "raise":
     raise ValueError("as it is")
 if sys.argv[1] == "wait":
@@ -39,13 +40,13 @@ def server(tmp_path):
 
 def run(server: ForkServer, output: Path, argument: str) -> int:
     with output.open("ab") as file:
-        return server.start("a_job", [argument], {"OF_THIS": argument}, file).wait(30)
+        return server.start("a_job", [argument], file).wait(30)
 
 
 def test_runs_modules_with_its_imports_done(server, tmp_path):
     output = tmp_path / "output"
     assert [run(server, output, code) for code in ("0", "3")] == [0, 3]
-    assert output.read_text().splitlines() == [f"['{code}'] {tmp_path} all {code} __main__ True" for code in "03"]
+    assert output.read_text().splitlines() == [f"['{code}'] {tmp_path} all __main__ True" for code in "03"]
     assert run(server, output, "raise") == 1
     *_, traceback, error = output.read_text().partition("Traceback")
     assert traceback
@@ -55,7 +56,7 @@ def test_runs_modules_with_its_imports_done(server, tmp_path):
 def test_signals_and_a_lock_reach_the_process(server, tmp_path):
     with (tmp_path / "output").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        fork = server.start("a_job", ["wait"], {"OF_THIS": ""}, file)
+        fork = server.start("a_job", ["wait"], file)
     assert fork.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         fork.wait(0.01)
@@ -72,17 +73,36 @@ def test_signals_and_a_lock_reach_the_process(server, tmp_path):
 
 def test_a_server_that_has_ended_says_so(server, tmp_path):
     with (tmp_path / "output").open("ab") as file:
-        fork = server.start("a_job", ["wait"], {"OF_THIS": ""}, file)
+        fork = server.start("a_job", ["wait"], file)
         server.process.kill()
         assert fork.wait(30) == -signal.SIGTERM
         os.kill(fork.pid, signal.SIGKILL)
         for _ in range(2):
             with pytest.raises(ConnectionError):
-                server.start("a_job", ["0"], {"OF_THIS": ""}, file)
+                server.start("a_job", ["0"], file)
     failing = ForkServer("there_is_no_such_module", dict(os.environ), str(tmp_path))
     with (tmp_path / "output").open("ab") as file, pytest.raises(ConnectionError):
-        failing.start("a_job", ["0"], {}, file)
+        failing.start("a_job", ["0"], file)
     failing.close()
+
+
+def test_a_server_is_killed_with_its_parent_also_while_it_imports(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(600)\n")
+    parent = (
+        "import os; from dpo_lab.distributed.fork_server import ForkServer\n"
+        f"print(ForkServer('slow', os.environ, {str(tmp_path)!r}).process.pid, flush=True); os.kill(os.getpid(), 9)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = subprocess.run([sys.executable, "-c", parent], env=environment, stdout=subprocess.PIPE, text=True)
+    assert started.returncode == -signal.SIGKILL
+    until(lambda: not is_running(int(started.stdout)), seconds=30)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.fixture

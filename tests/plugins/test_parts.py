@@ -113,7 +113,9 @@ def test_a_method_and_a_reward_train_on_samples(folder):
     assert rollouts
     for line in rollouts:
         assert line["train/rollout/reward"] == pytest.approx(-2 * line["train/rollout/length"])
-    assert record["rollouts"] == {"samples": 6 * 2 * 4, "reward_queries": 6 * 2 * 4}
+    samples = 6 * 2 * 4
+    passes = {"policy": samples, "reference": samples}  # of training
+    assert record["rollouts"] == {"samples": samples, "reward_queries": samples, "forward_passes": passes}
 
 
 def test_a_reward_model_is_trained_on_a_task(project):

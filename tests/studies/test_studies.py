@@ -368,7 +368,7 @@ def test_a_study_of_real_runs_is_killed_goes_on_and_ends_when_decided_or_out_of_
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     (told,) = (json.loads(each.read_text()) for each in tmp_path.glob("outputs/studies/small/*/study.json"))
-    assert told["stopping"] == {"until": "decided", "max_seeds": 5, "seeds": [3]}
+    assert told["stopping"] == {"until": "decided", "max_seeds": 5, "seeds": [3], "all_arms": 5}
     assert [look["seeds"] for look in told["looks"]] == [1]
     done = {each: each.read_bytes() for each in runs.glob("*/seed=*/run.json") if '"done"' in each.read_text()}
     assert len(done) >= 3
