@@ -153,7 +153,7 @@ class Arm:
 class Kind(str, Enum):
     """What a figure shows."""
 
-    axis = "axis"  # the metrics y against the axis x, a line per group
+    axis = "axis"  # the metrics y against the axis x, a line per group and value of its other axes
     arms = "arms"  # the metrics y, a row per arm
     frontier = "frontier"  # reward against KL, with the optimum's line
     curves = "curves"  # the metrics log's column y (`train/rewards/margins`) against steps, a line per arm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dpo_lab.reporting.figures.arm_lines import lines_of
 from dpo_lab.reporting.figures.comparison_figures import study_figures
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies.run_data import RunData, RunSet
@@ -25,3 +26,17 @@ def test_without_a_study_figures_are_along_settings_of_which_arms_differ_in_noth
     more = Arm("method=grpo, method.samples=8", axes={"method.prompts": 16, "method.samples": 8})
     assert panels(grpo, dpo, more) == {"method.samples"}
     assert panels(Arm("default", axes={"beta": 0.1}), Arm("beta=0.5", axes={"beta": 0.5})) == {"beta"}
+
+
+def test_arms_of_a_group_at_one_place_are_on_lines_of_their_own():
+    def arm(group: str, **axes: float) -> Arm:
+        return Arm(", ".join([group, *(f"{key}={value:g}" for key, value in axes.items())]), [], group, axes)
+
+    of_two = [arm("A", rate=rate, beta=beta) for rate in (0.2, 0) for beta in (0.1, 0.3)]
+    of_one = [arm("B", rate=rate, beta=0.1) for rate in (0.2, 0)]
+    names = {name: [each.name for each in line] for name, line in lines_of([*of_two, *of_one], "rate").items()}
+    assert names == {
+        "A, beta=0.1": ["A, rate=0, beta=0.1", "A, rate=0.2, beta=0.1"],
+        "A, beta=0.3": ["A, rate=0, beta=0.3", "A, rate=0.2, beta=0.3"],
+        "B": ["B, rate=0, beta=0.1", "B, rate=0.2, beta=0.1"],
+    }

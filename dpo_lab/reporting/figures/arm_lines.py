@@ -22,10 +22,18 @@ def line_of(arm: Arm, axis: str) -> str:
 
 
 def lines_of(arms: Iterable[Arm], axis: str) -> dict[str, list[Arm]]:
-    """Return the arms of each line, ordered along the axis."""
-    lines: dict[str, list[Arm]] = {}
+    """Return the arms of each line, ordered along the axis; a group that has two arms at one place is several lines."""
+    groups: dict[str, list[Arm]] = {}
     for arm in arms:
-        lines.setdefault(line_of(arm, axis), []).append(arm)
+        groups.setdefault(line_of(arm, axis), []).append(arm)
+    lines: dict[str, list[Arm]] = {}
+    for name, members in groups.items():
+        places = [arm.axes[axis] for arm in members if axis in arm.axes]
+        others = {key for arm in members for key in arm.axes if len(places) > len(set(places)) and key != axis}
+        varied = sorted(key for key in others if len({arm.axes.get(key) for arm in members}) > 1)
+        for arm in members:
+            rest = [f"{key}={format_short(arm.axes[key])}" for key in varied if key in arm.axes]
+            lines.setdefault(", ".join([name, *rest]), []).append(arm)
     return {name: sorted(members, key=lambda arm: arm.axes.get(axis, math.inf)) for name, members in lines.items()}
 
 
