@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from hydra.core.global_hydra import GlobalHydra
 
+from dpo_lab.distributed.fork_server import Fork
 from tests.conftest import OFFLINE, REPOSITORY
 
 ENVIRONMENT = OFFLINE | {"PYTHONPATH": str(REPOSITORY)}
@@ -28,8 +29,8 @@ OPEN_FILES = 1024
 FRESH = subprocess.Popen
 
 
-class Forked:
-    """`python -m module ...` in a fork of this process, which behaves as a subprocess.Popen.
+class Forked(Fork):
+    """`python -m module ...` in a fork of this process.
 
     A fresh interpreter spends four seconds of CPU on imports. before: called in the fork, ahead of the module.
     """
@@ -47,37 +48,18 @@ class Forked:
         pass_fds: Sequence[int] = (),
         before: Callable[[], object] | None = None,
     ) -> None:
-        self.returncode: int | None = None
         streams = {1: stdout, 2: stdout if stderr == subprocess.STDOUT else stderr}
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
+        pid = os.fork()
+        if pid == 0:
             handles = {number: file.fileno() for number, file in streams.items() if file is not None}
             _become(command[2:], str(cwd), env, handles, start_new_session, pass_fds, before)
-        self._ended = os.pidfd_open(self.pid)
+        super().__init__(pid, os.pidfd_open(pid), self._reap)
 
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-                os.close(self._ended)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        if self.returncode is None:
-            select.select([self._ended], [], [], timeout)
-        if (code := self.poll()) is None:
-            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-        return code
-
-    def send_signal(self, signum: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signum)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+    def _reap(self) -> int:
+        os.close(self._ended)  # type: ignore[arg-type]
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def fork_what_it_starts() -> None:

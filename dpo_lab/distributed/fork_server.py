@@ -15,9 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from io import RawIOBase
 from typing import IO
 
 from dpo_lab.distributed.launcher import PARENT, set_parent_death_signal
@@ -64,15 +65,18 @@ class ForkServer:
         """Return whether it runs, and has this module imported, this environment and this folder."""
         return self.process.poll() is None and self._of == (imported, environment, cwd)
 
-    def start(self, module: str, arguments: Sequence[str], output: IO[bytes]) -> Fork:
-        """Start `python -m module arguments` as a session of its own, whose output is appended to an open file.
+    def start(self, command: Sequence[str], output: IO[bytes]) -> Fork:
+        """Start `python -m *command` as a session of its own, whose output is appended to an open file.
 
         Waits for the imports. Raises ConnectionError if the server has ended, say by an import that failed.
         """
-        request = {"module": module, "arguments": [*arguments]}
         socket.send_fds(self._socket, [b"\n"], [output.fileno()])
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
-        return Fork(self._socket)
+        self._socket.sendall(json.dumps([*command]).encode() + b"\n")
+        replies = self._socket.makefile("rb", buffering=0)  # so that nothing that was received is hidden from select
+        if not (pid := replies.readline()):
+            raise ConnectionResetError("the fork server has ended")
+        # nothing to read: the server was killed, and the kernel has asked its process to stop
+        return Fork(int(pid), replies, lambda: int(replies.readline() or -signal.SIGTERM))
 
     def close(self) -> None:
         """End the server. The kernel asks a process that it has started to stop, as if its parent had died."""
@@ -82,15 +86,15 @@ class ForkServer:
 
 
 class Fork:
-    """A process of a fork server, with methods of subprocess.Popen. replies: where the server reports its exit code."""
+    """A forked process, with methods of subprocess.Popen.
+
+    ended: what select finds readable once it has ended; exit_code: called once then, returns its exit code.
+    """
 
     returncode: int | None = None
 
-    def __init__(self, replies: socket.socket) -> None:
-        self._replies = replies.makefile("rb", buffering=0)  # so that nothing that was received is hidden from select
-        if not (pid := self._replies.readline()):
-            raise ConnectionResetError("the fork server has ended")
-        self.pid = int(pid)
+    def __init__(self, pid: int, ended: RawIOBase | int, exit_code: Callable[[], int]) -> None:
+        self.pid, self._ended, self._exit_code = pid, ended, exit_code
 
     def poll(self) -> int | None:
         """Return the exit code, as subprocess has it; None while the process runs."""
@@ -112,9 +116,8 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
     def _read(self, timeout: float | None) -> int | None:
-        if self.returncode is None and select.select([self._replies], [], [], timeout)[0]:
-            # nothing to read: the server was killed, and the kernel has asked its process to stop
-            self.returncode = int(self._replies.readline() or -signal.SIGTERM)
+        if self.returncode is None and select.select([self._ended], [], [], timeout)[0]:
+            self.returncode = self._exit_code()
         return self.returncode
 
 
@@ -133,7 +136,7 @@ def serve(imported: str) -> None:
             import_module(imported)
         requests = connection.makefile("rb", buffering=0)
         while output := socket.recv_fds(connection, 1, 1)[1]:
-            request = json.loads(requests.readline())
+            command = json.loads(requests.readline())
             if (pid := os.fork()) == 0:
                 break
             os.close(*output)
@@ -142,17 +145,17 @@ def serve(imported: str) -> None:
         else:
             return
         requests.close()
-    _become(**request, output=output[0])
+    _become(command, output[0])
 
 
-def _become(module: str, arguments: Sequence[str], output: int) -> None:
+def _become(command: Sequence[str], output: int) -> None:
     """Run a module in this process as `python -m` does, as a session of its own that writes to `output`."""
     os.setsid()
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = [*command]
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

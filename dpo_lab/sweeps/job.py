@@ -65,15 +65,13 @@ def run_job(module: str, settings: RunConfig, is_done: Callable[[], bool] | None
         for signum in STOP_SIGNALS:
             signal.signal(signum, lambda *_: None)  # not SIG_IGN, which the job's process would inherit
         set_parent_death_signal(signal.SIGKILL)
-    before = run_record.read_record(folder)
+    before, on_gpu = run_record.read_record(folder), settings.trainer.get("accelerator") != "cpu"
     with open_log(folder) as log:
         status, error = "failed", "the process that waited for it was killed"
         try:
-            with _share_of_machine(settings.threads, settings.trainer) as variables:
+            with _share_of_machine(settings.threads, on_gpu, settings.trainer) as variables:
                 raise_if_stopping(sweep)  # it may have waited long for free GPUs
-                if settings.trainer.get("accelerator") != "cpu":
-                    imported = None
-                code = _wait(_start(module, imported, variables, log), sweep)
+                code = _wait(_start(module, None if on_gpu else imported, variables, log), sweep)
             status, error = _ending(folder, before, code, is_done)
         except StopSignal as stopped:
             status, error = stopped.status, f"stopped by {stopped}"
@@ -182,7 +180,7 @@ def _start(module: str, imported: str | None, variables: Mapping[str, str], outp
     if imported is not None and sys.platform == "linux":
         server = _fork_server(imported, environment, hydra.runtime.cwd)
         with suppress(ConnectionError):  # where it has ended, a process of its own shows the error of its imports
-            return server.start(module, line[3:], output)
+            return server.start(line[2:], output)
     return subprocess.Popen(
         line,
         env=environment | {PARENT: str(os.getpid())},
@@ -246,9 +244,9 @@ def _ending(
 
 
 @contextmanager
-def _share_of_machine(threads: int | None, trainer: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+def _share_of_machine(threads: int | None, on_gpu: bool, trainer: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Yield the environment variables of a job's share of the machine, GPUs and CPU threads, if several run."""
-    jobs, on_gpu = max_parallel_jobs(HydraConfig.get().launcher), trainer.get("accelerator") != "cpu"
+    jobs = max_parallel_jobs(HydraConfig.get().launcher)
     if jobs == 1 or not (on_gpu or threads is None):
         yield {}
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dpo_lab.distributed.fork_server import ForkServer, fast_imports
-from tests.support.sweeping import until
+from tests.support.sweeping import is_alive, until
 
 SLOW = "import os, time\nprint('imported', flush=True)\nTIME = os.getpid()\n"
 JOB = """
@@ -40,7 +40,7 @@ def server(tmp_path):
 
 def run(server: ForkServer, output: Path, argument: str) -> int:
     with output.open("ab") as file:
-        return server.start("a_job", [argument], file).wait(30)
+        return server.start(["a_job", argument], file).wait(30)
 
 
 def test_runs_modules_with_its_imports_done(server, tmp_path):
@@ -56,7 +56,7 @@ def test_runs_modules_with_its_imports_done(server, tmp_path):
 def test_signals_and_a_lock_reach_the_process(server, tmp_path):
     with (tmp_path / "output").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
-        fork = server.start("a_job", ["wait"], file)
+        fork = server.start(["a_job", "wait"], file)
     assert fork.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         fork.wait(0.01)
@@ -73,16 +73,16 @@ def test_signals_and_a_lock_reach_the_process(server, tmp_path):
 
 def test_a_server_that_has_ended_says_so(server, tmp_path):
     with (tmp_path / "output").open("ab") as file:
-        fork = server.start("a_job", ["wait"], file)
+        fork = server.start(["a_job", "wait"], file)
         server.process.kill()
         assert fork.wait(30) == -signal.SIGTERM
         os.kill(fork.pid, signal.SIGKILL)
         for _ in range(2):
             with pytest.raises(ConnectionError):
-                server.start("a_job", ["0"], file)
+                server.start(["a_job", "0"], file)
     failing = ForkServer("there_is_no_such_module", dict(os.environ), str(tmp_path))
     with (tmp_path / "output").open("ab") as file, pytest.raises(ConnectionError):
-        failing.start("a_job", ["0"], file)
+        failing.start(["a_job", "0"], file)
     failing.close()
 
 
@@ -95,14 +95,7 @@ def test_a_server_is_killed_with_its_parent_also_while_it_imports(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     started = subprocess.run([sys.executable, "-c", parent], env=environment, stdout=subprocess.PIPE, text=True)
     assert started.returncode == -signal.SIGKILL
-    until(lambda: not is_running(int(started.stdout)), seconds=30)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    until(lambda: not is_alive(int(started.stdout)), seconds=30)
 
 
 @pytest.fixture

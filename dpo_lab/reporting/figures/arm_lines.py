@@ -29,8 +29,10 @@ def lines_of(arms: Iterable[Arm], axis: str) -> dict[str, list[Arm]]:
     lines: dict[str, list[Arm]] = {}
     for name, members in groups.items():
         places = [arm.axes[axis] for arm in members if axis in arm.axes]
-        others = {key for arm in members for key in arm.axes if len(places) > len(set(places)) and key != axis}
-        varied = sorted(key for key in others if len({arm.axes.get(key) for arm in members}) > 1)
+        varied = []
+        if len(places) > len(set(places)):
+            others = sorted({key for arm in members for key in arm.axes} - {axis})
+            varied = [key for key in others if len({arm.axes.get(key) for arm in members}) > 1]
         for arm in members:
             rest = [f"{key}={format_short(arm.axes[key])}" for key in varied if key in arm.axes]
             lines.setdefault(", ".join([name, *rest]), []).append(arm)
