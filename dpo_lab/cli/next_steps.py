@@ -35,7 +35,7 @@ def print_finished_run(record: Mapping[str, Any], folder: Path, commands: Sequen
     """Print the summary of a run that is done already, from its record, and the commands to type next."""
     from dpo_lab.health.diagnose import print_health
     from dpo_lab.health.finding import Finding
-    from dpo_lab.reporting.run_summary import print_summary
+    from dpo_lab.reporting.run_summary import cost_rows, print_summary
     from dpo_lab.stats.estimates import Estimate
     from dpo_lab.terminal.progress import plain_console
 
@@ -44,7 +44,7 @@ def print_finished_run(record: Mapping[str, Any], folder: Path, commands: Sequen
     if "health" in record:
         print_health(plain_console(), [Finding.from_record(finding) for finding in record["health"]])
     labels, samples = record.get("metric_labels", {}), record.get("samples", [])
-    print_summary(plain_console(), metrics, labels, samples, folder, commands)
+    print_summary(plain_console(), metrics, labels, samples, folder, commands, cost_rows(record))
 
 
 def after_training(config: RunConfig, overrides: Sequence[str], folder: Path) -> list[str]:

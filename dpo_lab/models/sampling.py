@@ -132,7 +132,7 @@ def _sample_batch(rows: Rows, uniforms: Tensor, end_ids: Sequence[int], pad_id: 
         finished = finished | torch.isin(next_tokens, ends)
         if bool(finished.all()):
             break
-        if int(finished.sum()) > len(active) // 8:  # remove finished rows from the batch, several at a time
+        if int(finished.sum()) > len(active) // 16:  # remove finished rows from the batch, several at a time
             kept = _fill_gaps(finished)
             rows.keep(kept)
             active, next_tokens, finished = active[kept], next_tokens[kept], finished[kept]

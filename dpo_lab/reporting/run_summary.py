@@ -82,7 +82,8 @@ def print_summary(
     table.add_section()
     for label, value in cost:
         table.add_row(label, "", value)
-    console.print(table)
+    if table.row_count:
+        console.print(table)
     if samples:
         _print_samples(console, samples)
     console.print(f"Run folder: {folder}", soft_wrap=True)

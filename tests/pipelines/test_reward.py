@@ -82,6 +82,7 @@ def test_a_finished_run_is_not_started_again(told, shop):
     again = warm.run_module("dpo_lab.reward", "name=rm", *NOISY, *TYPED, cwd=shop)
     assert again.returncode == 0
     assert "this run is done already" in again.stdout
+    assert "training tokens per second" in again.stdout
 
 
 @pytest.mark.parametrize(

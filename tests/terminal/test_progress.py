@@ -213,8 +213,11 @@ def test_the_closing_table_fits_80_columns(tmp_path):
     assert re.search(r"peak memory \(GiB\) +80\.00", table)
 
 
-def test_nothing_measured_no_cost_rows():
+def test_nothing_measured_no_table(tmp_path):
     assert cost_rows({}) == []
+    out = io.StringIO()
+    print_summary(progress.plain_console(file=out, width=80), {}, {}, [], tmp_path, [], [])
+    assert out.getvalue() == f"Run folder: {tmp_path}\n"
 
 
 def test_a_run_on_a_terminal_of_80_columns(workshop):
