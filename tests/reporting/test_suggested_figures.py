@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_lab.reporting.figures.arm_lines import lines_of
+from dpo_lab.reporting.figures.arm_lines import lines_of, shared_axis, steps_along_axes
 from dpo_lab.reporting.figures.comparison_figures import study_figures
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies.run_data import RunData, RunSet
@@ -40,3 +40,12 @@ def test_arms_of_a_group_at_one_place_are_on_lines_of_their_own():
         "A, beta=0.3": ["A, rate=0, beta=0.3", "A, rate=0.2, beta=0.3"],
         "B": ["B, rate=0, beta=0.1", "B, rate=0.2, beta=0.1"],
     }
+
+
+def test_arms_without_an_axis_do_not_count_against_it():
+    along = [Arm(f"dpo, beta={beta:g}", [], "dpo", {"beta": beta}) for beta in (0.1, 0.5, 2)]
+    others = [Arm(name, [], name, {"lr": 1e-3}) for name in ("sft", "unlikelihood", "ranking")]
+    assert steps_along_axes([*along, *others]) == {"beta": 2}
+    assert shared_axis([*along, *others]) == "beta"
+    assert steps_along_axes(others) == {}
+    assert shared_axis(others) == ""

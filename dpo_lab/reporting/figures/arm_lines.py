@@ -51,15 +51,17 @@ def tooltip(of: str, what: str, estimate: Estimate) -> str:
 
 def shared_axis(arms: Sequence[Arm]) -> str:
     """Return the axis along which most arms of a line differ; empty if there is none."""
-    counts = {
-        axis: sum(
-            len({arm.axes[axis] for arm in members if axis in arm.axes}) - 1
-            for members in lines_of(arms, axis).values()
-        )
-        for axis in sorted({name for arm in arms for name in arm.axes})
-    }
-    best = max(counts, key=counts.__getitem__, default="")
-    return best if counts.get(best, 0) > 0 else ""
+    counts = steps_along_axes(arms)
+    return max(counts, key=counts.__getitem__, default="")
+
+
+def steps_along_axes(arms: Sequence[Arm]) -> dict[str, int]:
+    """Return, for each axis along which arms of one line differ, the number of steps from one value to the next."""
+    counts = {}
+    for axis in sorted({name for arm in arms for name in arm.axes}):
+        lines = lines_of([arm for arm in arms if axis in arm.axes], axis).values()
+        counts[axis] = sum(len({arm.axes[axis] for arm in line}) - 1 for line in lines)
+    return {axis: count for axis, count in counts.items() if count > 0}
 
 
 def of_two(collection: RunSet, arm: Arm, x: str, y: str, axis: str) -> Point | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from dpo_lab.reporting.figures.arm_lines import label_of, lines_of, style_of, tooltip
+from dpo_lab.reporting.figures.arm_lines import label_of, lines_of, steps_along_axes, style_of, tooltip
 from dpo_lab.reporting.figures.charts import GREY, STYLES, Chart, Panel, Point, Series, chart
 from dpo_lab.reporting.figures.learning_curves import POINTS, thinned
 from dpo_lab.reporting.figures.reward_kl import against, reward_against_kl
@@ -60,13 +60,8 @@ def learning(collection: RunSet, logs: MetricsLogs) -> Chart | None:
 
 
 def _suggested(collection: RunSet, metrics: Sequence[str]) -> list[Figure]:
-    def varies(axis: str) -> bool:
-        """Whether it does between arms that differ in nothing else: methods' own settings are no axis of all methods."""
-        lines = lines_of([arm for arm in collection.arms if axis in arm.axes], axis).values()
-        return any(len({arm.axes[axis] for arm in line}) > 1 for line in lines)
-
-    axes = sorted({name for arm in collection.arms for name in arm.axes})
-    figures = [Figure(Kind.axis, list(metrics[:4]), name) for name in axes if varies(name)]
+    """Return a figure for each axis along which arms differ in nothing else, three at most; of all arms if there is none."""
+    figures = [Figure(Kind.axis, list(metrics[:4]), axis) for axis in steps_along_axes(collection.arms)]
     return figures[:3] or [Figure(Kind.arms, list(metrics[:4]))]
 
 
