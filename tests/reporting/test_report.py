@@ -434,7 +434,7 @@ def test_a_figure_may_have_a_metric_across(again):
     record["study"]["figures"] = [{"kind": "axis", "x": "gold_gain", "y": ["kl"], "arms": ["dpo", "uniform"]}]
     (again / "study.json").write_text(json.dumps(record))
     parsed = Parsed(page(gather([again]), again))
-    assert "Means over seeds with their 95 % intervals, labelled by beta." in parsed.text
+    assert "small points: single seeds. Labels: beta." in parsed.text
     (collection,) = gather([again])
     gain, kl = (
         mean_over_seeds(metric, list(collection.values("uniform, beta 0.3", metric).values()))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from dpo_lab.reporting.figures.arm_lines import lines_of, shared_axis, steps_along_axes
 from dpo_lab.reporting.figures.comparison_figures import study_figures
+from dpo_lab.reporting.figures.reward_kl import against
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.studies.run_data import RunData, RunSet
 from dpo_lab.studies.spec import Arm
+
+FOUND = {"kl": 2.0, "gold_gain": 0.7, "length": 20.0, "well_formed": 0.8}
 
 
 def test_without_a_study_figures_are_along_settings_of_which_arms_differ_in_nothing_else(tmp_path):
@@ -49,3 +54,27 @@ def test_arms_without_an_axis_do_not_count_against_it():
     assert shared_axis([*along, *others]) == "beta"
     assert steps_along_axes(others) == {}
     assert shared_axis(others) == ""
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_a_ratio_quantity_has_a_log_axis_against_another_metric_too(tmp_path, seeds):
+    arm = Arm("dpo")
+    runs = [
+        RunData(
+            Path("nowhere"),
+            "dpo",
+            seed,
+            "done",
+            record={},
+            metrics={n: Estimate(v * (1 + seed / 10), n=9) for n, v in FOUND.items()},
+        )
+        for seed in seeds
+    ]
+    found = against(RunSet("t", tmp_path, [arm], seeds, runs), [arm], "gold_gain", ["kl", "length", "well_formed"])
+    assert [(panel.x, panel.y) for panel in found.panels] == [
+        ("linear", "log"),
+        ("linear", "log"),
+        ("linear", "linear"),
+    ]
+    found = against(RunSet("t", tmp_path, [arm], seeds, runs), [arm], "kl", ["gold_gain"])
+    assert [(panel.x, panel.y) for panel in found.panels] == [("log", "linear")]

@@ -14,6 +14,11 @@ from dpo_lab.studies.run_data import RunSet
 from dpo_lab.studies.scales import mean_over_seeds
 from dpo_lab.studies.spec import Arm
 
+CAPTION = (
+    "Large points: means over seeds with 95 % intervals (Student's t; of ratio quantities such as KL geometric means);"
+    " small points: single seeds."
+)
+
 
 def line_of(arm: Arm, axis: str) -> str:
     """Return the name that arms differing only along an axis share: the group, or the name without the axis."""

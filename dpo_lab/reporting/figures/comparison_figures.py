@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from dpo_lab.reporting.figures.arm_lines import label_of, lines_of, steps_along_axes, style_of, tooltip
+from dpo_lab.reporting.figures.arm_lines import CAPTION, label_of, lines_of, steps_along_axes, style_of, tooltip
 from dpo_lab.reporting.figures.charts import GREY, STYLES, Chart, Panel, Point, Series, chart
 from dpo_lab.reporting.figures.learning_curves import POINTS, thinned
 from dpo_lab.reporting.figures.reward_kl import against, reward_against_kl
@@ -93,13 +93,7 @@ def _along(collection: RunSet, arms: Sequence[Arm], axis: str, metrics: Sequence
             series.append(Series(label, points, style_of(number), is_line, cloud=cloud, shift=shift))
         up = axis_of(metric, [value for s in series for _, value in s.cloud])
         panels.append(Panel(metric, axis, series, "log" if is_log else "linear", up, ticks))
-    return chart(f"{', '.join(metrics)} along {axis}", panels, _SEEDS)
-
-
-_SEEDS = (
-    "Large points: means over seeds with 95 % intervals (Student's t; of ratio quantities such as KL geometric means);"
-    " small points: single seeds."
-)
+    return chart(f"{', '.join(metrics)} along {axis}", panels, CAPTION)
 
 
 def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> Chart | None:
@@ -122,7 +116,7 @@ def _by_arm(collection: RunSet, arms: Sequence[Arm], metrics: Sequence[str]) -> 
         across = axis_of(metric, [value for s in series for value, _ in s.cloud])
         panels.append(Panel(metric, metric, series, x=across, dashed=dashed, rows=[arm.name for arm in arms]))
     baseline = f" Dashed: {collection.baseline}." if collection.baseline else ""
-    return chart(f"{', '.join(metrics)} by arm", panels, _SEEDS + baseline)
+    return chart(f"{', '.join(metrics)} by arm", panels, CAPTION + baseline)
 
 
 def _beside(number: int, of: int) -> float:

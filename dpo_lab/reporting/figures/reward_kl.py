@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dpo_lab.reporting.figures.arm_lines import label_of, lines_of, of_two, shared_axis, style_of, tooltip
+from dpo_lab.reporting.figures.arm_lines import CAPTION, label_of, lines_of, of_two, shared_axis, style_of, tooltip
 from dpo_lab.reporting.figures.charts import GREY, Chart, Panel, Point, Series, chart
 from dpo_lab.reporting.formatting import format_value
 from dpo_lab.stats.estimates import mean
@@ -20,10 +20,12 @@ def against(collection: RunSet, arms: Sequence[Arm], x: str, metrics: Sequence[s
     """Return the chart of metrics against another metric, a line through arms that differ only along an axis."""
     axis = shared_axis(arms)
     lines = lines_of(arms, axis)
-    panels = [Panel(metric, x, _series(collection, lines, x, metric, axis)) for metric in metrics]
-    beside = f", labelled by {axis}" if axis else ""
-    caption = f"Means over seeds with their 95 % intervals{beside}."
-    return chart(f"{', '.join(metrics)} against {x}", panels, caption)
+    panels = []
+    for metric in metrics:
+        series = _series(collection, lines, x, metric, axis)
+        across, up = _values(series)
+        panels.append(Panel(metric, x, series, axis_of(x, across), axis_of(metric, up)))
+    return chart(f"{', '.join(metrics)} against {x}", panels, _caption(axis))
 
 
 def reward_against_kl(collection: RunSet, arms: Sequence[Arm]) -> Chart | None:
@@ -33,17 +35,26 @@ def reward_against_kl(collection: RunSet, arms: Sequence[Arm]) -> Chart | None:
     series = _series(collection, lines, frontier.KL, frontier.GAIN, axis)
     if not series:
         return None
-    drifts = [at for s in series for at in (*(p.x for p in s.points), *(x for x, _ in s.cloud))]
+    drifts, _ = _values(series)
     most = max(1.0, *drifts, *(high for s in series for p in s.points if p.x_interval for high in p.x_interval))
     best = optimum(collection, min(drifts), most)
     title, across = "gain in gold reward, sd of the initial policy", "KL to the initial policy, nats"
     panel = Panel(title, across, [*best, *series], x=axis_of(frontier.KL, drifts))
     caption = (
-        "Across: KL to the initial policy in nats; up: gain in gold reward, in sd of the initial policy. Large points: means"
-        f" over seeds with 95 % intervals{f', labelled by {axis}' if axis else ''}; small points: single seeds."
+        f"Across: KL to the initial policy in nats; up: gain in gold reward, in sd of the initial policy. {_caption(axis)}"
         + ("" if best else " No run sampled candidates of the initial policy, so the optimum is unknown.")
     )
     return chart("Reward against KL", [panel], caption)
+
+
+def _caption(axis: str) -> str:
+    return f"{CAPTION} Labels: {axis}." if axis else CAPTION
+
+
+def _values(series: Sequence[Series]) -> tuple[list[float], list[float]]:
+    """Return the values across and up, of points and of single seeds."""
+    places = [at for s in series for at in (*((p.x, p.y) for p in s.points), *s.cloud)]
+    return [x for x, _ in places], [y for _, y in places]  # type: ignore[misc]
 
 
 def _series(collection: RunSet, lines: Mapping[str, Sequence[Arm]], x: str, y: str, axis: str) -> list[Series]:
