@@ -149,8 +149,12 @@ def serve(imported: str) -> None:
 
 
 def _become(command: Sequence[str], output: int) -> None:
-    """Run a module in this process as `python -m` does, as a session of its own that writes to `output`."""
+    """Run a module in this process as `python -m` does, as a session of its own that writes to `output`.
+
+    SIGTERM ends it, also if the process that started the server ignores it.
+    """
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.close(output)

@@ -30,10 +30,13 @@ sys.exit(int(sys.argv[1]))
 
 @pytest.fixture
 def server(tmp_path):
+    """A server of a process that ignores SIGTERM, which its processes would inherit."""
     (tmp_path / "imported_before.py").write_text(SLOW)
     (tmp_path / "a_job.py").write_text(JOB)
     environment = {**os.environ, "OF_ALL": "all", "PYTHONPATH": os.pathsep.join(sys.path)}
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     found = ForkServer("imported_before", environment, str(tmp_path))
+    signal.signal(signal.SIGTERM, before)
     yield found
     found.close()
 
