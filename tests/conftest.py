@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ check_shapes()  # before anything else of the package is imported
 
 from dpo_lab.core.pairs import EncodedPair
 from dpo_lab.distributed.fork_server import fast_imports
+from dpo_lab.distributed.signals import STOP_SIGNALS
 from dpo_lab.models.policy import Policy, TinyPolicy
 from dpo_lab.models.tokenizer import train_tokenizer
 from tests.support import processes
@@ -57,6 +59,15 @@ def no_process_is_left():
     os.environ[processes.MARK] = processes.session_mark()
     yield
     processes.kill_all(processes.session_mark())
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_are_restored():
+    """A run that is stopped in this process ignores SIGTERM from then on, which the processes of later tests would inherit."""
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -95,12 +94,8 @@ def test_06_what_stumbles_because_it_was_cut_short_is_no_error_but_a_full_disk_i
 
 
 @pytest.fixture
-def as_a_run_hears_signals() -> Iterator[None]:
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+def as_a_run_hears_signals() -> None:
     raise_on_signals()
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 
 @pytest.mark.usefixtures("as_a_run_hears_signals")

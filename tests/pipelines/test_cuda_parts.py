@@ -163,16 +163,8 @@ class StopAfter(Callback):
             pl_module.request.signum = signal.SIGINT
 
 
-@pytest.fixture
-def handlers():
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
 @pytest.mark.parametrize("stop", [None, 3])
-def test_the_optimizers_state_is_saved_and_freed_before_lightning_would_move_it(stop, tmp_path, monkeypatch, handlers):
+def test_the_optimizers_state_is_saved_and_freed_before_lightning_would_move_it(stop, tmp_path, monkeypatch):
     moved: list[int] = []
     move = lightning_strategy._optimizers_to_device
 
