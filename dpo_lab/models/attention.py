@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from dpo_lab.models.padded_attention import Padding, are_short, padded_attention
 from dpo_lab.models.varlen import CAUSAL, Layout, supports, varlen_attention
@@ -135,5 +135,27 @@ def attention_by_response(
     return torch.cat([o.transpose(1, 2) for o in outputs], 1)
 
 
+def mask_of_rows(
+    *,
+    q_length: int,
+    kv_length: int,
+    attention_mask: Tensor | None,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    local_size: int | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """Return transformers' mask for SDPA, of rows without segments: bool, broadcastable to [B, 1, q_length, kv_length].
+
+    attention_mask: 1 where a token is no padding, [B, kv_length]. For one new token per row, which attends to all before it,
+    it is the mask, and the computation that transformers makes for any mask is skipped.
+    """
+    attends_to_all = q_length == 1 and mask_function is causal_mask_function and local_size is None
+    if attends_to_all and attention_mask is not None and attention_mask.shape[1] == kv_length + kv_offset:
+        return attention_mask[:, None, None, kv_offset:]
+    sizes = {"q_length": q_length, "kv_length": kv_length, "kv_offset": kv_offset, "local_size": local_size}
+    return sdpa_mask(attention_mask=attention_mask, mask_function=mask_function, **sizes, **kwargs)
+
+
 AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
-AttentionMaskInterface.register(SHARED_PROMPT, sdpa_mask)
+AttentionMaskInterface.register(SHARED_PROMPT, mask_of_rows)

@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
 from dpo_lab.core import fused_lm_head
 from dpo_lab.core.losses import DPO, LOSSES, Loss
 from dpo_lab.core.pairs import EncodedPair, PairLogps
 from dpo_lab.data.collate import collate
-from dpo_lab.models.attention import SHARED_PROMPT
+from dpo_lab.models.attention import SHARED_PROMPT, mask_of_rows
 from dpo_lab.models.forward import disable_dropout, forward_name, pair_logps, pair_loss, select_forward
 from dpo_lab.models.paths import path_of
 from dpo_lab.models.policy import load_policy
@@ -386,3 +387,32 @@ def test_a_saved_policy_is_an_ordinary_folder(policy, tmp_path):
     copied.save(tmp_path / "policy")
     assert SHARED_PROMPT not in (tmp_path / "policy" / "config.json").read_text()
     assert forward_name(load_policy(tmp_path / "policy").model) == "shared prompt"
+
+
+PADDED_ROWS = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("attention_mask", "of"),
+    [
+        (PADDED_ROWS, {"q_length": 1, "kv_length": 5, "q_offset": 4}),
+        (PADDED_ROWS, {"q_length": 1, "kv_length": 3, "q_offset": 4, "kv_offset": 2}),
+        (PADDED_ROWS, {"q_length": 1, "kv_length": 7, "q_offset": 4}),  # of a cache that has room
+        (PADDED_ROWS, {"q_length": 5, "kv_length": 5}),
+        (None, {"q_length": 1, "kv_length": 5, "q_offset": 4}),
+        (
+            PADDED_ROWS,
+            {
+                "q_length": 1,
+                "kv_length": 5,
+                "q_offset": 4,
+                "local_size": 2,
+                "mask_function": sliding_window_causal_mask_function(2),
+            },
+        ),
+    ],
+)
+def test_the_mask_of_rows_is_that_of_transformers(attention_mask, of):
+    given = {"batch_size": 2, "attention_mask": attention_mask, "allow_is_causal_skip": False, **of}
+    expected, found = sdpa_mask(**given), mask_of_rows(**given)
+    assert torch.equal(found.expand_as(expected), expected)
