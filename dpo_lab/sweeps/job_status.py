@@ -104,6 +104,7 @@ class StatusReader:
         self._before = {job.folder: (read_record(job.folder), _size(job.folder / LOG)) for job in jobs}
         self._idle = dict.fromkeys(self._before, time.monotonic())  # when each was last seen not started
         self._seconds: dict[Path, float] = {}
+        self._done: dict[Path, Outcome] = {}  # whose records need not be read again; other jobs may be requeued
 
     def outcomes(self, is_over: bool = False) -> list[Outcome]:
         """Return the outcomes of all jobs so far. is_over: the launcher has returned, so a `running` job may be dead."""
@@ -112,6 +113,8 @@ class StatusReader:
     def _outcome(self, job: Job, previous: RunStatus, is_over: bool) -> Outcome:
         if previous is RunStatus.done:
             return Outcome(job, previous, "done")
+        if job.folder in self._done:
+            return self._done[job.folder]
         status, error = self._status(job.folder)
         if is_over and status == "running":
             if is_alive(job.folder):
@@ -123,7 +126,10 @@ class StatusReader:
             return Outcome(job, previous, status)
         if status != "running":
             self._seconds.setdefault(job.folder, time.monotonic() - self._idle[job.folder])
-        return Outcome(job, previous, status, error, self._seconds.get(job.folder), job.folder / LOG)
+        outcome = Outcome(job, previous, status, error, self._seconds.get(job.folder), job.folder / LOG)
+        if status == "done":
+            self._done[job.folder] = outcome
+        return outcome
 
     def _status(self, folder: Path) -> tuple[str, str | None]:
         """Return status and error as the job's record has them, else as its log does.

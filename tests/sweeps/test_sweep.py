@@ -295,10 +295,11 @@ def test_the_status_of_a_job_is_that_of_its_record_and_where_it_has_none_of_its_
         (job.folder / "run.json").write_text(json.dumps(record | {"status": "running", "started": "now"}))
         write_line(log, "2026-11-29 12:01:00 the command again, by a scheduler")
         assert found() == ("running", None)
-        (job.folder / "run.json").write_text(json.dumps(record | {"status": "done", "error": None, "started": "now"}))
-        assert found() == ("done", None)
-        (job.folder / "run.json").write_text(json.dumps(record | {"status": "running", "started": "now"}))
     assert found(is_over=True) == ("failed", "the process that ran it was killed")
+    (job.folder / "run.json").write_text(json.dumps(record | {"status": "done", "error": None, "started": "now"}))
+    assert found() == ("done", None)
+    (job.folder / "run.json").unlink()
+    assert found() == ("done", None)  # without reading it again
 
 
 def test_exit_codes_tell():
