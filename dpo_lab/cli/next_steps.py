@@ -24,7 +24,7 @@ from dpo_lab.runs.run_record import OUTPUTS
 # Settings of the policy that loading the result needs too.
 KEPT = ("dtype", "attention", "trust_remote_code", "gradient_checkpointing")
 # With adapters also these, which say how to load the base model.
-OF_BASE = ("package", "gguf_file", "revision", "chat_template")
+OF_BASE = ("package", "gguf_file", "revision", "chat_template", "quantize", "key_prefix", "allow_pickle")
 # Groups of overrides that are carried over: how this machine computes and logs.
 OF_MACHINE = ("trainer", "logger", "threads")
 # Of those groups, the keys of a run's length, which are not carried over.
@@ -98,7 +98,7 @@ def after_reward(config: RunConfig, overrides: Sequence[str], folder: Path) -> l
     model, kept = quoted(str(folder / "reward_model")), _without(overrides, "name", "if_exists", "reward", "optim")
     kept = [override for override in kept if _key(override) not in OF_LENGTH]
     return [
-        command("train", "method=rloo", "reward=learned", f"reward.path={model}", *kept),
+        command("train", "method=rloo", "reward=learned", f"reward.path={model}", *_without(kept, "noise")),
         command("train", *kept, f"evals.judge.path={model}"),
     ]
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dpo_lab.config.allowed_targets import FSDP2, target_of
-from dpo_lab.config.precision import check_precision
+from dpo_lab.config.precision import canonical, check_precision
 from dpo_lab.core.losses import LOSSES
+from dpo_lab.core.methods import PolicyGradient
 from dpo_lab.data.sources import AUTO
 from dpo_lab.models.policy import Dtype, Pretrained
+from dpo_lab.models.reference import Uniform, UniformOver
+from dpo_lab.rewards.learned import Learned
 
 if TYPE_CHECKING:
     from dpo_lab.config.schema import RunConfig
@@ -16,10 +19,16 @@ if TYPE_CHECKING:
 
 def check_run(config: RunConfig) -> None:
     """Raise ValueError, with what to type, if settings of a run do not fit each other."""
+    loss = f"loss={config.loss.name}"
     if (required := config.loss.requires_reference) not in (None, config.reference.starts_at_policy):
-        loss = f"loss={config.loss.name}"
         why = "measures drift from the initial policy" if required else "has no reference"
         raise ValueError(f"{loss} {why}; type {loss} reference={'cached' if required else 'uniform'}")
+    uses_length = isinstance(config.reference, Uniform) and config.reference.over is UniformOver.tokens
+    if required is False and uses_length and not config.loss.is_per_token:
+        raise ValueError(
+            f"{loss} takes log-probabilities of the policy alone, to which reference=uniform_tokens would add a term of"
+            f" length; type {loss} reference=uniform"
+        )
     is_sharded = target_of(config.trainer.get("strategy")) == FSDP2
     config.reference.check(config.policy, is_sharded=is_sharded)
     config.policy.check(is_sharded=is_sharded, on_cpu=config.trainer.get("accelerator") == "cpu")
@@ -29,7 +38,11 @@ def check_run(config: RunConfig) -> None:
             " data.tokens_per_microbatch=4096"
         )
     is_short = isinstance(config.policy, Pretrained) and config.policy.dtype is not Dtype.float32
-    config.optim.check(trains_16_bits=is_short and not config.policy.has_adapters, is_sharded=is_sharded)
+    config.optim.check(
+        trains_16_bits=is_short and not config.policy.has_adapters,
+        is_sharded=is_sharded,
+        scales_gradients=canonical(config.trainer.get("precision")) == "16-mixed",
+    )
     check_precision(config.trainer)
     for key, seed in (("seed", config.seed), ("noise.seed", config.noise.seed)):
         if not 0 <= seed < 2**32:
@@ -45,9 +58,19 @@ def _check_online(config: RunConfig) -> None:
     method = config.method.name
     if not config.method.uses_loss and config.loss != LOSSES["dpo"](beta=config.loss.beta):
         raise ValueError(f"loss: method={method} trains without a loss of pairs; leave loss= out, or type method=dpo")
-    config.reward.check(has_gold=config.data.uses_task, judge=config.evals.judge)
-    if not config.reward.reads_labels and not config.noise.is_none:
+    if isinstance(config.method, PolicyGradient) and config.loss.beta != (beta := config.method.beta):
         raise ValueError(
-            f"noise: reward={config.reward.name} reads no label of the pairs, so that label noise would change nothing; type"
-            " noise=none, or reward=learned"
+            f"loss.beta={config.loss.beta}: method={method} trains with method.beta={beta}; leave both out and type"
+            f" beta={beta}"
         )
+    config.reward.check(has_gold=config.data.uses_task, judge=config.evals.judge)
+    if config.noise.is_none:
+        return
+    what, instead = f"reward={config.reward.name}", "reward=learned"
+    if isinstance(config.reward, Learned) and config.reward.is_given:
+        what, instead = f"reward.path={config.reward.path}", "leave reward.path= out"
+    elif config.reward.reads_labels:
+        return
+    raise ValueError(
+        f"noise: {what} reads no label of the pairs, so that label noise would change nothing; type noise=none, or {instead}"
+    )

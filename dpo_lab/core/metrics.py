@@ -149,7 +149,7 @@ def pair_values(
 
 def reward_margins(loss: Loss, policy: PairLogps, reference: PairLogps) -> Float[Tensor, " pairs"]:
     """Return the reward of chosen minus that of rejected for each pair; 0 for ties, NaN where there is one response."""
-    is_tie = zero_out_rounding(loss.log_ratios(policy, reference).margin, policy, reference) == 0
+    is_tie = zero_out_rounding((policy - reference).margin, policy, reference) == 0
     margins = loss.beta * loss.scores(policy, reference).margin.masked_fill(is_tie, 0.0)
     return margins.masked_fill(policy.chosen_length * policy.rejected_length == 0, torch.nan)
 

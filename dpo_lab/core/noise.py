@@ -104,11 +104,6 @@ class Uncertainty(LabelNoise, name="uncertainty", compares=True):
             )
 
     @property
-    def is_none(self) -> bool:
-        """Whether this is noise=none."""
-        return self == Symmetric(seed=self.seed)
-
-    @property
     def needs_reference(self) -> bool:
         return self.gap is Gap.reference
 

@@ -67,8 +67,19 @@ class Pair:
 
     @property
     def decides_split(self) -> Text:
-        """The text that decides the split, which is never in both: the prompt, or a single text if it has no prompt."""
-        return self.prompt if self.prompt or len(self.responses) == 2 else self.chosen or self.rejected
+        """The text that decides the split, which is never in both: the prompt, or a single text if it has no prompt.
+
+        Of a chat it is the prompt up to the user's last message: first messages of the answer belong to the prompt only where
+        both sides share them.
+        """
+        if isinstance(self.prompt, str):
+            return self.prompt if self.prompt or len(self.responses) == 2 else self.chosen or self.rejected
+        return self.prompt[: messages_before_answer(self.prompt)] or self.prompt
+
+
+def messages_before_answer(dialogue: list[Message]) -> int:
+    """Return the number of messages up to the last one of the user, 0 if there is none; an answer begins after them."""
+    return max((at for at, message in enumerate(dialogue, 1) if message["role"] == "user"), default=0)
 
 
 def content_hash(content: Any) -> str:

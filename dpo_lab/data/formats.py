@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from dpo_lab.core.pairs import Pair, Text
+from dpo_lab.core.pairs import Pair, Text, messages_before_answer
 from dpo_lab.data.json_text import read_json_text
 from dpo_lab.data.labels import EmptyResponse, Label, NoPair, is_desirable, prefers_second
 from dpo_lab.data.media import check_media
@@ -71,9 +71,8 @@ class Shape:
     as_chat: bool = False
 
     def __post_init__(self) -> None:
-        for name in self.columns:
-            if name not in COLUMNS:
-                raise ValueError(f"data.columns.{name}: no such column; type one of {', '.join(COLUMNS)}")
+        if unknown := [name for name in self.columns if name not in COLUMNS]:
+            raise ValueError(f"data.columns.{unknown[0]}: no such column; type one of {', '.join(COLUMNS)}")
 
     def read(self, row: Row, counts: Counter[str] | None = None) -> list[Pair]:
         """Return all pairs of a row and count its faults in `counts`, see row_faults.py.
@@ -217,7 +216,8 @@ class Shape:
             return Pair(prompt, chosen, rejected)
         given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         sides = [[{"role": "assistant", "content": s}] if isinstance(s, str) else s for s in (chosen, rejected)]
-        common = shared_messages(*sides)
+        # one response after a prompt begins where the user has spoken last
+        common = messages_before_answer(sides[0][:-1]) if chosen is rejected and given else shared_messages(*sides)
         messages = merge_messages(given, sides[0][:common])
         if not messages:
             what = f"is missing, or empty, and both sides share no first message (the row {describe(row)})"

@@ -52,14 +52,19 @@ class Rows(Protocol):
 def open_rows(path: str | Sequence[str], name: str | None, split: str | None, revision: str | None) -> Rows:
     """Open files (a path, a pattern, or several) or a data set (a folder, or a name on the hub).
 
-    Raises BadData if there is none.
+    Raises BadData if there is none, or if a file is asked for what only data sets have; "train" is the split of any file.
     """
     files = check_exists(path)
-    return (
-        _data_set(path if isinstance(path, str) else path[0], name, split, revision)
-        if files is None
-        else FileRows(files)
-    )
+    if files is None:
+        return _data_set(path if isinstance(path, str) else path[0], name, split, revision)
+    of_sets = {"split": None if split == "train" else split, "name": name, "revision": revision}
+    for key, value in of_sets.items():
+        if value is not None:
+            raise BadData(
+                f"{files[0]}: a file has no {key}, which {key}={value} asks for; type data.{key}=null, and for held-out"
+                " pairs data.validation_split=null or data.validation_path=FILE"
+            )
+    return FileRows(files)
 
 
 def check_exists(path: str | Sequence[str], key: str = "data.path") -> list[Path] | None:

@@ -1,6 +1,4 @@
-"""Data sources: which rows are read, which of them train, and how they are mixed: a task, files, or data sets of the
-hub.
-"""
+"""Data sources: a task, files, or data sets of the hub; which rows are read, which train, and how they are mixed."""
 
 from __future__ import annotations
 
@@ -105,6 +103,8 @@ class Data(Source):
         super().__post_init__()
         if self.sources and self.path:
             raise ValueError("data.path and data.sources: rows come from one or the other; type data=mix")
+        if self.sources and self.validation_split and not self.validation_path:
+            raise ValueError("data.validation_split: data.sources has no split; type data.validation_path= too")
         if not self.sources and self.path is not None and not self.path:
             raise ValueError(
                 "data.path is empty; type data.path=FILE.jsonl, data=mix '+data.sources={a: {path: FILE.jsonl}, ...}',"

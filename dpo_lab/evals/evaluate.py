@@ -121,13 +121,15 @@ define_settings()
 def evaluate(context: EvalContext, evaluators: Iterable[Evaluator] | None = None) -> dict[str, Estimate]:
     """Run the evaluators, by default the default ones, and return their estimates by name.
 
-    Without held-out pairs only those run that measure samples, and without held-out prompts, which then stand alone, none.
+    Those that need held-out pairs, or samples, are left out if there are no held-out pairs, or no prompts to sample from.
     Values per example are in context.examples afterwards. All ranks have to call it, see EvalContext; all get the same
     result.
     """
     evaluators = SharedSettings().selected() if evaluators is None else evaluators
     if not len(context.pairs):
-        evaluators = [each for each in evaluators if each.needs_samples] if context.prompts else []
+        evaluators = [
+            each for each in evaluators if not each.needs_pairs and (context.prompts or not each.needs_samples)
+        ]
     estimates = {name: estimate for evaluator in evaluators for name, estimate in evaluator.run(context)}
     context.add_texts()
     return estimates

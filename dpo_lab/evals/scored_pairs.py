@@ -15,6 +15,7 @@ from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import zero_out_rounding
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, Tokens, chunk_by_size
 from dpo_lab.data.collate import collate, collate_responses
+from dpo_lab.evals.by_prompt import prompts_of
 from dpo_lab.models.forward import response_logps
 from dpo_lab.models.passes import map_passes
 from dpo_lab.models.sharding import device_of
@@ -45,6 +46,11 @@ class ScoredPairs:
     @cached_property
     def keys(self) -> list[str]:
         return [pair.key for pair in self.pairs]
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """Index of each pair's prompt among the distinct ones, [B]."""
+        return prompts_of(self.pairs)
 
     @cached_property
     def gold(self) -> np.ndarray:

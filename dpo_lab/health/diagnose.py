@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_lab.errors import LabError
 from dpo_lab.health.evidence import Evidence
 from dpo_lab.health.finding import Finding, Rule
 from dpo_lab.health.judge_rules import LengthBias, PositionBias, Unanswered
@@ -82,14 +83,18 @@ def print_health(console: Console, found: Sequence[Finding]) -> None:
 
 
 def main(folders: Sequence[str]) -> int:
-    """Print the findings of every run folder; return the exit code, 2 if a folder holds no run."""
+    """Print the findings of every run folder; return the exit code, 2 if a folder holds no run that can be read."""
     for folder in map(Path, folders):
-        record = run_record.read_record(folder)
-        if record is None:
-            print(f"{folder}: holds no run; type the folder that contains {run_record.RECORD}", file=sys.stderr)
+        try:
+            record = run_record.read_record(folder)
+            if record is None:
+                raise LabError(f"{folder}: holds no run; type the folder that contains {run_record.RECORD}")
+            found = of_folder(folder, record)
+        except LabError as error:
+            print(error, file=sys.stderr)
             return 2
         print(folder)
-        for line in lines(of_folder(folder, record)):
+        for line in lines(found):
             print(f"  {line}")
     return 0
 

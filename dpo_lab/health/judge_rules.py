@@ -71,5 +71,7 @@ class Unanswered(Rule):
         if share is None or share.value <= self.most:
             return None
         message = f"the judge did not answer {percent(share.value)} of its questions, which count as ties"
-        suggestion = "a longer evals.judge.max_length, a larger judge, or another evals.judge.question"
+        kind = run.config.get("evals", {}).get("judge", {}).get("kind")
+        key = "max_tokens" if kind == "endpoint" else "max_length"
+        suggestion = f"a larger evals.judge.{key}, a larger judge, or another evals.judge.question"
         return Finding(self.name, Severity.warning, message, f"over {percent(self.most)}", suggestion)

@@ -21,7 +21,7 @@ class NothingHeldOut(Rule):
         message = (
             f"all {run.train_pairs:,} pairs are training pairs, none is held out: learning and memorising look the same"
         )
-        return Finding(self.name, Severity.warning, message, "0 held-out pairs", "data.validation_fraction=0.1")
+        return Finding(self.name, Severity.warning, message, "0 held-out pairs", "data.validation_path=FILE.jsonl")
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class Displacement(Rule):
         last = run.val[-1]
         if run.step_zero_loss is not None and run.loss_traits and not run.loss_traits["is_per_token"]:
             before, since = last["logps/chosen"] - last["logratio/chosen"], "before training"
-            rejected = last["logratio/rejected"]
+            rejected = last.figures.get("logratio/rejected")  # None without undesirable responses
         else:  # the reference does not tell how likely they were initially
             before, since = run.val[0]["logps/chosen"], f"at step {run.val[0].step}"
-            rejected = last["logps/rejected"] - run.val[0]["logps/rejected"]
+            now, then = (row.figures.get("logps/rejected") for row in (last, run.val[0]))
+            rejected = None if now is None or then is None else now - then
         fall = before - last["logps/chosen"]
         if not fall > max(self.nats, self.share * abs(before)):
             return None
@@ -55,9 +56,11 @@ class Displacement(Rule):
             return None
         message = (
             f"the mean log-probability of held-out chosen responses fell by {fall:.1f} nats ({before:.1f} {since},"
-            f" {last['logps/chosen']:.1f} now; that of rejected responses"
-            f" {'fell' if rejected < 0 else 'rose'} by {abs(rejected):.1f})"
+            f" {last['logps/chosen']:.1f} now"
         )
+        if rejected is not None:
+            message += f"; that of rejected responses {'fell' if rejected < 0 else 'rose'} by {abs(rejected):.1f}"
+        message += ")"
         if fell is not None:
             message += f", and {percent(fell.value)} of them became less likely"
         message += ": probability moves to responses that occur in no pair"
@@ -85,7 +88,7 @@ class LengthHacking(Rule):
         reward = gold or margin
         if now is None or before is None or reward is None or not reward.low > 0:
             return None
-        if not (now.low / before.high > self.longer or now.high / before.low < self.shorter):
+        if not (now.low > self.longer * before.high or now.high < self.shorter * before.low):
             return None
         message = (
             f"samples have {now.value:.1f} tokens on average, the initial policy's {before.value:.1f}"
@@ -176,7 +179,7 @@ class RoundedAway(Rule):
 @dataclass(frozen=True)
 class RewardAtChance(Rule):
     """Report that a reward model, trained by this run or followed by it, may rank held-out pairs no better than chance: its
-    interval of accuracy, against the truth where it is known, else against the labels, holds `chance`.
+    interval of accuracy, against the truth where it is known, else against the labels, is not above `chance`.
     """
 
     chance: float = 0.5
@@ -197,5 +200,5 @@ class RewardAtChance(Rule):
             "more steps of its training, another rate, or more pairs; python -m dpo_lab.inspect looks at the pairs"
         )
         return Finding(
-            self.name, Severity.warning, message, f"an interval that holds {percent(self.chance)}", suggestion
+            self.name, Severity.warning, message, f"an interval not above {percent(self.chance)}", suggestion
         )

@@ -35,7 +35,8 @@ class Critic(nn.Module):
                 " method=rloo"
             )
         whole: Any = policy
-        head = nn.Linear(whole.get_output_embeddings().weight.shape[1], 1)
+        dtype = next(weight.dtype for weight in policy.parameters() if weight.requires_grad)  # FSDP requires one
+        head = nn.Linear(whole.get_output_embeddings().weight.shape[1], 1, dtype=dtype)
         if is_sharded(policy):
             self.model = sharded_copy(policy, {"value_head": head})
         else:

@@ -144,7 +144,7 @@ class CachedRows:
 
 def _growing_cache(model: PreTrainedModel, length: int) -> Cache:
     """Return a cache preallocated for `length` tokens if all layers have full attention, else transformers' default."""
-    config = model.config
+    config = causal_lm(model).config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
         return DynamicCache(config=config)

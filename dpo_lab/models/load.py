@@ -26,6 +26,7 @@ from dpo_lab.models.adapters import base_of, with_fresh_adapters, with_trained_a
 from dpo_lab.models.checkpoint_keys import check_keys
 from dpo_lab.models.decoding import sample_without_cache
 from dpo_lab.models.folder_errors import unreadable
+from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import Dtype, Policy, PolicyError, Pretrained, is_adapter
 from dpo_lab.models.probes import behaviour_of
 from dpo_lab.models.quantized import keep_packing, quantization_of, requantized
@@ -74,6 +75,7 @@ def read_policy(settings: Pretrained, seed: int) -> Policy:
         model = with_trained_adapters(model, settings)
     elif settings.lora.r is not None:
         model = with_fresh_adapters(model, settings, seed)
+    _freeze_other_towers(model)
     rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
     for name in ("eos", "pad"):
         token: int = getattr(tokenizer, f"{name}_token_id")
@@ -95,7 +97,23 @@ def untrained_model(settings: Pretrained) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(
         _read_config(settings), dtype=getattr(torch, settings.dtype.value), trust_remote_code=settings.trust_remote_code
     )
-    return model if settings.lora.r is None else with_fresh_adapters(model, settings, seed=0)
+    model = model if settings.lora.r is None else with_fresh_adapters(model, settings, seed=0)
+    _freeze_other_towers(model)
+    return model
+
+
+def _freeze_other_towers(model: PreTrainedModel) -> None:
+    """Freeze what a model for text and images has beside its language model, adapters there too: no text runs through it,
+    and DDP waits for the gradient of every trained weight.
+    """
+    bare = causal_lm(model)
+    if bare.config.get_text_config() is bare.config:
+        return
+    parts = [bare.get_decoder(), bare.get_input_embeddings(), bare.get_output_embeddings()]
+    of_text = {id(weight) for part in parts if part is not None for weight in part.parameters()}
+    for weight in bare.parameters():
+        if id(weight) not in of_text:
+            weight.requires_grad_(False)
 
 
 def untrained_classifier(folder: Path) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +53,11 @@ class PolicyConfig:
             raise ValueError(
                 "policy.activation_offload=true: on the CPU activations are in the host's memory already; type"
                 " policy.activation_offload=false, or trainer=gpu"
+            )
+        if self.activation_offload and is_sharded:
+            raise ValueError(
+                "policy.activation_offload=true: FSDP's sharded weights can't be told from activations; type"
+                " policy.activation_offload=false policy.gradient_checkpointing=true, or trainer=ddp"
             )
 
     def files(self) -> list[Path]:
@@ -131,8 +135,10 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
     def merged(self) -> Policy:
-        """Return it with its adapters merged into a copy of their base."""
-        return Policy(copy.deepcopy(self.model).merge_and_unload(), self.tokenizer)  # type: ignore[operator]
+        """Return it with its adapters merged into a copy of their base, on the CPU."""
+        from dpo_lab.models.copies import merged_copy
+
+        return Policy(merged_copy(self.model), self.tokenizer)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dpo_lab.core.pairs import EncodedPair, Tokens
+from dpo_lab.models.copies import merged_copy
 from dpo_lab.models.policy import Policy
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def exported(model: PreTrainedModel, tokenizer: Any, end: int | None) -> Policy:
     pad_id, rows = int(tokenizer.pad_token_id), model.get_input_embeddings().weight.shape[0]  # type: ignore[index,union-attr]
     whole: Any = model
     if hasattr(model, "merge_and_unload"):
-        whole = copy.deepcopy(whole).merge_and_unload()
+        whole = merged_copy(whole)
     if pad_id >= rows:
         whole = copy.deepcopy(whole)
         whole.resize_token_embeddings(pad_id + 1, mean_resizing=False)

@@ -59,6 +59,7 @@ def prepare_online(session: Session, inputs: TrainingInputs) -> Training:
         reference=reference,
         critic=critic,
         batch_size=config.evals.batch_size,
+        source=config.reward.name,
     )
     sizes: dict[str, Any] = dict(total_steps=session.trainer.max_steps, tokens_per_microbatch=tokens)
     data: OnlineDataModule
@@ -90,10 +91,17 @@ def rollout_costs(data: OnlineDataModule, asked: int) -> dict[str, Any]:
     `samples` counts, and a pass of training without its backward pass. asked: reward queries before the first rollout.
     """
     samples, method, actor = data.samples, data.method, data.actor
-    trained = method.epochs * samples * data.responses // method.samples
-    measures = isinstance(method, PolicyGradient)
-    passes = {"policy": trained + measures * actor.measures_policy * samples}
-    passes["reference"] = samples if measures else trained
+    assert data.trainer is not None
+    trained = data.trainer.global_step * method.prompts_per_step * data.responses
+    passes: dict[str, int]
+    if isinstance(method, PolicyGradient):
+        passes = {"policy": trained + actor.measures_policy * samples, "reference": samples}
+    else:
+        assert isinstance(data, FreshPairs)
+        each = 1 + data.loss.is_step_level + data.loss.needs_unrelated / data.responses  # see StepLevelModule
+        passes = dict.fromkeys(("policy", "reference"), round(each * trained))
+    if reference_model(actor.reference) is None:
+        del passes["reference"]
     if actor.critic is not None:
         passes["critic"] = trained + samples
     if actor.reward_model is not None:

@@ -9,6 +9,7 @@ from dpo_lab.config.reward_model import reward_model_run, with_reward_model
 from dpo_lab.config.schema import ConfigError, RunConfig
 from dpo_lab.core.seeds import derive_seed
 from dpo_lab.data.splits import HELD_OUT
+from dpo_lab.errors import LabError
 from dpo_lab.pipelines.inputs import Forward, TrainingInputs, distinct_prompts
 from dpo_lab.pipelines.train_reward import FOLDER, train_reward
 from dpo_lab.rewards import RewardError, RewardFunction, RewardInputs
@@ -17,6 +18,8 @@ from dpo_lab.rewards.learned import Learned
 from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.fingerprint import override_key
 
+# Settings of dpo_lab.reward that are those of `reward` in a run that trains its reward model first.
+SETTINGS = {"data.batch_size": "reward.batch_size", "optim.lr": "reward.lr", "trainer.max_steps": "reward.steps"}
 # Groups of overrides that a reward model has in common with the run that needs it.
 KEPT = ("ablation", "data", "evals", "noise", "policy", "seed", "sft", "threads", "trainer")
 
@@ -32,7 +35,12 @@ def ensure_reward_model(cfg: DictConfig, config: RunConfig) -> RunConfig:
         return config
     made, settings, digest = reward_model_run(cfg, config)
     folder = CACHE / f"reward-{digest}"
-    train_reward(made, settings, folder, _overrides(settings), waits=True)
+    try:
+        train_reward(made, settings, folder, _overrides(settings), waits=True)
+    except LabError as error:  # which names the settings of dpo_lab.reward
+        for name, own in SETTINGS.items():
+            error.args = (str(error).replace(name, own),)
+        raise
     return with_reward_model(config, folder / FOLDER)
 
 

@@ -29,6 +29,11 @@ def check_pairs(config: RunConfig, splits: Splits, refusal: str | None = None) -
             )
         splits.counts["dropped: prompt alone"] = len(splits.train) - len(train) + len(splits.held_out) - len(held_out)
         splits = replace(splits, train=train, held_out=held_out)
+    if refusal is None and not config.method.uses_loss:
+        refusal = (
+            f"method={config.method.name}: it takes prompts, alone or with two responses, and {{}}; {INSTEAD}, or with a"
+            " prompt alone"
+        )
     if splits.unpaired and (refusal := refusal or loss.refusal):
         raise ConfigError(refusal.format(splits.unpaired))
     gaps = np.concatenate([splits.train.score_gap, splits.held_out.score_gap])

@@ -63,7 +63,7 @@ def make_trainer(config: RunConfig, config_dict: dict[str, Any], folder: Path) -
     except MisconfigurationException as error:
         raise ConfigError(f"the trainer can't be created: {last_line(error)}") from error
     ranks, method = trainer.world_size, config.method
-    if config.data.batch_size < ranks:
+    if not isinstance(method, Online) and config.data.batch_size < ranks:
         raise ConfigError(
             f"data.batch_size={config.data.batch_size}: {ranks} devices need a pair each in every step; type"
             f" data.batch_size={ranks} or more"

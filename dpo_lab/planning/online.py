@@ -99,12 +99,23 @@ def rollout_bytes(model: PreTrainedModel, config: RunConfig, sizes: Sizes) -> fl
     if not isinstance(method, Online):
         return 0.0
     rows = min(config.evals.batch_size, method.prompts * method.samples)
-    return sampling_bytes(model, rows, sizes.prompt + sizes.response)
+    return sampling_bytes(model, rows, sizes.prompt, sizes.response, copies=method.samples)
 
 
-def sampling_bytes(model: PreTrainedModel, rows: int, length: int) -> float:
-    """Return the bytes of the KV cache of `rows` rows, of their logits, and of probabilities that are drawn from."""
-    return cache_bytes(model, rows, length) + rows * Shape.of(model).vocabulary * (4 + 3 * 8)
+def sampling_bytes(model: PreTrainedModel, rows: int, prompt: int, new: int, copies: int = 1) -> float:
+    """Return the bytes of the KV cache of `rows` rows, and of the larger of two: logits with the probabilities that are drawn
+    from, or a layer's activations in the pass of all prompts; inside `on_paper`.
+
+    prompt, new: tokens of a row; copies: rows that share a prompt, which runs through the model once.
+    """
+    config = causal_lm(model).config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    size = min(
+        model.dtype.itemsize, torch.get_autocast_dtype("cpu").itemsize if torch.is_autocast_enabled("cpu") else 4
+    )
+    of_prompts = rows / copies * prompt * (3 * inner + 4 * config.hidden_size) * size
+    drawn = rows * Shape.of(model).vocabulary * (4 + 3 * 8)
+    return cache_bytes(model, rows, prompt + new) + max(drawn, of_prompts)
 
 
 def rollout_flops(

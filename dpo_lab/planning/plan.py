@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dpo_lab.config.allowed_targets import FSDP2, target_of
 from dpo_lab.config.precision import canonical
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.errors import first_line
@@ -166,9 +167,14 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, Plan]]:
         changes.append(("policy.gradient_checkpointing=true", {"gradient_checkpointing": True}))
     if isinstance(policy, Pretrained) and not policy.has_adapters:
         changes.append(("policy.lora.r=16 optim=lora", {"lora": Lora(r=16)}))
-    if isinstance(policy, Pretrained) and not policy.is_quantized:
+    is_sharded = target_of(config.trainer.get("strategy")) == FSDP2
+    if isinstance(policy, Pretrained) and not is_sharded and not policy.is_quantized:
         smaller = {"quantize": Quantization.nf4, "dtype": Dtype.bfloat16}
         changes.append(("policy.quantize=nf4 policy.dtype=bfloat16", smaller))
+    if (
+        isinstance(policy, Pretrained) and is_sharded and policy.dtype is Dtype.float32
+    ):  # FSDP shards no weights of 4 bits
+        changes.append(("policy.dtype=bfloat16", {"dtype": Dtype.bfloat16}))
     for words, settings in changes:
         policy = copy.copy(policy)
         vars(policy).update(settings)  # not by replace, which asks for bitsandbytes
@@ -203,8 +209,9 @@ def _memory_of(
     critic, of_critic = critic_bytes(model) if config.method.has_critic else (0.0, [])
     of_head: nn.Parameter = head.weight  # type: ignore[assignment]
     shape, evals = Shape.of(model), config.evals
-    rows, length = min(evals.batch_size, evals.num_prompts), config.data.max_prompt_length + evals.max_new_tokens
-    sampled = weight_bytes(trained) + sampling_bytes(model, rows, length)  # with the initial policy
+    rows = min(evals.batch_size, evals.num_prompts)
+    sampled = sampling_bytes(model, rows, config.data.max_prompt_length, evals.max_new_tokens)
+    sampled += weight_bytes(trained)  # of the initial policy
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     kept = activation_bytes(model, tokens, policy.gradient_checkpointing)

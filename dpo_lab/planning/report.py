@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +31,7 @@ SHARDS = 8  # cards of the column for FSDP, where trainer.devices does not say h
 
 def print_plan(config: RunConfig, console: Console) -> None:
     """Print the plan of a config. Raise PolicyError if the policy's config can't be read."""
-    plan, ranks = plan_of(config), _ranks(config)
+    plan, shards = plan_of(config), _shards(config)
     is_sharded = target_of(config.trainer.get("strategy")) == FSDP2
     sizes, is_online = plan.sizes, config.method.is_online
     limits = "the method's length limit" if is_online else "data.max_length"
@@ -38,8 +40,8 @@ def print_plan(config: RunConfig, console: Console) -> None:
         f" {'prompts with samples' if is_online else 'pairs'} of {sizes.prompt} + {sizes.responses} x {sizes.response}"
         f" tokens, the longest that data.max_prompt_length and {limits} allow"
     )
-    console.print(_memory_table(plan, None if config.policy.is_quantized else ranks))
-    console.print(_card_table(config, plan, ranks if is_sharded else 1))
+    console.print(_memory_table(plan, None if config.policy.is_quantized else shards))
+    console.print(_card_table(config, plan, *((shards, _ranks(config)) if is_sharded else (1, 1))))
     console.print(
         f"An estimate, nothing was run: memory from shapes, {RESERVED / 1e9:.0f} GB of a card kept free; a step is"
         f" {_flops_text(plan)}, the run's {plan.steps:,} steps {plan.steps * plan.flops:.3g}; seconds at"
@@ -54,15 +56,23 @@ def _flops_text(plan: Plan) -> str:
 
 
 def _ranks(config: RunConfig) -> int:
-    devices = config.trainer.get("devices")
-    return devices if isinstance(devices, int) and devices > 1 else SHARDS
+    """Return how many cards a run has, or would have under FSDP."""
+    devices, nodes = config.trainer.get("devices"), config.trainer.get("num_nodes") or 1
+    return (devices if isinstance(devices, int) and devices > 1 else SHARDS) * nodes
 
 
-def _memory_table(plan: Plan, ranks: int | None) -> Table:
-    """Return the table of memory. ranks: of the column for FSDP, None for no such column."""
+def _shards(config: RunConfig) -> int:
+    """Return over how many cards FSDP cuts the weights, or would: all, or those of one copy of a mesh."""
+    strategy = config.trainer.get("strategy")
+    mesh = strategy.get("mesh") if isinstance(strategy, Mapping) else None
+    return mesh[1] if mesh else _ranks(config)
+
+
+def _memory_table(plan: Plan, shards: int | None) -> Table:
+    """Return the table of memory. shards: of the column for FSDP, None for no such column."""
     columns = {"one card": plan.memory}
-    if ranks is not None:
-        columns[f"FSDP over {ranks}, each"] = plan.memory.sharded(ranks)
+    if shards is not None:
+        columns[f"FSDP over {shards}, each"] = plan.memory.sharded(shards)
     table = Table("GB", *columns, title="Memory", title_justify="left")
     for name, label in PARTS.items():
         if name in ONLINE and not getattr(plan.memory, name):
@@ -73,12 +83,14 @@ def _memory_table(plan: Plan, ranks: int | None) -> Table:
     return table
 
 
-def _card_table(config: RunConfig, plan: Plan, ranks: int) -> Table:
-    """Return the table of cards: whether each holds the plan, or what to type so that it does. ranks: that share it."""
+def _card_table(config: RunConfig, plan: Plan, shards: int, ranks: int) -> Table:
+    """Return the table of cards: whether each holds the plan, or what to type so that it does. shards: cards that share the
+    weights; ranks: that share a step.
+    """
     others, planned = alternatives(config), list[tuple[str, Plan]]()
 
     def fits(card: Card, plan: Plan) -> bool:
-        return card.fits((plan.memory if ranks == 1 else plan.memory.sharded(ranks)).needed)
+        return card.fits((plan.memory if shards == 1 else plan.memory.sharded(shards)).needed)
 
     def first_that_fits(card: Card) -> tuple[str, Plan] | None:
         """Return what to type, and its plan; further alternatives are only planned where they are needed."""

@@ -15,6 +15,7 @@ from dpo_lab.reporting.figures.looks import looks_figure
 from dpo_lab.reporting.figures.reward_kl import reward_against_kl
 from dpo_lab.reporting.html_page import render
 from dpo_lab.reporting.samples import Prompt, side_by_side
+from dpo_lab.runs.examples import ExamplesError
 from dpo_lab.runs.metrics_log import MetricsLogError
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import Verdict
@@ -73,6 +74,7 @@ class Part:
     arms: Table
     seed: int | None
     prompts: Sequence[Prompt]
+    examples_note: str
     counts: Table | None
     noise: Table | None
     health: Table
@@ -96,7 +98,9 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
     judged = verdicts.decide(collection) if study else []
     logs = _MetricsLogs(collection.runs)
     curves = comparison_figures.learning(collection, logs)
-    shown = side_by_side(collection)
+    notes: list[str] = []
+    shown = side_by_side(collection, notes)
+    answers = [_answer(prediction, verdict, collection, notes) for prediction, verdict in judged]
     return Part(
         title=collection.title,
         word=verdicts.study_verdict(judged) if judged else "",
@@ -107,7 +111,7 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
         ],
         found=[each for each in (study.notes if study else "").split("\n\n") if each.strip()],
         claims=forest.claims(judged),
-        answers=[_answer(prediction, verdict, collection) for prediction, verdict in judged],
+        answers=answers,
         looks=looks_figure(collection),
         asked=comparison_figures.study_figures(collection, metrics, logs),
         paths=trajectory.paths(collection),
@@ -117,6 +121,7 @@ def _part(collection: RunSet, folder: Path, asked: Sequence[str]) -> Part:
         arms=comparison_tables.arms_table(collection, comparison.figures(collection, metrics)),
         seed=shown[0] if shown else None,
         prompts=shown[1] if shown else [],
+        examples_note=f"Values per example can't be read: {'; '.join(dict.fromkeys(notes))}" if notes else "",
         counts=comparison_tables.counts_table(collection),
         noise=comparison_tables.noise_table(collection),
         health=comparison_tables.health_table(collection),
@@ -163,9 +168,16 @@ def _about(collection: RunSet) -> list[tuple[str, str]]:
     return [(name, text) for name, text in about if text]
 
 
-def _answer(prediction: Prediction, verdict: Verdict, collection: RunSet) -> Answer:
-    """Return a prediction with its verdict. Effects keep their sign: a supported `less` lies below 0."""
-    measured, share = verdict.effect, verdicts.share_from_prompts(prediction, collection)
+def _answer(prediction: Prediction, verdict: Verdict, collection: RunSet, notes: list[str]) -> Answer:
+    """Return a prediction with its verdict. Effects keep their sign: a supported `less` lies below 0.
+
+    notes: errors of examples that can't be read are added to it.
+    """
+    measured, share = verdict.effect, None
+    try:
+        share = verdicts.share_from_prompts(prediction, collection)
+    except ExamplesError as error:
+        notes.append(str(error))
     facts = [
         ("effect", comparison.effect_text(measured, prediction.scale) if measured else "unknown"),
         ("effect of", comparison.effect_name(prediction)),
@@ -177,13 +189,12 @@ def _answer(prediction: Prediction, verdict: Verdict, collection: RunSet) -> Ans
         ("interval", verdict.interval_kind),
         ("spread from prompts", percent(share) + " of the variance between seeds" if share is not None else ""),
     ]
-    notes = comparison.verdict_notes(verdict)
     return Answer(
         prediction.description,
         verdict.word,
         prediction.primary,
         [f for f in facts if f[1]],
-        notes,
+        comparison.verdict_notes(verdict),
         _effect(prediction, measured),
     )
 

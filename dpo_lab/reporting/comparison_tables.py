@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_lab.reporting.comparison import Measured, count_text, difference_text, interval_text
 from dpo_lab.reporting.formatting import format_value
+from dpo_lab.runs.commands import command_of
 from dpo_lab.stats.text import format_p
 from dpo_lab.studies.load import recorded_jobs
 from dpo_lab.studies.run_data import RunData, RunSet
@@ -215,13 +216,11 @@ def commands_table(collection: RunSet) -> Table:
     for run in collection.runs:
         overrides = run.record.get("overrides") or overrides_of.get((run.arm, run.seed), ())
         if overrides:
-            rows.append([*words(run.arm), Cell(str(run.seed), float(run.seed)), *words(command_of(run, overrides))])
+            # a run without a record is one of a study, which only trains policies
+            command = command_of(run.record["config"]) if run.record.get("config") else "train"
+            typed = f"python -m dpo_lab.{command} {shlex.join(overrides)}"
+            rows.append([*words(run.arm), Cell(str(run.seed), float(run.seed)), *words(typed)])
     return Table("Commands of single runs", ["arm", "seed", "command"], rows)
-
-
-def command_of(run: RunData, overrides: Sequence[str]) -> str:
-    is_sft = bool(run.record.get("config")) and "loss" not in run.record["config"]
-    return f"python -m dpo_lab.{'sft' if is_sft else 'train'} {shlex.join(overrides)}"
 
 
 def provenance_table(collection: RunSet) -> Table:

@@ -32,11 +32,6 @@ class Drawing:
     zone: tuple[float, float]
     label: str
 
-    @property
-    def is_inside(self) -> bool:
-        """Whether the value itself lies within the axis."""
-        return MARGIN < self.value < WIDTH - MARGIN
-
 
 @dataclass(frozen=True)
 class Claim:

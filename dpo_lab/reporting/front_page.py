@@ -16,7 +16,7 @@ from dpo_lab.studies.run_data import RunSet
 
 MADE_BY = "dpo_lab.report"
 STYLES = ("templates/comparison.css", "templates/forest.css")
-EARLIER = re.compile(r"-(\d{4}-\d\d-\d\d)$")  # ends the name of a record whose predictions others have replaced
+EARLIER = re.compile(r"-(\d{4}-\d\d-\d\d)(-\d+)?$")  # ends the name of a record whose predictions others have replaced
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_lab.reporting.formatting import strip_control
 
-HEAD = 4096  # bytes at the start of a page that name its maker
+HEAD = 4096  # bytes at the start of a page or an image, which name its maker
 FOLDER = Path(__file__).parent
 
 
@@ -70,7 +70,9 @@ def may_be_written(file: Path, made_by: str) -> bool:
     if not file.exists():
         return True
     with file.open("rb") as opened:
-        return made_by.encode() in opened.read(HEAD)
+        head = opened.read(HEAD)
+    page = head.startswith(f"<!doctype html>\n<!-- {made_by} -->\n".encode())  # as in base.html
+    return page or (head.startswith(b"\x89PNG") and f"tEXtSoftware\0{made_by}".encode() in head)
 
 
 def _read(name: str) -> str:

@@ -11,15 +11,15 @@ from typing import Any
 
 from dpo_lab.reporting.html_page import environment
 from dpo_lab.reporting.run_summary import COLUMNS, metric_rows
+from dpo_lab.runs.commands import command_of
 from dpo_lab.runs.renamed_keys import ADDED_KEYS
 from dpo_lab.stats.estimates import Estimate
 
 
 @dataclass(frozen=True)
 class Work:
-    """How a card describes a kind of run: its command, the hub's tag, the method, the source of the data, and its unit."""
+    """How a card describes a kind of run: the hub's tag, the method, the source of the data, and its unit."""
 
-    command: str
     tag: str
     method: str
     source: str
@@ -27,11 +27,9 @@ class Work:
     task: str = "text-generation"  # as the hub names it
 
 
-BY_PAIRS = Work("train", "dpo", "preference optimization", "preference pairs", "pairs")
-BY_RESPONSES = Work("sft", "sft", "supervised fine-tuning", "the chosen responses of preference pairs", "responses")
-BY_REWARDS = replace(
-    BY_PAIRS, command="reward", tag="reward-model", method="reward modelling", task="text-classification"
-)
+BY_PAIRS = Work("dpo", "preference optimization", "preference pairs", "pairs")
+BY_RESPONSES = Work("sft", "supervised fine-tuning", "the chosen responses of preference pairs", "responses")
+BY_REWARDS = replace(BY_PAIRS, tag="reward-model", method="reward modelling", task="text-classification")
 BY_ROLLOUTS = replace(BY_PAIRS, source="responses of the policy itself to the prompts of preference pairs")
 BY_TEXTS = replace(BY_RESPONSES, source="plain texts", unit="texts")
 
@@ -71,7 +69,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         "steps": f"{record['steps']} of {batch} {work.unit}, learning rate {config['optim']['lr']}",
         "commit": (record["git"] or {}).get("commit"),
     }
-    command = f"python -m dpo_lab.{work.command} {shlex.join(record['overrides'])}"
+    command = f"python -m dpo_lab.{command_of(config)} {shlex.join(record['overrides'])}"
     card = environment().get_template("model_card.md").render(
         matter={key: Markup(json.dumps(value)) for key, value in matter.items()},  # a JSON string is a YAML one
         work=work,

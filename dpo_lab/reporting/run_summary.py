@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dpo_lab.reporting.formatting import strip_control
 from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.text import format_interval
 
@@ -78,7 +79,7 @@ def print_summary(
     for column in COLUMNS:
         table.add_column(column, justify="left" if not column else "right", overflow="fold")
     for row in metric_rows(metrics, labels):
-        table.add_row(*row)
+        table.add_row(*map(strip_control, row))
     table.add_section()
     for label, value in cost:
         table.add_row(label, "", value)
@@ -98,7 +99,7 @@ def _print_samples(console: Console, samples: Sequence[Mapping[str, str]]) -> No
     for column in head:
         side_by_side.add_column(column, ratio=1 if column == "prompt" else 2, overflow="fold")
     for row in rows:
-        side_by_side.add_row(*(text if len(text) <= SHOWN else f"{text[:SHOWN]} ..." for text in row))
+        side_by_side.add_row(*(strip_control(t if len(t) <= SHOWN else f"{t[:SHOWN]} ...") for t in row))
     console.print(side_by_side)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_lab.reporting.formatting import format_value
-from dpo_lab.runs.examples import EXAMPLES
+from dpo_lab.runs.examples import EXAMPLES, ExamplesError, rows_of
 from dpo_lab.studies.run_data import RunData, RunSet
 
 PROMPTS = 8
@@ -33,8 +32,11 @@ class Prompt:
     responses: Sequence[Response]
 
 
-def side_by_side(collection: RunSet) -> tuple[int, list[Prompt]] | None:
-    """Return the seed for which most arms have samples, and its first prompts; None if no run has samples."""
+def side_by_side(collection: RunSet, notes: list[str]) -> tuple[int, list[Prompt]] | None:
+    """Return the seed for which most arms have samples, and its first prompts; None if no run has samples.
+
+    notes: errors of examples that can't be read are added to it; their samples have no scores.
+    """
     counts = {seed: sum(_has_samples(run) for run in collection.runs if run.seed == seed) for seed in collection.seeds}
     seed = max(counts, key=counts.__getitem__, default=None)
     if seed is None or not counts[seed]:
@@ -44,7 +46,11 @@ def side_by_side(collection: RunSet) -> tuple[int, list[Prompt]] | None:
         run = collection.run(arm.name, seed)
         if run is None or not _has_samples(run):
             continue
-        scores = _scores(run)
+        try:
+            scores = _scores(run)
+        except ExamplesError as error:
+            scores = {}
+            notes.append(str(error))
         seen: set[str] = set()
         for sample in run.record["samples"]:
             prompt = str(sample["prompt"])
@@ -67,19 +73,18 @@ def _has_samples(run: RunData) -> bool:
 def _scores(run: RunData) -> dict[tuple[str, str], str]:
     """Return gold reward or judge score of a run's samples from its examples: (prompt, initial, trained or third) -> text."""
     path = Path(run.folder) / EXAMPLES
-    wanted = {str(s["prompt"]): (str(s["initial"]), str(s["trained"])) for s in run.record["samples"]}
+    wanted: dict[str, tuple[str, str]] = {}
+    for sample in run.record["samples"]:  # of one prompt the first, which is shown
+        wanted.setdefault(str(sample["prompt"]), (str(sample["initial"]), str(sample["trained"])))
     found: dict[tuple[str, str], str] = {}
     if not path.is_file():
         return found
-    with path.open("rb") as lines:
-        for line in lines:
-            if line.startswith(START):
-                row = json.loads(line)
-                texts = wanted.get(row.get("prompt"))
-                if texts == (row.get("initial_response"), row.get("response")):
-                    for who, prefix in (("initial", "initial_"), ("trained", ""), ("third", "third/")):
-                        if score := _score(row, prefix):
-                            found.setdefault((row["prompt"], who), score)
+    for row in rows_of(path, START):
+        texts = wanted.get(str(row.get("prompt")))
+        if texts == (row.get("initial_response"), row.get("response")):
+            for who, prefix in (("initial", "initial_"), ("trained", ""), ("third", "third/")):
+                if score := _score(row, prefix):
+                    found.setdefault((row["prompt"], who), score)
     return found
 
 

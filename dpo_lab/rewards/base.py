@@ -153,13 +153,12 @@ class Reward:
 
     def prepare(self, inputs: RewardInputs) -> RewardFunction:
         """Return the function that gives rewards; a collective. Raises RewardError if it can't be loaded."""
-        score = self.load(inputs)
-        if self.scale is Scale.preference:
-            return RewardFunction(score)
-        mean, sd = self.moments(score, inputs)
-        if not sd > 0:
-            raise RewardError("reward.scale=unit: all responses have the same reward; type reward.scale=preference")
-        return RewardFunction(score, mean, sd)
+        reward = RewardFunction(self.load(inputs))
+        if self.scale is Scale.unit:
+            reward.mean, reward.sd = self.moments(reward, inputs)
+            if not reward.sd > 0:
+                raise RewardError("reward.scale=unit: all responses have the same reward; type reward.scale=preference")
+        return reward
 
     def load(self, inputs: RewardInputs) -> ScoreTokens:
         """Return the function that gives scores in log-odds."""

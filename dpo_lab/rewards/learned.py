@@ -51,11 +51,14 @@ class Learned(Reward, name="learned", reads_labels=True):
             return 1e-3
         return 2e-4 if policy.has_adapters else 1e-5
 
+    @property
+    def is_given(self) -> bool:
+        """Whether the reward model is one that the user names; one in the cache is the run's own."""
+        return self.path is not None and not Path(self.path).is_relative_to(CACHE)
+
     def files(self) -> list[Path]:
-        folder = Path(self.path or CACHE)  # one in the cache is the run's own, named after what it was made from
-        if folder.is_relative_to(CACHE) or not folder.is_dir():
-            return []
-        return sorted(file for file in folder.iterdir() if file.is_file())
+        folder = Path(str(self.path))
+        return sorted(file for file in folder.iterdir() if file.is_file()) if self.is_given and folder.is_dir() else []
 
     def measured(self) -> dict[str, Any]:
         return json.loads((Path(str(self.path)) / FACTS).read_text()).get("accuracy", {})

@@ -33,14 +33,19 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_lab.errors import LabError
 from dpo_lab.runs.atomic_write import remove_leftovers, write_atomic
 
 EXAMPLES = "examples.jsonl"
+
+
+class ExamplesError(LabError, ValueError):
+    """Raised where a line of a file of examples can't be read; the message names it and says what to type."""
 
 
 class Examples:
@@ -66,16 +71,26 @@ class Examples:
 
 
 def read(path: Path) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Read a file of examples: kind -> key -> values. Raise ValueError, naming the line, if one can't be read."""
+    """Read a file of examples: kind -> key -> values. Raise ExamplesError, naming the line, if one can't be read."""
     found: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
-    with path.open() as lines:
+    for row in rows_of(path):
+        found[row.pop("kind")][row.pop("key")] = row
+    return dict(found)
+
+
+def rows_of(path: Path, start: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of examples whose lines start with `start`. Raise ExamplesError for one that is none."""
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.startswith(start):
+                continue
             try:
                 row = json.loads(line)
-                found[row.pop("kind")][row.pop("key")] = row
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}:{number}: not an example ({error}); evaluate the run again") from None
-    return dict(found)
+                if not {"kind", "key"} <= row.keys():
+                    raise ValueError("kind or key is missing")
+            except (ValueError, AttributeError) as error:
+                raise ExamplesError(f"{path}:{number}: not an example ({error}); evaluate the run again") from None
+            yield row
 
 
 @dataclass(frozen=True)

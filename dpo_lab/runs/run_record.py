@@ -30,6 +30,7 @@ OUTPUTS = Path("outputs")
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
 _BUSY = "{} is being written by another process; wait for it, or type name=another"
+RESUMED = ("identity", "seconds", "step_zero_loss", "throughput", "started")  # entries that a resumed run takes over
 LOGS = re.compile(r"\.lock|run\.log|output\.log|\.?rank-\d+\.\w+")  # files in use while a previous run is archived
 
 
@@ -119,6 +120,9 @@ class Run:
                 raise RunRefused(_refusal(self.folder, changed))
             _archive_previous(self.folder)
             self.resumes = False
+            for name in (*RESUMED, "steps", "attempts"):  # of the archived attempt
+                self.record.pop(name, None)
+            self.record["started"] = now()
         self.update(identity=was | identity)
 
 
@@ -218,11 +222,7 @@ def _refusal(folder: Path, changed: Sequence[str]) -> str:
 
 def _resumed_entries(earlier: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries that a resumed run's record takes over from its earlier attempts."""
-    entries = {
-        name: earlier[name]
-        for name in ("identity", "seconds", "step_zero_loss", "throughput", "started")
-        if name in earlier
-    }
+    entries = {name: earlier[name] for name in RESUMED if name in earlier}
     old_steps, new_steps = (each["config"]["trainer"]["max_steps"] for each in (earlier, record))
     if "steps" in earlier and old_steps == new_steps:
         entries["steps"] = earlier["steps"]  # training had finished
@@ -271,8 +271,8 @@ def _commit(folder: Path, record: Mapping[str, Any]) -> None:
 def _archive_previous(folder: Path) -> None:
     """Move what an earlier run left to `earlier-N` inside the folder."""
     left = [p for p in folder.iterdir() if not (LOGS.fullmatch(p.name) or p.name.startswith("earlier-"))]
-    aside = folder / f"earlier-{1 + sum(p.name.startswith('earlier-') for p in folder.iterdir())}"
-    aside.mkdir()
+    numbers = [int(p.name.removeprefix("earlier-")) for p in folder.iterdir() if re.fullmatch(r"earlier-\d+", p.name)]
+    (aside := folder / f"earlier-{1 + max(numbers, default=0)}").mkdir()
     for path in left:
         os.replace(path, aside / path.name)
 

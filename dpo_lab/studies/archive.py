@@ -7,6 +7,7 @@ not hold curves, samples or single examples.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -68,7 +69,10 @@ def write(collection: RunSet, folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and (earlier := read(path)).study is not None and _digest_of(earlier) != _digest_of(collection):
         day = max((str(run.record.get("started") or "")[:10] for run in earlier.runs), default="")
-        path.rename(path.with_name(f"{path.stem}-{day or 'earlier'}.json"))
+        names = (
+            f"{path.stem}-{day or 'earlier'}{again}.json" for again in ("", *(f"-{n}" for n in itertools.count(2)))
+        )
+        path.rename(next(kept for name in names if not (kept := path.with_name(name)).exists()))
     write_atomic(path, text(record))
     return path
 

@@ -241,7 +241,8 @@ def _shorten(names: Iterable[str], at_most: int = 3) -> str:
 
 
 def assemble(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequence[RunData]) -> RunSet:
-    """Return a study's runs, every arm x seed, each marked by whether it started after the predictions were registered.
+    """Return a study's runs, every arm x seed, each marked by whether it started after the predictions were registered, which
+    those of a baseline that is only compared with need not.
 
     record: holds the `registrations`; the last one of the study's current version counts. A study that adds seeds until it
     is decided has only the runs that it planned: an arm gets no further seed once its predictions are decided.
@@ -253,7 +254,9 @@ def assemble(study: Study, folder: Path, record: Mapping[str, Any], runs: Sequen
     places = [(arm.name, seed) for arm in study.arms for seed in study.seeds]
     planned = found if runs and record.get("stopping") else places
     jobs = [found.get(place, RunData(folder, *place)) for place in places if place in planned]
-    marked = [replace(run, is_confirmatory=run.arm == study.baseline or _is_after(run, since)) for run in jobs]
+    measured = {arm.name for prediction in study.predictions for arm in study.members(prediction.treatment)}
+    exempt = {study.baseline} - measured
+    marked = [replace(run, is_confirmatory=run.arm in exempt or _is_after(run, since)) for run in jobs]
     return RunSet(study.title, folder, study.arms, study.seeds, marked, study.baseline, study, record)
 
 

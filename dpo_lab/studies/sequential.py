@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-ALPHA = 0.05
+from dpo_lab.stats import paired_tests
+from dpo_lab.stats.estimates import Estimate
+
+ALPHA = paired_tests.ALPHA
 
 
 def log_e_values(effects: Sequence[float] | np.ndarray, null: float = 0.0, g: float = 1.0) -> np.ndarray:
@@ -100,6 +104,18 @@ def share_confidence_sequence(occurred: Sequence[float], level: float = 0.95) ->
     low = optimize.brentq(excess, 1e-12, share) if share > 0 else 0.0
     high = optimize.brentq(excess, share, 1 - 1e-12) if share < 1 else 1.0
     return float(low), float(high)  # pyright: ignore[reportArgumentType]
+
+
+def tested(effects: Sequence[float], anytime: bool) -> tuple[Estimate, float | None]:
+    """Return the mean of effects over seeds with its interval, and p; None where one seed, or equal ones, give none.
+
+    anytime: whether they have to stay valid after any look; else they are Student's t.
+    """
+    effect = paired_tests.paired(effects)
+    if not anytime or (len(effects) > 1 and paired_tests.is_constant(effects)):
+        return effect, paired_tests.p_value(effects)
+    low, high = confidence_sequence(effects)
+    return replace(effect, interval=(low, high) if math.isfinite(high) else None), p_value(effects)
 
 
 def is_skewed(effects: Sequence[float]) -> bool:

@@ -15,15 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from dpo_lab.stats import paired_tests
-from dpo_lab.stats.estimates import Estimate, mean
+from dpo_lab.stats.estimates import Estimate
 from dpo_lab.stats.paired_tests import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict
 from dpo_lab.studies import sequential
+from dpo_lab.studies.arm_differences import Comparison, by_prompt, share_from_prompts, versus_baseline
 from dpo_lab.studies.effects import check, describe, effect_per_seed
-from dpo_lab.studies.run_data import RunData, RunSet
-from dpo_lab.studies.scales import Scale, as_told, mean_over_seeds, paired_difference
+from dpo_lab.studies.run_data import RunSet
+from dpo_lab.studies.scales import mean_over_seeds
 from dpo_lab.studies.seed_effects import SeedEffects, arms_of, is_anytime, seed_effects
 from dpo_lab.studies.spec import Direction, Measure, Missing, Prediction
 
@@ -48,18 +48,6 @@ COUNTED = "memory/"  # metrics counted in bytes: exact, the same in every seed
 FIXED, ANYTIME, EXACT, EXACT_SHARE = "t, fixed seeds", "anytime-valid", "exact count", "exact binomial, fixed seeds"
 
 
-class Comparison(NamedTuple):
-    """An arm's mean over seeds and its difference to the baseline: None for the baseline, and where no seed is shared.
-
-    scale: of the difference, which is a factor if that is log; p: Holm-corrected over arms.
-    """
-
-    mean: Estimate
-    difference: Estimate | None = None
-    p: float | None = None
-    scale: Scale = Scale.plain
-
-
 def decide(collection: RunSet) -> list[tuple[Prediction, Verdict]]:
     """Return a verdict for every prediction of a study. Raises ValueError if the runs belong to no study.
 
@@ -71,17 +59,23 @@ def decide(collection: RunSet) -> list[tuple[Prediction, Verdict]]:
     if study is None:
         raise ValueError(f"{collection.title}: not a study, so it has no predictions")
     known = [seed_effects(prediction, collection) for prediction in study.predictions]
+    is_over = is_anytime(collection.record) or not any(
+        each.going for each in known
+    )  # a look waits for its own runs alone
     is_complete = study.missing is Missing.left_out or not any(each.absent for each in known)
     cases = {}
     for side in (0,) if is_complete else (0, -1, 1):
         measured = [_measured(*each, side) for each in zip(study.predictions, known, strict=True)]
         corrected = _holm(study.predictions, measured)
-        cases[side] = [_with_word(*each) for each in zip(study.predictions, known, measured, corrected, strict=True)]
+        each_one = zip(study.predictions, known, measured, corrected, strict=True)
+        cases[side] = [_with_word(*each, is_over) for each in each_one]
     by_prediction = [dict(zip(cases, each, strict=True)) for each in zip(*cases.values(), strict=True)]
-    return [
-        (prediction, _combined(study.missing, of_seeds, of_cases))
-        for prediction, of_seeds, of_cases in zip(study.predictions, known, by_prediction, strict=True)
-    ]
+    judged = []
+    for prediction, of_seeds, of_cases in zip(study.predictions, known, by_prediction, strict=True):
+        verdict = _combined(study.missing, of_seeds, of_cases)
+        notes = [note for note in (verdict.note, _unequal_groups(prediction, collection)) if note]
+        judged.append((prediction, replace(verdict, note="; ".join(notes))))
+    return judged
 
 
 def study_verdict(judged: Sequence[tuple[Prediction, Verdict]]) -> str:
@@ -102,80 +96,6 @@ def claims_text(judged: Sequence[tuple[Prediction, Verdict]]) -> str:
     return ", ".join([first, *others]) if words else "no claim"
 
 
-def versus_baseline(collection: RunSet, metric: str) -> dict[str, Comparison]:
-    """Return, for each arm that measured the metric: its mean over seeds, and its difference to the baseline, paired by
-    seed, with p Holm-corrected over arms.
-
-    Ratio quantities have geometric means and their differences are factors, unless a value is at or below 0.
-    """
-    base = collection.values(collection.baseline, metric) if collection.baseline else {}
-    table: dict[str, Comparison] = {}
-    ps: dict[str, float] = {}
-    for arm in collection.arms:
-        values = collection.values(arm.name, metric)
-        if not values:
-            continue
-        level = mean_over_seeds(metric, list(values.values()))
-        shared = [seed for seed in values if seed in base and arm.name != collection.baseline]
-        if not shared:
-            table[arm.name] = Comparison(level)
-            continue
-        scale, apart = paired_difference(metric, [values[seed] for seed in shared], [base[seed] for seed in shared])
-        table[arm.name] = Comparison(level, as_told(scale, paired_tests.paired(apart)), None, scale)
-        if (p := paired_tests.p_value(apart)) is not None:
-            ps[arm.name] = p
-    for arm, p in zip(ps, paired_tests.holm(list(ps.values())), strict=True):
-        table[arm] = table[arm]._replace(p=p)
-    return table
-
-
-def by_prompt(run: RunData, baseline: RunData, column: str = "gold") -> Estimate | None:
-    """Return the difference of a column of `examples.jsonl` between two runs of one seed, paired by prompt, with a
-    bootstrap over prompts; it does not include variation between seeds. None if fewer than 50 prompts have it in both
-    runs.
-    """
-    apart = _by_prompt(run, baseline, column)
-    if len(apart) < paired_tests.CLUSTERS:
-        return None
-    prompts = [prompt for prompt, differences in apart.items() for _ in differences]
-    return paired_tests.cluster_bootstrap([each for differences in apart.values() for each in differences], prompts)
-
-
-def share_from_prompts(prediction: Prediction, collection: RunSet) -> float | None:
-    """Return the part of the variance between seeds of a difference in gold reward that comes from the finite number of
-    prompts, which more prompts would reduce.
-
-    None for other predictions, and unless two seeds or more have values by prompt of both arms.
-    """
-    arms = [collection.members(named) for named in (prediction.treatment, prediction.control)]
-    if prediction.metric != "gold_gain" or prediction.measure is not Measure.difference or prediction.matched_on:
-        return None
-    if any(len(members) != 1 for members in arms):
-        return None
-    effects, variances = [], []
-    for seed in collection.seeds:
-        left, right = (collection.run(members[0].name, seed) for members in arms)
-        apart = _by_prompt(left, right, "gold") if left and right else {}
-        if len(apart) > 1:
-            estimate = mean(math.fsum(each) / len(each) for each in apart.values())
-            effects.append(estimate.value)
-            variances.append((estimate.se or 0.0) ** 2)
-    if len(effects) < 2 or paired_tests.is_constant(effects):
-        return None
-    between = math.fsum((effect - mean(effects).value) ** 2 for effect in effects) / (len(effects) - 1)
-    return min(1.0, math.fsum(variances) / len(variances) / between)
-
-
-def _by_prompt(run: RunData, baseline: RunData, column: str) -> dict[str, list[float]]:
-    """Return the differences of a column of `examples.jsonl` between two runs, by prompt; a repeated prompt has several."""
-    ours, theirs = (each.examples().get("prompt", {}) for each in (run, baseline))
-    found: dict[str, list[float]] = {}
-    for key in ours:
-        if key in theirs and None not in (ours[key].get(column), theirs[key].get(column)):
-            found.setdefault(key.partition("#")[0], []).append(ours[key][column] - theirs[key][column])
-    return found
-
-
 def _measured(prediction: Prediction, of: SeedEffects, side: int) -> Verdict:
     """Return a verdict with effect and p; its word is set by `_with_word`. side: 0 leaves absent seeds out, -1 counts
     them against the prediction, 1 in its favour.
@@ -186,19 +106,16 @@ def _measured(prediction: Prediction, of: SeedEffects, side: int) -> Verdict:
         return replace(verdict, note="not measured")
     if of.is_yes_no:
         return _share(prediction, verdict, [value + prediction.value for value in values], of.is_anytime)
-    effect = paired_tests.paired(values)
+    effect, p = sequential.tested(values, of.is_anytime)
     if len(values) > 1 and paired_tests.is_constant(values):
         if prediction.metric.startswith(COUNTED):
             exact = Estimate(effect.value, None, n, (effect.value, effect.value))
             return replace(verdict, effect=exact, note="exact count, equal for every seed", interval_kind=EXACT)
         return replace(verdict, effect=effect, note="zero variance between seeds, so no interval")
-    if of.is_anytime:
-        low, high = sequential.confidence_sequence(values)
-        effect = replace(effect, interval=(low, high) if math.isfinite(high) else None)
-        skew = "effects are skewed over seeds, which can break the interval" if sequential.is_skewed(values) else ""
-        return replace(verdict, effect=effect, p=sequential.p_value(values), note=skew, interval_kind=ANYTIME)
     note = "one seed" if n == 1 else ""
-    return replace(verdict, effect=effect, p=paired_tests.p_value(values), note=note, interval_kind=FIXED)
+    if of.is_anytime:
+        note = "effects are skewed over seeds, which can break the interval" if sequential.is_skewed(values) else ""
+    return replace(verdict, effect=effect, p=p, note=note, interval_kind=ANYTIME if of.is_anytime else FIXED)
 
 
 def _share(prediction: Prediction, verdict: Verdict, occurred: Sequence[float], anytime: bool) -> Verdict:
@@ -215,20 +132,41 @@ def _share(prediction: Prediction, verdict: Verdict, occurred: Sequence[float], 
     return replace(verdict, effect=effect, p=p, interval_kind=kind)
 
 
+def _unequal_groups(prediction: Prediction, collection: RunSet) -> str:
+    """Return a note on a difference of areas under the frontiers of groups of unequal size, else an empty text."""
+    if prediction.measure is not Measure.area or prediction.control is None:
+        return ""
+    counts = [len(collection.members(named)) for named in (prediction.treatment, prediction.control)]
+    if counts[0] == counts[1]:
+        return ""
+    return f"{counts[0]} arms against {counts[1]}: a frontier of more arms can only be higher"
+
+
 def _holm(predictions: Sequence[Prediction], found: Sequence[Verdict]) -> list[tuple[float | None, int]]:
-    """Return for each prediction its p, corrected over its family, and the number of tests of that family."""
+    """Return for each prediction its p, corrected over its family, and the number of tests of that family.
+
+    A test without p, say because an arm failed, stays in its family as one of p 1: else a broken arm would make the other
+    claims easier. Exact counts, which need no p, are left out.
+    """
     every = range(len(predictions))
     adjusted: dict[int, tuple[float | None, int]] = {}
     for family in (every, [number for number in every if predictions[number].primary]):
         tests = [number for number in family if predictions[number].direction is not Direction.same]
-        ps = {number: p for number in tests if (p := found[number].p) is not None}
+        ps = {number: found[number].p for number in tests if found[number].interval_kind != EXACT}
+        corrected = paired_tests.holm([1.0 if p is None else p for p in ps.values()])
         adjusted |= {number: (None, len(tests)) for number in family}
-        adjusted |= {number: (p, len(tests)) for number, p in zip(ps, paired_tests.holm([*ps.values()]), strict=True)}
+        adjusted |= {
+            number: (None if ps[number] is None else p, len(tests)) for number, p in zip(ps, corrected, strict=True)
+        }
     return [adjusted[number] for number in every]
 
 
-def _with_word(prediction: Prediction, of: SeedEffects, found: Verdict, corrected: tuple[float | None, int]) -> Verdict:
-    """Return a verdict with its word and notes. corrected: p, and the number of tests it is corrected for."""
+def _with_word(
+    prediction: Prediction, of: SeedEffects, found: Verdict, corrected: tuple[float | None, int], is_over: bool
+) -> Verdict:
+    """Return a verdict with its word and notes. corrected: p, and the number of tests it is corrected for; is_over: whether
+    all runs have ended whose p values it is corrected with.
+    """
     p_holm, tests = corrected
     total = len(of.seeds)
     notes = [found.note] if found.note else []
@@ -238,7 +176,7 @@ def _with_word(prediction: Prediction, of: SeedEffects, found: Verdict, correcte
     if effect is not None and effect.se is not None and effect.n and found.interval_kind == FIXED:
         alpha = paired_tests.ALPHA if prediction.direction is Direction.same else paired_tests.ALPHA / tests
         detectable = paired_tests.min_detectable_effect(effect.se * math.sqrt(effect.n), effect.n, alpha=alpha)
-    is_enough = not of.going and 2 * len(of.effects) >= total
+    is_enough = is_over and not of.going and 2 * len(of.effects) > total
     word = _word(prediction, effect, p_holm) if effect is not None and is_enough else INCONCLUSIVE
     return replace(found, word=word, p_holm=p_holm, detectable=detectable, note="; ".join(notes))
 
@@ -250,7 +188,7 @@ def _combined(rule: Missing, of: SeedEffects, cases: Mapping[int, Verdict]) -> V
     either side.
     """
     found = cases[0]
-    if len(cases) == 1 or not of.absent or found.effect is None:
+    if len(cases) == 1 or found.effect is None:
         return found
     words = {verdict.word for verdict in cases.values()}
     each = (
@@ -258,6 +196,8 @@ def _combined(rule: Missing, of: SeedEffects, cases: Mapping[int, Verdict]) -> V
         f" {cases[1].word} with them in its favour"
     )
     told = f"{found.note} ({rule.value}): {each if len(words) > 1 else f'{found.word} however they count'}"
+    if not of.absent:  # its p is corrected with those of predictions that have missing seeds
+        told = found.note
     if rule is Missing.worst:
         return replace(cases[-1], note=told)
     intervals = [verdict.effect.interval for verdict in cases.values() if verdict.effect and verdict.effect.interval]

@@ -73,11 +73,15 @@ def run_job(module: str, settings: RunConfig, is_done: Callable[[], bool] | None
                 raise_if_stopping(sweep)  # it may have waited long for free GPUs
                 code = _wait(_start(module, None if on_gpu else imported, variables, log), sweep)
             status, error = _ending(folder, before, code, is_done)
+            if status == "failed" and code < 0 and (asked := _stop_signal(sweep)) is not None:
+                status = StopSignal(asked).status  # it was killed because it did not end in time
         except StopSignal as stopped:
             status, error = stopped.status, f"stopped by {stopped}"
             raise
         except Exception as failure:
             error = first_line(failure)
+            if (asked := _stop_signal(sweep)) is not None:  # so that it was not started
+                status = StopSignal(asked).status
             raise
         finally:
             write_line(log, f"{status}: {error}" if error else status)

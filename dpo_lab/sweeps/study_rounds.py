@@ -86,14 +86,19 @@ def _look(collection: RunSet) -> dict[str, Any]:
     """Return what one look at the runs said: of each prediction the effect, its interval, e value, p and verdict."""
     entries = []
     for prediction, verdict in decide(collection):
-        effects, effect = seed_effects(prediction, collection).effects, verdict.effect
+        of, effect = seed_effects(prediction, collection), verdict.effect
+        effects = [*of.effects.values()]
+        e = sequential.e_value(effects, 0.0)
+        if of.is_yes_no and effects:
+            occurred = [value + prediction.value for value in effects]
+            e = math.exp(float(sequential.share_log_e_values(occurred, prediction.value)[-1]))
         entries.append(
             {
                 "prediction": prediction.description,
                 "n": len(effects),
                 "effect": _finite(effect.value) if effect else None,
                 "interval": [_finite(end) for end in effect.interval] if effect and effect.interval else None,
-                "e": _finite(sequential.e_value([*effects.values()], 0.0)),
+                "e": _finite(e),
                 "p": verdict.p,
                 "p_holm": verdict.p_holm,
                 "verdict": verdict.word,

@@ -131,9 +131,16 @@ class StudyRun:
     def register(self) -> None:
         """Record the study's predictions before the first run.
 
-        Earlier registrations are kept; a changed study is registered in addition, with its own time.
+        Earlier registrations are kept; a changed study is registered in addition, with its own time. Raises StudyError for
+        fixed seeds where the study has added seeds before, whose looks would be lost.
         """
-        registered = self._earlier().get("registrations", [])
+        earlier = self._earlier()
+        if "stopping" in earlier and not self.adds_seeds:
+            raise StudyError(
+                f"{self.folder}: this study adds seeds until it is decided; type until=decided to go on with it, or move"
+                f" {self.folder / RECORD} away, which leaves the runs unchanged"
+            )
+        registered = earlier.get("registrations", [])
         digest = self.study.digest(self._record.get("stopping"))
         if not registered or registered[-1]["digest"] != digest:
             registered = [*registered, {"digest": digest, "at": now()}]

@@ -56,18 +56,21 @@ class StudySweeper(JobSweeper):
         if self.only_plan:
             show_outlook(console, jobs, [*self._own.items()])
             sys.exit(0)
-        for study in self.beside:
-            study.register_first()
-        for study, own in self._own.items():
-            study.register()
-            study.write_status("running", [(job, None) for job in own])
-        code, outcomes = self.run(jobs, console, self._more if self._left else None)
+        code, outcomes = self.run(jobs, console, self._more if self._left else None, self._register)
         for study in self.studies:
             results = self._results(study, outcomes)
             is_done = all(outcome is not None and outcome.status == "done" for _, outcome in results)
             is_done &= study not in self._left
             study.write_status("done" if is_done else "failed" if code == 1 else "stopped", results)
         sys.exit(code)
+
+    def _register(self) -> None:
+        """Register all predictions before the first run."""
+        for study in self.beside:
+            study.register_first()
+        for study, own in self._own.items():
+            study.register()
+            study.write_status("running", [(job, None) for job in own])
 
     def _grow(self, by_round: bool) -> None:
         """Add a round's seeds to the studies that are left; in the first round they may have them already."""

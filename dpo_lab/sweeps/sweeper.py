@@ -88,15 +88,17 @@ class JobSweeper(Sweeper):
         jobs: list[plan.Job],
         console: Console,
         more: Callable[[Sequence[Outcome]], list[plan.Job]] | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> tuple[int, list[Outcome]]:
         """Run the jobs that are not done, then those that `more` adds; return the exit code and each job's outcome.
 
         more(outcomes of all jobs so far): called after each round of jobs, until it returns no job. If a signal comes first,
-        the code is 128 + signal even if all jobs so far are done.
+        the code is 128 + signal even if all jobs so far are done. begin(): called when no other sweep has these jobs any more.
         """
         sweep, started, error = SweepFolder(jobs[0].sweep), now(), None
         ended: list[Outcome] = []
         with sweep.lock(), StopRequest() as request:
+            begin()
             while jobs:
                 statuses = plan.each(jobs, plan.Job.run_status)
                 todo = [job for job, status in zip(jobs, statuses, strict=True) if status is not RunStatus.done]

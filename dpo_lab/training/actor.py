@@ -28,6 +28,7 @@ from dpo_lab.models.sampling import sample
 from dpo_lab.models.sharding import device_of, own_passes
 from dpo_lab.models.trial import draws_exactly
 from dpo_lab.rewards.base import ScoreTokens
+from dpo_lab.training.nonfinite import NotFinite
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -39,7 +40,7 @@ class Actor:
 
     reference: a ReferenceLogps with `of_tokens`, which the KL divergence is measured from; gold: the task's reward, None if
     there is none; context: the autocast context of forward passes; longest: the length limit of responses, in tokens;
-    tokens: of a forward pass; batch_size: samples that are generated together.
+    tokens: of a forward pass; batch_size: samples that are generated together; source: the name of the reward.
     """
 
     model: PreTrainedModel
@@ -53,6 +54,7 @@ class Actor:
     reference: Any = None
     critic: Critic | None = None
     batch_size: int = 512
+    source: str = ""
 
     def roll_out(self, keys: Sequence[str], prompts: Sequence[Tokens], seed: int) -> Rollouts:
         """Sample `method.samples` responses to each prompt, with random numbers from the seed, and measure them."""
@@ -72,6 +74,7 @@ class Actor:
         responses = [found.tokens for found in samples]
         stopped = torch.tensor([found.stopped for found in samples])
         rewards = torch.from_numpy(np.asarray(self.reward(repeated, responses), np.float32))
+        self._check(rewards, repeated)
         rewards = rewards - self.method.missing_end_penalty * ~stopped
         gold = torch.full_like(rewards, torch.nan)
         if self.gold is not None:
@@ -88,6 +91,16 @@ class Actor:
         if not isinstance(self.method, PolicyGradient):
             return rollouts
         return self._measure(rollouts, torch.tensor([logp for found in samples for logp in found.logps]))
+
+    def _check(self, rewards: Float[Tensor, " samples"], prompts: Sequence[Tokens]) -> None:
+        """Raise NotFinite if a reward is not finite."""
+        if len(bad := torch.nonzero(~rewards.isfinite())):
+            at = int(bad[0])
+            prompt = self.encoder.prompt_text(list(prompts[at]))
+            raise NotFinite(
+                f"reward={self.source}: {len(bad)} of {len(rewards)} rewards are not finite; that of a response to"
+                f" {prompt[:80]!r} is {rewards[at].item()}. Type another reward="
+            )
 
     @property
     def measures_policy(self) -> bool:

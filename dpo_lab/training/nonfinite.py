@@ -15,7 +15,7 @@ from dpo_lab.training.checkpoint_io import by_step
 
 
 class NotFinite(RunFailed):
-    """Raised where a loss, a gradient or a weight is NaN or infinite, before it is applied or saved."""
+    """Raised where a reward, a loss, a gradient or a weight is NaN or infinite, before it is applied or saved."""
 
 
 def nonfinite_pairs(

@@ -193,16 +193,16 @@ class FreshPairs(OnlineDataModule):
         generator = torch.Generator().manual_seed(derive_seed(self.seed, f"annotator/{number}"))
         sides = torch.stack(self.method.choose(rollouts.rewards, generator), 1).tolist()
         streams = rollouts.tokens.split(rollouts.sizes)
-        pairs, gaps = [], []
+        pairs, gaps, golds = [], [], []
         for at in prompts:
             prompt, *responses = (part.numpy() for part in streams[at].split(rollouts.lengths[at].tolist()))
             chosen, rejected = sides[at]
-            gold, reward = (float(x[at, chosen] - x[at, rejected]) for x in (rollouts.gold, rollouts.rewards))
+            for found, values in ((gaps, rollouts.rewards), (golds, rollouts.gold)):
+                found.append(float(values[at, chosen] - values[at, rejected]))
             key = content_hash([rollouts.keys[at], number, at])
-            pairs.append(EncodedPair(key, prompt, responses[chosen], responses[rejected], gold))
-            gaps.append(reward)
-        table = self.loss.prepare(PairTable.of(pairs, gaps))
-        return collate([table[place] for place in mine])
+            pairs.append(EncodedPair(key, prompt, responses[chosen], responses[rejected]))
+        table = self.loss.prepare(PairTable.of(pairs, gaps))  # without gold, which a loss of scores would take
+        return collate([replace(table[place], gold_margin=golds[place]) for place in mine])
 
 
 class _Batches:

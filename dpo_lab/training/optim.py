@@ -67,10 +67,17 @@ class Optim:
         if self.kind is not OptimKind.adamw and find_spec("bitsandbytes") is None:
             raise ValueError(f"optim.kind={self.kind.value} needs bitsandbytes; type pip install 'dpo_lab[quantized]'")
 
-    def check(self, trains_16_bits: bool, is_sharded: bool) -> None:
-        """Raise ValueError if the optimizer can't train weights kept in 16 bits, or sharded over ranks."""
+    def check(self, trains_16_bits: bool, is_sharded: bool, scales_gradients: bool = False) -> None:
+        """Raise ValueError if the optimizer can't train weights kept in 16 bits, or sharded over ranks, or with gradients
+        that are scaled (precision 16-mixed), which only torch's fused optimizer takes where they are clipped before its step.
+        """
         if self.kind is OptimKind.adamw:
             return
+        if scales_gradients:
+            raise ValueError(
+                f"optim.kind={self.kind.value}: it takes no scaled gradients; type trainer.precision=bf16-mixed, or"
+                " optim.kind=adamw"
+            )
         if trains_16_bits:
             raise ValueError(
                 f"optim.kind={self.kind.value}: weights kept in 16 bits need the float32 master copies of"

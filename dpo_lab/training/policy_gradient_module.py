@@ -56,14 +56,15 @@ class PolicyGradientModule(DPOModule):
 
     def part_loss(self, part: Rollouts) -> Tensor:  # type: ignore[override]
         loss, logps = rollout_loss(self.model, part, self.method.loss)
-        errors = None
+        of_critic, errors = loss.new_zeros(()), None
         if self.critic is not None:
             assert isinstance(self.method, PPO)
             values = self.critic(part.tokens, part.lengths)
-            loss = loss + self.method.value_loss(values, part).sum()
+            of_critic = self.method.value_loss(values, part).sum()
             errors = (values.detach() - part.returns).square()
-        self.train_metrics.update(loss.detach(), self.method.log_ratios(logps, part), errors, part, self.method.clip)
-        return loss
+        losses = torch.stack((loss.detach(), of_critic.detach()))
+        self.train_metrics.update(losses, self.method.log_ratios(logps, part), errors, part, self.method.clip)
+        return loss + of_critic
 
     def clip_gradients_to_norm(self) -> Tensor:
         norm = super().clip_gradients_to_norm()
@@ -79,7 +80,7 @@ class PolicyGradientModule(DPOModule):
 
 class PolicyGradientMetrics(FixedDtypeMetric):
     """Means over response tokens: how far the policy has moved since sampling, the share of ratios that are clipped, the
-    critic's error; and the mean loss of a response. Sums are summed over batches and ranks.
+    critic's error; and the mean losses of a response, of policy and critic apart. Sums are summed over batches and ranks.
     """
 
     sums: Tensor
@@ -87,20 +88,22 @@ class PolicyGradientMetrics(FixedDtypeMetric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("squares", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, loss: Tensor, log_ratios: Tensor, errors: Tensor | None, part: Rollouts, clip: float) -> None:
-        """Add a micro-batch. loss: the sum of its losses; log_ratios: see PolicyGradient; errors: squared, of the critic."""
+    def update(self, losses: Tensor, log_ratios: Tensor, errors: Tensor | None, part: Rollouts, clip: float) -> None:
+        """Add a micro-batch. losses: the sums of those of policy and critic, [2]; log_ratios: see PolicyGradient; errors:
+        squared, of the critic.
+        """
         is_clipped = clipped_share(log_ratios, part.advantages, clip)
         moved = k2(log_ratios)  # of the policy of now and the one that sampled
         sums = [
-            loss,
-            loss.new_tensor(part.rewards.numel()),
+            *losses,
+            losses.new_tensor(part.rewards.numel()),
             is_clipped.sum(),
             moved.sum(),
-            loss.new_tensor(len(log_ratios)),
+            losses.new_tensor(len(log_ratios)),
         ]
         self.sums += torch.stack([each.double() for each in sums])
         if errors is not None:
@@ -108,10 +111,11 @@ class PolicyGradientMetrics(FixedDtypeMetric):
             self.squares += torch.stack((errors.double().sum(), returns.sum(), returns.square().sum()))
 
     def compute(self) -> dict[str, float]:
-        loss, responses, clipped, moved, tokens = self.sums.tolist()
+        loss, of_critic, responses, clipped, moved, tokens = self.sums.tolist()
         found = {"policy_loss": loss / responses, "ratio/clipped": clipped / tokens, "ratio/kl": moved / tokens}
         error, total, squares = self.squares.tolist()
         variance = squares / tokens - (total / tokens) ** 2
         if squares:
             found |= {"critic/error": error / tokens, "critic/explained": 1 - error / tokens / max(variance, 1e-12)}
+            found["critic/loss"] = of_critic / responses
         return found

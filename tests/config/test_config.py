@@ -104,6 +104,13 @@ def test_settings_are_the_objects_that_run():
     assert settled("+ablation=simpo", "beta=5").loss == SimPO(5.0, 1.0)  # the command line beats the ablation
 
 
+@pytest.mark.parametrize("loss", ["cpo", "slic", "sft"])
+def test_a_loss_of_the_policy_alone_takes_no_term_of_length(loss):
+    with pytest.raises(schema.ConfigError, match=f"loss={loss} takes .* type loss={loss} reference=uniform"):
+        settled(f"loss={loss}", "reference=uniform_tokens")
+    settled("loss=simpo", "reference=uniform_tokens")  # where it cancels
+
+
 def test_a_record_tells_losses_of_the_same_fields_apart():
     kinds = {recorded(f"loss={name}")["loss"]["kind"] for name in ("dpo", "hinge", "ipo", "ipo_mean")}
     assert kinds == {"dpo", "hinge", "ipo", "ipo_mean"}

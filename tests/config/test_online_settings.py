@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_lab.config.reward_model import reward_model_run
+from dpo_lab.config.reward_model import reward_model_run, with_reward_model
 from dpo_lab.config.schema import validate
+from dpo_lab.runs.cache import CACHE
 from dpo_lab.runs.renamed_keys import present_config
 from tests.support.configs import composed, recorded, settled
 
@@ -14,6 +15,11 @@ from tests.support.configs import composed, recorded, settled
     ("overrides", "message"),
     [
         ("method=rloo reward=gold noise=symmetric", r"noise: reward=gold reads no label .* type noise=none"),
+        (
+            "method=rloo reward=learned reward.path=mine noise=symmetric",
+            r"noise: reward.path=mine reads no label .* type noise=none, or leave reward.path= out",
+        ),
+        ("method=rloo loss.beta=0.5", r"loss.beta=0.5: method=rloo trains with method.beta=0.1; .* type beta=0.1"),
         ("method=rloo loss=ipo", r"loss: method=rloo trains without a loss of pairs; leave loss= out"),
         ("method=ppo +ablation=hinge", r"loss: method=ppo trains without a loss of pairs"),
         ("method=grpo reward=judge", r"reward=judge: no judge is set; type evals.judge.path=FOLDER"),
@@ -24,6 +30,11 @@ from tests.support.configs import composed, recorded, settled
 def test_what_does_not_fit_is_refused(overrides, message):
     with pytest.raises(Exception, match=message):
         settled(*overrides.split())
+
+
+def test_label_noise_fits_the_reward_model_that_was_made_for_the_run():
+    config = settled("method=rloo", "reward=learned", "noise=symmetric", "noise.rate=0.2")
+    assert with_reward_model(config, CACHE / "reward-1").reward.reads_labels
 
 
 def test_the_defaults_of_all_methods_fit():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dpo_lab.core.losses import (
+    AOT,
     BCO,
     CPO,
     DPO,
@@ -31,7 +32,7 @@ from dpo_lab.core.losses import (
     Mix,
     SLiC,
 )
-from dpo_lab.core.losses.base import Divergence
+from dpo_lab.core.losses.base import Divergence, Weighting
 from dpo_lab.core.metrics import LABELLED, pair_values
 from dpo_lab.core.pairs import PairLogps
 from tests.support.losses import make_loss
@@ -136,6 +137,10 @@ def test_a_mixture_has_what_its_terms_have():
     )
 
 
+def test_a_mixture_without_terms_of_whole_steps_weighs_pairs():
+    assert Mix(terms={"dpo": 1, "sft": 0.1}, weighting=Weighting.wpo).weighs_pairs
+
+
 def test_the_running_means_of_a_mixture_are_its_terms_own():
     mix = Mix(0.5, terms={"dpo": 1, "bco": 1, "beta_dpo": 1}, settings={"bco": {"momentum": 0.5}})
     first, second = mix.statistic(POLICY, REFERENCE), mix.statistic(REFERENCE, REFERENCE)
@@ -220,6 +225,8 @@ def test_alpha_lies_between_the_two_kl_divergences():
 @pytest.mark.parametrize("margin", [1e4, -1e4])
 def test_divergences_stay_finite(name, divergence, margin):
     chosen, zero, one = torch.tensor([margin], requires_grad=True), torch.zeros(1), torch.ones(1)
+    if name == "aot" and divergence is not Divergence.reverse_kl:
+        return  # which is refused
     loss = make_loss(name, divergence=divergence)
     value = loss(PairLogps(chosen, zero, one, one), PairLogps(zero, zero, one, one, score_gap=zero))
     (gradient,) = torch.autograd.grad(value.sum(), chosen)
@@ -237,6 +244,12 @@ def test_another_divergence_does_not_determine_the_loss_by_the_margin():
     [
         (lambda: DPO(divergence=Divergence.alpha, divergence_alpha=0), "loss.divergence_alpha"),
         (lambda: CPO(divergence=Divergence.js), "loss.divergence=js: this loss has no reference"),
+        (lambda: AOT(divergence=Divergence.js), "loss.divergence=js: .*type loss.divergence=reverse_kl"),
+        (lambda: Mix(terms={"dpo": 1, "simpo": 1}, ld_alpha=0.5), "loss.ld_alpha=0.5: simpo .*type loss.ld_alpha=1"),
+        (
+            lambda: Mix(terms={"dpo": 1, "aot": 1}, weighting=Weighting.wpo),
+            "loss.weighting=wpo: .*this loss is one of a whole step; type loss.weighting=none",
+        ),
         (lambda: Mix(), r"loss.terms: names no loss; type e.g. .\+loss.terms="),
         (lambda: Mix(terms={"dop": 1}), "loss.terms: 'dop' is none of the losses aot"),
         (lambda: Mix(terms={"mix": 1}), "loss.terms: 'mix' is none"),

@@ -135,9 +135,9 @@ def test_online_dpo_reaches_the_optimum(beta):
 def test_choice_of_a_pair():
     rewards = torch.tensor([[0.0, 5.0, -3.0], [2.0, -100.0, 100.0]])
     generator = torch.Generator().manual_seed(0)
-    sign = OnlineDPO(samples=3, labels=Labels.sign)
+    sign = OnlineDPO(labels=Labels.sign)
     assert [side.tolist() for side in sign.choose(rewards, generator)] == [[1, 0], [0, 1]]
-    extremes = replace(sign, candidates=Candidates.extremes)
+    extremes = replace(sign, samples=3, candidates=Candidates.extremes)
     assert [side.tolist() for side in extremes.choose(rewards, generator)] == [[1, 2], [2, 1]]
     many = torch.tensor([[1.0, 0.0]]).repeat(20000, 1)
     chosen, rejected = OnlineDPO().choose(many, generator)
@@ -279,6 +279,13 @@ def test_beta_follows_its_target():
 def test_refuses_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         RLOO(**settings)
+
+
+def test_samples_that_are_not_compared_are_refused():
+    with pytest.raises(
+        ValueError, match=r"method.samples=4: .*first_two .*type method.samples=2, or method.candidates="
+    ):
+        OnlineDPO(samples=4)
 
 
 def test_table_of_methods():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_lab.core.losses import BCO, DPO, SimPO
+from dpo_lab.core.losses import BCO, DPO, DPOMean, SimPO
 from dpo_lab.core.metrics import PreferenceMetrics, Values, reward_margins, zero_out_rounding
 from dpo_lab.core.pairs import PairBatch, PairLogps
 from tests.support.ranks import run_in_ranks
@@ -125,6 +125,14 @@ def test_rounding_noise_is_a_tie():
         [0.0, 1e-2], abs=1e-4
     )
     assert zero_out_rounding((policy - reference).margin, policy, reference)[0].item() == 0.0
+
+
+def test_a_margin_per_token_of_long_responses_is_no_tie():
+    """Half a nat over 500 tokens, of sums of 1,500 nats; rounding errors of the sums are ties here too."""
+    length = torch.full((2,), 500)
+    policy, reference = logps_of([-1500, -1500 + 1e-4], [-1500, -1500]), logps_of([-1500.5, -1500], [-1500, -1500])
+    policy, reference = (replace(each, chosen_length=length, rejected_length=length) for each in (policy, reference))
+    assert reward_margins(DPOMean(2.0), policy, reference).tolist() == pytest.approx([2.0 * 0.5 / 500, 0])
 
 
 def uneven(rows: slice) -> PreferenceMetrics:

@@ -138,6 +138,18 @@ def test_a_validation_split_of_the_same_data_set(tmp_path):
     assert (len(splits.train), len(splits.held_out)) == (30, 6)
 
 
+@pytest.mark.parametrize("asked", [{"validation_split": "test"}, {"split": "dev"}, {"revision": "v2"}, {"name": "one"}])
+def test_a_file_has_no_split_configuration_or_revision(asked, tmp_path):
+    path = written(tmp_path / "a.jsonl", rows(30))
+    key, value = next(iter(asked.items()))
+    said = f"a.jsonl: a file has no {key.removeprefix('validation_')}, which {key.removeprefix('validation_')}={value} asks for"
+    with pytest.raises(BadData, match=said):
+        load(tmp_path, path=path, **asked)
+    assert len(load(tmp_path, path=path, split="train").train)
+    with pytest.raises(ValueError, match="data.sources has no split"):
+        Data(sources={"a": Source(path=path)}, validation_split="test")
+
+
 AGAINST = [*rows(30), {"prompt": "p3", "chosen": "b", "rejected": "a3"}]
 
 

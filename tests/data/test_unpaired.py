@@ -21,7 +21,7 @@ from dpo_lab.data.sources import Contradictions, Data
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.data.warnings import data_warnings
 from tests.conftest import REPOSITORY, make_pairs
-from tests.data.test_formats import bot, said_by, system, user
+from tests.data.test_formats import bot, said, said_by, system, user
 from tests.data.test_tokenized_cache import LENIENT, contents, store_of, written
 from tests.support.configs import settled
 from tests.support.templates import ids_of, tokenizer_of
@@ -46,6 +46,8 @@ def test_an_undesirable_response_is_rejected(label):
         ({"prompt": "Hi", "completion": [user("Hi"), bot("a")]}, {}, ([user("Hi")], [bot("a")], [])),
         ({"completion": [system("s"), user("Hi"), bot("a")]}, {}, ([system("s"), user("Hi")], [bot("a")], [])),
         ({"prompt": "Hi", "completion": "a"}, {"as_chat": True}, ([user("Hi")], [bot("a")], [])),
+        ({"prompt": [user("Hi")], "completion": [bot("a"), said("tool", "b"), bot("c")]}, {},
+         ([user("Hi")], [bot("a"), said("tool", "b"), bot("c")], [])),
         ({"prompt": "", "completion": "a"}, {}, ("", "a", "")),
         ({"prompt": json.dumps([user("Hi")]), "completion": json.dumps([bot("a")])}, {}, ([user("Hi")], [bot("a")], [])),
         ({"q": "Hi", "text": "a", "thumb": 1}, {"columns": {"prompt": "q", "completion": "text", "label": "thumb"}},
@@ -98,6 +100,21 @@ def test_both_labels_of_a_response_have_other_keys_and_one_split():
     alone = [Shape().read(ROW | {"prompt": "", "label": label})[0].decides_split for label in (0, 1)]
     assert alone == ["good", "good"]
     assert Pair("", "a", "b").decides_split == ""
+
+
+def test_pairs_of_one_question_are_in_one_split_whatever_their_answers_share():
+    """First messages that both sides share are part of the prompt, but do not decide the split."""
+    called = {
+        "prompt": [user("Hi")],
+        "chosen": [bot("a"), said("tool", "b"), bot("c")],
+        "rejected": [bot("a"), said("tool", "b"), bot("d")],
+    }
+    (one,), (other,) = (
+        Shape().read(called),
+        Shape().read({"prompt": "Hi", "chosen": [bot("a")], "rejected": [bot("b")]}),
+    )
+    assert one.prompt == [user("Hi"), bot("a"), said("tool", "b")]
+    assert one.decides_split == other.decides_split == [user("Hi")]
 
 
 def test_the_side_that_there_is_not_has_no_tokens(tmp_path):

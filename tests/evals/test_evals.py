@@ -31,6 +31,7 @@ from dpo_lab.evals.evaluators.harness import Harness
 from dpo_lab.evals.evaluators.kl import KL
 from dpo_lab.evals.evaluators.language import Language, distinct, repeated
 from dpo_lab.evals.evaluators.optimum import Optimum
+from dpo_lab.evals.evaluators.pair_sets import PairSets
 from dpo_lab.evals.evaluators.preference import Preference
 from dpo_lab.evals.evaluators.reward import Reward
 from dpo_lab.evals.evaluators.third import Third
@@ -254,6 +255,24 @@ def test_train_pairs_clean_and_flipped_apart(subject):
     assert [rows[p.key]["flipped"] for p in subject.train_pairs] == [False, True, True]
 
 
+@pytest.mark.parametrize("evaluator", [Preference(), Displacement(), PairSets()])
+def test_copies_of_a_pair_narrow_no_interval(policy, evaluator):
+    """Of 40 prompts with four equal pairs each the intervals are about those of one pair of each prompt."""
+    alone = make_pairs(40)
+    alone = [replace(pair, prompt=[3, *divmod(i, 9), *pair.prompt]) for i, pair in enumerate(alone)]
+    copies = [replace(pair, key=f"{pair.key}-{i}") for i in range(4) for pair in alone]
+    widths: list[dict[str, float]] = []
+    for pairs in (alone, copies):
+        subject = subject_of(
+            perturbed(policy, 0.05), policy, ["p"], pairs=pairs, train_pairs=pairs, pair_sets={"own": set_of(pairs)}
+        )
+        found = {name: each.interval for name, each in evaluate(subject, [evaluator]).items() if each.interval}
+        widths.append({name: high - low for name, (low, high) in found.items() if name != "gold_correlation"})
+    assert widths[0].keys() == widths[1].keys()
+    for name, width in widths[0].items():
+        assert widths[1][name] == pytest.approx(width, rel=0.05), name
+
+
 def test_displacement_by_hand(subject):
     trained, initial = subject.pair_logps
     metrics = dict(Displacement().run(subject))
@@ -459,6 +478,16 @@ def test_what_an_evaluator_does_not_need_is_not_made(subject, monkeypatch):
     assert {name for name, kind in EVALUATORS.items() if not dict(kind().run(subject))} == {
         name for name, kind in EVALUATORS.items() if kind.needs_reward or kind in (Harness, Third)
     }
+
+
+@pytest.mark.parametrize("prompts", [["The plot"], []])
+def test_without_held_out_pairs_what_needs_none_still_runs(policy, prompts):
+    further = {"own": set_of(make_pairs(4))}
+    subject = subject_of(perturbed(policy, 0.05), policy, prompts, pairs=[], pair_sets=further)
+    found = evaluate(subject, [Preference(), Displacement(), KL(), PairSets()])
+    of_samples = {"kl", "kl_per_token", "kl_forward_text"} if prompts else set()
+    assert {name for name in found if "pairs/" not in name} == of_samples
+    assert "pairs/own/accuracy" in found
 
 
 def test_labels_are_of_metrics_that_are_measured(subject, monkeypatch):

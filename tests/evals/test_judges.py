@@ -163,6 +163,15 @@ def test_the_generative_judge_against_its_own_logits(policy, tmp_path):
         assert answer == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_generative_judge_without_a_question_it_can_answer(policy, tmp_path):
+    policy.save(tmp_path)
+    judge = Generative(path=str(tmp_path), question="{prompt} {first} {second}", max_length=16).load()
+    assert judge is not None
+    assert np.isnan(judge.compare(["p"], ["same"], ["same"]).chose_first).all()  # equal responses are not asked about
+    with pytest.raises(JudgeError, match=r"all 2 questions have more tokens, \d+ or more; type a longer evals\.judge"):
+        judge.ask(["so " * 60, "so " * 70])
+
+
 def test_labels_that_a_tokenizer_does_not_tell_apart_are_refused(policy, tmp_path):
     policy.save(tmp_path)
     saved = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -241,7 +241,7 @@ def test_what_there_is_to_try_can_be_typed(fits, long_winded):
     assert {finding.name for finding in found} == set().union(*FOUND.values()) | BY_DOOR
     said = " ".join(finding.suggestion for finding in found)
     typed = set(re.findall(r"\+?[a-z_.]+=[\w.\-]+(?<![.,])", said))
-    assert {"callbacks=early_stopping", "loss=ipo_mean", "+ablation=simpo", "data.validation_fraction=0.1"} <= typed
+    assert {"callbacks=early_stopping", "loss=ipo_mean", "+ablation=simpo", "data.validation_path=FILE.jsonl"} <= typed
     with initialize_config_dir(lab_config.conf_dir(), version_base="1.3"):
         for setting in typed - {"loss.flip_rate=0.31"}:
             compose("train", [setting])
@@ -366,6 +366,26 @@ def test_displacement_is_a_large_fall_of_most_pairs(fall, fell, speaks):
     assert ("likelihood displacement" in {f.name for f in findings(a_record(metrics=metrics), rows)}) is speaks
 
 
+@pytest.mark.parametrize("damaged", ["run.json", metrics_log.METRICS_LOG])
+def test_a_damaged_file_is_told_in_one_line(damaged, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps(a_record()))
+    (tmp_path / damaged).write_text("{\n")
+    assert main([str(tmp_path)]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith(f"{tmp_path / damaged}")
+    assert error.count("\n") == 1
+
+
+def test_displacement_without_held_out_rejected_responses_says_nothing_of_them():
+    rows = rows_of("val", 50, loss=[0.5], logps__chosen=[-48], logratio__chosen=[-8])
+    (found,) = [f for f in findings(a_record(), rows) if f.name == "likelihood displacement"]
+    assert "(-40.0 before training, -48.0 now):" in found.message
+    rows = rows_of("val", 50, loss=[0.5, 0.5], logps__chosen=[-40, -48])
+    (found,) = [f for f in findings(a_record(step_zero_loss=None), rows) if f.name == "likelihood displacement"]
+    assert "(-40.0 at step 50, -48.0 now):" in found.message
+
+
 def measured(**figures: tuple[float, float]) -> dict[str, Any]:
     """Metrics by value and half width; `__` stands for `/`."""
     return {
@@ -380,6 +400,7 @@ def measured(**figures: tuple[float, float]) -> dict[str, Any]:
         (dict(length=(30, 1), initial__length=(20, 1), margin=(2, 1)), "reward hacking of length"),
         (dict(length=(14, 1), initial__length=(20, 1), margin=(2, 1)), "reward hacking of length"),
         (dict(length=(30, 6), initial__length=(20, 6), margin=(2, 1)), None),  # it may be chance
+        (dict(length=(20, 1), initial__length=(20, 25), margin=(2, 1)), None),  # an interval that reaches below 0
         (dict(length=(23, 0.1), initial__length=(20, 0.1), margin=(2, 1)), None),  # it is little
         (dict(length=(30, 1), initial__length=(20, 1), margin=(2, 3)), None),  # no reward rose
         (dict(length=(30, 1), initial__length=(20, 1), margin=(2, 1), gold_gain=(-1, 0.5)), None),  # the true one fell
@@ -415,6 +436,14 @@ def test_16_bit_weights_that_hardly_moved_are_warned_of(moved, warns):
     found = findings(a_record() if moved is None else a_record(moved_weights=counted), [])
     assert [f.name for f in found] == warns * ["weights rounded"]
     assert all(f.is_warning and f"{moved:,} of 44,192 trained weights" in f.message for f in found)
+
+
+@pytest.mark.parametrize(("kind", "key"), [("endpoint", "max_tokens"), ("generative", "max_length")])
+def test_a_judge_without_answers_gets_a_suggestion_that_its_kind_has(kind, key):
+    record = a_record(metrics=measured(judge_unanswered=(0.5, 0.1)))
+    record["config"]["evals"] = {"judge": {"kind": kind}}
+    (found,) = findings(record, [])
+    assert f"evals.judge.{key}," in found.suggestion
 
 
 def test_supervised_fine_tuning_is_looked_at_by_its_losses():

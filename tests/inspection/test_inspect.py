@@ -164,11 +164,11 @@ def test_the_figure_is_the_same_bytes_and_nothing_of_others_is_overwritten(folde
     assert content == again
     assert content.startswith(b"\x89PNG")
     assert len(content) > 20_000
-    (folder / "mine.html").write_text("<p>mine</p>")
+    (folder / "mine.html").write_text("<p>mine: python -m dpo_lab.inspect</p>")
     error = inspect(folder, *PLANTED_DATA, "page=mine.html", code=2)
     assert error.startswith("error: page=mine.html")
     assert "type another page=" in error
-    assert (folder / "mine.html").read_text() == "<p>mine</p>"
+    assert (folder / "mine.html").read_text() == "<p>mine: python -m dpo_lab.inspect</p>"
     assert not list(folder.glob(".*.png.*"))
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -20,7 +21,8 @@ from dpo_lab.core.pairs import Pair
 from dpo_lab.data.collate import collate
 from dpo_lab.data.tokenize import PairTokenizer
 from dpo_lab.models.copies import trainable_copy
-from dpo_lab.models.forward import forward_name, pair_logps, pair_loss, select_forward
+from dpo_lab.models.decoding import uses_cache
+from dpo_lab.models.forward import forward_name, pair_logps, pair_loss, response_nll, select_forward
 from dpo_lab.models.policy import (
     Dtype,
     Lora,
@@ -83,6 +85,25 @@ def test_without_a_pad_token_the_end_token_pads_and_is_still_learned(policy, tmp
     assert loaded.tokenizer.pad_token_id == loaded.tokenizer.eos_token_id
     (pair,) = PairTokenizer(loaded.tokenizer, 64, 32).pairs([Pair("the plot", " was good", " was bad")], Counter())  # fmt: skip
     assert pair.chosen[-1] == loaded.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_of_a_model_for_text_and_images_the_language_model_is_trained(lora, policy, tmp_path):
+    """It is sampled with a KV cache, and all that is trained gets a gradient, which DDP waits for."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text = sizes | dict(vocab_size=len(policy.tokenizer), num_key_value_heads=2, head_dim=8)
+    image = sizes | dict(image_size=16, patch_size=8)
+    config = hf.Gemma3Config(text_config=text, vision_config=image, mm_tokens_per_image=4)
+    model = Pretrained(path=str(own(config, policy.tokenizer, tmp_path)), lora=Lora(r=lora)).load().model
+    assert uses_cache(model)
+    assert REFERENCES["uniform"](over="tokens").prepare(model, None, tmp_path).nats_per_token == math.log(
+        text["vocab_size"]
+    )
+    response_nll(model, torch.arange(9), np.array([[3, 6]])).backward()
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained
+    assert all("language_model" in name for name in trained)
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
 def test_no_end_token_is_refused(policy, tmp_path):

@@ -26,6 +26,7 @@ from dpo_lab.models.policy import Lora, PolicyError, Pretrained, TinyPolicy
 from dpo_lab.models.reference import Uniform
 from dpo_lab.planning import plan
 from dpo_lab.planning.cards import CARDS, RESERVED
+from dpo_lab.planning.online import sampling_bytes
 from dpo_lab.planning.plan import alternatives, plan_of
 from dpo_lab.planning.report import print_plan
 from dpo_lab.planning.shapes import Shape, Work, activation_bytes, cache_bytes, head_bytes, on_paper, saved_bytes
@@ -179,7 +180,7 @@ def test_flops_of_a_method_that_samples_are_those_of_its_passes():
     ppo = online("ppo").flops_of
     assert ppo["training"] == found["training"] + 3 * shape.body_flops(packed)
     assert ppo["scoring"] == found["scoring"] + shape.body_flops(packed)
-    pairs = online("online_dpo").flops_of
+    pairs = online("online_dpo", "method.candidates=extremes").flops_of
     assert pairs["training"] == shape.step_flops(Work.of_pair(8, 6, 2).times(4), reference=True)
     assert pairs["scoring"] == shape.body_flops(alone)
 
@@ -267,6 +268,31 @@ def test_shards_hold_their_share_and_the_largest_layer_whole(folder):
     sharded = planned.memory.sharded(4)
     assert sharded.weights == planned.memory.weights / 4
     assert planned.memory.activations < sharded.activations < planned.memory.activations + 2 * planned.memory.weights
+
+
+def test_what_is_proposed_under_fsdp_is_what_a_run_takes(folder):
+    sharded = ["policy=pretrained", f"policy.path={folder}", "trainer=fsdp"]
+    assert [typed for typed, _ in alternatives(settled(*sharded))][-1].endswith("optim=lora policy.dtype=bfloat16")
+    assert all("quantize" not in typed for typed, _ in alternatives(settled(*sharded)))
+
+
+def test_shards_are_the_cards_of_one_copy_of_a_mesh(folder, capsys):
+    config = settled(
+        "policy=pretrained", f"policy.path={folder}", "trainer=fsdp", "trainer.strategy.mesh=[2,4]", "trainer.devices=8"
+    )
+    print_plan(config, Console(width=160))
+    assert "FSDP over 4, each" in capsys.readouterr().out
+
+
+def test_the_pass_of_all_prompts_is_counted_where_samples_are_drawn(folder):
+    """A layer of the pass holds about three tensors of its MLP and four of its hidden states, in bytes of its products."""
+    config = AutoConfig.for_model("llama", **GROUPED)
+    with on_paper(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32), torch.bfloat16) as model:
+        few, more = (sampling_bytes(model, 8, prompt, 4) - cache_bytes(model, 8, prompt + 4) for prompt in (1, 1000))
+        shared = sampling_bytes(model, 8, 1000, 4, copies=4) - cache_bytes(model, 8, 1004)
+    assert few == 8 * 300 * 28
+    assert more == 8 * 1000 * (3 * 96 + 4 * 64) * 2
+    assert shared == more / 4
 
 
 LLAMA_8B = dict(

@@ -121,6 +121,17 @@ def test_the_command_says_what_to_type_where_there_is_no_run(tmp_path):
     assert told.stderr == f"{tmp_path}: holds no run.json; type the folder of a run, e.g. outputs/dpo/default/seed=0\n"
 
 
+@pytest.mark.parametrize("damaged", ["run.json", metrics_log.METRICS_LOG, EXAMPLES])
+def test_the_command_tells_of_a_damaged_file_in_one_line(damaged, tmp_path):
+    folder = run_folder(tmp_path / "run", pairs_of())
+    (folder / damaged).write_text("{\n" * 2)
+    command = [sys.executable, "-m", "dpo_lab.reporting.figures", str(folder)]
+    told = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert told.returncode == 1
+    assert told.stderr.startswith(f"{folder / damaged}")
+    assert told.stderr.count("\n") == 1
+
+
 NO_CURVES = {"rows": []}
 OF_PAIRS = ALL - {"curves", "trajectory"}
 ODD = {
@@ -189,6 +200,14 @@ def test_figures_say_their_numbers(tmp_path):
     assert f"by gold: calibration error {error:.3f}, n = 10" in text_of(
         folder, "calibration"
     )  # gold agrees with all labels
+
+
+def test_rewards_of_a_reward_model_are_not_called_implicit(tmp_path):
+    draw_run(run_folder(tmp_path / "run", pairs_of(), config={"reward_model": {}}))
+    said = " ".join(text for name in ALL for text in text_of(tmp_path / "run", name))
+    assert "Reward against gold reward" in said
+    assert "mplicit" not in said
+    assert "log-ratio" not in said
 
 
 def test_a_run_without_flips_shows_none(tmp_path):

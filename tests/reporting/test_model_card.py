@@ -9,8 +9,12 @@ import pytest
 import yaml
 
 from dpo_lab.models.weight_settings import Lora
+from dpo_lab.reporting.comparison_tables import commands_table
 from dpo_lab.reporting.model_card import cell, markdown_table, model_card
+from dpo_lab.runs.commands import command_of
 from dpo_lab.stats.estimates import share
+from dpo_lab.studies.run_data import RunData, RunSet
+from dpo_lab.studies.spec import Arm
 
 RECORD = {
     "config": {
@@ -41,6 +45,23 @@ RECORD = {
 def front_matter(card: str) -> dict:
     _, matter, _ = card.split("---\n", 2)
     return yaml.safe_load(matter)
+
+
+@pytest.mark.parametrize(
+    ("keys", "command"),
+    [
+        (["trained", "reward_model", "loss"], "evaluate"),
+        (["reward_model", "loss"], "reward"),
+        (["loss"], "train"),
+        (["sft"], "sft"),
+    ],
+)
+def test_the_command_of_a_run_is_told_by_its_config(keys, command, tmp_path):
+    config = {key: {} for key in keys}
+    assert command_of(config) == command
+    run = RunData(tmp_path, "a", 0, "done", record={"config": config, "overrides": ["x=1"]})
+    table = commands_table(RunSet("runs", tmp_path, [Arm("a", [])], [0], [run]))
+    assert table.rows[0][-1].text == f"python -m dpo_lab.{command} x=1"
 
 
 def test_it_states_what_the_run_was():

@@ -344,9 +344,9 @@ def test_the_front_page_has_a_line_for_every_claim_and_links_each_study(folder, 
 
 def test_a_file_of_others_is_never_overwritten(again, capsys):
     mine = again / "report.html"
-    mine.write_text("<p>mine</p>")
+    mine.write_text("<p>mine, of python -m dpo_lab.report</p>")
     assert "type another --page FILE" in said(capsys, again, code=2)
-    assert mine.read_text() == "<p>mine</p>"
+    assert mine.read_text() == "<p>mine, of python -m dpo_lab.report</p>"
     mine.unlink()
     said(capsys, again)
     first = mine.read_bytes()
@@ -376,9 +376,12 @@ def test_a_damaged_journal_and_an_unreadable_record_do_not_stop_a_report(again):
     runs = again.parents[1] / "runs" / "full"
     (runs / "dpo--beta-0-1" / "seed=0" / metrics_log.METRICS_LOG).write_text("{\n")
     (runs / "dpo--beta-0-1" / "seed=1" / "run.json").write_text("{")
+    for examples in runs.glob("*/seed=0/examples.jsonl"):
+        examples.write_text('{"kind": "prompt", ')
     text = Parsed(page(gather([again]), again)).text
     assert "A metrics log can't be read" in text
     assert "unreadable" in text
+    assert "examples.jsonl:1: not an example" in text
 
 
 def test_one_seed_and_nothing_measured_are_told_as_such(tmp_path):

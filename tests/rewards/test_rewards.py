@@ -104,6 +104,7 @@ def test_unit_scale_is_that_of_the_initial_policys_samples(inputs):
     by_length.task.gold = lambda text: float(len(text))  # type: ignore[method-assign,union-attr]
     reward = Gold(scale=Scale.unit).prepare(by_length)
     rewards = reward(inputs.prompts, inputs.samples())
+    assert reward.queries == 2 * len(inputs.prompts)
     assert (rewards.mean(), rewards.std()) == pytest.approx((0, 1), abs=1e-9)
 
 

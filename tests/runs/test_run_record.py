@@ -191,6 +191,21 @@ def test_what_a_run_works_on_may_not_change(tmp_path):
     assert (tmp_path / "earlier-1" / "checkpoints" / "step=8.ckpt").exists()
 
 
+def test_a_restart_records_its_own_times_and_takes_a_new_number(tmp_path, monkeypatch):
+    for hour, data in enumerate("abc"):
+        monkeypatch.setattr(run_record, "now", lambda hour=hour: f"2026-01-01T0{hour}:00:00+00:00")
+        with pytest.raises(StopSignal), hold(tmp_path, CONFIG | {"if_exists": "restart"}) as run:
+            assert run is not None
+            run.check_inputs_unchanged(data=data)
+            assert not {"seconds", "steps"} & run.record.keys()
+            run.update(seconds={"train": {"wall": 1.0, "cpu": 1.0}}, steps=160)
+            checkpoint(tmp_path)
+            raise StopSignal(signal.SIGTERM)
+        assert record_in(tmp_path)["started"] == f"2026-01-01T0{hour}:00:00+00:00"
+        (tmp_path / "earlier-7").mkdir(exist_ok=True)  # others were deleted
+    assert record_in(tmp_path / "earlier-9")["identity"] == {"data": "b"}
+
+
 def test_closing_names_the_true_error_and_never_undoes_a_finished_run(tmp_path):
     with pytest.raises(RuntimeError), hold(tmp_path):
         raise RuntimeError("Connection closed by peer")

@@ -17,7 +17,7 @@ from dpo_lab.studies import archive, frontier
 from dpo_lab.studies import verdicts as effects
 from dpo_lab.studies.load import gather
 from dpo_lab.studies.run_data import RunData, RunSet
-from dpo_lab.studies.spec import Arm, Measure, Prediction, StudyError
+from dpo_lab.studies.spec import Arm, Measure, Prediction, Study, StudyError
 from dpo_lab.studies.spec import Direction as To
 from dpo_lab.studies.verdicts import decide
 from tests.support import a_study
@@ -210,7 +210,7 @@ def test_the_results_say_all_that_was_asked_predicted_found_and_not_found(tmp_pa
 
 def test_the_exploratory_label_stands_at_the_verdict(tmp_path: Path):
     study = example(tmp_path / "runs", registered="2026-11-21T00:00:00+00:00")
-    label = "inconclusive, exploratory (9 of 20 runs started before it was registered)"
+    label = "inconclusive, exploratory (14 of 20 runs started before it was registered)"
     assert f"**{label}**" in study_page(study, decide(study))
     assert f" | **{label}**<br>" in results_md.results([(study, decide(study))], "records")
 
@@ -252,10 +252,11 @@ def test_a_record_of_other_predictions_is_kept_beside_the_new_one(tmp_path: Path
     assert study.study is not None
     rewritten = dataclasses.replace(study.study, predictions=[a_study.predicts("strong", min_effect=0.2)])
     runs = [run for run in study.runs if run.is_done or run.error]
-    archive.write(
-        a_study.measured(rewritten, lambda arm, seed: next(r for r in runs if (r.arm, r.seed) == (arm.name, seed))),
-        tmp_path,
-    )
+
+    def measured(of: Study) -> RunSet:
+        return a_study.measured(of, lambda arm, seed: next(r for r in runs if (r.arm, r.seed) == (arm.name, seed)))
+
+    archive.write(measured(rewritten), tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["example-2026-11-20.json", "example.json"]
     kept = archive.read(tmp_path / "example-2026-11-20.json")
     assert effects.decide(kept) == effects.decide(before)
@@ -264,3 +265,9 @@ def test_a_record_of_other_predictions_is_kept_beside_the_new_one(tmp_path: Path
     text = (tmp_path / "RESULTS.md").read_text()
     assert "[An example, earlier predictions (2026-11-20)](results/example-2026-11-20.md)" in text
     assert (tmp_path / "results/example.md").is_file()
+    archive.write(
+        measured(dataclasses.replace(rewritten, claim="Written again.")), tmp_path
+    )  # with runs of the same day
+    names = ["example-2026-11-20-2.json", "example-2026-11-20.json", "example.json"]
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == names
+    assert effects.decide(archive.read(tmp_path / "example-2026-11-20.json")) == effects.decide(before)

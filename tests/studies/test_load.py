@@ -18,7 +18,7 @@ from dpo_lab.studies import verdicts as effects
 from dpo_lab.studies.load import NotMeasured, gather
 from dpo_lab.studies.run_data import RunData, RunSet
 from dpo_lab.studies.scales import Scale
-from dpo_lab.studies.spec import RENAMED_PREDICTION_KEYS, Arm, Missing, Study, StudyError
+from dpo_lab.studies.spec import RENAMED_PREDICTION_KEYS, Arm, Measure, Missing, Study, StudyError
 from tests.support import a_study
 
 FINDING = {
@@ -131,6 +131,11 @@ def test_a_run_begun_before_the_prediction_stood_makes_a_study_exploratory(
     (tmp_path / "study" / "study.json").write_text(text.replace('"jobs"', '"cells"'))  # as earlier versions wrote it
     assert gather([tmp_path / "study"])[0].runs == found.runs
     assert [run.is_confirmatory for run in found.runs] == [True, not is_early]
+    level = a_study.predicts(
+        "base", measure=Measure.level, value=0.0
+    )  # what is measured itself may not have been known
+    (found,) = gather([write_study(tmp_path / "level", a_study.study(["base", "arm"], [level], seeds=1), jobs)])
+    assert found.is_exploratory
 
 
 def test_of_several_registrations_the_last_of_this_very_prediction_counts(tmp_path: Path):

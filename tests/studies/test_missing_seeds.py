@@ -77,8 +77,60 @@ def test_the_side_of_a_missing_seed_follows_the_prediction():
 
 
 def test_half_of_the_seeds_and_more_missing_decide_nothing():
+    assert judged(Missing.left_out, tuple(range(6))).word == INCONCLUSIVE
+    assert judged(Missing.left_out, tuple(range(5))).word == SUPPORTED
     assert judged(Missing.bounds, tuple(range(7))).word == INCONCLUSIVE
     assert judged(Missing.worst, tuple(range(12))).note == "not measured; 12 of 12 seeds missing"
+
+
+NOISE = tuple(20 * wobble for wobble in WOBBLE)
+
+
+def of_two(rule: Missing, status: str, first: float, missing: tuple[int, ...], more: Mapping = {}) -> list[Verdict]:
+    """The verdicts on two arms: of one all seeds are done, of the other some are not."""
+    study = a_study.study(
+        ["base", "first", "second"], [a_study.predicts("first"), a_study.predicts("second")], 12, rule
+    )
+
+    def values(arm: Arm, seed: int) -> Mapping[str, float] | RunData:
+        if arm.name == "second" and seed in missing:
+            return RunData(Path("x"), "second", seed, status, "ValueError: no")
+        return {"gold_gain": {"base": 0.0, "first": first + NOISE[seed], "second": 1 + NOISE[seed]}[arm.name]}
+
+    return [verdict for _, verdict in verdicts.decide(a_study.measured(study, values, **more))]
+
+
+@pytest.mark.parametrize(("rule", "factor"), [(Missing.left_out, 1), (Missing.worst, 2), (Missing.bounds, 2)])
+def test_the_p_of_a_claim_is_corrected_with_those_of_claims_that_have_missing_seeds(rule, factor):
+    """Without its missing seeds the second claim has the smaller p; counted against it, it has the larger one."""
+    first, second = of_two(rule, "failed", 0.25, (0, 1, 2, 3))
+    assert first.p is not None
+    assert second.p is not None
+    assert first.p_holm == pytest.approx(factor * first.p)
+    assert first.note == ""
+
+
+def test_an_arm_that_failed_makes_no_other_claim_easier():
+    first, second = of_two(Missing.left_out, "failed", 0.25, tuple(range(12)))
+    assert second.note.startswith("not measured")
+    assert second.p_holm is None
+    assert first.p is not None
+    assert first.p_holm == pytest.approx(2 * first.p)
+
+
+def test_with_fixed_seeds_no_claim_is_decided_before_all_runs_have_ended():
+    assert of_two(Missing.bounds, "running", 1.0, (11,))[0].word == INCONCLUSIVE
+    assert of_two(Missing.bounds, "running", 1.0, ())[0].word == SUPPORTED
+    assert of_two(Missing.bounds, "running", 1.0, (11,), UNTIL)[0].word == SUPPORTED
+
+
+def test_differences_of_arms_are_valid_at_every_look_where_seeds_are_added():
+    study = a_study.study(["base", "arm"], seeds=12)
+    runs = a_study.measured(study, lambda arm, seed: {"gold_gain": (1 + NOISE[seed]) * (arm.name == "arm")}, **UNTIL)
+    found, effects = verdicts.versus_baseline(runs, "gold_gain")["arm"], [1 + noise for noise in NOISE]
+    assert found.difference is not None
+    assert found.difference.interval == pytest.approx(sequential.confidence_sequence(effects))
+    assert found.p == pytest.approx(sequential.p_value(effects))
 
 
 def test_no_missing_seed_no_note_whatever_the_rule():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from dataclasses import replace
@@ -10,11 +11,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from dpo_lab.reporting.figures.looks import looks_figure
+from dpo_lab.runs.run_record import RunRefused
 from dpo_lab.studies import archive
 from dpo_lab.studies.load import gather
-from dpo_lab.studies.spec import Direction
+from dpo_lab.studies.spec import Direction, StudyError
 from dpo_lab.studies.verdicts import decide
 from dpo_lab.sweeps import study_run
+from dpo_lab.sweeps.job_status import SweepFolder
 from tests.support import a_study
 from tests.support.fake_sweep import run_studies
 
@@ -61,6 +64,18 @@ def test_seeds_are_added_until_a_claim_is_decided_and_each_has_a_look(tmp_path, 
     said = capsys.readouterr().out
     assert f"one: {len(seeds)} of at most 24 seeds; decided" in said
     assert "of strong: +" in said
+
+
+def test_a_command_that_is_refused_changes_no_record(tmp_path):
+    """Of another sweep at work; and of fixed seeds, which would drop the looks of a study that adds seeds."""
+    study = claims(strong=Direction.more)
+    _, (before,), _ = run_studies(tmp_path, [study], drawn(strong=2.0))
+    with SweepFolder(tmp_path / "runs").lock(), pytest.raises(RunRefused, match="another sweep is at work here"):
+        run_studies(tmp_path, [replace(study, claim="Another.")], drawn(strong=2.0))
+    with pytest.raises(StudyError, match="this study adds seeds until it is decided; type until=decided"):
+        run_studies(tmp_path, [study], drawn(strong=2.0), max_seeds=None)
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("one/*/study.json"))
+    assert record == before
 
 
 def test_what_is_not_there_goes_on_to_the_last_seed_and_is_not_decided_falsely(tmp_path, capsys):

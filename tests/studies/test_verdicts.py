@@ -266,6 +266,22 @@ def test_arms_follow_the_axis_that_they_alone_differ_on_however_they_are_listed(
     assert interpolate_at(runs, "dpo", "kl", "gold_gain", 0.35, 0) == pytest.approx((1 / 0.3 + 1) / 2)
 
 
+@pytest.mark.parametrize(
+    ("arms", "told"), [(2, ""), (3, "3 arms against 2: a frontier of more arms can only be higher")]
+)
+def test_groups_of_unequal_size_are_told_where_areas_are_compared(arms, told):
+    every = [
+        "base",
+        *(Arm(f"dpo {at}", [], "dpo") for at in range(arms)),
+        Arm("ipo 0", [], "ipo"),
+        Arm("ipo 1", [], "ipo"),
+    ]
+    area = Prediction("x", Measure.area, "dpo", Direction.more, control="ipo")
+    ((_, verdict),) = verdicts.decide(a_study.measured(a_study.study(every, [area]), lambda arm, seed: {"kl": 1.0}))
+    assert verdict.note.endswith(told)
+    assert ("arms against" in verdict.note) == bool(told)
+
+
 def test_an_area_is_a_share_of_the_optimum_from_that_seeds_candidates(tmp_path: Path):
     study = a_study.study(
         ["base", Arm("mild", [], "dpo"), Arm("strong", [], "dpo")],

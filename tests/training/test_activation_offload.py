@@ -86,3 +86,5 @@ def test_on_the_cpu_it_is_refused():
     with pytest.raises(ConfigError, match=r"^policy.activation_offload=true: .* or trainer=gpu$"):
         settled("policy.activation_offload=true")
     assert settled("policy.activation_offload=true", "trainer=gpu").policy.activation_offload
+    with pytest.raises(ConfigError, match=r"^policy.activation_offload=true: FSDP.* or trainer=ddp$"):
+        settled("policy.activation_offload=true", "trainer=fsdp")

@@ -81,9 +81,18 @@ def test_a_crash_at_any_step_changes_nothing(step, adapters, tmp_path):
     [
         ("reference.every=0", r"reference.every=0: must be .*reference.every=64"),
         ("reference.mixup=0", r"reference.mixup=0.0: must lie in \(0, 1\]"),
+        (
+            "policy=pretrained policy.path=m policy.dtype=bfloat16 reference.mixup=0.01",
+            r"reference.mixup=0.01: weights kept in 16 bits .* type reference.mixup=1, or policy.dtype=float32",
+        ),
         ("trainer=fsdp_cpu", "reference=moving: does not follow a policy sharded over the ranks; type trainer=ddp"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(override, message):
     with pytest.raises(Exception, match=message):
-        settled("reference=moving", override)
+        settled("reference=moving", *override.split())
+
+
+def test_a_soft_update_of_adapters_on_weights_of_16_bits_is_accepted():
+    """Adapters are kept in float32."""
+    settled("reference=moving", "reference.mixup=0.01", "policy=lora", "policy.path=m", "policy.dtype=bfloat16")

@@ -48,6 +48,8 @@ def test_what_it_can_t_train_is_refused(kind, monkeypatch):
         settled(*OWN, chosen, "policy.dtype=bfloat16")
     with pytest.raises(ConfigError, match=r"sharded over ranks; type optim.kind=adamw, .*or trainer=ddp"):
         settled(*OWN, chosen, "trainer=fsdp_cpu")
+    with pytest.raises(ConfigError, match=r"no scaled gradients; type trainer.precision=bf16-mixed"):
+        settled(*OWN, chosen, "trainer=gpu", "trainer.precision=16-mixed")
     settled(*OWN, chosen, "policy.dtype=bfloat16", "policy.lora.r=4")
     settled(*OWN, chosen, "trainer=ddp_cpu")
     with pytest.raises(ValueError, match="16 bits"):  # also where the config could not tell

@@ -180,7 +180,7 @@ def test_without_end_tokens_none_is_appended(tmp_path):
     assert Classifier(str(tmp_path)).load().score(texts) == pytest.approx(ours.tolist(), abs=1e-5)
 
 
-def test_adapters_and_head_are_trained_and_saved_merged(tmp_path):
+def test_adapters_and_head_are_trained_and_saved_merged(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     policy = initial_policy()
     lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -197,7 +197,11 @@ def test_adapters_and_head_are_trained_and_saved_merged(tmp_path):
         ours = response_rewards(rewarder, *collate_responses([p.prompt for p in pairs], [p.chosen for p in pairs]))[
             :, 0
         ]
+    went: list[str] = []
+    move = type(rewarder).to
+    monkeypatch.setattr(type(rewarder), "to", lambda self, device: went.append(str(device)) or move(self, device))
     exported(rewarder, policy.tokenizer, policy.tokenizer.eos_token_id).save(tmp_path)
+    assert went == ["cpu", str(rewarder.device)]  # a GPU need not hold the merged copy too
     assert not (tmp_path / "adapter_config.json").exists()
     assert Classifier(str(tmp_path)).load().score(texts) == pytest.approx(ours.tolist(), abs=1e-5)
     still = [name for name, weight in rewarder.named_parameters() if "lora" in name]

@@ -408,6 +408,10 @@ def test_another_architecture_and_texts(policy, shop):
             " policy.chat_template=t.jinja",
         ),
         (["policy.lora.r=8", "policy.merge=true"], "policy=pretrained policy.path=run/policy"),
+        (
+            ["policy.lora.r=8", "policy.key_prefix=x.", "policy.allow_pickle=true"],
+            "policy=lora policy.path=run/policy policy.lora.r=8 reference=frozen policy.key_prefix=x. policy.allow_pickle=True",
+        ),
     ],
 )
 def test_the_next_command_says_what_loading_needs(overrides, says, shop):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_lab.core.losses.base import Loss, StepLevel, log_sigmoid
+from dpo_lab.core.losses.base import Divergence, Loss, StepLevel, log_sigmoid
 from dpo_lab.core.pairs import PairLogps
 
 if TYPE_CHECKING:
@@ -26,8 +26,16 @@ class AOT(
     """Alignment via optimal transport, paired: -log sigma(beta (m - n)) of the step's margins log pi(w) - log pi(l), sorted, m,
     and of those under the reference, sorted on their own, n.
 
-    Melnyk et al. 2024 (arXiv:2406.05882), equation 10. At the start the loss is ln 2. divergence= has no effect.
+    Melnyk et al. 2024 (arXiv:2406.05882), equation 10. At the start the loss is ln 2. It takes no other divergence.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.divergence is not Divergence.reverse_kl:
+            raise ValueError(
+                f"loss.divergence={self.divergence.value}: aot sorts policy and reference apart, without their ratios; type"
+                " loss.divergence=reverse_kl, or loss=aot_unpaired"
+            )
 
     def __call__(
         self, policy: PairLogps, reference: PairLogps, running: Float[Tensor, ""] | None = None

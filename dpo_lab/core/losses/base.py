@@ -105,8 +105,8 @@ class Loss:
                 f"loss.ld_alpha={self.ld_alpha}: this loss takes the length out by a mean over tokens already; type"
                 " loss.ld_alpha=1"
             )
-        if self.weighs_pairs and (isinstance(self, StepLevel) or self.ld_alpha != 1):
-            why = "this loss is one of a whole step" if isinstance(self, StepLevel) else "loss.ld_alpha weighs tokens"
+        if self.weighs_pairs and (self.is_step_level or self.ld_alpha != 1):
+            why = "this loss is one of a whole step" if self.is_step_level else "loss.ld_alpha weighs tokens"
             raise ValueError(
                 f"loss.weighting={self.weighting.value}: weighs single pairs whose tokens weigh alike, and {why}; type"
                 " loss.weighting=none"

@@ -36,7 +36,6 @@ class Mix(
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.terms:
             raise ValueError(f"loss.terms: names no loss; {EXAMPLE}")
         for key, names in (("loss.terms", self.terms), ("loss.settings", self.settings)):
@@ -51,6 +50,12 @@ class Mix(
         self.requires_reference = True if True in required else None if None in required else False  # type: ignore[misc]
         self.needs_scores = any(loss.needs_scores for loss in self.losses.values())  # type: ignore[misc]
         self.needs_unrelated = any(loss.needs_unrelated for loss in self.losses.values())  # type: ignore[misc]
+        super().__post_init__()  # which asks for is_step_level
+        if self.ld_alpha != 1 and (means := [name for name, loss in self.losses.items() if loss.is_per_token]):
+            raise ValueError(
+                f"loss.ld_alpha={self.ld_alpha}: {means[0]} takes the length out by a mean over tokens already; type"
+                " loss.ld_alpha=1"
+            )
 
     def _term(self, name: str) -> Loss:
         kind, settings = LOSSES[name], dict(self.settings.get(name) or {})

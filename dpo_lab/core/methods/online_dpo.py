@@ -39,6 +39,14 @@ class OnlineDPO(Online, name="online_dpo", uses_loss=True):
     labels: Labels = Labels.sampled
     candidates: Candidates = Candidates.first_two
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples > 2 and self.candidates is Candidates.first_two:
+            raise ValueError(
+                f"method.samples={self.samples}: method.candidates=first_two compares 2 of them; type method.samples=2, or"
+                " method.candidates=extremes"
+            )
+
     def choose(
         self, rewards: Float[Tensor, "prompts responses"], generator: Generator
     ) -> tuple[Int[Tensor, " prompts"], Int[Tensor, " prompts"]]:

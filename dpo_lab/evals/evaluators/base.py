@@ -19,28 +19,38 @@ EVALUATORS: dict[str, type[Evaluator]] = {}  # by name in configs
 class Evaluator:
     """The base class of evaluators. The fields of a subclass are its settings, `evals.NAME.FIELD=`.
 
-    A subclass defines `run` and states its traits, which have no defaults. name: its name in configs. order: its place
-    among the evaluators of a run and in the table of results. is_default: whether runs use it unless evals.evaluators
-    says otherwise. needs_samples: whether it samples responses. of_texts: which of its metrics are of held-out texts, and
-    not of samples. needs_reward: whether it measures nothing without the
-    gold reward of a task or a judge. labels: its rows in the table of results, metric -> label; `initial/METRIC`, if it
-    is measured, is shown beside METRIC, and a metric without a label is recorded, but not shown.
+    A subclass defines `run` and states its traits, of which needs_pairs and of_texts alone have defaults. name: its name
+    in configs. order: its place among the evaluators of a run and in the table of results. is_default: whether runs use
+    it unless evals.evaluators says otherwise. needs_samples: whether it samples responses. needs_pairs: whether it is
+    left out without held-out pairs; by default only if it does not sample. of_texts: which of its metrics are of held-out
+    texts, and not of samples. needs_reward: whether it measures nothing without the gold reward of a task or a judge.
+    labels: its rows in the table of results, metric -> label; `initial/METRIC`, if it is measured, is shown beside
+    METRIC, and a metric without a label is recorded, but not shown.
     """
 
     order: ClassVar[int]
     is_default: ClassVar[bool]
     needs_samples: ClassVar[bool]
+    needs_pairs: ClassVar[bool]
     needs_reward: ClassVar[bool]
     of_texts: ClassVar[Sequence[str]] = ()
     labels: ClassVar[Mapping[str, str]]
 
     def __init_subclass__(
-        cls, *, name: str, order: int, is_default: bool, needs_samples: bool, needs_reward: bool
+        cls,
+        *,
+        name: str,
+        order: int,
+        is_default: bool,
+        needs_samples: bool,
+        needs_reward: bool,
+        needs_pairs: bool | None = None,
     ) -> None:
         if "labels" not in vars(cls):
             raise TypeError(f"{cls.__qualname__}: states no labels; give it labels = {{metric: label}}")
         cls.order, cls.is_default = order, is_default
         cls.needs_samples, cls.needs_reward = needs_samples, needs_reward
+        cls.needs_pairs = not needs_samples if needs_pairs is None else needs_pairs
         add_to_table(EVALUATORS, name, cls)
 
     @classmethod

@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dpo_lab.evals.by_prompt import mean_by_prompt, share_by_prompt
 from dpo_lab.evals.evaluators.base import Evaluator
-from dpo_lab.stats.estimates import Estimate, mean, share
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
+    from dpo_lab.stats.estimates import Estimate
 
 
 @dataclass
 class Displacement(Evaluator, name="displacement", order=30, is_default=True, needs_samples=False, needs_reward=False):
     """Share of held-out pairs whose chosen response is less likely than under the initial policy, and the mean change
     of log-probability, in nats, of chosen and of rejected responses, desirable and undesirable ones that were labelled on
-    their own included. Razin et al. 2024 (arXiv:2410.08847).
+    their own included. Razin et al. 2024 (arXiv:2410.08847). Intervals take pairs of one prompt as correlated.
     """
 
     labels = {
@@ -27,9 +28,11 @@ class Displacement(Evaluator, name="displacement", order=30, is_default=True, ne
     }
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, Estimate]]:
-        chosen, rejected = context.held_out_rows.change
+        rows = context.held_out_rows
+        chosen, rejected = rows.change
+        of_chosen, of_rejected = rows.trained.chosen_length.numpy() > 0, rows.trained.rejected_length.numpy() > 0
         if len(chosen):
-            yield "chosen_fell", share(chosen < 0)
-            yield "chosen_change", mean(chosen)
+            yield "chosen_fell", share_by_prompt(chosen < 0, rows.prompts[of_chosen])
+            yield "chosen_change", mean_by_prompt(chosen, rows.prompts[of_chosen])
         if len(rejected):
-            yield "rejected_change", mean(rejected)
+            yield "rejected_change", mean_by_prompt(rejected, rows.prompts[of_rejected])

@@ -28,7 +28,9 @@ class HarnessError(LabError, ValueError):
 
 
 @dataclass
-class Harness(Evaluator, name="harness", order=95, is_default=False, needs_samples=False, needs_reward=False):
+class Harness(
+    Evaluator, name="harness", order=95, is_default=False, needs_samples=False, needs_reward=False, needs_pairs=False
+):
     """Tasks of EleutherAI's lm-evaluation-harness, as `harness/TASK/METRIC` of the trained policy and under `initial/` of
     the initial one; `.../METRIC_change` is the mean difference over the same items. Intervals are over items, those of
     changes from the paired differences. A metric that is not a mean over items has no interval. Items on which only one

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpo_lab.evals.by_prompt import prompts_of, share_by_prompt
 from dpo_lab.evals.evaluators.base import Evaluator
-from dpo_lab.stats.estimates import Estimate, shares_of_known
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
+    from dpo_lab.stats.estimates import Estimate
 
 PREFIX = "pairs/"
 PARTS = {  # of a set's metrics
@@ -27,9 +28,11 @@ PARTS = {  # of a set's metrics
 
 
 @dataclass
-class PairSets(Evaluator, name="pair_sets", order=15, is_default=False, needs_samples=False, needs_reward=False):
+class PairSets(
+    Evaluator, name="pair_sets", order=15, is_default=False, needs_samples=False, needs_reward=False, needs_pairs=False
+):
     """Of each file of evals.pairs, as `pairs/NAME/METRIC`, and of each of its subsets, as `pairs/NAME/SUBSET/METRIC`: the
-    share of pairs whose chosen response is preferred, a tie counts half.
+    share of pairs whose chosen response is preferred, a tie counts half. Intervals take pairs of one prompt as correlated.
 
     accuracy: by the log-ratio of trained to initial policy, the implicit reward; policy_accuracy: by the log-probability
     per token of the trained policy alone, under `initial/` of the initial one; longer: by the number of tokens, the
@@ -66,18 +69,20 @@ class PairSets(Evaluator, name="pair_sets", order=15, is_default=False, needs_sa
             if context.judge is not None:
                 verdicts = context.judge.compare(*zip(*(pair.texts for pair in pairs), strict=True))
                 columns |= {"judge_accuracy": verdicts.wins, **verdicts.by_order()}
+            prompts = prompts_of(pair.encoded for pair in pairs)
             subsets = np.array([pair.subset for pair in pairs])
             keys = [f"{name}/{pair.encoded.key}" for pair in pairs]
             context.examples.add("pair_set", keys, subset=subsets.tolist(), **columns)
-            yield from _shares(f"{PREFIX}{name}", columns)
+            yield from _shares(f"{PREFIX}{name}", columns, prompts)
             names = dict.fromkeys(subsets.tolist())
             for subset in names if len(names) > 1 else ():
                 rows = subsets == subset
                 part = {metric: values[rows] for metric, values in columns.items()}
-                yield from _shares(f"{PREFIX}{name}/{subset or 'others'}", part)
+                yield from _shares(f"{PREFIX}{name}/{subset or 'others'}", part, prompts[rows])
 
 
-def _shares(name: str, columns: dict[str, np.ndarray]) -> Iterator[tuple[str, Estimate]]:
-    for metric, estimate in shares_of_known(columns):
-        initial = "initial/" if metric.startswith("initial/") else ""
-        yield f"{initial}{name}/{metric.removeprefix(initial)}", estimate
+def _shares(name: str, columns: dict[str, np.ndarray], prompts: np.ndarray) -> Iterator[tuple[str, Estimate]]:
+    for metric, values in columns.items():
+        if (known := ~np.isnan(values)).any():
+            initial = "initial/" if metric.startswith("initial/") else ""
+            yield f"{initial}{name}/{metric.removeprefix(initial)}", share_by_prompt(values[known], prompts[known])

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dpo_lab.evals.by_prompt import mean_by_prompt, share_by_prompt
 from dpo_lab.evals.evaluators.base import Evaluator
-from dpo_lab.stats.estimates import Estimate, mean, rank_correlation, share
+from dpo_lab.stats.estimates import Estimate, rank_correlation
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
@@ -30,6 +31,8 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
 
     Responses labelled on their own have no accuracy. `auc` is the share of pairs of a desirable and an undesirable
     held-out response, of any prompts, where the desirable one has the larger log-ratio; a tie counts half.
+
+    Intervals of shares and means take pairs of one prompt as correlated; that of gold_correlation does not.
     """
 
     labels = {
@@ -52,15 +55,16 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
         context.examples.add("train", train.keys, **train.columns())
         for group, rows in (("clean", ~train.flipped), ("flipped", train.flipped)):
             if rows.any():
-                yield f"train/{group}/accuracy", share(np.heaviside(train.margins[rows], 0.5))
-                yield f"train/{group}/margin", mean(train.margins[rows])
+                right = np.heaviside(train.margins[rows], 0.5)
+                yield f"train/{group}/accuracy", share_by_prompt(right, train.prompts[rows])
+                yield f"train/{group}/margin", mean_by_prompt(train.margins[rows], train.prompts[rows])
         yield from _by_truth(train, "train/")
 
     def _held_out(self, context: EvalContext, held_out: ScoredPairs) -> Iterator[tuple[str, Estimate]]:
         context.examples.add("held_out", held_out.keys, **held_out.columns())
-        yield "accuracy", share(np.heaviside(held_out.margins, 0.5))
-        yield "ties", share(held_out.margins == 0)
-        yield "margin", mean(held_out.margins)
+        yield "accuracy", share_by_prompt(np.heaviside(held_out.margins, 0.5), held_out.prompts)
+        yield "ties", share_by_prompt(held_out.margins == 0, held_out.prompts)
+        yield "margin", mean_by_prompt(held_out.margins, held_out.prompts)
         yield from _by_truth(held_out, "")
         known = ~np.isnan(held_out.gold)
         if correlation := rank_correlation(held_out.margins[known].tolist(), held_out.gold[known].tolist()):
@@ -86,5 +90,6 @@ def _of_single_responses(context: EvalContext, rows: ScoredPairs) -> Iterator[tu
 
 def _by_truth(scored: ScoredPairs, prefix: str) -> Iterator[tuple[str, Estimate]]:
     truth = np.sign(np.nan_to_num(scored.gold))
-    if (truth != 0).any():
-        yield prefix + "true_accuracy", share(np.heaviside(scored.margins * truth, 0.5)[truth != 0])
+    if (known := truth != 0).any():
+        right = np.heaviside(scored.margins * truth, 0.5)[known]
+        yield prefix + "true_accuracy", share_by_prompt(right, scored.prompts[known])

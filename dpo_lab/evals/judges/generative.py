@@ -120,7 +120,15 @@ class Generative(ComparingJudge, name="generative"):
         from dpo_lab.models.forward import pair_logps
 
         encoded = self.encoded(encoder, questions)
+        answers = np.full(len(questions), np.nan)
         fits = [i for i, pair in enumerate(encoded) if pair.size <= self.max_length]
+        if not fits and encoded:
+            raise JudgeError(
+                f"evals.judge.max_length={self.max_length}: all {len(encoded):,} questions have more tokens,"
+                f" {min(pair.size for pair in encoded):,} or more; type a longer evals.judge.max_length"
+            )
+        if not fits:
+            return answers
         order = sorted(fits, key=lambda i: encoded[i].size)
         with explain_out_of_memory("the judge", *halved("evals.judge.tokens", self.tokens)):
             logps = logps_of_pairs(
@@ -132,7 +140,6 @@ class Generative(ComparingJudge, name="generative"):
                 judge.model.device,  # type: ignore[arg-type]
                 title="Judge",
             )
-        answers = np.full(len(questions), np.nan)
         answers[order] = logps.margin.double().sigmoid().numpy()
         return answers
 

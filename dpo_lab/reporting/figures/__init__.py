@@ -57,12 +57,13 @@ def _specs(
 
     beta = float(record["config"].get("beta", 1.0))
     bins = record["config"].get("evals", {}).get("calibration", {}).get("bins", BINS)
+    is_reward = "reward_model" in record["config"]
     held_out = [pair for pair in pairs if pair.split == "held-out"]
     return {
-        "curves": learning_curves.curves(rows),
+        "curves": learning_curves.curves(rows, is_reward),
         "trajectory": trajectory.trajectory(points_of(rows)),
-        "margins": pair_plots.margins(pairs),
-        "gold": pair_plots.gold(held_out, beta),
+        "margins": pair_plots.margins(pairs, is_reward),
+        "gold": pair_plots.gold(held_out, beta, is_reward),
         "calibration": pair_plots.calibration(held_out, bins),
-        "length": pair_plots.length(held_out, beta),
+        "length": pair_plots.length(held_out, beta, is_reward),
     }

@@ -70,10 +70,10 @@ PANELS: dict[str, tuple[str, float | None, tuple[Curve, ...]]] = {
 }
 
 
-def curves(rows: Sequence[Mapping[str, Any]]) -> FigureSpec | None:
+def curves(rows: Sequence[Mapping[str, Any]], is_reward: bool = False) -> FigureSpec | None:
     """Return the figure of the learning curves, without panels that have no data; None if all are empty.
 
-    rows: of the metrics log.
+    rows: of the metrics log; is_reward: whether rewards are those of a reward model.
     """
     shown = {
         title: found
@@ -88,7 +88,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> FigureSpec | None:
     def draw(figure: Any) -> None:
         axes = figure.subplots(down, across, squeeze=False).flat
         for axis, (title, found) in zip(axes, shown.items(), strict=False):
-            _panel(axis, title, found)
+            _panel(axis, title, found, "reward" if is_reward and title == "rewards" else PANELS[title][0])
         for axis in list(axes)[len(shown) :]:
             axis.set_axis_off()
 
@@ -116,10 +116,10 @@ def thinned(steps: Sequence[int], values: Sequence[float], most: int = POINTS) -
     return x, y, of_each
 
 
-def _panel(axis: Any, title: str, found: Sequence[tuple[Curve, list[int], list[float]]]) -> None:
+def _panel(axis: Any, title: str, found: Sequence[tuple[Curve, list[int], list[float]]], ylabel: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    ylabel, nothing_learned, _ = PANELS[title]
+    nothing_learned = PANELS[title][1]
     if nothing_learned is not None:
         axis.axhline(nothing_learned, color=GREY, lw=0.8)
     most = 1

@@ -1,4 +1,7 @@
-"""Plots over a run's pairs: margins of clean and flipped pairs, implicit reward against gold, calibration, length."""
+"""Plots over a run's pairs: margins of clean and flipped pairs, implicit reward against gold, calibration, length.
+
+is_reward: whether the run trained a reward model, whose rewards are explicit.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from dpo_lab.stats.estimates import Estimate, rank_correlation, wilson
 BINS = 40  # of a distribution
 CONFIDENCE_BINS = 10  # of the histogram of probabilities, from 1/2 to 1
 POINTS = 2000  # most in a scatter plot
-REWARD = "implicit reward margin (beta x log-ratio margin)"
+IMPLICIT = "implicit reward margin (beta x log-ratio margin)"
 
 
-def margins(pairs: Sequence[PairExample]) -> FigureSpec | None:
-    """Return the figure of log-ratio margins: clean training, flipped training and held-out pairs; None if no pairs."""
+def margins(pairs: Sequence[PairExample], is_reward: bool = False) -> FigureSpec | None:
+    """Return the figure of margins: clean training, flipped training and held-out pairs; None if no pairs."""
     groups = {
         "train, clean": ([p.margin for p in pairs if p.split == "train" and not p.flipped], BLUE, "-", None),
         "train, flipped": ([p.margin for p in pairs if p.split == "train" and p.flipped], VERMILLION, "-", "////"),
@@ -41,9 +44,10 @@ def margins(pairs: Sequence[PairExample]) -> FigureSpec | None:
             axis.stairs(shares, edges, color=colour, ls=line, lw=1.4, hatch=hatch, label=text)
         axis.axvline(0, color=GREY, lw=0.8)
         beyond = "; outer bins include values beyond" if is_cut else ""
+        what = "reward margin" if is_reward else "log-ratio margin, nats"
         axis.set(
             title="Margins of pairs as labelled",
-            xlabel=f"log-ratio margin, nats{beyond}",
+            xlabel=f"{what}{beyond}",
             ylabel="share of the group's pairs",
         )
         _head_room(axis)
@@ -52,20 +56,20 @@ def margins(pairs: Sequence[PairExample]) -> FigureSpec | None:
     return FigureSpec(draw)
 
 
-def gold(pairs: Sequence[PairExample], beta: float) -> FigureSpec | None:
-    """Return the figure of implicit against gold reward margins; None if no pair has a gold reward."""
+def gold(pairs: Sequence[PairExample], beta: float, is_reward: bool = False) -> FigureSpec | None:
+    """Return the figure of reward margins against gold ones; None if no pair has a gold reward."""
     known = [(p.key, p.gold_margin, beta * p.margin) for p in pairs if p.gold_margin is not None]
     if not known:
         return None
-    return _scatter(known, "Implicit against gold reward", "gold reward margin, chosen minus rejected")
+    return _scatter(known, "gold reward", "gold reward margin, chosen minus rejected", is_reward)
 
 
-def length(pairs: Sequence[PairExample], beta: float) -> FigureSpec | None:
-    """Return the figure of implicit reward margins against differences in length; None if there are no pairs."""
+def length(pairs: Sequence[PairExample], beta: float, is_reward: bool = False) -> FigureSpec | None:
+    """Return the figure of reward margins against differences in length; None if there are no pairs."""
     if not pairs:
         return None
     points = [(p.key, float(p.length_chosen - p.length_rejected), beta * p.margin) for p in pairs]
-    return _scatter(points, "Implicit reward against length", "difference in tokens, chosen minus rejected")
+    return _scatter(points, "length", "difference in tokens, chosen minus rejected", is_reward)
 
 
 def calibration(pairs: Sequence[PairExample], bins: int) -> FigureSpec | None:
@@ -126,10 +130,9 @@ def edges_of(values: Sequence[float]) -> tuple[np.ndarray, bool]:
     return edges, bool(min(values) < edges[0] or max(values) > edges[-1])
 
 
-def _scatter(points: Sequence[tuple[str, float, float]], title: str, xlabel: str) -> FigureSpec:
-    """Return a scatter plot. points: (key, x, implicit reward margin); of too many, those with the smallest keys are
-    shown.
-    """
+def _scatter(points: Sequence[tuple[str, float, float]], against: str, xlabel: str, is_reward: bool) -> FigureSpec:
+    """Return a scatter plot. points: (key, x, reward margin); of too many, those with the smallest keys are shown."""
+    title, ylabel = ("Reward", "reward margin") if is_reward else ("Implicit reward", IMPLICIT)
     x, y = [at for _, at, _ in points], [reward for _, _, reward in points]
     correlation, shown = rank_correlation(x, y), sorted(points)[:POINTS]
 
@@ -148,7 +151,8 @@ def _scatter(points: Sequence[tuple[str, float, float]], title: str, xlabel: str
             else f"rank correlation {_caption(correlation)}"
         )
         some = f", {len(shown):,} of them shown" if len(shown) < len(points) else ""
-        axis.set(title=f"{title}\n{text}, n = {len(points):,}{some}", xlabel=xlabel, ylabel=REWARD)
+        heading = f"{title} against {against}\n{text}, n = {len(points):,}{some}"
+        axis.set(title=heading, xlabel=xlabel, ylabel=ylabel)
 
     return FigureSpec(draw)
 
