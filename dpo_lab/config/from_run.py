@@ -22,6 +22,7 @@ from dpo_lab.config.reward_model import REWARD_MODEL
 from dpo_lab.config.schema import KINDS, ConfigError, RunConfig, as_record, explain, training_files, validate
 from dpo_lab.evals.evaluate import measured_files
 from dpo_lab.runs import run_record
+from dpo_lab.runs.commands import command_of
 from dpo_lab.runs.fingerprint import changed_files, override_key
 from dpo_lab.training.optim import OptimKind
 
@@ -89,7 +90,7 @@ def load_finished_run(folder: Path) -> dict[str, Any]:
             f"run={folder}: holds no {run_record.RECORD}; type the folder that a run printed, run=outputs/..."
         )
     if record["status"] != "done":
-        module = "reward" if REWARD_MODEL in record["config"] else "train" if "loss" in record["config"] else "sft"
+        module = command_of(record["config"])
         raise run_record.RunRefused(
             f"run={folder}: its status is {record['status']}; finish it first: type"
             f" {shlex.join(['python', '-m', f'dpo_lab.{module}', *record['overrides']])}"

@@ -17,6 +17,7 @@ from dpo_lab.stats.text import format_p
 from dpo_lab.studies.load import recorded_jobs
 from dpo_lab.studies.run_data import RunData, RunSet
 from dpo_lab.studies.scales import prefix
+from dpo_lab.studies.seed_effects import is_anytime
 
 NOISE = "flipped by label noise"  # among a record's counts
 LEVELS = {"warning": 0, "info": 1}
@@ -76,6 +77,7 @@ def arms_table(collection: RunSet, measured: Mapping[str, Sequence[Measured]]) -
         says += (
             f" Differences and factors (x) are to {collection.baseline}, paired by seed; p Holm-corrected over arms."
         )
+        says += " Of differences, intervals and p are anytime-valid." * is_anytime(collection.record)
     return Table("Arms", head, rows, says)
 
 

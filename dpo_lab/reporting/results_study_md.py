@@ -20,7 +20,7 @@ EXPLORATORY = "exploratory"
 ARMS = (
     "Means over seeds with 95 % intervals, of KL, perplexity and other ratio quantities geometric means; below each the"
     " difference to {baseline}, or the factor (x), paired by seed, with `*` if its p, Holm-corrected over arms, is below"
-    " .05."
+    " .05; of studies that add seeds until they are decided, these are anytime-valid."
 )
 AREA = (
     "Area under the frontier of gain against KL, from 0 to {kl_max:g} nats, as a share of the optimum's area. The optimum is"

@@ -59,16 +59,14 @@ def decide(collection: RunSet) -> list[tuple[Prediction, Verdict]]:
     if study is None:
         raise ValueError(f"{collection.title}: not a study, so it has no predictions")
     known = [seed_effects(prediction, collection) for prediction in study.predictions]
-    is_over = is_anytime(collection.record) or not any(
-        each.going for each in known
-    )  # a look waits for its own runs alone
+    is_over = _ended(collection, known)
     is_complete = study.missing is Missing.left_out or not any(each.absent for each in known)
     cases = {}
     for side in (0,) if is_complete else (0, -1, 1):
         measured = [_measured(*each, side) for each in zip(study.predictions, known, strict=True)]
         corrected = _holm(study.predictions, measured)
-        each_one = zip(study.predictions, known, measured, corrected, strict=True)
-        cases[side] = [_with_word(*each, is_over) for each in each_one]
+        each_one = zip(study.predictions, known, measured, corrected, is_over, strict=True)
+        cases[side] = [_with_word(*each) for each in each_one]
     by_prediction = [dict(zip(cases, each, strict=True)) for each in zip(*cases.values(), strict=True)]
     judged = []
     for prediction, of_seeds, of_cases in zip(study.predictions, known, by_prediction, strict=True):
@@ -130,6 +128,18 @@ def _share(prediction: Prediction, verdict: Verdict, occurred: Sequence[float], 
     shifted = (low - prediction.value, high - prediction.value)
     effect = Estimate(value - prediction.value, None, len(occurred), shifted)
     return replace(verdict, effect=effect, p=p, interval_kind=kind)
+
+
+def _ended(collection: RunSet, known: Sequence[SeedEffects]) -> list[bool]:
+    """Return of each prediction whether all runs have ended whose p values its own is corrected with, see _holm.
+
+    Where seeds are added, effects are those of ended runs alone.
+    """
+    assert collection.study is not None
+    predictions = collection.study.predictions
+    going = [prediction.primary for prediction, of in zip(predictions, known, strict=True) if of.going]
+    anytime = is_anytime(collection.record)
+    return [anytime or not (any(going) if prediction.primary else going) for prediction in predictions]
 
 
 def _unequal_groups(prediction: Prediction, collection: RunSet) -> str:
