@@ -69,9 +69,8 @@ def write(collection: RunSet, folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and (earlier := read(path)).study is not None and _digest_of(earlier) != _digest_of(collection):
         day = max((str(run.record.get("started") or "")[:10] for run in earlier.runs), default="")
-        names = (
-            f"{path.stem}-{day or 'earlier'}{again}.json" for again in ("", *(f"-{n}" for n in itertools.count(2)))
-        )
+        endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        names = (f"{path.stem}-{day or 'earlier'}{ending}.json" for ending in endings)
         path.rename(next(kept for name in names if not (kept := path.with_name(name)).exists()))
     write_atomic(path, text(record))
     return path
