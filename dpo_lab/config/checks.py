@@ -10,7 +10,7 @@ from dpo_lab.core.losses import LOSSES
 from dpo_lab.core.methods import PolicyGradient
 from dpo_lab.data.sources import AUTO
 from dpo_lab.models.policy import Dtype, Pretrained
-from dpo_lab.models.reference import Uniform, UniformOver
+from dpo_lab.models.reference import Moving, Uniform, UniformOver
 from dpo_lab.rewards.learned import Learned
 
 if TYPE_CHECKING:
@@ -38,8 +38,14 @@ def check_run(config: RunConfig) -> None:
             " data.tokens_per_microbatch=4096"
         )
     is_short = isinstance(config.policy, Pretrained) and config.policy.dtype is not Dtype.float32
+    trains_16_bits = is_short and not config.policy.has_adapters
+    if trains_16_bits and isinstance(config.reference, Moving) and config.reference.mixup < 1:
+        raise ValueError(
+            f"reference.mixup={config.reference.mixup}: weights kept in 16 bits round its small changes to nothing; type"
+            " reference.mixup=1, or policy.dtype=float32"
+        )
     config.optim.check(
-        trains_16_bits=is_short and not config.policy.has_adapters,
+        trains_16_bits=trains_16_bits,
         is_sharded=is_sharded,
         scales_gradients=canonical(config.trainer.get("precision")) == "16-mixed",
     )

@@ -18,7 +18,7 @@ from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps
 from dpo_lab.core.registry import add_to_table
 from dpo_lab.errors import check_at_least
 from dpo_lab.models.copies import trainable_copy
-from dpo_lab.models.policy import Dtype, PolicyConfig, Pretrained
+from dpo_lab.models.policy import PolicyConfig, Pretrained
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,12 +102,6 @@ class Moving(Reference, name="moving", starts_at_policy=True):
     def check(self, policy: PolicyConfig, is_sharded: bool) -> None:
         if is_sharded:
             raise ValueError("reference=moving: does not follow a policy sharded over the ranks; type trainer=ddp")
-        is_short = isinstance(policy, Pretrained) and policy.dtype is not Dtype.float32 and not policy.has_adapters
-        if self.mixup < 1 and is_short:
-            raise ValueError(
-                f"reference.mixup={self.mixup}: weights kept in 16 bits round its small changes to nothing; type"
-                " reference.mixup=1, or policy.dtype=float32"
-            )
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
         return MovingModel(trainable_copy(initial), self.every, self.mixup)
@@ -170,8 +164,7 @@ class Uniform(Reference, name="uniform", starts_at_policy=False):
     over: UniformOver = UniformOver.sequences
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
-        vocabulary = initial.config.get_text_config().vocab_size
-        return UniformLogps(0.0 if self.over is UniformOver.sequences else math.log(vocabulary))
+        return UniformLogps((self.over is UniformOver.tokens) * math.log(initial.config.get_text_config().vocab_size))
 
 
 @dataclass

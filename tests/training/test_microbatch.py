@@ -11,6 +11,7 @@ import torch
 from dpo_lab.config.schema import ConfigError
 from dpo_lab.core.losses import DPO
 from dpo_lab.core.methods import METHODS
+from dpo_lab.core.methods.online_dpo import Candidates
 from dpo_lab.data.datamodule import PreferenceDataModule
 from dpo_lab.data.sources import FORWARD_TOKENS
 from dpo_lab.models.copies import trainable_copy
@@ -101,7 +102,8 @@ def test_no_micro_batch_is_larger_than_a_ranks_part_of_a_step():
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "ppo", "online_dpo"])
 def test_a_method_that_samples_is_tried_on_its_longest_rollouts(name, policy):
-    method = METHODS[name](prompts=4, minibatches=2, samples=3)
+    compared = {"candidates": Candidates.extremes} if name == "online_dpo" else {}
+    method = METHODS[name](prompts=4, minibatches=2, samples=3, **compared)
     step = dict(total_steps=3, tokens_per_microbatch=40)
     model = trainable_copy(policy.model)
     select_forward(model)
