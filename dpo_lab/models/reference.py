@@ -164,7 +164,7 @@ class Uniform(Reference, name="uniform", starts_at_policy=False):
     over: UniformOver = UniformOver.sequences
 
     def prepare(self, initial, pairs, cache, context=nullcontext, tokens=TOKENS) -> ReferenceLogps:
-        return UniformLogps((self.over is UniformOver.tokens) * math.log(initial.config.get_text_config().vocab_size))
+        return UniformLogps((self.over == UniformOver.tokens) * math.log(initial.config.get_text_config().vocab_size))
 
 
 @dataclass
