@@ -60,6 +60,11 @@ def target_of(node: Any) -> Any:
     return node.get("_target_") if isinstance(node, (dict, DictConfig)) else None
 
 
+def is_sharded(trainer: Any) -> bool:
+    """Return whether the settings of a trainer shard models over ranks."""
+    return target_of(trainer.get("strategy")) == FSDP2
+
+
 def check_targets(node: Any) -> None:
     """Raise TargetRefused if a `_target_` at any depth of the resolved config is neither in ALLOWED nor a plugin's
     callback.

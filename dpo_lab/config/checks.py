@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dpo_lab.config.allowed_targets import FSDP2, target_of
+from dpo_lab.config.allowed_targets import is_sharded
 from dpo_lab.config.precision import canonical, check_precision
 from dpo_lab.core.losses import LOSSES
 from dpo_lab.core.methods import PolicyGradient
@@ -29,10 +29,10 @@ def check_run(config: RunConfig) -> None:
             f"{loss} takes log-probabilities of the policy alone, to which reference=uniform_tokens would add a term of"
             f" length; type {loss} reference=uniform"
         )
-    is_sharded = target_of(config.trainer.get("strategy")) == FSDP2
-    config.reference.check(config.policy, is_sharded=is_sharded)
-    config.policy.check(is_sharded=is_sharded, on_cpu=config.trainer.get("accelerator") == "cpu")
-    if is_sharded and config.data.tokens_per_microbatch == AUTO:
+    sharded = is_sharded(config.trainer)
+    config.reference.check(config.policy, is_sharded=sharded)
+    config.policy.check(is_sharded=sharded, on_cpu=config.trainer.get("accelerator") == "cpu")
+    if sharded and config.data.tokens_per_microbatch == AUTO:
         raise ValueError(
             f"data.tokens_per_microbatch={AUTO}: its trials run before the model is sharded; type a number, e.g."
             " data.tokens_per_microbatch=4096"
@@ -46,7 +46,7 @@ def check_run(config: RunConfig) -> None:
         )
     config.optim.check(
         trains_16_bits=trains_16_bits,
-        is_sharded=is_sharded,
+        is_sharded=sharded,
         scales_gradients=canonical(config.trainer.get("precision")) == "16-mixed",
     )
     check_precision(config.trainer)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dpo_lab.config.allowed_targets import FSDP2, target_of
+from dpo_lab.config.allowed_targets import is_sharded
 from dpo_lab.models.policy import Dtype, PolicyConfig
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def check_precision(trainer: Mapping[str, Any]) -> None:
         raise ValueError(
             "trainer.precision=16-mixed: Lightning computes in bf16 instead on a CPU; type trainer.precision=bf16-mixed"
         )
-    if asked == "16-mixed" and target_of(trainer.get("strategy")) == FSDP2:
+    if asked == "16-mixed" and is_sharded(trainer):
         raise ValueError(
             "trainer.precision=16-mixed: gradient scaling does not support gradients that are sharded over ranks;"
             " type trainer.precision=bf16-mixed, or trainer=ddp"

@@ -276,3 +276,9 @@ def side_key(key: bytes, side: int) -> bytes:
 def _key(content: bytes) -> bytes:
     """Return the key of a row that was made from pairs."""
     return hashlib.blake2b(content, digest_size=16).hexdigest().encode()
+
+
+def prompt_groups(pairs: Iterable[EncodedPair]) -> np.ndarray:
+    """Return the index of each pair's prompt among the distinct ones, [N]: pairs of one prompt are not independent."""
+    seen: dict[bytes, int] = {}
+    return np.array([seen.setdefault(np.asarray(p.prompt, np.int64).tobytes(), len(seen)) for p in pairs], np.int64)

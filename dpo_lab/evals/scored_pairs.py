@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from dpo_lab.core.losses import Loss
 from dpo_lab.core.metrics import zero_out_rounding
+from dpo_lab.core.pair_table import prompt_groups
 from dpo_lab.core.pairs import EncodedPair, PairBatch, PairLogps, Tokens, chunk_by_size
 from dpo_lab.data.collate import collate, collate_responses
-from dpo_lab.evals.by_prompt import prompts_of
 from dpo_lab.models.forward import response_logps
 from dpo_lab.models.passes import map_passes
 from dpo_lab.models.sharding import device_of
@@ -50,7 +50,7 @@ class ScoredPairs:
     @cached_property
     def prompts(self) -> np.ndarray:
         """Index of each pair's prompt among the distinct ones, [B]."""
-        return prompts_of(self.pairs)
+        return prompt_groups(self.pairs)
 
     @cached_property
     def gold(self) -> np.ndarray:

@@ -14,6 +14,7 @@ from dpo_lab.errors import first_line
 from dpo_lab.models.load import untrained_classifier
 from dpo_lab.models.paths import causal_lm
 from dpo_lab.models.policy import PolicyError
+from dpo_lab.models.trial import compute_dtype
 from dpo_lab.pipelines.online import longest_response
 from dpo_lab.planning.shapes import Shape, Work, cache_bytes, weight_bytes
 from dpo_lab.rewards.judge import OfJudge
@@ -110,9 +111,7 @@ def sampling_bytes(model: PreTrainedModel, rows: int, prompt: int, new: int, cop
     """
     config = causal_lm(model).config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    size = min(
-        model.dtype.itemsize, torch.get_autocast_dtype("cpu").itemsize if torch.is_autocast_enabled("cpu") else 4
-    )
+    size = min(model.dtype.itemsize, compute_dtype(torch.device("cpu")).itemsize)
     of_prompts = rows / copies * prompt * (3 * inner + 4 * config.hidden_size) * size
     drawn = rows * Shape.of(model).vocabulary * (4 + 3 * 8)
     return cache_bytes(model, rows, prompt + new) + max(drawn, of_prompts)

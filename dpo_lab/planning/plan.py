@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_lab.config.allowed_targets import FSDP2, target_of
+from dpo_lab.config.allowed_targets import is_sharded
 from dpo_lab.config.precision import canonical
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.errors import first_line
@@ -167,13 +167,11 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, Plan]]:
         changes.append(("policy.gradient_checkpointing=true", {"gradient_checkpointing": True}))
     if isinstance(policy, Pretrained) and not policy.has_adapters:
         changes.append(("policy.lora.r=16 optim=lora", {"lora": Lora(r=16)}))
-    is_sharded = target_of(config.trainer.get("strategy")) == FSDP2
-    if isinstance(policy, Pretrained) and not is_sharded and not policy.is_quantized:
+    sharded = is_sharded(config.trainer)  # for which weights of 4 bits are refused
+    if isinstance(policy, Pretrained) and not sharded and not policy.is_quantized:
         smaller = {"quantize": Quantization.nf4, "dtype": Dtype.bfloat16}
         changes.append(("policy.quantize=nf4 policy.dtype=bfloat16", smaller))
-    if (
-        isinstance(policy, Pretrained) and is_sharded and policy.dtype is Dtype.float32
-    ):  # FSDP shards no weights of 4 bits
+    if isinstance(policy, Pretrained) and sharded and policy.dtype is Dtype.float32:
         changes.append(("policy.dtype=bfloat16", {"dtype": Dtype.bfloat16}))
     for words, settings in changes:
         policy = copy.copy(policy)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from dpo_lab.config.allowed_targets import FSDP2, target_of
+from dpo_lab.config.allowed_targets import is_sharded
 from dpo_lab.config.schema import RunConfig
 from dpo_lab.planning.cards import CARDS, REACHED, RESERVED, Card
 from dpo_lab.planning.plan import Plan, alternatives, plan_of
@@ -32,7 +32,6 @@ SHARDS = 8  # cards of the column for FSDP, where trainer.devices does not say h
 def print_plan(config: RunConfig, console: Console) -> None:
     """Print the plan of a config. Raise PolicyError if the policy's config can't be read."""
     plan, shards = plan_of(config), _shards(config)
-    is_sharded = target_of(config.trainer.get("strategy")) == FSDP2
     sizes, is_online = plan.sizes, config.method.is_online
     limits = "the method's length limit" if is_online else "data.max_length"
     console.print(
@@ -41,7 +40,7 @@ def print_plan(config: RunConfig, console: Console) -> None:
         f" tokens, the longest that data.max_prompt_length and {limits} allow"
     )
     console.print(_memory_table(plan, None if config.policy.is_quantized else shards))
-    console.print(_card_table(config, plan, *((shards, _ranks(config)) if is_sharded else (1, 1))))
+    console.print(_card_table(config, plan, *((shards, _ranks(config)) if is_sharded(config.trainer) else (1, 1))))
     console.print(
         f"An estimate, nothing was run: memory from shapes, {RESERVED / 1e9:.0f} GB of a card kept free; a step is"
         f" {_flops_text(plan)}, the run's {plan.steps:,} steps {plan.steps * plan.flops:.3g}; seconds at"

@@ -90,11 +90,33 @@ def share(values: Iterable[float]) -> Estimate:
     return replace(estimate, interval=wilson(p, effective))
 
 
-def shares_of_known(columns: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Estimate]]:
-    """Yield name and share of each column of examples in [0, 1], [N], without those that are NaN; none if all are."""
+def shares_of_known(
+    columns: Mapping[str, np.ndarray], groups: np.ndarray | None = None
+) -> Iterator[tuple[str, Estimate]]:
+    """Yield name and share of each column of examples in [0, 1], [N], without those that are NaN; none if all are.
+
+    groups: see share_by_group; None: each example is one of its own.
+    """
     for name, values in columns.items():
-        if len(known := values[~np.isnan(values)]):
-            yield name, share(known)
+        if (known := ~np.isnan(values)).any():
+            yield name, share(values[known]) if groups is None else share_by_group(values[known], groups[known])
+
+
+def share_by_group(values: np.ndarray, groups: np.ndarray) -> Estimate:
+    """Return the share over values in [0, 1] [N] with the interval of share_in_groups; groups [N]: that of each value.
+
+    The same as `share` if every value has a group of its own, or all have the same one.
+    """
+    _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    return share(values) if len(counts) in (1, len(values)) else share_in_groups(values, index)
+
+
+def mean_by_group(values: np.ndarray, groups: np.ndarray) -> Estimate:
+    """Return the mean of values [N], with the standard error of `ratio` over groups; for groups see share_by_group."""
+    _, index, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(counts) in (1, len(values)):
+        return mean(values)
+    return replace(ratio(np.bincount(index, values), counts.tolist()), n=len(values))
 
 
 def share_at_zero(values: np.ndarray, at: np.ndarray) -> Estimate | None:

@@ -205,9 +205,9 @@ def _combined(rule: Missing, of: SeedEffects, cases: Mapping[int, Verdict]) -> V
         f"{found.word} without them, {cases[-1].word} with them against the prediction,"
         f" {cases[1].word} with them in its favour"
     )
-    told = f"{found.note} ({rule.value}): {each if len(words) > 1 else f'{found.word} however they count'}"
-    if not of.absent:  # its p is corrected with those of predictions that have missing seeds
-        told = found.note
+    told = found.note
+    if of.absent:  # else only its p differs, which is corrected with those of predictions that have missing seeds
+        told += f" ({rule.value}): {each if len(words) > 1 else f'{found.word} however they count'}"
     if rule is Missing.worst:
         return replace(cases[-1], note=told)
     intervals = [verdict.effect.interval for verdict in cases.values() if verdict.effect and verdict.effect.interval]

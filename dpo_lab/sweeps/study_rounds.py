@@ -88,10 +88,11 @@ def _look(collection: RunSet) -> dict[str, Any]:
     for prediction, verdict in decide(collection):
         of, effect = seed_effects(prediction, collection), verdict.effect
         effects = [*of.effects.values()]
-        e = sequential.e_value(effects, 0.0)
         if of.is_yes_no and effects:
             occurred = [value + prediction.value for value in effects]
             e = math.exp(float(sequential.share_log_e_values(occurred, prediction.value)[-1]))
+        else:
+            e = sequential.e_value(effects, 0.0)
         entries.append(
             {
                 "prediction": prediction.description,

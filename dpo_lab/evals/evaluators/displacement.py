@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_lab.evals.by_prompt import mean_by_prompt, share_by_prompt
 from dpo_lab.evals.evaluators.base import Evaluator
+from dpo_lab.stats.estimates import Estimate, mean_by_group, share_by_group
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
-    from dpo_lab.stats.estimates import Estimate
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Displacement(Evaluator, name="displacement", order=30, is_default=True, ne
         chosen, rejected = rows.change
         of_chosen, of_rejected = rows.trained.chosen_length.numpy() > 0, rows.trained.rejected_length.numpy() > 0
         if len(chosen):
-            yield "chosen_fell", share_by_prompt(chosen < 0, rows.prompts[of_chosen])
-            yield "chosen_change", mean_by_prompt(chosen, rows.prompts[of_chosen])
+            yield "chosen_fell", share_by_group(chosen < 0, rows.prompts[of_chosen])
+            yield "chosen_change", mean_by_group(chosen, rows.prompts[of_chosen])
         if len(rejected):
-            yield "rejected_change", mean_by_prompt(rejected, rows.prompts[of_rejected])
+            yield "rejected_change", mean_by_group(rejected, rows.prompts[of_rejected])

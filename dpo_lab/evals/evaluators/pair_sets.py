@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_lab.evals.by_prompt import prompts_of, share_by_prompt
+from dpo_lab.core.pair_table import prompt_groups
 from dpo_lab.evals.evaluators.base import Evaluator
+from dpo_lab.stats.estimates import Estimate, shares_of_known
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
-    from dpo_lab.stats.estimates import Estimate
 
 PREFIX = "pairs/"
 PARTS = {  # of a set's metrics
@@ -69,7 +69,7 @@ class PairSets(
             if context.judge is not None:
                 verdicts = context.judge.compare(*zip(*(pair.texts for pair in pairs), strict=True))
                 columns |= {"judge_accuracy": verdicts.wins, **verdicts.by_order()}
-            prompts = prompts_of(pair.encoded for pair in pairs)
+            prompts = prompt_groups(pair.encoded for pair in pairs)
             subsets = np.array([pair.subset for pair in pairs])
             keys = [f"{name}/{pair.encoded.key}" for pair in pairs]
             context.examples.add("pair_set", keys, subset=subsets.tolist(), **columns)
@@ -82,7 +82,6 @@ class PairSets(
 
 
 def _shares(name: str, columns: dict[str, np.ndarray], prompts: np.ndarray) -> Iterator[tuple[str, Estimate]]:
-    for metric, values in columns.items():
-        if (known := ~np.isnan(values)).any():
-            initial = "initial/" if metric.startswith("initial/") else ""
-            yield f"{initial}{name}/{metric.removeprefix(initial)}", share_by_prompt(values[known], prompts[known])
+    for metric, estimate in shares_of_known(columns, prompts):
+        initial = "initial/" if metric.startswith("initial/") else ""
+        yield f"{initial}{name}/{metric.removeprefix(initial)}", estimate

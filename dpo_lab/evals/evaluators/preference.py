@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_lab.evals.by_prompt import mean_by_prompt, share_by_prompt
 from dpo_lab.evals.evaluators.base import Evaluator
-from dpo_lab.stats.estimates import Estimate, rank_correlation
+from dpo_lab.stats.estimates import Estimate, mean_by_group, rank_correlation, share_by_group
 
 if TYPE_CHECKING:
     from dpo_lab.evals.context import EvalContext
@@ -56,15 +55,15 @@ class Preference(Evaluator, name="preference", order=10, is_default=True, needs_
         for group, rows in (("clean", ~train.flipped), ("flipped", train.flipped)):
             if rows.any():
                 right = np.heaviside(train.margins[rows], 0.5)
-                yield f"train/{group}/accuracy", share_by_prompt(right, train.prompts[rows])
-                yield f"train/{group}/margin", mean_by_prompt(train.margins[rows], train.prompts[rows])
+                yield f"train/{group}/accuracy", share_by_group(right, train.prompts[rows])
+                yield f"train/{group}/margin", mean_by_group(train.margins[rows], train.prompts[rows])
         yield from _by_truth(train, "train/")
 
     def _held_out(self, context: EvalContext, held_out: ScoredPairs) -> Iterator[tuple[str, Estimate]]:
         context.examples.add("held_out", held_out.keys, **held_out.columns())
-        yield "accuracy", share_by_prompt(np.heaviside(held_out.margins, 0.5), held_out.prompts)
-        yield "ties", share_by_prompt(held_out.margins == 0, held_out.prompts)
-        yield "margin", mean_by_prompt(held_out.margins, held_out.prompts)
+        yield "accuracy", share_by_group(np.heaviside(held_out.margins, 0.5), held_out.prompts)
+        yield "ties", share_by_group(held_out.margins == 0, held_out.prompts)
+        yield "margin", mean_by_group(held_out.margins, held_out.prompts)
         yield from _by_truth(held_out, "")
         known = ~np.isnan(held_out.gold)
         if correlation := rank_correlation(held_out.margins[known].tolist(), held_out.gold[known].tolist()):
@@ -92,4 +91,4 @@ def _by_truth(scored: ScoredPairs, prefix: str) -> Iterator[tuple[str, Estimate]
     truth = np.sign(np.nan_to_num(scored.gold))
     if (known := truth != 0).any():
         right = np.heaviside(scored.margins * truth, 0.5)[known]
-        yield prefix + "true_accuracy", share_by_prompt(right, scored.prompts[known])
+        yield prefix + "true_accuracy", share_by_group(right, scored.prompts[known])
