@@ -144,7 +144,7 @@ def _ended(collection: RunSet, known: Sequence[SeedEffects]) -> list[bool]:
 
 def _unequal_groups(prediction: Prediction, collection: RunSet) -> str:
     """Return a note on a difference of areas under the frontiers of groups of unequal size, else an empty text."""
-    if prediction.measure is not Measure.area or prediction.control is None:
+    if prediction.measure is not Measure.area or not prediction.control:
         return ""
     counts = [len(collection.members(named)) for named in (prediction.treatment, prediction.control)]
     if counts[0] == counts[1]:

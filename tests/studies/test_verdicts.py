@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,9 @@ def test_groups_of_unequal_size_are_told_where_areas_are_compared(arms, told):
     ((_, verdict),) = verdicts.decide(a_study.measured(a_study.study(every, [area]), lambda arm, seed: {"kl": 1.0}))
     assert verdict.note.endswith(told)
     assert ("arms against" in verdict.note) == bool(told)
+    alone = replace(area, control="", value=0.5)  # held against a value, and no group
+    ((_, verdict),) = verdicts.decide(a_study.measured(a_study.study(every, [alone]), lambda arm, seed: {"kl": 1.0}))
+    assert "arms against" not in verdict.note
 
 
 def test_an_area_is_a_share_of_the_optimum_from_that_seeds_candidates(tmp_path: Path):
